@@ -1,0 +1,10 @@
+//! The description of a virtual machine, and the messages between Bulkhead's processes.
+//!
+//! This crate holds data only: no unsafe code, no KVM, no file access. The privileged launcher
+//! links it without linking any code that parses what a guest wrote.
+#![forbid(unsafe_code)]
+
+pub mod control;
+pub mod machine;
+pub mod size;
+pub mod spec;

@@ -1,0 +1,171 @@
+//! What a person writes: `SPEC.toml`, flags and JSON are three spellings of [`VmSpec`].
+
+use crate::size::ByteSize;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// A virtual machine.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct VmSpec {
+    /// The name that verbs use; also the guest's run-time folder. Default: `vm-PID`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// What to boot.
+    pub boot: BootSpec,
+    /// vCPUs, 1 to 32.
+    #[serde(default = "one")]
+    pub cpus: u8,
+    /// Guest RAM; at least 32M.
+    #[serde(default = "default_memory")]
+    pub memory: ByteSize,
+    /// Back RAM with huge pages of this size (`2M` or `1G`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub huge_pages: Option<ByteSize>,
+    /// Disks, in the order of their PCI slots unless `slot` says otherwise.
+    #[serde(default, rename = "disk", skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskSpec>,
+    /// Network interfaces.
+    #[serde(default, rename = "net", skip_serializing_if = "Vec::is_empty")]
+    pub nets: Vec<NetSpec>,
+    /// Other vhost-user back ends, of any type.
+    #[serde(default, rename = "vhost-user", skip_serializing_if = "Vec::is_empty")]
+    pub vhost_user: Vec<VhostUserSpec>,
+    /// What a guest's reboot does.
+    #[serde(default)]
+    pub on_reboot: OnReboot,
+    /// Seconds a guest has to power off after Ctrl-C or SIGTERM before it is killed.
+    #[serde(default = "default_grace")]
+    pub power_off_grace: u32,
+    /// Folders, besides an image's own, below which backing files may lie.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub image_folders: Vec<PathBuf>,
+}
+
+/// What to boot.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct BootSpec {
+    /// An uncompressed ELF with a PVH note, or a bzImage; the file's magic tells which.
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line, at most 2047 bytes.
+    #[serde(default)]
+    pub cmdline: String,
+}
+
+/// A disk image's format. It is always given, never guessed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ImageFormat {
+    /// The file is the disk.
+    Raw,
+    /// QEMU's copy-on-write format, versions 2 and 3.
+    Qcow2,
+}
+
+/// A disk: an image that our own process serves, or a socket that anyone serves.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct DiskSpec {
+    /// Name in messages; default `disk0`, `disk1` and so on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// The image. Excludes `vhost-user`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// The image's format; required with `path`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<ImageFormat>,
+    /// Socket of a vhost-user-blk back end. Excludes `path`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_user: Option<PathBuf>,
+    /// The guest cannot write.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Request queues, 1 to 32; default one per vCPU, at most 4.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub num_queues: Option<u16>,
+    /// PCI device number, 1 to 31.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<u8>,
+}
+
+/// A network interface: exactly one of `tap`, `tap-fd`, `private`, `vhost-user`.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct NetSpec {
+    /// Name in messages; default `net0`, `net1` and so on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// An existing TAP, by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
+    /// An existing TAP, by inherited file descriptor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tap_fd: Option<i32>,
+    /// A TAP that the launcher makes in a network namespace of its own, without root; the value
+    /// is the host side's address, such as `10.0.0.1/24`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub private: Option<String>,
+    /// Socket of a vhost-user-net back end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_user: Option<PathBuf>,
+    /// MAC address; default: locally administered, derived from the VM's name and the NIC's id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+    /// Maximum transmission unit offered to the guest, 68 to 65535.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+    /// PCI device number, 1 to 31.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<u8>,
+}
+
+/// A vhost-user back end of any type.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct VhostUserSpec {
+    /// Name in messages; default the type's name and a number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Virtio device type: a name such as `fs`, `vsock`, `rng`, or its number (virtio 1.3, 5).
+    #[serde(rename = "type")]
+    pub device_type: String,
+    /// Socket path.
+    pub socket: PathBuf,
+    /// Queues to offer where the back end does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub num_queues: Option<u16>,
+    /// Device configuration space in hexadecimal, for back ends without VHOST_USER_PROTOCOL_F_CONFIG.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<String>,
+    /// PCI device number, 1 to 31.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<u8>,
+}
+
+/// What a guest's reboot does.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnReboot {
+    /// The machine starts again from its kernel.
+    #[default]
+    Restart,
+    /// The VM ends, with an exit code of its own.
+    Exit,
+}
+
+fn one() -> u8 {
+    1
+}
+
+fn default_memory() -> ByteSize {
+    ByteSize(256 << 20)
+}
+
+fn default_grace() -> u32 {
+    10
+}

@@ -1,0 +1,4 @@
+//! The KVM process of a microVM: vCPUs, guest RAM, the virtio-pci transport and a generic
+//! vhost-user front end. No device is emulated behind virtio.
+
+pub mod platform;
