@@ -1,1 +1,7 @@
-//! Skeleton.
+//! The disk process: a virtio block device (virtio 1.3, 5.2) over vhost-user.
+//!
+//! Trust: the guest writes request headers and the image's contents; both are checked here and
+//! reach nothing but this image and the guest's own memory.
+
+pub mod image;
+pub mod io;
