@@ -1,4 +1,5 @@
 //! The KVM process of a microVM: vCPUs, guest RAM, the virtio-pci transport and a generic
 //! vhost-user front end. No device is emulated behind virtio.
 
+pub mod memory;
 pub mod platform;

@@ -1,0 +1,221 @@
+//! One memfd, sealed so that no process it is shared with can shrink it under us (SIGBUS).
+
+#![expect(unsafe_code, reason = "advises the kernel about the mapping of guest RAM")]
+
+use super::layout::ram_ranges;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
+use vm_spec::machine;
+
+/// Why guest RAM could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum RamError {
+    /// Outside what the machine allows.
+    #[error("guest memory of {0} bytes is outside what the machine allows, 32 MiB to 1 TiB")]
+    Size(u64),
+    /// Not a multiple of the page size.
+    #[error("{memory} bytes of guest memory is not a multiple of the page size, {page} bytes")]
+    Alignment {
+        /// Bytes asked for.
+        memory: u64,
+        /// Page size in bytes.
+        page: u64,
+    },
+    /// A huge page size that x86-64 does not have.
+    #[error("no huge pages of {0} bytes: 2 MiB and 1 GiB exist")]
+    HugePageSize(u64),
+    /// The kernel has not enough memory or huge pages.
+    #[error("cannot {what} {size} bytes of guest memory")]
+    System {
+        /// The step.
+        what: &'static str,
+        /// Bytes.
+        size: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A contiguous piece of guest RAM, as a vhost-user memory table describes it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RamRegion {
+    /// Guest physical address of its first byte.
+    pub guest_address: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Where in the memfd it starts, in bytes.
+    pub memfd_offset: u64,
+    /// Where this process maps it.
+    pub host_address: u64,
+}
+
+/// All RAM of the guest.
+pub struct GuestRam {
+    memory: GuestMemoryMmap,
+    memfd: Arc<File>,
+    size: u64,
+}
+
+impl GuestRam {
+    /// Makes, seals and maps `size` bytes of RAM, on pages of `huge_page_size` bytes if given.
+    ///
+    /// # Errors
+    /// Any [`RamError`].
+    pub fn new(size: u64, huge_page_size: Option<u64>) -> Result<Self, RamError> {
+        if !(machine::MIN_MEMORY..=machine::MAX_MEMORY).contains(&size) {
+            return Err(RamError::Size(size));
+        }
+        let huge = match huge_page_size {
+            None => MFdFlags::empty(),
+            Some(0x20_0000) => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
+            Some(0x4000_0000) => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB,
+            Some(other) => return Err(RamError::HugePageSize(other)),
+        };
+        let page = huge_page_size.unwrap_or(4096);
+        if !size.is_multiple_of(page) {
+            return Err(RamError::Alignment { memory: size, page });
+        }
+        let failed = |what| move |source: io::Error| RamError::System { what, size, source };
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | huge;
+        let memfd = memfd_create(c"guest-ram", flags).map_err(|e| failed("allocate")(e.into()))?;
+        let memfd = File::from(memfd);
+        memfd.set_len(size).map_err(failed("allocate"))?;
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        fcntl(&memfd, FcntlArg::F_ADD_SEALS(seals)).map_err(|e| failed("seal")(e.into()))?;
+        let memfd = Arc::new(memfd);
+        let memory = map(&memfd, size, huge_page_size.is_some()).map_err(failed("map"))?;
+        Ok(Self { memory, memfd, size })
+    }
+
+    /// The mapping, for reads and writes by guest physical address.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// The sealed memfd, to be handed to back ends.
+    #[must_use]
+    pub fn memfd(&self) -> BorrowedFd<'_> {
+        self.memfd.as_fd()
+    }
+
+    /// Bytes of RAM.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The contiguous pieces, in order of guest address.
+    pub fn regions(&self) -> impl Iterator<Item = RamRegion> + '_ {
+        self.memory.iter().map(|region| RamRegion {
+            guest_address: region.start_addr().0,
+            size: region.len(),
+            memfd_offset: region.file_offset().map_or(0, FileOffset::start),
+            host_address: region.get_mmap().as_ptr() as u64,
+        })
+    }
+
+    /// Allocates the pages of [start, start + size) now, so that what is copied there next does
+    /// not fault page by page. Advice only: a range outside RAM or a refusal changes nothing.
+    pub fn populate(&self, start: u64, size: u64) {
+        const PAGE: u64 = 4096;
+        let Some(end) = start
+            .checked_add(size)
+            .and_then(|e| e.checked_next_multiple_of(PAGE))
+        else {
+            return;
+        };
+        let start = start & !(PAGE - 1);
+        for region in self.regions() {
+            let from = start.max(region.guest_address);
+            let to = end.min(region.guest_address + region.size);
+            if from < to {
+                let address = region.host_address + (from - region.guest_address);
+                // SAFETY: [address, address + to - from) lies in our own mapping of this region;
+                // MADV_POPULATE_WRITE changes no contents.
+                unsafe {
+                    libc::madvise(address as *mut _, (to - from) as usize, libc::MADV_POPULATE_WRITE);
+                }
+            }
+        }
+    }
+}
+
+fn map(memfd: &Arc<File>, size: u64, huge: bool) -> io::Result<GuestMemoryMmap> {
+    let mut offset = 0;
+    let mut regions = Vec::new();
+    for (start, len) in ram_ranges(size) {
+        let mapping = MmapRegionBuilder::new(len as usize)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_file_offset(FileOffset::from_arc(memfd.clone(), offset))
+            .with_hugetlbfs(huge)
+            .build()
+            .map_err(io::Error::other)?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(start))
+            .ok_or_else(|| io::Error::other("guest address overflows"))?;
+        regions.push(region);
+        offset += len;
+    }
+    GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn ram_is_sealed_against_shrinking_growing_and_unsealing() {
+        let ram = GuestRam::new(machine::MIN_MEMORY, None).unwrap();
+        let file = File::from(ram.memfd().try_clone_to_owned().unwrap());
+        assert_eq!(file.set_len(0).unwrap_err().raw_os_error(), Some(libc::EPERM));
+        assert_eq!(
+            file.set_len(1 << 40).unwrap_err().raw_os_error(),
+            Some(libc::EPERM)
+        );
+        assert!(fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).is_err());
+    }
+
+    #[test]
+    fn five_gibibytes_are_two_regions_of_one_memfd() {
+        let ram = GuestRam::new(5 << 30, None).unwrap();
+        let regions: Vec<_> = ram.regions().collect();
+        assert_eq!(regions.len(), 2);
+        assert_eq!(regions[1].guest_address, machine::HIGH_RAM_START);
+        assert_eq!(regions[1].memfd_offset, regions[0].size);
+        let top = GuestAddress(machine::HIGH_RAM_START + (2 << 30) - 8);
+        ram.memory().write_obj(7u64, top).unwrap();
+        assert!(
+            ram.memory()
+                .write_obj(7u64, GuestAddress(machine::PCI_HOLE_START))
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn sizes_that_cannot_be_are_refused_by_reason() {
+        assert!(matches!(GuestRam::new(1 << 20, None), Err(RamError::Size(_))));
+        assert!(matches!(
+            GuestRam::new((32 << 20) + 1, None),
+            Err(RamError::Alignment { .. })
+        ));
+        assert!(matches!(
+            GuestRam::new(33 << 20, Some(2 << 20)),
+            Err(RamError::Alignment { .. })
+        ));
+        assert!(matches!(
+            GuestRam::new(32 << 20, Some(4 << 20)),
+            Err(RamError::HugePageSize(_))
+        ));
+    }
+}
