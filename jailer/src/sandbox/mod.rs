@@ -1,0 +1,89 @@
+//! The jail, from both sides: what the spawner does to a child before it executes, and what each
+//! process does to itself as the last step before it serves.
+//!
+//! [`lockdown`] returns the token that serving loops take, so that serving unconfined does not
+//! compile.
+
+pub mod caps;
+mod landlock;
+mod rlimit;
+mod role;
+mod seccomp;
+
+pub use role::{ParseRoleError, Role, SeccompMode};
+pub use seccomp::{Rule, rules};
+
+/// Proof that this process has locked itself down. Only [`lockdown`] and [`lockdown_main`] make
+/// one.
+#[derive(Debug)]
+pub struct Locked(());
+
+/// What stopped a lockdown. The process must not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum LockdownError {
+    /// Making the process non-dumpable.
+    #[error("cannot make the process non-dumpable")]
+    Dumpable(#[source] std::io::Error),
+    /// Setting a resource limit.
+    #[error("cannot set the limit {0}")]
+    Limit(&'static str, #[source] std::io::Error),
+    /// Dropping capabilities.
+    #[error("cannot drop capabilities")]
+    Capabilities(#[source] std::io::Error),
+    /// Setting no_new_privs.
+    #[error("cannot set no_new_privs")]
+    NoNewPrivs(#[source] std::io::Error),
+    /// Denying paths by Landlock, on a kernel that has it.
+    #[error("cannot restrict paths with Landlock")]
+    Landlock(#[source] ::landlock::RulesetError),
+    /// Installing the filter.
+    #[error("cannot install the system call filter of role {0}")]
+    Seccomp(Role, #[source] seccompiler::Error),
+}
+
+/// Locks the whole process down: not dumpable, resource limits, no capabilities, no_new_privs,
+/// no paths (Landlock), then `role`'s system call filter on every thread.
+///
+/// Capabilities and Landlock are properties of a thread, which the threads it makes inherit: call
+/// this before other threads exist, or accept that for them the filter alone stands.
+///
+/// # Errors
+/// Any [`LockdownError`]; the process may be confined in part and must end.
+pub fn lockdown(role: Role, mode: SeccompMode) -> Result<Locked, LockdownError> {
+    confine()?;
+    seccomp::install(role, mode, seccomp::Threads::All)?;
+    Ok(Locked(()))
+}
+
+/// As [`lockdown`], but the filter holds for the calling thread only (and threads it makes): for
+/// a process whose threads have roles of their own.
+///
+/// # Errors
+/// As [`lockdown`].
+pub fn lockdown_main(role: Role, mode: SeccompMode) -> Result<Locked, LockdownError> {
+    confine()?;
+    seccomp::install(role, mode, seccomp::Threads::Calling)?;
+    Ok(Locked(()))
+}
+
+/// Gives the calling thread what is per thread: no capabilities, no paths, and `role`'s filter. A
+/// vCPU thread calls it with [`Role::Vcpu`] as its last step before KVM_RUN.
+///
+/// # Errors
+/// As [`lockdown`].
+pub fn lockdown_thread(role: Role, mode: SeccompMode) -> Result<(), LockdownError> {
+    confine_thread()?;
+    seccomp::install(role, mode, seccomp::Threads::Calling)
+}
+
+fn confine() -> Result<(), LockdownError> {
+    nix::sys::prctl::set_dumpable(false).map_err(|e| LockdownError::Dumpable(e.into()))?;
+    rlimit::limit_self()?;
+    confine_thread()
+}
+
+fn confine_thread() -> Result<(), LockdownError> {
+    caps::drop_all().map_err(LockdownError::Capabilities)?;
+    nix::sys::prctl::set_no_new_privs().map_err(|e| LockdownError::NoNewPrivs(e.into()))?;
+    landlock::deny_paths().map_err(LockdownError::Landlock)
+}

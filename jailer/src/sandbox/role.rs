@@ -1,0 +1,111 @@
+//! Who a process or thread is, which decides what it may call.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// The part that a process or thread plays; each has a policy of its own.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Role {
+    /// vhost-user-blk.
+    Disk,
+    /// vhost-user-net.
+    Net,
+    /// The vmm's main thread and its device threads.
+    Vmm,
+    /// The vmm's vCPU threads.
+    Vcpu,
+    /// bulkhead-supervisor.
+    Supervisor,
+    /// `bulkhead run` once everything is spawned.
+    Spawner,
+}
+
+impl Role {
+    /// Every role.
+    pub const ALL: [Self; 6] = [
+        Self::Disk,
+        Self::Net,
+        Self::Vmm,
+        Self::Vcpu,
+        Self::Supervisor,
+        Self::Spawner,
+    ];
+
+    /// The name in policies' file names and on command lines.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Disk => "disk",
+            Self::Net => "net",
+            Self::Vmm => "vmm",
+            Self::Vcpu => "vcpu",
+            Self::Supervisor => "supervisor",
+            Self::Spawner => "spawner",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A text that names no role or no mode.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{given}' is none of {known}")]
+pub struct ParseRoleError {
+    given: String,
+    known: &'static str,
+}
+
+impl FromStr for Role {
+    type Err = ParseRoleError;
+
+    fn from_str(text: &str) -> Result<Self, ParseRoleError> {
+        Self::ALL
+            .into_iter()
+            .find(|role| role.name() == text)
+            .ok_or_else(|| ParseRoleError {
+                given: text.to_owned(),
+                known: "disk, net, vmm, vcpu, supervisor, spawner",
+            })
+    }
+}
+
+/// What becomes of a system call that the policy does not allow.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum SeccompMode {
+    /// The process is killed.
+    #[default]
+    Enforce,
+    /// It passes, and the kernel's log names it. For finding what a policy lacks.
+    Log,
+    /// No filter is installed. For debugging only: whoever chooses it is warned.
+    Off,
+}
+
+impl fmt::Display for SeccompMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Enforce => "enforce",
+            Self::Log => "log",
+            Self::Off => "off",
+        })
+    }
+}
+
+impl FromStr for SeccompMode {
+    type Err = ParseRoleError;
+
+    fn from_str(text: &str) -> Result<Self, ParseRoleError> {
+        match text {
+            "enforce" => Ok(Self::Enforce),
+            "log" => Ok(Self::Log),
+            "off" => Ok(Self::Off),
+            _ => Err(ParseRoleError {
+                given: text.to_owned(),
+                known: "enforce, log, off",
+            }),
+        }
+    }
+}

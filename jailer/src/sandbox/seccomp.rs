@@ -1,0 +1,59 @@
+//! System call filters: stops a taken-over process from asking the kernel for what its role
+//! never needs.
+
+use super::{LockdownError, Role, SeccompMode};
+use seccompiler::sock_filter;
+
+/// One line of a policy, as embedded.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Rule {
+    /// The system call's name.
+    pub syscall: &'static str,
+    /// The condition on its arguments, in the policy's language; empty: none.
+    pub condition: &'static str,
+    /// Why it is allowed.
+    pub reason: &'static str,
+    /// `FILE:LINE` in `jailer/policy`.
+    pub place: &'static str,
+}
+
+/// A role's two programs.
+struct Compiled {
+    enforce: &'static [sock_filter],
+    log: &'static [sock_filter],
+}
+
+mod compiled {
+    use super::{Compiled, Rule};
+    use crate::sandbox::Role;
+    use seccompiler::sock_filter;
+
+    include!(concat!(env!("OUT_DIR"), "/policies.rs"));
+}
+
+/// The rules of `role`, in the order of its policy file.
+pub fn rules(role: Role) -> &'static [Rule] {
+    compiled::rules(role)
+}
+
+/// Which threads a filter is installed on.
+pub(super) enum Threads {
+    /// All of the process, at once.
+    All,
+    /// The caller.
+    Calling,
+}
+
+pub(super) fn install(role: Role, mode: SeccompMode, threads: Threads) -> Result<(), LockdownError> {
+    let programs = compiled::compiled(role);
+    let program = match mode {
+        SeccompMode::Enforce => programs.enforce,
+        SeccompMode::Log => programs.log,
+        SeccompMode::Off => return Ok(()),
+    };
+    match threads {
+        Threads::All => seccompiler::apply_filter_all_threads(program),
+        Threads::Calling => seccompiler::apply_filter(program),
+    }
+    .map_err(|e| LockdownError::Seccomp(role, e))
+}
