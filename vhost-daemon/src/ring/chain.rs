@@ -1,0 +1,72 @@
+//! A descriptor chain that was checked from end to end.
+
+use crate::memory::{GuestMemory, Segments};
+use std::sync::Arc;
+use vm_memory::VolatileSlice;
+
+/// One request of the driver: a readable buffer, then a writable one, each of any framing
+/// (virtio 1.3, 2.7.4). Holds the memory that it points into, so a change of the memory table
+/// cannot unmap it.
+///
+/// It must go back to its ring, by [`Ring::complete`](super::Ring::complete) or
+/// [`Ring::put_back`](super::Ring::put_back), before the ring stops.
+#[derive(Debug)]
+#[must_use = "a chain that is not completed is lost to the driver"]
+pub struct Chain {
+    pub(super) head: u16,
+    pub(super) memory: Arc<GuestMemory>,
+    pub(super) readable: Segments,
+    pub(super) writable: Segments,
+}
+
+impl Chain {
+    /// The chain's name on its ring: unique among those that the device holds.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Bytes that the device may read.
+    pub fn readable_length(&self) -> usize {
+        self.readable.length()
+    }
+
+    /// Bytes that the device may write.
+    pub fn writable_length(&self) -> usize {
+        self.writable.length()
+    }
+
+    /// Copies readable bytes from `offset` into `target`; returns how many there were.
+    pub fn read_at(&self, offset: usize, target: &mut [u8]) -> usize {
+        let mut slices = Vec::with_capacity(2);
+        self.readable_slices(offset, target.len(), &mut slices);
+        let mut done = 0;
+        for slice in slices {
+            done += slice.copy_to(&mut target[done..]);
+        }
+        done
+    }
+
+    /// Copies `source` to the writable bytes from `offset`; returns how many there was room for.
+    pub fn write_at(&self, offset: usize, source: &[u8]) -> usize {
+        let mut slices = Vec::with_capacity(2);
+        self.writable_slices(offset, source.len(), &mut slices);
+        let mut done = 0;
+        for slice in slices {
+            let count = slice.len();
+            slice.copy_from(&source[done..done + count]);
+            done += count;
+        }
+        done
+    }
+
+    /// Appends the memory of `length` readable bytes from `offset` (fewer at the end): for I/O that
+    /// only reads it. The slices are not to be written through.
+    pub fn readable_slices<'c>(&'c self, offset: usize, length: usize, slices: &mut Vec<VolatileSlice<'c>>) {
+        self.readable.slices(&self.memory, offset, length, slices);
+    }
+
+    /// Appends the memory of `length` writable bytes from `offset` (fewer at the end).
+    pub fn writable_slices<'c>(&'c self, offset: usize, length: usize, slices: &mut Vec<VolatileSlice<'c>>) {
+        self.writable.slices(&self.memory, offset, length, slices);
+    }
+}
