@@ -1,1 +1,3 @@
-//! Skeleton.
+//! Fixture library of the tests, the nested runner, and what the two commands are made of.
+
+pub mod artifacts;

@@ -1,9 +1,28 @@
-//! Skeleton.
+//! The tiny guest: long mode, its work in ring 3, virtio-pci block and net.
+//!
+//! The kernel command line chooses the scenario (`scenario=NAME` and its parameters); results are
+//! lines `key=value` on COM1, the last one `result=ok` or `result=fail REASON`; then it powers off.
 #![cfg_attr(target_os = "none", no_std, no_main)]
+
 #[cfg(not(target_os = "none"))]
-fn main() {}
+fn main() {
+    eprintln!("tiny-guest is a guest: build it for x86_64-unknown-none");
+}
+
+#[cfg(target_os = "none")]
+mod boot;
+#[cfg(target_os = "none")]
+mod cpu;
+#[cfg(target_os = "none")]
+mod parameters;
+#[cfg(target_os = "none")]
+mod scenario;
+#[cfg(target_os = "none")]
+mod serial;
+
 #[cfg(target_os = "none")]
 #[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
+fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
+    serial::line!("result=fail panic: {}", info.message());
+    cpu::power_off()
 }
