@@ -6,5 +6,7 @@
 
 pub mod control;
 pub mod machine;
+pub mod run_state;
 pub mod size;
 pub mod spec;
+pub mod supervise;

@@ -1,0 +1,99 @@
+//! What is known of a running VM from outside: `state.json` in its run-time folder
+//! (`$XDG_RUNTIME_DIR/bulkhead/NAME`, or `/tmp/bulkhead-UID/NAME`).
+//!
+//! The spawner writes it whole and renames it into place: once when every process runs, again
+//! when the guest runs, and again when the VM is over. Times are CLOCK_MONOTONIC nanoseconds.
+
+use serde::{Deserialize, Serialize};
+
+/// Name of the file in the VM's run-time folder.
+pub const FILE_NAME: &str = "state.json";
+/// Version of this format.
+pub const VERSION: u16 = 1;
+
+/// A VM's processes and times.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct RunState {
+    /// [`VERSION`].
+    pub version: u16,
+    /// The VM's name.
+    pub name: String,
+    /// Every process, the spawner first.
+    pub processes: Vec<ProcessState>,
+    /// When the launcher started.
+    pub launched_ns: u64,
+    /// When the last process had been made.
+    pub spawned_ns: u64,
+    /// When the vmm started to build the machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine_started_ns: Option<u64>,
+    /// Just before the guest's first instruction.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_instruction_ns: Option<u64>,
+    /// When the VM was over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended_ns: Option<u64>,
+    /// The exit code that `bulkhead run` ends with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<u8>,
+}
+
+/// What a process does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ProcessRole {
+    /// Made every other process, reaps them and cleans up.
+    Spawner,
+    /// Cleans up should the spawner die.
+    Reaper,
+    /// Console, logs, deadlines.
+    Supervisor,
+    /// KVM and the guest.
+    Vmm,
+    /// vhost-user-blk.
+    Disk,
+    /// vhost-user-net.
+    Net,
+    /// Holds the network namespace of a `private` NIC; enter it to reach the TAP's other side.
+    NetNamespace,
+}
+
+impl ProcessRole {
+    /// The role's policy in `jailer/policy`, where the process has one.
+    pub fn policy(self) -> Option<&'static str> {
+        match self {
+            Self::Spawner => Some("spawner"),
+            Self::Supervisor => Some("supervisor"),
+            Self::Vmm => Some("vmm"),
+            Self::Disk => Some("disk"),
+            Self::Net => Some("net"),
+            Self::Reaper | Self::NetNamespace => None,
+        }
+    }
+}
+
+/// One process.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ProcessState {
+    /// `spawner`, `reaper`, `supervisor`, `vmm`, or a device's id.
+    pub name: String,
+    /// What it does.
+    pub role: ProcessRole,
+    /// Its process id in the launcher's namespace.
+    pub pid: i32,
+    /// Whether it runs in a jail of its own namespaces.
+    pub jailed: bool,
+    /// The file descriptors it was executed with; empty where nothing was executed.
+    pub fds: Vec<FdState>,
+}
+
+/// One descriptor at exec.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct FdState {
+    /// Its number.
+    pub number: i32,
+    /// What it is, as `--dry-run` says it.
+    pub what: String,
+}

@@ -1,0 +1,84 @@
+//! Messages between the spawner and the supervisor; transport and envelope as in
+//! [`crate::control`].
+
+use crate::control::FdNumber;
+use crate::run_state::ProcessRole;
+use serde::{Deserialize, Serialize};
+
+/// Everything the supervisor needs, sent once as the first message on its control socket.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct SupervisorConfig {
+    /// Control socket to the vmm.
+    pub vmm: FdNumber,
+    /// The console: stream socket to the vmm.
+    pub console: FdNumber,
+    /// Where console input comes from; absent: nowhere.
+    pub input: Option<FdNumber>,
+    /// Where console output goes; absent: it is read and dropped.
+    pub output: Option<FdNumber>,
+    /// Input is a terminal in raw mode: Ctrl-A x ends the VM.
+    pub escape: bool,
+    /// The jailed processes other than the supervisor. [`ToSupervisor::Exited`] counts them from 0.
+    pub processes: Vec<SupervisedProcess>,
+    /// Seconds that a guest has to power off once asked.
+    pub power_off_grace: u32,
+    /// Log lines are JSON objects.
+    pub log_json: bool,
+}
+
+/// A process as the supervisor sees it.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct SupervisedProcess {
+    /// `vmm` or the device's id.
+    pub name: String,
+    /// What it does.
+    pub role: ProcessRole,
+    /// Its process id outside its namespace, for messages.
+    pub pid: i32,
+    /// Read end of the pipe that is its standard output and standard error.
+    pub log: FdNumber,
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum ExitStatus {
+    /// It exited with this code.
+    Code(u8),
+    /// This signal killed it.
+    Signal(u8),
+}
+
+/// From the spawner to the supervisor.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub enum ToSupervisor {
+    /// The first message.
+    Start(Box<SupervisorConfig>),
+    /// A process ended and was reaped.
+    Exited {
+        /// Its place in [`SupervisorConfig::processes`].
+        process: u16,
+        /// How.
+        status: ExitStatus,
+    },
+    /// The person (Ctrl-C) or the system (SIGTERM) asks for the guest to power off.
+    PowerOff,
+}
+
+/// From the supervisor to the spawner.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub enum FromSupervisor {
+    /// The guest runs; times as in [`crate::control::FromVmm::Running`].
+    Running {
+        /// When the vmm started to build the machine.
+        started_ns: u64,
+        /// Just before the first KVM_RUN.
+        first_instruction_ns: u64,
+    },
+    /// Kill every process but the supervisor: a deadline passed.
+    KillAll,
+    /// The VM is over and its logs are written; the supervisor exits next.
+    Finished {
+        /// Exit code of `bulkhead run` ([`crate::control::exit_code`]).
+        code: u8,
+    },
+}
