@@ -1,1 +1,20 @@
-//! Skeleton.
+//! Kernels, initial RAM disks and root file systems for guests, from the distribution's own
+//! packages, without root.
+//!
+//! Everything lands in a content-addressed [`cache::Cache`]; a second call with the same recipe
+//! and package versions only looks it up.
+#![forbid(unsafe_code)]
+
+pub mod apt;
+pub mod bzimage;
+pub mod cache;
+mod command;
+pub mod cpio;
+mod error;
+pub mod initramfs;
+pub mod kernel;
+pub mod modules;
+pub mod progress;
+mod sources;
+
+pub use error::{Error, Result};

@@ -1,2 +1,86 @@
-//! Skeleton.
-fn main() {}
+//! `cargo demo`.
+
+use clap::{Parser, Subcommand};
+use integration_tests::nested::{self, Ended, Job, Nested};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Boots a stock Debian guest in jailed processes and shows what runs.
+#[derive(Parser)]
+#[command(name = "cargo demo")]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Option<Verb>,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Run shell commands in an emulated machine with a real KVM, whose root is this machine's
+    /// file tree (writes stay in its memory).
+    NestedShell {
+        /// RAM of the outer machine in MiB.
+        #[arg(long, default_value_t = 3072)]
+        memory: u32,
+        /// Seconds that each command may take.
+        #[arg(long, default_value_t = 300)]
+        deadline: u64,
+        /// A folder that both sides write, at the same path.
+        #[arg(long)]
+        shared: Option<PathBuf>,
+        /// Show the outer kernel's console.
+        #[arg(long)]
+        console: bool,
+        /// Each argument is one command for /bin/sh, run in turn in one boot; a failing one ends it.
+        #[arg(required = true)]
+        commands: Vec<String>,
+    },
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    nested::agent::intercept();
+    match Arguments::parse().verb {
+        Some(Verb::NestedShell {
+            memory,
+            deadline,
+            shared,
+            console,
+            commands,
+        }) => {
+            let options = nested::Options {
+                memory_mib: memory,
+                shared,
+                console,
+                ..Default::default()
+            };
+            nested_shell(&options, Duration::from_secs(deadline), &commands)
+        }
+        None => {
+            println!("demo: nothing yet");
+            Ok(ExitCode::FAILURE)
+        }
+    }
+}
+
+/// Exit code of the first command that fails, else 0.
+fn nested_shell(
+    options: &nested::Options,
+    deadline: Duration,
+    commands: &[String],
+) -> anyhow::Result<ExitCode> {
+    let mut nested = Nested::boot(options)?;
+    let mut code = ExitCode::SUCCESS;
+    for command in commands {
+        let ended = nested.run_through(&Job::new(&["/bin/sh", "-c", command], deadline))?;
+        if !ended.success() {
+            eprintln!("nested: '{command}' {ended:?}");
+            code = match ended {
+                Ended::Exited(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
+                Ended::Signalled(_) | Ended::TimedOut | Ended::NotStarted(_) => ExitCode::FAILURE,
+            };
+            break;
+        }
+    }
+    nested.power_off()?;
+    Ok(code)
+}

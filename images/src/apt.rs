@@ -1,0 +1,220 @@
+//! Debian packages without root: apt with a state folder of its own.
+
+use crate::cache::{Cache, Recipe, text};
+use crate::command::run;
+use crate::error::At;
+use crate::progress::Step;
+use crate::{Error, Result, sources};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, SystemTime};
+
+/// Package lists older than this are fetched again.
+const LISTS_FRESH_FOR: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// apt, pointed at the sources of the machine's release plus its backports.
+#[derive(Debug)]
+pub struct Apt {
+    cache: Cache,
+    folder: PathBuf,
+    codename: String,
+}
+
+/// A package in one version.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Package {
+    /// The package's name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// Packages that it depends on, names only, in the order of the Depends field.
+    pub depends: Vec<String>,
+}
+
+impl Apt {
+    /// Prepares apt; fetches the package lists if there are none or they are old. Lists that
+    /// cannot be renewed are used as they are.
+    ///
+    /// # Errors
+    /// No Debian source, no lists and no network, or no apt.
+    pub fn open(cache: &Cache) -> Result<Self> {
+        let codename = codename(Path::new("/etc/os-release"))?;
+        let machine = sources::machine_sources(Path::new("/etc/apt"));
+        let list =
+            sources::for_release(&machine, &codename).ok_or_else(|| Error::NoSource(codename.clone()))?;
+        let folder = cache.root().join("apt").join(&codename);
+        for part in ["state/lists/partial", "cache/archives/partial", "empty"] {
+            let path = folder.join(part);
+            std::fs::create_dir_all(&path).at("make the folder", path)?;
+        }
+        let apt = Self {
+            cache: cache.clone(),
+            folder,
+            codename,
+        };
+        let _lock = cache.lock("apt")?;
+        apt.renew(&list)?;
+        Ok(apt)
+    }
+
+    /// The release's code name, such as `bookworm`.
+    #[must_use]
+    pub fn codename(&self) -> &str {
+        &self.codename
+    }
+
+    /// The sources that this uses, one deb822 file; for tools that bootstrap a system.
+    #[must_use]
+    pub fn sources_file(&self) -> PathBuf {
+        self.folder.join("bulkhead.sources")
+    }
+
+    /// The newest version of a package, in `suite` if given.
+    ///
+    /// # Errors
+    /// [`Error::NoPackage`] if there is none.
+    pub fn find(&self, name: &str, suite: Option<&str>) -> Result<Package> {
+        let wanted = suite.map_or_else(|| name.to_owned(), |suite| format!("{name}/{suite}"));
+        let shown = run(
+            self.tool("apt-cache")
+                .args(["show", "--no-all-versions", &wanted]),
+            "apt",
+        );
+        let shown = shown.map_err(|_| Error::NoPackage(wanted.clone()))?;
+        let shown = String::from_utf8_lossy(&shown);
+        parse_show(&shown).ok_or(Error::NoPackage(wanted))
+    }
+
+    /// The package's files, unpacked.
+    ///
+    /// # Errors
+    /// The package cannot be fetched or unpacked.
+    pub fn unpacked(&self, package: &Package) -> Result<PathBuf> {
+        let recipe = Recipe::new("package", 1)
+            .with(&package.name)
+            .with(&package.version);
+        self.cache.entry(recipe, |folder| {
+            let step = Step::start(&format!("fetch {} {}", package.name, package.version));
+            let download = folder.join("download");
+            std::fs::create_dir(&download).at("make the folder", &download)?;
+            let exact = format!("{}={}", package.name, package.version);
+            run(
+                self.tool("apt-get")
+                    .args(["download", &exact])
+                    .current_dir(&download),
+                "apt",
+            )?;
+            step.now(&format!("unpack {} {}", package.name, package.version));
+            let archive = only_file(&download)?;
+            run(
+                Command::new("dpkg-deb").arg("-x").arg(&archive).arg(folder),
+                "dpkg",
+            )?;
+            std::fs::remove_dir_all(&download).at("remove", &download)
+        })
+    }
+
+    fn renew(&self, list: &str) -> Result<()> {
+        let file = self.sources_file();
+        let same = std::fs::read_to_string(&file).is_ok_and(|old| old == list);
+        let stamp = self.folder.join("updated");
+        if same && age(&stamp).is_some_and(|age| age < LISTS_FRESH_FOR) {
+            return Ok(());
+        }
+        std::fs::write(&file, list).at("write", &file)?;
+        let _step = Step::start("fetch package lists");
+        match run(
+            self.tool("apt-get").args(["update", "-q", "--error-on=any"]),
+            "apt",
+        ) {
+            Ok(_) => std::fs::write(&stamp, "").at("write", &stamp),
+            Err(error) if same && stamp.exists() => {
+                tracing::warn!("{error}; the lists of an earlier day are used");
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// An apt tool with this state; the machine's own configuration (proxies and the like) holds.
+    fn tool(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        let folder = self.folder.display();
+        for option in [
+            format!("Dir::State={folder}/state"),
+            "Dir::State::status=/dev/null".to_owned(),
+            format!("Dir::Cache={folder}/cache"),
+            format!("Dir::Etc::SourceList={}", self.sources_file().display()),
+            format!("Dir::Etc::SourceParts={folder}/empty"),
+            format!("Dir::Etc::PreferencesParts={folder}/empty"),
+            format!("Dir::Etc::Preferences={folder}/no-preferences"),
+            // As root apt would drop to a user that cannot write here.
+            "APT::Sandbox::User=".to_owned(),
+            "Acquire::Languages=none".to_owned(),
+            "Acquire::Retries=3".to_owned(),
+        ] {
+            command.arg("-o").arg(option);
+        }
+        command
+            .env("LC_ALL", "C.UTF-8")
+            .env("DEBIAN_FRONTEND", "noninteractive");
+        command
+    }
+}
+
+/// The release's code name from os-release.
+fn codename(os_release: &Path) -> Result<String> {
+    let content = std::fs::read_to_string(os_release).at("read", os_release)?;
+    content
+        .lines()
+        .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
+        .map(|name| name.trim_matches('"').to_owned())
+        .ok_or_else(|| Error::NoSource("unknown".to_owned()))
+}
+
+fn age(file: &Path) -> Option<Duration> {
+    SystemTime::now()
+        .duration_since(file.metadata().ok()?.modified().ok()?)
+        .ok()
+}
+
+fn only_file(folder: &Path) -> Result<PathBuf> {
+    let mut entries = std::fs::read_dir(folder).at("list", folder)?.flatten();
+    let first = entries
+        .next()
+        .ok_or_else(|| Error::NoPackage(text(folder).unwrap_or("?").to_owned()))?;
+    Ok(first.path())
+}
+
+fn parse_show(shown: &str) -> Option<Package> {
+    let paragraph = shown.split("\n\n").next()?;
+    let field = |name: &str| {
+        paragraph
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
+            .map(str::to_owned)
+    };
+    let depends = field("Depends").unwrap_or_default();
+    let first_word = |part: &str| part.split_whitespace().next().map(str::to_owned);
+    Some(Package {
+        name: field("Package")?,
+        version: field("Version")?,
+        depends: depends.split(',').filter_map(first_word).collect(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_what_apt_cache_shows() {
+        let shown = "Package: linux-image-amd64\nVersion: 6.12-1\nDepends: linux-image-6.12-amd64 (= 6.12-1), x | y\n\n\
+                     Package: other\nVersion: 1\n";
+        let package = parse_show(shown).unwrap();
+        assert_eq!(package.name, "linux-image-amd64");
+        assert_eq!(package.version, "6.12-1");
+        assert_eq!(package.depends, ["linux-image-6.12-amd64", "x"]);
+        assert_eq!(parse_show(""), None);
+    }
+}

@@ -1,0 +1,82 @@
+//! What can go wrong while images are built.
+
+use std::path::PathBuf;
+
+/// Why an image could not be built. Each message says what failed; the source says why, and
+/// where something can be done about it the message ends with what.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file could not be read, written or made.
+    #[error("cannot {verb} {}", path.display())]
+    File {
+        /// What was tried, such as "read".
+        verb: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A program that this needs is not installed.
+    #[error("cannot run '{program}': install the Debian package '{package}'")]
+    Missing {
+        /// The program.
+        program: String,
+        /// The package that has it.
+        package: &'static str,
+        /// Why it could not be started.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A program ended with an error.
+    #[error("{command} failed ({status}): {stderr}")]
+    Command {
+        /// The command line.
+        command: String,
+        /// How it ended.
+        status: String,
+        /// The end of what it wrote to standard error.
+        stderr: String,
+    },
+    /// No package of this name in any configured suite.
+    #[error("no package '{0}' in the configured apt sources: is the suite listed, is the network up?")]
+    NoPackage(String),
+    /// The machine has no apt source this can use.
+    #[error("no Debian source for release '{0}' in /etc/apt/sources.list or sources.list.d")]
+    NoSource(String),
+    /// A file does not have the format that it should have.
+    #[error("{}: {what}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A kernel module, or one that it needs, is neither a file nor built in.
+    #[error("kernel {release} has no module '{module}'")]
+    NoModule {
+        /// The module's name.
+        module: String,
+        /// The kernel's release.
+        release: String,
+    },
+}
+
+/// This crate's result.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Names the file in an I/O error.
+pub(crate) trait At<T> {
+    /// Wraps an error with what was tried on which file.
+    fn at(self, verb: &'static str, path: impl Into<PathBuf>) -> Result<T>;
+}
+
+impl<T> At<T> for std::io::Result<T> {
+    fn at(self, verb: &'static str, path: impl Into<PathBuf>) -> Result<T> {
+        self.map_err(|source| Error::File {
+            verb,
+            path: path.into(),
+            source,
+        })
+    }
+}

@@ -1,0 +1,109 @@
+//! Initial RAM disks: busybox, a script as /init, the kernel modules it loads, other files.
+
+use crate::apt::Apt;
+use crate::cache::{Cache, Recipe};
+use crate::cpio::Archive;
+use crate::error::At;
+use crate::kernel::Kernel;
+use crate::{Error, Result};
+use std::path::{Path, PathBuf};
+
+/// What every /init begins with: the kernel's file systems, and the modules in their order.
+const PRELUDE: &str = "#!/bin/busybox sh\n\
+    /bin/busybox mkdir -p /proc /sys /dev /tmp /run\n\
+    /bin/busybox mount -t proc proc /proc\n\
+    /bin/busybox mount -t sysfs sys /sys\n\
+    /bin/busybox mount -t devtmpfs dev /dev\n\
+    export PATH=/bin\n\
+    for module in $(/bin/busybox cat /modules/order); do\n\
+    /bin/busybox insmod /modules/$module.ko || echo \"init: cannot load $module\"\n\
+    done\n";
+
+/// What an initial RAM disk holds.
+#[derive(Debug)]
+pub struct Initramfs<'a> {
+    /// The kernel whose modules it carries.
+    pub kernel: &'a Kernel,
+    /// Modules to load, by name; what they need comes along.
+    pub modules: &'a [&'a str],
+    /// Shell script: what /init does once the modules are loaded. /proc, /sys and /dev are mounted.
+    pub script: &'a str,
+    /// Further files: name in the archive (folders are made), permissions, content.
+    pub files: &'a [(&'a str, u32, &'a [u8])],
+}
+
+impl Initramfs<'_> {
+    /// Builds it, or finds it in the cache. Not compressed: unpacking costs a guest more than
+    /// loading.
+    ///
+    /// # Errors
+    /// A module or busybox is missing, or the file system fails.
+    pub fn build(&self, cache: &Cache, apt: &Apt) -> Result<PathBuf> {
+        let busybox = busybox(apt)?;
+        let mut recipe = Recipe::new("initramfs", 2)
+            .with(&self.kernel.release)
+            .with(crate::cache::text(&self.kernel.modules)?)
+            .with(crate::cache::text(&busybox)?)
+            .with(PRELUDE)
+            .with(self.script);
+        for module in self.modules {
+            recipe = recipe.with(module);
+        }
+        for (name, mode, content) in self.files {
+            recipe = recipe.with(name).with(mode.to_le_bytes()).with(content);
+        }
+        let entry = cache.entry(recipe, |folder| {
+            let path = folder.join("initramfs.cpio");
+            std::fs::write(&path, self.archive(&busybox)?).at("write", &path)
+        })?;
+        Ok(entry.join("initramfs.cpio"))
+    }
+
+    fn archive(&self, busybox: &Path) -> Result<Vec<u8>> {
+        let mut archive = Archive::default();
+        for folder in ["bin", "dev", "modules"] {
+            archive.folder(folder);
+        }
+        archive.character_device("dev/console", 5, 1);
+        let program = std::fs::read(busybox).at("read", busybox)?;
+        archive.file("bin/busybox", 0o755, &program);
+        archive.link("bin/sh", "busybox");
+        let mut order = String::new();
+        for module in self.kernel.modules()?.resolve(self.modules)? {
+            order = order + &module.name + "\n";
+            archive.file(&format!("modules/{}.ko", module.name), 0o644, &module.object);
+        }
+        archive.file("modules/order", 0o644, order.as_bytes());
+        let mut folders = vec!["bin".to_owned(), "dev".to_owned(), "modules".to_owned()];
+        for (name, mode, content) in self.files {
+            for ancestor in Path::new(name)
+                .ancestors()
+                .skip(1)
+                .collect::<Vec<_>>()
+                .into_iter()
+                .rev()
+            {
+                let ancestor = ancestor.to_string_lossy().into_owned();
+                if !ancestor.is_empty() && !folders.contains(&ancestor) {
+                    archive.folder(&ancestor);
+                    folders.push(ancestor);
+                }
+            }
+            archive.file(name, *mode, content);
+        }
+        archive.file("init", 0o755, format!("{PRELUDE}{}", self.script).as_bytes());
+        Ok(archive.finish())
+    }
+}
+
+/// The statically linked busybox of the release.
+///
+/// # Errors
+/// The package cannot be fetched.
+pub fn busybox(apt: &Apt) -> Result<PathBuf> {
+    let package = apt.find("busybox-static", None)?;
+    let folder = apt.unpacked(&package)?;
+    let places = ["bin/busybox", "usr/bin/busybox"].map(|place| folder.join(place));
+    let found = places.into_iter().find(|place| place.exists());
+    found.ok_or_else(|| Error::NoPackage("busybox-static with busybox in it".to_owned()))
+}

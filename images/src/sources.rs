@@ -1,0 +1,208 @@
+//! The machine's own apt sources, from which this crate's are derived: no host is named here.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// One archive as apt knows it: a place, suites in it, components, and options such as the key.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Source {
+    uris: Vec<String>,
+    suites: Vec<String>,
+    components: Vec<String>,
+    options: BTreeMap<String, String>,
+}
+
+/// Reads every `deb` source of the machine; what cannot be read or parsed is skipped, as apt
+/// itself will say.
+pub(crate) fn machine_sources(etc_apt: &Path) -> Vec<Source> {
+    let mut files = vec![etc_apt.join("sources.list")];
+    if let Ok(entries) = std::fs::read_dir(etc_apt.join("sources.list.d")) {
+        files.extend(entries.flatten().map(|entry| entry.path()));
+    }
+    files.sort();
+    let mut sources = Vec::new();
+    for file in files {
+        let Ok(text) = std::fs::read_to_string(&file) else {
+            continue;
+        };
+        match file.extension().and_then(|extension| extension.to_str()) {
+            Some("list") => sources.extend(text.lines().filter_map(one_line)),
+            Some("sources") => sources.extend(paragraphs(&text).iter().filter_map(deb822)),
+            _ => {}
+        }
+    }
+    sources
+}
+
+/// The sources for one release, in deb822 form: everything that has a suite of `codename` (its
+/// updates and security suites among them), and `codename-backports` from the same place as the
+/// main suite. `None` if the machine has no source of that release.
+pub(crate) fn for_release(sources: &[Source], codename: &str) -> Option<String> {
+    let mut text = String::new();
+    let mut backports = None;
+    for source in sources {
+        let belongs = |suite: &&String| {
+            let name = suite.split('/').next().unwrap_or(suite);
+            name == codename
+                || name
+                    .strip_prefix(codename)
+                    .is_some_and(|rest| rest.starts_with('-'))
+        };
+        let suites: Vec<String> = source.suites.iter().filter(belongs).cloned().collect();
+        if suites.is_empty() {
+            continue;
+        }
+        if suites.iter().any(|suite| suite == codename) {
+            backports.get_or_insert_with(|| Source {
+                suites: vec![format!("{codename}-backports")],
+                ..source.clone()
+            });
+        }
+        let suites = suites
+            .into_iter()
+            .filter(|suite| !suite.ends_with("-backports"))
+            .collect::<Vec<_>>();
+        if !suites.is_empty() {
+            text += &Source {
+                suites,
+                ..source.clone()
+            }
+            .paragraph();
+        }
+    }
+    Some(text + &backports?.paragraph())
+}
+
+impl Source {
+    fn paragraph(&self) -> String {
+        let mut text = format!(
+            "Types: deb\nURIs: {}\nSuites: {}\nComponents: main\n",
+            self.uris.join(" "),
+            self.suites.join(" ")
+        );
+        for (name, value) in &self.options {
+            text += &format!("{name}: {value}\n");
+        }
+        text + "\n"
+    }
+}
+
+/// `deb [signed-by=K] URI SUITE COMPONENT...`
+fn one_line(line: &str) -> Option<Source> {
+    let line = line.split('#').next()?.trim().strip_prefix("deb")?;
+    let line = line.strip_prefix([' ', '\t'])?.trim_start();
+    let (options, rest) = match line.strip_prefix('[') {
+        Some(rest) => rest.split_once(']')?,
+        None => ("", line),
+    };
+    let mut words = rest.split_whitespace().map(str::to_owned);
+    let options = options
+        .split_whitespace()
+        .filter_map(|option| option.split_once('='));
+    Some(Source {
+        uris: vec![words.next()?],
+        suites: vec![words.next()?],
+        components: words.collect(),
+        options: kept(options),
+    })
+    .filter(|source| source.components.iter().any(|component| component == "main"))
+}
+
+fn deb822(fields: &BTreeMap<String, String>) -> Option<Source> {
+    let words = |name: &str| -> Option<Vec<String>> {
+        Some(fields.get(name)?.split_whitespace().map(str::to_owned).collect())
+    };
+    let enabled = fields
+        .get("enabled")
+        .is_none_or(|value| !matches!(value.trim(), "no" | "false"));
+    let source = Source {
+        uris: words("uris")?,
+        suites: words("suites")?,
+        components: words("components")?,
+        options: kept(fields.iter().map(|(name, value)| (name.as_str(), value.as_str()))),
+    };
+    let binary = words("types")?.iter().any(|kind| kind == "deb");
+    let main = source.components.iter().any(|component| component == "main");
+    (enabled && binary && main).then_some(source)
+}
+
+/// The options that matter for fetching: who signs, and whether that is waived.
+fn kept<'a>(options: impl Iterator<Item = (&'a str, &'a str)>) -> BTreeMap<String, String> {
+    options
+        .filter_map(|(name, value)| match name.to_ascii_lowercase().as_str() {
+            "signed-by" => Some(("Signed-By".to_owned(), value.to_owned())),
+            "trusted" => Some(("Trusted".to_owned(), value.to_owned())),
+            _ => None,
+        })
+        .collect()
+}
+
+/// Paragraphs of fields; a line that starts with a blank continues the field before it.
+fn paragraphs(text: &str) -> Vec<BTreeMap<String, String>> {
+    let mut all = vec![BTreeMap::new()];
+    let mut field: Option<String> = None;
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
+        let paragraph = all.last_mut().expect("there is always a last paragraph");
+        if line.trim().is_empty() {
+            field = None;
+            all.push(BTreeMap::new());
+        } else if line.starts_with([' ', '\t']) {
+            if let Some(value) = field.as_ref().and_then(|name| paragraph.get_mut(name)) {
+                *value = format!("{value}\n{line}");
+            }
+        } else if let Some((name, value)) = line.split_once(':') {
+            let name = name.trim().to_ascii_lowercase();
+            paragraph.insert(name.clone(), value.trim().to_owned());
+            field = Some(name);
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_spellings_give_the_same_source() {
+        let line =
+            one_line("deb [arch=amd64 signed-by=/k.gpg] http://mirror/debian bookworm main contrib # x");
+        let text = "# c\nTypes: deb deb-src\nURIs: http://mirror/debian\nSuites: bookworm\nComponents: main contrib\n\
+                    Signed-By: /k.gpg\n";
+        assert_eq!(line, deb822(&paragraphs(text)[0]));
+        assert!(line.is_some());
+        assert_eq!(one_line("deb-src http://mirror/debian bookworm main"), None);
+        assert_eq!(one_line("# deb http://mirror/debian bookworm main"), None);
+        assert_eq!(one_line("deb http://vendor/apt stable-thing extra"), None);
+    }
+
+    #[test]
+    fn backports_come_from_the_place_of_the_main_suite() {
+        let sources = [
+            one_line("deb http://mirror/debian bookworm main").unwrap(),
+            one_line("deb http://mirror/security bookworm-security main").unwrap(),
+            one_line("deb http://vendor/x other main").unwrap(),
+        ];
+        let text = for_release(&sources, "bookworm").unwrap();
+        assert!(
+            text.contains("URIs: http://mirror/debian\nSuites: bookworm-backports\n"),
+            "{text}"
+        );
+        assert!(text.contains("Suites: bookworm-security"));
+        assert!(!text.contains("vendor"));
+        assert_eq!(for_release(&sources, "trixie"), None);
+    }
+
+    #[test]
+    fn a_disabled_source_is_left_out_and_an_inline_key_is_kept() {
+        let text = "Types: deb\nURIs: http://m\nSuites: s\nComponents: main\nEnabled: no\n\n\
+                    Types: deb\nURIs: http://m\nSuites: s\nComponents: main\nSigned-By:\n -----BEGIN\n .\n abc\n";
+        let all: Vec<_> = paragraphs(text).iter().filter_map(deb822).collect();
+        assert_eq!(all.len(), 1);
+        assert!(
+            all[0]
+                .paragraph()
+                .contains("Signed-By: \n -----BEGIN\n .\n abc\n")
+        );
+    }
+}

@@ -1,0 +1,190 @@
+//! Real KVM anywhere: an emulated machine with AMD SVM that runs the host's own programs.
+//!
+//! QEMU's TCG emulates SVM with nested paging; Debian's kernel in it loads `kvm_amd` and so has a
+//! `/dev/kvm` that runs stock kernels. The host's file tree is its root (9p, below an overlay in
+//! memory, so that nothing in there changes the host). One boot of the outer guest takes 7 to
+//! 15 s and then runs any number of commands. See README.md beside this file.
+
+pub mod agent;
+mod outer;
+pub mod wire;
+
+use anyhow::{Context, bail};
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::Child;
+use std::time::{Duration, Instant};
+pub use wire::{Ended, Job, Stream};
+use wire::{FromAgent, ToAgent};
+
+/// How long the outer guest may take to its first sign of life.
+const BOOT_DEADLINE: Duration = Duration::from_secs(180);
+/// How long it may take to power off.
+const POWER_OFF_DEADLINE: Duration = Duration::from_secs(30);
+/// How much longer than a command's own deadline the runner waits for the agent's word.
+const ANSWER_GRACE: Duration = Duration::from_secs(20);
+
+/// The outer machine.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// RAM in MiB.
+    pub memory_mib: u32,
+    /// vCPUs.
+    pub cpus: u8,
+    /// A folder of the host that both sides write, at the same path in the guest.
+    pub shared: Option<PathBuf>,
+    /// Show the outer kernel's console on standard error.
+    pub console: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            memory_mib: 3072,
+            cpus: 2,
+            shared: None,
+            console: false,
+        }
+    }
+}
+
+/// A booted outer guest. Dropping it ends the emulator.
+#[derive(Debug)]
+pub struct Nested {
+    emulator: Child,
+    port: UnixStream,
+    // Holds the port's socket and the console's log until the end.
+    scratch: tempfile::TempDir,
+}
+
+impl Nested {
+    /// Boots the outer guest and waits for its agent.
+    ///
+    /// # Errors
+    /// QEMU is missing, an image cannot be built, or the guest does not come up in time; the
+    /// error ends with the guest's last console lines.
+    pub fn boot(options: &Options) -> anyhow::Result<Self> {
+        let scratch = tempfile::Builder::new().prefix("bulkhead-nested-").tempdir()?;
+        let (emulator, port) = outer::start(options, scratch.path())?;
+        let mut nested = Self {
+            emulator,
+            port,
+            scratch,
+        };
+        match nested.receive(Instant::now() + BOOT_DEADLINE) {
+            Ok(FromAgent::Ready) => Ok(nested),
+            Ok(other) => bail!("the outer guest's agent began with {other:?}"),
+            Err(error) => {
+                let _ = nested.emulator.kill();
+                let _ = nested.emulator.wait();
+                let log = outer::console_tail(nested.scratch.path());
+                Err(error.context(format!(
+                    "the outer guest did not come up; its console ended with:\n{log}"
+                )))
+            }
+        }
+    }
+
+    /// Runs one command and hands its output on as it comes.
+    ///
+    /// # Errors
+    /// The outer guest died or went silent beyond the command's deadline.
+    pub fn run(&mut self, job: &Job, output: &mut dyn FnMut(Stream, &[u8])) -> anyhow::Result<Ended> {
+        let deadline = Instant::now() + job.deadline + ANSWER_GRACE;
+        ToAgent::Run(job.clone())
+            .write(&mut self.port)
+            .context("the outer guest takes no command")?;
+        loop {
+            match self.receive(deadline)? {
+                FromAgent::Output(stream, bytes) => output(stream, &bytes),
+                FromAgent::Ended(ended) => return Ok(ended),
+                FromAgent::Ready => bail!("the outer guest's agent started again"),
+            }
+        }
+    }
+
+    /// Runs one command with its output passed through to this process's own.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_through(&mut self, job: &Job) -> anyhow::Result<Ended> {
+        self.run(job, &mut |stream, bytes| {
+            // A reader that went away does not stop the command.
+            let _ = match stream {
+                Stream::Out => std::io::stdout()
+                    .write_all(bytes)
+                    .and_then(|()| std::io::stdout().flush()),
+                Stream::Err => std::io::stderr().write_all(bytes),
+            };
+        })
+    }
+
+    /// Powers the outer guest off and waits for the emulator's end.
+    ///
+    /// # Errors
+    /// It did not end in time and was killed.
+    pub fn power_off(mut self) -> anyhow::Result<()> {
+        ToAgent::PowerOff.write(&mut self.port)?;
+        // The emulator closes its end of the port when it exits.
+        let end = self.receive(Instant::now() + POWER_OFF_DEADLINE);
+        let gone = end.is_err_and(|error| {
+            let kind = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+            matches!(
+                kind,
+                Some(std::io::ErrorKind::UnexpectedEof | std::io::ErrorKind::ConnectionReset)
+            )
+        });
+        if !gone {
+            self.emulator.kill()?;
+        }
+        self.emulator.wait()?;
+        if gone {
+            Ok(())
+        } else {
+            bail!("the outer guest did not power off")
+        }
+    }
+
+    fn receive(&mut self, deadline: Instant) -> anyhow::Result<FromAgent> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            bail!("no word from the outer guest in time");
+        }
+        self.port.set_read_timeout(Some(left))?;
+        FromAgent::read(&mut self.port).context("reading from the outer guest")
+    }
+}
+
+impl Drop for Nested {
+    fn drop(&mut self) {
+        // After power_off it has been waited for, and both calls do nothing.
+        let _ = self.emulator.kill();
+        let _ = self.emulator.wait();
+    }
+}
+
+impl Job {
+    /// A command with this process's environment and working folder, and the outer guest's
+    /// temporary folders.
+    #[must_use]
+    pub fn new(argv: &[&str], deadline: Duration) -> Self {
+        let mut environment: BTreeMap<String, String> = std::env::vars().collect();
+        for (name, value) in [
+            ("TMPDIR", "/run/tmp"),
+            ("XDG_RUNTIME_DIR", "/run/user/0"),
+            ("BULKHEAD_NESTED", "1"),
+        ] {
+            environment.insert(name.to_owned(), value.to_owned());
+        }
+        environment.remove("BULKHEAD_HOST");
+        Self {
+            argv: argv.iter().map(|argument| (*argument).to_owned()).collect(),
+            environment,
+            folder: std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
+            user: None,
+            deadline,
+        }
+    }
+}
