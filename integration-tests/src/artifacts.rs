@@ -33,6 +33,8 @@ pub enum Artifact {
     VhostUserBlk,
     /// The NIC process.
     VhostUserNet,
+    /// A block back end built on the crate `vhost-user-backend`, the second opinion.
+    ReferenceBlk,
     /// The bare KVM program that launches are measured against.
     Floor,
     /// The tiny guest with its scenarios (PVH ELF).
@@ -43,12 +45,13 @@ pub enum Artifact {
 
 impl Artifact {
     /// Every artifact.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Bulkhead,
         Self::Supervisor,
         Self::Vmm,
         Self::VhostUserBlk,
         Self::VhostUserNet,
+        Self::ReferenceBlk,
         Self::Floor,
         Self::TinyGuest,
         Self::TinyByte,
@@ -63,6 +66,7 @@ impl Artifact {
             Self::Vmm => "bulkhead-vmm",
             Self::VhostUserBlk => "vhost-user-blk",
             Self::VhostUserNet => "vhost-user-net",
+            Self::ReferenceBlk => "reference-blk",
             Self::Floor => "floor",
             Self::TinyGuest => "tiny-guest",
             Self::TinyByte => "tiny-byte",
@@ -187,7 +191,17 @@ impl Artifacts {
                     "vhost-user-net",
                 ],
             ),
-            (MUSL, &["-p", "integration-tests", "--bin", "floor"]),
+            (
+                MUSL,
+                &[
+                    "-p",
+                    "integration-tests",
+                    "--bin",
+                    "floor",
+                    "--bin",
+                    "reference-blk",
+                ],
+            ),
             (BARE_METAL, &["-p", "tiny-guest"]),
         ];
         for (target, packages) in groups {

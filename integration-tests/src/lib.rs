@@ -1,5 +1,6 @@
 //! Fixture library of the tests, the nested runner, and what the two commands are made of.
 
-pub mod nested;
-
 pub mod artifacts;
+pub mod frontend_harness;
+pub mod nested;
+pub mod process;

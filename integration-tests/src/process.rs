@@ -1,0 +1,156 @@
+//! Child processes of tests: started with a socket at fd 3, never left behind, always waited for
+//! with a deadline.
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use std::{
+    fs::File,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::{fs::FileExt, net::UnixStream, process::CommandExt},
+    },
+    path::Path,
+    process::{Child, Command, ExitStatus, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// Between two looks at something that has no event to wait for.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// A child process; killed when dropped.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    stderr: File,
+}
+
+impl Process {
+    /// Starts `command` with stdin null and stderr in a file of its own.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn start(mut command: Command) -> Result<Self> {
+        let stderr = tempfile::tempfile()?;
+        let child = command
+            .stdin(Stdio::null())
+            .stderr(stderr.try_clone()?)
+            .spawn()
+            .with_context(|| format!("cannot start {command:?}"))?;
+        Ok(Self { child, stderr })
+    }
+
+    /// Starts `command` with one end of a socketpair as its fd 3; returns the other end.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn start_with_socket(mut command: Command) -> Result<(Self, UnixStream)> {
+        let (ours, theirs) = UnixStream::pair()?;
+        inherit_at(&mut command, theirs.into(), 3);
+        Ok((Self::start(command)?, ours))
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().cast_signed())
+    }
+
+    /// The child, for its pipes.
+    pub fn child(&mut self) -> &mut Child {
+        &mut self.child
+    }
+
+    /// Sends `signal`.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        kill(self.pid(), signal).with_context(|| format!("cannot send {signal}"))
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// When it still runs after `deadline`.
+    pub fn wait(&mut self, deadline: Duration) -> Result<ExitStatus> {
+        let end = Instant::now() + deadline;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            ensure!(
+                Instant::now() < end,
+                "process {} still runs after {deadline:?}",
+                self.pid()
+            );
+            thread::sleep(LOOK);
+        }
+    }
+
+    /// Whether it still runs.
+    ///
+    /// # Errors
+    /// When the system does not say.
+    pub fn alive(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+
+    /// What it has written to stderr so far.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn stderr(&self) -> Result<String> {
+        // Not `read`: the child's own writes go on from the offset that a read would move.
+        let mut text = vec![0; usize::try_from(self.stderr.metadata()?.len())?];
+        self.stderr.read_exact_at(&mut text, 0)?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Both fail only where the child is gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Makes `fd` the child's fd `number`.
+#[expect(unsafe_code, reason = "runs code between fork and exec")]
+pub fn inherit_at(command: &mut Command, fd: OwnedFd, number: i32) {
+    let install = move || {
+        let from = fd.as_raw_fd();
+        let result = if from == number {
+            // SAFETY: async-signal-safe, touches no memory.
+            unsafe { libc::fcntl(from, libc::F_SETFD, 0) }
+        } else {
+            // SAFETY: async-signal-safe, touches no memory.
+            unsafe { libc::dup2(from, number) }
+        };
+        if result < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(())
+    };
+    // SAFETY: the closure makes only the calls above and allocates nothing.
+    unsafe { command.pre_exec(install) };
+}
+
+/// Connects to the socket that a process started by hand listens on.
+///
+/// # Errors
+/// When nobody listens there before `deadline` has passed.
+pub fn connect(path: &Path, deadline: Duration) -> Result<UnixStream> {
+    let end = Instant::now() + deadline;
+    loop {
+        match UnixStream::connect(path) {
+            Ok(socket) => return Ok(socket),
+            Err(error) if Instant::now() >= end => bail!("nobody listens on {}: {error}", path.display()),
+            Err(_) => thread::sleep(LOOK),
+        }
+    }
+}
