@@ -5,10 +5,13 @@
 //! compile.
 
 pub mod caps;
+pub mod child;
 mod landlock;
+mod mounts;
 mod rlimit;
 mod role;
 mod seccomp;
+mod userns;
 
 pub use role::{ParseRoleError, Role, SeccompMode};
 pub use seccomp::{Rule, rules};

@@ -1,0 +1,29 @@
+//! Taking ownership of descriptors that exec left behind.
+#![expect(unsafe_code, reason = "a number becomes an owned descriptor")]
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use std::io;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::Mutex;
+use vm_spec::control::FdNumber;
+
+/// Numbers already taken: each has one owner.
+static TAKEN: Mutex<Vec<i32>> = Mutex::new(Vec::new());
+
+/// Owns the inherited descriptor `number`, and makes it close at exec.
+///
+/// # Errors
+/// When it is not open, is below 3, or was taken before.
+pub fn take(number: FdNumber) -> io::Result<OwnedFd> {
+    let mut taken = TAKEN.lock().unwrap_or_else(|e| e.into_inner());
+    if number.0 < 3 || taken.contains(&number.0) {
+        return Err(Errno::EBADF.into());
+    }
+    // SAFETY: the number is borrowed only to ask whether it is open.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(number.0) };
+    fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    taken.push(number.0);
+    // SAFETY: it is open, came by exec (no Rust value made it), and `taken` keeps it single.
+    Ok(unsafe { OwnedFd::from_raw_fd(number.0) })
+}

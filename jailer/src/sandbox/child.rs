@@ -1,0 +1,327 @@
+//! Making a jailed process: clone into fresh namespaces, build the jail from inside, execute a
+//! static binary by descriptor.
+//!
+//! ```text
+//!   spawner: start() --clone3--> child: maps, session, empty root, descriptors, no privileges
+//!            start() for others         |-- execveat: the report pipe closes --+
+//!            finish() <-- report pipe --+-- or one (step, errno) ---------------+
+//! ```
+//!
+//! The children build their jails at the same time, since nobody waits between two `start`s.
+#![expect(unsafe_code, reason = "clone3, execveat and descriptor surgery between them")]
+
+use super::userns::IdMaps;
+use super::{caps, mounts};
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
+use nix::unistd::{Pid, getegid, geteuid, pipe2, setsid};
+use std::ffi::CString;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr;
+
+/// What to execute in a jail.
+pub struct Program<'a> {
+    /// The binary, static, opened for reading or with O_PATH.
+    pub binary: BorrowedFd<'a>,
+    /// Its arguments, its own name first.
+    pub arguments: Vec<CString>,
+    /// Its descriptors: the one at index N becomes N. It gets no other.
+    pub descriptors: Vec<BorrowedFd<'a>>,
+}
+
+/// A child that builds its jail.
+#[must_use]
+pub struct Starting {
+    child: Child,
+    report: OwnedFd,
+}
+
+/// A child that executes its program.
+#[derive(Debug)]
+pub struct Child {
+    /// Its process id in the caller's namespace; valid until it is reaped.
+    pub pid: Pid,
+    /// Its pidfd.
+    pub pidfd: OwnedFd,
+}
+
+/// Where a child stopped before it executed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Step {
+    /// Binding its life to the spawner's.
+    DeathSignal = 1,
+    /// Writing its id maps.
+    IdMaps,
+    /// A session of its own.
+    Session,
+    /// Its own host name.
+    HostName,
+    /// The empty root.
+    Root,
+    /// Its descriptors.
+    Descriptors,
+    /// Its resource limits.
+    Limits,
+    /// Its capabilities.
+    Capabilities,
+    /// Executing the binary.
+    Execute,
+}
+
+impl Step {
+    const ALL: [Self; 9] = [
+        Self::DeathSignal,
+        Self::IdMaps,
+        Self::Session,
+        Self::HostName,
+        Self::Root,
+        Self::Descriptors,
+        Self::Limits,
+        Self::Capabilities,
+        Self::Execute,
+    ];
+
+    fn what(self) -> &'static str {
+        match self {
+            Self::DeathSignal => "tie itself to its parent",
+            Self::IdMaps => "map its user in a user namespace",
+            Self::Session => "start a session",
+            Self::HostName => "set its host name",
+            Self::Root => "enter an empty root",
+            Self::Descriptors => "arrange its file descriptors",
+            Self::Limits => "set its resource limits",
+            Self::Capabilities => "drop its capabilities",
+            Self::Execute => "execute its binary",
+        }
+    }
+}
+
+/// Why a child could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// The namespaces were refused.
+    #[error("cannot make a process in namespaces of its own")]
+    Clone(#[source] io::Error),
+    /// The pipe for the child's report.
+    #[error("cannot make a pipe")]
+    Pipe(#[source] io::Error),
+    /// The child failed in a step.
+    #[error("the new process could not {}", .0.what())]
+    Child(Step, #[source] io::Error),
+    /// The child died before it executed.
+    #[error("the new process died while its jail was built")]
+    Died,
+}
+
+/// Clones a child that builds its jail and executes `program`; it may still fail, which
+/// [`Starting::finish`] tells. Neither ids nor any privilege of the caller are in the child's
+/// user namespace: the caller's effective user and group become its user and group 0.
+///
+/// The calling process must have one thread only, so that the child inherits no held lock.
+///
+/// # Errors
+/// [`SpawnError::Pipe`] or [`SpawnError::Clone`].
+pub fn start(program: &Program<'_>) -> Result<Starting, SpawnError> {
+    let (report, child_report) =
+        pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| SpawnError::Pipe(e.into()))?;
+    let mut prepared = Prepared::new(program, child_report.as_raw_fd());
+    let mut pidfd: RawFd = -1;
+    let flags = libc::CLONE_NEWUSER
+        | libc::CLONE_NEWNS
+        | libc::CLONE_NEWPID
+        | libc::CLONE_NEWNET
+        | libc::CLONE_NEWIPC
+        | libc::CLONE_NEWUTS
+        | libc::CLONE_NEWCGROUP
+        | libc::CLONE_PIDFD;
+    // SAFETY: every field of clone_args may be zero.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = flags as u64;
+    args.pidfd = (&raw mut pidfd) as u64;
+    args.exit_signal = libc::SIGCHLD as u64;
+    // SAFETY: without CLONE_VM the child runs on a copy of this stack and memory, as after fork;
+    // `args` is a live clone_args of the size given. The child goes to `build_and_execute`, which
+    // neither returns nor allocates.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
+    if pid == 0 {
+        build_and_execute(&mut prepared);
+    }
+    if pid < 0 {
+        return Err(SpawnError::Clone(io::Error::last_os_error()));
+    }
+    // SAFETY: CLONE_PIDFD stored a new descriptor, which nobody else owns.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    Ok(Starting {
+        child: Child {
+            pid: Pid::from_raw(pid as i32),
+            pidfd,
+        },
+        report,
+    })
+}
+
+impl Starting {
+    /// Waits until the child executes its program.
+    ///
+    /// # Errors
+    /// [`SpawnError::Child`] with the step that failed, or [`SpawnError::Died`]; the child is
+    /// still to be reaped by whoever reaps all.
+    pub fn finish(self) -> Result<Child, SpawnError> {
+        let mut report = Vec::new();
+        std::fs::File::from(self.report)
+            .take(REPORT_LEN as u64)
+            .read_to_end(&mut report)
+            .map_err(SpawnError::Pipe)?;
+        match report[..] {
+            [] => Ok(self.child),
+            [step, a, b, c, d] => {
+                let error = io::Error::from_raw_os_error(i32::from_ne_bytes([a, b, c, d]));
+                match Step::ALL.into_iter().find(|s| *s as u8 == step) {
+                    Some(step) => Err(SpawnError::Child(step, error)),
+                    None => Err(SpawnError::Died),
+                }
+            }
+            _ => Err(SpawnError::Died),
+        }
+    }
+}
+
+/// A step's number and an errno.
+const REPORT_LEN: usize = 5;
+/// Most open descriptors of a jailed process.
+const MAX_OPEN_FILES: u64 = 1024;
+
+/// All that the child needs, allocated before the clone.
+struct Prepared {
+    maps: IdMaps,
+    _arguments: Vec<CString>,
+    argv: Vec<*const libc::c_char>,
+    /// Descriptors in the order of their numbers in the program.
+    descriptors: Vec<RawFd>,
+    binary: RawFd,
+    report: RawFd,
+}
+
+impl Prepared {
+    fn new(program: &Program<'_>, report: RawFd) -> Self {
+        let arguments = program.arguments.clone();
+        let argv = arguments
+            .iter()
+            .map(|a| a.as_ptr())
+            .chain([ptr::null()])
+            .collect();
+        Self {
+            maps: IdMaps::new(geteuid(), getegid()),
+            argv,
+            _arguments: arguments,
+            descriptors: program.descriptors.iter().map(|fd| fd.as_raw_fd()).collect(),
+            binary: program.binary.as_raw_fd(),
+            report,
+        }
+    }
+}
+
+/// The child between clone and exec: async-signal-safe calls only, no allocation.
+fn build_and_execute(prepared: &mut Prepared) -> ! {
+    let (step, errno) = match try_build(prepared) {
+        Ok(never) => match never {},
+        Err(failure) => failure,
+    };
+    let [a, b, c, d] = (errno as i32).to_ne_bytes();
+    let message = [step as u8, a, b, c, d];
+    // SAFETY: `message` lives and is as long as said; the report is this process's own descriptor.
+    unsafe {
+        libc::write(prepared.report, message.as_ptr().cast(), message.len());
+    }
+    // SAFETY: ends the process without running what the parent registered to run at its exit.
+    unsafe { libc::_exit(127) }
+}
+
+fn try_build(prepared: &mut Prepared) -> Result<std::convert::Infallible, (Step, Errno)> {
+    let at = |step: Step| move |errno: Errno| (step, errno);
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(at(Step::DeathSignal))?;
+    // A parent that died before this line sends no signal: nobody reads the report then.
+    if parent_is_gone(prepared.report) {
+        return Err((Step::DeathSignal, Errno::ESRCH));
+    }
+    prepared.maps.write_own().map_err(at(Step::IdMaps))?;
+    setsid().map_err(at(Step::Session))?;
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
+    nix::unistd::sethostname("bulkhead").map_err(at(Step::HostName))?;
+    mounts::enter_empty_root().map_err(at(Step::Root))?;
+    arrange(prepared).map_err(at(Step::Descriptors))?;
+    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(at(Step::Limits))?;
+    setrlimit(Resource::RLIMIT_NOFILE, MAX_OPEN_FILES, MAX_OPEN_FILES).map_err(at(Step::Limits))?;
+    nix::sys::signal::sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)
+        .map_err(at(Step::Execute))?;
+    caps::drop_all().map_err(|e| (Step::Capabilities, last_errno(&e)))?;
+    nix::sys::prctl::set_no_new_privs().map_err(at(Step::Capabilities))?;
+    Err((Step::Execute, execute(prepared)))
+}
+
+fn parent_is_gone(report: RawFd) -> bool {
+    let mut poll = libc::pollfd {
+        fd: report,
+        events: 0,
+        revents: 0,
+    };
+    // SAFETY: one live pollfd, and no waiting.
+    unsafe { libc::poll(&raw mut poll, 1, 0) };
+    poll.revents & libc::POLLERR != 0
+}
+
+fn last_errno(error: &io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EPERM, Errno::from_raw)
+}
+
+/// Gives the program exactly its descriptors; every other closes at exec, the binary's and the
+/// report's among them.
+fn arrange(prepared: &mut Prepared) -> nix::Result<()> {
+    let count = prepared.descriptors.len() as RawFd;
+    // First all out of the way, so that no target is a source that is still needed.
+    for fd in &mut prepared.descriptors {
+        *fd = duplicate_above(*fd, count)?;
+    }
+    prepared.binary = duplicate_above(prepared.binary, count)?;
+    prepared.report = duplicate_above(prepared.report, count)?;
+    for (target, fd) in (0..).zip(&prepared.descriptors) {
+        // SAFETY: this process has one thread and drops no Rust descriptor from here to its end.
+        Errno::result(unsafe { libc::dup2(*fd, target) })?;
+    }
+    // SAFETY: as above; closing waits for the exec, so that the report can still be written.
+    let rc = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            count,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    Errno::result(rc).map(drop)
+}
+
+fn duplicate_above(fd: RawFd, least: RawFd) -> nix::Result<RawFd> {
+    // SAFETY: makes a new descriptor; no Rust owner is affected.
+    Errno::result(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, least) })
+}
+
+/// Returns only what went wrong.
+fn execute(prepared: &Prepared) -> Errno {
+    let no_environment: [*const libc::c_char; 1] = [ptr::null()];
+    // SAFETY: `argv` ends with null and points into `_arguments`, which lives; the path is an
+    // empty string.
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            prepared.binary,
+            c"".as_ptr(),
+            prepared.argv.as_ptr(),
+            no_environment.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        );
+    }
+    Errno::last()
+}

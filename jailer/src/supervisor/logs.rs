@@ -1,0 +1,177 @@
+//! The log pipes of the jailed processes: lines of bounded length, at a bounded rate, each with
+//! the name of who wrote it. Stops a process that a guest controls from flooding the terminal.
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::{read, write};
+use std::fmt::Write as _;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+/// Longest line passed on, in bytes; the rest of a longer one is dropped.
+const LONGEST_LINE: usize = 2048;
+/// Lines that a process may write within [`PERIOD`].
+const LINES_A_PERIOD: u32 = 200;
+/// See [`LINES_A_PERIOD`].
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// One process's pipe.
+pub(super) struct LogPipe {
+    name: String,
+    pipe: Option<OwnedFd>,
+    line: Vec<u8>,
+    period_start: Instant,
+    lines: u32,
+    dropped: u64,
+}
+
+impl LogPipe {
+    pub(super) fn new(name: String, pipe: OwnedFd, now: Instant) -> Self {
+        Self {
+            name,
+            pipe: Some(pipe),
+            line: Vec::new(),
+            period_start: now,
+            lines: 0,
+            dropped: 0,
+        }
+    }
+
+    /// The pipe, until its process has closed it.
+    pub(super) fn pipe(&self) -> Option<&OwnedFd> {
+        self.pipe.as_ref()
+    }
+
+    /// Reads what is there, at most one pipe's full.
+    pub(super) fn read(&mut self, log: &Log, now: Instant) {
+        for _ in 0..16 {
+            let Some(pipe) = &self.pipe else { return };
+            let mut bytes = [0; 4096];
+            match read(pipe, &mut bytes) {
+                Ok(n) if n > 0 => self.take(&bytes[..n], log, now),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return,
+                _ => {
+                    self.pipe = None;
+                    self.end_line(log, now);
+                    self.report_dropped(log);
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, bytes: &[u8], log: &Log, now: Instant) {
+        for &byte in bytes {
+            match byte {
+                b'\n' => self.end_line(log, now),
+                byte if self.line.len() < LONGEST_LINE => self.line.push(byte),
+                _ => {}
+            }
+        }
+    }
+
+    fn end_line(&mut self, log: &Log, now: Instant) {
+        if self.line.is_empty() {
+            return;
+        }
+        let line = std::mem::take(&mut self.line);
+        if now.duration_since(self.period_start) >= PERIOD {
+            self.period_start = now;
+            self.lines = 0;
+            self.report_dropped(log);
+        }
+        self.lines += 1;
+        if self.lines > LINES_A_PERIOD || !log.line(&self.name, &String::from_utf8_lossy(&line)) {
+            self.dropped += 1;
+        }
+    }
+
+    fn report_dropped(&mut self, log: &Log) {
+        if self.dropped > 0 {
+            let text = format!("{} log lines dropped", self.dropped);
+            if log.line(&self.name, &text) {
+                self.dropped = 0;
+            }
+        }
+    }
+}
+
+/// Where lines go: standard error, plain or as JSON objects.
+pub(super) struct Log {
+    /// One JSON object a line.
+    pub(super) json: bool,
+}
+
+impl Log {
+    /// Writes one line. A standard error that is not read (a full pipe) loses it: false.
+    pub(super) fn line(&self, process: &str, text: &str) -> bool {
+        let line = if self.json {
+            json_line(process, text)
+        } else {
+            format!("{process}: {}\n", printable(text))
+        };
+        let stderr = std::io::stderr();
+        let mut ready = [PollFd::new(std::os::fd::AsFd::as_fd(&stderr), PollFlags::POLLOUT)];
+        poll(&mut ready, PollTimeout::ZERO) == Ok(1) && write(&stderr, line.as_bytes()).is_ok()
+    }
+}
+
+/// `text` without what would steer a terminal.
+fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() && c != '\t' { '.' } else { c })
+        .collect()
+}
+
+/// A process that logs JSON has its name added to its object; other text becomes a message.
+fn json_line(process: &str, text: &str) -> String {
+    let mut out = String::from("{\"process\":");
+    json_string(process, &mut out);
+    match text.strip_prefix('{') {
+        Some(rest) if rest.ends_with('}') && rest.len() > 1 => {
+            let _ = writeln!(out, ",{}", printable(rest));
+        }
+        _ => {
+            out.push_str(",\"message\":");
+            json_string(text, &mut out);
+            out.push_str("}\n");
+        }
+    }
+    out
+}
+
+fn json_string(text: &str, out: &mut String) {
+    out.push('"');
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => out.extend(['\\', c]),
+            c if c.is_control() => {
+                let _ = write!(out, "\\u{:04x}", u32::from(c));
+            }
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_lines_name_the_process() {
+        assert_eq!(
+            json_line("disk0", "{\"level\":\"WARN\"}"),
+            "{\"process\":\"disk0\",\"level\":\"WARN\"}\n"
+        );
+        assert_eq!(
+            json_line("vmm", "say \"x\"\u{1b}"),
+            "{\"process\":\"vmm\",\"message\":\"say \\\"x\\\"\\u001b\"}\n"
+        );
+    }
+
+    #[test]
+    fn control_characters_do_not_reach_a_terminal() {
+        assert_eq!(printable("a\u{1b}[2Jb"), "a.[2Jb");
+    }
+}

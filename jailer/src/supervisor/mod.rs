@@ -1,0 +1,440 @@
+//! The supervisor: relays the console and the logs, holds the deadlines, and decides how the VM
+//! ended. It is jailed: it asks the spawner for what it cannot do itself.
+//!
+//! ```text
+//!   Running --person--> PoweringOff --grace--> Stopping --+
+//!      |  \--a device or the vmm is lost-----> Stopping --+--> WindingDown --> Finished
+//!      +------------------- Ended(reason) ----------------+    (all exited, or killed)
+//! ```
+
+mod console;
+mod logs;
+mod outcome;
+
+use crate::inherit;
+use crate::sandbox::{self, LockdownError, Locked, Role, SeccompMode};
+use crate::wire::{Received, TransferError, receive_message, send_message};
+use console::{Command, Console};
+use logs::{Log, LogPipe};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use outcome::Outcome;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+use vm_spec::control::{FdNumber, FromVmm, ToVmm, exit_code};
+use vm_spec::run_state::ProcessRole;
+use vm_spec::supervise::{ExitStatus, FromSupervisor, SupervisedProcess, SupervisorConfig, ToSupervisor};
+
+/// The spawner's first message comes within this time.
+const CONFIG_DEADLINE: Duration = Duration::from_secs(5);
+/// A vmm that was asked to stop, and every process once the VM is over, ends within this time.
+/// Below the 2 s within which nothing may be left.
+const EXIT_DEADLINE: Duration = Duration::from_millis(1500);
+/// A reader of our output has this long to take the last of it.
+const DRAIN_DEADLINE: Duration = Duration::from_millis(500);
+
+/// Why the supervisor cannot work.
+#[derive(Debug, thiserror::Error)]
+pub enum SupervisorError {
+    /// The first message did not come.
+    #[error("the spawner sent no configuration")]
+    NoConfig,
+    /// The control socket failed.
+    #[error("cannot talk to the spawner")]
+    Spawner(#[from] TransferError),
+    /// A descriptor that the configuration names.
+    #[error("descriptor {0} was not inherited")]
+    Descriptor(i32, #[source] io::Error),
+    /// The jail.
+    #[error(transparent)]
+    Lockdown(#[from] LockdownError),
+    /// Waiting.
+    #[error("poll")]
+    Poll(#[source] io::Error),
+}
+
+/// Reads the configuration from descriptor 3, locks itself down, and serves until the VM is over.
+///
+/// # Errors
+/// Any [`SupervisorError`]; the spawner then ends the VM.
+pub fn run(mode: SeccompMode) -> Result<(), SupervisorError> {
+    let spawner = take(FdNumber(3))?;
+    let config = first_message(&spawner)?;
+    let supervisor = Supervisor::new(spawner, config)?;
+    let locked = sandbox::lockdown(Role::Supervisor, mode)?;
+    supervisor.serve(&locked)
+}
+
+fn take(number: FdNumber) -> Result<OwnedFd, SupervisorError> {
+    inherit::take(number).map_err(|e| SupervisorError::Descriptor(number.0, e))
+}
+
+fn first_message(spawner: &OwnedFd) -> Result<SupervisorConfig, SupervisorError> {
+    let mut ready = [PollFd::new(spawner.as_fd(), PollFlags::POLLIN)];
+    let timeout = PollTimeout::try_from(CONFIG_DEADLINE).unwrap_or(PollTimeout::MAX);
+    poll(&mut ready, timeout).map_err(|e| SupervisorError::Poll(e.into()))?;
+    match receive_message(spawner.as_fd())? {
+        Received::Message(_, ToSupervisor::Start(config)) => Ok(*config),
+        _ => Err(SupervisorError::NoConfig),
+    }
+}
+
+/// Where the VM is in its life.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    /// From the start until someone wants the end.
+    Running,
+    /// The guest was asked to power off, and may take until then.
+    PoweringOff(Instant),
+    /// The vmm was told to stop.
+    Stopping(Instant),
+    /// The VM is over; its processes exit.
+    WindingDown(Instant),
+    /// The spawner was asked to kill what is left.
+    Killing(Instant),
+}
+
+struct Process {
+    about: SupervisedProcess,
+    log: LogPipe,
+    alive: bool,
+}
+
+struct Supervisor {
+    spawner: OwnedFd,
+    vmm: Option<OwnedFd>,
+    console: Console,
+    processes: Vec<Process>,
+    log: Log,
+    grace: Duration,
+    phase: Phase,
+    outcome: Option<Outcome>,
+    requests: u64,
+}
+
+impl Supervisor {
+    fn new(spawner: OwnedFd, config: SupervisorConfig) -> Result<Self, SupervisorError> {
+        let now = Instant::now();
+        let console = Console::new(
+            take(config.console)?,
+            config.input.map(take).transpose()?,
+            config.output.map(take).transpose()?,
+            config.escape,
+        );
+        let processes = config
+            .processes
+            .into_iter()
+            .map(|about| {
+                Ok(Process {
+                    log: LogPipe::new(about.name.clone(), take(about.log)?, now),
+                    about,
+                    alive: true,
+                })
+            })
+            .collect::<Result<_, SupervisorError>>()?;
+        Ok(Self {
+            spawner,
+            vmm: Some(take(config.vmm)?),
+            console,
+            processes,
+            log: Log {
+                json: config.log_json,
+            },
+            grace: Duration::from_secs(config.power_off_grace.into()),
+            phase: Phase::Running,
+            outcome: None,
+            requests: 0,
+        })
+    }
+
+    fn serve(mut self, _locked: &Locked) -> Result<(), SupervisorError> {
+        while self.processes.iter().any(|p| p.alive) {
+            self.wait(self.deadline())?;
+            let now = Instant::now();
+            // The vmm first: its own account of the end comes before what the end of its sockets
+            // does to the devices.
+            self.hear_vmm(now);
+            self.hear_spawner(now)?;
+            self.judge_deadlines(now);
+        }
+        self.finish()
+    }
+
+    /// Waits for any event or `deadline`, and serves console and logs.
+    fn wait(&mut self, deadline: Option<Instant>) -> Result<(), SupervisorError> {
+        let now = Instant::now();
+        let timeout = deadline.map_or(PollTimeout::NONE, |at| {
+            // One more millisecond, so that the deadline has passed when poll returns.
+            let left = at.saturating_duration_since(now) + Duration::from_millis(1);
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        });
+        let ready = Ready::poll(self, timeout)?;
+        let command = ready.input.then(|| self.console.read_input()).flatten();
+        if ready.guest_readable {
+            self.console.read_guest();
+        }
+        // What was just read goes on at once, where it can.
+        if ready.guest_writable {
+            self.console.write_guest();
+        }
+        if ready.output {
+            self.console.write_output();
+        }
+        for (process, readable) in self.processes.iter_mut().zip(ready.logs) {
+            if readable {
+                process.log.read(&self.log, now);
+            }
+        }
+        if command == Some(Command::Quit) {
+            self.conclude(Outcome {
+                code: exit_code::POWER_OFF,
+                line: None,
+            });
+            self.stop_vmm(now);
+        }
+        Ok(())
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        match self.phase {
+            Phase::Running => None,
+            Phase::PoweringOff(at) | Phase::Stopping(at) | Phase::WindingDown(at) | Phase::Killing(at) => {
+                Some(at)
+            }
+        }
+    }
+
+    fn judge_deadlines(&mut self, now: Instant) {
+        if self.deadline().is_none_or(|at| now < at) {
+            return;
+        }
+        match self.phase {
+            Phase::Running => {}
+            Phase::PoweringOff(_) => {
+                let grace = self.grace.as_secs();
+                self.conclude(Outcome {
+                    code: exit_code::TIMEOUT,
+                    line: Some(format!("the guest did not power off within {grace} s")),
+                });
+                self.stop_vmm(now);
+            }
+            Phase::Stopping(_) | Phase::WindingDown(_) => {
+                let late: Vec<&str> = self
+                    .processes
+                    .iter()
+                    .filter(|p| p.alive)
+                    .map(|p| p.about.name.as_str())
+                    .collect();
+                self.say(&format!("{} did not exit in time: killed", late.join(", ")));
+                self.conclude(Outcome {
+                    code: exit_code::TIMEOUT,
+                    line: None,
+                });
+                self.tell_spawner(FromSupervisor::KillAll);
+                self.phase = Phase::Killing(now + EXIT_DEADLINE);
+            }
+            // The spawner does not answer: leaving makes it end everything.
+            Phase::Killing(_) => self.processes.iter_mut().for_each(|p| p.alive = false),
+        }
+    }
+
+    fn hear_spawner(&mut self, now: Instant) -> Result<(), SupervisorError> {
+        loop {
+            match receive_message(self.spawner.as_fd())? {
+                Received::Nothing => return Ok(()),
+                Received::End => return Err(SupervisorError::NoConfig),
+                Received::Message(_, ToSupervisor::Start(_)) => {}
+                Received::Message(_, ToSupervisor::PowerOff) => self.power_off(now),
+                Received::Message(_, ToSupervisor::Exited { process, status }) => {
+                    self.process_ended(process.into(), status, now);
+                }
+            }
+        }
+    }
+
+    fn process_ended(&mut self, index: usize, status: ExitStatus, now: Instant) {
+        // What the vmm said before this happened counts first.
+        self.hear_vmm(now);
+        let Some(process) = self.processes.get_mut(index) else {
+            return;
+        };
+        process.alive = false;
+        process.log.read(&self.log, now);
+        if self.outcome.is_some() {
+            return;
+        }
+        let outcome = Outcome::of_process(&process.about, status);
+        let is_vmm = process.about.role == ProcessRole::Vmm;
+        self.conclude(outcome);
+        if is_vmm {
+            self.wind_down(now);
+        } else {
+            self.stop_vmm(now);
+        }
+    }
+
+    fn hear_vmm(&mut self, now: Instant) {
+        while let Some(vmm) = &self.vmm {
+            match receive_message(vmm.as_fd()) {
+                Ok(Received::Nothing) => return,
+                Ok(Received::End) => self.vmm = None,
+                Ok(Received::Message(_, message)) => self.vmm_says(message, now),
+                Err(error) => {
+                    self.conclude(Outcome {
+                        code: exit_code::ERROR,
+                        line: Some(format!("the vmm broke the control protocol: {error}")),
+                    });
+                    self.vmm = None;
+                    self.wind_down(now);
+                }
+            }
+        }
+    }
+
+    fn vmm_says(&mut self, message: FromVmm, now: Instant) {
+        match message {
+            FromVmm::Running {
+                started_ns,
+                first_instruction_ns,
+            } => self.tell_spawner(FromSupervisor::Running {
+                started_ns,
+                first_instruction_ns,
+            }),
+            FromVmm::DeviceFault { device, reason } => self.say(&format!("{device}: {reason}")),
+            FromVmm::StartFailed { what, cause, hint } => {
+                let mut lines = what;
+                for (name, text) in [("cause", cause), ("hint", hint)] {
+                    if !text.is_empty() {
+                        lines.push_str(&format!("\n  {name}: {text}"));
+                    }
+                }
+                self.conclude(Outcome {
+                    code: exit_code::ERROR,
+                    line: Some(lines),
+                });
+                self.wind_down(now);
+            }
+            FromVmm::Ended(reason) => {
+                self.conclude(Outcome::of_guest(reason));
+                self.wind_down(now);
+            }
+            FromVmm::Failed(why) => self.say(&format!("the vmm refused a request: {why}")),
+            FromVmm::Done | FromVmm::Rebooted | FromVmm::Stats(_) => {}
+        }
+    }
+
+    /// The first reason stands; what follows from it does not replace it.
+    fn conclude(&mut self, outcome: Outcome) {
+        if self.outcome.is_none() {
+            if let Some(line) = &outcome.line {
+                self.say(line);
+            }
+            self.outcome = Some(outcome);
+        }
+    }
+
+    fn power_off(&mut self, now: Instant) {
+        if self.phase == Phase::Running {
+            self.tell_vmm(ToVmm::PowerButton);
+            self.phase = Phase::PoweringOff(now + self.grace);
+        }
+    }
+
+    fn stop_vmm(&mut self, now: Instant) {
+        if matches!(self.phase, Phase::Running | Phase::PoweringOff(_)) {
+            self.tell_vmm(ToVmm::Stop);
+            self.phase = Phase::Stopping(now + EXIT_DEADLINE);
+        }
+    }
+
+    fn wind_down(&mut self, now: Instant) {
+        if !matches!(self.phase, Phase::WindingDown(_) | Phase::Killing(_)) {
+            self.phase = Phase::WindingDown(now + EXIT_DEADLINE);
+        }
+    }
+
+    /// A vmm that cannot be told is either gone, which is heard, or stuck, which its deadline ends.
+    fn tell_vmm(&mut self, message: ToVmm) {
+        self.requests += 1;
+        if let Some(vmm) = &self.vmm
+            && let Err(error) = send_message(vmm.as_fd(), self.requests, message)
+        {
+            self.say(&format!("cannot tell the vmm: {error}"));
+        }
+    }
+
+    fn tell_spawner(&self, message: FromSupervisor) {
+        if let Err(error) = send_message(self.spawner.as_fd(), 0, message) {
+            self.say(&format!("cannot tell the spawner: {error}"));
+        }
+    }
+
+    fn say(&self, text: &str) {
+        for line in text.lines() {
+            self.log.line("bulkhead", line);
+        }
+    }
+
+    /// Passes the last output on, and leaves.
+    fn finish(mut self) -> Result<(), SupervisorError> {
+        let deadline = Instant::now() + DRAIN_DEADLINE;
+        while !self.console.drained() && Instant::now() < deadline {
+            self.wait(Some(deadline))?;
+        }
+        let now = Instant::now();
+        for process in &mut self.processes {
+            process.log.read(&self.log, now);
+        }
+        let code = self.outcome.as_ref().map_or(exit_code::ERROR, |o| o.code);
+        self.tell_spawner(FromSupervisor::Finished { code });
+        Ok(())
+    }
+}
+
+/// What a poll found.
+#[derive(Default)]
+struct Ready {
+    guest_readable: bool,
+    guest_writable: bool,
+    input: bool,
+    output: bool,
+    logs: Vec<bool>,
+}
+
+impl Ready {
+    fn poll(of: &Supervisor, timeout: PollTimeout) -> Result<Self, SupervisorError> {
+        let mut wanted = vec![
+            (Some(&of.spawner), PollFlags::POLLIN),
+            (of.vmm.as_ref(), PollFlags::POLLIN),
+            (of.console.guest_readable(), PollFlags::POLLIN),
+            (of.console.guest_writable(), PollFlags::POLLOUT),
+            (of.console.input(), PollFlags::POLLIN),
+            (of.console.output(), PollFlags::POLLOUT),
+        ];
+        wanted.extend(of.processes.iter().map(|p| (p.log.pipe(), PollFlags::POLLIN)));
+        // What has nothing to wait for is left out; `places` keeps the order.
+        let mut fds = Vec::with_capacity(wanted.len());
+        let places: Vec<Option<usize>> = wanted
+            .into_iter()
+            .map(|(fd, flags)| {
+                fd.map(|fd| {
+                    fds.push(PollFd::new(fd.as_fd(), flags));
+                    fds.len() - 1
+                })
+            })
+            .collect();
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(e) => return Err(SupervisorError::Poll(e.into())),
+        }
+        let ready =
+            |place: &Option<usize>| place.is_some_and(|i| fds[i].revents().is_some_and(|r| !r.is_empty()));
+        Ok(Self {
+            guest_readable: ready(&places[2]),
+            guest_writable: ready(&places[3]),
+            input: ready(&places[4]),
+            output: ready(&places[5]),
+            logs: places[6..].iter().map(ready).collect(),
+        })
+    }
+}

@@ -1,0 +1,99 @@
+//! How a VM ended: the exit code, and the line that says why.
+
+use vm_spec::control::{EndReason, exit_code};
+use vm_spec::run_state::ProcessRole;
+use vm_spec::supervise::{ExitStatus, SupervisedProcess};
+
+/// `SIGSYS` on x86-64: what a filter kills with.
+const SIGSYS: u8 = 31;
+
+/// An exit code and, where it is no success, what to tell.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Outcome {
+    pub(super) code: u8,
+    pub(super) line: Option<String>,
+}
+
+impl Outcome {
+    pub(super) fn of_guest(reason: EndReason) -> Self {
+        let (code, line) = match reason {
+            EndReason::PowerOff => (exit_code::POWER_OFF, None),
+            EndReason::Reset => (exit_code::RESET, Some("the guest reset")),
+            EndReason::InstantReset => (
+                exit_code::INSTANT_RESET,
+                Some("the guest reset before it wrote to its console or drove a device"),
+            ),
+            EndReason::Panic => (exit_code::PANIC, Some("the guest's kernel panicked")),
+            EndReason::TripleFault => (exit_code::TRIPLE_FAULT, Some("a vCPU shut down (triple fault)")),
+            EndReason::KvmError => (exit_code::ERROR, Some("KVM could not go on")),
+            EndReason::Stopped => (exit_code::ERROR, Some("the VM was stopped")),
+        };
+        Self {
+            code,
+            line: line.map(str::to_owned),
+        }
+    }
+
+    /// A process ended though the VM had not.
+    pub(super) fn of_process(process: &SupervisedProcess, status: ExitStatus) -> Self {
+        let SupervisedProcess { name, role, pid, .. } = process;
+        let binary = match role {
+            ProcessRole::Disk => "vhost-user-blk, ",
+            ProcessRole::Net => "vhost-user-net, ",
+            _ => "",
+        };
+        let policy = role.policy().unwrap_or("its");
+        let what = match status {
+            ExitStatus::Signal(SIGSYS) => format!(
+                "was stopped by seccomp: policy jailer/policy/{policy}.policy; --seccomp=log finds \
+                 the call"
+            ),
+            ExitStatus::Signal(signal) => format!("was killed by signal {signal}"),
+            ExitStatus::Code(code) => format!("exited with code {code}"),
+        };
+        let code = match (status, role) {
+            (ExitStatus::Signal(SIGSYS), _) => exit_code::SECCOMP,
+            (_, ProcessRole::Disk | ProcessRole::Net) => exit_code::BACKEND_LOST,
+            _ => exit_code::ERROR,
+        };
+        Self {
+            code,
+            line: Some(format!("{name} ({binary}pid {pid}) {what}")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_spec::control::FdNumber;
+
+    fn process(role: ProcessRole) -> SupervisedProcess {
+        SupervisedProcess {
+            name: "disk0".into(),
+            role,
+            pid: 7,
+            log: FdNumber(9),
+        }
+    }
+
+    #[test]
+    fn a_lost_device_and_a_forbidden_call_are_told_apart() {
+        let disk = process(ProcessRole::Disk);
+        let lost = Outcome::of_process(&disk, ExitStatus::Signal(9));
+        assert_eq!(lost.code, exit_code::BACKEND_LOST);
+        assert_eq!(
+            lost.line.as_deref(),
+            Some("disk0 (vhost-user-blk, pid 7) was killed by signal 9")
+        );
+        let forbidden = Outcome::of_process(&disk, ExitStatus::Signal(SIGSYS));
+        assert_eq!(forbidden.code, exit_code::SECCOMP);
+        assert!(forbidden.line.unwrap().contains("stopped by seccomp"));
+    }
+
+    #[test]
+    fn an_instant_reset_is_no_success() {
+        assert_eq!(Outcome::of_guest(EndReason::InstantReset).code, 6);
+        assert_eq!(Outcome::of_guest(EndReason::PowerOff).code, 0);
+    }
+}
