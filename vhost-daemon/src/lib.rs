@@ -18,9 +18,21 @@
 //! front end is more trusted than this process, yet its messages are checked in `session`, since
 //! one that is wrong would break memory safety here.
 
+mod descriptors;
 pub mod device;
+mod flags;
+mod listener;
+mod log;
 pub mod memory;
 pub mod ring;
+mod run;
+mod session;
+mod signals;
+mod worker;
 
-pub use device::{ConfigError, Device, Program, QueueHandler, Wait};
+pub use descriptors::inherited;
+pub use device::{ConfigError, Device, Program, QueueHandler, QueueLimits, Wait};
 pub use ring::{Chain, Ring, RingFault};
+pub use run::{DaemonError, run};
+pub use session::{ServeError, SessionError};
+pub use worker::WorkerError;

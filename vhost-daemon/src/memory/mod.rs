@@ -10,6 +10,7 @@ mod table;
 
 pub(crate) use mapping::Mapping;
 pub use segment::{Segment, Segments};
+pub(crate) use table::MAX_REGIONS;
 pub use table::{GuestMemory, MemoryError, RegionSpec, Sealing};
 
 /// A guest physical address.

@@ -100,6 +100,15 @@ impl InflightRegion {
         })
     }
 
+    /// The same memory for fewer queues or smaller rings.
+    pub(crate) fn shaped(&self, queues: u16, queue_size: u16) -> Self {
+        Self {
+            mapping: Arc::clone(&self.mapping),
+            queues: queues.min(self.queues),
+            queue_size: queue_size.min(self.queue_size),
+        }
+    }
+
     /// Bytes in use.
     pub(crate) fn size(&self) -> usize {
         usize::from(self.queues) * part_size(self.queue_size)

@@ -17,4 +17,4 @@ pub use chain::Chain;
 pub use fault::RingFault;
 pub(crate) use inflight::{InflightQueue, InflightRegion};
 pub use split::Ring;
-pub(crate) use split::{RingLayout, RingSetup};
+pub(crate) use split::RingSetup;

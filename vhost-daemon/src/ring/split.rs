@@ -125,6 +125,10 @@ pub struct Ring {
     resubmit: VecDeque<u16>,
     inflight: Option<InflightQueue>,
     notifications: Notifications,
+    /// The available index when the latest look found nothing to take, or all of it.
+    seen: Wrapping<u16>,
+    /// The handler took chains and found too few: it waits for more than there are.
+    wants_more: bool,
     /// Chains that may still be taken before the worker looks after its other duties.
     budget: u16,
     spare: Vec<(Segments, Segments)>,
@@ -155,6 +159,8 @@ impl Ring {
             resubmit: VecDeque::new(),
             inflight: None,
             notifications: Notifications::new(setup.event_idx, used_index),
+            seen: Wrapping(setup.base),
+            wants_more: false,
             budget: setup.size,
             spare: Vec::new(),
         };
@@ -220,8 +226,9 @@ impl Ring {
     }
 
     /// The head in the next available entry.
-    fn next_head(&self) -> Result<Option<u16>, RingFault> {
+    fn next_head(&mut self) -> Result<Option<u16>, RingFault> {
         let (found, next) = (self.available_index(Ordering::Acquire)?, self.next_available);
+        self.seen = Wrapping(found);
         let pending = (Wrapping(found) - next).0;
         if pending > self.layout.size {
             return Err(RingFault::AvailIndex {
@@ -252,6 +259,7 @@ impl Ring {
         }
         self.next_available -= 1;
         self.budget += 1;
+        self.wants_more = true;
         self.free_head(chain.head);
         self.release(chain);
         Ok(())
@@ -342,14 +350,20 @@ impl Ring {
     }
 
     /// Asks the driver for kicks; true if there is more to take already, which came without one.
+    /// Where the handler put chains back, only one that came since counts.
     pub(crate) fn enable_kicks(&mut self) -> Result<bool, RingFault> {
+        let known = if self.wants_more {
+            self.seen
+        } else {
+            self.next_available
+        };
         self.notifications
-            .enable_kicks(&self.memory, &self.layout, self.next_available)?;
-        Ok(!self.resubmit.is_empty() || self.available_index(Ordering::Acquire)? != self.next_available.0)
+            .enable_kicks(&self.memory, &self.layout, known)?;
+        Ok(!self.resubmit.is_empty() || self.available_index(Ordering::Acquire)? != known.0)
     }
 
     /// Tells the driver that kicks are not needed for now.
-    pub(crate) fn disable_kicks(&mut self) -> Result<(), RingFault> {
+    fn disable_kicks(&mut self) -> Result<(), RingFault> {
         self.notifications.disable_kicks(&self.memory, &self.layout)
     }
 
@@ -359,6 +373,29 @@ impl Ring {
         let left = self.budget > 0;
         self.budget = self.layout.size;
         left
+    }
+
+    /// A new round of the handler: what it put back is there to be taken again.
+    pub(crate) fn begin_round(&mut self) -> Result<(), RingFault> {
+        self.wants_more = false;
+        self.disable_kicks()
+    }
+
+    /// Goes on in another memory table, in which the ring must lie at the same guest addresses. The
+    /// device holds no chain.
+    pub(crate) fn set_memory(
+        &mut self,
+        memory: Arc<GuestMemory>,
+        setup: &RingSetup,
+    ) -> Result<(), RingFault> {
+        self.layout = RingLayout::find(&memory, setup)?;
+        self.memory = memory;
+        Ok(())
+    }
+
+    /// Whether the driver was ever shown a used element on this ring.
+    pub(crate) fn has_published(&self) -> bool {
+        self.next_used.0 != 0
     }
 
     /// The next available entry to take, for GET_VRING_BASE. Everything taken was published.

@@ -1,0 +1,123 @@
+//! The command line: QEMU's back-end program conventions and a few flags of ours.
+
+use crate::Program;
+use crate::log::LogFormat;
+use jailer::sandbox::SeccompMode;
+use lexopt::{Arg, Parser, ValueExt};
+use std::ffi::OsString;
+use std::fmt::Write;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use tracing_subscriber::filter::LevelFilter;
+
+/// Where the front end is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Connection {
+    /// A socket to listen on: any number of front ends, one after another.
+    Path(PathBuf),
+    /// A connected socket: one front end.
+    Fd(RawFd),
+}
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub(crate) enum Request<O> {
+    Help,
+    Version,
+    PrintCapabilities,
+    Serve(Settings, O),
+}
+
+/// The shared flags of a process that serves.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    pub(crate) connection: Connection,
+    pub(crate) num_queues: u16,
+    pub(crate) seccomp: SeccompMode,
+    pub(crate) log_level: LevelFilter,
+    pub(crate) log_format: LogFormat,
+}
+
+const SHARED_USAGE: &str = "\
+  --socket-path=PATH      listen here; serves one front end after another until SIGTERM
+  --fd=N                  a connected socket; serves it to its end
+  --print-capabilities    print what this program can do as JSON, and exit
+  --num-queues=N          request queues
+  --seccomp=MODE          enforce (default), log or off
+  --log-level=LEVEL       error, warn (default), info, debug or trace
+  --log-format=FORMAT     human (default) or json
+  --help, --version
+";
+
+/// What `--help` prints.
+pub(crate) fn help<P: Program>() -> String {
+    let mut text = format!("Usage: {} (--socket-path=PATH | --fd=N) FLAGS\n\n", P::NAME);
+    text.push_str(P::USAGE);
+    let _ = write!(text, "\n{SHARED_USAGE}");
+    text
+}
+
+/// What `--print-capabilities` prints (vhost-user, "Backend program conventions").
+pub(crate) fn capabilities<P: Program>() -> String {
+    serde_json::json!({ "type": P::KIND, "features": P::CAPABILITIES }).to_string()
+}
+
+/// Reads the command line without the program's name.
+///
+/// # Errors
+/// A usage error: unknown flags, wrong values, a flag that excludes another.
+pub(crate) fn parse<P: Program>(
+    arguments: impl IntoIterator<Item = OsString>,
+) -> Result<Request<P::Options>, lexopt::Error> {
+    let mut parser = Parser::from_args(arguments);
+    let mut options = P::Options::default();
+    let mut connection: Option<Connection> = None;
+    let mut num_queues = P::QUEUES.default;
+    let (mut seccomp, mut log_format) = (SeccompMode::default(), LogFormat::default());
+    let mut log_level = LevelFilter::WARN;
+    while let Some(argument) = parser.next()? {
+        let Arg::Long(name) = argument else {
+            return Err(argument.unexpected());
+        };
+        let name = name.to_owned();
+        match name.as_str() {
+            "help" => return Ok(Request::Help),
+            "version" => return Ok(Request::Version),
+            "print-capabilities" => return Ok(Request::PrintCapabilities),
+            "socket-path" => connect(&mut connection, Connection::Path(parser.value()?.into()))?,
+            "fd" => connect(&mut connection, Connection::Fd(parser.value()?.parse()?))?,
+            "num-queues" => num_queues = parser.value()?.parse_with(queues::<P>)?,
+            "seccomp" => seccomp = parser.value()?.parse()?,
+            "log-level" => log_level = parser.value()?.parse()?,
+            "log-format" => log_format = parser.value()?.parse()?,
+            _ if P::option(&mut options, &name, &mut parser)? => {}
+            _ => return Err(Arg::Long(&name).unexpected()),
+        }
+    }
+    let connection = connection.ok_or("one of --socket-path and --fd is needed")?;
+    let settings = Settings {
+        connection,
+        num_queues,
+        seccomp,
+        log_level,
+        log_format,
+    };
+    Ok(Request::Serve(settings, options))
+}
+
+fn connect(connection: &mut Option<Connection>, new: Connection) -> Result<(), lexopt::Error> {
+    match connection.replace(new) {
+        None => Ok(()),
+        Some(_) => Err("--socket-path and --fd exclude each other, and each is given once".into()),
+    }
+}
+
+fn queues<P: Program>(text: &str) -> Result<u16, String> {
+    let limits = P::QUEUES;
+    let number = text.parse::<u16>().ok();
+    let allowed = |n: &u16| (1..=limits.most).contains(n) && n.is_multiple_of(limits.multiple);
+    number.filter(allowed).ok_or_else(|| {
+        let (first, most) = (limits.multiple, limits.most);
+        format!("is not a multiple of {first} from {first} to {most}")
+    })
+}

@@ -1,0 +1,197 @@
+//! From the command line to the exit code.
+
+use crate::flags::{self, Connection, Request, Settings};
+use crate::memory::Sealing;
+use crate::ring::InflightRegion;
+use crate::session::{End, ServeError, Session, SessionError, serve};
+use crate::signals::{self, Termination};
+use crate::worker::{Worker, WorkerError};
+use crate::{Device, Program, descriptors, listener, log};
+use jailer::sandbox::{LockdownError, Locked, SeccompMode, lockdown_main};
+use std::error::Error;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+
+/// What ended the process before its time. Exit code 1.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// The device's files.
+    #[error("cannot open the device")]
+    Open(#[source] Box<dyn Error + Send + Sync>),
+    /// `--fd`.
+    #[error("--fd is not a connected vhost-user socket")]
+    Fd(#[source] io::Error),
+    /// `--socket-path`.
+    #[error("cannot listen on {}", path.display())]
+    Listen {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// No memfd for the in-flight region.
+    #[error("cannot make the in-flight region")]
+    Inflight(#[source] io::Error),
+    /// Signals could not be prepared.
+    #[error("cannot prepare signals")]
+    Signals(#[source] io::Error),
+    /// A queue's thread.
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+    /// The process could not be confined, so it does not serve.
+    #[error("cannot confine the process")]
+    Lockdown(#[from] LockdownError),
+    /// The session.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+}
+
+/// Runs `P` from its command line to its end.
+///
+/// Exit codes: 0 when the front end hung up (`--fd`) or a SIGTERM came; 1 for an error, printed with
+/// its causes; 2 for a wrong command line; 135 when the front end truncated guest memory.
+pub fn run<P: Program>() -> ExitCode {
+    let request = match flags::parse::<P>(std::env::args_os().skip(1)) {
+        Ok(request) => request,
+        Err(error) => {
+            eprintln!("{}: {error}\nTry '{} --help'.", P::NAME, P::NAME);
+            return ExitCode::from(2);
+        }
+    };
+    let (settings, options) = match request {
+        Request::Help => return print(&flags::help::<P>()),
+        Request::Version => return print(&format!("{} {}", P::NAME, env!("CARGO_PKG_VERSION"))),
+        Request::PrintCapabilities => return print(&flags::capabilities::<P>()),
+        Request::Serve(settings, options) => (settings, options),
+    };
+    log::start(settings.log_level, settings.log_format);
+    match start::<P>(settings, options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(P::NAME, &error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print(text: &str) -> ExitCode {
+    println!("{}", text.trim_end());
+    ExitCode::SUCCESS
+}
+
+/// One line, the causes behind it.
+fn report(name: &str, error: &dyn Error) {
+    let mut line = format!("{name}: {error}");
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line.push_str(": ");
+        line.push_str(&error.to_string());
+        cause = error.source();
+    }
+    eprintln!("{line}");
+}
+
+/// The front end, or where it will come.
+enum Front {
+    Connected(UnixStream),
+    Listening(UnixListener),
+}
+
+/// Opens everything, makes the threads, confines the process, serves.
+fn start<P: Program>(settings: Settings, options: P::Options) -> Result<(), DaemonError> {
+    if settings.seccomp != SeccompMode::Enforce {
+        tracing::warn!(mode = %settings.seccomp, "system calls are not confined; for debugging only");
+    }
+    let termination = Termination::new().map_err(DaemonError::Signals)?;
+    signals::end_on_sigbus().map_err(DaemonError::Signals)?;
+    let mut device = P::open(options, settings.num_queues).map_err(DaemonError::Open)?;
+    let (front, sealing) = match settings.connection {
+        Connection::Fd(number) => {
+            let fd = descriptors::inherited(number).map_err(DaemonError::Fd)?;
+            (
+                Front::Connected(connected(fd).map_err(DaemonError::Fd)?),
+                Sealing::Required,
+            )
+        }
+        Connection::Path(path) => match listener::bind(&path) {
+            Ok(listener) => (Front::Listening(listener), Sealing::Preferred),
+            Err(source) => return Err(DaemonError::Listen { path, source }),
+        },
+    };
+    let own_inflight = inflight(device.as_ref(), settings.num_queues).map_err(DaemonError::Inflight)?;
+    let config_source = device
+        .config_source()
+        .map(|fd| fd.try_clone_to_owned())
+        .transpose();
+    let config_source = config_source.map_err(|error| DaemonError::Open(error.into()))?;
+    let workers = Worker::spawn_all(device.as_mut(), P::ROLE, settings.seccomp)?;
+    let session = Arc::new(Mutex::new(Session::new(device, workers, sealing, own_inflight)));
+    // Each thread confined itself when it started; the main one is the last.
+    let locked = lockdown_main(P::ROLE, settings.seccomp)?;
+    let stage = Stage {
+        session,
+        config_source,
+        termination,
+        locked,
+    };
+    stage.play(front)
+}
+
+/// A socket that is a stream socket of the Unix domain.
+fn connected(fd: OwnedFd) -> io::Result<UnixStream> {
+    let stream = UnixStream::from(fd);
+    stream.peer_addr()?;
+    Ok(stream)
+}
+
+fn inflight(device: &dyn Device, queues: u16) -> io::Result<Option<(InflightRegion, OwnedFd)>> {
+    if device.records_inflight() {
+        InflightRegion::create(queues, device.max_queue_size()).map(Some)
+    } else {
+        Ok(None)
+    }
+}
+
+/// A confined process with its device.
+struct Stage {
+    session: Arc<Mutex<Session>>,
+    config_source: Option<OwnedFd>,
+    termination: Termination,
+    locked: Locked,
+}
+
+impl Stage {
+    fn play(&self, front: Front) -> Result<(), DaemonError> {
+        let listener = match front {
+            Front::Connected(socket) => return Ok(self.serve(socket).map(drop)?),
+            Front::Listening(listener) => listener,
+        };
+        while let Some(socket) = listener::accept(&listener, &self.termination).map_err(ServeError::Io)? {
+            match self.serve(socket) {
+                Ok(End::Disconnected) => {}
+                Ok(End::Terminated) => break,
+                // A queue that hangs, or data that cannot be made durable, is not survived.
+                Err(error @ ServeError::Session(SessionError::Worker(_) | SessionError::Flush(_))) => {
+                    return Err(error.into());
+                }
+                Err(error) => tracing::error!(error = &error as &dyn Error, "front end dropped"),
+            }
+        }
+        Ok(())
+    }
+
+    fn serve(&self, socket: UnixStream) -> Result<End, ServeError> {
+        serve(
+            &self.locked,
+            &self.session,
+            self.config_source.as_ref(),
+            socket,
+            &self.termination,
+        )
+    }
+}

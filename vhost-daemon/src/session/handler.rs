@@ -1,0 +1,351 @@
+//! The meaning of each message (vhost-user, "Front-end message types").
+//!
+//! Two kinds of refusal: [`refuse`] answers "failed" and goes on, where the answer says all;
+//! [`broken`] ends the session, where the front end waits for a reply that cannot be given.
+
+use super::vring::Addresses;
+use super::{Session, SessionError};
+use crate::memory::{GuestMemory, RegionSpec};
+use crate::ring::InflightRegion;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use vhost::vhost_user::message::*;
+use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+
+/// Most bytes of configuration space (VHOST_USER_CONFIG_SIZE's bound in this crate's messages).
+const MAX_CONFIG: usize = 256;
+
+/// The front end is told that the message failed; the session goes on.
+fn refuse(error: SessionError) -> Error {
+    tracing::warn!(
+        error = &error as &dyn std::error::Error,
+        "vhost-user message refused"
+    );
+    Error::ReqHandlerError(std::io::Error::other(error))
+}
+
+/// The session ends.
+fn broken(error: SessionError) -> Error {
+    tracing::error!(
+        error = &error as &dyn std::error::Error,
+        "vhost-user message cannot be answered"
+    );
+    Error::BackendInternalError
+}
+
+fn region_spec(guest: u64, size: u64, user: u64, offset: u64) -> RegionSpec {
+    RegionSpec {
+        guest_address: guest,
+        size,
+        user_address: user,
+        offset,
+    }
+}
+
+impl VhostUserBackendReqHandlerMut for Session {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        self.stop_rings().map_err(refuse)
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        Session::reset_device(self).map_err(refuse)
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.offered_features())
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !self.offered_features();
+        if unknown != 0 {
+            return Err(refuse(SessionError::Value {
+                what: "feature set with bits never offered",
+                value: unknown,
+            }));
+        }
+        self.features = features;
+        self.device.set_features(features);
+        Ok(())
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(self.offered_protocol_features())
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !self.offered_protocol_features().bits();
+        if unknown != 0 {
+            return Err(refuse(SessionError::Value {
+                what: "protocol feature set with bits never offered",
+                value: unknown,
+            }));
+        }
+        self.protocol_features = features;
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.workers.len() as u64)
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<Vec<u64>>> {
+        let mut memory = GuestMemory::default();
+        for (region, file) in regions.iter().zip(files) {
+            let spec = region_spec(
+                region.guest_phys_addr,
+                region.memory_size,
+                region.user_addr,
+                region.mmap_offset,
+            );
+            let added = memory.with_region(spec, OwnedFd::from(file), self.sealing);
+            memory = added.map_err(|error| refuse(error.into()))?;
+        }
+        self.replace_memory(memory).map_err(broken)?;
+        Ok(None)
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(crate::memory::MAX_REGIONS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<u64>> {
+        let spec = region_spec(
+            region.guest_phys_addr,
+            region.memory_size,
+            region.user_addr,
+            region.mmap_offset,
+        );
+        let added = self.memory.with_region(spec, OwnedFd::from(file), self.sealing);
+        let memory = added.map_err(|error| refuse(error.into()))?;
+        self.replace_memory(memory).map_err(broken)?;
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let left = self
+            .memory
+            .without_region(region.guest_phys_addr, region.user_addr, region.memory_size);
+        let memory = left.map_err(|error| refuse(error.into()))?;
+        self.replace_memory(memory).map_err(broken)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let most = u32::from(self.device.max_queue_size());
+        let (_, vring) = self.queue(index).map_err(refuse)?;
+        if !num.is_power_of_two() || num > most {
+            return Err(refuse(SessionError::Value {
+                what: "ring size",
+                value: num.into(),
+            }));
+        }
+        vring.size = num as u16;
+        Ok(())
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        // Logging is not offered.
+        if flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG) {
+            return Err(refuse(SessionError::Order(
+                "the ring was to be logged, which was not offered",
+            )));
+        }
+        let (_, vring) = self.queue(index).map_err(refuse)?;
+        vring.addresses = Some(Addresses {
+            descriptors: descriptor,
+            available,
+            used,
+        });
+        Ok(())
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let (_, vring) = self.queue(index).map_err(refuse)?;
+        let wrong = SessionError::Value {
+            what: "ring base",
+            value: base.into(),
+        };
+        vring.base = u16::try_from(base).map_err(|_| refuse(wrong))?;
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let (worker, vring) = self.queue(index).map_err(broken)?;
+        if let Some(state) = worker.stop().map_err(|error| broken(error.into()))? {
+            vring.base = state.base;
+        }
+        vring.running = false;
+        Ok(VhostUserVringState::new(index, vring.base.into()))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let index = u32::from(index);
+        let kick =
+            fd.ok_or_else(|| refuse(SessionError::Order("a ring without a kick fd is not offered")))?;
+        let (worker, vring) = self.queue(index).map_err(refuse)?;
+        if vring.running {
+            return worker.set_kick(kick.into()).map_err(|error| refuse(error.into()));
+        }
+        self.start_ring(index, kick.into()).map_err(refuse)
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let (worker, _) = self.queue(index.into()).map_err(refuse)?;
+        worker
+            .set_call(fd.map(Into::into))
+            .map_err(|error| broken(error.into()))
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let (worker, _) = self.queue(index.into()).map_err(refuse)?;
+        worker
+            .set_error(fd.map(Into::into))
+            .map_err(|error| broken(error.into()))
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        let (worker, vring) = self.queue(index).map_err(refuse)?;
+        vring.enabled = enable;
+        worker.set_enabled(enable).map_err(|error| broken(error.into()))
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        let (offset, size) = (offset as usize, size as usize);
+        if offset.saturating_add(size) > MAX_CONFIG {
+            return Err(Error::InvalidParam);
+        }
+        // A front end may know fields that this device does not have: they read as 0.
+        let mut config = self.device.config();
+        config.resize(MAX_CONFIG, 0);
+        Ok(config
+            .get(offset..offset + size)
+            .map(<[u8]>::to_vec)
+            .unwrap_or_default())
+    }
+
+    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        let end = (offset as usize).saturating_add(buf.len());
+        if end > self.device.config().len() {
+            return Err(refuse(SessionError::Value {
+                what: "end of a write to the configuration space",
+                value: end as u64,
+            }));
+        }
+        let written = self.device.write_config(offset, buf);
+        written.map_err(|_| {
+            refuse(SessionError::Order(
+                "the driver wrote to a read-only configuration field",
+            ))
+        })
+    }
+
+    fn set_backend_req_fd(&mut self, _backend: Backend) {
+        // Taken by `direct`, which keeps the socket itself.
+    }
+
+    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let (region, fd) = self.new_inflight(wanted).map_err(broken)?;
+        let reply = VhostUserInflight::new(region.size() as u64, 0, region.queues(), region.queue_size());
+        Ok((reply, File::from(fd)))
+    }
+
+    fn set_inflight_fd(&mut self, kept: &VhostUserInflight, file: File) -> Result<()> {
+        if self.own_inflight.is_none() || self.vrings.iter().any(|vring| vring.running) {
+            return Err(refuse(SessionError::Order(
+                "the in-flight region came while rings run",
+            )));
+        }
+        let region = InflightRegion::adopt(
+            &OwnedFd::from(file),
+            kept.mmap_offset,
+            kept.mmap_size,
+            kept.num_queues,
+            kept.queue_size,
+        );
+        self.inflight = Some(region.map_err(|error| refuse(SessionError::Inflight(error)))?);
+        Ok(())
+    }
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
+        Err(Error::InvalidOperation("no GPU device"))
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        Err(Error::InvalidOperation("no shared objects"))
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _fd: File,
+    ) -> Result<Option<File>> {
+        Err(Error::InvalidOperation("device state is not offered"))
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        Err(Error::InvalidOperation("device state is not offered"))
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        Err(Error::InvalidOperation("shared memory regions are not offered"))
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        Err(Error::InvalidOperation("dirty logging is not offered"))
+    }
+}
+
+impl Session {
+    /// GET_INFLIGHT_FD: our region, emptied, in the shape that the front end wants.
+    fn new_inflight(
+        &mut self,
+        wanted: &VhostUserInflight,
+    ) -> std::result::Result<(InflightRegion, OwnedFd), SessionError> {
+        if self.vrings.iter().any(|vring| vring.running) {
+            return Err(SessionError::Order(
+                "an in-flight region was asked for while rings run",
+            ));
+        }
+        let (own, fd) = self
+            .own_inflight
+            .as_ref()
+            .ok_or(SessionError::Order("in-flight I/O is not recorded"))?;
+        let shape = |what, value: u16| SessionError::Value {
+            what,
+            value: value.into(),
+        };
+        if wanted.num_queues > own.queues() {
+            return Err(shape("number of queues", wanted.num_queues));
+        }
+        if wanted.queue_size > own.queue_size() {
+            return Err(shape("ring size", wanted.queue_size));
+        }
+        own.zero();
+        let fd = fd.try_clone().map_err(SessionError::Inflight)?;
+        let region = own.shaped(wanted.num_queues, wanted.queue_size);
+        self.inflight = Some(region.clone());
+        Ok((region, fd))
+    }
+}

@@ -1,0 +1,120 @@
+//! The loop of the main thread: messages, configuration changes, and the signal to end.
+
+use super::{Session, SessionError, direct};
+use crate::signals::Termination;
+use jailer::sandbox::Locked;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
+
+/// Why a session ended without an error.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum End {
+    /// The front end closed the connection.
+    Disconnected,
+    /// SIGTERM or SIGINT.
+    Terminated,
+}
+
+/// Why a session ended otherwise.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The socket or a wait failed.
+    #[error("the vhost-user connection failed")]
+    Io(#[from] io::Error),
+    /// A message that breaks the protocol, or that could not be answered.
+    #[error("the vhost-user session ended: {0}")]
+    Protocol(String),
+    /// Winding down failed.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+}
+
+pub(crate) fn lock(session: &Mutex<Session>) -> MutexGuard<'_, Session> {
+    session.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Serves one front end to its end, then drains, forgets it and flushes.
+///
+/// The token shows that the process is confined: from here on it handles what a guest wrote.
+pub(crate) fn serve(
+    _locked: &Locked,
+    session: &Arc<Mutex<Session>>,
+    config_source: Option<&OwnedFd>,
+    socket: UnixStream,
+    termination: &Termination,
+) -> Result<End, ServeError> {
+    let end = messages(session, config_source, socket, termination);
+    // Whatever ended the session, no I/O may outlive it.
+    lock(session).end()?;
+    end
+}
+
+fn messages(
+    session: &Arc<Mutex<Session>>,
+    config_source: Option<&OwnedFd>,
+    socket: UnixStream,
+    termination: &Termination,
+) -> Result<End, ServeError> {
+    socket.set_nonblocking(false)?;
+    let watched = socket.try_clone()?;
+    let mut handler = BackendReqHandler::from_stream(socket, Arc::clone(session));
+    loop {
+        let ready = wait(&watched, termination, config_source)?;
+        if ready.termination {
+            termination.acknowledge();
+            return Ok(End::Terminated);
+        }
+        if ready.config {
+            let mut session = lock(session);
+            if session.device.config_changed() {
+                session.send_config_change()?;
+            }
+        }
+        if !ready.message {
+            continue;
+        }
+        if direct::is_direct(watched.as_fd()) {
+            direct::handle(&mut lock(session), watched.as_fd())?;
+            continue;
+        }
+        match handler.handle_request() {
+            Ok(()) | Err(VhostError::ReqHandlerError(_)) => {}
+            Err(VhostError::Disconnected) => return Ok(End::Disconnected),
+            Err(VhostError::SocketBroken(error)) if error.kind() == io::ErrorKind::ConnectionReset => {
+                return Ok(End::Disconnected);
+            }
+            Err(error) => return Err(ServeError::Protocol(error.to_string())),
+        }
+    }
+}
+
+/// What there is to do.
+struct Ready {
+    message: bool,
+    termination: bool,
+    config: bool,
+}
+
+/// Waits without a limit: a guest that changes nothing is no fault.
+fn wait(socket: &UnixStream, termination: &Termination, config: Option<&OwnedFd>) -> io::Result<Ready> {
+    let mut fds = vec![
+        PollFd::new(socket.as_fd(), PollFlags::POLLIN),
+        PollFd::new(termination.as_fd(), PollFlags::POLLIN),
+    ];
+    fds.extend(config.map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
+    match poll(&mut fds, PollTimeout::NONE) {
+        Ok(_) | Err(Errno::EINTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let ready = |at: usize| fds.get(at).and_then(PollFd::any).unwrap_or(false);
+    Ok(Ready {
+        message: ready(0),
+        termination: ready(1),
+        config: ready(2),
+    })
+}

@@ -1,0 +1,221 @@
+//! A queue's thread: stopped, running or broken, and the only one that touches its ring.
+//!
+//! ```text
+//!             Start                    RingFault
+//!  stopped ----------> running -------------------------> broken
+//!     ^                  |  (error eventfd signalled)        |
+//!     +------- Stop -----+---------------- Stop -------------+
+//! ```
+//!
+//! The session sends one [`Command`] at a time and waits for its answer, so that when a message of
+//! the front end is answered its effect is complete: after Stop no I/O is under way.
+
+mod lane;
+
+use crate::memory::GuestMemory;
+use crate::ring::{InflightQueue, RingFault, RingSetup};
+use crate::{QueueHandler, device::Device};
+use jailer::sandbox::{LockdownError, Role, SeccompMode, lockdown_thread};
+use lane::Lane;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Longest wait for a worker's answer. A drain waits for the slowest I/O of the host; longer than
+/// this, and the process gives up (the front end, whose own deadline is shorter, has done so).
+const ANSWER_DEADLINE: Duration = Duration::from_secs(120);
+/// Stack of a worker. It formats log lines and inflates image clusters; nothing recurses.
+const STACK_SIZE: usize = 256 << 10;
+
+/// Everything a ring needs to run.
+#[derive(Debug)]
+pub(crate) struct RingStart {
+    pub(crate) memory: Arc<GuestMemory>,
+    pub(crate) setup: RingSetup,
+    pub(crate) inflight: Option<InflightQueue>,
+    pub(crate) kick: OwnedFd,
+    pub(crate) features: u64,
+}
+
+/// Where a ring stopped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct QueueState {
+    /// The next available entry to take: the answer to GET_VRING_BASE.
+    pub(crate) base: u16,
+}
+
+/// What the session asks of a worker.
+enum Command {
+    Start(Box<RingStart>),
+    Stop,
+    Kick(OwnedFd),
+    Call(Option<OwnedFd>),
+    Error(Option<OwnedFd>),
+    Enable(bool),
+    Memory(Arc<GuestMemory>),
+    Quit,
+}
+
+/// What a worker answers.
+enum Answer {
+    Done,
+    Stopped(Option<QueueState>),
+    Faulted(RingFault),
+    LockedDown(Result<(), LockdownError>),
+}
+
+/// Why a worker did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// The thread or its eventfd could not be made.
+    #[error("cannot start a queue's thread")]
+    Spawn(#[source] io::Error),
+    /// The thread could not be confined.
+    #[error("cannot confine a queue's thread")]
+    Lockdown(#[source] LockdownError),
+    /// No answer in time: I/O hangs.
+    #[error("queue {0} does not stop: its I/O hangs")]
+    Hangs(u16),
+    /// The ring cannot run.
+    #[error("queue {index} cannot run")]
+    Ring {
+        /// The queue.
+        index: u16,
+        /// Why.
+        #[source]
+        fault: RingFault,
+    },
+}
+
+/// The session's handle of a queue's thread.
+pub(crate) struct Worker {
+    index: u16,
+    commands: Sender<Command>,
+    answers: Receiver<Answer>,
+    wake: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Makes a thread for each queue of `device`, each confined before it does anything else.
+    pub(crate) fn spawn_all(
+        device: &mut dyn Device,
+        role: Role,
+        mode: SeccompMode,
+    ) -> Result<Vec<Self>, WorkerError> {
+        let handlers = device.take_handlers().into_iter();
+        (0u16..)
+            .zip(handlers)
+            .map(|(index, handler)| Self::spawn(index, handler, role, mode))
+            .collect()
+    }
+
+    fn spawn(
+        index: u16,
+        handler: Box<dyn QueueHandler>,
+        role: Role,
+        mode: SeccompMode,
+    ) -> Result<Self, WorkerError> {
+        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
+        let wake = Arc::new(wake.map_err(|error| WorkerError::Spawn(error.into()))?);
+        let (commands, inbox) = channel();
+        let (outbox, answers) = channel();
+        let lane = Lane::new(index, handler, Arc::clone(&wake));
+        let body = move || {
+            let locked = lockdown_thread(role, mode);
+            let confined = locked.is_ok();
+            if outbox.send(Answer::LockedDown(locked)).is_ok() && confined {
+                lane.run(&inbox, &outbox);
+            }
+        };
+        let builder = std::thread::Builder::new().name(format!("queue{index}"));
+        let thread = builder
+            .stack_size(STACK_SIZE)
+            .spawn(body)
+            .map_err(WorkerError::Spawn)?;
+        let worker = Self {
+            index,
+            commands,
+            answers,
+            wake,
+            thread: Some(thread),
+        };
+        match worker.answer()? {
+            Answer::LockedDown(Err(error)) => Err(WorkerError::Lockdown(error)),
+            _ => Ok(worker),
+        }
+    }
+
+    /// Starts the ring.
+    pub(crate) fn start(&self, start: RingStart) -> Result<(), WorkerError> {
+        self.ask(Command::Start(Box::new(start))).map(drop)
+    }
+
+    /// Drains and stops the ring; `None` if it was stopped.
+    pub(crate) fn stop(&self) -> Result<Option<QueueState>, WorkerError> {
+        match self.ask(Command::Stop)? {
+            Answer::Stopped(state) => Ok(state),
+            _ => Ok(None),
+        }
+    }
+
+    /// Replaces the kick eventfd of a running ring.
+    pub(crate) fn set_kick(&self, kick: OwnedFd) -> Result<(), WorkerError> {
+        self.ask(Command::Kick(kick)).map(drop)
+    }
+
+    /// The eventfd that interrupts the guest.
+    pub(crate) fn set_call(&self, call: Option<OwnedFd>) -> Result<(), WorkerError> {
+        self.ask(Command::Call(call)).map(drop)
+    }
+
+    /// The eventfd that reports a broken ring.
+    pub(crate) fn set_error(&self, error: Option<OwnedFd>) -> Result<(), WorkerError> {
+        self.ask(Command::Error(error)).map(drop)
+    }
+
+    /// Whether the ring's chains are taken (SET_VRING_ENABLE).
+    pub(crate) fn set_enabled(&self, enabled: bool) -> Result<(), WorkerError> {
+        self.ask(Command::Enable(enabled)).map(drop)
+    }
+
+    /// Another memory table: drains, then goes on in it.
+    pub(crate) fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), WorkerError> {
+        self.ask(Command::Memory(memory)).map(drop)
+    }
+
+    fn ask(&self, command: Command) -> Result<Answer, WorkerError> {
+        if self.commands.send(command).is_err() {
+            return Err(WorkerError::Hangs(self.index));
+        }
+        // An eventfd at its limit wakes just as well.
+        let _ = self.wake.write(1);
+        match self.answer()? {
+            Answer::Faulted(fault) => Err(WorkerError::Ring {
+                index: self.index,
+                fault,
+            }),
+            answer => Ok(answer),
+        }
+    }
+
+    fn answer(&self) -> Result<Answer, WorkerError> {
+        let answer = self.answers.recv_timeout(ANSWER_DEADLINE);
+        answer.map_err(|_| WorkerError::Hangs(self.index))
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if self.commands.send(Command::Quit).is_ok() {
+            let _ = self.wake.write(1);
+        }
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! The loop of a queue's thread.
+
+use super::{Answer, Command, QueueState, RingStart};
+use crate::memory::GuestMemory;
+use crate::ring::{Ring, RingFault, RingSetup};
+use crate::{QueueHandler, Wait};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+
+/// A started ring.
+struct Running {
+    ring: Ring,
+    setup: RingSetup,
+    kick: OwnedFd,
+    wait: Wait,
+    /// There is something to do that no fd tells of.
+    pending: bool,
+    /// The driver broke the ring: nothing more is taken from it.
+    broken: bool,
+}
+
+/// All that a queue's thread owns.
+pub(super) struct Lane {
+    index: u16,
+    handler: Box<dyn QueueHandler>,
+    wake: Arc<EventFd>,
+    call: Option<OwnedFd>,
+    error: Option<OwnedFd>,
+    enabled: bool,
+    running: Option<Running>,
+}
+
+impl Lane {
+    pub(super) fn new(index: u16, handler: Box<dyn QueueHandler>, wake: Arc<EventFd>) -> Self {
+        Self {
+            index,
+            handler,
+            wake,
+            call: None,
+            error: None,
+            enabled: false,
+            running: None,
+        }
+    }
+
+    /// Serves until the session quits or is gone.
+    pub(super) fn run(mut self, inbox: &Receiver<Command>, outbox: &Sender<Answer>) {
+        loop {
+            match inbox.try_recv() {
+                Ok(Command::Quit) | Err(TryRecvError::Disconnected) => break,
+                Ok(command) => {
+                    let answer = self.obey(command);
+                    if outbox.send(answer).is_err() {
+                        break;
+                    }
+                    continue;
+                }
+                Err(TryRecvError::Empty) => {}
+            }
+            if self.wait() {
+                self.serve();
+            }
+        }
+        self.stop();
+    }
+
+    fn obey(&mut self, command: Command) -> Answer {
+        match command {
+            Command::Start(start) => return self.start(*start),
+            Command::Stop => return Answer::Stopped(self.stop()),
+            Command::Memory(memory) => return self.set_memory(memory),
+            Command::Kick(kick) => {
+                if let Some(running) = &mut self.running {
+                    running.kick = kick;
+                    // A kick on the old fd may have gone unseen.
+                    running.pending = true;
+                }
+            }
+            Command::Call(call) => {
+                self.call = call;
+                // An interrupt for what was published before this fd came may have gone nowhere.
+                if self
+                    .running
+                    .as_ref()
+                    .is_some_and(|running| running.ring.has_published())
+                {
+                    signal(self.call.as_ref());
+                }
+            }
+            Command::Error(error) => self.error = error,
+            Command::Enable(enabled) => self.set_enabled(enabled),
+            Command::Quit => {}
+        }
+        Answer::Done
+    }
+
+    fn start(&mut self, start: RingStart) -> Answer {
+        self.stop();
+        let RingStart {
+            memory,
+            setup,
+            inflight,
+            kick,
+            features,
+        } = start;
+        match Ring::start(memory, &setup, inflight) {
+            Ok(ring) => {
+                self.handler.start(features);
+                self.running = Some(Running {
+                    ring,
+                    setup,
+                    kick,
+                    wait: Wait::AVAILABLE,
+                    pending: true,
+                    broken: false,
+                });
+                Answer::Done
+            }
+            Err(fault) => {
+                signal(self.error.as_ref());
+                Answer::Faulted(fault)
+            }
+        }
+    }
+
+    fn stop(&mut self) -> Option<QueueState> {
+        self.drain();
+        let running = self.running.take()?;
+        Some(QueueState {
+            base: running.ring.position(),
+        })
+    }
+
+    fn set_enabled(&mut self, enabled: bool) {
+        if !enabled {
+            self.drain();
+        }
+        self.enabled = enabled;
+        if let Some(running) = &mut self.running {
+            running.pending = true;
+        }
+    }
+
+    fn set_memory(&mut self, memory: Arc<GuestMemory>) -> Answer {
+        self.drain();
+        if let Some(running) = &mut self.running {
+            if let Err(fault) = running.ring.set_memory(memory, &running.setup) {
+                self.break_ring(&fault);
+                return Answer::Faulted(fault);
+            }
+            running.pending = true;
+        }
+        Answer::Done
+    }
+
+    /// Finishes what was taken and publishes it.
+    fn drain(&mut self) {
+        let Some(running) = &mut self.running else { return };
+        let drained = self.handler.drain(&mut running.ring);
+        if running.broken {
+            return;
+        }
+        let published = drained.and_then(|()| publish(&mut running.ring, self.call.as_ref()));
+        if let Err(fault) = published {
+            self.break_ring(&fault);
+        }
+    }
+
+    /// Waits for a cause; true if the ring is to be served.
+    fn wait(&mut self) -> bool {
+        let mut fds = vec![PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
+        let mut timeout = PollTimeout::NONE;
+        let mut kick_at = None;
+        if let Some(running) = self
+            .running
+            .as_ref()
+            .filter(|running| self.enabled && !running.broken)
+        {
+            if running.pending {
+                timeout = PollTimeout::ZERO;
+            }
+            if running.wait.available {
+                kick_at = Some(fds.len());
+                fds.push(PollFd::new(running.kick.as_fd(), PollFlags::POLLIN));
+            }
+            let mut interest = PollFlags::empty();
+            interest.set(PollFlags::POLLIN, running.wait.readable);
+            interest.set(PollFlags::POLLOUT, running.wait.writable);
+            if let Some(source) = self.handler.source().filter(|_| !interest.is_empty()) {
+                fds.push(PollFd::new(source, interest));
+            }
+        }
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => tracing::error!(queue = self.index, %error, "cannot wait"),
+        }
+        let ready = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
+        let woken = fds.first().is_some_and(ready);
+        let kicked = kick_at.and_then(|at| fds.get(at)).is_some_and(ready);
+        let served = fds.iter().skip(1).any(ready);
+        drop(fds);
+        if woken {
+            let _ = self.wake.read();
+        }
+        let Some(running) = &mut self.running else {
+            return false;
+        };
+        if kicked {
+            // The count does not matter, and a kick taken away by another reader neither.
+            let _ = nix::unistd::read(&running.kick, &mut [0; 8]);
+        }
+        self.enabled && !running.broken && (served || std::mem::take(&mut running.pending))
+    }
+
+    /// One round of the handler.
+    fn serve(&mut self) {
+        let Some(running) = &mut self.running else { return };
+        let round = round(self.handler.as_mut(), running, self.call.as_ref());
+        if let Err(fault) = round {
+            self.break_ring(&fault);
+        }
+    }
+
+    /// The driver broke its ring: no further chain is taken, what runs is finished, the front end
+    /// is told. The process and its other queues go on.
+    fn break_ring(&mut self, fault: &RingFault) {
+        let Some(running) = &mut self.running else { return };
+        tracing::warn!(queue = self.index, error = %fault, "ring is broken until the device is reset");
+        running.broken = true;
+        // Only the end of the I/O matters; nothing is published on a broken ring.
+        let _ = self.handler.drain(&mut running.ring);
+        signal(self.error.as_ref());
+    }
+}
+
+fn round(
+    handler: &mut dyn QueueHandler,
+    running: &mut Running,
+    call: Option<&OwnedFd>,
+) -> Result<(), RingFault> {
+    let ring = &mut running.ring;
+    ring.begin_round()?;
+    running.wait = handler.process(ring)?;
+    publish(ring, call)?;
+    let had_budget = ring.renew_budget();
+    let more = running.wait.available && ring.enable_kicks()?;
+    running.pending = !had_budget || more;
+    Ok(())
+}
+
+fn publish(ring: &mut Ring, call: Option<&OwnedFd>) -> Result<(), RingFault> {
+    ring.publish()?;
+    if ring.needs_interrupt()? {
+        signal(call);
+    }
+    Ok(())
+}
+
+/// Adds 1 to an eventfd of the front end's.
+fn signal(eventfd: Option<&OwnedFd>) {
+    if let Some(eventfd) = eventfd {
+        // EAGAIN: it is at its limit, so a signal is pending anyway.
+        let _ = nix::unistd::write(eventfd, &1u64.to_ne_bytes());
+    }
+}
