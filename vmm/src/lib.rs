@@ -1,5 +1,10 @@
 //! The KVM process of a microVM: vCPUs, guest RAM, the virtio-pci transport and a generic
 //! vhost-user front end. No device is emulated behind virtio.
 
+pub mod boot;
+pub mod control;
+pub mod error;
+pub mod kvm;
 pub mod memory;
 pub mod platform;
+pub mod serial;

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
@@ -63,6 +64,7 @@ pub struct GuestRam {
     memory: GuestMemoryMmap,
     memfd: Arc<File>,
     size: u64,
+    used: AtomicBool,
 }
 
 impl GuestRam {
@@ -93,7 +95,12 @@ impl GuestRam {
         fcntl(&memfd, FcntlArg::F_ADD_SEALS(seals)).map_err(|e| failed("seal")(e.into()))?;
         let memfd = Arc::new(memfd);
         let memory = map(&memfd, size, huge_page_size.is_some()).map_err(failed("map"))?;
-        Ok(Self { memory, memfd, size })
+        Ok(Self {
+            memory,
+            memfd,
+            size,
+            used: AtomicBool::new(false),
+        })
     }
 
     /// The mapping, for reads and writes by guest physical address.
@@ -112,6 +119,17 @@ impl GuestRam {
     #[must_use]
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// A guest may have written here: from now on nothing is known to be zero.
+    pub fn mark_used(&self) {
+        self.used.store(true, Ordering::Release);
+    }
+
+    /// Whether a guest may have written here.
+    #[must_use]
+    pub fn is_used(&self) -> bool {
+        self.used.load(Ordering::Acquire)
     }
 
     /// The contiguous pieces, in order of guest address.

@@ -1,0 +1,57 @@
+//! Interrupt controllers behind one trait, so that a split irqchip can take this one's place.
+
+use crate::error::Error;
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_irqchip__bindgen_ty_1,
+};
+use kvm_bindings::{kvm_ioapic_state, kvm_ioapic_state__bindgen_ty_1};
+use kvm_ioctls::VmFd;
+use vm_spec::machine;
+
+/// Where interrupt controllers are emulated.
+pub trait Irqchip: Send + Sync {
+    /// Makes the controllers of a fresh VM that has its memory slots and no vCPU yet.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`].
+    fn create(&self, vm: &VmFd) -> Result<(), Error>;
+    /// Puts the I/O APIC (and PIC) into their power-on state while no vCPU runs.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`].
+    fn reset(&self, vm: &VmFd) -> Result<(), Error>;
+}
+
+/// PIC, I/O APIC and local APICs all in the kernel; no PIT.
+pub struct InKernel;
+
+impl Irqchip for InKernel {
+    fn create(&self, vm: &VmFd) -> Result<(), Error> {
+        vm.create_irq_chip()
+            .map_err(Error::kvm("create the interrupt controllers"))
+    }
+
+    fn reset(&self, vm: &VmFd) -> Result<(), Error> {
+        const MASKED: u64 = 1 << 16;
+        let mut ioapic = kvm_ioapic_state {
+            base_address: machine::IOAPIC_START,
+            ..Default::default()
+        };
+        ioapic.redirtbl = [kvm_ioapic_state__bindgen_ty_1 { bits: MASKED }; 24];
+        let chips = [
+            (KVM_IRQCHIP_PIC_MASTER, kvm_irqchip__bindgen_ty_1::default()),
+            (KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip__bindgen_ty_1::default()),
+            (KVM_IRQCHIP_IOAPIC, kvm_irqchip__bindgen_ty_1 { ioapic }),
+        ];
+        for (chip_id, chip) in chips {
+            let state = kvm_irqchip {
+                chip_id,
+                pad: 0,
+                chip,
+            };
+            vm.set_irqchip(&state)
+                .map_err(Error::kvm("reset the interrupt controllers"))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,15 @@
+//! The only KVM ioctls of the project: the VM, its vCPUs, interrupts and doorbells.
+
+mod cpuid;
+mod events;
+mod irqchip;
+mod msrs;
+mod registers;
+mod vcpu;
+mod vm;
+
+pub use events::EventRouter;
+pub use irqchip::{InKernel, Irqchip};
+pub use registers::{Entry, EntryMode, GDT_TABLE};
+pub use vcpu::{Kicker, Vcpu, install_kick_handler};
+pub use vm::Vm;
