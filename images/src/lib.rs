@@ -10,6 +10,8 @@ pub mod bzimage;
 pub mod cache;
 mod command;
 pub mod cpio;
+pub mod debian_root;
+pub mod disk;
 mod error;
 pub mod initramfs;
 pub mod kernel;

@@ -1,0 +1,103 @@
+//! A real Debian user space on a qcow2 base image, made by mmdebstrap without root.
+
+use crate::Result;
+use crate::apt::Apt;
+use crate::cache::{Cache, Recipe};
+use crate::command::run;
+use crate::disk;
+use crate::error::At;
+use crate::progress::Step;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// What the root holds beyond minbase: to bring up a NIC, fetch a page, and power off with no
+/// init system.
+const PACKAGES: &str = "iproute2,wget,busybox-static";
+/// Size of the disk in bytes; the image's file holds what is used.
+const DISK_SIZE: u64 = 1 << 30;
+
+/// The qcow2 base image with Debian's minbase on ext4 (no partition table), built once.
+///
+/// # Errors
+/// mmdebstrap, mke2fs or qemu-img is missing or fails.
+pub fn debian_root(cache: &Cache, apt: &Apt) -> Result<PathBuf> {
+    // The release's own version stands for its packages: it changes with each point release.
+    let release = apt.find("base-files", None)?;
+    let recipe = Recipe::new("debian-root", 1)
+        .with(apt.codename())
+        .with(&release.version)
+        .with(PACKAGES)
+        .with(DISK_SIZE.to_le_bytes());
+    let entry = cache.entry(recipe, |folder| {
+        let step = Step::start(&format!("Debian {} root: mmdebstrap", apt.codename()));
+        let raw = folder.join("root.raw");
+        bootstrap(apt, folder, &raw)?;
+        step.now("Debian root: convert to qcow2");
+        disk::qcow2_from_raw(&raw, &folder.join("root.qcow2"))?;
+        std::fs::remove_file(&raw).at("remove", &raw)
+    })?;
+    Ok(entry.join("root.qcow2"))
+}
+
+/// Runs mmdebstrap; the file system is made by its last hook, where every file has its right
+/// owner, whichever way mmdebstrap stands in for root. The image is open as fd 3, because the
+/// hook may be the root of a user namespace that cannot reach the cache's folder by name.
+fn bootstrap(apt: &Apt, folder: &Path, raw: &Path) -> Result<()> {
+    let file = std::fs::File::create(raw).at("make", raw)?;
+    file.set_len(DISK_SIZE).at("size", raw)?;
+    // For the mapped user of mode unshare; the file is converted and removed right after.
+    file.set_permissions(std::fs::Permissions::from_mode(0o666))
+        .at("open up", raw)?;
+    let (mode, tree) = mode();
+    let make = format!("mke2fs {} -d", disk::EXT4_OPTIONS.join(" "));
+    let hook = match tree {
+        // A plain bind mount shows the tree without the kernel's file systems mounted in it.
+        Tree::Mounted => format!(
+            "tree=$(mktemp -d) && mount --bind \"$1\" $tree && {make} $tree /proc/self/fd/3 && umount $tree"
+        ),
+        Tree::Plain => format!("{make} \"$1\" /proc/self/fd/3"),
+    };
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "exec \"$@\" 3<>root.raw", "sh", "mmdebstrap"])
+        .current_dir(folder);
+    command.args(["--quiet", "--variant=minbase", "--format=null", mode]);
+    command
+        .arg(format!("--include={PACKAGES}"))
+        .arg(format!("--customize-hook={hook}"));
+    command.args([
+        "--aptopt=Acquire::Retries \"3\"",
+        "--aptopt=Acquire::Languages \"none\"",
+    ]);
+    for left_out in [
+        "/usr/share/doc/*",
+        "/usr/share/man/*",
+        "/usr/share/locale/*",
+        "/usr/share/info/*",
+    ] {
+        command.arg(format!("--dpkgopt=path-exclude={left_out}"));
+    }
+    command
+        .arg(apt.codename())
+        .arg("/dev/null")
+        .arg(apt.sources_file());
+    run(&mut command, "mmdebstrap").map(drop)
+}
+
+/// Whether the kernel's file systems are mounted in the tree when the hook runs.
+enum Tree {
+    Mounted,
+    Plain,
+}
+
+/// How mmdebstrap stands in for root here.
+fn mode() -> (&'static str, Tree) {
+    if nix::unistd::geteuid().is_root() {
+        ("--mode=root", Tree::Mounted)
+    } else if Path::new("/usr/bin/newuidmap").exists() {
+        ("--mode=unshare", Tree::Mounted)
+    } else {
+        ("--mode=fakechroot", Tree::Plain)
+    }
+}
