@@ -147,25 +147,18 @@ impl Artifacts {
     /// Any [`ArtifactError`].
     pub fn locate() -> Result<Self, ArtifactError> {
         match env::var_os(BIN_DIR) {
-            Some(dir) => Self::from_dir(Path::new(&dir)),
+            Some(dir) => Ok(Self::from_dir(Path::new(&dir))),
             None => Self::build(Profile::from_environment()?),
         }
     }
 
-    /// From a folder that holds all of them.
-    ///
-    /// # Errors
-    /// [`ArtifactError::Missing`].
-    pub fn from_dir(dir: &Path) -> Result<Self, ArtifactError> {
-        let mut paths = BTreeMap::new();
-        for artifact in Artifact::ALL {
-            let path = dir.join(artifact.name());
-            if !path.is_file() {
-                return Err(ArtifactError::Missing(path));
-            }
-            paths.insert(artifact, path);
+    /// From a folder; what it lacks is missed when it is asked for.
+    #[must_use]
+    pub fn from_dir(dir: &Path) -> Self {
+        let paths = Artifact::ALL.map(|artifact| (artifact, dir.join(artifact.name())));
+        Self {
+            paths: paths.into_iter().collect(),
         }
-        Ok(Self { paths })
     }
 
     /// Builds all of them with cargo; its messages go to stderr. Missing Rust targets are
@@ -218,9 +211,16 @@ impl Artifacts {
     }
 
     /// Where `artifact` is.
-    #[must_use]
-    pub fn path(&self, artifact: Artifact) -> &Path {
-        &self.paths[&artifact]
+    ///
+    /// # Errors
+    /// [`ArtifactError::Missing`].
+    pub fn path(&self, artifact: Artifact) -> Result<&Path, ArtifactError> {
+        let path = &self.paths[&artifact];
+        if path.is_file() {
+            Ok(path)
+        } else {
+            Err(ArtifactError::Missing(path.clone()))
+        }
     }
 
     /// Copies all of them into `dir`, for a place where `BULKHEAD_BIN_DIR` will name it.

@@ -4,3 +4,4 @@ pub mod artifacts;
 pub mod frontend_harness;
 pub mod nested;
 pub mod process;
+pub mod suite;

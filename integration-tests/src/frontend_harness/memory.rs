@@ -64,6 +64,14 @@ impl Memory {
         self.file.as_fd()
     }
 
+    /// Shrinks an unsealed memfd under the back end. Nothing but [`Memory::fd`] may be used then.
+    ///
+    /// # Errors
+    /// When it is sealed.
+    pub fn truncate(&self, size: u64) -> Result<()> {
+        Ok(self.file.set_len(size)?)
+    }
+
     /// Bytes of it.
     #[must_use]
     pub fn size(&self) -> u64 {

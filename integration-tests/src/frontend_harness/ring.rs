@@ -310,18 +310,20 @@ impl Ring {
         Ok(())
     }
 
-    /// Waits until the back end signals the ring's error eventfd.
+    /// Waits until the back end signals the call or the error eventfd; true for the latter.
     ///
     /// # Errors
-    /// When it does not before `deadline` has passed.
-    pub fn wait_error(&self, deadline: Duration) -> Result<()> {
-        let mut polled = [PollFd::new(self.error.as_fd(), PollFlags::POLLIN)];
+    /// When it does neither before `deadline` has passed.
+    pub fn wait_signal(&self, deadline: Duration) -> Result<bool> {
+        let mut polled = [
+            PollFd::new(self.call.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.error.as_fd(), PollFlags::POLLIN),
+        ];
         let ready = poll(
             &mut polled,
             PollTimeout::try_from(deadline).unwrap_or(PollTimeout::MAX),
         )?;
-        ensure!(ready > 0, "no error signal in time");
-        self.error.read()?;
-        Ok(())
+        ensure!(ready > 0, "neither an interrupt nor an error in time");
+        Ok(polled[1].any().unwrap_or(false))
     }
 }

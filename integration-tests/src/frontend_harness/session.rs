@@ -101,12 +101,28 @@ impl Session {
     /// # Errors
     /// When the back end refuses, says nothing in time, or lacks VERSION_1.
     pub fn start(socket: UnixStream, options: &Options) -> Result<Self> {
-        let memory = Arc::new(Memory::new(options.memory)?);
+        Self::start_in(socket, options, Arc::new(Memory::new(options.memory)?))
+    }
+
+    /// The whole handshake with new rings in `memory`.
+    ///
+    /// # Errors
+    /// As [`Session::start`].
+    pub fn start_in(socket: UnixStream, options: &Options, memory: Arc<Memory>) -> Result<Self> {
         let mut session = Self::negotiate(socket, options, memory)?;
-        session.make_rings(options)?;
         session.fetch_inflight(options)?;
-        session.start_rings(&vec![0; usize::from(options.queues)])?;
-        Ok(session)
+        session.restart(options)
+    }
+
+    /// New rings from index 0, after the old ones were stopped.
+    ///
+    /// # Errors
+    /// When the back end refuses.
+    pub fn restart(mut self, options: &Options) -> Result<Self> {
+        self.rings.clear();
+        self.make_rings(options)?;
+        self.start_rings(&vec![0; usize::from(options.queues)])?;
+        Ok(self)
     }
 
     /// Features, protocol features and memory; no ring yet.

@@ -1,0 +1,82 @@
+//! Tests with a deadline each, that may say at run time why they cannot run here.
+
+use crate::artifacts::{Artifact, Artifacts};
+use anyhow::{Result, anyhow};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use std::{
+    path::Path,
+    process::ExitCode,
+    sync::{OnceLock, mpsc},
+    thread,
+    time::Duration,
+};
+
+/// For tests that start processes and wait for them.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// This host lacks what the test needs.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Skip(pub String);
+
+/// A test of at most [`DEADLINE`].
+pub fn test(name: impl Into<String>, body: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
+    test_within(DEADLINE, name, body)
+}
+
+/// A test of at most `deadline`. One that hangs fails; its thread is left behind.
+pub fn test_within(
+    deadline: Duration,
+    name: impl Into<String>,
+    body: impl FnOnce() -> Result<()> + Send + 'static,
+) -> Trial {
+    Trial::ignorable_test(name, move || {
+        let (sender, receiver) = mpsc::channel();
+        let thread = thread::spawn(move || {
+            // Fails only when the deadline has passed and nobody listens.
+            let _ = sender.send(body());
+        });
+        let result = match receiver.recv_timeout(deadline) {
+            Ok(result) => result,
+            Err(mpsc::RecvTimeoutError::Timeout) => Err(anyhow!("the test still runs after {deadline:?}")),
+            Err(mpsc::RecvTimeoutError::Disconnected) => match thread.join() {
+                Err(panic) => Err(anyhow!("the test panicked: {}", text(panic.as_ref()))),
+                Ok(()) => Err(anyhow!("the test ended without a result")),
+            },
+        };
+        match result {
+            Ok(()) => Ok(Completion::Completed),
+            Err(error) => match error.downcast_ref::<Skip>() {
+                Some(skip) => Ok(Completion::ignored_with(skip)),
+                None => Err(Failed::from(format!("{error:#}"))),
+            },
+        }
+    })
+}
+
+fn text(panic: &(dyn std::any::Any + Send)) -> String {
+    let literal = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    literal
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_default()
+}
+
+/// Runs the tests that the command line asks for.
+#[must_use]
+pub fn run(tests: Vec<Trial>) -> ExitCode {
+    libtest_mimic::run(&Arguments::from_args(), tests).exit_code()
+}
+
+/// Where `artifact` is; the first call builds all of them unless `BULKHEAD_BIN_DIR` says where.
+///
+/// # Errors
+/// When it is missing.
+pub fn artifact(artifact: Artifact) -> Result<&'static Path> {
+    static ARTIFACTS: OnceLock<Result<Artifacts, String>> = OnceLock::new();
+    let artifacts =
+        ARTIFACTS.get_or_init(|| Artifacts::locate().map_err(|error| format!("{:#}", anyhow!(error))));
+    match artifacts {
+        Ok(artifacts) => Ok(artifacts.path(artifact)?),
+        Err(error) => Err(anyhow!(error.clone())),
+    }
+}

@@ -1,0 +1,157 @@
+//! Disks and the processes that serve them.
+
+use anyhow::{Context, Result, bail, ensure};
+use guest_contract::{fill, holds};
+use integration_tests::{
+    artifacts::Artifact,
+    frontend_harness::{BlockDriver, BlockRequest, DEADLINE, Options, Session},
+    process::{Process, connect},
+    suite::{Skip, artifact},
+};
+use std::{
+    fs::{self, File},
+    os::unix::net::UnixStream,
+    path::PathBuf,
+    process::Command,
+};
+use tempfile::TempDir;
+
+/// Size of every test disk in bytes.
+pub(crate) const DISK: u64 = 64 << 20;
+
+/// How a disk is stored, and who serves it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Kind {
+    Raw,
+    Qcow2,
+    /// Raw, served by the reference back end.
+    Reference,
+}
+
+impl Kind {
+    pub(crate) const OURS: [Self; 2] = [Self::Raw, Self::Qcow2];
+    pub(crate) const ALL: [Self; 3] = [Self::Raw, Self::Qcow2, Self::Reference];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+            Self::Reference => "reference",
+        }
+    }
+}
+
+/// An empty image in a folder of its own.
+pub(crate) struct Disk {
+    pub(crate) kind: Kind,
+    pub(crate) path: PathBuf,
+    pub(crate) folder: TempDir,
+}
+
+/// Runs a program of qemu-utils.
+pub(crate) fn qemu_img(arguments: &[&str]) -> Result<String> {
+    let output = match Command::new("qemu-img").args(arguments).output() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            bail!(Skip("qemu-img is not installed".to_owned()))
+        }
+        output => output?,
+    };
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "qemu-img {arguments:?}: {text}{error}");
+    Ok(text)
+}
+
+impl Disk {
+    pub(crate) fn new(kind: Kind) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("disk");
+        let name = path.to_str().context("temporary folder is not UTF-8")?;
+        match kind {
+            Kind::Qcow2 => drop(qemu_img(&[
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                name,
+                &DISK.to_string(),
+            ])?),
+            Kind::Raw | Kind::Reference => File::create(&path)?.set_len(DISK)?,
+        }
+        Ok(Self { kind, path, folder })
+    }
+
+    /// Our device process's command line for this disk, without the socket.
+    pub(crate) fn command(&self) -> Result<Command> {
+        let mut command = Command::new(artifact(Artifact::VhostUserBlk)?);
+        command
+            .arg(format!("--blk-file={}", self.path.display()))
+            .arg(format!("--format={}", self.kind.name()))
+            .args(["--num-queues=4", "--serial=protocol-test"]);
+        Ok(command)
+    }
+
+    /// Starts the process, and connects to it.
+    pub(crate) fn start(&self) -> Result<(Process, UnixStream)> {
+        if self.kind != Kind::Reference {
+            let mut command = self.command()?;
+            command.arg("--fd=3");
+            return Process::start_with_socket(command);
+        }
+        let socket = self.folder.path().join("reference.sock");
+        let mut command = Command::new(artifact(Artifact::ReferenceBlk)?);
+        command.arg(&socket).arg(&self.path);
+        let process = Process::start(command)?;
+        Ok((process, connect(&socket, DEADLINE)?))
+    }
+
+    /// Starts the process and a driver.
+    pub(crate) fn drive(&self, options: &Options) -> Result<(Process, BlockDriver)> {
+        let (process, socket) = self.start()?;
+        let session = Session::start(socket, options)
+            .with_context(|| format!("stderr: {}", process.stderr().unwrap_or_default()))?;
+        Ok((process, BlockDriver::new(session)))
+    }
+
+    /// The disk's content, read by someone else, once nobody serves it; qcow2 images are checked.
+    pub(crate) fn content(&self) -> Result<Vec<u8>> {
+        if self.kind != Kind::Qcow2 {
+            return Ok(fs::read(&self.path)?);
+        }
+        let raw = self.folder.path().join("raw");
+        let (from, to) = (self.path.to_str(), raw.to_str());
+        let (from, to) = from.zip(to).context("temporary folder is not UTF-8")?;
+        qemu_img(&["check", "-q", "-f", "qcow2", from])?;
+        qemu_img(&["convert", "-f", "qcow2", "-O", "raw", from, to])?;
+        Ok(fs::read(raw)?)
+    }
+}
+
+/// Bytes of a block of the pattern.
+pub(crate) const BLOCK: usize = 4096;
+
+/// Writes block `number` of the pattern.
+pub(crate) fn write_block(seed: u64, number: u64) -> BlockRequest {
+    let mut data = vec![0; BLOCK];
+    fill(&mut data, seed, number);
+    BlockRequest::Write {
+        sector: number * (BLOCK as u64 / 512),
+        data,
+    }
+}
+
+/// Reads block `number`.
+pub(crate) fn read_block(number: u64) -> BlockRequest {
+    BlockRequest::Read {
+        sector: number * (BLOCK as u64 / 512),
+        length: BLOCK as u32,
+    }
+}
+
+/// That `blocks` blocks of `content` hold the pattern.
+pub(crate) fn check_blocks(content: &[u8], seed: u64, blocks: u64) -> Result<()> {
+    for (number, data) in (0..blocks).zip(content.chunks(BLOCK)) {
+        ensure!(holds(data, seed, number), "block {number} differs");
+    }
+    Ok(())
+}

@@ -1,0 +1,198 @@
+//! What a hostile guest writes into its rings, and what a broken front end sends.
+
+use crate::fixture::{Disk, Kind, read_block, write_block};
+use anyhow::{Context, Result, ensure};
+use guest_contract::holds;
+use integration_tests::{
+    frontend_harness::{
+        BASE, BlockDriver, Connection, DEADLINE, INDIRECT, Memory, NEXT, Options, Segment, Session, WRITE,
+        request, virtio,
+    },
+    process::{Process, connect},
+    suite::test,
+};
+use libtest_mimic::Trial;
+use std::{os::fd::AsFd, sync::Arc, time::Duration};
+
+type Break = fn(&mut Session) -> Result<()>;
+type Attack = fn(&mut Connection) -> Result<()>;
+
+pub(crate) fn tests() -> Vec<Trial> {
+    let rings: [(&str, Break); 11] = [
+        ("head_out_of_range", |session| session.rings[1].offer(5000)),
+        ("available_index_ahead", |session| {
+            session.rings[1].set_available_index(9000)
+        }),
+        ("loop", |session| {
+            chain(session, &[(DATA, 16, NEXT, 1), (DATA, 512, NEXT, 0)])
+        }),
+        ("next_out_of_range", |session| {
+            chain(session, &[(DATA, 16, NEXT, 4000)])
+        }),
+        ("buffer_below_memory", |session| {
+            chain(session, &[(0, 16, NEXT, 1), (DATA, 1, WRITE, 0)])
+        }),
+        ("buffer_wraps", |session| {
+            chain(session, &[(u64::MAX - 8, 4096, NEXT, 1), (DATA, 1, WRITE, 0)])
+        }),
+        ("buffer_past_memory", |session| {
+            chain(
+                session,
+                &[
+                    (DATA, 16, NEXT, 1),
+                    (DATA, u32::MAX, NEXT | WRITE, 2),
+                    (DATA, 1, WRITE, 0),
+                ],
+            )
+        }),
+        ("no_status", |session| chain(session, &[(DATA, 16, 0, 0)])),
+        ("writable_first", |session| {
+            chain(session, &[(DATA, 512, WRITE | NEXT, 1), (DATA, 16, 0, 0)])
+        }),
+        ("indirect_of_odd_length", |session| {
+            chain(session, &[(DATA, 17, INDIRECT, 0)])
+        }),
+        ("indirect_nested", |session| {
+            let mut table = DATA.to_le_bytes().to_vec();
+            table.extend(16_u32.to_le_bytes());
+            table.extend(INDIRECT.to_le_bytes());
+            table.extend([0; 2]);
+            session.memory.write(DATA, &table)?;
+            chain(session, &[(DATA, 16, INDIRECT, 0)])
+        }),
+    ];
+    let messages: [(&str, Attack); 12] = [
+        ("unknown_request", |socket| socket.tell(0x7FFF, &[0; 8], &[])),
+        ("huge_message", |socket| {
+            socket.send_raw(&header(request::SET_FEATURES, 1, u32::MAX), &[])
+        }),
+        ("version_0", |socket| {
+            socket.send_raw(&header(request::GET_FEATURES, 0, 0), &[])
+        }),
+        ("half_a_header", |socket| socket.send_raw(&[1, 0, 0], &[])),
+        ("half_a_payload", |socket| {
+            socket.send_raw(&header(request::SET_FEATURES, 1, 8), &[])
+        }),
+        ("memory_without_fd", |socket| {
+            socket.tell(request::SET_MEM_TABLE, &table(1 << 20), &[])
+        }),
+        ("memory_past_its_file", |socket| {
+            let memory = Memory::new(1 << 20)?;
+            socket.tell(request::SET_MEM_TABLE, &table(1 << 30), &[memory.fd()])
+        }),
+        ("ring_of_3", |socket| {
+            socket.tell(request::SET_VRING_NUM, &pair(0, 3), &[])
+        }),
+        ("ring_of_65536", |socket| {
+            socket.tell(request::SET_VRING_NUM, &pair(0, 65536), &[])
+        }),
+        ("queue_9999", |socket| {
+            socket.tell(request::SET_VRING_NUM, &pair(9999, 128), &[])
+        }),
+        ("kick_that_is_no_eventfd", |socket| {
+            let file = tempfile::tempfile()?;
+            socket.tell(request::SET_VRING_KICK, &0_u64.to_le_bytes(), &[file.as_fd()])
+        }),
+        ("inflight_without_fd", |socket| {
+            socket.tell(request::SET_INFLIGHT_FD, &[0xFF; 20], &[])
+        }),
+    ];
+    let mut tests: Vec<_> = rings
+        .into_iter()
+        .map(|(name, damage)| test(format!("hostile::ring::{name}"), move || ring(damage)))
+        .collect();
+    tests.extend(
+        messages
+            .into_iter()
+            .map(|(name, attack)| test(format!("hostile::message::{name}"), move || message(attack))),
+    );
+    tests
+}
+
+/// In the data area of a session with two queues of 128.
+const DATA: u64 = BASE + (8 << 20);
+
+fn header(request: u32, version: u32, size: u32) -> Vec<u8> {
+    [request.to_le_bytes(), version.to_le_bytes(), size.to_le_bytes()].concat()
+}
+
+fn pair(index: u32, value: u32) -> Vec<u8> {
+    [index.to_le_bytes(), value.to_le_bytes()].concat()
+}
+
+/// A memory table of one region of `size` bytes.
+fn table(size: u64) -> Vec<u8> {
+    [1, BASE, size, 0x7000_0000, 0].map(u64::to_le_bytes).concat()
+}
+
+/// Makes descriptors 0, 1 and so on of queue 1, and offers descriptor 0.
+fn chain(session: &mut Session, descriptors: &[(u64, u32, u16, u16)]) -> Result<()> {
+    for (index, (address, length, flags, next)) in (0..).zip(descriptors) {
+        let segment = Segment {
+            address: *address,
+            length: *length,
+            writable: false,
+        };
+        session.rings[1].write_descriptor(index, segment, *flags, *next)?;
+    }
+    session.rings[1].offer(0)
+}
+
+/// A broken queue is answered or reported; it costs neither the process nor the other queue.
+fn ring(damage: Break) -> Result<()> {
+    let disk = Disk::new(Kind::Raw)?;
+    let options = Options {
+        queues: 2,
+        features: !virtio::EVENT_IDX,
+        ..Options::default()
+    };
+    let (mut process, mut driver) = disk.drive(&options)?;
+    damage(&mut driver.session)?;
+    driver.session.rings[1].force_kick()?;
+    driver.session.rings[1].wait_signal(DEADLINE)?;
+    driver.done(0, &write_block(1, 0))?;
+    ensure!(holds(&driver.done(0, &read_block(0))?, 1, 0), "data differs");
+    ensure!(process.alive()?, "the process has gone: {}", process.stderr()?);
+    // Reset: the queue is stopped, and a new session begins from nothing.
+    driver.session.stop_ring(1)?;
+    drop(driver);
+    let status = process.wait(DEADLINE)?;
+    ensure!(status.success(), "{status}: {}", process.stderr()?);
+    Ok(())
+}
+
+/// A bad message is refused or ends its session; the next front end is served.
+fn message(attack: Attack) -> Result<()> {
+    let disk = Disk::new(Kind::Raw)?;
+    let path = disk.folder.path().join("sock");
+    let mut command = disk.command()?;
+    command.arg(format!("--socket-path={}", path.display()));
+    let mut process = Process::start(command)?;
+    let memory = Arc::new(Memory::new(1 << 20)?);
+    // Half a message gets no answer: that wait runs to its end.
+    let options = Options {
+        deadline: Duration::from_secs(2),
+        ..Options::default()
+    };
+    let mut session = Session::negotiate(connect(&path, DEADLINE)?, &options, memory)?;
+    // Where the attack gets an answer it must be a refusal; otherwise the back end hangs up, or
+    // waits for the rest of the message until we do.
+    let accepted = session.connection.acknowledges && attack(&mut session.connection).is_ok();
+    let raw = session.connection.ask(request::GET_FEATURES, &[], &[]).is_ok();
+    ensure!(
+        !(accepted && raw),
+        "the message was taken, and the session went on"
+    );
+    drop(session);
+    let session = Session::start(connect(&path, DEADLINE)?, &Options::default())
+        .with_context(|| format!("the next front end: {}", process.stderr().unwrap_or_default()))?;
+    let mut driver = BlockDriver::new(session);
+    driver.done(0, &write_block(2, 0))?;
+    ensure!(process.alive()?, "the process has gone");
+    ensure!(
+        !process.stderr()?.contains("panicked"),
+        "a panic: {}",
+        process.stderr()?
+    );
+    Ok(())
+}

@@ -1,0 +1,166 @@
+//! Starts, ends and reconnects.
+
+use crate::fixture::{Disk, Kind, check_blocks, qemu_img, read_block, write_block};
+use anyhow::{Context, Result, ensure};
+use guest_contract::holds;
+use integration_tests::{
+    frontend_harness::{BlockDriver, DEADLINE, Memory, Options, Session, request},
+    process::{Process, connect},
+    suite::{artifact, test},
+};
+use libtest_mimic::Trial;
+use nix::sys::signal::Signal;
+use std::{os::unix::net::UnixStream, process::Command, sync::Arc, time::Duration};
+
+/// A device process ends this soon after it was asked to.
+const QUICK: Duration = Duration::from_secs(2);
+
+pub(crate) fn tests() -> Vec<Trial> {
+    vec![
+        test("life::capabilities", capabilities),
+        test("life::reconnect", reconnect),
+        test("life::sigterm", sigterm),
+        test("life::unsealed_memory_is_refused_in_the_jail", unsealed),
+        test("life::truncated_memory_ends_cleanly", truncated),
+        test("life::wrong_format_is_named", wrong_format),
+        test("life::reset_and_restart", reset),
+    ]
+}
+
+fn listen(disk: &Disk) -> Result<(Process, std::path::PathBuf)> {
+    let path = disk.folder.path().join("sock");
+    let mut command = disk.command()?;
+    command.arg(format!("--socket-path={}", path.display()));
+    Ok((Process::start(command)?, path))
+}
+
+fn driver(socket: UnixStream) -> Result<BlockDriver> {
+    Ok(BlockDriver::new(Session::start(socket, &Options::default())?))
+}
+
+/// QEMU's back-end conventions: JSON with the type, on stdout, and nothing else.
+fn capabilities() -> Result<()> {
+    use integration_tests::artifacts::Artifact::{VhostUserBlk, VhostUserNet};
+    for (program, kind) in [(VhostUserBlk, "block"), (VhostUserNet, "net")] {
+        let output = Command::new(artifact(program)?)
+            .arg("--print-capabilities")
+            .output()?;
+        ensure!(output.status.success(), "{}", output.status);
+        let value: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        ensure!(value["type"] == kind, "type is {}", value["type"]);
+    }
+    Ok(())
+}
+
+fn reconnect() -> Result<()> {
+    let disk = Disk::new(Kind::Qcow2)?;
+    let (mut process, path) = listen(&disk)?;
+    for round in 0..5 {
+        let mut driver = driver(connect(&path, DEADLINE)?)?;
+        if round > 0 {
+            ensure!(
+                holds(&driver.done(0, &read_block(round - 1))?, 9, round - 1),
+                "round {round}"
+            );
+        }
+        driver.done(0, &write_block(9, round))?;
+        // Left with requests in flight, as a front end that was killed leaves.
+        for block in 100..120 {
+            driver.submit(0, &write_block(9, block))?;
+        }
+        driver.kick(0)?;
+    }
+    process.signal(Signal::SIGTERM)?;
+    let status = process.wait(QUICK)?;
+    ensure!(status.success(), "{status}: {}", process.stderr()?);
+    ensure!(!path.exists(), "the socket is left behind");
+    check_blocks(&disk.content()?, 9, 5)
+}
+
+fn sigterm() -> Result<()> {
+    for kind in Kind::OURS {
+        let disk = Disk::new(kind)?;
+        let (mut process, mut driver) = disk.drive(&Options::default())?;
+        for block in 0..64 {
+            driver.done(0, &write_block(4, block))?;
+        }
+        process.signal(Signal::SIGTERM)?;
+        let status = process.wait(QUICK)?;
+        ensure!(status.success(), "{status}: {}", process.stderr()?);
+        check_blocks(&disk.content()?, 4, 64)?;
+    }
+    Ok(())
+}
+
+/// With `--fd`, as bulkhead starts it, a memfd that could shrink is refused.
+fn unsealed() -> Result<()> {
+    let disk = Disk::new(Kind::Raw)?;
+    let (mut process, socket) = disk.start()?;
+    let memory = Arc::new(Memory::unsealed(16 << 20)?);
+    let result = Session::negotiate(socket, &Options::default(), memory);
+    ensure!(result.is_err(), "an unsealed memfd was taken");
+    drop(result);
+    process.wait(DEADLINE)?;
+    ensure!(
+        process.stderr()?.contains("seal"),
+        "stderr does not say why: {}",
+        process.stderr()?
+    );
+    Ok(())
+}
+
+/// With `--socket-path` it is taken; when it shrinks the process ends by itself, in time.
+fn truncated() -> Result<()> {
+    let disk = Disk::new(Kind::Raw)?;
+    let (mut process, path) = listen(&disk)?;
+    let options = Options::default();
+    let memory = Arc::new(Memory::unsealed(options.memory)?);
+    let socket = connect(&path, DEADLINE)?;
+    let mut session = Session::start_in(socket, &options, memory.clone())?;
+    // Our own mapping must not be touched any more, so the last kick goes out first by hand.
+    session.rings[0].offer(0)?;
+    memory.truncate(0)?;
+    session.rings[0].kick.write(1)?;
+    let status = process.wait(DEADLINE)?;
+    ensure!(!status.success(), "the process went on without memory");
+    ensure!(
+        process.stderr()?.contains("memory"),
+        "stderr does not say why: {}",
+        process.stderr()?
+    );
+    Ok(())
+}
+
+fn wrong_format() -> Result<()> {
+    let disk = Disk::new(Kind::Raw)?;
+    let mut command = Command::new(artifact(integration_tests::artifacts::Artifact::VhostUserBlk)?);
+    command.arg(format!("--blk-file={}", disk.path.display()));
+    command.args(["--format=qcow2", "--fd=3"]);
+    let (mut process, _socket) = Process::start_with_socket(command)?;
+    let status = process.wait(DEADLINE)?;
+    ensure!(!status.success(), "a raw file was served as qcow2");
+    let message = process.stderr()?;
+    ensure!(message.contains("qcow2"), "stderr names no format: {message}");
+    Ok(())
+}
+
+/// A guest's reset: rings stopped, indices zeroed, device reset, and started again.
+fn reset() -> Result<()> {
+    let disk = Disk::new(Kind::Qcow2)?;
+    let (mut process, mut driver) = disk.drive(&Options::default())?;
+    for round in 0..3 {
+        for block in 0..40 {
+            driver.done(0, &write_block(round, block))?;
+        }
+        let base = driver.session.stop_ring(0)?;
+        ensure!(base == 40, "GET_VRING_BASE says {base}");
+        driver.session.connection.tell(request::RESET_DEVICE, &[], &[])?;
+        driver = BlockDriver::new(driver.session.restart(&Options::default())?);
+    }
+    ensure!(holds(&driver.done(0, &read_block(7))?, 2, 7), "data differs");
+    drop(driver);
+    let status = process.wait(DEADLINE).context("after the front end left")?;
+    ensure!(status.success(), "{status}");
+    let path = disk.path.to_str().context("temporary folder is not UTF-8")?;
+    qemu_img(&["check", "-q", "-f", "qcow2", path]).map(drop)
+}

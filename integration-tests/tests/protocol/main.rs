@@ -1,0 +1,19 @@
+//! The device processes over their sockets, with no VM: data, bad requests, bad rings, bad
+//! messages, restarts.
+
+mod blk;
+mod fixture;
+mod hostile;
+mod life;
+mod recovery;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let mut tests = Vec::new();
+    tests.extend(blk::tests());
+    tests.extend(hostile::tests());
+    tests.extend(life::tests());
+    tests.extend(recovery::tests());
+    integration_tests::suite::run(tests)
+}
