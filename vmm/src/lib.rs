@@ -4,7 +4,10 @@
 pub mod boot;
 pub mod control;
 pub mod error;
+pub mod frontend;
 pub mod kvm;
 pub mod memory;
+pub mod pci;
 pub mod platform;
 pub mod serial;
+pub mod virtio;

@@ -1,0 +1,132 @@
+//! Requests from the back end (SET_BACKEND_REQ_FD). Only CONFIG_CHANGE_MSG is carried out; what
+//! is malformed closes the channel, and the device goes on without it.
+
+use super::error::Error;
+use super::message::{HEADER_SIZE, Header, MAX_PAYLOAD};
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use vhost::vhost_user::message::BackendReq;
+use zerocopy::{FromBytes, IntoBytes};
+
+/// Most messages taken at one time, so that a back end that floods does not hold the thread.
+const BURST: usize = 16;
+
+/// Our end, and the end that the back end was given: kept, because a successor is given the same
+/// one, and the locked-down vmm makes no sockets.
+pub(super) struct BackendChannel {
+    ours: UnixStream,
+    theirs: UnixStream,
+    partial: Vec<u8>,
+    acks: bool,
+    config_changed: bool,
+}
+
+impl BackendChannel {
+    pub(super) fn new() -> Result<Self, Error> {
+        let resource = |source| Error::Resource {
+            what: "the back-end request channel",
+            source,
+        };
+        let (ours, theirs) = UnixStream::pair().map_err(resource)?;
+        ours.set_nonblocking(true).map_err(resource)?;
+        Ok(Self {
+            ours,
+            theirs,
+            partial: Vec::new(),
+            acks: false,
+            config_changed: false,
+        })
+    }
+
+    /// Prepares for a new peer: what the last one left is dropped. `acks`: REPLY_ACK is agreed.
+    pub(super) fn renew(&mut self, acks: bool) {
+        let mut waste = [0; MAX_PAYLOAD];
+        for _ in 0..BURST {
+            if !matches!(self.ours.read(&mut waste), Ok(1..)) {
+                break;
+            }
+        }
+        self.partial.clear();
+        self.acks = acks;
+    }
+
+    /// The end for the back end.
+    pub(super) fn theirs(&self) -> BorrowedFd<'_> {
+        self.theirs.as_fd()
+    }
+
+    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ours.as_fd()
+    }
+
+    /// Whether the device's configuration changed since the last call.
+    pub(super) fn take_config_changed(&mut self) -> bool {
+        std::mem::take(&mut self.config_changed)
+    }
+
+    /// Takes and answers what has arrived. A channel that breaks the protocol is dropped.
+    pub(super) fn service(channel: &mut Option<Self>) {
+        if let Some(open) = channel
+            && let Err(problem) = open.take_messages()
+        {
+            tracing::warn!(problem, "back-end request channel closed");
+            *channel = None;
+        }
+    }
+
+    fn take_messages(&mut self) -> Result<(), &'static str> {
+        for _ in 0..BURST {
+            let header = match self.need(HEADER_SIZE)? {
+                true => {
+                    Header::read_from_prefix(&self.partial)
+                        .map_err(|_| "no header")?
+                        .0
+                }
+                false => return Ok(()),
+            };
+            if !header.is_request() {
+                return Err("malformed header");
+            }
+            if !self.need(HEADER_SIZE + header.size as usize)? {
+                return Ok(());
+            }
+            self.partial.clear();
+            self.carry_out(header)?;
+        }
+        Ok(())
+    }
+
+    /// Reads until `partial` holds `length` bytes. False: not yet.
+    fn need(&mut self, length: usize) -> Result<bool, &'static str> {
+        let mut buffer = [0; HEADER_SIZE + MAX_PAYLOAD];
+        while self.partial.len() < length {
+            let missing = length - self.partial.len();
+            // A plain read: file descriptors that come along are closed by the kernel.
+            match self.ours.read(&mut buffer[..missing]) {
+                Ok(0) => return Err("end of file"),
+                Ok(count) => self.partial.extend_from_slice(&buffer[..count]),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => return Err("read failed"),
+            }
+        }
+        Ok(true)
+    }
+
+    fn carry_out(&mut self, header: Header) -> Result<(), &'static str> {
+        let known = header.request == u32::from(BackendReq::CONFIG_CHANGE_MSG) && header.size == 0;
+        self.config_changed |= known;
+        if self.acks && header.wants_reply() {
+            let answer = u64::from(!known);
+            let mut message = header.reply(size_of_val(&answer)).as_bytes().to_vec();
+            message.extend_from_slice(answer.as_bytes());
+            // 20 bytes: a socket that cannot take them belongs to a back end that never reads.
+            match self.ours.write(&message) {
+                Ok(count) if count == message.len() => {}
+                _ => return Err("answers are not read"),
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,343 @@
+//! The handle of one device: connect, and what the control thread may ask of it.
+
+use super::device_type::DeviceType;
+use super::doorbells::DoorbellSet;
+use super::function::VirtioFunction;
+use super::layout;
+use super::mailbox::{Answer, Command, Mailbox};
+use super::registers::Registers;
+use super::transport::{Transport, lock};
+use super::worker::{self, Negotiated};
+use crate::frontend::{Deadlines, Error, MemoryTable, QueueState, SessionOptions, new_event};
+use crate::pci::{Function, Msix};
+use crate::platform::{Doorbells, Interrupts};
+use nix::sys::eventfd::EventFd;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
+use vm_spec::control::DeviceConfig;
+use vm_spec::machine::{MMIO32_START, VIRTIO_BAR_SIZE};
+
+/// A device failed, and which.
+#[derive(Debug, thiserror::Error)]
+#[error("device '{device}' failed")]
+pub struct DeviceError {
+    /// Its id.
+    pub device: String,
+    /// Why.
+    #[source]
+    pub cause: Error,
+}
+
+/// Something happened to a device while the machine runs.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum DeviceEvent {
+    /// The back end is gone or no longer to be trusted. Its rings have stopped; the guest has not
+    /// been told, so that [`Device::replace`] can go on as if nothing was.
+    BackendLost {
+        /// The device's id.
+        device: String,
+        /// What happened, one line.
+        reason: String,
+    },
+    /// The device is lost to the guest until it is reset (NEEDS_RESET is set).
+    NeedsReset {
+        /// The device's id.
+        device: String,
+        /// What happened, one line.
+        reason: String,
+    },
+}
+
+/// Where events go. Called on the device's thread; must not block.
+pub type EventSink = Arc<dyn Fn(DeviceEvent) + Send + Sync>;
+
+/// Confines the device's thread; called on it once all is negotiated and allocated.
+pub type Confine = Box<dyn FnOnce() -> std::io::Result<()> + Send>;
+
+/// Everything a device is made of.
+pub struct DeviceParts {
+    /// Its description.
+    pub config: DeviceConfig,
+    /// Its connected vhost-user socket (the fd that `config.socket` names).
+    pub socket: OwnedFd,
+    /// Guest RAM.
+    pub memory: Arc<MemoryTable>,
+    /// Interrupts.
+    pub interrupts: Arc<dyn Interrupts>,
+    /// Doorbells.
+    pub doorbells: Arc<dyn Doorbells>,
+    /// Where events go.
+    pub events: EventSink,
+    /// How long to wait for the back end.
+    pub deadlines: Deadlines,
+    /// Confines the device's thread.
+    pub confine: Confine,
+}
+
+/// A device whose thread is negotiating.
+pub struct Connecting {
+    parts: Started,
+    negotiated: Receiver<Result<Negotiated, Error>>,
+    transport: SyncSender<Arc<Transport>>,
+    thread: ThreadHandle,
+}
+
+struct Started {
+    config: DeviceConfig,
+    memory: Arc<MemoryTable>,
+    interrupts: Arc<dyn Interrupts>,
+    doorbells: Arc<dyn Doorbells>,
+    deadlines: Deadlines,
+}
+
+/// A running device.
+pub struct Device {
+    id: String,
+    slot: u8,
+    function: Arc<VirtioFunction>,
+    worker: Arc<WorkerHandle>,
+    _thread: ThreadHandle,
+}
+
+/// Ends the thread, whatever it waits for, when dropped.
+struct ThreadHandle {
+    cancel: Arc<EventFd>,
+    mailbox: Arc<Mailbox>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for ThreadHandle {
+    fn drop(&mut self) {
+        let _ = self.cancel.write(1);
+        self.mailbox.quit();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Device {
+    /// Starts the device's thread, which negotiates while the caller builds the machine.
+    ///
+    /// # Errors
+    /// When the thread cannot be made.
+    pub fn connect(parts: DeviceParts) -> Result<Connecting, DeviceError> {
+        let device = parts.config.id.clone();
+        Self::spawn(parts).map_err(|cause| DeviceError { device, cause })
+    }
+
+    /// [`Device::connect`] and [`Connecting::finish`].
+    ///
+    /// # Errors
+    /// As both.
+    pub fn new(parts: DeviceParts) -> Result<Self, DeviceError> {
+        Self::connect(parts)?.finish()
+    }
+
+    fn spawn(parts: DeviceParts) -> Result<Connecting, Error> {
+        let cancel = new_event()?;
+        let mailbox = Arc::new(Mailbox::new(new_event()?));
+        let (give_negotiated, negotiated) = sync_channel(1);
+        let (transport, take_transport) = sync_channel(1);
+        let context = worker::Context {
+            spec: parts.config.clone(),
+            options: SessionOptions {
+                memory: Arc::clone(&parts.memory),
+                deadlines: parts.deadlines,
+                cancel: Arc::clone(&cancel),
+                ours: parts.config.ours,
+            },
+            events: parts.events,
+            mailbox: Arc::clone(&mailbox),
+        };
+        let (socket, confine) = (parts.socket, parts.confine);
+        let thread = Builder::new()
+            .name(format!("virtio-{}", parts.config.slot))
+            .spawn(move || worker::run(context, socket, confine, &give_negotiated, &take_transport))
+            .map_err(|source| Error::Resource {
+                what: "the device's thread",
+                source,
+            })?;
+        Ok(Connecting {
+            parts: Started {
+                config: parts.config,
+                memory: parts.memory,
+                interrupts: parts.interrupts,
+                doorbells: parts.doorbells,
+                deadlines: parts.deadlines,
+            },
+            negotiated,
+            transport,
+            thread: ThreadHandle {
+                cancel,
+                mailbox,
+                thread: Some(thread),
+            },
+        })
+    }
+
+    /// The PCI function, for [`crate::pci::PciBus::add`] at [`Device::slot`].
+    #[must_use]
+    pub fn function(&self) -> Arc<dyn Function> {
+        Arc::clone(&self.function) as Arc<dyn Function>
+    }
+
+    /// PCI device number.
+    #[must_use]
+    pub fn slot(&self) -> u8 {
+        self.slot
+    }
+
+    /// Its id.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Whether a driver has ever started the device.
+    #[must_use]
+    pub fn driven(&self) -> bool {
+        self.worker.transport.driven.load(Ordering::Relaxed)
+    }
+
+    /// Stops the rings, waits until what was taken is completed, and says where they stand. Never
+    /// call it from a vCPU thread.
+    ///
+    /// # Errors
+    /// When the back end does not drain in time, or is lost.
+    pub fn drain(&self) -> Result<Vec<QueueState>, DeviceError> {
+        self.ask(Command::Drain)
+    }
+
+    /// Starts rings that [`Device::drain`] stopped.
+    ///
+    /// # Errors
+    /// When the back end fails.
+    pub fn resume(&self) -> Result<(), DeviceError> {
+        self.ask(Command::Resume)
+    }
+
+    /// Goes on with another back end: negotiation, memory, rings and the in-flight region are
+    /// replayed, and the guest notices nothing. The old back end is drained first if it still
+    /// answers. The caller has made sure that a dead one no longer writes.
+    ///
+    /// # Errors
+    /// When the new back end fails or does not fit; another one may be tried.
+    pub fn replace(&self, socket: OwnedFd) -> Result<(), DeviceError> {
+        self.ask(|answer| Command::Replace(socket, answer))
+    }
+
+    /// No back end will come any more: tells the guest (NEEDS_RESET).
+    pub fn give_up(&self, reason: &str) {
+        self.worker
+            .transport
+            .mailbox
+            .command(Command::GiveUp(reason.to_owned()));
+    }
+
+    fn ask<T>(&self, command: impl FnOnce(Answer<T>) -> Command) -> Result<T, DeviceError> {
+        self.worker.ask(command).map_err(|cause| DeviceError {
+            device: self.id.clone(),
+            cause,
+        })
+    }
+}
+
+impl Connecting {
+    /// Waits for the negotiation (bounded by the deadlines) and builds the PCI function.
+    ///
+    /// # Errors
+    /// Any failure of the back end; no GSI left.
+    pub fn finish(self) -> Result<Device, DeviceError> {
+        let device = self.parts.config.id.clone();
+        self.build().map_err(|cause| DeviceError { device, cause })
+    }
+
+    fn build(self) -> Result<Device, Error> {
+        let patience = self.parts.deadlines.first_answer + self.parts.deadlines.drain;
+        let Negotiated { offer, events } = self
+            .negotiated
+            .recv_timeout(patience)
+            .map_err(|_| Error::Thread(patience))??;
+        let config = &self.parts.config;
+        let vectors = offer.queues + 1;
+        let msix = Msix::new(self.parts.interrupts, vectors).map_err(|source| Error::Resource {
+            what: "interrupts for a device",
+            source,
+        })?;
+        let kind = DeviceType(config.device_type);
+        let bar = MMIO32_START + u64::from(config.slot) * VIRTIO_BAR_SIZE;
+        let space = layout::config_space(kind, bar, vectors, offer.config.len());
+        let transport = Arc::new(Transport {
+            memory: self.parts.memory,
+            doorbells: Mutex::new(DoorbellSet::new(self.parts.doorbells, &events)),
+            events,
+            served: offer.served,
+            config_call: new_event()?,
+            registers: Mutex::new(Registers::new(offer.features, offer.config, offer.queues)),
+            msix: Mutex::new(msix),
+            mailbox: Arc::clone(&self.thread.mailbox),
+            driven: AtomicBool::new(false),
+        });
+        // The thread waits for it, or has failed to confine itself: then it has hung up.
+        let ended = |_| Error::Thread(Duration::ZERO);
+        self.transport.send(Arc::clone(&transport)).map_err(ended)?;
+        let worker = Arc::new(WorkerHandle {
+            transport: Arc::clone(&transport),
+            // Draining and the steps around it are each bounded by one drain deadline.
+            patience: 3 * self.parts.deadlines.drain + 2 * self.parts.deadlines.step,
+            resetting: Mutex::new(None),
+        });
+        Ok(Device {
+            id: config.id.clone(),
+            slot: config.slot,
+            function: Arc::new(VirtioFunction::new(transport, Arc::clone(&worker), space)),
+            worker,
+            _thread: self.thread,
+        })
+    }
+}
+
+/// Asks the device's thread and waits, with a deadline, for its answer.
+pub(super) struct WorkerHandle {
+    pub(super) transport: Arc<Transport>,
+    patience: Duration,
+    resetting: Mutex<Option<Receiver<Result<(), Error>>>>,
+}
+
+impl WorkerHandle {
+    fn ask<T>(&self, command: impl FnOnce(Answer<T>) -> Command) -> Result<T, Error> {
+        let answer = self.post(command)?;
+        answer
+            .recv_timeout(self.patience)
+            .map_err(|_| Error::Thread(self.patience))?
+    }
+
+    fn post<T>(
+        &self,
+        command: impl FnOnce(Answer<T>) -> Command,
+    ) -> Result<Receiver<Result<T, Error>>, Error> {
+        let (give, take) = sync_channel(1);
+        match self.transport.mailbox.command(command(give)) {
+            true => Ok(take),
+            false => Err(Error::Thread(Duration::ZERO)),
+        }
+    }
+
+    pub(super) fn begin_reset(&self) {
+        *lock(&self.resetting) = self.post(Command::Reset).ok();
+    }
+
+    /// Waits for [`WorkerHandle::begin_reset`]. A thread that is too late (its back end answers
+    /// each message at the last moment) completes the reset when it is done.
+    pub(super) fn finish_reset(&self) {
+        let answer = lock(&self.resetting).take();
+        if let Some(Err(error)) = answer.map(|answer| answer.recv_timeout(self.patience)) {
+            tracing::error!(%error, "a device was not reset in time");
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! What the transport must know of each virtio device type: nothing but its PCI class, the
+//! sizes of its configuration space, and how many queues it has.
+
+use crate::frontend::{Error, MAX_QUEUES};
+
+/// A virtio device id (virtio 1.3, 5).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct DeviceType(pub(super) u16);
+
+impl DeviceType {
+    pub(super) const NET: Self = Self(1);
+    pub(super) const BLOCK: Self = Self(2);
+    const CONSOLE: Self = Self(3);
+    const ENTROPY: Self = Self(4);
+    const SCSI: Self = Self(8);
+    const GPU: Self = Self(16);
+    const INPUT: Self = Self(18);
+    pub(super) const VSOCK: Self = Self(19);
+    const CRYPTO: Self = Self(20);
+    const SOUND: Self = Self(25);
+    pub(super) const FS: Self = Self(26);
+    const PMEM: Self = Self(27);
+    const I2C: Self = Self(34);
+    const GPIO: Self = Self(41);
+
+    /// PCI class code (24 bits). Drivers match on the device id; this is for `lspci`.
+    pub(super) fn class(self) -> u32 {
+        match self {
+            Self::NET => 0x02_0000,
+            Self::BLOCK | Self::FS => 0x01_8000,
+            Self::SCSI => 0x01_0000,
+            Self::CONSOLE => 0x07_8000,
+            Self::GPU => 0x03_8000,
+            Self::INPUT => 0x09_8000,
+            Self::VSOCK => 0x02_8000,
+            Self::CRYPTO => 0x10_8000,
+            Self::SOUND => 0x04_0100,
+            _ => 0x00_FF00,
+        }
+    }
+
+    /// Sizes of the configuration space to ask a back end for, the best first: there is no
+    /// message that tells the size, and a back end refuses more than it has.
+    pub(super) fn config_sizes(self) -> &'static [usize] {
+        match self {
+            Self::NET => &[24, 20, 12, 10, 8],
+            Self::BLOCK => &[96, 60, 56, 36, 8],
+            Self::CONSOLE => &[12, 8],
+            Self::ENTROPY | Self::I2C => &[],
+            Self::SCSI => &[36],
+            Self::GPU => &[20, 16],
+            Self::INPUT => &[136],
+            Self::VSOCK | Self::GPIO => &[8],
+            Self::CRYPTO => &[64, 56],
+            Self::SOUND => &[16, 12],
+            Self::FS => &[44, 40],
+            Self::PMEM => &[16],
+            _ => &[256, 128, 64, 32, 16, 8, 4],
+        }
+    }
+
+    /// Queues by the device's chapter in virtio 1.3, where `config` says or the type fixes it.
+    pub(super) fn queues(self, config: &[u8]) -> Option<u16> {
+        let word = |offset: usize| {
+            let bytes = config.get(offset..offset + 4)?;
+            Some(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+        };
+        let clamp = |count: u32| count.min(MAX_QUEUES.into()) as u16;
+        match self {
+            Self::ENTROPY | Self::PMEM | Self::I2C => Some(1),
+            Self::CONSOLE | Self::GPU | Self::INPUT | Self::GPIO => Some(2),
+            Self::VSOCK => Some(3),
+            Self::SOUND => Some(4),
+            // hiprio, then the request queues (5.11.2; a space without the number has one).
+            Self::FS => Some(clamp(word(36).unwrap_or(1).clamp(1, 255) + 1)),
+            // controlq and eventq, then num_queues (5.6.2).
+            Self::SCSI => word(0).map(|n| clamp(n.clamp(1, 254) + 2)),
+            // max_dataqueues, then controlq (5.9.2).
+            Self::CRYPTO => word(4).map(|n| clamp(n.clamp(1, 255) + 1)),
+            _ => None,
+        }
+    }
+
+    /// The last queues that the type must show but a back end need not serve: nobody waits for
+    /// them. Vsock's event queue is such a one: QEMU's back ends never see it.
+    pub(super) fn required(self, queues: u16) -> u16 {
+        if self == Self::VSOCK { 2 } else { queues }
+    }
+
+    /// Checks what `limit` queues of a back end mean for a device of `queues` queues.
+    pub(super) fn served(self, queues: u16, limit: Option<u64>) -> Result<u16, Error> {
+        let served = limit.map_or(queues, |limit| limit.min(queues.into()) as u16);
+        let needed = self.required(queues);
+        match limit {
+            Some(offered) if served < needed => Err(Error::Queues { offered, needed }),
+            _ => Ok(served),
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! A virtio device as a PCI function: configuration space, one BAR, and what the driver does
+//! through them.
+
+use super::device::WorkerHandle;
+use super::layout::{self, BAR_HIGH, BAR_LOW, Places};
+use super::transport::{Transport, lock};
+use crate::pci::{ConfigSpace, Function, Window, command};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use vm_spec::machine::VIRTIO_BAR_SIZE;
+
+/// [`VirtioFunction::window`] while no memory is decoded: no BAR starts at an odd address.
+const NOT_DECODED: u64 = u64::MAX;
+/// `struct virtio_pci_cfg_cap`: offsets in the capability (virtio 1.3, 4.1.4.9).
+const CFG_BAR: usize = 4;
+const CFG_OFFSET: usize = 8;
+const CFG_LENGTH: usize = 12;
+const CFG_DATA: usize = 16;
+
+pub(super) struct VirtioFunction {
+    transport: Arc<Transport>,
+    worker: Arc<WorkerHandle>,
+    space: Mutex<ConfigSpace>,
+    power_on: ConfigSpace,
+    places: Places,
+    /// Where the BAR is decoded, so that the bus finds it without a lock.
+    window: AtomicU64,
+}
+
+impl VirtioFunction {
+    pub(super) fn new(
+        transport: Arc<Transport>,
+        worker: Arc<WorkerHandle>,
+        (space, places): (ConfigSpace, Places),
+    ) -> Self {
+        Self {
+            transport,
+            worker,
+            power_on: space.clone(),
+            space: Mutex::new(space),
+            places,
+            window: AtomicU64::new(NOT_DECODED),
+        }
+    }
+
+    /// Makes decoding, doorbells and MSI-X agree with configuration space.
+    fn settle(&self, space: &ConfigSpace) {
+        let low = u32::from_le_bytes(space.get(BAR_LOW)) & !0xF;
+        let high = u32::from_le_bytes(space.get(BAR_HIGH));
+        let base = u64::from(high) << 32 | u64::from(low);
+        let decoded = (space.command() & command::MEMORY != 0).then_some(base);
+        self.window
+            .store(decoded.unwrap_or(NOT_DECODED), Ordering::Release);
+        lock(&self.transport.msix).set_control(u16::from_le_bytes(space.get(self.places.msix_control)));
+        lock(&self.transport.doorbells).move_bar(decoded);
+    }
+
+    /// The BAR access that the driver set up in the PCI configuration access capability, when
+    /// `length` and the fields are as they must be (4.1.4.9.1).
+    fn window_access(&self, offset: u16, length: usize) -> Option<u64> {
+        let capability = self.places.pci_cfg;
+        if usize::from(offset) != capability + CFG_DATA {
+            return None;
+        }
+        let space = lock(&self.space);
+        let [bar] = space.get(capability + CFG_BAR);
+        let at = u32::from_le_bytes(space.get(capability + CFG_OFFSET));
+        let width = u32::from_le_bytes(space.get(capability + CFG_LENGTH));
+        let sound = matches!(width, 1 | 2 | 4) && at.is_multiple_of(width) && width as usize == length;
+        let end = u64::from(at) + u64::from(width);
+        (bar == 0 && sound && end <= VIRTIO_BAR_SIZE).then_some(at.into())
+    }
+}
+
+impl Function for VirtioFunction {
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        match self.window_access(offset, data.len()) {
+            Some(at) => self.transport.bar_read(at, data),
+            None => lock(&self.space).read(offset, data),
+        }
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) {
+        if let Some(at) = self.window_access(offset, data.len()) {
+            self.transport.bar_write(at, data);
+        }
+        let mut space = lock(&self.space);
+        space.write(offset, data);
+        // Under the lock: two vCPUs that move the BAR do so one after the other.
+        self.settle(&space);
+    }
+
+    fn window(&self) -> Option<Window> {
+        match self.window.load(Ordering::Acquire) {
+            NOT_DECODED => None,
+            base => Some(Window {
+                base,
+                size: VIRTIO_BAR_SIZE,
+            }),
+        }
+    }
+
+    fn bar_read(&self, offset: u64, data: &mut [u8]) {
+        self.transport.bar_read(offset, data);
+    }
+
+    fn bar_write(&self, offset: u64, data: &[u8]) {
+        self.transport.bar_write(offset, data);
+    }
+
+    fn begin_reset(&self) {
+        lock(&self.transport.registers).begin_reset();
+        self.worker.begin_reset();
+    }
+
+    fn finish_reset(&self) {
+        self.worker.finish_reset();
+        lock(&self.transport.msix).reset();
+        let mut space = lock(&self.space);
+        *space = self.power_on.clone();
+        self.settle(&space);
+    }
+}
+
+const _: () = assert!(layout::NOTIFY.end <= VIRTIO_BAR_SIZE);

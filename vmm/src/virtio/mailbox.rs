@@ -1,0 +1,123 @@
+//! What vCPU threads and the control thread leave for the device's thread. Bounded: a guest's
+//! orders are flags or a short list, and control commands are few.
+
+use crate::frontend::{Error, QueueState, Ring};
+use nix::sys::eventfd::EventFd;
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Most configuration writes kept: a guest that writes faster than its back end takes loses the
+/// rest, as if the device had ignored them.
+const MAX_CONFIG_WRITES: usize = 64;
+/// Most control commands kept.
+const MAX_COMMANDS: usize = 16;
+
+/// Where an answer goes.
+pub(super) type Answer<T> = SyncSender<Result<T, Error>>;
+
+/// From the control thread.
+pub(super) enum Command {
+    /// Stop the rings and say where they stand.
+    Drain(Answer<Vec<QueueState>>),
+    /// Start drained rings again.
+    Resume(Answer<()>),
+    /// Go on with another back end.
+    Replace(OwnedFd, Answer<()>),
+    /// Machine reset: as a driver's reset, whatever the driver did.
+    Reset(Answer<()>),
+    /// The device is lost for good.
+    GiveUp(String),
+}
+
+/// DRIVER_OK.
+pub(super) struct StartOrder {
+    pub(super) features: u64,
+    pub(super) rings: Vec<Ring>,
+}
+
+/// A driver's write to the device-specific configuration.
+pub(super) struct ConfigWrite {
+    pub(super) offset: u32,
+    pub(super) data: Vec<u8>,
+}
+
+/// Everything that was left since the last look.
+#[derive(Default)]
+pub(super) struct Mail {
+    /// The thread ends.
+    pub(super) quit: bool,
+    pub(super) reset: bool,
+    pub(super) start: Option<StartOrder>,
+    pub(super) config_writes: Vec<ConfigWrite>,
+    pub(super) commands: VecDeque<Command>,
+}
+
+pub(super) struct Mailbox {
+    mail: Mutex<Mail>,
+    wake: Arc<EventFd>,
+}
+
+impl Mailbox {
+    pub(super) fn new(wake: Arc<EventFd>) -> Self {
+        Self {
+            mail: Mutex::default(),
+            wake,
+        }
+    }
+
+    /// Readable when there is mail.
+    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+
+    pub(super) fn start(&self, order: StartOrder) {
+        self.leave(|mail| mail.start = Some(order));
+    }
+
+    /// A driver's reset. It cancels a start that has not been seen: none can follow it before it
+    /// is done.
+    pub(super) fn reset(&self) {
+        self.leave(|mail| {
+            mail.start = None;
+            mail.reset = true;
+        });
+    }
+
+    pub(super) fn write_config(&self, write: ConfigWrite) {
+        self.leave(|mail| {
+            if mail.config_writes.len() < MAX_CONFIG_WRITES {
+                mail.config_writes.push(write);
+            }
+        });
+    }
+
+    /// False: too many commands wait.
+    pub(super) fn command(&self, command: Command) -> bool {
+        let mut room = false;
+        self.leave(|mail| {
+            room = mail.commands.len() < MAX_COMMANDS;
+            if room {
+                mail.commands.push_back(command);
+            }
+        });
+        room
+    }
+
+    pub(super) fn quit(&self) {
+        self.leave(|mail| mail.quit = true);
+    }
+
+    pub(super) fn take(&self) -> Mail {
+        // The count before the mail: what is left in between wakes the thread again.
+        let _ = self.wake.read();
+        std::mem::take(&mut self.mail.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn leave(&self, change: impl FnOnce(&mut Mail)) {
+        change(&mut self.mail.lock().unwrap_or_else(PoisonError::into_inner));
+        // EAGAIN: the count is at its maximum, so the thread has a signal to see anyway.
+        let _ = self.wake.write(1);
+    }
+}

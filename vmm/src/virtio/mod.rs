@@ -1,0 +1,32 @@
+//! The virtio-pci transport (virtio 1.3, 4.1) over a vhost-user back end. No device is emulated
+//! here: what a queue carries is between the guest's driver and the back end.
+//!
+//! ```text
+//! vCPU threads   config space, BAR: registers, MSI-X table          (function, registers, ...)
+//!       |  mailbox: "DRIVER_OK", "reset", "configuration written"
+//! device thread  every vhost-user exchange, the back end's faults   (worker)
+//!
+//! guest doorbell --ioeventfd--> back end --eventfd--> irqfd --> guest     (no vmm on the way)
+//! ```
+//!
+//! A vCPU thread only takes short locks and makes bounded system calls (routes, irqfds,
+//! ioeventfds, eventfds). It never waits for a back end: a driver's reset reads as not done until
+//! the device's thread has drained the rings.
+
+mod device;
+mod device_type;
+mod doorbells;
+mod function;
+mod layout;
+mod mailbox;
+mod offer;
+mod queue;
+mod registers;
+mod successor;
+mod transport;
+mod worker;
+
+pub use device::{Confine, Connecting, Device, DeviceError, DeviceEvent, DeviceParts, EventSink};
+
+/// Largest queue that the transport offers, in entries (queue_size of virtio 1.3, 4.1.4.3).
+pub const MAX_QUEUE_SIZE: u16 = 256;

@@ -1,0 +1,179 @@
+//! What the guest is offered: the back end's features, queues and configuration space, less what
+//! this transport does not carry, plus what the VM's description gives.
+
+use super::device_type::DeviceType;
+use crate::frontend::{Error, MAX_QUEUES, Session};
+use virtio_bindings::{virtio_blk, virtio_config, virtio_net, virtio_ring};
+use vm_spec::control::DeviceConfig;
+
+/// Transport features that need nothing of the transport (virtio 1.3, 6). Not offered:
+/// ACCESS_PLATFORM, RING_PACKED, SR_IOV, NOTIFICATION_DATA, NOTIF_CONFIG_DATA, RING_RESET and
+/// ADMIN_VQ, and the legacy bits.
+const TRANSPORT: u64 = 1 << virtio_config::VIRTIO_F_VERSION_1
+    | 1 << virtio_ring::VIRTIO_RING_F_INDIRECT_DESC
+    | 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX
+    | 1 << virtio_config::VIRTIO_F_IN_ORDER
+    | 1 << virtio_config::VIRTIO_F_ORDER_PLATFORM;
+/// Feature bits of the device type (virtio 1.3, 2.2).
+const DEVICE: u64 = 0xFF_FFFF | !0 << 50;
+
+/// Queues of a block device, where its spec says none.
+const DEFAULT_BLOCK_QUEUES: u16 = 4;
+
+const NET_MQ: u64 = 1 << virtio_net::VIRTIO_NET_F_MQ;
+const NET_CTRL_VQ: u64 = 1 << virtio_net::VIRTIO_NET_F_CTRL_VQ;
+/// Features that require VIRTIO_NET_F_CTRL_VQ (virtio 1.3, 5.1.3.1).
+const NET_NEED_CTRL_VQ: u64 = NET_MQ
+    | 1 << virtio_net::VIRTIO_NET_F_CTRL_RX
+    | 1 << virtio_net::VIRTIO_NET_F_CTRL_VLAN
+    | 1 << virtio_net::VIRTIO_NET_F_GUEST_ANNOUNCE
+    | 1 << virtio_net::VIRTIO_NET_F_CTRL_MAC_ADDR
+    | 1 << virtio_net::VIRTIO_NET_F_RSS
+    | 1 << virtio_net::VIRTIO_NET_F_HASH_REPORT;
+const BLK_MQ: u64 = 1 << virtio_blk::VIRTIO_BLK_F_MQ;
+
+/// Fields of `struct virtio_net_config` with the feature that makes each valid (5.1.4).
+const NET_FIELDS: [(u64, std::ops::Range<usize>); 3] = [
+    (1 << virtio_net::VIRTIO_NET_F_MAC, 0..6),
+    (1 << virtio_net::VIRTIO_NET_F_STATUS, 6..8),
+    (1 << virtio_net::VIRTIO_NET_F_MTU, 10..12),
+];
+const NET_MAX_PAIRS: usize = 8;
+const BLK_NUM_QUEUES: usize = 34;
+
+/// A device as the guest sees it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Offer {
+    /// Feature bits.
+    pub(super) features: u64,
+    /// Configuration space.
+    pub(super) config: Vec<u8>,
+    /// The back end keeps (part of) the configuration space.
+    pub(super) own_config: bool,
+    /// Queues that the guest sees.
+    pub(super) queues: u16,
+    /// Queues, from 0, that the back end serves.
+    pub(super) served: u16,
+}
+
+/// Works out the offer from a fresh session.
+pub(super) fn make(session: &mut Session, spec: &DeviceConfig) -> Result<Offer, Error> {
+    let kind = DeviceType(spec.device_type);
+    let features = session.features() & (TRANSPORT | DEVICE);
+    let base = read_config(session, kind)?;
+    let mut offer = Offer {
+        features: features | spec.config_features & DEVICE,
+        own_config: base.is_some(),
+        config: config(base, spec, kind),
+        queues: 0,
+        served: 0,
+    };
+    let limit = session.queue_limit();
+    offer.queues = match kind {
+        DeviceType::NET => net_queues(&mut offer, limit),
+        DeviceType::BLOCK => block_queues(&mut offer, spec.num_queues, limit),
+        _ => {
+            let by_back_end = || limit.map(|limit| limit.min(MAX_QUEUES.into()) as u16);
+            let own = kind.queues(&offer.config).or(spec.num_queues);
+            own.or_else(by_back_end).unwrap_or(1).clamp(1, MAX_QUEUES)
+        }
+    };
+    offer.served = match kind {
+        // A net back end counts pairs, or queues, as its authors read the protocol.
+        DeviceType::NET => offer.queues,
+        _ => kind.served(offer.queues, limit)?,
+    };
+    Ok(offer)
+}
+
+/// The back end's configuration space, or nothing.
+pub(super) fn read_config(session: &mut Session, kind: DeviceType) -> Result<Option<Vec<u8>>, Error> {
+    if session.has_config() {
+        for size in kind.config_sizes() {
+            if let Some(config) = session.read_config(*size)? {
+                return Ok(Some(config));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Puts the spec's configuration in place of, or (net) over, the back end's.
+pub(super) fn config(base: Option<Vec<u8>>, spec: &DeviceConfig, kind: DeviceType) -> Vec<u8> {
+    match base {
+        None => spec.config.clone(),
+        Some(mut config) if kind == DeviceType::NET => {
+            for (feature, field) in NET_FIELDS {
+                if spec.config_features & feature != 0
+                    && let Some(value) = spec.config.get(field.clone())
+                {
+                    config.resize(config.len().max(field.end), 0);
+                    config[field].copy_from_slice(value);
+                }
+            }
+            config
+        }
+        Some(config) => config,
+    }
+}
+
+/// receiveq and transmitq for each pair, then controlq (5.1.2).
+fn net_queues(offer: &mut Offer, limit: Option<u64>) -> u16 {
+    if offer.features & NET_CTRL_VQ == 0 {
+        offer.features &= !NET_NEED_CTRL_VQ;
+    }
+    let mut pairs = 1;
+    if offer.features & NET_MQ != 0 {
+        // Where the back end counts queues this is too many pairs, which its own
+        // max_virtqueue_pairs corrects.
+        let most = u64::from(MAX_QUEUES / 2 - 1).min(limit.unwrap_or(1)) as u16;
+        pairs = half_word(&offer.config, NET_MAX_PAIRS).clamp(1, most.max(1));
+        put_half_word(&mut offer.config, NET_MAX_PAIRS, pairs);
+    }
+    if pairs == 1 {
+        offer.features &= !NET_MQ;
+    }
+    2 * pairs + u16::from(offer.features & NET_CTRL_VQ != 0)
+}
+
+/// Request queues: as asked, as many as the back end has, one where it has no VIRTIO_BLK_F_MQ.
+fn block_queues(offer: &mut Offer, asked: Option<u16>, limit: Option<u64>) -> u16 {
+    let mut queues = 1;
+    if offer.features & BLK_MQ != 0 {
+        let own = half_word(&offer.config, BLK_NUM_QUEUES).clamp(1, MAX_QUEUES);
+        let most = limit.unwrap_or(1).min(own.into()) as u16;
+        queues = asked.unwrap_or(DEFAULT_BLOCK_QUEUES).clamp(1, most.max(1));
+    }
+    if queues == 1 {
+        offer.features &= !BLK_MQ;
+    }
+    put_half_word(&mut offer.config, BLK_NUM_QUEUES, queues);
+    queues
+}
+
+fn half_word(config: &[u8], offset: usize) -> u16 {
+    config
+        .get(offset..offset + 2)
+        .map_or(0, |bytes| u16::from_le_bytes([bytes[0], bytes[1]]))
+}
+
+fn put_half_word(config: &mut [u8], offset: usize, value: u16) {
+    if let Some(place) = config.get_mut(offset..offset + 2) {
+        place.copy_from_slice(&value.to_le_bytes());
+    }
+}
+
+/// Keeps what the guest was promised when the back end's configuration is read again: a changed
+/// space must not change the number of queues.
+pub(super) fn refresh(old: &Offer, base: Vec<u8>, spec: &DeviceConfig) -> Vec<u8> {
+    let kind = DeviceType(spec.device_type);
+    let mut new = config(Some(base), spec, kind);
+    new.resize(old.config.len(), 0);
+    let fixed = match kind {
+        DeviceType::NET if old.features & NET_MQ != 0 => NET_MAX_PAIRS,
+        DeviceType::BLOCK => BLK_NUM_QUEUES,
+        _ => return new,
+    };
+    put_half_word(&mut new, fixed, half_word(&old.config, fixed));
+    new
+}

@@ -1,0 +1,98 @@
+//! A back end takes over from another (live, after a drain) or from one that died, and the guest
+//! sees nothing of it.
+
+use super::MAX_QUEUE_SIZE;
+use super::device_type::DeviceType;
+use super::mailbox::StartOrder;
+use super::offer;
+use super::worker::{Phase, Worker};
+use crate::frontend::{Error, MemoryTable, Session};
+use std::os::fd::OwnedFd;
+use virtio_bindings::virtio_config::VIRTIO_F_IN_ORDER;
+
+impl Worker {
+    /// See [`super::Device::replace`]. Until the successor has been found to fit, nothing changes
+    /// but that the old back end is let go: another one may be tried.
+    pub(super) fn replace(&mut self, socket: OwnedFd) -> Result<(), Error> {
+        if self.session.is_some() {
+            // One that does not drain is lost, and has been reported as that.
+            let _ = self.drain();
+        }
+        let old = self.session.take();
+        let mut session = Session::connect(socket, self.context.options.clone(), old)?;
+        let config = self.check(&mut session)?;
+        if let Phase::Running(order) = &self.phase {
+            let recovered = self.after_a_crash(order)?;
+            self.phase = Phase::Drained(recovered);
+        }
+        if matches!(self.phase, Phase::Idle) {
+            self.inflight = session.get_inflight(self.offer.served, MAX_QUEUE_SIZE)?;
+        }
+        self.session = Some(session);
+        self.resume()?;
+        if config != self.offer.config {
+            self.offer.config = config;
+            self.transport.set_config(&self.offer.config);
+            self.transport.config_changed();
+        }
+        Ok(())
+    }
+
+    /// The guest was promised features, queues and a configuration space: the successor must keep
+    /// all of them. Returns the configuration as it is now.
+    fn check(&self, session: &mut Session) -> Result<Vec<u8>, Error> {
+        let spec = &self.context.spec;
+        let kind = DeviceType(spec.device_type);
+        let promised = match &self.phase {
+            Phase::Idle => self.offer.features,
+            Phase::Running(order) | Phase::Drained(order) => order.features,
+        };
+        if promised & !spec.config_features & !session.features() != 0 {
+            return Err(Error::Successor("it lacks features that the guest uses"));
+        }
+        if kind != DeviceType::NET
+            && session
+                .queue_limit()
+                .is_some_and(|limit| limit < self.offer.served.into())
+        {
+            return Err(Error::Successor("it serves fewer queues"));
+        }
+        if self.inflight.is_some() && !session.has_inflight() && !matches!(self.phase, Phase::Drained(_)) {
+            return Err(Error::Successor("it cannot take over requests in flight"));
+        }
+        match offer::read_config(session, kind)? {
+            Some(base) => Ok(offer::refresh(&self.offer, base, spec)),
+            None if self.offer.own_config => Err(Error::Successor("it has no configuration space")),
+            None => Ok(self.offer.config.clone()),
+        }
+    }
+
+    /// Where the rings go on when nobody could be asked. With an in-flight region its record of
+    /// each request counts, and the base only has to be where completions stand. Without one the
+    /// same index is right only if requests complete in the order in which they were made
+    /// available: then all before it are done and none after it.
+    fn after_a_crash(&self, order: &StartOrder) -> Result<StartOrder, Error> {
+        let in_order = order.features >> VIRTIO_F_IN_ORDER & 1 != 0
+            || DeviceType(self.context.spec.device_type) == DeviceType::NET;
+        if self.inflight.is_none() && !in_order {
+            return Err(Error::Successor(
+                "its predecessor kept no record of requests in flight, and may complete them out of order",
+            ));
+        }
+        at_used_index(order, &self.transport.memory)
+    }
+}
+
+fn at_used_index(order: &StartOrder, memory: &MemoryTable) -> Result<StartOrder, Error> {
+    let mut rings = order.rings.clone();
+    for ring in &mut rings {
+        ring.base = ring
+            .addresses
+            .used_index(memory)
+            .ok_or(Error::Successor("guest memory cannot be read"))?;
+    }
+    Ok(StartOrder {
+        features: order.features,
+        rings,
+    })
+}

@@ -1,0 +1,359 @@
+//! The device's thread: the only one that talks to its back end.
+//!
+//! ```text
+//! Idle --DRIVER_OK--> Running --drain--> Drained --resume--> Running
+//!   ^                    |                  |
+//!   +------- reset ------+------------------+
+//! ```
+//! The session may be missing in any of these: a lost back end leaves the phase as it is, so
+//! that a successor can take over from there.
+
+use super::MAX_QUEUE_SIZE;
+use super::device::{Confine, DeviceEvent, EventSink};
+use super::device_type::DeviceType;
+use super::mailbox::{Command, ConfigWrite, Mail, Mailbox, StartOrder};
+use super::offer::{self, Offer};
+use super::transport::Transport;
+use crate::frontend::{
+    Error, InflightRegion, QueueState, Ring, RingEvents, Session, SessionOptions, new_event,
+};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender};
+use vm_spec::control::DeviceConfig;
+
+/// What the thread is given.
+pub(super) struct Context {
+    pub(super) spec: DeviceConfig,
+    pub(super) options: SessionOptions,
+    pub(super) events: EventSink,
+    pub(super) mailbox: Arc<Mailbox>,
+}
+
+/// What negotiation found out.
+pub(super) struct Negotiated {
+    pub(super) offer: Offer,
+    pub(super) events: Vec<RingEvents>,
+}
+
+/// Where the rings are.
+pub(super) enum Phase {
+    Idle,
+    Running(StartOrder),
+    /// Stopped, each ring's base set to where it stopped.
+    Drained(StartOrder),
+}
+
+pub(super) struct Worker {
+    pub(super) context: Context,
+    pub(super) transport: Arc<Transport>,
+    pub(super) session: Option<Session>,
+    pub(super) offer: Offer,
+    pub(super) inflight: Option<InflightRegion>,
+    /// One for all queues: a back end's word that a ring is broken.
+    ring_error: Arc<EventFd>,
+    pub(super) phase: Phase,
+}
+
+/// The thread's body.
+pub(super) fn run(
+    context: Context,
+    socket: OwnedFd,
+    confine: Confine,
+    give: &SyncSender<Result<Negotiated, Error>>,
+    take: &Receiver<Arc<Transport>>,
+) {
+    let (session, inflight, offer, ring_error, events) = match negotiate(&context, socket) {
+        Ok(done) => done,
+        Err(error) => {
+            let _ = give.send(Err(error));
+            return;
+        }
+    };
+    let negotiated = Negotiated {
+        offer: offer.clone(),
+        events,
+    };
+    let confined = confine().map_err(|source| Error::Resource {
+        what: "the confinement of a device's thread",
+        source,
+    });
+    if give.send(confined.map(|()| negotiated)).is_err() {
+        return;
+    }
+    // Hung up: the machine could not be built.
+    let Ok(transport) = take.recv() else {
+        return;
+    };
+    Worker {
+        context,
+        transport,
+        session: Some(session),
+        offer,
+        inflight,
+        ring_error,
+        phase: Phase::Idle,
+    }
+    .serve();
+}
+
+type Parts = (
+    Session,
+    Option<InflightRegion>,
+    Offer,
+    Arc<EventFd>,
+    Vec<RingEvents>,
+);
+
+fn negotiate(context: &Context, socket: OwnedFd) -> Result<Parts, Error> {
+    let mut session = Session::connect(socket, context.options.clone(), None)?;
+    let offer = offer::make(&mut session, &context.spec)?;
+    let inflight = session.get_inflight(offer.served, MAX_QUEUE_SIZE)?;
+    let ring_error = new_event()?;
+    let events = (0..offer.queues)
+        .map(|_| RingEvents::new(&ring_error))
+        .collect::<Result<_, _>>()?;
+    Ok((session, inflight, offer, ring_error, events))
+}
+
+impl Worker {
+    fn serve(mut self) {
+        loop {
+            let ready = self.wait();
+            let mail = self.context.mailbox.take();
+            if mail.quit {
+                return;
+            }
+            self.read_mail(mail);
+            if self.ring_error.read().is_ok() {
+                self.needs_reset("back end reported a broken ring (vring error eventfd)".to_owned());
+            }
+            if ready {
+                self.look_at_session();
+            }
+        }
+    }
+
+    /// Waits for mail, a ring's error or the back end. True: look at the back end.
+    fn wait(&self) -> bool {
+        let mut fds = vec![
+            PollFd::new(self.context.mailbox.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.ring_error.as_fd(), PollFlags::POLLIN),
+        ];
+        if let Some(session) = &self.session {
+            fds.push(PollFd::new(session.socket(), PollFlags::POLLIN));
+            fds.extend(
+                session
+                    .request_channel()
+                    .map(|fd| PollFd::new(fd, PollFlags::POLLIN)),
+            );
+        }
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            // Out of memory, at most: the mail is looked at in any case.
+            Err(error) => tracing::warn!(%error, "poll failed"),
+        }
+        fds.iter().skip(2).any(|fd| fd.any().unwrap_or(true))
+    }
+
+    fn read_mail(&mut self, mail: Mail) {
+        if mail.reset {
+            self.reset();
+        }
+        if let Some(order) = mail.start {
+            self.start(order);
+        }
+        for write in mail.config_writes {
+            self.write_config(&write);
+        }
+        for command in mail.commands {
+            match command {
+                Command::Drain(answer) => drop(answer.send(self.drain())),
+                Command::Resume(answer) => drop(answer.send(self.resume())),
+                Command::Replace(socket, answer) => drop(answer.send(self.replace(socket))),
+                Command::Reset(answer) => {
+                    self.reset();
+                    drop(answer.send(Ok(())));
+                }
+                Command::GiveUp(reason) => self.needs_reset(reason),
+            }
+        }
+    }
+
+    fn look_at_session(&mut self) {
+        let Some(session) = &mut self.session else {
+            return;
+        };
+        if let Err(error) = session.check_idle() {
+            self.lose(&error);
+            return;
+        }
+        if session.take_config_change() {
+            self.reread_config();
+        }
+    }
+
+    /// Runs `step` on the session; a failure costs the session.
+    fn with_session<T>(&mut self, step: impl FnOnce(&mut Session) -> Result<T, Error>) -> Result<T, Error> {
+        let session = self.session.as_mut().ok_or(Error::NoBackend)?;
+        step(session).inspect_err(|error| self.lose(error))
+    }
+
+    fn lose(&mut self, error: &Error) {
+        if self.session.take().is_some() {
+            (self.context.events)(DeviceEvent::BackendLost {
+                device: self.context.spec.id.clone(),
+                reason: chain(error),
+            });
+        }
+    }
+
+    fn needs_reset(&mut self, reason: String) {
+        self.transport.needs_reset();
+        (self.context.events)(DeviceEvent::NeedsReset {
+            device: self.context.spec.id.clone(),
+            reason,
+        });
+    }
+
+    fn start(&mut self, order: StartOrder) {
+        let inflight = self.inflight.take();
+        let started = self.with_session(|s| s.start(order.features, &order.rings, inflight.as_ref()));
+        self.inflight = inflight;
+        self.phase = Phase::Running(order);
+        if let Err(error) = started {
+            self.needs_reset(chain(&error));
+        }
+    }
+
+    pub(super) fn drain(&mut self) -> Result<Vec<QueueState>, Error> {
+        if let Phase::Running(order) = &self.phase {
+            let indices: Vec<u16> = order.rings.iter().map(|ring| ring.index).collect();
+            let states = self.with_session(|s| s.stop(indices.into_iter()))?;
+            if let Phase::Running(mut order) = std::mem::replace(&mut self.phase, Phase::Idle) {
+                for (ring, state) in order.rings.iter_mut().zip(&states) {
+                    ring.base = state.next_avail;
+                }
+                self.phase = Phase::Drained(order);
+            }
+        }
+        match &self.phase {
+            Phase::Drained(order) => Ok(order.rings.iter().map(state_of).collect()),
+            Phase::Idle | Phase::Running(_) => Ok(Vec::new()),
+        }
+    }
+
+    pub(super) fn resume(&mut self) -> Result<(), Error> {
+        match std::mem::replace(&mut self.phase, Phase::Idle) {
+            Phase::Drained(order) => {
+                let inflight = self.inflight.take();
+                let done = self.with_session(|s| s.start(order.features, &order.rings, inflight.as_ref()));
+                self.inflight = inflight;
+                match done {
+                    Ok(()) => self.phase = self.running_again(order),
+                    Err(_) => self.phase = Phase::Drained(order),
+                }
+                done
+            }
+            other => {
+                self.phase = other;
+                Ok(())
+            }
+        }
+    }
+
+    /// Kicks and calls each ring once: the one before may have taken a kick and not acted on it,
+    /// or completed a request and not said so.
+    fn running_again(&self, order: StartOrder) -> Phase {
+        for ring in &order.rings {
+            let _ = ring.events.kick.write(1);
+            let _ = ring.events.call.write(1);
+        }
+        Phase::Running(order)
+    }
+
+    /// A driver's reset, or the machine's: drains, brings the back end to its first state and
+    /// lets the driver see it done. A back end that fails meanwhile is lost; the reset is done.
+    fn reset(&mut self) {
+        let running = !matches!(self.phase, Phase::Idle);
+        if let Err(error) = self.drain() {
+            tracing::warn!(
+                device = self.context.spec.id,
+                error = chain(&error),
+                "drain failed"
+            );
+        }
+        self.phase = Phase::Idle;
+        if running {
+            let queues = 0..self.offer.served;
+            // A failure was reported by `with_session`.
+            let _ = self.with_session(|s| s.reset(queues));
+            if let Some(region) = &self.inflight
+                && let Err(error) = region.zero()
+            {
+                // Without it a crashed back end cannot be replaced, but nothing wrong is replayed.
+                tracing::warn!(error = chain(&error), "in-flight region dropped");
+                self.inflight = None;
+            }
+        }
+        let _ = self.ring_error.read();
+        self.transport.complete_reset();
+    }
+
+    fn write_config(&mut self, write: &ConfigWrite) {
+        if !self.session.as_ref().is_some_and(Session::has_config) {
+            return;
+        }
+        match self
+            .session
+            .as_mut()
+            .map(|s| s.write_config(write.offset, &write.data))
+        {
+            Some(Err(error @ Error::Refused(_))) => tracing::debug!(%error, "configuration write refused"),
+            Some(Err(error)) => return self.lose(&error),
+            _ => {}
+        }
+        self.refresh_config();
+    }
+
+    fn reread_config(&mut self) {
+        if self.refresh_config() {
+            self.transport.config_changed();
+        }
+    }
+
+    /// Reads the back end's configuration again. False: it has none, or is lost.
+    fn refresh_config(&mut self) -> bool {
+        let kind = DeviceType(self.context.spec.device_type);
+        match self.with_session(|s| offer::read_config(s, kind)) {
+            Ok(Some(base)) => {
+                self.offer.config = offer::refresh(&self.offer, base, &self.context.spec);
+                self.transport.set_config(&self.offer.config);
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+fn state_of(ring: &Ring) -> QueueState {
+    QueueState {
+        index: ring.index,
+        next_avail: ring.base,
+    }
+}
+
+/// An error and its causes in one line.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        line.push_str(": ");
+        line.push_str(&next.to_string());
+        cause = next.source();
+    }
+    line
+}
