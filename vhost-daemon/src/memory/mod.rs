@@ -7,6 +7,8 @@
 mod mapping;
 mod segment;
 mod table;
+#[cfg(test)]
+pub(crate) mod tests;
 
 pub(crate) use mapping::Mapping;
 pub use segment::{Segment, Segments};

@@ -259,6 +259,8 @@ impl InflightQueue {
     }
 
     fn store<T: AtomicAccess>(&self, offset: usize, value: T) -> Result<(), RingFault> {
+        #[cfg(test)]
+        super::tests::crash::point()?;
         self.part()?
             .store(value, offset, Ordering::Release)
             .map_err(|_| LOST)

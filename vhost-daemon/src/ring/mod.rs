@@ -10,6 +10,8 @@ mod fault;
 mod inflight;
 mod notify;
 mod split;
+#[cfg(test)]
+mod tests;
 
 mod walk;
 

@@ -91,6 +91,8 @@ pub(super) fn store(
     value: u16,
     order: Ordering,
 ) -> Result<(), RingFault> {
+    #[cfg(test)]
+    super::tests::crash::point()?;
     let slice = ring_slice(memory, part)?;
     slice.store(value.to_le(), offset, order).map_err(|_| LOST)
 }
@@ -337,6 +339,8 @@ impl Ring {
             bytes[..4].copy_from_slice(&u32::from(element.head).to_le_bytes());
             bytes[4..].copy_from_slice(&element.written.to_le_bytes());
             let entry = ENTRIES + usize::from(self.next_used.0 % self.layout.size) * USED_SIZE;
+            #[cfg(test)]
+            super::tests::crash::point()?;
             used.write_slice(&bytes, entry).map_err(|_| LOST)?;
             self.next_used += 1;
         }
