@@ -40,7 +40,7 @@ impl Initramfs<'_> {
     /// A module or busybox is missing, or the file system fails.
     pub fn build(&self, cache: &Cache, apt: &Apt) -> Result<PathBuf> {
         let busybox = busybox(apt)?;
-        let mut recipe = Recipe::new("initramfs", 2)
+        let mut recipe = Recipe::new("initramfs", 3)
             .with(&self.kernel.release)
             .with(crate::cache::text(&self.kernel.modules)?)
             .with(crate::cache::text(&busybox)?)

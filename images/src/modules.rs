@@ -86,8 +86,10 @@ impl Modules {
         let object = read_module(file)?;
         let info = modinfo(&object);
         for soft in softdeps(&info) {
-            // A soft dependency may name a crypto alias; the generic implementation serves it.
-            for candidate in [soft.clone(), format!("{soft}_generic")] {
+            // A soft dependency may name a crypto algorithm (`crypto-crc32c`, or bare); the
+            // generic implementation provides it.
+            let algorithm = soft.strip_prefix("crypto_").unwrap_or(&soft);
+            for candidate in [soft.clone(), format!("{algorithm}_generic")] {
                 if self.files.contains_key(&candidate) {
                     self.visit(&candidate, seen, order)?;
                 }

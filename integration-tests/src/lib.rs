@@ -5,3 +5,6 @@ pub mod frontend_harness;
 pub mod nested;
 pub mod process;
 pub mod suite;
+pub mod demo;
+pub mod host;
+pub mod setup;

@@ -1,6 +1,7 @@
 //! `cargo demo`.
 
 use clap::{Parser, Subcommand};
+use integration_tests::demo;
 use integration_tests::nested::{self, Ended, Job, Nested};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -16,6 +17,12 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Verb {
+    /// The demo proper, from a folder where everything is built.
+    #[command(hide = true)]
+    Staged {
+        /// The folder.
+        folder: PathBuf,
+    },
     /// Run shell commands in an emulated machine with a real KVM, whose root is this machine's
     /// file tree (writes stay in its memory).
     NestedShell {
@@ -37,9 +44,10 @@ enum Verb {
     },
 }
 
-fn main() -> anyhow::Result<ExitCode> {
+fn main() -> ExitCode {
     nested::agent::intercept();
-    match Arguments::parse().verb {
+    demo::peer::intercept();
+    let (result, last_line) = match Arguments::parse().verb {
         Some(Verb::NestedShell {
             memory,
             deadline,
@@ -53,13 +61,21 @@ fn main() -> anyhow::Result<ExitCode> {
                 console,
                 ..Default::default()
             };
-            nested_shell(&options, Duration::from_secs(deadline), &commands)
+            (
+                nested_shell(&options, Duration::from_secs(deadline), &commands),
+                "nested",
+            )
         }
-        None => {
-            println!("demo: nothing yet");
-            Ok(ExitCode::FAILURE)
-        }
-    }
+        Some(Verb::Staged { folder }) => (
+            demo::run_staged(&folder).map(|()| ExitCode::SUCCESS),
+            "demo proper",
+        ),
+        None => (demo::run().map(|()| ExitCode::SUCCESS), "demo"),
+    };
+    result.unwrap_or_else(|error| {
+        println!("{last_line}: failed: {error:#}");
+        ExitCode::FAILURE
+    })
 }
 
 /// Exit code of the first command that fails, else 0.

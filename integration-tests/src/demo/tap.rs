@@ -1,0 +1,30 @@
+//! Makes a TAP interface in the network namespace of the calling process.
+#![expect(unsafe_code, reason = "TUNSETIFF is an ioctl that takes a struct ifreq")]
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+nix::ioctl_write_ptr_bad!(set_interface, libc::TUNSETIFF, libc::ifreq);
+
+/// Makes the TAP `name` with virtio-net headers; it goes when its last file descriptor is closed.
+///
+/// # Errors
+/// `/dev/net/tun` cannot be opened, or the namespace is not this process's own.
+pub(super) fn make(name: &str) -> std::io::Result<OwnedFd> {
+    let file = File::options().read(true).write(true).open("/dev/net/tun")?;
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let mut ifr_name = [0; libc::IFNAMSIZ];
+    // The last byte stays 0: the name ends there at the latest.
+    for (to, from) in ifr_name[..libc::IFNAMSIZ - 1].iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    let request = libc::ifreq {
+        ifr_name,
+        ifr_ifru: libc::__c_anonymous_ifr_ifru {
+            ifru_flags: flags as libc::c_short,
+        },
+    };
+    // SAFETY: the request outlives the call and its name ends with a NUL.
+    unsafe { set_interface(file.as_raw_fd(), &request) }?;
+    Ok(file.into())
+}

@@ -1,0 +1,147 @@
+//! Installs the Debian packages that a command needs and the machine lacks.
+
+use anyhow::{Context, bail};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// A program and the package that has it.
+#[derive(Clone, Copy, Debug)]
+pub struct Need {
+    /// Looked for in the PATH and in the system's own folders.
+    pub program: &'static str,
+    /// The Debian package.
+    pub package: &'static str,
+}
+
+const fn need(program: &'static str, package: &'static str) -> Need {
+    Need { program, package }
+}
+
+/// What images and guests need everywhere.
+const IMAGES: &[Need] = &[
+    need("qemu-img", "qemu-utils"),
+    need("mmdebstrap", "mmdebstrap"),
+    need("mke2fs", "e2fsprogs"),
+    need("ip", "iproute2"),
+    // The static binaries' build: C libraries that the tests' own tools link.
+    need("musl-gcc", "musl-tools"),
+];
+/// What an emulated machine needs: the nested runner, and QEMU as another front end.
+const EMULATION: &[Need] = &[need("qemu-system-x86_64", "qemu-system-x86")];
+/// What root needs to lend its device nodes to an unprivileged user.
+const ROOT: &[Need] = &[need("setfacl", "acl")];
+/// What an unprivileged user needs to stand in for root while a root file system is made.
+const ROOTLESS: &[Need] = &[need("newuidmap", "uidmap")];
+/// What only the tests need.
+const TESTS: &[Need] = &[
+    need("qemu-storage-daemon", "qemu-utils"),
+    need("busybox", "busybox-static"),
+    need("iasl", "acpica-tools"),
+];
+
+/// What is installed for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Purpose {
+    /// The demo on a KVM that runs stock kernels.
+    Demo,
+    /// The demo in the nested runner.
+    NestedDemo,
+    /// Every test.
+    Tests,
+}
+
+/// Installs what is missing for `purpose`, and says so first. As an ordinary user it asks sudo.
+///
+/// # Errors
+/// apt-get is missing, fails, or the packages do not have the programs.
+pub fn install_missing(purpose: Purpose) -> anyhow::Result<()> {
+    let mut needs = IMAGES.to_vec();
+    if purpose != Purpose::Demo {
+        needs.extend(EMULATION);
+    }
+    if purpose == Purpose::Tests {
+        needs.extend(TESTS);
+    }
+    needs.extend(if nix::unistd::geteuid().is_root() {
+        ROOT
+    } else {
+        ROOTLESS
+    });
+    let mut packages: Vec<&str> = needs
+        .iter()
+        .filter(|need| !installed(need.program))
+        .map(|need| need.package)
+        .collect();
+    packages.sort_unstable();
+    packages.dedup();
+    if packages.is_empty() {
+        return Ok(());
+    }
+    install(&packages)?;
+    let still = needs.iter().find(|need| !installed(need.program));
+    still.map_or(Ok(()), |need| {
+        bail!(
+            "'{}' is still missing after installing {}",
+            need.program,
+            need.package
+        )
+    })
+}
+
+fn installed(program: &str) -> bool {
+    let path = std::env::var("PATH").unwrap_or_default();
+    path.split(':')
+        .chain(["/usr/sbin", "/sbin"])
+        .any(|folder| Path::new(folder).join(program).is_file())
+}
+
+fn install(packages: &[&str]) -> anyhow::Result<()> {
+    eprintln!("installing Debian packages: {}", packages.join(" "));
+    apt(&["update", "-q"])?;
+    let mut arguments = vec!["install", "-y", "-q", "--no-install-recommends"];
+    let suite = backports_suite();
+    if let Some(suite) = suite
+        .as_deref()
+        .filter(|_| packages.iter().any(|package| package.starts_with("qemu-")))
+    {
+        eprintln!("from {suite}, where the installed qemu-utils comes from");
+        arguments.extend(["-t", suite]);
+    }
+    arguments.extend(packages);
+    apt(&arguments)
+}
+
+fn apt(arguments: &[&str]) -> anyhow::Result<()> {
+    let mut command = if nix::unistd::geteuid().is_root() {
+        Command::new("apt-get")
+    } else {
+        let mut sudo = Command::new("sudo");
+        sudo.arg("apt-get");
+        sudo
+    };
+    command
+        .args(arguments)
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .stdout(Stdio::null());
+    let status = command
+        .status()
+        .context("cannot run apt-get: this needs Debian, and sudo if you are not root")?;
+    if status.success() {
+        Ok(())
+    } else {
+        bail!("apt-get {} failed ({status})", arguments.join(" "))
+    }
+}
+
+/// The backports suite if the installed qemu-utils is from there: QEMU's packages of two suites
+/// cannot be mixed.
+fn backports_suite() -> Option<String> {
+    let query = ["-W", "-f", "${Version}", "qemu-utils"];
+    let version = Command::new("dpkg-query").args(query).output().ok()?;
+    let backport = String::from_utf8_lossy(&version.stdout).contains("~bpo");
+    let release = std::fs::read_to_string("/etc/os-release").ok()?;
+    let codename = release
+        .lines()
+        .find_map(|line| line.strip_prefix("VERSION_CODENAME="))?;
+    backport.then(|| format!("{}-backports", codename.trim_matches('"')))
+}
