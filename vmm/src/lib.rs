@@ -6,6 +6,7 @@ pub mod control;
 pub mod error;
 pub mod frontend;
 pub mod kvm;
+pub mod machine;
 pub mod memory;
 pub mod pci;
 pub mod platform;

@@ -1,2 +1,130 @@
-//! Skeleton.
-fn main() {}
+//! `bulkhead-vmm --control-fd=N [--seccomp=enforce|log|off] [--log-level=L]`: one VM, described by
+//! the first message on the control socket.
+
+use jailer::sandbox::SeccompMode;
+use std::process::ExitCode;
+use std::time::Duration;
+use vm_spec::control::{EndReason, FdNumber, FromVmm, ToVmm, VmConfig};
+use vmm::control::{ControlError, ControlSocket, Incoming, adopt};
+use vmm::error::Error;
+use vmm::machine::{Build, Options, monotonic_ns};
+
+/// Longest that the configuration may take: it is sent before this process is spawned.
+const CONFIG_DEADLINE: Duration = Duration::from_secs(5);
+
+const USAGE: &str = "usage: bulkhead-vmm --control-fd=N [--seccomp=enforce|log|off] [--log-level=LEVEL]";
+
+struct Arguments {
+    control: i32,
+    seccomp: SeccompMode,
+    log_level: tracing::Level,
+}
+
+fn main() -> ExitCode {
+    let started_ns = monotonic_ns();
+    let arguments = match parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            eprintln!("bulkhead-vmm: {error}\n{USAGE}");
+            return ExitCode::from(vm_spec::control::exit_code::USAGE);
+        }
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(arguments.log_level)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+    let socket = match adopt(FdNumber(arguments.control), "control socket") {
+        Ok(socket) => socket,
+        Err(error) => {
+            eprintln!("bulkhead-vmm: {error}\n{USAGE}");
+            return ExitCode::from(vm_spec::control::exit_code::USAGE);
+        }
+    };
+    let mut control = ControlSocket::new(socket);
+    match run(&mut control, &arguments, started_ns) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}: {}", error.cause());
+            ExitCode::from(vm_spec::control::exit_code::ERROR)
+        }
+    }
+}
+
+fn parse() -> Result<Arguments, lexopt::Error> {
+    use lexopt::prelude::{Long, ValueExt};
+    let mut arguments = Arguments {
+        control: -1,
+        seccomp: SeccompMode::Enforce,
+        log_level: tracing::Level::INFO,
+    };
+    let mut parser = lexopt::Parser::from_env();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("control-fd") => arguments.control = parser.value()?.parse()?,
+            Long("seccomp") => arguments.seccomp = parser.value()?.parse()?,
+            Long("log-level") => arguments.log_level = parser.value()?.parse()?,
+            other => return Err(other.unexpected()),
+        }
+    }
+    if arguments.control < 0 {
+        return Err("--control-fd is missing".into());
+    }
+    Ok(arguments)
+}
+
+/// Builds and runs the VM; every end, good or bad, is told to the supervisor.
+fn run(control: &mut ControlSocket, arguments: &Arguments, started_ns: u64) -> Result<(), Error> {
+    let config = receive_config(control)?;
+    let built = Build::new(
+        config,
+        arguments.control,
+        Options {
+            seccomp: arguments.seccomp,
+        },
+    )
+    .and_then(Build::build)
+    .and_then(|machine| Ok((machine.lock_down()?, machine)));
+    let (locked, mut machine) = match built {
+        Ok(built) => built,
+        Err(error) => {
+            let told = control.send(
+                0,
+                FromVmm::StartFailed {
+                    what: error.to_string(),
+                    cause: error.cause(),
+                    hint: error.hint(),
+                },
+            );
+            if let Err(unsent) = told {
+                tracing::error!("{unsent}");
+            }
+            return Err(error);
+        }
+    };
+    match machine.run(control, started_ns, locked) {
+        Ok(reason) => report_end(control, reason),
+        Err(error) => {
+            report_end(control, EndReason::KvmError)?;
+            Err(error)
+        }
+    }
+}
+
+fn report_end(control: &ControlSocket, reason: EndReason) -> Result<(), Error> {
+    match control.send(0, FromVmm::Ended(reason)) {
+        // Nobody is left to be told: that is why it ended.
+        Err(ControlError::Closed) if reason == EndReason::Stopped => Ok(()),
+        other => Ok(other?),
+    }
+}
+
+fn receive_config(control: &mut ControlSocket) -> Result<VmConfig, Error> {
+    match control.receive_within(CONFIG_DEADLINE)? {
+        Incoming::Message(message, _) => match message.body {
+            ToVmm::Start(config) => Ok(*config),
+            _ => Err(ControlError::NotStart.into()),
+        },
+        Incoming::Closed | Incoming::Nothing => Err(ControlError::Closed.into()),
+    }
+}

@@ -56,15 +56,11 @@ impl EventRouter {
         Ok(router)
     }
 
-    /// Forgets every MSI route, as at power-on, and resets the interrupt controllers.
+    /// Resets the interrupt controllers. MSI routes are their owners' to reset.
     ///
     /// # Errors
     /// When KVM refuses.
     pub fn reset(&self, irqchip: &dyn Irqchip) -> Result<(), Error> {
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        table.msi.clear();
-        self.commit(&table.msi)
-            .map_err(Error::system("reset the interrupt routes"))?;
         irqchip.reset(&self.vm)
     }
 

@@ -146,6 +146,9 @@ impl GuestRam {
     /// not fault page by page. Advice only: a range outside RAM or a refusal changes nothing.
     pub fn populate(&self, start: u64, size: u64) {
         const PAGE: u64 = 4096;
+        if self.is_used() {
+            return; // after a reboot the pages are there
+        }
         let Some(end) = start
             .checked_add(size)
             .and_then(|e| e.checked_next_multiple_of(PAGE))

@@ -1,0 +1,137 @@
+//! Where an exit to user space goes. Nothing here waits: a vCPU only takes short locks.
+
+use super::events::GuestEvent;
+use super::ports::Ports;
+use crate::pci::PciBus;
+use crate::serial::Com1;
+use kvm_ioctls::VcpuExit;
+use std::sync::atomic::{AtomicU64, Ordering};
+use vm_spec::machine;
+
+const COM1_LAST: u16 = machine::COM1_PORT + 7;
+const ECAM_END: u64 = machine::ECAM_START + machine::ECAM_SIZE;
+/// What a read that nobody answers gives.
+const FLOATING: u8 = 0xFF;
+
+/// Everything that a guest reaches by an exit.
+pub struct Platform {
+    /// COM1.
+    pub com1: Com1,
+    /// Sleep, reset, panic and event registers.
+    pub ports: Ports,
+    /// The PCI bus with all devices.
+    pub pci: PciBus,
+}
+
+impl Platform {
+    /// Carries out one exit. `Some` when it ends this boot.
+    pub fn handle(&self, exit: VcpuExit<'_>, counters: &ExitCounters) -> Option<GuestEvent> {
+        counters.count(&exit);
+        match exit {
+            VcpuExit::IoOut(port, data) => return self.port_write(port, data),
+            VcpuExit::IoIn(port, data) => self.port_read(port, data),
+            VcpuExit::MmioRead(address, data) => self.mmio_read(address, data),
+            VcpuExit::MmioWrite(address, data) => self.mmio_write(address, data),
+            VcpuExit::Shutdown => return Some(GuestEvent::TripleFault),
+            VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
+            VcpuExit::FailEntry(reason, cpu) => {
+                let why = format!("KVM cannot enter the guest (reason {reason:#x}, host CPU {cpu})");
+                return Some(GuestEvent::KvmFailure(why));
+            }
+            other => return Some(GuestEvent::KvmFailure(format!("KVM gave up: {other:?}"))),
+        }
+        None
+    }
+
+    fn port_write(&self, port: u16, data: &[u8]) -> Option<GuestEvent> {
+        if let machine::COM1_PORT..=COM1_LAST = port {
+            // A repeated OUTSB comes as one exit with all its bytes.
+            for &byte in data {
+                self.com1.write((port - machine::COM1_PORT) as u8, byte);
+            }
+            return None;
+        }
+        if let Some(event) = data.first().and_then(|&byte| self.ports.write(port, byte)) {
+            return Some(event);
+        }
+        self.pci.io_write(port, data);
+        None
+    }
+
+    fn port_read(&self, port: u16, data: &mut [u8]) {
+        if let machine::COM1_PORT..=COM1_LAST = port {
+            data.fill_with(|| self.com1.read((port - machine::COM1_PORT) as u8));
+        } else if let (Some(value), 1) = (self.ports.read(port), data.len()) {
+            data[0] = value;
+        } else if !self.pci.io_read(port, data) {
+            data.fill(FLOATING);
+        }
+    }
+
+    fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        match address {
+            machine::ECAM_START..ECAM_END => self.pci.ecam_read(address - machine::ECAM_START, data),
+            _ if self.pci.mmio_read(address, data) => {}
+            _ => data.fill(FLOATING),
+        }
+    }
+
+    fn mmio_write(&self, address: u64, data: &[u8]) {
+        match address {
+            machine::ECAM_START..ECAM_END => self.pci.ecam_write(address - machine::ECAM_START, data),
+            _ => {
+                self.pci.mmio_write(address, data);
+            }
+        }
+    }
+}
+
+const REASONS: [&str; 8] = [
+    "io_in",
+    "io_out",
+    "mmio_read",
+    "mmio_write",
+    "hlt",
+    "intr",
+    "shutdown",
+    "other",
+];
+
+/// Exits to user space of one vCPU, by reason.
+#[derive(Default)]
+pub struct ExitCounters([AtomicU64; REASONS.len()]);
+
+impl ExitCounters {
+    fn count(&self, exit: &VcpuExit<'_>) {
+        self.add(match exit {
+            VcpuExit::IoIn(..) => 0,
+            VcpuExit::IoOut(..) => 1,
+            VcpuExit::MmioRead(..) => 2,
+            VcpuExit::MmioWrite(..) => 3,
+            VcpuExit::Hlt => 4,
+            VcpuExit::Intr => 5,
+            VcpuExit::Shutdown => 6,
+            _ => 7,
+        });
+    }
+
+    /// Counts a kick out of the guest.
+    pub fn count_kick(&self) {
+        self.add(5);
+    }
+
+    fn add(&self, reason: usize) {
+        self.0[reason].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Adds these counters to `sums`, one entry a reason.
+    pub fn add_to(&self, sums: &mut Vec<(String, u64)>) {
+        for (index, (name, count)) in REASONS.iter().zip(&self.0).enumerate() {
+            let count = count.load(Ordering::Relaxed);
+            match sums.get_mut(index) {
+                Some((_, sum)) => *sum += count,
+                None => sums.push(((*name).to_owned(), count)),
+            }
+        }
+    }
+}

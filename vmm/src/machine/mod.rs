@@ -1,0 +1,19 @@
+//! The machine: built from a `VmConfig`, run until the guest or the supervisor ends it.
+//!
+//! ```text
+//! build (RAM, slots, irqchip, vCPU threads, devices, boot images) -> lockdown -> Running
+//!   -> events: reset -> reboot in place
+//!              power-off, panic, triple fault, Stop, supervisor gone -> Ended
+//! ```
+
+mod build;
+mod events;
+mod exits;
+mod ports;
+mod run;
+mod vcpus;
+
+pub use build::{Build, Options};
+pub use events::{Events, GuestEvent};
+pub use exits::{ExitCounters, Platform};
+pub use run::{Machine, monotonic_ns};

@@ -1,0 +1,253 @@
+//! The main thread's loop: control messages, guest and device events, console.
+
+use super::events::{Events, GuestEvent};
+use super::exits::Platform;
+use super::vcpus::Vcpus;
+use crate::boot::BootImages;
+use crate::control::{ControlSocket, Incoming};
+use crate::error::Error;
+use crate::kvm::{Entry, EventRouter, Irqchip, Vm};
+use crate::serial::Input;
+use crate::virtio::{Device, DeviceEvent};
+use jailer::sandbox::{Locked, Role, SeccompMode, lockdown_main};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use vm_spec::control::{EndReason, FromVmm, ToVmm, VmStats};
+
+/// Longest that the console's reader may hold up the end.
+const CONSOLE_DRAIN: Duration = Duration::from_millis(500);
+
+/// A machine that is built.
+pub struct Machine {
+    // The order is that of drop: no vCPU runs when devices go, no device when the VM goes.
+    pub(super) vcpus: Vcpus,
+    pub(super) devices: Vec<Device>,
+    pub(super) platform: Arc<Platform>,
+    pub(super) router: Arc<EventRouter>,
+    pub(super) irqchip: Box<dyn Irqchip>,
+    pub(super) events: Arc<Events>,
+    pub(super) images: BootImages,
+    pub(super) vm: Arc<Vm>,
+    pub(super) entry: Entry,
+    pub(super) restart_on_reboot: bool,
+    pub(super) seccomp: SeccompMode,
+}
+
+/// What the loop waits for, in the order in which it is polled.
+#[derive(Clone, Copy, Default)]
+struct Ready {
+    control: bool,
+    events: bool,
+    console_in: bool,
+    console_out: bool,
+}
+
+impl Machine {
+    /// The main thread's last step before [`Machine::run`].
+    ///
+    /// # Errors
+    /// [`Error::Lockdown`].
+    pub fn lock_down(&self) -> Result<Locked, Error> {
+        lockdown_main(Role::Vmm, self.seccomp).map_err(|e| Error::Lockdown(Box::new(e)))
+    }
+
+    /// Runs the guest to its end and reports everything but the end, which it returns.
+    /// `started_ns` is when the process began to build.
+    ///
+    /// # Errors
+    /// What made it impossible to go on.
+    pub fn run(
+        &mut self,
+        control: &mut ControlSocket,
+        started_ns: u64,
+        _locked: Locked,
+    ) -> Result<EndReason, Error> {
+        let mut written = self.platform.com1.output().written();
+        let first_instruction_ns = monotonic_ns();
+        self.start();
+        control.send(
+            0,
+            FromVmm::Running {
+                started_ns,
+                first_instruction_ns,
+            },
+        )?;
+        let mut input = Input::Open;
+        loop {
+            let ready = self.wait(control, input)?;
+            if ready.console_in {
+                input = self.platform.com1.receive();
+            }
+            if ready.console_out {
+                self.platform.com1.output().flush();
+            }
+            if ready.control
+                && let Some(reason) = self.serve(control)?
+            {
+                return self.end(reason);
+            }
+            if ready.events {
+                self.events.acknowledge();
+                self.report_devices(control)?;
+                if let Some(event) = self.events.take_guest() {
+                    let instant = self.platform.com1.output().written() == written;
+                    match self.judge(event, instant) {
+                        Some(reason) => return self.end(reason),
+                        None => {
+                            self.reboot()?;
+                            written = self.platform.com1.output().written();
+                            input = Input::Open;
+                            control.send(0, FromVmm::Rebooted)?;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn start(&self) {
+        self.vm.ram().mark_used();
+        self.vcpus.enter(self.entry, self.platform.clone());
+    }
+
+    fn wait(&self, control: &ControlSocket, input: Input) -> Result<Ready, Error> {
+        let com1 = &self.platform.com1;
+        let output = com1.output();
+        let mut console = PollFlags::empty();
+        console.set(PollFlags::POLLIN, input == Input::Open);
+        console.set(PollFlags::POLLOUT, output.is_blocked());
+        let mut fds = vec![
+            PollFd::new(control.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.events.as_fd(), PollFlags::POLLIN),
+            PollFd::new(com1.drained(), PollFlags::POLLIN),
+            PollFd::new(output.timer(), PollFlags::POLLIN),
+        ];
+        // A console that is closed and has nothing to take reports POLLHUP for ever.
+        if !console.is_empty() {
+            fds.push(PollFd::new(output.socket(), console));
+        }
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) => {}
+            Err(Errno::EINTR) => return Ok(Ready::default()),
+            Err(errno) => return Err(Error::system("wait for events")(errno)),
+        }
+        let fired = |index: usize| {
+            fds.get(index)
+                .and_then(PollFd::revents)
+                .unwrap_or(PollFlags::empty())
+        };
+        let console = fired(4);
+        let hung_up = PollFlags::POLLHUP | PollFlags::POLLERR;
+        Ok(Ready {
+            control: !fired(0).is_empty(),
+            events: !fired(1).is_empty(),
+            console_in: (!fired(2).is_empty() && input != Input::Closed)
+                || (input == Input::Open && console.intersects(PollFlags::POLLIN | hung_up)),
+            console_out: !fired(3).is_empty() || console.intersects(PollFlags::POLLOUT | hung_up),
+        })
+    }
+
+    /// Carries out one control message; `Some` when it ends the VM.
+    fn serve(&mut self, control: &mut ControlSocket) -> Result<Option<EndReason>, Error> {
+        let (message, fds) = match control.receive()? {
+            Incoming::Message(message, fds) => (message, fds),
+            Incoming::Nothing => return Ok(None),
+            Incoming::Closed => return Ok(Some(EndReason::Stopped)),
+        };
+        let reply = match message.body {
+            ToVmm::Stop => return Ok(Some(EndReason::Stopped)),
+            ToVmm::PowerButton => done(self.platform.ports.press_power_button()),
+            ToVmm::Stats => FromVmm::Stats(VmStats {
+                exits: self.vcpus.exits(),
+                console_dropped: self.platform.com1.output().dropped(),
+            }),
+            ToVmm::ReplaceBackend { slot } => match self.replace_backend(slot, fds) {
+                Ok(()) => FromVmm::Done,
+                Err(why) => FromVmm::Failed(why),
+            },
+            ToVmm::Start(_) => FromVmm::Failed("the machine is running".into()),
+        };
+        control.send(message.id, reply)?;
+        Ok(None)
+    }
+
+    fn replace_backend(&self, slot: u8, mut fds: Vec<OwnedFd>) -> Result<(), String> {
+        let device = self
+            .devices
+            .iter()
+            .find(|device| device.slot() == slot)
+            .ok_or_else(|| format!("no device in slot {slot}"))?;
+        match (fds.pop(), fds.is_empty()) {
+            (Some(socket), true) => device
+                .replace(socket)
+                .map_err(|error| format!("{error}: {}", error.cause)),
+            _ => Err("exactly one descriptor must come with this request".into()),
+        }
+    }
+
+    fn report_devices(&self, control: &ControlSocket) -> Result<(), Error> {
+        while let Some(event) = self.events.take_device() {
+            let (DeviceEvent::BackendLost { device, reason } | DeviceEvent::NeedsReset { device, reason }) =
+                event;
+            tracing::warn!(device, reason, "device fault");
+            control.send(0, FromVmm::DeviceFault { device, reason })?;
+        }
+        Ok(())
+    }
+
+    /// The end that an event means; `None` for a reboot. `silent`: nothing was written to the
+    /// console in this boot.
+    fn judge(&self, event: GuestEvent, silent: bool) -> Option<EndReason> {
+        let instant = silent && !self.devices.iter().any(Device::driven);
+        match event {
+            GuestEvent::PowerOff => Some(EndReason::PowerOff),
+            GuestEvent::Panic => Some(EndReason::Panic),
+            GuestEvent::Reset | GuestEvent::TripleFault if instant => Some(EndReason::InstantReset),
+            GuestEvent::TripleFault => Some(EndReason::TripleFault),
+            GuestEvent::Reset => (!self.restart_on_reboot).then_some(EndReason::Reset),
+            GuestEvent::KvmFailure(why) => {
+                tracing::error!(why, "the guest cannot go on");
+                Some(EndReason::KvmError)
+            }
+        }
+    }
+
+    /// Brings everything to power-on state and boots again.
+    fn reboot(&mut self) -> Result<(), Error> {
+        self.vcpus.hold()?;
+        self.platform.pci.reset();
+        self.platform.com1.reset();
+        self.platform.ports.reset();
+        self.router.reset(self.irqchip.as_ref())?;
+        self.vcpus.reset()?;
+        self.entry = self.images.load(self.vm.ram(), self.vm.cpus())?;
+        self.events.forget_guest();
+        self.start();
+        Ok(())
+    }
+
+    /// Stops vCPUs, drains devices and lets the console take what it will.
+    fn end(&self, reason: EndReason) -> Result<EndReason, Error> {
+        self.vcpus.hold()?;
+        self.platform.pci.reset();
+        self.platform.com1.output().drain(Instant::now() + CONSOLE_DRAIN);
+        Ok(reason)
+    }
+}
+
+fn done(result: std::io::Result<()>) -> FromVmm {
+    match result {
+        Ok(()) => FromVmm::Done,
+        Err(error) => FromVmm::Failed(error.to_string()),
+    }
+}
+
+/// CLOCK_MONOTONIC in nanoseconds.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
+        .map_or(0, |at| at.tv_sec() as u64 * 1_000_000_000 + at.tv_nsec() as u64)
+}

@@ -1,0 +1,232 @@
+//! The vmm with kernels of a few instructions on this host's KVM, with its filters enforced.
+
+mod guest;
+mod process;
+
+use guest::Code;
+use libtest_mimic::{Arguments, Failed, Trial};
+use process::{Guest, Vmm};
+use std::io::{Read, Write};
+use vm_spec::control::{EndReason, FromVmm, ToVmm};
+
+type Outcome = Result<(), Failed>;
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
+    let tests: [(&str, fn() -> Outcome); 14] = [
+        ("a_byte_and_a_power_off", a_byte_and_a_power_off),
+        ("more_memory_than_the_hole_and_many_vcpus", more_memory_and_vcpus),
+        ("each_end_is_told_apart", each_end_is_told_apart),
+        ("a_reset_before_anything_is_no_success", instant_reset),
+        ("twenty_reboots_in_one_process", twenty_reboots),
+        ("a_reset_ends_the_vm_where_so_asked", reset_ends),
+        ("the_power_button_reaches_the_guest", power_button),
+        ("input_reaches_the_guest", input),
+        ("stop_ends_a_spinning_guest", stop),
+        ("a_supervisor_that_goes_takes_the_vm_along", abandoned),
+        ("exits_are_counted_by_reason", exits),
+        ("what_is_no_kernel_is_refused", no_kernel),
+        ("a_truncated_kernel_is_refused", truncated_kernel),
+        ("too_large_an_initrd_or_too_little_memory_is_refused", too_large),
+    ];
+    let trials = tests
+        .into_iter()
+        .map(|(name, test)| match &kvm {
+            Ok(_) => Trial::test(name, test),
+            Err(error) => {
+                let reason = format!("no /dev/kvm: {error}");
+                Trial::test(name, move || Ok(eprintln!("{reason}"))).with_ignored_flag(true)
+            }
+        })
+        .collect();
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// Runs a guest to its end: its output, how it ended, how often it rebooted.
+fn run(guest: Guest) -> (String, EndReason, usize) {
+    let mut vmm = Vmm::start(guest);
+    vmm.running();
+    let (reason, reboots) = vmm.ended();
+    let output = vmm.output();
+    assert!(vmm.exit().success());
+    (output, reason, reboots)
+}
+
+fn a_byte_and_a_power_off() -> Outcome {
+    let kernel = Code::default().print("A").power_off().spin().elf();
+    assert_eq!(run(Guest::new(&kernel)), ("A".into(), EndReason::PowerOff, 0));
+    Ok(())
+}
+
+fn more_memory_and_vcpus() -> Outcome {
+    let kernel = Code::default().print("A").power_off().spin().elf();
+    let guest = Guest {
+        memory: 5 << 30,
+        cpus: 32,
+        cmdline: "x".repeat(2047),
+        initrd: Some(guest::file(&[7; 5000])),
+        ..Guest::new(&kernel)
+    };
+    assert_eq!(run(guest), ("A".into(), EndReason::PowerOff, 0));
+    Ok(())
+}
+
+fn each_end_is_told_apart() -> Outcome {
+    for (code, reason) in [
+        (Code::default().print("x").triple_fault(), EndReason::TripleFault),
+        (Code::default().print("x").out(0x505, 1).spin(), EndReason::Panic),
+    ] {
+        assert_eq!(run(Guest::new(&code.elf())).1, reason);
+    }
+    Ok(())
+}
+
+fn instant_reset() -> Outcome {
+    for code in [
+        Code::default().out(0x602, 1).spin(),
+        Code::default().out(0xCF9, 6).spin(),
+        Code::default().out(0x64, 0xFE).spin(),
+        Code::default().triple_fault(),
+    ] {
+        let (output, reason, reboots) = run(Guest::new(&code.elf()));
+        assert_eq!(
+            (output.as_str(), reason, reboots),
+            ("", EndReason::InstantReset, 0)
+        );
+    }
+    Ok(())
+}
+
+fn twenty_reboots() -> Outcome {
+    let kernel = Code::default()
+        .print("b\n")
+        .reset_until(21)
+        .power_off()
+        .spin()
+        .elf();
+    let guest = Guest {
+        cpus: 2,
+        ..Guest::new(&kernel)
+    };
+    assert_eq!(run(guest), ("b\n".repeat(21), EndReason::PowerOff, 20));
+    Ok(())
+}
+
+fn reset_ends() -> Outcome {
+    let kernel = Code::default().print("b").out(0x602, 1).spin().elf();
+    let guest = Guest {
+        restart_on_reboot: false,
+        ..Guest::new(&kernel)
+    };
+    assert_eq!(run(guest), ("b".into(), EndReason::Reset, 0));
+    Ok(())
+}
+
+fn power_button() -> Outcome {
+    let kernel = Code::default()
+        .print("r")
+        .wait_for_event()
+        .power_off()
+        .spin()
+        .elf();
+    let mut vmm = Vmm::start(Guest::new(&kernel));
+    vmm.running();
+    assert_eq!(vmm.ask(ToVmm::PowerButton), FromVmm::Done);
+    assert_eq!(vmm.ended().0, EndReason::PowerOff);
+    assert!(vmm.exit().success());
+    Ok(())
+}
+
+fn input() -> Outcome {
+    let kernel = Code::default().echo().echo().echo().power_off().spin().elf();
+    let mut vmm = Vmm::start(Guest::new(&kernel));
+    vmm.running();
+    vmm.console.write_all(b"abc")?;
+    assert_eq!(vmm.ended().0, EndReason::PowerOff);
+    assert_eq!(vmm.output(), "abc");
+    Ok(())
+}
+
+fn stop() -> Outcome {
+    let mut vmm = Vmm::start(Guest {
+        cpus: 4,
+        ..Guest::new(&Code::default().print("s").spin().elf())
+    });
+    vmm.running();
+    vmm.console.read_exact(&mut [0])?;
+    vmm.tell(ToVmm::Stop);
+    assert_eq!(vmm.ended().0, EndReason::Stopped);
+    assert!(vmm.exit().success());
+    Ok(())
+}
+
+fn abandoned() -> Outcome {
+    let mut vmm = Vmm::start(Guest::new(&Code::default().print("s").spin().elf()));
+    vmm.running();
+    vmm.console.read_exact(&mut [0])?;
+    assert!(vmm.abandon().success());
+    Ok(())
+}
+
+fn exits() -> Outcome {
+    let mut vmm = Vmm::start(Guest::new(&Code::default().print("0123456789").spin().elf()));
+    vmm.running();
+    vmm.console.read_exact(&mut [0; 10])?;
+    let FromVmm::Stats(stats) = vmm.ask(ToVmm::Stats) else {
+        return Err("no statistics".into());
+    };
+    assert!(stats.exits.contains(&("io_out".into(), 10)), "{:?}", stats.exits);
+    assert_eq!(stats.console_dropped, 0);
+    assert!(vmm.abandon().success());
+    Ok(())
+}
+
+/// The three lines of a refusal.
+fn refusal(guest: Guest) -> (String, String, String) {
+    let vmm = Vmm::start(guest);
+    let FromVmm::StartFailed { what, cause, hint } = vmm.event() else {
+        panic!("it started");
+    };
+    assert!(!vmm.exit().success());
+    (what, cause, hint)
+}
+
+fn no_kernel() -> Outcome {
+    let (what, _, hint) = refusal(Guest::new(&[0; 8192]));
+    assert_eq!(what, "the kernel is neither an ELF file nor a bzImage");
+    assert!(hint.contains("vmlinux"));
+    let mut elf = Code::default().spin().elf();
+    elf[0x108] = 0;
+    let (what, _, hint) = refusal(Guest::new(&elf));
+    assert!(what.contains("PVH"), "{what}");
+    assert!(hint.contains("CONFIG_PVH"));
+    Ok(())
+}
+
+fn truncated_kernel() -> Outcome {
+    let kernel = Code::default().print("a long kernel").power_off().spin().elf();
+    for length in [0, 3, 63, 100, 0x108, kernel.len() - 1] {
+        let (what, _, hint) = refusal(Guest::new(&kernel[..length]));
+        assert!(what.contains("the kernel is truncated"), "{length}: {what}");
+        assert!(hint.contains("incomplete"));
+    }
+    Ok(())
+}
+
+fn too_large() -> Outcome {
+    let kernel = Code::default().power_off().spin().elf();
+    let initrd = guest::file(&[]);
+    initrd.set_len(32 << 20)?;
+    let (what, _, hint) = refusal(Guest {
+        initrd: Some(initrd),
+        ..Guest::new(&kernel)
+    });
+    assert!(what.contains("initrd is 33554432 bytes"), "{what}");
+    assert!(hint.contains("more memory"));
+    let mut large = kernel;
+    large[64 + 40..64 + 48].copy_from_slice(&(64u64 << 20).to_le_bytes());
+    let (what, ..) = refusal(Guest::new(&large));
+    assert!(what.contains("needs guest memory up to"), "{what}");
+    Ok(())
+}

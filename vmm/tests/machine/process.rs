@@ -1,0 +1,194 @@
+//! A `bulkhead-vmm` process, driven over its control socket.
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, recv, send, setsockopt, socketpair, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+use vm_spec::control::{EndReason, Envelope, FdNumber, FromVmm, MAX_MESSAGE, ToVmm, VmConfig};
+use vm_spec::machine;
+
+const DEADLINE: Duration = Duration::from_secs(20);
+/// Descriptors are inheritable for a moment: one spawn at a time.
+static SPAWN: Mutex<()> = Mutex::new(());
+
+/// What to boot.
+pub(crate) struct Guest {
+    pub(crate) kernel: File,
+    pub(crate) initrd: Option<File>,
+    pub(crate) cmdline: String,
+    pub(crate) memory: u64,
+    pub(crate) cpus: u8,
+    pub(crate) restart_on_reboot: bool,
+}
+
+impl Guest {
+    /// The smallest machine for `kernel`.
+    pub(crate) fn new(kernel: &[u8]) -> Self {
+        Self {
+            kernel: super::guest::file(kernel),
+            initrd: None,
+            cmdline: String::new(),
+            memory: machine::MIN_MEMORY,
+            cpus: 1,
+            restart_on_reboot: true,
+        }
+    }
+}
+
+/// The process and our ends of its sockets.
+pub(crate) struct Vmm {
+    child: Child,
+    control: OwnedFd,
+    pub(crate) console: UnixStream,
+    next_id: u64,
+    pub(crate) spawned: Instant,
+}
+
+impl Vmm {
+    pub(crate) fn start(guest: Guest) -> Self {
+        let (control, theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .unwrap();
+        let timeout = TimeVal::milliseconds(DEADLINE.as_millis() as i64);
+        setsockopt(&control, sockopt::ReceiveTimeout, &timeout).unwrap();
+        let (console, their_console) = UnixStream::pair().unwrap();
+        console.set_read_timeout(Some(DEADLINE)).unwrap();
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
+        let mut inherited: Vec<OwnedFd> = vec![theirs, kvm.into(), guest.kernel.into(), their_console.into()];
+        inherited.extend(guest.initrd.map(OwnedFd::from));
+        let number = |index: usize| FdNumber(inherited[index].as_raw_fd());
+        let config = VmConfig {
+            machine_version: machine::MACHINE_VERSION,
+            cpus: guest.cpus,
+            memory: guest.memory,
+            huge_page_size: None,
+            kvm: number(1),
+            kernel: number(2),
+            initrd: (inherited.len() > 4).then(|| number(4)),
+            cmdline: guest.cmdline,
+            console: number(3),
+            devices: Vec::new(),
+            restart_on_reboot: guest.restart_on_reboot,
+        };
+        let first = Envelope::new(1, ToVmm::Start(Box::new(config))).encode().unwrap();
+        send(control.as_raw_fd(), &first, MsgFlags::empty()).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-vmm"));
+        command
+            .arg(format!("--control-fd={}", inherited[0].as_raw_fd()))
+            .arg("--log-level=warn")
+            .stdin(Stdio::null())
+            .env_clear();
+        let guard = SPAWN.lock().unwrap();
+        for fd in &inherited {
+            fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+        }
+        let spawned = Instant::now();
+        let child = command.spawn().unwrap();
+        drop(inherited);
+        drop(guard);
+        Self {
+            child,
+            control,
+            console,
+            next_id: 2,
+            spawned,
+        }
+    }
+
+    pub(crate) fn ask(&mut self, body: ToVmm) -> FromVmm {
+        let id = self.next_id;
+        self.next_id += 1;
+        let bytes = Envelope::new(id, body).encode().unwrap();
+        send(self.control.as_raw_fd(), &bytes, MsgFlags::MSG_NOSIGNAL).unwrap();
+        loop {
+            let message = self.receive();
+            if message.id == id {
+                return message.body;
+            }
+        }
+    }
+
+    pub(crate) fn tell(&self, body: ToVmm) {
+        let bytes = Envelope::new(0, body).encode().unwrap();
+        send(self.control.as_raw_fd(), &bytes, MsgFlags::MSG_NOSIGNAL).unwrap();
+    }
+
+    pub(crate) fn event(&self) -> FromVmm {
+        self.receive().body
+    }
+
+    pub(crate) fn running(&self) {
+        match self.event() {
+            FromVmm::Running {
+                started_ns,
+                first_instruction_ns,
+            } => assert!(started_ns < first_instruction_ns),
+            other => panic!("not running: {other:?}"),
+        }
+    }
+
+    /// The reason after any number of reboots, which are counted.
+    pub(crate) fn ended(&self) -> (EndReason, usize) {
+        let mut reboots = 0;
+        loop {
+            match self.event() {
+                FromVmm::Ended(reason) => return (reason, reboots),
+                FromVmm::Rebooted => reboots += 1,
+                other => panic!("neither end nor reboot: {other:?}"),
+            }
+        }
+    }
+
+    fn receive(&self) -> Envelope<FromVmm> {
+        let mut buffer = vec![0; MAX_MESSAGE];
+        let length =
+            recv(self.control.as_raw_fd(), &mut buffer, MsgFlags::empty()).expect("a message in time");
+        assert!(length > 0, "the vmm is gone");
+        Envelope::decode(&buffer[..length]).unwrap()
+    }
+
+    pub(crate) fn output(&mut self) -> String {
+        let mut text = Vec::new();
+        self.console.read_to_end(&mut text).unwrap();
+        String::from_utf8(text).unwrap()
+    }
+
+    /// Closes the control socket: the supervisor is gone.
+    pub(crate) fn abandon(self) -> ExitStatus {
+        let Self { child, control, .. } = self;
+        drop(control);
+        wait(child)
+    }
+
+    pub(crate) fn exit(self) -> ExitStatus {
+        wait(self.child)
+    }
+}
+
+fn wait(mut child: Child) -> ExitStatus {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status;
+        }
+        if Instant::now() >= deadline {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            panic!("the vmm does not exit");
+        }
+        // A child's exit has no event here that std offers with a deadline.
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
