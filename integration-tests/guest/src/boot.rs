@@ -13,7 +13,7 @@
 //! ```
 #![expect(unsafe_code, reason = "the entry point of a bare-metal program")]
 
-use crate::{cpu, scenario, serial};
+use crate::{cpu, mmio::Address, scenario, serial};
 use core::arch::global_asm;
 
 global_asm!(include_str!("boot.s"), options(att_syntax));
@@ -26,14 +26,11 @@ pub(crate) const VECTORS: u8 = 15;
 /// Called in ring 3, interrupts on, with the physical address of PVH's `hvm_start_info`.
 #[unsafe(no_mangle)]
 extern "C" fn user_main(start_info: u64) -> ! {
-    // SAFETY: the boot protocol puts a struct hvm_start_info there (magic, version, flags,
-    // nr_modules: 32 bits each; modlist_paddr, cmdline_paddr: 64 bits each), identity-mapped.
-    let (magic, command_line) = unsafe {
-        (
-            (start_info as *const u32).read(),
-            ((start_info + 24) as *const u64).read(),
-        )
-    };
+    // struct hvm_start_info: magic, version, flags, nr_modules (32 bits each), modlist_paddr,
+    // cmdline_paddr (64 bits each).
+    let start_info = Address(start_info);
+    let magic = start_info.read32(0);
+    let command_line = u64::from(start_info.read32(24)) | u64::from(start_info.read32(28)) << 32;
     if magic != 0x336E_C578 {
         serial::line!("result=fail no PVH start info");
         cpu::power_off();
@@ -46,12 +43,12 @@ extern "C" fn user_main(start_info: u64) -> ! {
     scenario::run(core::str::from_utf8(text).unwrap_or(""))
 }
 
-/// Called in ring 0 for every exception; none is expected.
+/// Called in ring 0 for every exception, with the address of what the processor pushed (an error
+/// code first, where the exception has one); none is expected.
 #[unsafe(no_mangle)]
-extern "C" fn exception(vector: u64, frame: *const u64) -> ! {
-    // SAFETY: the entry pushed `vector` on the exception's own frame, so these words are on
-    // the stack.
-    let words = unsafe { [frame.read(), frame.add(1).read(), frame.add(2).read()] };
+extern "C" fn exception(vector: u64, frame: u64) -> ! {
+    let frame = Address(frame);
+    let words = [frame.read32(0), frame.read32(8), frame.read32(16)];
     serial::line!(
         "result=fail exception {vector} frame {:x} {:x} {:x}",
         words[0],

@@ -63,11 +63,11 @@ pub(crate) fn halt() -> ! {
 
 /// Raises an exception that has no handler, nor has its double fault.
 pub(crate) fn triple_fault() -> ! {
-    // SAFETY: nothing runs after this that would need the table.
-    unsafe {
-        (&raw mut idt).write_bytes(0, 1);
-        asm!("ud2", options(noreturn))
-    }
+    let table = &raw mut idt;
+    // SAFETY: nothing that runs after this needs the table.
+    unsafe { table.write_bytes(0, 1) };
+    // SAFETY: does not return.
+    unsafe { asm!("ud2", options(noreturn)) }
 }
 
 /// Time stamp counter.

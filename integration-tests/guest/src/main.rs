@@ -10,15 +10,29 @@ fn main() {
 }
 
 #[cfg(target_os = "none")]
+mod blk;
+#[cfg(target_os = "none")]
 mod boot;
 #[cfg(target_os = "none")]
 mod cpu;
 #[cfg(target_os = "none")]
+mod memory;
+#[cfg(target_os = "none")]
+mod mmio;
+#[cfg(target_os = "none")]
+mod net;
+#[cfg(target_os = "none")]
 mod parameters;
+#[cfg(target_os = "none")]
+mod pci;
+#[cfg(target_os = "none")]
+mod queue;
 #[cfg(target_os = "none")]
 mod scenario;
 #[cfg(target_os = "none")]
 mod serial;
+#[cfg(target_os = "none")]
+mod virtio;
 
 #[cfg(target_os = "none")]
 #[panic_handler]

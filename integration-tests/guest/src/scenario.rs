@@ -1,6 +1,6 @@
 //! The scenarios, by name.
 
-use crate::{cpu, parameters::Parameters, serial::line};
+use crate::{blk, cpu, net, parameters::Parameters, pci, serial, serial::line};
 use guest_contract::machine;
 
 /// Why a scenario failed.
@@ -22,7 +22,15 @@ pub(crate) fn run(command_line: &str) -> ! {
             Err("the machine went on after a panic")
         }
         "triplefault" => cpu::triple_fault(),
-        "hlt" => cpu::halt(),
+        "hlt" => {
+            line!("ready=1");
+            cpu::halt()
+        }
+        "pci" => pci::scenario(),
+        "blk" => blk::scenario(parameters),
+        "msix-mask" => blk::mask_scenario(parameters),
+        "reboot" => blk::reboot_scenario(parameters),
+        "net" => net::scenario(parameters),
         _ => Err("unknown scenario"),
     };
     match result {
@@ -30,4 +38,21 @@ pub(crate) fn run(command_line: &str) -> ! {
         Err(reason) => line!("result=fail {reason}"),
     }
     cpu::power_off()
+}
+
+/// With `sync=1`: says that set-up is over, and waits for a byte on the console.
+pub(crate) fn before_work(parameters: Parameters<'_>) {
+    phase(parameters, "work");
+}
+
+/// With `sync=1`: says that the work is done, and waits for a byte on the console.
+pub(crate) fn after_work(parameters: Parameters<'_>) {
+    phase(parameters, "done");
+}
+
+fn phase(parameters: Parameters<'_>, name: &str) {
+    if parameters.number("sync", 0) == 1 {
+        line!("phase={name}");
+        serial::wait_for_byte();
+    }
 }

@@ -1,8 +1,13 @@
-//! COM1, by polling nothing: the machine's 16550 takes a byte at any time.
+//! COM1. Output polls nothing: the machine's 16550 takes a byte at any time. Input comes by
+//! interrupt, so that waiting for it makes no exit.
 
-use crate::cpu;
+use crate::{
+    boot::{FIRST_VECTOR, VECTORS},
+    cpu,
+    mmio::Address,
+};
 use core::fmt;
-use guest_contract::machine::COM1;
+use guest_contract::machine::{COM1, COM1_GSI, IO_APIC};
 
 /// Writes to COM1.
 pub(crate) struct Com1;
@@ -25,3 +30,22 @@ macro_rules! line {
     }};
 }
 pub(crate) use line;
+
+/// Waits, halted, for a byte from the console.
+pub(crate) fn wait_for_byte() -> u8 {
+    // The I/O APIC's redirection entry: the last device vector, edge, to APIC 0.
+    let io_apic = Address(IO_APIC);
+    let entry = 0x10 + COM1_GSI * 2;
+    for (register, value) in [(entry + 1, 0), (entry, u32::from(FIRST_VECTOR + VECTORS - 1))] {
+        io_apic.write32(0, register);
+        io_apic.write32(0x10, value);
+    }
+    cpu::out8(COM1 + 1, 1);
+    loop {
+        let seen = cpu::interrupts();
+        if cpu::in8(COM1 + 5) & 1 != 0 {
+            return cpu::in8(COM1);
+        }
+        cpu::wait_for_interrupt(seen);
+    }
+}
