@@ -21,8 +21,14 @@ mod message;
 mod rings;
 mod session;
 
+#[cfg(test)]
+pub(crate) mod fake_backend;
+#[cfg(test)]
+mod session_tests;
+
 pub use error::{Error, ReplyProblem};
 pub use inflight::InflightRegion;
+pub use crate::memory::RamRegion as MemoryRegion;
 pub use memory::{HostAddress, MemoryTable};
 pub(crate) use rings::new_event;
 pub use rings::{QueueState, Ring, RingAddresses, RingEvents};

@@ -10,6 +10,11 @@ mod host_bridge;
 mod msix;
 mod vector;
 
+#[cfg(test)]
+pub(crate) mod fakes;
+#[cfg(test)]
+mod msix_tests;
+
 pub use bus::{PciBus, SlotTaken};
 pub use config_space::{CONFIG_SPACE_SIZE, ConfigSpace, Identity, command};
 pub use host_bridge::HostBridge;

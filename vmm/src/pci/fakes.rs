@@ -1,0 +1,160 @@
+//! KVM's side of interrupts and doorbells, without KVM.
+
+use crate::platform::{Doorbells, Gsi, Interrupts, MsiMessage};
+use nix::sys::eventfd::EventFd;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::{Arc, Mutex};
+
+/// Where a test may put a signal between two steps of the code under test.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Point {
+    Route,
+    BeforeAttach,
+    AfterAttach,
+    BeforeDetach,
+    AfterDetach,
+}
+
+type Hook = Box<dyn FnMut(Point) + Send>;
+
+#[derive(Default)]
+struct State {
+    gsis: u32,
+    routes: BTreeMap<u32, MsiMessage>,
+    route_calls: usize,
+    attached: BTreeMap<RawFd, (u32, File)>,
+    injected: BTreeMap<u32, u64>,
+    undelivered: u64,
+}
+
+impl State {
+    /// Takes signals of attached eventfds, as an irqfd does at the moment of the signal.
+    fn pump(&mut self) {
+        for (gsi, event) in self.attached.values_mut() {
+            let mut count = [0; 8];
+            if event.read(&mut count).is_ok() {
+                match self.routes.contains_key(gsi) {
+                    true => *self.injected.entry(*gsi).or_default() += 1,
+                    false => self.undelivered += 1,
+                }
+            }
+        }
+    }
+}
+
+/// Interrupts that are counted. Unlike KVM, attaching does not look at what an eventfd counted
+/// before: the contract does not promise it.
+#[derive(Default)]
+pub(crate) struct FakeInterrupts {
+    state: Mutex<State>,
+    hook: Mutex<Option<Hook>>,
+}
+
+impl FakeInterrupts {
+    pub(crate) fn hook(&self, hook: impl FnMut(Point) + Send + 'static) {
+        *self.hook.lock().unwrap() = Some(Box::new(hook));
+    }
+
+    pub(crate) fn injected(&self, gsi: u32) -> u64 {
+        let mut state = self.state.lock().unwrap();
+        state.pump();
+        assert_eq!(state.undelivered, 0, "an interrupt met no route");
+        state.injected.get(&gsi).copied().unwrap_or(0)
+    }
+
+    pub(crate) fn route(&self, gsi: u32) -> Option<MsiMessage> {
+        self.state.lock().unwrap().routes.get(&gsi).copied()
+    }
+
+    pub(crate) fn route_calls(&self) -> usize {
+        self.state.lock().unwrap().route_calls
+    }
+
+    pub(crate) fn attached(&self) -> usize {
+        self.state.lock().unwrap().attached.len()
+    }
+
+    fn at(&self, point: Point) {
+        if let Some(hook) = self.hook.lock().unwrap().as_mut() {
+            hook(point);
+        }
+    }
+}
+
+impl Interrupts for FakeInterrupts {
+    fn allocate(&self) -> io::Result<Gsi> {
+        let mut state = self.state.lock().unwrap();
+        state.gsis += 1;
+        Ok(Gsi(state.gsis - 1))
+    }
+
+    fn set_route(&self, gsi: Gsi, message: Option<MsiMessage>) -> io::Result<()> {
+        let mut state = self.state.lock().unwrap();
+        state.route_calls += 1;
+        match message {
+            Some(message) => state.routes.insert(gsi.0, message),
+            None => state.routes.remove(&gsi.0),
+        };
+        drop(state);
+        self.at(Point::Route);
+        Ok(())
+    }
+
+    fn attach(&self, gsi: Gsi, eventfd: BorrowedFd<'_>) -> io::Result<()> {
+        self.at(Point::BeforeAttach);
+        let file = File::from(eventfd.try_clone_to_owned()?);
+        let old = self
+            .state
+            .lock()
+            .unwrap()
+            .attached
+            .insert(eventfd.as_raw_fd(), (gsi.0, file));
+        assert!(old.is_none(), "attached twice");
+        self.at(Point::AfterAttach);
+        Ok(())
+    }
+
+    fn detach(&self, _gsi: Gsi, eventfd: BorrowedFd<'_>) -> io::Result<()> {
+        self.at(Point::BeforeDetach);
+        let mut state = self.state.lock().unwrap();
+        state.pump();
+        let old = state.attached.remove(&eventfd.as_raw_fd());
+        drop(state);
+        self.at(Point::AfterDetach);
+        old.map(drop).ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+}
+
+/// Doorbells that are noted.
+#[derive(Default)]
+pub(crate) struct FakeDoorbells(Mutex<BTreeSet<u64>>);
+
+impl FakeDoorbells {
+    pub(crate) fn attached(&self) -> Vec<u64> {
+        self.0.lock().unwrap().iter().copied().collect()
+    }
+}
+
+impl Doorbells for FakeDoorbells {
+    fn attach(&self, address: u64, _eventfd: BorrowedFd<'_>) -> io::Result<()> {
+        match self.0.lock().unwrap().insert(address) {
+            true => Ok(()),
+            false => Err(io::ErrorKind::AlreadyExists.into()),
+        }
+    }
+
+    fn detach(&self, address: u64, _eventfd: BorrowedFd<'_>) -> io::Result<()> {
+        match self.0.lock().unwrap().remove(&address) {
+            true => Ok(()),
+            false => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+}
+
+/// A non-blocking eventfd.
+pub(crate) fn event() -> Arc<EventFd> {
+    crate::frontend::new_event().unwrap()
+}
