@@ -1,1 +1,23 @@
-//! Skeleton.
+//! The network process: one TAP, served to one virtual machine over vhost-user.
+//!
+//! ```text
+//!   TAP --readv--> rx  --+                      +-- header, guard: what a guest may send
+//!                        +-- guest's buffers ---+
+//!   TAP <-writev-- tx  --+                      +-- pacer, bucket: how much
+//! ```
+//!
+//! Trust: the guest's headers and frames are hostile and are checked in [`header`] and [`guard`];
+//! its rings are checked by `vhost-daemon`. Only [`tap`] talks to the kernel about the interface.
+
+pub mod bucket;
+pub mod buffers;
+pub mod counters;
+pub mod device;
+pub mod guard;
+pub mod header;
+pub mod offload;
+pub mod options;
+pub mod pacer;
+pub mod rx;
+pub mod tap;
+pub mod tx;

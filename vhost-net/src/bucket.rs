@@ -1,0 +1,194 @@
+//! Stops a guest from taking more than its share: token buckets for packets and bytes.
+//!
+//! Time is an argument, so the rate is exact over any span: tokens flow in with the clock, with no
+//! cool-down between refills. One packet may overdraw a bucket; the debt is paid before the next.
+
+use std::time::{Duration, Instant};
+
+/// A rate and how far it may be saved up.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Rate {
+    /// Tokens a second, at least 1.
+    pub per_second: u64,
+    /// Most tokens saved up while idle, at least 1.
+    pub burst: u64,
+}
+
+/// One token bucket. Counts in units of a token over 10^9, so that a nanosecond is never lost.
+#[derive(Clone, Debug)]
+struct Bucket {
+    rate: Rate,
+    /// Tokens times 10^9; negative when overdrawn.
+    level: i128,
+    filled: Instant,
+}
+
+const UNIT: i128 = 1_000_000_000;
+
+impl Bucket {
+    fn new(rate: Rate, now: Instant) -> Self {
+        Self {
+            rate,
+            level: i128::from(rate.burst) * UNIT,
+            filled: now,
+        }
+    }
+
+    fn fill(&mut self, now: Instant) {
+        let elapsed = now.saturating_duration_since(self.filled).as_nanos();
+        let elapsed = i128::try_from(elapsed).unwrap_or(i128::MAX);
+        let flowed = elapsed.saturating_mul(i128::from(self.rate.per_second));
+        self.level = self
+            .level
+            .saturating_add(flowed)
+            .min(i128::from(self.rate.burst) * UNIT);
+        self.filled = now.max(self.filled);
+    }
+
+    /// How long until the bucket holds a token.
+    fn wait(&self) -> Option<Duration> {
+        let missing = UNIT - self.level;
+        (missing > 0).then(|| {
+            let rate = i128::from(self.rate.per_second.max(1));
+            let nanoseconds = (missing + rate - 1) / rate;
+            Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX))
+        })
+    }
+
+    fn take(&mut self, tokens: u64) {
+        self.level -= i128::from(tokens) * UNIT;
+    }
+}
+
+/// Limits of one direction. Without any, it never waits and asks no clock.
+#[derive(Clone, Debug, Default)]
+pub struct Limiter {
+    packets: Option<Bucket>,
+    bytes: Option<Bucket>,
+}
+
+impl Limiter {
+    /// Limits of one direction, full at `now`.
+    #[must_use]
+    pub fn new(packets: Option<Rate>, bytes: Option<Rate>, now: Instant) -> Self {
+        let bucket = |rate| Bucket::new(rate, now);
+        Self {
+            packets: packets.map(bucket),
+            bytes: bytes.map(bucket),
+        }
+    }
+
+    /// There is a limit.
+    #[must_use]
+    pub fn is_limited(&self) -> bool {
+        self.packets.is_some() || self.bytes.is_some()
+    }
+
+    /// How long until a packet may pass; none when one may pass now.
+    pub fn wait(&mut self, now: impl FnOnce() -> Instant) -> Option<Duration> {
+        if !self.is_limited() {
+            return None;
+        }
+        let now = now();
+        [&mut self.packets, &mut self.bytes]
+            .into_iter()
+            .flatten()
+            .filter_map(|bucket| {
+                bucket.fill(now);
+                bucket.wait()
+            })
+            .max()
+    }
+
+    /// Accounts for a packet of `bytes` that passed.
+    pub fn passed(&mut self, bytes: usize) {
+        if let Some(bucket) = &mut self.packets {
+            bucket.take(1);
+        }
+        if let Some(bucket) = &mut self.bytes {
+            bucket.take(bytes as u64);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sends as fast as allowed for `seconds`; returns packets.
+    fn run(limiter: &mut Limiter, bytes: usize, seconds: u64) -> u64 {
+        let start = Instant::now();
+        let (mut now, mut sent) = (start, 0);
+        while now < start + Duration::from_secs(seconds) {
+            match limiter.wait(|| now) {
+                Some(pause) => now += pause,
+                None => {
+                    limiter.passed(bytes);
+                    sent += 1;
+                }
+            }
+        }
+        sent
+    }
+
+    fn within_two_percent(measured: u64, wanted: u64) {
+        assert!(
+            measured.abs_diff(wanted) * 50 <= wanted,
+            "{measured} for {wanted}"
+        );
+    }
+
+    #[test]
+    fn packets_and_bytes_keep_their_rate() {
+        let now = Instant::now();
+        let packets = Rate {
+            per_second: 1000,
+            burst: 10,
+        };
+        within_two_percent(run(&mut Limiter::new(Some(packets), None, now), 60, 10), 10_000);
+        let bytes = Rate {
+            per_second: 1 << 20,
+            burst: 3000,
+        };
+        let sent = run(&mut Limiter::new(None, Some(bytes), now), 1500, 10);
+        within_two_percent(sent * 1500, 10 << 20);
+    }
+
+    #[test]
+    fn a_super_frame_larger_than_the_burst_passes_and_is_paid_for() {
+        let bytes = Rate {
+            per_second: 100_000,
+            burst: 1500,
+        };
+        let sent = run(
+            &mut Limiter::new(None, Some(bytes), Instant::now()),
+            64 << 10,
+            100,
+        );
+        within_two_percent(sent * (64 << 10), 10_000_000);
+    }
+
+    #[test]
+    fn idle_time_saves_up_to_the_burst() {
+        let start = Instant::now();
+        let mut limiter = Limiter::new(
+            Some(Rate {
+                per_second: 10,
+                burst: 5,
+            }),
+            None,
+            start,
+        );
+        let later = start + Duration::from_secs(3600);
+        for _ in 0..5 {
+            assert_eq!(limiter.wait(|| later), None);
+            limiter.passed(1);
+        }
+        assert_eq!(limiter.wait(|| later), Some(Duration::from_millis(100)));
+    }
+
+    #[test]
+    fn no_limit_asks_no_clock() {
+        assert_eq!(Limiter::default().wait(|| unreachable!()), None);
+    }
+}

@@ -1,0 +1,198 @@
+//! The network device: features, configuration space, and its queues (virtio 1.3, 5.1).
+
+use crate::counters::Counters;
+use crate::guard::{Guard, MacAddress};
+use crate::offload::{Offloads, TCP_FEATURES, TunOffload, USO_FEATURES};
+use crate::options::{Options, OptionsError};
+use crate::pacer::{Flow, Pacer};
+use crate::rx::ReceiveQueue;
+use crate::tap::{Tap, TapError};
+use crate::tx::TransmitQueue;
+use jailer::sandbox::Role;
+use std::error::Error;
+use std::io;
+use std::sync::Arc;
+use vhost_daemon::device::QueueLimits;
+use vhost_daemon::{ConfigError, Device, Program, QueueHandler};
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+};
+
+/// Most pairs of queues.
+pub const MAX_PAIRS: u16 = 8;
+
+/// Why the device cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The flags contradict each other.
+    #[error(transparent)]
+    Options(#[from] OptionsError),
+    /// There is no TAP to serve.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// `--tap-fd` names no fd that this process was given.
+    #[error("--tap-fd")]
+    Fd(#[source] io::Error),
+    /// No timer for a rate limit.
+    #[error("cannot make a timer for the rate limit")]
+    Timer(#[source] io::Error),
+}
+
+/// `vhost-user-net`.
+pub struct NetProgram;
+
+impl Program for NetProgram {
+    const NAME: &'static str = "vhost-user-net";
+    const KIND: &'static str = "net";
+    const CAPABILITIES: &'static [&'static str] = &["tap-name", "tap-fd"];
+    const ROLE: Role = Role::Net;
+    const USAGE: &'static str = crate::options::USAGE;
+    const QUEUES: QueueLimits = QueueLimits {
+        default: 2,
+        most: 2 * MAX_PAIRS,
+        multiple: 2,
+    };
+
+    type Options = Options;
+
+    fn option(options: &mut Options, name: &str, parser: &mut lexopt::Parser) -> Result<bool, lexopt::Error> {
+        options.take(name, parser)
+    }
+
+    fn open(options: Options, num_queues: u16) -> Result<Box<dyn Device>, Box<dyn Error + Send + Sync>> {
+        let device = NetDevice::open(options, num_queues / 2)?;
+        Ok(Box::new(device))
+    }
+}
+
+/// One NIC.
+pub struct NetDevice {
+    taps: Vec<Arc<Tap>>,
+    handlers: Vec<Box<dyn QueueHandler>>,
+    counters: Arc<Counters>,
+    features: u64,
+    mac: Option<MacAddress>,
+    mtu: Option<u16>,
+}
+
+impl NetDevice {
+    fn open(options: Options, pairs: u16) -> Result<Self, OpenError> {
+        let guard = options.guard()?.map(Arc::new);
+        let taps = open_taps(&options, pairs)?;
+        let counters = Arc::new(Counters::default());
+        let handlers = make_handlers(&options, &taps, &counters, guard)?;
+        tracing::info!(
+            tap = taps.first().map_or("", |tap| tap.name()),
+            mac = options.mac.map(tracing::field::display),
+            "serving"
+        );
+        Ok(Self {
+            features: offered(&options, taps.iter().all(|tap| tap.supports_uso())),
+            taps,
+            handlers,
+            counters,
+            mac: options.mac,
+            mtu: options.mtu,
+        })
+    }
+
+    fn set_offload(&self, offload: TunOffload) {
+        // One queue speaks for the interface.
+        if let Some(tap) = self.taps.first()
+            && let Err(error) = tap.set_offload(offload)
+        {
+            tracing::warn!(%error, "the TAP refused the driver's offloads; frames come finished");
+        }
+    }
+}
+
+fn open_taps(options: &Options, pairs: u16) -> Result<Vec<Arc<Tap>>, OpenError> {
+    let taps = match (&options.tap_name, options.tap_fds.as_slice()) {
+        (Some(name), []) => Tap::open(name, usize::from(pairs))?,
+        (None, fds) if fds.len() == usize::from(pairs) => fds
+            .iter()
+            .map(|fd| Ok(Tap::adopt(vhost_daemon::inherited(*fd).map_err(OpenError::Fd)?)?))
+            .collect::<Result<_, OpenError>>()?,
+        (None, [_, ..]) => return Err(OptionsError::TapFds(2 * pairs, pairs).into()),
+        _ => return Err(OptionsError::Tap.into()),
+    };
+    Ok(taps.into_iter().map(Arc::new).collect())
+}
+
+/// Receive and transmit queues in turn, as virtio 1.3, 5.1.2 numbers them.
+fn make_handlers(
+    options: &Options,
+    taps: &[Arc<Tap>],
+    counters: &Arc<Counters>,
+    guard: Option<Arc<Guard>>,
+) -> Result<Vec<Box<dyn QueueHandler>>, OpenError> {
+    let parts = taps.len() as u64;
+    let mut handlers: Vec<Box<dyn QueueHandler>> = Vec::with_capacity(2 * taps.len());
+    for tap in taps {
+        let limiter = options.receive_limit.divided(parts).limiter();
+        let pacer = Pacer::new(Arc::clone(tap), Flow::Receive, limiter).map_err(OpenError::Timer)?;
+        handlers.push(Box::new(ReceiveQueue::new(pacer, Arc::clone(counters))));
+        let limiter = options.transmit_limit.divided(parts).limiter();
+        let pacer = Pacer::new(Arc::clone(tap), Flow::Transmit, limiter).map_err(OpenError::Timer)?;
+        handlers.push(Box::new(TransmitQueue::new(
+            pacer,
+            Arc::clone(counters),
+            guard.clone(),
+        )));
+    }
+    Ok(handlers)
+}
+
+/// The features that this TAP and these flags allow.
+fn offered(options: &Options, uso: bool) -> u64 {
+    let when = |condition: bool, features: u64| if condition { features } else { 0 };
+    TCP_FEATURES
+        | 1 << VIRTIO_NET_F_MRG_RXBUF
+        | 1 << VIRTIO_NET_F_STATUS
+        | when(uso, USO_FEATURES)
+        | when(options.mac.is_some(), 1 << VIRTIO_NET_F_MAC)
+        | when(options.mtu.is_some(), 1 << VIRTIO_NET_F_MTU)
+}
+
+impl Device for NetDevice {
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn set_features(&mut self, features: u64) {
+        self.set_offload(Offloads::new(features).tun());
+    }
+
+    /// `struct virtio_net_config` up to `mtu`.
+    fn config(&self) -> Vec<u8> {
+        let mut config = Vec::with_capacity(12);
+        config.extend(self.mac.map_or([0; 6], |mac| mac.0));
+        config.extend((VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+        config.extend((self.taps.len() as u16).to_le_bytes());
+        config.extend(self.mtu.unwrap_or(0).to_le_bytes());
+        config
+    }
+
+    fn write_config(&mut self, _: u32, _: &[u8]) -> Result<(), ConfigError> {
+        // A virtio 1.x driver has nothing to write here (virtio 1.3, 5.1.4.2).
+        Err(ConfigError)
+    }
+
+    fn records_inflight(&self) -> bool {
+        // Frames complete in order: a successor goes on at the used index.
+        false
+    }
+
+    fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
+        std::mem::take(&mut self.handlers)
+    }
+
+    fn reset(&mut self) {
+        self.set_offload(TunOffload::default());
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.counters.log();
+        Ok(())
+    }
+}

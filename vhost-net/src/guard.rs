@@ -1,0 +1,308 @@
+//! Stops a guest from speaking with an address that is not its own.
+//!
+//! Looks at a private copy of the frame's first bytes, so that the guest cannot change them between
+//! the look and the kernel's read. What does not parse within them is refused.
+
+use crate::header::ETHERNET_HEADER;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::str::FromStr;
+
+/// Bytes of each frame that are copied out and looked at: enough for two tags, IPv6, a few
+/// extension headers and a neighbour message with its options.
+pub const PREFIX: usize = 256;
+
+const TYPE_IPV4: u16 = 0x0800;
+const TYPE_ARP: u16 = 0x0806;
+const TYPE_IPV6: u16 = 0x86dd;
+/// 802.1Q and 802.1ad tags.
+const TYPE_TAGS: [u16; 2] = [0x8100, 0x88a8];
+const MOST_TAGS: usize = 2;
+const PROTOCOL_UDP: u8 = 17;
+const PROTOCOL_ICMPV6: u8 = 58;
+const PROTOCOL_FRAGMENT: u8 = 44;
+/// Hop-by-hop options, routing and destination options: a length in units of 8 bytes.
+const EXTENSIONS: [u8; 3] = [0, 43, 60];
+const DHCP_CLIENT: u16 = 68;
+const DHCP_SERVER: u16 = 67;
+
+/// An Ethernet address.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct MacAddress(pub [u8; 6]);
+
+impl MacAddress {
+    /// The group bit is set: no station's own address.
+    #[must_use]
+    pub fn is_group(self) -> bool {
+        self.0[0] & 1 != 0
+    }
+
+    /// The link-local address that RFC 4291, appendix A derives from it.
+    fn link_local(self) -> Ipv6Addr {
+        let [a, b, c, d, e, f] = self.0;
+        Ipv6Addr::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
+    }
+}
+
+impl FromStr for MacAddress {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        const ERROR: &str = "a MAC address is six hexadecimal bytes, such as 52:54:00:12:34:56";
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().filter(|part| part.len() == 2).ok_or(ERROR)?;
+            if !part.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+                return Err(ERROR);
+            }
+            *byte = u8::from_str_radix(part, 16).map_err(|_| ERROR)?;
+        }
+        let address = Self(bytes);
+        if parts.next().is_some() {
+            Err(ERROR)
+        } else if address.is_group() || bytes == [0; 6] {
+            Err("a NIC cannot have a multicast or all-zero MAC address")
+        } else {
+            Ok(address)
+        }
+    }
+}
+
+impl fmt::Display for MacAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+/// Why a frame was refused.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Refusal {
+    /// The frame's source MAC address is not the guest's.
+    #[error("source MAC address is not the guest's")]
+    SourceMac,
+    /// An ARP message that claims another's address.
+    #[error("ARP sender is not the guest")]
+    Arp,
+    /// An IPv6 neighbour message that claims another's address, or a router's message.
+    #[error("IPv6 neighbour message claims an address that is not the guest's")]
+    Neighbour,
+    /// An IPv4 or IPv6 source that is not the guest's.
+    #[error("source IP address is not the guest's")]
+    SourceIp,
+    /// A protocol that cannot be checked, while addresses are to be checked.
+    #[error("only IPv4, IPv6 and ARP can be checked for their source")]
+    Protocol,
+    /// The headers end early, or do not end within [`PREFIX`].
+    #[error("headers do not parse")]
+    Malformed,
+}
+
+/// Which addresses a guest may use.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Guard {
+    mac: MacAddress,
+    addresses: Vec<IpAddr>,
+    link_local: Ipv6Addr,
+}
+
+impl Guard {
+    /// Most addresses of one guest.
+    pub const MAX_ADDRESSES: usize = 64;
+
+    /// Holds the guest to `mac` and, unless `addresses` is empty, to those and the link-local
+    /// address of `mac`.
+    #[must_use]
+    pub fn new(mac: MacAddress, addresses: Vec<IpAddr>) -> Self {
+        Self {
+            mac,
+            addresses,
+            link_local: mac.link_local(),
+        }
+    }
+
+    /// Judges a frame by its first bytes: all of it, or [`PREFIX`] bytes.
+    ///
+    /// # Errors
+    /// The first [`Refusal`] that applies.
+    pub fn check(&self, frame: &[u8]) -> Result<(), Refusal> {
+        if bytes::<6>(frame, 6)? != self.mac.0 {
+            return Err(Refusal::SourceMac);
+        }
+        let mut at = ETHERNET_HEADER - 2;
+        let mut kind = be16(frame, at)?;
+        for _ in 0..MOST_TAGS {
+            if TYPE_TAGS.contains(&kind) {
+                at += 4;
+                kind = be16(frame, at)?;
+            }
+        }
+        let packet = frame.get(at + 2..).ok_or(Refusal::Malformed)?;
+        match kind {
+            TYPE_ARP => self.check_arp(packet),
+            TYPE_IPV4 if self.checks_addresses() => self.check_ipv4(packet),
+            TYPE_IPV6 => self.check_ipv6(packet),
+            TYPE_IPV4 => Ok(()),
+            _ if self.checks_addresses() => Err(Refusal::Protocol),
+            tag if TYPE_TAGS.contains(&tag) => Err(Refusal::Malformed),
+            _ => Ok(()),
+        }
+    }
+
+    fn checks_addresses(&self) -> bool {
+        !self.addresses.is_empty()
+    }
+
+    fn is_own4(&self, address: Ipv4Addr) -> bool {
+        !self.checks_addresses() || self.addresses.contains(&IpAddr::V4(address))
+    }
+
+    fn is_own6(&self, address: Ipv6Addr) -> bool {
+        !self.checks_addresses()
+            || address == self.link_local
+            || self.addresses.contains(&IpAddr::V6(address))
+    }
+
+    /// RFC 826 for Ethernet and IPv4; a sender address of 0.0.0.0 is a probe (RFC 5227).
+    fn check_arp(&self, arp: &[u8]) -> Result<(), Refusal> {
+        if bytes::<6>(arp, 0)? != [0, 1, 8, 0, 6, 4] {
+            return Err(Refusal::Arp);
+        }
+        let sender = Ipv4Addr::from(bytes::<4>(arp, 14)?);
+        let own = bytes::<6>(arp, 8)? == self.mac.0 && (sender.is_unspecified() || self.is_own4(sender));
+        own.then_some(()).ok_or(Refusal::Arp)
+    }
+
+    fn check_ipv4(&self, packet: &[u8]) -> Result<(), Refusal> {
+        let version = bytes::<1>(packet, 0)?[0];
+        let header = usize::from(version & 0xf) * 4;
+        if version >> 4 != 4 || header < 20 {
+            return Err(Refusal::Malformed);
+        }
+        let source = Ipv4Addr::from(bytes::<4>(packet, 12)?);
+        if self.is_own4(source) {
+            return Ok(());
+        }
+        // Who has no address yet asks a DHCP server for one.
+        let dhcp = source.is_unspecified()
+            && bytes::<1>(packet, 9)?[0] == PROTOCOL_UDP
+            && be16(packet, header)? == DHCP_CLIENT
+            && be16(packet, header + 2)? == DHCP_SERVER;
+        dhcp.then_some(()).ok_or(Refusal::SourceIp)
+    }
+
+    fn check_ipv6(&self, packet: &[u8]) -> Result<(), Refusal> {
+        if bytes::<1>(packet, 0)?[0] >> 4 != 6 {
+            return Err(Refusal::Malformed);
+        }
+        let source = Ipv6Addr::from(bytes::<16>(packet, 8)?);
+        let upper = upper_layer(packet)?;
+        if !source.is_unspecified() && !self.is_own6(source) {
+            return Err(Refusal::SourceIp);
+        }
+        match upper {
+            Upper::Icmp { message, fragmented } => self.check_icmpv6(source, message, fragmented),
+            // Only multicast listener and neighbour messages come from an unspecified source.
+            Upper::Other if source.is_unspecified() && self.checks_addresses() => Err(Refusal::SourceIp),
+            Upper::Other => Ok(()),
+        }
+    }
+
+    fn check_icmpv6(&self, source: Ipv6Addr, message: &[u8], fragmented: bool) -> Result<(), Refusal> {
+        const LISTENER: [u8; 4] = [130, 131, 132, 143];
+        const SOLICIT_ROUTER: u8 = 133;
+        const SOLICIT: u8 = 135;
+        const ADVERTISE: u8 = 136;
+        const NEIGHBOUR_DISCOVERY: std::ops::RangeInclusive<u8> = 133..=137;
+        let kind = bytes::<1>(message, 0)?[0];
+        if !NEIGHBOUR_DISCOVERY.contains(&kind) {
+            let may = !source.is_unspecified() || LISTENER.contains(&kind) || !self.checks_addresses();
+            return may.then_some(()).ok_or(Refusal::SourceIp);
+        }
+        // RFC 6980: neighbour messages are never fragmented.
+        if fragmented {
+            return Err(Refusal::Neighbour);
+        }
+        match kind {
+            SOLICIT_ROUTER => self.check_link_options(message, 8),
+            SOLICIT => self.check_link_options(message, 24),
+            ADVERTISE => {
+                let target = Ipv6Addr::from(bytes::<16>(message, 8)?);
+                if !self.is_own6(target) {
+                    return Err(Refusal::Neighbour);
+                }
+                self.check_link_options(message, 24)
+            }
+            // A guest is no router: no advertisements, no redirects.
+            _ => Err(Refusal::Neighbour),
+        }
+    }
+
+    /// Source and target link-layer address options (RFC 4861, 4.6.1) name the guest.
+    fn check_link_options(&self, message: &[u8], start: usize) -> Result<(), Refusal> {
+        let mut at = start;
+        while at < message.len() {
+            let [kind, units] = bytes::<2>(message, at)?;
+            if units == 0 {
+                return Err(Refusal::Malformed);
+            }
+            if matches!(kind, 1 | 2) && (units != 1 || bytes::<6>(message, at + 2)? != self.mac.0) {
+                return Err(Refusal::Neighbour);
+            }
+            at += usize::from(units) * 8;
+        }
+        Ok(())
+    }
+}
+
+enum Upper<'f> {
+    Icmp { message: &'f [u8], fragmented: bool },
+    Other,
+}
+
+/// Walks IPv6 extension headers. A later fragment has no upper layer to look at.
+fn upper_layer(packet: &[u8]) -> Result<Upper<'_>, Refusal> {
+    let payload = usize::from(be16(packet, 4)?);
+    let mut next = bytes::<1>(packet, 6)?[0];
+    let mut at = 40;
+    let mut fragmented = false;
+    loop {
+        if next == PROTOCOL_ICMPV6 {
+            // The payload's length ends the options; Ethernet may pad behind it. Super-frames
+            // have none (0), and neighbour messages are none of those.
+            let end = (40 + payload).min(packet.len());
+            let message = packet.get(at..end).ok_or(Refusal::Malformed)?;
+            return Ok(Upper::Icmp { message, fragmented });
+        } else if next == PROTOCOL_FRAGMENT {
+            let offset = be16(packet, at + 2)? >> 3;
+            if offset != 0 {
+                return Ok(Upper::Other);
+            }
+            fragmented = true;
+            next = bytes::<1>(packet, at)?[0];
+            at += 8;
+        } else if EXTENSIONS.contains(&next) {
+            let [following, units] = bytes::<2>(packet, at)?;
+            next = following;
+            at += (usize::from(units) + 1) * 8;
+        } else {
+            return Ok(Upper::Other);
+        }
+    }
+}
+
+fn bytes<const N: usize>(data: &[u8], at: usize) -> Result<[u8; N], Refusal> {
+    data.get(at..)
+        .and_then(|rest| rest.first_chunk())
+        .copied()
+        .ok_or(Refusal::Malformed)
+}
+
+fn be16(data: &[u8], at: usize) -> Result<u16, Refusal> {
+    bytes(data, at).map(u16::from_be_bytes)
+}
+
+#[cfg(test)]
+#[path = "guard_tests.rs"]
+mod tests;

@@ -1,0 +1,176 @@
+use super::*;
+use proptest::prelude::*;
+
+const MAC: MacAddress = MacAddress([0x52, 0x54, 0, 1, 2, 3]);
+const OTHER: [u8; 6] = [0x52, 0x54, 0, 9, 9, 9];
+const IP4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+const IP6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 2);
+
+fn strict() -> Guard {
+    Guard::new(MAC, vec![IP4.into(), IP6.into()])
+}
+
+fn frame(source: [u8; 6], kind: &[u16], packet: &[u8]) -> Vec<u8> {
+    let mut frame = vec![0xff; 6];
+    frame.extend(source);
+    for (index, kind) in kind.iter().enumerate() {
+        if index > 0 {
+            frame.extend([0, 7]);
+        }
+        frame.extend(kind.to_be_bytes());
+    }
+    frame.extend(packet);
+    frame
+}
+
+fn own(kind: u16, packet: &[u8]) -> Vec<u8> {
+    frame(MAC.0, &[kind], packet)
+}
+
+fn ipv4(source: Ipv4Addr, ports: [u16; 2]) -> Vec<u8> {
+    let mut packet = vec![0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17, 0, 0];
+    packet.extend(source.octets());
+    packet.extend([255; 4]);
+    packet.extend(ports.iter().flat_map(|port| port.to_be_bytes()));
+    packet.extend([0, 8, 0, 0]);
+    packet
+}
+
+fn ipv6(source: Ipv6Addr, next: u8, payload: &[u8]) -> Vec<u8> {
+    let mut packet = vec![0x60, 0, 0, 0];
+    packet.extend((payload.len() as u16).to_be_bytes());
+    packet.extend([next, 255]);
+    packet.extend(source.octets());
+    packet.extend([0xff; 16]);
+    packet.extend(payload);
+    packet
+}
+
+fn arp(hardware: [u8; 6], sender: Ipv4Addr) -> Vec<u8> {
+    let mut packet = vec![0, 1, 8, 0, 6, 4, 0, 2];
+    packet.extend(hardware);
+    packet.extend(sender.octets());
+    packet.extend([0; 10]);
+    packet
+}
+
+fn neighbour(kind: u8, target: Ipv6Addr, option: Option<[u8; 6]>) -> Vec<u8> {
+    let mut message = vec![kind, 0, 0, 0, 0x60, 0, 0, 0];
+    message.extend(target.octets());
+    if let Some(address) = option {
+        message.extend([2, 1]);
+        message.extend(address);
+    }
+    message
+}
+
+#[test]
+fn another_source_mac_is_refused() {
+    let packet = ipv4(IP4, [1, 2]);
+    let spoofed = frame(OTHER, &[TYPE_IPV4], &packet);
+    assert_eq!(strict().check(&spoofed), Err(Refusal::SourceMac));
+    assert_eq!(strict().check(&own(TYPE_IPV4, &packet)), Ok(()));
+    let lax = Guard::new(MAC, vec![]);
+    assert_eq!(lax.check(&spoofed), Err(Refusal::SourceMac));
+    assert_eq!(lax.check(&own(0x88cc, &[])), Ok(()));
+    assert_eq!(strict().check(&own(0x88cc, &[])), Err(Refusal::Protocol));
+}
+
+#[test]
+fn ipv4_sources_are_the_guests_or_a_dhcp_question() {
+    let check = |source, ports| strict().check(&own(TYPE_IPV4, &ipv4(source, ports)));
+    assert_eq!(check(Ipv4Addr::new(10, 0, 0, 3), [1, 2]), Err(Refusal::SourceIp));
+    assert_eq!(check(Ipv4Addr::UNSPECIFIED, [68, 67]), Ok(()));
+    assert_eq!(check(Ipv4Addr::UNSPECIFIED, [68, 53]), Err(Refusal::SourceIp));
+}
+
+#[test]
+fn tags_do_not_hide_a_source() {
+    let stranger = ipv4(Ipv4Addr::new(10, 0, 0, 3), [1, 2]);
+    for tags in [vec![0x8100, TYPE_IPV4], vec![0x88a8, 0x8100, TYPE_IPV4]] {
+        let tagged = frame(MAC.0, &tags, &stranger);
+        assert_eq!(strict().check(&tagged), Err(Refusal::SourceIp));
+    }
+    let three = frame(MAC.0, &[0x88a8, 0x8100, 0x8100, TYPE_IPV4], &stranger);
+    assert_eq!(strict().check(&three), Err(Refusal::Protocol));
+    assert_eq!(Guard::new(MAC, vec![]).check(&three), Err(Refusal::Malformed));
+}
+
+#[test]
+fn arp_speaks_for_the_guest_only() {
+    let check = |hardware, sender| strict().check(&own(TYPE_ARP, &arp(hardware, sender)));
+    assert_eq!(check(MAC.0, IP4), Ok(()));
+    assert_eq!(check(MAC.0, Ipv4Addr::UNSPECIFIED), Ok(()));
+    assert_eq!(check(MAC.0, Ipv4Addr::new(10, 0, 0, 1)), Err(Refusal::Arp));
+    assert_eq!(check(OTHER, IP4), Err(Refusal::Arp));
+}
+
+#[test]
+fn ipv6_sources_and_neighbour_messages() {
+    let check = |source, next, payload: &[u8]| strict().check(&own(TYPE_IPV6, &ipv6(source, next, payload)));
+    let stranger = "2001:db8::3".parse().unwrap();
+    let link_local = "fe80::5054:ff:fe01:203".parse().unwrap();
+    assert_eq!(check(IP6, 6, &[]), Ok(()));
+    assert_eq!(check(link_local, 6, &[]), Ok(()));
+    assert_eq!(check(stranger, 6, &[]), Err(Refusal::SourceIp));
+    assert_eq!(check(Ipv6Addr::UNSPECIFIED, 6, &[]), Err(Refusal::SourceIp));
+    assert_eq!(
+        check(Ipv6Addr::UNSPECIFIED, 58, &neighbour(135, IP6, None)),
+        Ok(())
+    );
+    assert_eq!(check(IP6, 58, &neighbour(136, IP6, Some(MAC.0))), Ok(()));
+    let refused = Err(Refusal::Neighbour);
+    assert_eq!(check(IP6, 58, &neighbour(136, stranger, None)), refused);
+    assert_eq!(check(IP6, 58, &neighbour(136, IP6, Some(OTHER))), refused);
+    assert_eq!(check(IP6, 58, &neighbour(134, IP6, None)), refused);
+}
+
+#[test]
+fn extension_headers_do_not_hide_a_neighbour_message() {
+    let stranger = "2001:db8::3".parse().unwrap();
+    let mut hidden = vec![58, 0, 0, 0, 0, 0, 0, 0];
+    hidden.extend(neighbour(136, stranger, None));
+    let packet = ipv6(IP6, 0, &hidden);
+    assert_eq!(strict().check(&own(TYPE_IPV6, &packet)), Err(Refusal::Neighbour));
+    let mut fragment = vec![58, 0, 0, 1, 0, 0, 0, 9];
+    fragment.extend(neighbour(136, IP6, None));
+    let packet = ipv6(IP6, 44, &fragment);
+    assert_eq!(strict().check(&own(TYPE_IPV6, &packet)), Err(Refusal::Neighbour));
+    let endless = ipv6(IP6, 0, &[0, 31, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(strict().check(&own(TYPE_IPV6, &endless)), Err(Refusal::Malformed));
+}
+
+#[test]
+fn mac_addresses_read_as_people_write_them() {
+    assert_eq!("52:54:00:01:02:03".parse(), Ok(MAC));
+    assert_eq!(MAC.to_string(), "52:54:00:01:02:03");
+    for bad in [
+        "",
+        "52:54:00:01:02",
+        "52:54:00:01:02:03:04",
+        "52:54:00:01:02:+3",
+        "01:00:00:00:00:00",
+    ] {
+        assert!(bad.parse::<MacAddress>().is_err(), "{bad}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_frame_makes_it_panic_or_lets_a_foreign_mac_through(
+        frame in proptest::collection::vec(any::<u8>(), 0..PREFIX),
+        kind in proptest::sample::select(vec![TYPE_IPV4, TYPE_ARP, TYPE_IPV6, 0x8100]),
+        ours: bool,
+    ) {
+        let mut frame = frame;
+        if frame.len() >= 14 {
+            if ours {
+                frame[6..12].copy_from_slice(&MAC.0);
+            }
+            frame[12..14].copy_from_slice(&kind.to_be_bytes());
+        }
+        if strict().check(&frame).is_ok() {
+            prop_assert_eq!(&frame[6..12], &MAC.0);
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! Stops a guest's virtio-net header from describing anything beyond its own frame.
+//!
+//! The kernel trusts the header that precedes a frame on a TAP for where checksums go and how a
+//! frame is cut into segments. [`TxHeader`] can only be made by a check against the frame and the
+//! negotiated features, and only a [`TxHeader`] is ever written to the TAP (virtio 1.3, 5.1.6).
+
+use crate::offload::Offloads;
+use zerocopy::byteorder::little_endian::U16;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// Bytes of `struct virtio_net_hdr` with `num_buffers`, as VERSION_1 has it always.
+pub const HEADER_SIZE: usize = 12;
+/// Bytes of an Ethernet header without tags.
+pub const ETHERNET_HEADER: usize = 14;
+/// Longest frame either way: the largest IP packet behind an Ethernet header with one tag.
+pub const MAX_FRAME: usize = ETHERNET_HEADER + 4 + 65535;
+
+/// `flags`: the checksum is still to be computed.
+pub const F_NEEDS_CSUM: u8 = 1;
+/// `gso_type`: not segmented.
+pub const GSO_NONE: u8 = 0;
+/// `gso_type`: TCP over IPv4.
+pub const GSO_TCPV4: u8 = 1;
+/// `gso_type`: TCP over IPv6.
+pub const GSO_TCPV6: u8 = 4;
+/// `gso_type`: UDP, one datagram a segment.
+pub const GSO_UDP_L4: u8 = 5;
+/// `gso_type`, ORed in: the TCP segments carry ECN.
+pub const GSO_ECN: u8 = 0x80;
+
+/// `struct virtio_net_hdr` with `num_buffers`, in the device's (little-endian) byte order.
+#[derive(
+    Clone, Copy, Default, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
+#[repr(C)]
+pub struct NetHeader {
+    /// `VIRTIO_NET_HDR_F_*`.
+    pub flags: u8,
+    /// `VIRTIO_NET_HDR_GSO_*`.
+    pub gso_type: u8,
+    /// Bytes of headers, a hint, where `gso_type` is set.
+    pub hdr_len: U16,
+    /// Bytes of payload in each segment.
+    pub gso_size: U16,
+    /// Where the checksummed part starts in the frame.
+    pub csum_start: U16,
+    /// Where the checksum is, counted from `csum_start`.
+    pub csum_offset: U16,
+    /// Receive only: buffers that this frame occupies.
+    pub num_buffers: U16,
+}
+
+/// Why a frame's header was refused.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum HeaderError {
+    /// The frame is shorter than an Ethernet header.
+    #[error("frame shorter than an Ethernet header")]
+    Short,
+    /// The frame is longer than [`MAX_FRAME`].
+    #[error("frame longer than {MAX_FRAME} bytes")]
+    Long,
+    /// A checksum or segmentation that was not negotiated.
+    #[error("offload that was not negotiated")]
+    NotNegotiated,
+    /// No such `gso_type`.
+    #[error("unknown gso_type")]
+    GsoType,
+    /// A segmented frame without a segment size, or without a checksum to fill in.
+    #[error("segmented frame without gso_size or NEEDS_CSUM")]
+    GsoSize,
+    /// `hdr_len` reaches beyond the frame.
+    #[error("hdr_len beyond the frame")]
+    HeaderLength,
+    /// The checksum lies outside the frame, or not where the protocol has it.
+    #[error("csum_start or csum_offset outside the frame")]
+    Checksum,
+}
+
+/// A header from the guest that fits its frame and the negotiated features.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TxHeader(NetHeader);
+
+impl TxHeader {
+    /// Checks `header` against a frame of `frame` bytes (the header not counted).
+    ///
+    /// Fields that virtio 1.3, 5.1.6.2.2 tells a device to ignore come out as zero.
+    ///
+    /// # Errors
+    /// The first [`HeaderError`] that applies.
+    pub fn check(header: NetHeader, frame: usize, offloads: &Offloads) -> Result<Self, HeaderError> {
+        if frame < ETHERNET_HEADER {
+            return Err(HeaderError::Short);
+        }
+        if frame > MAX_FRAME {
+            return Err(HeaderError::Long);
+        }
+        let mut clean = NetHeader::default();
+        if header.flags & F_NEEDS_CSUM != 0 {
+            check_checksum(&header, frame, offloads)?;
+            clean.flags = F_NEEDS_CSUM;
+            clean.csum_start = header.csum_start;
+            clean.csum_offset = header.csum_offset;
+        }
+        if header.gso_type != GSO_NONE {
+            check_segmentation(&header, frame, offloads)?;
+            clean.gso_type = header.gso_type;
+            clean.gso_size = header.gso_size;
+            clean.hdr_len = header.hdr_len;
+        }
+        Ok(Self(clean))
+    }
+
+    /// The bytes that go to the TAP ahead of the frame.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+
+    /// The frame is to be segmented.
+    #[must_use]
+    pub fn is_segmented(&self) -> bool {
+        self.0.gso_type != GSO_NONE
+    }
+}
+
+fn check_checksum(header: &NetHeader, frame: usize, offloads: &Offloads) -> Result<(), HeaderError> {
+    if !offloads.host_csum() {
+        return Err(HeaderError::NotNegotiated);
+    }
+    let start = usize::from(header.csum_start.get());
+    let end = start + usize::from(header.csum_offset.get()) + 2;
+    if start < ETHERNET_HEADER || end > frame {
+        return Err(HeaderError::Checksum);
+    }
+    Ok(())
+}
+
+fn check_segmentation(header: &NetHeader, frame: usize, offloads: &Offloads) -> Result<(), HeaderError> {
+    let kind = header.gso_type & !GSO_ECN;
+    // Where the protocol's own header has its checksum, and how long that header is at least.
+    let (offset, length) = match kind {
+        GSO_TCPV4 | GSO_TCPV6 => (16, 20),
+        GSO_UDP_L4 => (6, 8),
+        _ => return Err(HeaderError::GsoType),
+    };
+    if !offloads.host_segments(header.gso_type) {
+        return Err(HeaderError::NotNegotiated);
+    }
+    if header.gso_size.get() == 0 || header.flags & F_NEEDS_CSUM == 0 {
+        return Err(HeaderError::GsoSize);
+    }
+    if usize::from(header.hdr_len.get()) > frame {
+        return Err(HeaderError::HeaderLength);
+    }
+    let start = usize::from(header.csum_start.get());
+    if header.csum_offset.get() != offset || start + length > frame {
+        return Err(HeaderError::Checksum);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "header_tests.rs"]
+mod tests;

@@ -1,0 +1,104 @@
+use super::*;
+use crate::offload::Offloads;
+use proptest::prelude::*;
+
+fn everything() -> Offloads {
+    Offloads::new(u64::MAX)
+}
+
+fn tcp4() -> NetHeader {
+    NetHeader {
+        flags: F_NEEDS_CSUM,
+        gso_type: GSO_TCPV4,
+        hdr_len: 54.into(),
+        gso_size: 1448.into(),
+        csum_start: 34.into(),
+        csum_offset: 16.into(),
+        num_buffers: 7.into(),
+    }
+}
+
+#[test]
+fn a_plain_frame_carries_nothing_over() {
+    let noise = NetHeader {
+        flags: 2,
+        hdr_len: 9999.into(),
+        gso_size: 1.into(),
+        csum_start: 9999.into(),
+        ..NetHeader::default()
+    };
+    let header = TxHeader::check(noise, 60, &Offloads::new(0)).unwrap();
+    assert_eq!(header.as_bytes(), [0; HEADER_SIZE]);
+}
+
+#[test]
+fn a_super_frame_keeps_its_fields_but_not_num_buffers() {
+    let header = TxHeader::check(tcp4(), 60_000, &everything()).unwrap();
+    assert!(header.is_segmented());
+    let expected = NetHeader {
+        num_buffers: 0.into(),
+        ..tcp4()
+    };
+    assert_eq!(header.as_bytes(), expected.as_bytes());
+}
+
+#[test]
+fn each_field_is_held_to_the_frame() {
+    let check = |change: fn(&mut NetHeader), frame| {
+        let mut header = tcp4();
+        change(&mut header);
+        TxHeader::check(header, frame, &everything()).unwrap_err()
+    };
+    assert_eq!(check(|_| (), 13), HeaderError::Short);
+    assert_eq!(check(|_| (), MAX_FRAME + 1), HeaderError::Long);
+    assert_eq!(check(|_| (), 53), HeaderError::HeaderLength);
+    assert_eq!(check(|h| h.hdr_len = 0.into(), 53), HeaderError::Checksum);
+    assert_eq!(check(|h| h.gso_type = 3, 2000), HeaderError::GsoType);
+    assert_eq!(check(|h| h.gso_type = 0x7f, 2000), HeaderError::GsoType);
+    assert_eq!(check(|h| h.gso_size = 0.into(), 2000), HeaderError::GsoSize);
+    assert_eq!(check(|h| h.flags = 0, 2000), HeaderError::GsoSize);
+    assert_eq!(check(|h| h.csum_start = 13.into(), 2000), HeaderError::Checksum);
+    assert_eq!(
+        check(|h| h.csum_start = 65535.into(), 2000),
+        HeaderError::Checksum
+    );
+    assert_eq!(
+        check(|h| h.csum_offset = 65535.into(), 2000),
+        HeaderError::Checksum
+    );
+    assert_eq!(check(|h| h.csum_offset = 6.into(), 2000), HeaderError::Checksum);
+}
+
+#[test]
+fn what_was_not_negotiated_is_refused() {
+    let none = Offloads::new(0);
+    assert_eq!(
+        TxHeader::check(tcp4(), 2000, &none),
+        Err(HeaderError::NotNegotiated)
+    );
+    let only_csum = Offloads::new(1);
+    assert_eq!(
+        TxHeader::check(tcp4(), 2000, &only_csum),
+        Err(HeaderError::NotNegotiated)
+    );
+}
+
+proptest! {
+    #[test]
+    fn whatever_passes_lies_within_the_frame(
+        bytes in any::<[u8; HEADER_SIZE]>(),
+        frame in 0usize..70_000,
+        features in any::<u64>(),
+    ) {
+        let header = NetHeader::read_from_bytes(&bytes).unwrap();
+        if let Ok(TxHeader(clean)) = TxHeader::check(header, frame, &Offloads::new(features)) {
+            prop_assert!((ETHERNET_HEADER..=MAX_FRAME).contains(&frame));
+            if clean.flags != 0 {
+                let end = usize::from(clean.csum_start.get()) + usize::from(clean.csum_offset.get());
+                prop_assert!(end + 2 <= frame);
+            }
+            prop_assert!(usize::from(clean.hdr_len.get()) <= frame);
+            prop_assert_eq!(clean.gso_type == 0, clean.gso_size.get() == 0);
+        }
+    }
+}

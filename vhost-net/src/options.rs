@@ -1,0 +1,289 @@
+//! The flags that only `vhost-user-net` has.
+
+use crate::bucket::{Limiter, Rate};
+use crate::guard::{Guard, MacAddress};
+use std::fmt::Display;
+use std::net::IpAddr;
+use std::os::fd::RawFd;
+use std::str::FromStr;
+use std::time::Instant;
+use vm_spec::size::ByteSize;
+
+/// Least MTU (RFC 791), and least that virtio 1.3, 5.1.4.1 allows.
+pub const MIN_MTU: u16 = 68;
+
+/// Flags as given, each checked on its own.
+#[derive(Default, Debug)]
+pub struct Options {
+    /// `--tap-name`.
+    pub tap_name: Option<String>,
+    /// `--tap-fd`, one for each queue pair.
+    pub tap_fds: Vec<RawFd>,
+    /// `--mac`.
+    pub mac: Option<MacAddress>,
+    /// `--mtu`.
+    pub mtu: Option<u16>,
+    /// `--ip`, the addresses that the guest may use.
+    pub addresses: Vec<IpAddr>,
+    /// `--guard`.
+    pub guard: Option<Switch>,
+    /// `--receive-limit`.
+    pub receive_limit: Limits,
+    /// `--transmit-limit`.
+    pub transmit_limit: Limits,
+}
+
+/// `on` or `off`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Switch {
+    /// `on`.
+    On,
+    /// `off`.
+    Off,
+}
+
+impl FromStr for Switch {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "on" => Ok(Self::On),
+            "off" => Ok(Self::Off),
+            _ => Err("write on or off"),
+        }
+    }
+}
+
+/// Rates of one direction: `packets=N,bytes=SIZE[,packets-burst=N][,bytes-burst=SIZE]`.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Limits {
+    packets: Option<Rate>,
+    bytes: Option<Rate>,
+}
+
+impl Limits {
+    /// A limiter with these limits, full now.
+    #[must_use]
+    pub fn limiter(&self) -> Limiter {
+        Limiter::new(self.packets, self.bytes, Instant::now())
+    }
+
+    /// The share of one of `parts` queues.
+    #[must_use]
+    pub fn divided(&self, parts: u64) -> Self {
+        let share = |rate: Rate| Rate {
+            per_second: (rate.per_second / parts).max(1),
+            burst: (rate.burst / parts).max(1),
+        };
+        Self {
+            packets: self.packets.map(share),
+            bytes: self.bytes.map(share),
+        }
+    }
+}
+
+impl FromStr for Limits {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut given: [Option<u64>; 4] = [None; 4];
+        const KEYS: [&str; 4] = ["packets", "packets-burst", "bytes", "bytes-burst"];
+        for part in text.split(',') {
+            let (key, value) = part.split_once('=').ok_or("write key=value")?;
+            let index = KEYS.iter().position(|known| *known == key);
+            let index = index.ok_or_else(|| format!("unknown key '{key}': use {}", KEYS.join(", ")))?;
+            let size: ByteSize = value.parse().map_err(|error| format!("{key}: {error}"))?;
+            if size.0 == 0 {
+                return Err(format!("{key} must be at least 1"));
+            }
+            given[index] = Some(size.0);
+        }
+        let [packets, packets_burst, bytes, bytes_burst] = given;
+        if (packets.is_none() && packets_burst.is_some()) || (bytes.is_none() && bytes_burst.is_some()) {
+            return Err("a burst needs its rate".to_owned());
+        }
+        // Without a burst of its own, a tenth of a second's worth.
+        let rate = |rate: Option<u64>, burst: Option<u64>| {
+            rate.map(|per_second| Rate {
+                per_second,
+                burst: burst.unwrap_or((per_second / 10).max(1)),
+            })
+        };
+        Ok(Self {
+            packets: rate(packets, packets_burst),
+            bytes: rate(bytes, bytes_burst),
+        })
+    }
+}
+
+/// What `--help` prints.
+pub const USAGE: &str = "\
+  --tap-name=NAME         serve this TAP, which exists in this network namespace
+  --tap-fd=N              serve this open TAP (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR);
+                          once for each pair of queues
+  --mac=M                 the guest's MAC address
+  --mtu=N                 offer this MTU to the guest, 68 to 65535
+  --ip=A                  an address that the guest may use; repeatable
+  --guard=on|off          refuse frames from other addresses than the guest's
+                          (default: on where --mac is given)
+  --receive-limit=L, --transmit-limit=L
+                          L is packets=N,bytes=SIZE a second, with bursts
+                          packets-burst=N,bytes-burst=SIZE
+";
+
+impl Options {
+    /// Takes one flag; false for one that is not known here.
+    ///
+    /// # Errors
+    /// When its value is missing or wrong.
+    pub fn take(&mut self, name: &str, parser: &mut lexopt::Parser) -> Result<bool, lexopt::Error> {
+        match name {
+            "tap-name" => self.tap_name = Some(text(parser)?),
+            "tap-fd" => self.tap_fds.push(parsed(name, parser)?),
+            "mac" => self.mac = Some(parsed(name, parser)?),
+            "mtu" => self.mtu = Some(mtu(parser)?),
+            "ip" => self.addresses.push(parsed(name, parser)?),
+            "guard" => self.guard = Some(parsed(name, parser)?),
+            "receive-limit" => self.receive_limit = parsed(name, parser)?,
+            "transmit-limit" => self.transmit_limit = parsed(name, parser)?,
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// The guard that the flags ask for.
+    ///
+    /// # Errors
+    /// When they contradict each other.
+    pub fn guard(&self) -> Result<Option<Guard>, OptionsError> {
+        if self.addresses.len() > Guard::MAX_ADDRESSES {
+            return Err(OptionsError::Addresses);
+        }
+        match (self.guard, self.mac) {
+            (Some(Switch::Off), _) if !self.addresses.is_empty() => Err(OptionsError::Contradiction),
+            (Some(Switch::Off), _) => Ok(None),
+            (_, Some(mac)) => Ok(Some(Guard::new(mac, self.addresses.clone()))),
+            (Some(Switch::On), None) => Err(OptionsError::NoMac),
+            (None, None) if !self.addresses.is_empty() => Err(OptionsError::NoMac),
+            (None, None) => Ok(None),
+        }
+    }
+}
+
+/// Flags that do not go together.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum OptionsError {
+    /// Neither, or both, of the ways to name a TAP.
+    #[error("give either --tap-name or --tap-fd")]
+    Tap,
+    /// As many `--tap-fd` as queue pairs.
+    #[error("--num-queues={0} needs --tap-fd {1} times, one for each pair of queues")]
+    TapFds(u16, u16),
+    /// The guard does not know the guest's address.
+    #[error("--guard=on and --ip need --mac")]
+    NoMac,
+    /// Addresses for a guard that is off.
+    #[error("--ip has no effect with --guard=off")]
+    Contradiction,
+    /// Too many addresses.
+    #[error("--ip may be given {max} times at most", max = Guard::MAX_ADDRESSES)]
+    Addresses,
+}
+
+fn text(parser: &mut lexopt::Parser) -> Result<String, lexopt::Error> {
+    Ok(parser.value()?.into_string()?)
+}
+
+fn parsed<T: FromStr<Err: Display>>(name: &str, parser: &mut lexopt::Parser) -> Result<T, lexopt::Error> {
+    text(parser)?
+        .parse()
+        .map_err(|error: T::Err| format!("--{name}: {error}").into())
+}
+
+fn mtu(parser: &mut lexopt::Parser) -> Result<u16, lexopt::Error> {
+    let mtu: u16 = parsed("mtu", parser)?;
+    if mtu >= MIN_MTU {
+        Ok(mtu)
+    } else {
+        Err(format!("--mtu: {mtu} is less than {MIN_MTU}").into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(flags: &[&str]) -> Result<Options, lexopt::Error> {
+        let mut options = Options::default();
+        let mut parser = lexopt::Parser::from_args(flags);
+        while let Some(lexopt::Arg::Long(name)) = parser.next()? {
+            let name = name.to_owned();
+            assert!(options.take(&name, &mut parser)?, "{name}");
+        }
+        Ok(options)
+    }
+
+    #[test]
+    fn limits_read_rates_and_bursts() {
+        let limits: Limits = "packets=1000,bytes=1M,bytes-burst=64K".parse().unwrap();
+        assert_eq!(
+            limits.packets,
+            Some(Rate {
+                per_second: 1000,
+                burst: 100
+            })
+        );
+        assert_eq!(
+            limits.bytes,
+            Some(Rate {
+                per_second: 1 << 20,
+                burst: 64 << 10
+            })
+        );
+        let half = limits.divided(2).packets;
+        assert_eq!(
+            half,
+            Some(Rate {
+                per_second: 500,
+                burst: 50
+            })
+        );
+        for bad in [
+            "",
+            "packets",
+            "packets=0",
+            "packets=x",
+            "speed=1",
+            "bytes-burst=1",
+        ] {
+            assert!(bad.parse::<Limits>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_guard_is_on_where_the_address_is_known() {
+        assert_eq!(parse(&[]).unwrap().guard(), Ok(None));
+        assert!(
+            parse(&["--mac=52:54:00:00:00:01"])
+                .unwrap()
+                .guard()
+                .unwrap()
+                .is_some()
+        );
+        let off = parse(&["--mac=52:54:00:00:00:01", "--guard=off"]).unwrap();
+        assert_eq!(off.guard(), Ok(None));
+        assert_eq!(parse(&["--guard=on"]).unwrap().guard(), Err(OptionsError::NoMac));
+        assert_eq!(
+            parse(&["--ip=10.0.0.1"]).unwrap().guard(),
+            Err(OptionsError::NoMac)
+        );
+    }
+
+    #[test]
+    fn a_wrong_value_names_its_flag() {
+        for flag in ["--mac=1:2", "--mtu=67", "--mtu=65536", "--ip=x", "--guard=maybe"] {
+            let error = parse(&[flag]).unwrap_err().to_string();
+            assert!(error.contains(flag.split_once('=').unwrap().0), "{error}");
+        }
+    }
+}

@@ -1,0 +1,306 @@
+//! Receive queues: from the TAP straight into the guest's buffers (virtio 1.3, 5.1.6.3 and 5.1.6.4).
+//!
+//! A frame's length is known only after it was read. So buffers for the frames that are expected are
+//! gathered first, and a private spill buffer behind them takes the end of a longer one. Such a frame
+//! waits in the spill buffer until the driver made enough buffers available: none is lost, and while
+//! it waits, later frames wait in the kernel's queue.
+
+use crate::buffers::{FrameBuffers, MAX_SEGMENTS, SliceStorage, Storage};
+use crate::counters::{Counters, Drop};
+use crate::header::{HEADER_SIZE, MAX_FRAME, NetHeader};
+use crate::offload::Offloads;
+use crate::pacer::Pacer;
+use nix::errno::Errno;
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use vhost_daemon::{Chain, QueueHandler, Ring, RingFault, Wait};
+use zerocopy::IntoBytes;
+
+/// The longest frame with its header.
+const LONGEST: usize = HEADER_SIZE + MAX_FRAME;
+/// Bytes gathered while no long frames are seen.
+const SHORT: usize = 4096;
+/// Calls without a long frame after which none is expected any more.
+const PATIENCE: u8 = 64;
+/// Frames after which the driver is shown what it has, so that it works while we read on.
+const PUBLISH_EVERY: usize = 16;
+
+/// One receive queue.
+pub struct ReceiveQueue {
+    pacer: Pacer,
+    counters: Arc<Counters>,
+    offloads: Offloads,
+    /// Taken from the ring, in order, for the next frames.
+    chains: VecDeque<Chain>,
+    spill: Vec<u8>,
+    /// A whole frame of this length with its header lies in `spill`.
+    waiting: Option<usize>,
+    expected: Expectation,
+    storage: Storage,
+    slices: SliceStorage,
+}
+
+/// How long the next frames may be.
+#[derive(Debug)]
+struct Expectation {
+    long: bool,
+    short_calls: u8,
+}
+
+impl Expectation {
+    fn bytes(&self) -> usize {
+        if self.long { LONGEST } else { SHORT }
+    }
+
+    /// A call of `process` ended, in which the longest frame had `length` bytes.
+    fn learn(&mut self, longest: usize) {
+        if longest > SHORT {
+            *self = Self {
+                long: true,
+                short_calls: 0,
+            };
+        } else if longest > 0 && self.long {
+            self.short_calls += 1;
+            self.long = self.short_calls < PATIENCE;
+        }
+    }
+}
+
+/// What became of one attempt to read.
+enum Read {
+    Frame(usize),
+    Nothing(Wait),
+}
+
+impl ReceiveQueue {
+    /// A queue that reads from the pacer's TAP.
+    #[must_use]
+    pub fn new(pacer: Pacer, counters: Arc<Counters>) -> Self {
+        Self {
+            pacer,
+            counters,
+            offloads: Offloads::default(),
+            chains: VecDeque::new(),
+            spill: Vec::new(),
+            waiting: None,
+            expected: Expectation {
+                long: false,
+                short_calls: 0,
+            },
+            storage: Storage::default(),
+            slices: SliceStorage::default(),
+        }
+    }
+
+    /// Takes chains until they hold `bytes`; returns whether they do.
+    fn gather(&mut self, ring: &mut Ring, bytes: usize) -> Result<bool, RingFault> {
+        let mut room: usize = self.chains.iter().map(Chain::writable_length).sum();
+        while room < bytes {
+            let Some(chain) = ring.pop()? else {
+                return Ok(false);
+            };
+            if chain.readable_length() > 0 || chain.writable_length() == 0 {
+                return Err(RingFault::Request(
+                    "a receive buffer must be writable, and only that",
+                ));
+            }
+            room += chain.writable_length();
+            self.chains.push_back(chain);
+        }
+        Ok(true)
+    }
+
+    /// Gathers for the next frame; a frame must fit one chain unless buffers can be merged.
+    fn gather_expected(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
+        let bytes = if self.offloads.mergeable() {
+            self.expected.bytes()
+        } else {
+            1
+        };
+        self.gather(ring, bytes).map(drop)
+    }
+
+    /// Reads one frame into the gathered chains. A frame that is too long for them is in the spill
+    /// buffer afterwards, from its first byte on.
+    fn read(&mut self) -> Read {
+        let most = if self.offloads.mergeable() {
+            self.chains.len()
+        } else {
+            1
+        };
+        let mut slices = self.slices.take();
+        for chain in self.chains.iter().take(most) {
+            chain.writable_slices(0, LONGEST, &mut slices);
+        }
+        let mut buffers = FrameBuffers::from_storage(std::mem::take(&mut self.storage));
+        for slice in &slices {
+            if buffers.length() >= LONGEST || !buffers.push_guest(slice, MAX_SEGMENTS - 1) {
+                break;
+            }
+        }
+        let room = buffers.length();
+        if room < LONGEST {
+            self.spill.resize(LONGEST, 0);
+            buffers.push_private(&mut self.spill[room..]);
+        }
+        let result = read_retrying(&self.pacer, &buffers);
+        self.storage = buffers.into_storage();
+        if let Ok(length) = result
+            && length > room
+        {
+            let mut done = 0;
+            for slice in &slices {
+                let end = room.min(done + slice.len());
+                done += slice.copy_to(&mut self.spill[done..end]);
+            }
+            self.waiting = Some(length);
+        }
+        self.slices.keep(slices);
+        match result {
+            Ok(length) => Read::Frame(length),
+            Err(error) => Read::Nothing(self.failed(&error)),
+        }
+    }
+
+    fn failed(&mut self, error: &io::Error) -> Wait {
+        if error.kind() == io::ErrorKind::WouldBlock {
+            return self.pacer.blocked();
+        }
+        self.counters.receive.dropped(Drop::Interface, error);
+        // The interface is gone: there is nothing to wait for but the driver's reset.
+        Wait::AVAILABLE
+    }
+
+    /// Places the frame that waits in the spill buffer. False: the driver has to make more buffers
+    /// available first.
+    fn place_waiting(&mut self, ring: &mut Ring, length: usize) -> Result<bool, RingFault> {
+        if !self.offloads.mergeable() {
+            self.waiting = None;
+            self.counters
+                .receive
+                .dropped(Drop::Buffer, &"longer than the guest's buffer");
+            return Ok(true);
+        }
+        if !self.gather(ring, length)? {
+            return Ok(false);
+        }
+        let mut done = 0;
+        for chain in &self.chains {
+            done += chain.write_at(0, &self.spill[done..length]);
+            if done >= length {
+                break;
+            }
+        }
+        self.waiting = None;
+        self.complete(ring, length);
+        Ok(true)
+    }
+
+    /// Gives the driver the first chains, which hold a frame of `length` bytes with its header.
+    fn complete(&mut self, ring: &mut Ring, length: usize) {
+        let mut count: u16 = 0;
+        let mut room = 0;
+        for chain in &self.chains {
+            if room >= length {
+                break;
+            }
+            room += chain.writable_length();
+            count += 1;
+        }
+        if let Some(first) = self.chains.front() {
+            self.finish_header(first, count);
+        }
+        let mut left = length;
+        for chain in self.chains.drain(..usize::from(count)) {
+            let written = left.min(chain.writable_length());
+            left -= written;
+            ring.complete(chain, written as u32);
+        }
+        self.pacer.passed(length - HEADER_SIZE);
+        self.counters.receive.passed(length - HEADER_SIZE);
+    }
+
+    /// The kernel wrote the header, save `num_buffers`. Without GUEST_CSUM it may still say that a
+    /// checksum is known to be right, which the driver must not see (virtio 1.3, 5.1.6.4.1).
+    fn finish_header(&self, first: &Chain, count: u16) {
+        let whole = NetHeader {
+            num_buffers: count.into(),
+            ..NetHeader::default()
+        };
+        let bytes = whole.as_bytes();
+        let from = if self.offloads.guest_csum() {
+            HEADER_SIZE - 2
+        } else {
+            0
+        };
+        first.write_at(from, &bytes[from..]);
+    }
+}
+
+fn read_retrying(pacer: &Pacer, buffers: &FrameBuffers<'_>) -> io::Result<usize> {
+    loop {
+        match pacer.tap().read_frame(buffers) {
+            Err(error) if error.raw_os_error() == Some(Errno::EINTR as i32) => {}
+            Ok(length) if length < HEADER_SIZE => return Err(Errno::EIO.into()),
+            result => return result,
+        }
+    }
+}
+
+impl QueueHandler for ReceiveQueue {
+    fn start(&mut self, features: u64) {
+        self.offloads = Offloads::new(features);
+        self.waiting = None;
+        self.expected = Expectation {
+            long: false,
+            short_calls: 0,
+        };
+    }
+
+    fn source(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.pacer.source())
+    }
+
+    fn process(&mut self, ring: &mut Ring) -> Result<Wait, RingFault> {
+        let (mut longest, mut frames) = (0, 0);
+        let wait = loop {
+            if let Some(length) = self.waiting
+                && !self.place_waiting(ring, length)?
+            {
+                break Wait::AVAILABLE;
+            }
+            if let Some(wait) = self.pacer.wait() {
+                break wait;
+            }
+            self.gather_expected(ring)?;
+            if self.chains.is_empty() {
+                break Wait::AVAILABLE;
+            }
+            match self.read() {
+                Read::Nothing(wait) => break wait,
+                Read::Frame(length) => {
+                    longest = longest.max(length);
+                    frames += 1;
+                    if self.waiting.is_none() {
+                        self.complete(ring, length);
+                    }
+                    if frames % PUBLISH_EVERY == 0 {
+                        ring.publish()?;
+                    }
+                }
+            }
+        };
+        self.expected.learn(longest);
+        Ok(wait)
+    }
+
+    fn drain(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
+        self.waiting = None;
+        while let Some(chain) = self.chains.pop_back() {
+            ring.put_back(chain)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,174 @@
+//! Transmit queues: from the guest's buffers straight to the TAP (virtio 1.3, 5.1.6.2).
+//!
+//! The header and the first bytes of each frame are copied out once, checked, and sent from the copy:
+//! the guest cannot change them between the check and the kernel's read. The rest is not copied.
+
+use crate::buffers::{FrameBuffers, MAX_SEGMENTS, SliceStorage, Storage};
+use crate::counters::{Counters, Drop};
+use crate::guard::{Guard, PREFIX};
+use crate::header::{HEADER_SIZE, NetHeader, TxHeader};
+use crate::offload::Offloads;
+use crate::pacer::Pacer;
+use nix::errno::Errno;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use vhost_daemon::{Chain, QueueHandler, Ring, RingFault, Wait};
+use zerocopy::FromBytes;
+
+/// Frames after which the driver is shown what was sent, so that it can use the buffers again.
+const PUBLISH_EVERY: usize = 32;
+
+/// One transmit queue.
+pub struct TransmitQueue {
+    pacer: Pacer,
+    counters: Arc<Counters>,
+    guard: Option<Arc<Guard>>,
+    offloads: Offloads,
+    storage: Storage,
+    slices: SliceStorage,
+}
+
+/// What became of a frame.
+enum Sent {
+    /// The kernel took it, or it was dropped and counted.
+    Done,
+    /// The kernel's queue is full.
+    Blocked,
+}
+
+impl TransmitQueue {
+    /// A queue that writes to the pacer's TAP what `guard` lets pass.
+    #[must_use]
+    pub fn new(pacer: Pacer, counters: Arc<Counters>, guard: Option<Arc<Guard>>) -> Self {
+        Self {
+            pacer,
+            counters,
+            guard,
+            offloads: Offloads::default(),
+            storage: Storage::default(),
+            slices: SliceStorage::default(),
+        }
+    }
+
+    fn send(&mut self, chain: &Chain) -> Sent {
+        let mut head = [0; HEADER_SIZE + PREFIX];
+        let copied = self.copy_head(chain, &mut head);
+        let head = &mut head[..copied];
+        if !self.check(head, chain.readable_length()) {
+            return Sent::Done;
+        }
+        let mut slices = self.slices.take();
+        chain.readable_slices(copied, usize::MAX, &mut slices);
+        let mut buffers = FrameBuffers::from_storage(std::mem::take(&mut self.storage));
+        buffers.push_readable(head);
+        let fits = slices.iter().all(|slice| buffers.push_guest(slice, MAX_SEGMENTS));
+        let result = if fits {
+            write_retrying(&self.pacer, &buffers)
+        } else {
+            Err(Errno::E2BIG.into())
+        };
+        let length = chain.readable_length() - HEADER_SIZE;
+        self.storage = buffers.into_storage();
+        self.slices.keep(slices);
+        self.sent(result, length)
+    }
+
+    /// Copies the header and the part of the frame that is looked at.
+    fn copy_head(&mut self, chain: &Chain, head: &mut [u8]) -> usize {
+        let mut slices = self.slices.take();
+        chain.readable_slices(0, head.len(), &mut slices);
+        let mut done = 0;
+        for slice in &slices {
+            done += slice.copy_to(&mut head[done..]);
+        }
+        self.slices.keep(slices);
+        done
+    }
+
+    /// Judges a frame by its `head`, and makes the header there what the kernel may see.
+    fn check(&self, head: &mut [u8], total: usize) -> bool {
+        let transmit = &self.counters.transmit;
+        let Some((header, frame)) = head.split_first_chunk_mut::<HEADER_SIZE>() else {
+            transmit.dropped(Drop::Header, &"shorter than a virtio-net header");
+            return false;
+        };
+        let Ok(fields) = NetHeader::read_from_bytes(header) else {
+            return false;
+        };
+        match TxHeader::check(fields, total - HEADER_SIZE, &self.offloads) {
+            Ok(clean) => header.copy_from_slice(clean.as_bytes()),
+            Err(error) => {
+                transmit.dropped(Drop::Header, &error);
+                return false;
+            }
+        }
+        if let Some(guard) = &self.guard
+            && let Err(refusal) = guard.check(frame)
+        {
+            transmit.dropped(Drop::Guard, &refusal);
+            return false;
+        }
+        true
+    }
+
+    fn sent(&mut self, result: io::Result<()>, length: usize) -> Sent {
+        match result {
+            Ok(()) => {
+                self.pacer.passed(length);
+                self.counters.transmit.passed(length);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Sent::Blocked,
+            Err(error) if error.raw_os_error() == Some(Errno::E2BIG as i32) => {
+                self.counters.transmit.dropped(Drop::Buffer, &"too many segments");
+            }
+            Err(error) => self.counters.transmit.dropped(Drop::Interface, &error),
+        }
+        Sent::Done
+    }
+}
+
+fn write_retrying(pacer: &Pacer, buffers: &FrameBuffers<'_>) -> io::Result<()> {
+    loop {
+        match pacer.tap().write_frame(buffers) {
+            Err(error) if error.raw_os_error() == Some(Errno::EINTR as i32) => {}
+            result => return result,
+        }
+    }
+}
+
+impl QueueHandler for TransmitQueue {
+    fn start(&mut self, features: u64) {
+        self.offloads = Offloads::new(features);
+    }
+
+    fn source(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.pacer.source())
+    }
+
+    fn process(&mut self, ring: &mut Ring) -> Result<Wait, RingFault> {
+        let mut frames = 0;
+        loop {
+            if let Some(wait) = self.pacer.wait() {
+                return Ok(wait);
+            }
+            let Some(chain) = ring.pop()? else {
+                return Ok(Wait::AVAILABLE);
+            };
+            if chain.writable_length() > 0 {
+                return Err(RingFault::Request("a transmit buffer must not be writable"));
+            }
+            match self.send(&chain) {
+                Sent::Done => ring.complete(chain, 0),
+                Sent::Blocked => {
+                    ring.put_back(chain)?;
+                    return Ok(self.pacer.blocked());
+                }
+            }
+            frames += 1;
+            if frames % PUBLISH_EVERY == 0 {
+                ring.publish()?;
+            }
+        }
+    }
+}

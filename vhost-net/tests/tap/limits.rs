@@ -1,0 +1,63 @@
+//! Rate limits, against the clock.
+
+use crate::frames::{Path, pattern};
+use crate::guest::{DEADLINE, Guest, MERGEABLE};
+use crate::host::Host;
+use crate::{Case, Device};
+use anyhow::{Result, ensure};
+use std::time::{Duration, Instant};
+use vhost_net::header::NetHeader;
+
+pub const ALL: &[Case] = &[
+    ("transmit_keeps_its_packet_rate", transmit_keeps_its_packet_rate),
+    ("receive_keeps_its_byte_rate", receive_keeps_its_byte_rate),
+];
+
+/// At least what the rate takes, and not much more on a busy machine.
+fn took(start: Instant, wanted: Duration) -> Result<()> {
+    let elapsed = start.elapsed();
+    ensure!(
+        elapsed >= wanted.mul_f64(0.98),
+        "{elapsed:?} is faster than {wanted:?}"
+    );
+    ensure!(
+        elapsed <= wanted.mul_f64(1.5),
+        "{elapsed:?} is slower than {wanted:?}"
+    );
+    Ok(())
+}
+
+fn transmit_keeps_its_packet_rate() -> Result<()> {
+    let device = Device::start(&["--transmit-limit=packets=500,packets-burst=10"])?;
+    let host = Host::new(&device.tap.name, device.tap.host_mac())?;
+    let mut guest = Guest::start(device.connect()?, !0, MERGEABLE)?;
+    let frame = Path::to_host(&device.tap).udp([1, 2], &pattern(100, 1), true);
+    let start = Instant::now();
+    for _ in 0..13 {
+        for _ in 0..40 {
+            guest.queue(NetHeader::default(), &frame, 1)?;
+        }
+        guest.flush()?;
+    }
+    took(start, Duration::from_millis(510 * 2))?;
+    for _ in 0..520 {
+        host.receive(DEADLINE)?;
+    }
+    Ok(())
+}
+
+fn receive_keeps_its_byte_rate() -> Result<()> {
+    let device = Device::start(&["--receive-limit=bytes=200000,bytes-burst=2000"])?;
+    let host = Host::new(&device.tap.name, device.tap.host_mac())?;
+    let mut guest = Guest::start(device.connect()?, !0, MERGEABLE)?;
+    let frame = Path::to_guest(&device.tap).udp([1, 2], &pattern(958, 1), true);
+    ensure!(frame.len() == 1000);
+    let start = Instant::now();
+    for _ in 0..202 {
+        host.send(&[0; 10], &frame)?;
+    }
+    for _ in 0..202 {
+        guest.receive(DEADLINE)?;
+    }
+    took(start, Duration::from_secs(1))
+}

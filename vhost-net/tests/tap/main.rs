@@ -1,0 +1,96 @@
+//! The real `vhost-user-net` between a front end with no VM and a TAP in a namespace of its own.
+#![allow(unreachable_pub, missing_docs, reason = "a test binary exports nothing")]
+
+mod cases;
+mod frames;
+mod guest;
+mod host;
+mod hostile;
+mod limits;
+mod namespace;
+
+use anyhow::{Context, Result};
+use integration_tests::artifacts::{Artifact, Artifacts};
+use integration_tests::process::{Process, connect};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use namespace::{TestTap, text};
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+use std::sync::OnceLock;
+use std::time::Duration;
+use tempfile::TempDir;
+
+/// The static `vhost-user-net`, as it is shipped: its system calls are what its policy allows.
+static BINARY: OnceLock<PathBuf> = OnceLock::new();
+
+/// A device process that serves a TAP of its own.
+pub struct Device {
+    pub tap: TestTap,
+    pub process: Process,
+    folder: TempDir,
+}
+
+impl Device {
+    /// Starts it with the guest's MAC address and `flags`.
+    pub fn start(flags: &[&str]) -> Result<Self> {
+        Self::on(TestTap::new("")?, flags)
+    }
+
+    /// Starts it on this TAP.
+    pub fn on(tap: TestTap, flags: &[&str]) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let binary = BINARY.get().context("no binary")?;
+        let mut command = Command::new(binary);
+        command.arg(format!("--socket-path={}", folder.path().join("net").display()));
+        command.arg(format!("--tap-name={}", tap.name));
+        command.arg(format!("--mac={}", text(&tap.guest_mac())));
+        command.args(flags);
+        Ok(Self {
+            tap,
+            process: Process::start(command)?,
+            folder,
+        })
+    }
+
+    /// Connects to it.
+    pub fn connect(&self) -> Result<std::os::unix::net::UnixStream> {
+        let socket = connect(&self.folder.path().join("net"), Duration::from_secs(10));
+        socket.map_err(|error| error.context(self.process.stderr().unwrap_or_default()))
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    if !arguments.list {
+        let path = Artifacts::locate().and_then(|all| all.path(Artifact::VhostUserNet).map(PathBuf::from));
+        match path {
+            Ok(path) => BINARY.get_or_init(|| path),
+            Err(error) => {
+                eprintln!("{error}");
+                return ExitCode::FAILURE;
+            }
+        };
+    }
+    // While this process has one thread only.
+    let namespace = if arguments.list {
+        Ok(())
+    } else {
+        namespace::enter()
+    };
+    let missing = namespace.err().map(|error| format!("{error:#}"));
+    let cases = cases::ALL.iter().chain(hostile::ALL).chain(limits::ALL);
+    let trials = cases.map(|(name, case)| {
+        let missing = missing.clone();
+        Trial::ignorable_test(*name, move || match missing {
+            Some(reason) => Ok(Completion::ignored_with(reason)),
+            None => match case() {
+                Ok(()) => Ok(Completion::Completed),
+                Err(error) => Err(Failed::from(format!("{error:#}"))),
+            },
+        })
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}
+
+/// A test and its name.
+pub type Case = (&'static str, fn() -> Result<()>);
