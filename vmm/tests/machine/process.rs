@@ -49,7 +49,6 @@ pub(crate) struct Vmm {
     control: OwnedFd,
     pub(crate) console: UnixStream,
     next_id: u64,
-    pub(crate) spawned: Instant,
 }
 
 impl Vmm {
@@ -94,7 +93,6 @@ impl Vmm {
         for fd in &inherited {
             fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
         }
-        let spawned = Instant::now();
         let child = command.spawn().unwrap();
         drop(inherited);
         drop(guard);
@@ -103,7 +101,6 @@ impl Vmm {
             control,
             console,
             next_id: 2,
-            spawned,
         }
     }
 
