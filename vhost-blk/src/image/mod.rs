@@ -1,33 +1,132 @@
-//! Disk images: what a guest sees as a row of bytes, whatever the files look like.
+//! Disk images: what the guest's disk looks like in files of the host.
 //!
-//! A disk's queues share one [`Image`] and call it from several threads at once, so every method
-//! takes `&self`. Two calls on overlapping ranges may happen in any order (virtio 1.3, 5.2.6: the
-//! driver orders them by waiting for completions), but each must leave the metadata whole.
-//!
-//! Buffers are [`VolatileSlice`]s of guest memory: the guest may change them while they are read,
-//! so an engine never makes a `&[u8]` of them. Moving them to and from a file without a copy is
-//! [`crate::io::read_exact_at`] and [`crate::io::write_all_at`].
+//! Everything is opened from descriptors that the launcher passed; no path is ever opened and no name
+//! that an image contains is ever interpreted. The format is given, never probed.
 
-use std::io;
-use vm_memory::VolatileSlice;
-
+mod buffers;
+mod error;
+mod file;
+mod qcow2;
 mod raw;
 
+use std::fmt;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vm_memory::VolatileSlice;
+
+pub use buffers::Buffers;
+pub use error::ImageError;
+pub use file::{BlockFile, HostFile};
+pub use qcow2::Qcow2;
 pub use raw::RawImage;
 
-/// An open disk image.
+/// Bytes in a sector of virtio-blk (virtio 1.3, 5.2.4).
+pub const SECTOR: u64 = 512;
+
+/// Layers of a chain, the top included. Bounds what a read of a hole can cost.
+pub const MAX_CHAIN: usize = 16;
+
+/// The formats that the launcher may name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// The guest's bytes as they are.
+    Raw,
+    /// QEMU's copy-on-write format, versions 2 and 3.
+    Qcow2,
+}
+
+impl FromStr for Format {
+    type Err = ImageError;
+
+    fn from_str(name: &str) -> Result<Self, ImageError> {
+        match name {
+            "raw" => Ok(Self::Raw),
+            "qcow2" => Ok(Self::Qcow2),
+            _ => Err(ImageError::refused(
+                "format",
+                format!("unknown format {name:?}; expected raw or qcow2"),
+            )),
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        })
+    }
+}
+
+/// A range of a host file.
+#[derive(Debug)]
+pub struct Extent<'a> {
+    /// The file to submit to.
+    pub file: BorrowedFd<'a>,
+    /// First byte in that file.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+/// Where the start of a guest range lies; `len` is never more than what was asked for, and never 0
+/// unless that was.
+#[derive(Debug)]
+pub enum Resolved<'a> {
+    /// In one piece in a host file. Submit it there and drop the guard when it has completed.
+    Mapped(Extent<'a>, IoGuard<'a>),
+    /// Reads as zeros (reads only).
+    Zero {
+        /// Length in bytes.
+        len: u64,
+    },
+    /// Only [`Image::read`] or [`Image::write`] can do it: it needs an allocation, inflating or another
+    /// layer.
+    Elsewhere {
+        /// Length in bytes.
+        len: u64,
+    },
+}
+
+/// Keeps the host clusters of a resolved range from being given to other data while I/O on them runs.
+#[derive(Debug)]
+#[must_use]
+pub struct IoGuard<'a>(Option<&'a AtomicU64>);
+
+impl<'a> IoGuard<'a> {
+    /// For images whose mapping never changes.
+    pub(crate) fn none() -> Self {
+        Self(None)
+    }
+}
+
+impl Drop for IoGuard<'_> {
+    fn drop(&mut self) {
+        if let Some(count) = self.0 {
+            count.fetch_sub(1, Ordering::Release);
+        }
+    }
+}
+
+/// A disk image, shared by all queues.
 ///
-/// The device checks every request against [`Image::capacity`] before it calls, so `offset` plus
-/// the length of the buffers never exceeds the capacity, and all are multiples of 512. A method
-/// that changes the image is never called on a read-only one.
+/// The device checks every request against [`Image::capacity`] before it calls, so `offset` plus the
+/// length of the buffers never exceeds the capacity (an engine refuses it all the same), and all are
+/// multiples of 512. Two calls on overlapping ranges may happen in any order (virtio 1.3, 5.2.6), but
+/// each leaves the metadata whole.
 ///
-/// A call that returns `Ok` has taken effect for every later call, also after this process is
-/// killed; only [`Image::flush`] makes it survive the host.
+/// A write that returns `Ok` has taken effect for every later call, also after this process is killed;
+/// only [`Image::flush`] makes it survive the host. The errors are [`ImageError`]s, wrapped.
 pub trait Image: Send + Sync {
-    /// Size of the virtual disk in bytes; a multiple of 512; constant.
+    /// Size of the disk in bytes; a multiple of 512; constant.
     fn capacity(&self) -> u64;
 
-    /// Whether the image was opened without the right to write.
+    /// Whether every write is refused (now: it may turn so when the image is found corrupt).
     fn read_only(&self) -> bool;
 
     /// Whether [`Image::discard`] can give space back. False takes VIRTIO_BLK_F_DISCARD from the
@@ -40,13 +139,15 @@ pub trait Image: Send + Sync {
     /// Fills `buffers` from `offset`.
     ///
     /// # Errors
-    /// When the host cannot read, or the image's metadata does not hold together.
+    /// When the host cannot read, or the image's metadata does not hold together; the content of
+    /// `buffers` is then undefined.
     fn read(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<()>;
 
     /// Writes `buffers` at `offset`.
     ///
     /// # Errors
-    /// When the host cannot write, or the image's metadata does not hold together.
+    /// When the host cannot write, or the image's metadata does not hold together; any part of the
+    /// range may then have been written.
     fn write(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<()>;
 
     /// Makes everything that completed before the call durable (data and metadata).
@@ -66,4 +167,170 @@ pub trait Image: Send + Sync {
     /// # Errors
     /// As [`Image::write`].
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()>;
+
+    /// Where the start of a range lies, for an I/O engine that reads by itself.
+    ///
+    /// # Errors
+    /// As [`Image::read`].
+    fn resolve_read(&self, _offset: u64, len: u64) -> io::Result<Resolved<'_>> {
+        Ok(Resolved::Elsewhere { len })
+    }
+
+    /// Where the start of a range lies, for an I/O engine that overwrites it in place by itself.
+    ///
+    /// # Errors
+    /// As [`Image::write`].
+    fn resolve_write(&self, _offset: u64, len: u64) -> io::Result<Resolved<'_>> {
+        Ok(Resolved::Elsewhere { len })
+    }
+
+    /// Flushes, and gives back what was reserved ahead of use. Called when the device has been drained;
+    /// the image stays usable.
+    ///
+    /// # Errors
+    /// As [`Image::flush`].
+    fn close(&self) -> io::Result<()> {
+        if self.read_only() { Ok(()) } else { self.flush() }
+    }
+
+    /// One line for the log.
+    fn describe(&self) -> String {
+        format!("{} bytes", self.capacity())
+    }
+}
+
+/// How to open an image.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// Refuse every write; a dirty or corrupt image may be opened so.
+    pub read_only: bool,
+    /// The top's external data file (incompatible bit 2).
+    pub data_file: Option<Arc<OwnedFd>>,
+    /// Most bytes of mapping tables kept in memory, for each layer.
+    pub l2_cache_size: usize,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self {
+            read_only: false,
+            data_file: None,
+            l2_cache_size: 8 << 20,
+        }
+    }
+}
+
+/// Fails unless `offset..offset + len` lies inside the disk.
+pub(crate) fn check_range(offset: u64, len: u64, capacity: u64) -> Result<(), ImageError> {
+    match offset.checked_add(len) {
+        Some(end) if end <= capacity => Ok(()),
+        _ => Err(ImageError::OutOfRange {
+            offset,
+            len,
+            capacity,
+        }),
+    }
+}
+
+/// Opens the image in `top`, with the layers below it in `backing`, from top to base.
+///
+/// # Errors
+/// [`ImageError::Refused`] names what is not acceptable; no file has been changed then.
+pub fn open(
+    top: OwnedFd,
+    format: Format,
+    backing: Vec<(Format, OwnedFd)>,
+    options: &OpenOptions,
+) -> Result<Arc<dyn Image>, ImageError> {
+    let mut layers = vec![(format, host_file(top)?)];
+    for (format, fd) in backing {
+        layers.push((format, host_file(fd)?));
+    }
+    let data = options.data_file.as_ref().map(|fd| fd.try_clone()).transpose();
+    let data = data
+        .map_err(ImageError::io("use the external data file"))?
+        .map(host_file)
+        .transpose()?;
+    open_layers(layers, data, options)
+}
+
+fn host_file(fd: OwnedFd) -> Result<Arc<dyn BlockFile>, ImageError> {
+    Ok(Arc::new(
+        HostFile::new(fd).map_err(ImageError::io("use the image's file"))?,
+    ))
+}
+
+/// [`open`] on files of any kind, from top to base; `data` is the top's external data file.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_layers(
+    layers: Vec<(Format, Arc<dyn BlockFile>)>,
+    mut data: Option<Arc<dyn BlockFile>>,
+    options: &OpenOptions,
+) -> Result<Arc<dyn Image>, ImageError> {
+    check_chain(&layers, data.as_ref())?;
+    let mut below: Option<Arc<dyn Image>> = None;
+    for (depth, (format, file)) in layers.into_iter().enumerate().rev() {
+        let options = OpenOptions {
+            read_only: options.read_only || depth > 0,
+            ..options.clone()
+        };
+        let image = open_layer(format, file, data.take_if(|_| depth == 0), below.take(), &options);
+        below = Some(image.map_err(|source| match depth {
+            0 => source,
+            _ => ImageError::Backing {
+                depth,
+                source: Box::new(source),
+            },
+        })?);
+    }
+    below.ok_or_else(|| ImageError::refused("chain", "no image was given"))
+}
+
+fn check_chain(
+    layers: &[(Format, Arc<dyn BlockFile>)],
+    data: Option<&Arc<dyn BlockFile>>,
+) -> Result<(), ImageError> {
+    if layers.len() > MAX_CHAIN {
+        return Err(ImageError::refused(
+            "chain",
+            format!(
+                "{} layers are more than the {MAX_CHAIN} that are supported",
+                layers.len()
+            ),
+        ));
+    }
+    let mut seen = Vec::new();
+    for file in layers.iter().map(|(_, file)| file).chain(data) {
+        let identity = file
+            .identity()
+            .map_err(ImageError::io("examine the image's file"))?;
+        if seen.contains(&identity) {
+            return Err(ImageError::refused("chain", "one file appears twice"));
+        }
+        seen.push(identity);
+    }
+    Ok(())
+}
+
+fn open_layer(
+    format: Format,
+    file: Arc<dyn BlockFile>,
+    data: Option<Arc<dyn BlockFile>>,
+    below: Option<Arc<dyn Image>>,
+    options: &OpenOptions,
+) -> Result<Arc<dyn Image>, ImageError> {
+    match (format, below) {
+        (Format::Raw, _) if data.is_some() => Err(ImageError::refused(
+            "external data file",
+            "one was passed, but a raw image has none",
+        )),
+        (Format::Raw, None) => Ok(Arc::new(RawImage::on(file, options.read_only)?)),
+        (Format::Raw, Some(_)) => Err(ImageError::refused(
+            "backing file",
+            "one was passed, but a raw image has none",
+        )),
+        (Format::Qcow2, below) => Ok(Arc::new(Qcow2::open(file, data, below, options)?)),
+    }
 }

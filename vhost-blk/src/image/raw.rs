@@ -1,38 +1,53 @@
 //! The raw format: byte N of the file is byte N of the disk.
 
-use super::Image;
-use crate::io::{read_exact_at, write_all_at};
-use nix::fcntl::{FallocateFlags, fallocate};
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
 use vm_memory::VolatileSlice;
 
-/// A raw image file.
-#[derive(Debug)]
+use super::{
+    BlockFile, Buffers, Extent, HostFile, Image, ImageError, IoGuard, Resolved, SECTOR, check_range,
+};
+
+/// A raw image in a regular file or on a block device.
 pub struct RawImage {
-    file: File,
+    file: Arc<dyn BlockFile>,
     capacity: u64,
     read_only: bool,
 }
 
 impl RawImage {
-    /// Takes a file or block device as a disk. A file whose size is no multiple of 512 is refused:
-    /// its last bytes could be neither kept nor shown.
+    /// Takes a file or block device as a disk.
     ///
     /// # Errors
-    /// When the size cannot be found, is 0, or is no multiple of 512.
+    /// When its size cannot be found or is refused by [`Self::on`].
     pub fn open(fd: OwnedFd, read_only: bool) -> io::Result<Self> {
-        use std::io::{Seek, SeekFrom};
-        let mut file = File::from(fd);
-        // Works for block devices too, whose metadata says 0.
-        let capacity = file.seek(SeekFrom::End(0))?;
-        if capacity == 0 || !capacity.is_multiple_of(512) {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                format!("size of {capacity} bytes is not a positive multiple of 512"),
+        let file = HostFile::new(fd).map_err(ImageError::io("use the image's file"))?;
+        Ok(Self::on(Arc::new(file), read_only)?)
+    }
+
+    /// Takes any file as a disk.
+    ///
+    /// A size that is no multiple of 512 is rounded up with zeros for reading, and refused for writing:
+    /// the last bytes could not be kept. An empty disk is refused for writing.
+    ///
+    /// # Errors
+    /// [`ImageError::Refused`] for the size; `Io` when it cannot be found.
+    pub fn on(file: Arc<dyn BlockFile>, read_only: bool) -> Result<Self, ImageError> {
+        let len = file
+            .size()
+            .map_err(ImageError::io("find the size of the raw image"))?;
+        if !read_only && (len == 0 || !len.is_multiple_of(SECTOR)) {
+            return Err(ImageError::refused(
+                "size",
+                format!("{len} bytes is not a positive multiple of {SECTOR}"),
             ));
         }
+        let capacity = len
+            .checked_next_multiple_of(SECTOR)
+            .filter(|capacity| i64::try_from(*capacity).is_ok())
+            .ok_or_else(|| ImageError::refused("size", "the file's length overflows"))?;
         Ok(Self {
             file,
             capacity,
@@ -40,12 +55,18 @@ impl RawImage {
         })
     }
 
-    fn range(offset: u64, length: u64) -> io::Result<(i64, i64)> {
-        let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
-        Ok((
-            offset.try_into().map_err(invalid)?,
-            length.try_into().map_err(invalid)?,
-        ))
+    fn check_write(&self, offset: u64, len: u64) -> Result<(), ImageError> {
+        if self.read_only {
+            return Err(ImageError::ReadOnly { corrupt: false });
+        }
+        check_range(offset, len, self.capacity)
+    }
+
+    fn resolve(&self, offset: u64, len: u64) -> Resolved<'_> {
+        match self.file.descriptor() {
+            Some(file) => Resolved::Mapped(Extent { file, offset, len }, IoGuard::none()),
+            None => Resolved::Elsewhere { len },
+        }
     }
 }
 
@@ -67,54 +88,50 @@ impl Image for RawImage {
     }
 
     fn read(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
-        read_exact_at(self.file.as_fd(), buffers, offset)
+        let to = Buffers::new(buffers);
+        check_range(offset, to.len() as u64, self.capacity)?;
+        self.file.read_buffers(to, offset)
     }
 
     fn write(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
-        write_all_at(self.file.as_fd(), buffers, offset)
+        let from = Buffers::new(buffers);
+        self.check_write(offset, from.len() as u64)?;
+        self.file.write_buffers(from, offset)
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+        self.file.sync()
     }
 
     fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
-        let (offset, length) = Self::range(offset, length)?;
-        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        match fallocate(&self.file, punch, offset, length) {
-            // A discard is advice: a host that cannot follow it keeps the data.
-            Ok(()) | Err(nix::errno::Errno::EOPNOTSUPP) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
+        self.check_write(offset, length)?;
+        self.file.discard_range(offset, length)
     }
 
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
-        let (start, count) = Self::range(offset, length)?;
-        let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        let mode = if unmap {
-            FallocateFlags::FALLOC_FL_PUNCH_HOLE
+        self.check_write(offset, length)?;
+        if unmap {
+            self.file.zero_range(offset, length)
         } else {
-            FallocateFlags::FALLOC_FL_ZERO_RANGE
-        };
-        match fallocate(&self.file, mode | keep, start, count) {
-            Ok(()) => Ok(()),
-            Err(nix::errno::Errno::EOPNOTSUPP) => self.write_plain_zeroes(offset, length),
-            Err(error) => Err(error.into()),
+            self.file.zero_in_place(offset, length)
         }
     }
-}
 
-impl RawImage {
-    /// For file systems that have no such operation (tmpfs knows no ZERO_RANGE).
-    fn write_plain_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
-        use std::os::unix::fs::FileExt;
-        static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
-        let mut done = 0;
-        while done < length {
-            let step = (length - done).min(ZEROES.len() as u64);
-            self.file.write_all_at(&ZEROES[..step as usize], offset + done)?;
-            done += step;
-        }
-        Ok(())
+    fn resolve_read(&self, offset: u64, len: u64) -> io::Result<Resolved<'_>> {
+        check_range(offset, len, self.capacity)?;
+        Ok(self.resolve(offset, len))
+    }
+
+    fn resolve_write(&self, offset: u64, len: u64) -> io::Result<Resolved<'_>> {
+        self.check_write(offset, len)?;
+        Ok(self.resolve(offset, len))
+    }
+
+    fn describe(&self) -> String {
+        format!(
+            "raw, {} bytes{}",
+            self.capacity,
+            if self.read_only { ", read-only" } else { "" }
+        )
     }
 }

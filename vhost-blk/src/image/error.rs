@@ -1,0 +1,110 @@
+//! What can go wrong with an image, named by the field that is at fault.
+
+use std::io;
+
+/// Failure to open or to use a disk image.
+///
+/// An image is untrusted data: each variant names the header field or table that was refused, and no
+/// variant carries bytes of the image other than numbers and printable names.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The host failed a system call on one of the image's files.
+    #[error("cannot {action}")]
+    Io {
+        /// What was tried, as in "read the L1 table".
+        action: &'static str,
+        /// The host's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The image was refused when it was opened. The file has not been changed.
+    #[error("{field}: {reason}")]
+    Refused {
+        /// The header field, table or option at fault, spelled as the specification does.
+        field: &'static str,
+        /// Why, and what to do about it.
+        reason: String,
+    },
+    /// The image contradicts itself. For a writable image the corrupt bit is set and writing has ended.
+    #[error("image is corrupt: {field}: {reason}")]
+    Corrupt {
+        /// The table or field at fault.
+        field: &'static str,
+        /// Which value is wrong, and where.
+        reason: String,
+    },
+    /// A write to an image that was opened read-only, or that has been found corrupt.
+    #[error("the image is read-only{}", if *corrupt { " since it was found corrupt; see the log for where" } else { "" })]
+    ReadOnly {
+        /// Whether it turned read-only at run time.
+        corrupt: bool,
+    },
+    /// A request that leaves the disk.
+    #[error("request of {len} bytes at {offset} is past the disk's end at {capacity}")]
+    OutOfRange {
+        /// First byte of the request.
+        offset: u64,
+        /// Length of the request in bytes.
+        len: u64,
+        /// Capacity of the disk in bytes.
+        capacity: u64,
+    },
+    /// One of the layers below the top failed.
+    #[error("backing layer {depth}")]
+    Backing {
+        /// Position in the chain; 1 is directly below the top.
+        depth: usize,
+        /// What that layer said.
+        #[source]
+        source: Box<ImageError>,
+    },
+}
+
+impl ImageError {
+    pub(crate) fn refused(field: &'static str, reason: impl Into<String>) -> Self {
+        Self::Refused {
+            field,
+            reason: reason.into(),
+        }
+    }
+
+    pub(crate) fn corrupt(field: &'static str, reason: impl Into<String>) -> Self {
+        Self::Corrupt {
+            field,
+            reason: reason.into(),
+        }
+    }
+
+    /// Adapter for `map_err`: names what was tried.
+    pub(crate) fn io(action: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { action, source }
+    }
+
+    /// Whether the host said that it has no space left: the request may succeed later.
+    #[must_use]
+    pub fn is_no_space(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => {
+                matches!(
+                    source.kind(),
+                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+                )
+            }
+            Self::Backing { source, .. } => source.is_no_space(),
+            _ => false,
+        }
+    }
+}
+
+impl From<ImageError> for io::Error {
+    fn from(error: ImageError) -> Self {
+        let kind = match &error {
+            ImageError::Io { source, .. } => source.kind(),
+            ImageError::Refused { .. } | ImageError::Corrupt { .. } => io::ErrorKind::InvalidData,
+            ImageError::ReadOnly { .. } => io::ErrorKind::ReadOnlyFilesystem,
+            ImageError::OutOfRange { .. } => io::ErrorKind::InvalidInput,
+            ImageError::Backing { .. } => io::ErrorKind::Other,
+        };
+        Self::new(kind, error)
+    }
+}

@@ -1,0 +1,282 @@
+//! The host file below an image: what the engines ask of it, and the real one.
+//!
+//! The trait exists so that a test can record every write and barrier that an engine issues and replay
+//! any prefix or reordering of them.
+#![expect(unsafe_code, reason = "preadv and pwritev take guest memory by pointer")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+
+use nix::errno::Errno;
+use nix::fcntl::FallocateFlags;
+
+use super::buffers::Buffers;
+
+/// Pieces handed to the kernel in one call; longer lists take several.
+const IOVECS_PER_CALL: usize = 64;
+
+/// Zeros written at a time where the file system cannot make holes.
+const ZERO_CHUNK: usize = 64 << 10;
+
+/// A file that images are stored in. All methods may be called from several threads at once.
+pub trait BlockFile: Send + Sync {
+    /// Length in bytes; for a block device its size.
+    fn size(&self) -> io::Result<u64>;
+
+    /// Fills `buf` from `offset`; what lies past the end of the file reads as zeros.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// Writes all of `buf` at `offset`, growing the file where it may grow.
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
+
+    /// [`Self::read_at`] straight into guest memory.
+    fn read_buffers(&self, to: Buffers<'_>, offset: u64) -> io::Result<()> {
+        let mut bounce = vec![0; to.len()];
+        self.read_at(&mut bounce, offset)?;
+        to.copy_from(&bounce);
+        Ok(())
+    }
+
+    /// [`Self::write_at`] straight from guest memory.
+    fn write_buffers(&self, from: Buffers<'_>, offset: u64) -> io::Result<()> {
+        let mut bounce = vec![0; from.len()];
+        from.copy_to(&mut bounce);
+        self.write_at(&bounce, offset)
+    }
+
+    /// Makes a range inside the file read as zeros and gives its blocks back where the host can.
+    fn zero_range(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Gives a range's blocks back if the host can; it may read as before otherwise.
+    fn discard_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.zero_range(offset, len)
+    }
+
+    /// Makes a range inside the file read as zeros and keeps its blocks if the host can.
+    fn zero_in_place(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.zero_range(offset, len)
+    }
+
+    /// Makes the file at least `len` bytes long; the new part reads as zeros.
+    fn grow_to(&self, len: u64) -> io::Result<()>;
+
+    /// Cuts the file to `len` bytes if it is longer and can be cut.
+    fn cut_to(&self, len: u64) -> io::Result<()>;
+
+    /// The barrier: everything written before is on stable storage when it returns (fdatasync).
+    fn sync(&self) -> io::Result<()>;
+
+    /// Whether parts past the length that the engine knows may hold old data (a block device).
+    fn has_fixed_size(&self) -> bool {
+        false
+    }
+
+    /// What tells this file from another: device and inode.
+    fn identity(&self) -> io::Result<(u64, u64)>;
+
+    /// The descriptor, for an I/O engine that submits by itself; `None` where none stands behind it.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
+
+/// A regular file or block device of the host.
+#[derive(Debug)]
+pub struct HostFile {
+    file: File,
+    fixed_size: bool,
+}
+
+impl HostFile {
+    /// Takes the descriptor of a regular file or block device.
+    ///
+    /// # Errors
+    /// When it cannot be examined, or is something else (`InvalidInput`).
+    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        let file = File::from(fd);
+        let kind = file.metadata()?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "neither a regular file nor a block device",
+            ));
+        }
+        Ok(Self {
+            file,
+            fixed_size: kind.is_block_device(),
+        })
+    }
+
+    /// Runs `fallocate`; says whether this file system can.
+    fn allocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<bool> {
+        if len == 0 {
+            return Ok(true);
+        }
+        let (Ok(start), Ok(count)) = (i64::try_from(offset), i64::try_from(len)) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        match nix::fcntl::fallocate(
+            &self.file,
+            mode | FallocateFlags::FALLOC_FL_KEEP_SIZE,
+            start,
+            count,
+        ) {
+            Ok(()) => Ok(true),
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn write_zeros(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
+        static ZEROS: [u8; ZERO_CHUNK] = [0; ZERO_CHUNK];
+        while len > 0 {
+            let part = usize::try_from(len).unwrap_or(usize::MAX).min(ZERO_CHUNK);
+            self.file.write_all_at(&ZEROS[..part], offset)?;
+            offset += part as u64;
+            len -= part as u64;
+        }
+        Ok(())
+    }
+}
+
+impl BlockFile for HostFile {
+    fn size(&self) -> io::Result<u64> {
+        if self.fixed_size {
+            let end = nix::unistd::lseek(&self.file, 0, nix::unistd::Whence::SeekEnd)?;
+            return u64::try_from(end).map_err(|_| io::ErrorKind::InvalidData.into());
+        }
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn read_at(&self, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
+        while !buf.is_empty() {
+            match self.file.read_at(buf, offset) {
+                Ok(0) => {
+                    buf.fill(0);
+                    return Ok(());
+                }
+                Ok(done) => {
+                    buf = &mut buf[done..];
+                    offset += done as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(buf, offset)
+    }
+
+    fn read_buffers(&self, to: Buffers<'_>, offset: u64) -> io::Result<()> {
+        let fd = self.file.as_raw_fd();
+        transfer(to, offset, |list, offset| {
+            let count = i32::try_from(list.len()).unwrap_or(i32::MAX);
+            // SAFETY: `list` holds `count` pieces that stay valid and writable for the call.
+            unsafe { libc::preadv(fd, list.as_ptr(), count, offset) }
+        })
+        .map(|done| to.window(done, usize::MAX).fill_zero())
+    }
+
+    fn write_buffers(&self, from: Buffers<'_>, offset: u64) -> io::Result<()> {
+        let fd = self.file.as_raw_fd();
+        let done = transfer(from, offset, |list, offset| {
+            let count = i32::try_from(list.len()).unwrap_or(i32::MAX);
+            // SAFETY: `list` holds `count` pieces that stay valid and readable for the call.
+            unsafe { libc::pwritev(fd, list.as_ptr(), count, offset) }
+        })?;
+        if done < from.len() {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        Ok(())
+    }
+
+    fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        if self.allocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, offset, len)? {
+            return Ok(());
+        }
+        self.write_zeros(offset, len)
+    }
+
+    fn discard_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.allocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, offset, len)
+            .map(|_| ())
+    }
+
+    fn zero_in_place(&self, offset: u64, len: u64) -> io::Result<()> {
+        if self.allocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len)? {
+            return Ok(());
+        }
+        self.write_zeros(offset, len)
+    }
+
+    fn grow_to(&self, len: u64) -> io::Result<()> {
+        let now = self.size()?;
+        match (len > now, self.fixed_size) {
+            (false, _) => Ok(()),
+            (true, true) => Err(io::ErrorKind::StorageFull.into()),
+            (true, false) => self.file.set_len(len),
+        }
+    }
+
+    fn cut_to(&self, len: u64) -> io::Result<()> {
+        if self.fixed_size || len >= self.size()? {
+            return Ok(());
+        }
+        self.file.set_len(len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn has_fixed_size(&self) -> bool {
+        self.fixed_size
+    }
+
+    fn identity(&self) -> io::Result<(u64, u64)> {
+        let metadata = self.file.metadata()?;
+        Ok(if self.fixed_size {
+            (u64::MAX, metadata.rdev())
+        } else {
+            (metadata.dev(), metadata.ino())
+        })
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
+    }
+}
+
+/// Calls `call` until all of `buffers` is moved or it moves nothing more; says how many bytes it moved.
+fn transfer(
+    buffers: Buffers<'_>,
+    offset: u64,
+    mut call: impl FnMut(&[libc::iovec], libc::off_t) -> libc::ssize_t,
+) -> io::Result<usize> {
+    let mut done = 0;
+    let mut list = [libc::iovec {
+        iov_base: std::ptr::null_mut(),
+        iov_len: 0,
+    }; IOVECS_PER_CALL];
+    while done < buffers.len() {
+        let count = buffers.window(done, usize::MAX).fill_iovecs(&mut list);
+        let position = libc::off_t::try_from(offset.saturating_add(done as u64))
+            .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        match usize::try_from(call(&list[..count], position)) {
+            Ok(0) => break,
+            Ok(moved) => done += moved,
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+    Ok(done)
+}

@@ -1,0 +1,140 @@
+//! Giving host clusters back: L2 entry, barrier, refcount, never the other way round.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+use super::{Meta, Qcow2};
+use crate::image::ImageError;
+
+/// Clusters that may wait to be freed before a barrier is made for them; bounds their list.
+const MOST_WAITING: usize = 16 << 10;
+
+/// References that were dropped from the mapping, in order.
+#[derive(Default)]
+pub(super) struct Freed {
+    waiting: VecDeque<Dropped>,
+    /// Number given to the next one.
+    next: u64,
+    /// Those below have their L2 change on stable storage.
+    durable: u64,
+}
+
+/// One reference to a host cluster that the mapping no longer has.
+#[derive(Clone, Copy)]
+struct Dropped {
+    cluster: u64,
+    number: u64,
+    /// I/O that began up to this epoch may still use the cluster.
+    epoch: u64,
+}
+
+impl Qcow2 {
+    /// Notes that one reference to each of these clusters is gone from the mapping.
+    pub(super) fn free_later(&self, meta: &mut Meta, clusters: Range<u64>) {
+        for cluster in clusters {
+            let dropped = Dropped {
+                cluster,
+                number: meta.freed.next,
+                epoch: meta.epoch,
+            };
+            meta.freed.next += 1;
+            meta.freed.waiting.push_back(dropped);
+        }
+    }
+
+    /// Whether so many clusters wait that somebody should flush.
+    pub(super) fn must_flush(&self, meta: &Meta) -> bool {
+        meta.freed.waiting.len() >= MOST_WAITING
+    }
+
+    /// The guest's flush: a barrier, then whatever that barrier allows to free.
+    pub(super) fn flush_and_free(&self) -> Result<(), ImageError> {
+        let covered = self.lock().freed.next;
+        self.barrier()?;
+        let mut meta = self.lock();
+        meta.freed.durable = meta.freed.durable.max(covered);
+        if meta.freed.waiting.is_empty() || self.corrupt.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        self.advance_epoch(&mut meta);
+        self.advance_epoch(&mut meta);
+        let ready = take_ready(&mut meta);
+        let gone = self.last_references(&mut meta, &ready)?;
+        drop(meta);
+        // Nothing refers to these clusters and they are not yet free: nobody can reuse them meanwhile.
+        for clusters in gone {
+            let start = self.geometry.offset_of(clusters.start);
+            let len = self.geometry.offset_of(clusters.end) - start;
+            if let Err(error) = self.file.discard_range(start, len) {
+                tracing::warn!(%error, "cannot give freed space back to the host");
+            }
+        }
+        self.lower_refcounts(&ready)
+    }
+
+    /// Ends the epoch if all I/O of the one before has ended.
+    fn advance_epoch(&self, meta: &mut Meta) {
+        let before = &self.in_flight[((meta.epoch + 1) & 1) as usize];
+        if before.load(Ordering::Acquire) == 0 {
+            meta.epoch += 1;
+        }
+    }
+
+    /// Runs of clusters whose refcount will be 0.
+    fn last_references(
+        &self,
+        meta: &mut Meta,
+        ready: &BTreeMap<u64, u64>,
+    ) -> Result<Vec<Range<u64>>, ImageError> {
+        let mut gone: Vec<Range<u64>> = Vec::new();
+        for (cluster, references) in ready {
+            let count = meta.refcounts.get(&*self.file, &self.geometry, *cluster)?;
+            if count < *references {
+                return Err(ImageError::corrupt(
+                    "refcount block",
+                    format!("the refcount of cluster {cluster:#x} is {count}, less than its references"),
+                ));
+            }
+            if count == *references {
+                match gone.last_mut() {
+                    Some(last) if last.end == *cluster => last.end += 1,
+                    _ => gone.push(*cluster..*cluster + 1),
+                }
+            }
+        }
+        Ok(gone)
+    }
+
+    fn lower_refcounts(&self, ready: &BTreeMap<u64, u64>) -> Result<(), ImageError> {
+        let mut meta = self.lock();
+        let mut clusters = ready.keys().copied().peekable();
+        while let Some(start) = clusters.next() {
+            let mut end = start + 1;
+            while clusters.next_if_eq(&end).is_some() {
+                end += 1;
+            }
+            let lower = |cluster: u64, old: u64| {
+                old.checked_sub(ready.get(&cluster).copied().unwrap_or(0))
+                    .ok_or_else(|| ImageError::corrupt("refcount block", "a refcount fell below 0"))
+            };
+            meta.refcounts
+                .update(&*self.file, &self.geometry, start..end, &lower)?;
+            meta.reserve.freed(start);
+        }
+        Ok(())
+    }
+}
+
+/// Takes the references whose L2 change is durable and that no I/O can use any more.
+fn take_ready(meta: &mut Meta) -> BTreeMap<u64, u64> {
+    let mut ready = BTreeMap::new();
+    while let Some(first) = meta.freed.waiting.front() {
+        if first.number >= meta.freed.durable || first.epoch + 2 > meta.epoch {
+            break;
+        }
+        *ready.entry(first.cluster).or_insert(0) += 1;
+        meta.freed.waiting.pop_front();
+    }
+    ready
+}
