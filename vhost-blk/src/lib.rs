@@ -3,5 +3,11 @@
 //! Trust: the guest writes request headers and the image's contents; both are checked here and
 //! reach nothing but this image and the guest's own memory.
 
+pub mod device;
 pub mod image;
 pub mod io;
+mod options;
+mod queue;
+mod request;
+
+pub use device::BlkProgram;

@@ -36,6 +36,15 @@ pub trait Program {
         parser: &mut lexopt::Parser,
     ) -> Result<bool, lexopt::Error>;
 
+    /// Looks at the flags together, after the last one.
+    ///
+    /// # Errors
+    /// When one is missing or excludes another: a usage error, exit code 2.
+    fn check(options: &Self::Options) -> Result<(), lexopt::Error> {
+        let _ = options;
+        Ok(())
+    }
+
     /// Opens what the flags name. Runs before lockdown, and nothing is opened afterwards.
     /// `num_queues` lies within [`Program::QUEUES`].
     ///

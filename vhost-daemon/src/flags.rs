@@ -38,8 +38,8 @@ pub(crate) struct Settings {
     pub(crate) log_format: LogFormat,
 }
 
-const SHARED_USAGE: &str = "\
-  --socket-path=PATH      listen here; serves one front end after another until SIGTERM
+const SHARED_USAGE: &str =
+    "  --socket-path=PATH      listen here; serves one front end after another until SIGTERM
   --fd=N                  a connected socket; serves it to its end
   --print-capabilities    print what this program can do as JSON, and exit
   --num-queues=N          request queues
@@ -95,6 +95,7 @@ pub(crate) fn parse<P: Program>(
         }
     }
     let connection = connection.ok_or("one of --socket-path and --fd is needed")?;
+    P::check(&options)?;
     let settings = Settings {
         connection,
         num_queues,

@@ -146,6 +146,8 @@ fn start<P: Program>(settings: Settings, options: P::Options) -> Result<(), Daem
 fn connected(fd: OwnedFd) -> io::Result<UnixStream> {
     let stream = UnixStream::from(fd);
     stream.peer_addr()?;
+    // Reads of a message that has begun wait for the rest of it.
+    stream.set_nonblocking(false)?;
     Ok(stream)
 }
 

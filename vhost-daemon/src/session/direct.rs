@@ -1,12 +1,14 @@
 //! The messages that the `vhost` crate does not hand to a back end as this one needs them:
 //! SET_BACKEND_REQ_FD (it wraps the socket in a type that cannot send a configuration change),
-//! SET_STATUS and GET_STATUS (it has no method for them). A look at the header, left in the
-//! socket, tells whose a message is.
+//! SET_STATUS and GET_STATUS (it has no method for them), GET_INFLIGHT_FD and SET_INFLIGHT_FD (20
+//! bytes in the specification, 24 with the padding that QEMU sends; it knows one length only). A
+//! look at the header, left in the socket, tells whose a message is.
 
-use super::Session;
+use super::handler::InflightDescription;
+use super::{Session, SessionError};
 use crate::descriptors::receive;
-use nix::sys::socket::{MsgFlags, recv, send};
-use std::io;
+use nix::sys::socket::{ControlMessage, MsgFlags, recv, send, sendmsg};
+use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
@@ -14,12 +16,24 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 /// Bytes of a message's header: request, flags, size.
 const HEADER: usize = 12;
 const SET_BACKEND_REQ_FD: u32 = 21;
+const GET_INFLIGHT_FD: u32 = 31;
+const SET_INFLIGHT_FD: u32 = 32;
 const SET_STATUS: u32 = 39;
 const GET_STATUS: u32 = 40;
 const CONFIG_CHANGE_MSG: u32 = 2;
 const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
 const NEED_REPLY: u32 = 1 << 3;
+/// The messages that are handled here.
+const DIRECT: [u32; 5] = [
+    SET_BACKEND_REQ_FD,
+    GET_INFLIGHT_FD,
+    SET_INFLIGHT_FD,
+    SET_STATUS,
+    GET_STATUS,
+];
+/// The longest of their payloads.
+const MAX_PAYLOAD: usize = 24;
 /// Bits of the device status (virtio 1.3, 2.1).
 const KNOWN_STATUS: u64 = 0xFF;
 
@@ -29,7 +43,7 @@ pub(super) fn is_direct(socket: BorrowedFd<'_>) -> bool {
     let mut header = [0; HEADER];
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     let whole = recv(socket.as_raw_fd(), &mut header, flags) == Ok(HEADER);
-    whole && matches!(word(&header, 0), SET_BACKEND_REQ_FD | SET_STATUS | GET_STATUS)
+    whole && DIRECT.contains(&word(&header, 0))
 }
 
 fn word(bytes: &[u8], at: usize) -> u32 {
@@ -39,59 +53,112 @@ fn word(bytes: &[u8], at: usize) -> u32 {
 }
 
 /// Receives and carries out one message for which [`is_direct`] said yes.
+///
+/// # Errors
+/// When the message is malformed or a reply that the front end waits for cannot be given: the
+/// session ends. A message without a reply of its own that is refused is answered by REPLY_ACK.
 pub(super) fn handle(session: &mut Session, socket: BorrowedFd<'_>) -> io::Result<()> {
-    let mut message = [0; HEADER + 8];
+    let mut message = [0; HEADER + MAX_PAYLOAD];
     let (length, fds) = receive(socket, &mut message)?;
-    let request = word(&message, 0);
-    let flags = word(&message, 4);
-    let size = word(&message, 8) as usize;
-    if length != HEADER + size || flags & 3 != VERSION {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "vhost-user message of a wrong size",
-        ));
+    let (header, payload) = message.split_at(HEADER);
+    let (request, flags, size) = (word(header, 0), word(header, 4), word(header, 8) as usize);
+    if size > MAX_PAYLOAD || length != HEADER + size || flags & 3 != VERSION {
+        return Err(invalid("vhost-user message of a wrong size or version"));
     }
-    let mut payload = [0; 8];
-    payload.copy_from_slice(&message[HEADER..]);
-    let value = u64::from_le_bytes(payload);
     let result = match (request, size) {
-        (GET_STATUS, 0) => return reply(socket, request, session.status),
-        (SET_STATUS, 8) => set_status(session, value),
+        (GET_STATUS, 0) => {
+            let status = session.status.to_le_bytes();
+            return reply(socket, request, &status, None);
+        }
+        (GET_INFLIGHT_FD, 20 | 24) => return get_inflight(session, socket, &payload[..size]),
+        (SET_STATUS, 8) => session.set_status(long(payload, 0)),
+        (SET_INFLIGHT_FD, 20 | 24) => set_inflight(session, payload, fds),
         (SET_BACKEND_REQ_FD, _) => take_channel(session, fds),
-        _ => Err("wrong size"),
+        _ => return Err(invalid("vhost-user message of a wrong size")),
     };
-    if let Err(reason) = result {
-        tracing::warn!(request, reason, "vhost-user message refused");
+    if let Err(error) = &result {
+        tracing::warn!(
+            request,
+            error = error as &dyn std::error::Error,
+            "vhost-user message refused"
+        );
     }
     let acknowledge = session.protocol_negotiated(VhostUserProtocolFeatures::REPLY_ACK);
     if acknowledge && flags & NEED_REPLY != 0 {
-        reply(socket, request, u64::from(result.is_err()))?;
+        let failed = u64::from(result.is_err());
+        reply(socket, request, &failed.to_le_bytes(), None)?;
     }
     Ok(())
 }
 
-fn set_status(session: &mut Session, status: u64) -> Result<(), &'static str> {
-    if status & !KNOWN_STATUS != 0 {
-        return Err("unknown device status bits");
-    }
-    if status == 0 {
-        session.reset_device().map_err(|_| "the device cannot be reset")?;
-    }
-    session.status = status;
-    Ok(())
+fn invalid(what: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
-fn take_channel(session: &mut Session, mut fds: Vec<OwnedFd>) -> Result<(), &'static str> {
+fn long(bytes: &[u8], at: usize) -> u64 {
+    let mut long = [0; 8];
+    long.copy_from_slice(&bytes[at..at + 8]);
+    u64::from_le_bytes(long)
+}
+
+/// mmap size, mmap offset, number of queues, queue size.
+fn description(payload: &[u8]) -> InflightDescription {
+    let short = |at: usize| u16::from_le_bytes([payload[at], payload[at + 1]]);
+    InflightDescription {
+        size: long(payload, 0),
+        offset: long(payload, 8),
+        queues: short(16),
+        queue_size: short(18),
+    }
+}
+
+/// Answers in the length that the front end used.
+fn get_inflight(session: &mut Session, socket: BorrowedFd<'_>, payload: &[u8]) -> io::Result<()> {
+    let (region, fd) = session
+        .new_inflight(&description(payload))
+        .map_err(io::Error::other)?;
+    let mut answer = [0; MAX_PAYLOAD];
+    answer[..8].copy_from_slice(&region.size.to_le_bytes());
+    answer[8..16].copy_from_slice(&region.offset.to_le_bytes());
+    answer[16..18].copy_from_slice(&region.queues.to_le_bytes());
+    answer[18..20].copy_from_slice(&region.queue_size.to_le_bytes());
+    reply(socket, GET_INFLIGHT_FD, &answer[..payload.len()], Some(&fd))
+}
+
+fn set_inflight(session: &mut Session, payload: &[u8], mut fds: Vec<OwnedFd>) -> Result<(), SessionError> {
+    match (fds.pop(), fds.is_empty()) {
+        (Some(fd), true) => session.adopt_inflight(&description(payload), &fd),
+        _ => Err(SessionError::Order("SET_INFLIGHT_FD needs one file descriptor")),
+    }
+}
+
+fn take_channel(session: &mut Session, mut fds: Vec<OwnedFd>) -> Result<(), SessionError> {
     match (fds.pop(), fds.is_empty()) {
         (Some(fd), true) => {
             session.backend_channel = Some(UnixStream::from(fd));
             Ok(())
         }
-        _ => Err("one file descriptor was expected"),
+        _ => Err(SessionError::Order(
+            "SET_BACKEND_REQ_FD needs one file descriptor",
+        )),
     }
 }
 
 impl Session {
+    fn set_status(&mut self, status: u64) -> Result<(), SessionError> {
+        if status & !KNOWN_STATUS != 0 {
+            return Err(SessionError::Value {
+                what: "device status",
+                value: status,
+            });
+        }
+        if status == 0 {
+            self.reset_device()?;
+        }
+        self.status = status;
+        Ok(())
+    }
+
     /// Tells the front end that the configuration space changed (BACKEND_CONFIG_CHANGE_MSG). No
     /// answer is asked for, so that this side never waits.
     pub(super) fn send_config_change(&self) -> io::Result<()> {
@@ -111,19 +178,37 @@ fn header(request: u32, flags: u32, size: u32) -> [u8; HEADER] {
     bytes
 }
 
-fn reply(socket: BorrowedFd<'_>, request: u32, value: u64) -> io::Result<()> {
-    let mut bytes = [0; HEADER + 8];
-    bytes[..HEADER].copy_from_slice(&header(request, VERSION | REPLY, 8));
-    bytes[HEADER..].copy_from_slice(&value.to_le_bytes());
-    send_whole(socket.as_raw_fd(), &bytes)
+fn reply(socket: BorrowedFd<'_>, request: u32, payload: &[u8], fd: Option<&OwnedFd>) -> io::Result<()> {
+    let mut message = Vec::from(header(request, VERSION | REPLY, payload.len() as u32));
+    message.extend_from_slice(payload);
+    let Some(fd) = fd else {
+        return send_whole(socket.as_raw_fd(), &message);
+    };
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    let fds = [fd.as_raw_fd()];
+    let control = [ControlMessage::ScmRights(&fds)];
+    whole(
+        sendmsg::<()>(
+            socket.as_raw_fd(),
+            &[IoSlice::new(&message)],
+            &control,
+            flags,
+            None,
+        ),
+        message.len(),
+    )
 }
 
 /// A message this short goes into the socket's buffer whole or not at all; a peer that lets its
 /// buffer run full is not waited for.
 fn send_whole(socket: RawFd, message: &[u8]) -> io::Result<()> {
     let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-    match send(socket, message, flags) {
-        Ok(sent) if sent == message.len() => Ok(()),
+    whole(send(socket, message, flags), message.len())
+}
+
+fn whole(sent: nix::Result<usize>, length: usize) -> io::Result<()> {
+    match sent {
+        Ok(sent) if sent == length => Ok(()),
         Ok(_) => Err(io::ErrorKind::WriteZero.into()),
         Err(error) => Err(error.into()),
     }

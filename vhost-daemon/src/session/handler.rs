@@ -264,27 +264,12 @@ impl VhostUserBackendReqHandlerMut for Session {
         // Taken by `direct`, which keeps the socket itself.
     }
 
-    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        let (region, fd) = self.new_inflight(wanted).map_err(broken)?;
-        let reply = VhostUserInflight::new(region.size() as u64, 0, region.queues(), region.queue_size());
-        Ok((reply, File::from(fd)))
+    fn get_inflight_fd(&mut self, _wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        Err(Error::InvalidOperation("handled before the crate sees it"))
     }
 
-    fn set_inflight_fd(&mut self, kept: &VhostUserInflight, file: File) -> Result<()> {
-        if self.own_inflight.is_none() || self.vrings.iter().any(|vring| vring.running) {
-            return Err(refuse(SessionError::Order(
-                "the in-flight region came while rings run",
-            )));
-        }
-        let region = InflightRegion::adopt(
-            &OwnedFd::from(file),
-            kept.mmap_offset,
-            kept.mmap_size,
-            kept.num_queues,
-            kept.queue_size,
-        );
-        self.inflight = Some(region.map_err(|error| refuse(SessionError::Inflight(error)))?);
-        Ok(())
+    fn set_inflight_fd(&mut self, _kept: &VhostUserInflight, _file: File) -> Result<()> {
+        Err(Error::InvalidOperation("handled before the crate sees it"))
     }
 
     fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
@@ -317,35 +302,69 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 }
 
+/// An in-flight region as a message describes it ("Inflight description").
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct InflightDescription {
+    /// Bytes mapped.
+    pub(super) size: u64,
+    /// Where it starts in the file.
+    pub(super) offset: u64,
+    pub(super) queues: u16,
+    pub(super) queue_size: u16,
+}
+
 impl Session {
-    /// GET_INFLIGHT_FD: our region, emptied, in the shape that the front end wants.
-    fn new_inflight(
-        &mut self,
-        wanted: &VhostUserInflight,
-    ) -> std::result::Result<(InflightRegion, OwnedFd), SessionError> {
-        if self.vrings.iter().any(|vring| vring.running) {
+    fn check_inflight_time(&self) -> std::result::Result<(), SessionError> {
+        if !self.protocol_negotiated(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
             return Err(SessionError::Order(
-                "an in-flight region was asked for while rings run",
+                "VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD was not negotiated",
             ));
         }
-        let (own, fd) = self
-            .own_inflight
-            .as_ref()
-            .ok_or(SessionError::Order("in-flight I/O is not recorded"))?;
+        if self.vrings.iter().any(|vring| vring.running) {
+            return Err(SessionError::Order("an in-flight region while rings run"));
+        }
+        Ok(())
+    }
+
+    /// GET_INFLIGHT_FD: our region, emptied, in the shape that the front end wants.
+    pub(super) fn new_inflight(
+        &mut self,
+        wanted: &InflightDescription,
+    ) -> std::result::Result<(InflightDescription, OwnedFd), SessionError> {
+        self.check_inflight_time()?;
+        let own = self.own_inflight.as_ref();
+        let (own, fd) = own.ok_or(SessionError::Order("in-flight I/O is not recorded"))?;
         let shape = |what, value: u16| SessionError::Value {
             what,
             value: value.into(),
         };
-        if wanted.num_queues > own.queues() {
-            return Err(shape("number of queues", wanted.num_queues));
+        if wanted.queues == 0 || wanted.queues > own.queues() {
+            return Err(shape("number of queues", wanted.queues));
         }
-        if wanted.queue_size > own.queue_size() {
+        if wanted.queue_size == 0 || wanted.queue_size > own.queue_size() {
             return Err(shape("ring size", wanted.queue_size));
         }
         own.zero();
         let fd = fd.try_clone().map_err(SessionError::Inflight)?;
-        let region = own.shaped(wanted.num_queues, wanted.queue_size);
-        self.inflight = Some(region.clone());
-        Ok((region, fd))
+        let region = own.shaped(wanted.queues, wanted.queue_size);
+        let answer = InflightDescription {
+            size: region.size() as u64,
+            offset: 0,
+            ..*wanted
+        };
+        self.inflight = Some(region);
+        Ok((answer, fd))
+    }
+
+    /// SET_INFLIGHT_FD: the region that the front end kept.
+    pub(super) fn adopt_inflight(
+        &mut self,
+        kept: &InflightDescription,
+        fd: &OwnedFd,
+    ) -> std::result::Result<(), SessionError> {
+        self.check_inflight_time()?;
+        let region = InflightRegion::adopt(fd, kept.offset, kept.size, kept.queues, kept.queue_size);
+        self.inflight = Some(region.map_err(SessionError::Inflight)?);
+        Ok(())
     }
 }

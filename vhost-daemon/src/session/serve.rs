@@ -60,7 +60,6 @@ fn messages(
     socket: UnixStream,
     termination: &Termination,
 ) -> Result<End, ServeError> {
-    socket.set_nonblocking(false)?;
     let watched = socket.try_clone()?;
     let mut handler = BackendReqHandler::from_stream(socket, Arc::clone(session));
     loop {

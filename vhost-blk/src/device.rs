@@ -1,0 +1,207 @@
+//! The block device: features and configuration space (virtio 1.3, 5.2.3 and 5.2.4).
+
+use crate::image::{self, Image, OpenOptions, SECTOR};
+use crate::options::{Options, Place, USAGE};
+use crate::queue::BlkQueue;
+use crate::request::{MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_WRITE_ZEROES_SECTORS};
+use jailer::sandbox::Role;
+use std::error::Error;
+use std::io;
+use std::sync::Arc;
+use vhost_daemon::{ConfigError, Device, Program, QueueHandler, QueueLimits};
+use virtio_bindings::virtio_blk::*;
+use zerocopy::byteorder::little_endian::{U16, U32, U64};
+use zerocopy::{Immutable, IntoBytes};
+
+/// Most data segments in one request. Leaves room for header and status in a ring of 128, the
+/// smallest that front ends use.
+const MAX_SEGMENTS: u32 = 126;
+/// Physical block size of the host's file systems, as a power of two of logical blocks.
+const PHYSICAL_BLOCK_EXPONENT: u8 = 3;
+
+/// Why the device cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BlkError {
+    /// A flag is missing.
+    #[error("{0}")]
+    Missing(&'static str),
+    /// The image's file, or one below it, cannot be opened.
+    #[error("cannot open {0}")]
+    Open(Place, #[source] io::Error),
+    /// What is in the file is refused.
+    #[error("cannot use {0} as a disk image")]
+    Image(Place, #[source] image::ImageError),
+}
+
+/// `vhost-user-blk`.
+pub struct BlkProgram;
+
+impl Program for BlkProgram {
+    const NAME: &'static str = "vhost-user-blk";
+    const KIND: &'static str = "block";
+    const CAPABILITIES: &'static [&'static str] = &["read-only", "blk-file"];
+    const ROLE: Role = Role::Disk;
+    const USAGE: &'static str = USAGE;
+    const QUEUES: QueueLimits = QueueLimits {
+        default: 1,
+        most: 32,
+        multiple: 1,
+    };
+
+    type Options = Options;
+
+    fn option(options: &mut Options, name: &str, parser: &mut lexopt::Parser) -> Result<bool, lexopt::Error> {
+        options.take(name, parser)
+    }
+
+    fn check(options: &Options) -> Result<(), lexopt::Error> {
+        options.check()
+    }
+
+    fn open(options: Options, num_queues: u16) -> Result<Box<dyn Device>, Box<dyn Error + Send + Sync>> {
+        let image = open_image(&options)?;
+        tracing::info!(image = image.describe(), "disk image is open");
+        Ok(Box::new(BlkDevice::new(image, options.serial, num_queues)))
+    }
+}
+
+fn open_image(options: &Options) -> Result<Arc<dyn Image>, BlkError> {
+    let place = options
+        .image
+        .as_ref()
+        .ok_or(BlkError::Missing("one of --blk-file and --blk-fd is needed"))?;
+    let format = options
+        .format
+        .ok_or(BlkError::Missing("--format is needed: raw or qcow2"))?;
+    let open = |place: &Place, read_only| {
+        place
+            .open(read_only)
+            .map_err(|error| BlkError::Open(place.clone(), error))
+    };
+    let top = open(place, options.read_only)?;
+    let mut backing = Vec::new();
+    for (format, place) in &options.backing {
+        backing.push((*format, open(place, true)?));
+    }
+    let settings = OpenOptions {
+        read_only: options.read_only,
+        ..OpenOptions::default()
+    };
+    image::open(top, format, backing, &settings).map_err(|error| BlkError::Image(place.clone(), error))
+}
+
+/// `struct virtio_blk_config` as far as this device has fields.
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct Config {
+    capacity: U64,
+    size_max: U32,
+    seg_max: U32,
+    cylinders: U16,
+    heads: u8,
+    sectors: u8,
+    blk_size: U32,
+    physical_block_exp: u8,
+    alignment_offset: u8,
+    min_io_size: U16,
+    opt_io_size: U32,
+    writeback: u8,
+    unused0: u8,
+    num_queues: U16,
+    max_discard_sectors: U32,
+    max_discard_seg: U32,
+    discard_sector_alignment: U32,
+    max_write_zeroes_sectors: U32,
+    max_write_zeroes_seg: U32,
+    write_zeroes_may_unmap: u8,
+    unused1: [u8; 3],
+}
+
+/// A disk.
+pub struct BlkDevice {
+    image: Arc<dyn Image>,
+    serial: Vec<u8>,
+    num_queues: u16,
+}
+
+impl BlkDevice {
+    /// A disk with the contents of `image`, which answers GET_ID with `serial`.
+    pub fn new(image: Arc<dyn Image>, serial: Vec<u8>, num_queues: u16) -> Self {
+        Self {
+            image,
+            serial,
+            num_queues,
+        }
+    }
+}
+
+impl Device for BlkDevice {
+    fn features(&self) -> u64 {
+        let mut features = (1 << VIRTIO_BLK_F_SEG_MAX)
+            | (1 << VIRTIO_BLK_F_BLK_SIZE)
+            | (1 << VIRTIO_BLK_F_FLUSH)
+            | (1 << VIRTIO_BLK_F_TOPOLOGY);
+        if self.num_queues > 1 {
+            features |= 1 << VIRTIO_BLK_F_MQ;
+        }
+        if self.image.read_only() {
+            return features | 1 << VIRTIO_BLK_F_RO;
+        }
+        if self.image.can_discard() {
+            features |= 1 << VIRTIO_BLK_F_DISCARD;
+        }
+        features | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+    }
+
+    fn set_features(&mut self, _features: u64) {}
+
+    fn config(&self) -> Vec<u8> {
+        let discard_sectors = self.image.discard_granularity() / SECTOR;
+        let config = Config {
+            capacity: (self.image.capacity() / SECTOR).into(),
+            size_max: 0.into(),
+            seg_max: MAX_SEGMENTS.into(),
+            cylinders: 0.into(),
+            heads: 0,
+            sectors: 0,
+            blk_size: (SECTOR as u32).into(),
+            physical_block_exp: PHYSICAL_BLOCK_EXPONENT,
+            alignment_offset: 0,
+            min_io_size: (1 << PHYSICAL_BLOCK_EXPONENT).into(),
+            opt_io_size: 0.into(),
+            writeback: 0,
+            unused0: 0,
+            num_queues: self.num_queues.into(),
+            max_discard_sectors: MAX_DISCARD_SECTORS.into(),
+            max_discard_seg: MAX_DISCARD_SEGMENTS.into(),
+            discard_sector_alignment: u32::try_from(discard_sectors).unwrap_or(1).into(),
+            max_write_zeroes_sectors: MAX_WRITE_ZEROES_SECTORS.into(),
+            max_write_zeroes_seg: MAX_DISCARD_SEGMENTS.into(),
+            write_zeroes_may_unmap: u8::from(self.image.can_discard()),
+            unused1: [0; 3],
+        };
+        config.as_bytes().to_vec()
+    }
+
+    fn write_config(&mut self, _offset: u32, _data: &[u8]) -> Result<(), ConfigError> {
+        // Only `writeback` could be written, with VIRTIO_BLK_F_CONFIG_WCE, which is not offered.
+        Err(ConfigError)
+    }
+
+    fn records_inflight(&self) -> bool {
+        true
+    }
+
+    fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
+        let queue = |_| -> Box<dyn QueueHandler> {
+            Box::new(BlkQueue::new(Arc::clone(&self.image), self.serial.clone()))
+        };
+        (0..self.num_queues).map(queue).collect()
+    }
+
+    fn reset(&mut self) {}
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.image.close()
+    }
+}

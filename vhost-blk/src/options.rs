@@ -1,0 +1,171 @@
+//! The flags that name the image.
+
+use crate::image::Format;
+use lexopt::{Parser, ValueExt};
+use std::ffi::OsString;
+use std::fs::OpenOptions as FileOptions;
+use std::io;
+use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+
+/// Printed by `--help`.
+pub(crate) const USAGE: &str = "  --blk-file=PATH         the image
+  --blk-fd=N              the image, already open
+  --format=FORMAT         raw or qcow2; never guessed
+  --backing=FORMAT:PATH   a backing file; once for each, from the image downwards
+  --backing-fd=FORMAT:N   the same, already open
+  --read-only             the guest cannot write
+  --serial=TEXT           what GET_ID answers; at most 20 bytes
+";
+
+/// Bytes of a disk's serial number (virtio 1.3, 5.2.6: VIRTIO_BLK_T_GET_ID).
+pub(crate) const SERIAL_LENGTH: usize = 20;
+
+/// Where a file is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// By path: opened here.
+    Path(PathBuf),
+    /// Already open at exec.
+    Fd(RawFd),
+}
+
+impl Place {
+    /// Opens or takes the file.
+    pub(crate) fn open(&self, read_only: bool) -> io::Result<OwnedFd> {
+        match self {
+            Self::Path(path) => FileOptions::new()
+                .read(true)
+                .write(!read_only)
+                .open(path)
+                .map(Into::into),
+            Self::Fd(number) => vhost_daemon::inherited(*number),
+        }
+    }
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Path(path) => path.display().fmt(f),
+            Self::Fd(number) => write!(f, "file descriptor {number}"),
+        }
+    }
+}
+
+/// What the command line says about the image.
+#[derive(Clone, Default, Debug)]
+pub struct Options {
+    pub(crate) image: Option<Place>,
+    pub(crate) format: Option<Format>,
+    pub(crate) backing: Vec<(Format, Place)>,
+    pub(crate) read_only: bool,
+    pub(crate) serial: Vec<u8>,
+}
+
+impl Options {
+    /// Takes one flag; false if it is none of this program's.
+    pub(crate) fn take(&mut self, name: &str, parser: &mut Parser) -> Result<bool, lexopt::Error> {
+        match name {
+            "blk-file" => self.set_image(Place::Path(parser.value()?.into()))?,
+            "blk-fd" => self.set_image(Place::Fd(parser.value()?.parse()?))?,
+            "format" => self.format = Some(parser.value()?.parse()?),
+            "backing" => {
+                let (format, path) = layer(parser.value()?)?;
+                self.backing.push((format, Place::Path(path.into())));
+            }
+            "backing-fd" => {
+                let (format, number) = layer(parser.value()?)?;
+                self.backing.push((format, Place::Fd(number.parse()?)));
+            }
+            "read-only" => self.read_only = true,
+            "serial" => self.serial = serial(parser.value()?)?,
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// What the flags leave out.
+    pub(crate) fn check(&self) -> Result<(), lexopt::Error> {
+        if self.image.is_none() {
+            return Err("one of --blk-file and --blk-fd is needed".into());
+        }
+        if self.format.is_none() {
+            return Err("--format is needed: raw or qcow2; it is never guessed".into());
+        }
+        Ok(())
+    }
+
+    fn set_image(&mut self, place: Place) -> Result<(), lexopt::Error> {
+        match self.image.replace(place) {
+            None => Ok(()),
+            Some(_) => Err("--blk-file and --blk-fd exclude each other, and each is given once".into()),
+        }
+    }
+}
+
+/// `FORMAT:REST`; paths need not be UTF-8.
+fn layer(value: OsString) -> Result<(Format, OsString), lexopt::Error> {
+    let mut bytes = value.into_vec();
+    let colon = bytes.iter().position(|byte| *byte == b':');
+    let colon = colon.ok_or("a backing file is written FORMAT:PATH or FORMAT:N, such as raw:base.img")?;
+    let rest = bytes.split_off(colon + 1);
+    bytes.truncate(colon);
+    let format = OsString::from_vec(bytes).parse()?;
+    Ok((format, OsString::from_vec(rest)))
+}
+
+fn serial(value: OsString) -> Result<Vec<u8>, lexopt::Error> {
+    let bytes = value.into_vec();
+    if bytes.len() > SERIAL_LENGTH {
+        return Err(format!("--serial is longer than {SERIAL_LENGTH} bytes").into());
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<Options, lexopt::Error> {
+        let mut parser = Parser::from_args(arguments);
+        let mut options = Options::default();
+        while let Some(lexopt::Arg::Long(name)) = parser.next()? {
+            let name = name.to_owned();
+            assert!(options.take(&name, &mut parser)?, "{name}");
+        }
+        Ok(options)
+    }
+
+    #[test]
+    fn reads_an_image_and_its_layers_in_order() {
+        let options = parse(&[
+            "--blk-fd=4",
+            "--format=qcow2",
+            "--backing-fd=qcow2:5",
+            "--backing=raw:a:b.img",
+            "--read-only",
+            "--serial=disk-1",
+        ]);
+        let options = options.unwrap();
+        assert_eq!(options.image, Some(Place::Fd(4)));
+        assert_eq!(options.format, Some(Format::Qcow2));
+        let layers = vec![
+            (Format::Qcow2, Place::Fd(5)),
+            (Format::Raw, Place::Path("a:b.img".into())),
+        ];
+        assert_eq!(options.backing, layers);
+        assert!(options.read_only);
+        assert_eq!(options.serial, b"disk-1");
+    }
+
+    #[test]
+    fn says_what_is_wrong() {
+        let message = |arguments: &[&str]| parse(arguments).unwrap_err().to_string();
+        assert!(message(&["--format=vmdk"]).contains("vmdk"));
+        assert!(message(&["--backing=base.img"]).contains("FORMAT:PATH"));
+        assert!(message(&["--blk-file=a", "--blk-fd=3"]).contains("exclude each other"));
+        assert!(message(&["--serial=123456789012345678901"]).contains("20 bytes"));
+    }
+}
