@@ -3,7 +3,13 @@
 //! [`sandbox`] is all that the vmm and the device processes link; [`supervisor`] is the resident
 //! process beside them; the rest belongs to the short-lived launcher and its feature.
 
+#[cfg(feature = "launcher")]
+pub mod cli;
+#[cfg(feature = "launcher")]
+pub mod failure;
 pub mod inherit;
+#[cfg(feature = "launcher")]
+pub mod launch;
 pub mod sandbox;
 pub mod supervisor;
 pub mod wire;

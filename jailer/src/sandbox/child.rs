@@ -164,6 +164,11 @@ pub fn start(program: &Program<'_>) -> Result<Starting, SpawnError> {
 }
 
 impl Starting {
+    /// The child's process id.
+    pub fn pid(&self) -> Pid {
+        self.child.pid
+    }
+
     /// Waits until the child executes its program.
     ///
     /// # Errors

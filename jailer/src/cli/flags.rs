@@ -1,0 +1,205 @@
+//! Flags that describe a VM. Each key=value list becomes the same type that the TOML file
+//! becomes, by the same deserialiser.
+
+use super::spec_file;
+use crate::failure::Failure;
+use clap::Args;
+use serde::de::DeserializeOwned;
+use std::path::PathBuf;
+use vm_spec::size::ByteSize;
+use vm_spec::spec::{BootSpec, DiskSpec, NetSpec, OnReboot, VhostUserSpec, VmSpec};
+
+/// Keys whose values are numbers or truth values; all others are text.
+const NOT_TEXT: [&str; 5] = ["read-only", "num-queues", "slot", "mtu", "tap-fd"];
+
+/// The VM, in flags.
+#[derive(Args, Debug, Default)]
+pub(super) struct VmFlags {
+    /// Kernel: an ELF with a PVH note, or a bzImage
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT")]
+    cmdline: Option<String>,
+    /// vCPUs, 1 to 32
+    #[arg(long, value_name = "N")]
+    cpus: Option<u8>,
+    /// Guest memory, such as 512M
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<ByteSize>,
+    /// Back memory with pages of this size: 2M or 1G
+    #[arg(long, value_name = "SIZE")]
+    huge_pages: Option<ByteSize>,
+    /// path=FILE,format=raw|qcow2[,readonly] or vhost-user=SOCKET [,id=][,slot=][,num-queues=]
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    disk: Vec<String>,
+    /// tap=NAME, tap-fd=N, private=ADDRESS/PREFIX or vhost-user=SOCKET [,mac=][,mtu=][,id=][,slot=]
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    net: Vec<String>,
+    /// type=NAME,socket=SOCKET [,num-queues=][,config=HEX][,id=][,slot=]
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    vhost_user: Vec<String>,
+    /// The VM's name
+    #[arg(long)]
+    name: Option<String>,
+    /// What a guest's reboot does: restart or exit
+    #[arg(long, value_name = "WHAT", value_parser = on_reboot)]
+    on_reboot: Option<OnReboot>,
+    /// Seconds a guest has to power off when asked
+    #[arg(long, value_name = "SECONDS")]
+    power_off_grace: Option<u32>,
+    /// A further folder that backing files may lie in
+    #[arg(long = "image-folder", value_name = "FOLDER")]
+    image_folders: Vec<PathBuf>,
+}
+
+fn on_reboot(text: &str) -> Result<OnReboot, &'static str> {
+    match text {
+        "restart" => Ok(OnReboot::Restart),
+        "exit" => Ok(OnReboot::Exit),
+        _ => Err("write restart or exit"),
+    }
+}
+
+impl VmFlags {
+    /// The VM that the flags alone describe.
+    pub(super) fn alone(&self) -> Result<VmSpec, Failure> {
+        let kernel = self.kernel.clone().ok_or_else(|| {
+            Failure::usage("boot.kernel: no kernel is given").hint("name a spec file, or give --kernel FILE")
+        })?;
+        let boot = BootSpec {
+            kernel,
+            initrd: None,
+            cmdline: String::new(),
+        };
+        let minimal = toml::Table::try_from(Minimal { boot })
+            .and_then(|table| toml::to_string(&table))
+            .map_err(|e| Failure::usage("boot.kernel: cannot be used").because(&e))?;
+        self.over(spec_file::parse("flags", &minimal)?)
+    }
+
+    /// `spec` with what the flags say instead and besides.
+    pub(super) fn over(&self, mut spec: VmSpec) -> Result<VmSpec, Failure> {
+        set(&mut spec.boot.kernel, &self.kernel);
+        set(&mut spec.boot.cmdline, &self.cmdline);
+        set(&mut spec.cpus, &self.cpus);
+        set(&mut spec.memory, &self.memory);
+        set(&mut spec.on_reboot, &self.on_reboot);
+        set(&mut spec.power_off_grace, &self.power_off_grace);
+        spec.boot.initrd = self.initrd.clone().or(spec.boot.initrd);
+        spec.huge_pages = self.huge_pages.or(spec.huge_pages);
+        spec.name = self.name.clone().or(spec.name);
+        spec.image_folders.extend(self.image_folders.clone());
+        for text in &self.disk {
+            spec.disks.push(list::<DiskSpec>("--disk", text)?);
+        }
+        for text in &self.net {
+            spec.nets.push(list::<NetSpec>("--net", text)?);
+        }
+        for text in &self.vhost_user {
+            spec.vhost_user.push(list::<VhostUserSpec>("--vhost-user", text)?);
+        }
+        Ok(spec)
+    }
+}
+
+/// The least spec, so that every default is the deserialiser's.
+#[derive(serde::Serialize)]
+struct Minimal {
+    boot: BootSpec,
+}
+
+fn set<T: Clone>(field: &mut T, flag: &Option<T>) {
+    if let Some(value) = flag {
+        *field = value.clone();
+    }
+}
+
+/// Reads one `key=value,key=value` list. A comma in a value is written twice.
+fn list<T: DeserializeOwned>(flag: &str, text: &str) -> Result<T, Failure> {
+    let mut table = toml::Table::new();
+    for item in split(text) {
+        let (key, value) = match item.split_once('=') {
+            Some((key, value)) => (key, value),
+            // A bare key is a truth.
+            None => (item.as_str(), "true"),
+        };
+        let key = if key == "readonly" { "read-only" } else { key };
+        let value = match value.parse::<i64>() {
+            _ if !NOT_TEXT.contains(&key) => toml::Value::String(value.to_owned()),
+            Ok(number) => toml::Value::Integer(number),
+            Err(_) => match value {
+                "true" | "on" | "yes" => toml::Value::Boolean(true),
+                "false" | "off" | "no" => toml::Value::Boolean(false),
+                other => toml::Value::String(other.to_owned()),
+            },
+        };
+        if table.insert(key.to_owned(), value).is_some() {
+            return Err(Failure::usage(format!("{flag} {text}: '{key}' is given twice")));
+        }
+    }
+    toml::Value::Table(table)
+        .try_into()
+        .map_err(|e: toml::de::Error| spec_file::explain(&format!("{flag} {text}"), e.message()))
+}
+
+fn split(text: &str) -> Vec<String> {
+    let mut items = vec![String::new()];
+    let mut rest = text.chars().peekable();
+    while let Some(c) = rest.next() {
+        // The list is never empty: it starts with one item and only grows.
+        match (c, items.last_mut()) {
+            (',', Some(last)) if rest.peek() == Some(&',') => {
+                rest.next();
+                last.push(',');
+            }
+            (',', _) => items.push(String::new()),
+            (c, Some(last)) => last.push(c),
+            (_, None) => {}
+        }
+    }
+    items
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_spec::spec::ImageFormat;
+
+    #[test]
+    fn a_list_becomes_the_spec_type() {
+        let disk: DiskSpec = list("--disk", "path=/a,,b.qcow2,format=qcow2,readonly,slot=3").unwrap();
+        assert_eq!(disk.path, Some("/a,b.qcow2".into()));
+        assert_eq!(disk.format, Some(ImageFormat::Qcow2));
+        assert!(disk.read_only);
+        assert_eq!(disk.slot, Some(3));
+        let net: NetSpec = list("--net", "tap=0,mtu=1400").unwrap();
+        assert_eq!((net.tap.as_deref(), net.mtu), (Some("0"), Some(1400)));
+    }
+
+    #[test]
+    fn mistakes_name_the_flag_and_the_key() {
+        let wrong = |text| list::<DiskSpec>("--disk", text).unwrap_err().to_string();
+        let unknown = wrong("paht=/a");
+        assert!(unknown.contains("--disk paht=/a"), "{unknown}");
+        assert!(unknown.contains("did you mean 'path'?"), "{unknown}");
+        assert!(wrong("path=/a,path=/b").contains("'path' is given twice"));
+        assert!(wrong("path=/a,format=vmdk").contains("vmdk"));
+        assert!(wrong("path=/a,slot=x").contains("invalid type"));
+    }
+
+    #[test]
+    fn flags_alone_have_the_files_defaults() {
+        let flags = VmFlags {
+            kernel: Some("k".into()),
+            ..VmFlags::default()
+        };
+        let spec = flags.alone().unwrap();
+        assert_eq!(spec.cpus, 1);
+        assert_eq!(spec.memory, ByteSize(256 << 20));
+        assert_eq!(spec.power_off_grace, 10);
+    }
+}

@@ -1,0 +1,192 @@
+//! The command line of `bulkhead`.
+
+mod doctor;
+mod flags;
+mod policy;
+mod spec_file;
+
+use crate::failure::Failure;
+use crate::launch::{self, Options};
+use crate::sandbox::{Role, SeccompMode};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use std::io::Write;
+use std::path::PathBuf;
+use vm_spec::spec::VmSpec;
+
+/// Runs microVMs whose parts are separate, jailed processes.
+#[derive(Parser, Debug)]
+#[command(name = "bulkhead", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand, Debug)]
+enum Verb {
+    /// Run a VM to its end, with its console on this terminal (Ctrl-A x leaves)
+    Run(Box<RunArgs>),
+    /// Say what this host lacks, and the command that mends it
+    Doctor {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Look at the system call policies
+    Policy {
+        #[command(subcommand)]
+        verb: PolicyVerb,
+    },
+    /// Print a completion script
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Subcommand, Debug)]
+enum PolicyVerb {
+    /// Print every rule of a role, with its reason
+    Show {
+        /// disk, net, vmm, vcpu, supervisor or spawner
+        role: Role,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// `bulkhead run`'s arguments.
+#[derive(Args, Debug)]
+struct RunArgs {
+    /// The VM, as a TOML file; flags override and add to it
+    spec: Option<PathBuf>,
+    #[command(flatten)]
+    vm: flags::VmFlags,
+    /// Print the processes, descriptors and policies that would run, and run nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// What becomes of a system call that no policy allows: enforce, log or off
+    #[arg(long, value_name = "MODE", default_value_t = SeccompMode::Enforce)]
+    seccomp: SeccompMode,
+    /// How much every process logs
+    #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Warn)]
+    log_level: LogLevel,
+    /// Log more (-v info, -vv debug, -vvv trace)
+    #[arg(short, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// How log lines look
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t = LogFormat::Human)]
+    log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, ValueEnum)]
+enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum LogFormat {
+    Human,
+    Json,
+}
+
+impl RunArgs {
+    fn spec(&self) -> Result<VmSpec, Failure> {
+        match &self.spec {
+            Some(path) => self.vm.over(spec_file::read(path)?),
+            None => self.vm.alone(),
+        }
+    }
+
+    fn options(&self) -> Options {
+        let raised = match self.verbose {
+            0 => LogLevel::Error,
+            1 => LogLevel::Info,
+            2 => LogLevel::Debug,
+            _ => LogLevel::Trace,
+        };
+        Options {
+            seccomp: self.seccomp,
+            log_level: format!("{:?}", self.log_level.max(raised)).to_lowercase(),
+            log_json: self.log_format == LogFormat::Json,
+        }
+    }
+}
+
+/// Runs the command line and returns the exit code.
+pub fn main() -> u8 {
+    let launched_ns = launch::monotonic_ns();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no errors, and clap knows where each goes.
+            let _ = error.print();
+            return u8::try_from(error.exit_code()).unwrap_or(vm_spec::control::exit_code::USAGE);
+        }
+    };
+    match carry_out(cli.verb, launched_ns) {
+        Ok(code) => code,
+        Err(failure) => {
+            eprintln!("{failure}");
+            failure.code()
+        }
+    }
+}
+
+fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
+    match verb {
+        Verb::Run(args) if args.dry_run => print(&launch::dry_run(&args.spec()?, &args.options())?),
+        Verb::Run(args) => launch::run(&args.spec()?, &args.options(), launched_ns),
+        Verb::Doctor { json } => {
+            let (text, code) = doctor::examine(json);
+            print(&text)?;
+            Ok(code)
+        }
+        Verb::Policy {
+            verb: PolicyVerb::Show { role, json },
+        } => print(&policy::show(role, json)),
+        Verb::Completions { shell } => {
+            let mut out = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "bulkhead", &mut out);
+            print(&String::from_utf8_lossy(&out))
+        }
+    }
+}
+
+/// Data goes to standard output; a reader that left early is no error.
+fn print(text: &str) -> Result<u8, Failure> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Failure::host("cannot write to standard output").because(&e))
+        }
+        _ => Ok(0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn verbosity_only_raises_the_level() {
+        let level = |args: &[&str]| match Cli::try_parse_from(args).unwrap().verb {
+            Verb::Run(args) => args.options().log_level,
+            _ => unreachable!("the arguments start with run"),
+        };
+        assert_eq!(level(&["bulkhead", "run", "--kernel", "k"]), "warn");
+        assert_eq!(level(&["bulkhead", "run", "--kernel", "k", "-vv"]), "debug");
+        assert_eq!(
+            level(&["bulkhead", "run", "--kernel", "k", "-v", "--log-level=trace"]),
+            "trace"
+        );
+    }
+}

@@ -1,0 +1,123 @@
+//! Reading `SPEC.toml`, and saying where it is wrong.
+
+use crate::failure::Failure;
+use std::fs;
+use std::path::Path;
+use vm_spec::spec::VmSpec;
+
+/// Longest spec file in bytes.
+const LONGEST: u64 = 1 << 20;
+
+/// Reads the file at `path`.
+pub(super) fn read(path: &Path) -> Result<VmSpec, Failure> {
+    let failed = || Failure::usage(format!("cannot read the spec {}", path.display()));
+    let length = fs::metadata(path).map_err(|e| failed().because(&e))?.len();
+    if length > LONGEST {
+        return Err(failed().cause(format!("it is {length} bytes long")));
+    }
+    let text = fs::read_to_string(path).map_err(|e| failed().because(&e))?;
+    let mut spec = parse(&path.display().to_string(), &text)?;
+    let folder = path.parent().unwrap_or(Path::new(""));
+    resolve_paths(&mut spec, folder);
+    Ok(spec)
+}
+
+/// A spec's paths are relative to the spec, wherever it is run from.
+fn resolve_paths(spec: &mut VmSpec, folder: &Path) {
+    let disks = spec.disks.iter_mut();
+    let nets = spec.nets.iter_mut();
+    let paths = [Some(&mut spec.boot.kernel), spec.boot.initrd.as_mut()]
+        .into_iter()
+        .flatten()
+        .chain(disks.flat_map(|d| d.path.iter_mut().chain(&mut d.vhost_user)))
+        .chain(nets.filter_map(|n| n.vhost_user.as_mut()))
+        .chain(spec.vhost_user.iter_mut().map(|v| &mut v.socket))
+        .chain(&mut spec.image_folders);
+    for path in paths {
+        *path = folder.join(&*path);
+    }
+}
+
+/// Reads a spec's text; `name` is the file's, for messages.
+pub(super) fn parse(name: &str, text: &str) -> Result<VmSpec, Failure> {
+    toml::from_str(text).map_err(|e| {
+        let place = match e.span() {
+            Some(span) => {
+                let (line, column) = line_and_column(text, span.start);
+                format!("{name}:{line}:{column}")
+            }
+            None => name.to_owned(),
+        };
+        explain(&place, e.message())
+    })
+}
+
+/// Line and column of a byte, both from 1, the column in characters.
+fn line_and_column(text: &str, offset: usize) -> (usize, usize) {
+    let before = &text.as_bytes()[..offset.min(text.len())];
+    let line = before.iter().filter(|b| **b == b'\n').count() + 1;
+    let start = before.iter().rposition(|b| *b == b'\n').map_or(0, |n| n + 1);
+    (
+        line,
+        String::from_utf8_lossy(&before[start..]).chars().count() + 1,
+    )
+}
+
+/// A deserialiser's message, with the key that was probably meant.
+pub(super) fn explain(place: &str, message: &str) -> Failure {
+    let failure = Failure::usage(format!("{place}: is not understood")).cause(message);
+    match meant(message) {
+        Some(key) => failure.hint(format!("did you mean '{key}'?")),
+        None => failure,
+    }
+}
+
+/// serde says: unknown field `x`, expected one of `a`, `b` (or: expected `a`).
+fn meant(message: &str) -> Option<&str> {
+    let mut quoted = message.split('`').skip(1).step_by(2);
+    if !message.starts_with("unknown ") {
+        return None;
+    }
+    let given = quoted.next()?;
+    quoted
+        .map(|known| (strsim::damerau_levenshtein(given, known), known))
+        .filter(|(distance, known)| *distance <= 1 + known.len() / 3)
+        .min()
+        .map(|(_, known)| known)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_key_has_a_place_and_a_guess() {
+        let text = "cpus = 2\n[boot]\nkernel = \"k\"\n  kernal = \"x\"\n";
+        let message = parse("vm.toml", text).unwrap_err().to_string();
+        assert!(message.contains("vm.toml:4:3"), "{message}");
+        assert!(message.contains("unknown field `kernal`"), "{message}");
+        assert!(message.contains("did you mean 'kernel'?"), "{message}");
+    }
+
+    #[test]
+    fn a_wrong_value_has_its_place() {
+        let text = "memory = \"12X\"\n[boot]\nkernel = \"k\"\n";
+        let message = parse("vm.toml", text).unwrap_err().to_string();
+        assert!(message.contains("vm.toml:1:10"), "{message}");
+        assert!(message.contains("'X' is not a size suffix"), "{message}");
+    }
+
+    #[test]
+    fn a_far_off_key_gets_no_guess() {
+        let message = parse("v", "bananas = 1\n").unwrap_err().to_string();
+        assert!(!message.contains("did you mean"), "{message}");
+    }
+
+    #[test]
+    fn paths_are_relative_to_the_spec() {
+        let mut spec = parse("v", "[boot]\nkernel = \"k\"\ninitrd = \"/i\"\n").unwrap();
+        resolve_paths(&mut spec, Path::new("/vm"));
+        assert_eq!(spec.boot.kernel, Path::new("/vm/k"));
+        assert_eq!(spec.boot.initrd.as_deref(), Some(Path::new("/i")));
+    }
+}

@@ -1,0 +1,87 @@
+//! What a person is told when something fails: what, why, and what to do about it.
+
+use std::error::Error;
+use std::fmt;
+use vm_spec::control::exit_code;
+
+/// A failure in three lines: what failed; the cause; a hint.
+#[derive(Debug)]
+pub struct Failure {
+    what: String,
+    cause: Option<String>,
+    hint: Option<String>,
+    code: u8,
+}
+
+impl Failure {
+    /// The spec or the command line is wrong (exit code 2).
+    pub fn usage(what: impl Into<String>) -> Self {
+        Self::new(what, exit_code::USAGE)
+    }
+
+    /// Something that the spec names, or that the host should offer, is not as it must be (exit
+    /// code 1).
+    pub fn host(what: impl Into<String>) -> Self {
+        Self::new(what, exit_code::ERROR)
+    }
+
+    fn new(what: impl Into<String>, code: u8) -> Self {
+        Self {
+            what: what.into(),
+            cause: None,
+            hint: None,
+            code,
+        }
+    }
+
+    /// Adds the cause, in words.
+    #[must_use]
+    pub fn cause(mut self, cause: impl Into<String>) -> Self {
+        self.cause = Some(cause.into());
+        self
+    }
+
+    /// Adds the cause, an error with the errors behind it.
+    #[must_use]
+    pub fn because(self, error: &dyn Error) -> Self {
+        self.cause(chain(error))
+    }
+
+    /// Adds the hint.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// The exit code.
+    pub fn code(&self) -> u8 {
+        self.code
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "error: {}", self.what)?;
+        if let Some(cause) = &self.cause {
+            write!(f, "\n  cause: {cause}")?;
+        }
+        if let Some(hint) = &self.hint {
+            write!(f, "\n  hint: {hint}")?;
+        }
+        Ok(())
+    }
+}
+
+impl Error for Failure {}
+
+/// An error and what is behind it, on one line.
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(error) = next {
+        text.push_str(&format!(": {error}"));
+        next = error.source();
+    }
+    text
+}

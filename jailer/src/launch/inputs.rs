@@ -1,0 +1,356 @@
+//! Opening what the spec names. Everything is opened here, once, by the launcher; jailed
+//! processes get descriptors.
+
+use super::kernel::{self, Kernel};
+use super::machine::{Backend, Device, Tap};
+use super::qcow2;
+use super::tap;
+use crate::failure::Failure;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg, OFlag, OpenHow, ResolveFlag, openat2};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Component, Path, PathBuf};
+use vm_spec::spec::{BootSpec, ImageFormat, VmSpec};
+
+/// Longest backing chain: a loop ends here.
+const LONGEST_CHAIN: usize = 64;
+
+/// The files of a VM.
+pub(crate) struct Inputs {
+    pub(crate) kvm: OwnedFd,
+    pub(crate) kernel: OwnedFd,
+    pub(crate) initrd: Option<OwnedFd>,
+    /// One for each device, in order.
+    pub(crate) backends: Vec<BackendInput>,
+}
+
+/// What a device's back end works on.
+pub(crate) enum BackendInput {
+    /// The image first, then its backing files down to the base.
+    Images(Vec<Layer>),
+    Tap(tap::Opened),
+    /// Connected to someone else's back end.
+    Socket(OwnedFd),
+}
+
+/// One image of a chain.
+pub(crate) struct Layer {
+    pub(crate) format: ImageFormat,
+    pub(crate) path: PathBuf,
+    pub(crate) file: OwnedFd,
+}
+
+/// Opens everything.
+pub(crate) fn open(spec: &VmSpec, devices: &[Device]) -> Result<Inputs, Failure> {
+    let (kernel, kind) = open_kernel(&spec.boot)?;
+    let kvm = open_kvm()?;
+    if kind == Kernel::Linux && Path::new("/sys/module/kvm_pvm").exists() {
+        return Err(Failure::host(format!(
+            "boot.kernel: this host cannot run {}",
+            spec.boot.kernel.display()
+        ))
+        .cause("its KVM is a software KVM (module kvm_pvm), which runs no stock Linux kernel")
+        .hint("cargo demo runs it in the nested runner, which has a real KVM by emulation"));
+    }
+    let initrd = spec
+        .boot
+        .initrd
+        .as_deref()
+        .map(|path| open_file("boot.initrd", path).map(OwnedFd::from))
+        .transpose()?;
+    let backends = devices
+        .iter()
+        .map(|device| open_backend(spec, device))
+        .collect::<Result<_, _>>()?;
+    Ok(Inputs {
+        kvm,
+        kernel: kernel.into(),
+        initrd,
+        backends,
+    })
+}
+
+fn open_backend(spec: &VmSpec, device: &Device) -> Result<BackendInput, Failure> {
+    match &device.backend {
+        Backend::Disk {
+            path,
+            format,
+            read_only,
+        } => open_chain(spec, device, path, *format, *read_only).map(BackendInput::Images),
+        Backend::Net { tap, .. } => open_tap(device, tap).map(BackendInput::Tap),
+        Backend::External(socket) => match UnixStream::connect(socket) {
+            Ok(stream) => Ok(BackendInput::Socket(stream.into())),
+            Err(e) => Err(Failure::host(format!(
+                "{}: cannot connect to the back end at {}",
+                device.field,
+                socket.display()
+            ))
+            .because(&e)
+            .hint("start the back end first, with this socket path")),
+        },
+    }
+}
+
+fn open_kvm() -> Result<OwnedFd, Failure> {
+    let path = "/dev/kvm";
+    match OpenOptions::new().read(true).write(true).open(path) {
+        Ok(file) => Ok(file.into()),
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+            Err(Failure::host("KVM is not permitted: cannot open /dev/kvm")
+                .because(&e)
+                .hint("join the group kvm: sudo usermod -aG kvm \"$USER\", then log in again"))
+        }
+        Err(e) => Err(Failure::host("no KVM: cannot open /dev/kvm").because(&e).hint(
+            "load kvm_intel or kvm_amd, or enable virtualisation in the firmware; without, cargo \
+             demo runs the guest in the nested runner",
+        )),
+    }
+}
+
+fn open_kernel(boot: &BootSpec) -> Result<(File, Kernel), Failure> {
+    let field = "boot.kernel";
+    let file = open_file(field, &boot.kernel)?;
+    let bad = |e: &dyn std::error::Error| {
+        Failure::host(format!("{field}: {} cannot be booted", boot.kernel.display())).because(e)
+    };
+    let length = file.metadata().map_err(|e| bad(&e))?.len();
+    let read_at = |offset: u64, most: usize| {
+        let mut bytes = vec![0; most];
+        let n = file.read_at(&mut bytes, offset).unwrap_or(0);
+        bytes.truncate(n);
+        bytes
+    };
+    let kind = kernel::identify(&read_at(0, kernel::FRONT), length, &read_at).map_err(|e| {
+        bad(&e).hint("give an uncompressed vmlinux with a PVH note, or a bzImage (/boot/vmlinuz)")
+    })?;
+    Ok((file, kind))
+}
+
+/// A regular file for reading.
+fn open_file(field: &str, path: &Path) -> Result<File, Failure> {
+    let failed = || Failure::host(format!("{field}: cannot open {}", path.display()));
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(|e| failed().because(&e))?;
+    if file.metadata().map_err(|e| failed().because(&e))?.is_file() {
+        Ok(file)
+    } else {
+        Err(failed().cause("it is not a regular file"))
+    }
+}
+
+fn open_chain(
+    spec: &VmSpec,
+    device: &Device,
+    path: &Path,
+    format: ImageFormat,
+    read_only: bool,
+) -> Result<Vec<Layer>, Failure> {
+    let field = format!("{}.path", device.field);
+    let top = open_image(&field, path, read_only)?;
+    let own_folder = folder_of(&field, path)?;
+    let mut allowed = vec![own_folder.clone()];
+    for folder in &spec.image_folders {
+        allowed.push(folder.canonicalize().map_err(|e| {
+            Failure::host(format!("image-folders: cannot use {}", folder.display())).because(&e)
+        })?);
+    }
+    let mut layers = vec![Layer {
+        format,
+        path: path.to_owned(),
+        file: top.into(),
+    }];
+    let mut folder = own_folder;
+    while let Some(layer) = layers.last()
+        && layer.format == ImageFormat::Qcow2
+    {
+        let place = layer.path.clone();
+        let Some(backing) = read_backing(&field, layer)? else {
+            break;
+        };
+        if layers.len() == LONGEST_CHAIN {
+            return Err(Failure::host(format!(
+                "{field}: the backing chain of {} is longer than {LONGEST_CHAIN} images",
+                path.display()
+            )));
+        }
+        let wanted = lexical_join(&folder, Path::new(&backing.name));
+        let file = open_below(&allowed, &wanted).map_err(|e| {
+            let what = format!(
+                "{field}: cannot open the backing file '{}' of {}",
+                backing.name,
+                place.display()
+            );
+            match e {
+                BelowError::Outside => Failure::host(what)
+                    .cause("it lies outside the folders that images may lie in")
+                    .hint("name its folder in image-folders, or move it beside the image"),
+                BelowError::Open(e) => Failure::host(what).because(&e),
+            }
+        })?;
+        lock(&field, &wanted, &file, FlockArg::LockSharedNonblock)?;
+        folder = wanted.parent().unwrap_or(Path::new("/")).to_owned();
+        layers.push(Layer {
+            format: backing.format,
+            path: wanted,
+            file: file.into(),
+        });
+    }
+    Ok(layers)
+}
+
+fn read_backing(field: &str, layer: &Layer) -> Result<Option<qcow2::Backing>, Failure> {
+    let failed = || {
+        Failure::host(format!(
+            "{field}: {} is no qcow2 image that can be used",
+            layer.path.display()
+        ))
+    };
+    let file = layer.file.try_clone().map_err(|e| failed().because(&e))?;
+    let mut front = vec![0; qcow2::FRONT];
+    let n = File::from(file)
+        .read_at(&mut front, 0)
+        .map_err(|e| failed().because(&e))?;
+    qcow2::backing(&front[..n]).map_err(|e| {
+        let hint = match e {
+            qcow2::HeaderError::NoMagic => "check the format: qemu-img info, then format=raw",
+            qcow2::HeaderError::NoBackingFormat => {
+                "name it in the image: qemu-img rebase -u -b BASE -F FORMAT IMAGE"
+            }
+            _ => "qemu-img check tells more",
+        };
+        failed().because(&e).hint(hint)
+    })
+}
+
+fn open_image(field: &str, path: &Path, read_only: bool) -> Result<File, Failure> {
+    let failed = || Failure::host(format!("{field}: cannot open {}", path.display()));
+    let file = OpenOptions::new()
+        .read(true)
+        .write(!read_only)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(|e| failed().because(&e))?;
+    let kind = file.metadata().map_err(|e| failed().because(&e))?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(failed().cause("it is neither a regular file nor a block device"));
+    }
+    let how = if read_only {
+        FlockArg::LockSharedNonblock
+    } else {
+        FlockArg::LockExclusiveNonblock
+    };
+    lock(field, path, &file, how)?;
+    Ok(file)
+}
+
+/// Holds off a second VM on the same image. The lock lives as long as any copy of the
+/// descriptor, the device process's among them.
+fn lock(field: &str, path: &Path, file: &File, how: FlockArg) -> Result<(), Failure> {
+    let failed = || Failure::host(format!("{field}: {} is in use", path.display()));
+    let copy = file.try_clone().map_err(|e| failed().because(&e))?;
+    match Flock::lock(copy, how) {
+        Ok(held) => {
+            // Dropping a Flock unlocks, for every copy; leaking this copy until exit does not.
+            std::mem::forget(held);
+            Ok(())
+        }
+        Err((_, Errno::EAGAIN)) => Err(failed()
+            .cause("another process has locked it")
+            .hint("stop the other VM, or give each its own overlay")),
+        // A file system without locks.
+        Err((_, Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENOLCK)) => Ok(()),
+        Err((_, e)) => Err(failed().because(&e)),
+    }
+}
+
+fn folder_of(field: &str, path: &Path) -> Result<PathBuf, Failure> {
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
+    parent.unwrap_or(Path::new(".")).canonicalize().map_err(|e| {
+        Failure::host(format!("{field}: cannot find the folder of {}", path.display())).because(&e)
+    })
+}
+
+/// `name` seen from the absolute `folder`, with `.` and `..` resolved by text alone: links are
+/// not followed when it is opened either.
+fn lexical_join(folder: &Path, name: &Path) -> PathBuf {
+    let mut out = PathBuf::new();
+    for part in folder.join(name).components() {
+        match part {
+            Component::ParentDir => {
+                out.pop();
+            }
+            Component::CurDir => {}
+            other => out.push(other),
+        }
+    }
+    out
+}
+
+enum BelowError {
+    Outside,
+    Open(io::Error),
+}
+
+/// Opens `path` for reading, below the first of `allowed` that contains it, following no link.
+fn open_below(allowed: &[PathBuf], path: &Path) -> Result<File, BelowError> {
+    let (folder, rest) = allowed
+        .iter()
+        .find_map(|folder| Some((folder, path.strip_prefix(folder).ok()?)))
+        .ok_or(BelowError::Outside)?;
+    let folder = File::open(folder).map_err(BelowError::Open)?;
+    let how = OpenHow::new()
+        .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)
+        .resolve(
+            ResolveFlag::RESOLVE_BENEATH
+                | ResolveFlag::RESOLVE_NO_SYMLINKS
+                | ResolveFlag::RESOLVE_NO_MAGICLINKS,
+        );
+    match openat2(folder.as_fd(), rest, how) {
+        Ok(fd) => Ok(File::from(fd)),
+        Err(Errno::ELOOP | Errno::EXDEV) => Err(BelowError::Outside),
+        Err(e) => Err(BelowError::Open(e.into())),
+    }
+}
+
+fn open_tap(device: &Device, tap: &Tap) -> Result<tap::Opened, Failure> {
+    let field = &device.field;
+    match tap {
+        Tap::Name(name) => tap::open_existing(name).map_err(|e| {
+            let hint = match &e {
+                tap::TapError::Missing(_) => {
+                    "make it: sudo ip tuntap add NAME mode tap user \"$USER\"; or use private="
+                }
+                tap::TapError::Busy(_) => "another VM uses it: stop that, or give another TAP",
+                _ => "allow /dev/net/tun, or make the TAP with user \"$USER\"",
+            };
+            Failure::host(format!("{field}.tap: cannot use the TAP '{name}'"))
+                .because(&e)
+                .hint(hint)
+        }),
+        Tap::Inherited(fd) => tap::inherited(*fd)
+            .map_err(|e| Failure::host(format!("{field}.tap-fd: cannot use descriptor {fd}")).because(&e)),
+        Tap::Private(address, prefix) => tap::private(*address, *prefix).map_err(|e| {
+            Failure::host(format!("{field}.private: cannot make a TAP"))
+                .because(&e)
+                .hint("bulkhead doctor tells what is missing")
+        }),
+    }
+}
+
+impl Inputs {
+    /// The processes that hold network namespaces.
+    pub(crate) fn holders(&self) -> Vec<nix::unistd::Pid> {
+        let holder = |backend: &BackendInput| match backend {
+            BackendInput::Tap(tap) => tap.holder,
+            _ => None,
+        };
+        self.backends.iter().filter_map(holder).collect()
+    }
+}

@@ -1,0 +1,386 @@
+//! From what a person wrote to what is meant: defaults filled in, alternatives told apart, every
+//! field checked. Pure: nothing is opened here.
+
+use crate::failure::Failure;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use vm_spec::machine::{FIRST_SLOT, LAST_SLOT, MAX_CPUS, MAX_MEMORY, MIN_MEMORY};
+use vm_spec::size::ByteSize;
+use vm_spec::spec::{DiskSpec, ImageFormat, NetSpec, VhostUserSpec, VmSpec};
+
+/// VIRTIO_NET_F_MTU (virtio 1.3, 5.1.3).
+const NET_F_MTU: u64 = 1 << 3;
+/// VIRTIO_NET_F_MAC.
+const NET_F_MAC: u64 = 1 << 5;
+/// VIRTIO_NET_F_STATUS.
+const NET_F_STATUS: u64 = 1 << 16;
+/// Longest kernel command line in bytes (x86 COMMAND_LINE_SIZE less the end).
+const LONGEST_CMDLINE: usize = 2047;
+
+/// A device whose spec is sound.
+#[derive(Clone, PartialEq, Debug)]
+pub(crate) struct Device {
+    pub(crate) id: String,
+    /// The field of the spec that it comes from, for messages.
+    pub(crate) field: String,
+    pub(crate) slot: u8,
+    pub(crate) device_type: u16,
+    pub(crate) num_queues: Option<u16>,
+    /// See [`vm_spec::control::DeviceConfig::config`].
+    pub(crate) config: Vec<u8>,
+    pub(crate) config_features: u64,
+    pub(crate) backend: Backend,
+}
+
+/// Who serves a device.
+#[derive(Clone, PartialEq, Debug)]
+pub(crate) enum Backend {
+    /// vhost-user-blk, which we start.
+    Disk {
+        path: PathBuf,
+        format: ImageFormat,
+        read_only: bool,
+    },
+    /// vhost-user-net, which we start.
+    Net { tap: Tap, mac: Mac, mtu: Option<u16> },
+    /// Someone else, at this socket.
+    External(PathBuf),
+}
+
+/// Where a TAP comes from.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Tap {
+    Name(String),
+    Inherited(i32),
+    /// Made in a network namespace of its own; the host side has this address.
+    Private(Ipv4Addr, u8),
+}
+
+/// A MAC address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Mac(pub(crate) [u8; 6]);
+
+impl std::fmt::Display for Mac {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+/// The name and the devices of a sound spec.
+pub(crate) fn check(spec: &VmSpec, default_name: &str) -> Result<(String, Vec<Device>), Failure> {
+    let name = spec.name.clone().unwrap_or_else(|| default_name.to_owned());
+    check_name("name", &name)?;
+    check_machine(spec)?;
+    let mut devices = Vec::new();
+    for (n, disk) in spec.disks.iter().enumerate() {
+        devices.push(check_disk(spec, n, disk)?);
+    }
+    for (n, net) in spec.nets.iter().enumerate() {
+        devices.push(check_net(&name, n, net)?);
+    }
+    for (n, other) in spec.vhost_user.iter().enumerate() {
+        devices.push(check_vhost_user(n, other)?);
+    }
+    assign_slots(spec, &mut devices)?;
+    for (n, device) in devices.iter().enumerate() {
+        check_name(&format!("{}.id", device.field), &device.id)?;
+        if devices[..n].iter().any(|other| other.id == device.id) {
+            return Err(Failure::usage(format!(
+                "{}.id: '{}' is another device's id",
+                device.field, device.id
+            )));
+        }
+    }
+    Ok((name, devices))
+}
+
+fn check_machine(spec: &VmSpec) -> Result<(), Failure> {
+    if spec.cpus == 0 || spec.cpus > MAX_CPUS {
+        return Err(Failure::usage(format!(
+            "cpus: {} is not between 1 and {MAX_CPUS}",
+            spec.cpus
+        )));
+    }
+    let ByteSize(memory) = spec.memory;
+    if !(MIN_MEMORY..=MAX_MEMORY).contains(&memory) {
+        return Err(Failure::usage(format!(
+            "memory: {} is not between {} and {}",
+            spec.memory,
+            ByteSize(MIN_MEMORY),
+            ByteSize(MAX_MEMORY)
+        )));
+    }
+    let unit = match spec.huge_pages {
+        None => 4096,
+        Some(ByteSize(size)) if size == 2 << 20 || size == 1 << 30 => size,
+        Some(size) => {
+            return Err(Failure::usage(format!("huge-pages: {size} is neither 2M nor 1G")));
+        }
+    };
+    if !memory.is_multiple_of(unit) {
+        return Err(Failure::usage(format!(
+            "memory: {} is no multiple of {}",
+            spec.memory,
+            ByteSize(unit)
+        )));
+    }
+    if spec.boot.cmdline.len() > LONGEST_CMDLINE {
+        return Err(Failure::usage(format!(
+            "boot.cmdline: {} bytes, and a kernel takes {LONGEST_CMDLINE}",
+            spec.boot.cmdline.len()
+        )));
+    }
+    if spec.boot.cmdline.contains('\0') {
+        return Err(Failure::usage("boot.cmdline: contains a zero byte"));
+    }
+    Ok(())
+}
+
+/// Names become file names and prefixes of log lines.
+fn check_name(field: &str, name: &str) -> Result<(), Failure> {
+    let sound = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if name.is_empty() || name.len() > 64 || name.starts_with('.') || !name.chars().all(sound) {
+        return Err(Failure::usage(format!("{field}: '{name}' is no name"))
+            .hint("use up to 64 letters, digits, '-', '_' and '.'"));
+    }
+    Ok(())
+}
+
+fn check_queues(field: &str, queues: Option<u16>) -> Result<(), Failure> {
+    match queues {
+        Some(n) if !(1..=32).contains(&n) => Err(Failure::usage(format!(
+            "{field}.num-queues: {n} is not between 1 and 32"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn check_disk(spec: &VmSpec, n: usize, disk: &DiskSpec) -> Result<Device, Failure> {
+    let field = format!("disk[{n}]");
+    check_queues(&field, disk.num_queues)?;
+    let backend = match (&disk.path, &disk.vhost_user) {
+        (Some(path), None) => Backend::Disk {
+            path: path.clone(),
+            format: disk.format.ok_or_else(|| {
+                Failure::usage(format!("{field}.format: is missing"))
+                    .cause("a format is never guessed: the guest writes what would be guessed from")
+                    .hint("add format=raw or format=qcow2")
+            })?,
+            read_only: disk.read_only,
+        },
+        (None, Some(socket)) => Backend::External(socket.clone()),
+        (None, None) => {
+            return Err(Failure::usage(format!(
+                "{field}: neither path nor vhost-user is given"
+            )));
+        }
+        (Some(_), Some(_)) => {
+            return Err(Failure::usage(format!("{field}.vhost-user: excludes path")));
+        }
+    };
+    let ours = matches!(backend, Backend::Disk { .. });
+    Ok(Device {
+        id: disk.id.clone().unwrap_or(format!("disk{n}")),
+        field,
+        slot: disk.slot.unwrap_or(0),
+        device_type: 2,
+        num_queues: match disk.num_queues {
+            None if ours => Some(u16::from(spec.cpus).min(4)),
+            given => given,
+        },
+        config: Vec::new(),
+        config_features: 0,
+        backend,
+    })
+}
+
+fn check_net(vm: &str, n: usize, net: &NetSpec) -> Result<Device, Failure> {
+    let field = format!("net[{n}]");
+    let id = net.id.clone().unwrap_or(format!("net{n}"));
+    let mac = match &net.mac {
+        None => derived_mac(vm, &id),
+        Some(text) => parse_mac(text).ok_or_else(|| {
+            Failure::usage(format!("{field}.mac: '{text}' is no unicast MAC address"))
+                .hint("write six bytes such as 02:00:00:00:00:01")
+        })?,
+    };
+    if let Some(mtu) = net.mtu.filter(|mtu| *mtu < 68) {
+        return Err(Failure::usage(format!("{field}.mtu: {mtu} is below 68")));
+    }
+    let tap = match (&net.tap, net.tap_fd, &net.private, &net.vhost_user) {
+        (Some(name), None, None, None) => Some(Tap::Name(name.clone())),
+        (None, Some(fd), None, None) => Some(Tap::Inherited(fd)),
+        (None, None, Some(address), None) => Some(parse_private(&field, address)?),
+        (None, None, None, Some(_)) => None,
+        _ => {
+            return Err(Failure::usage(format!(
+                "{field}: give exactly one of tap, tap-fd, private and vhost-user"
+            )));
+        }
+    };
+    let backend = match (tap, &net.vhost_user) {
+        (Some(tap), _) => Backend::Net {
+            tap,
+            mac,
+            mtu: net.mtu,
+        },
+        (None, Some(socket)) => Backend::External(socket.clone()),
+        (None, None) => return Err(Failure::usage(format!("{field}: no back end"))),
+    };
+    // struct virtio_net_config: mac, status (link up), max_virtqueue_pairs, mtu.
+    let mut config = mac.0.to_vec();
+    for value in [1u16, 1, net.mtu.unwrap_or(0)] {
+        config.extend(value.to_le_bytes());
+    }
+    Ok(Device {
+        id,
+        field,
+        slot: net.slot.unwrap_or(0),
+        device_type: 1,
+        num_queues: None,
+        config,
+        config_features: NET_F_MAC | NET_F_STATUS | net.mtu.map_or(0, |_| NET_F_MTU),
+        backend,
+    })
+}
+
+fn parse_private(field: &str, text: &str) -> Result<Tap, Failure> {
+    text.split_once('/')
+        .and_then(|(address, prefix)| {
+            let prefix = prefix.parse().ok().filter(|p| (1..=30).contains(p))?;
+            Some(Tap::Private(address.parse().ok()?, prefix))
+        })
+        .ok_or_else(|| {
+            Failure::usage(format!("{field}.private: '{text}' is no address with a prefix"))
+                .hint("write the host side's IPv4 address, such as 10.0.0.1/24")
+        })
+}
+
+fn check_vhost_user(n: usize, other: &VhostUserSpec) -> Result<Device, Failure> {
+    let field = format!("vhost-user[{n}]");
+    check_queues(&field, other.num_queues)?;
+    let device_type = device_type(&other.device_type).ok_or_else(|| {
+        Failure::usage(format!(
+            "{field}.type: '{}' is no virtio device type",
+            other.device_type
+        ))
+        .hint("write a name such as fs, vsock, rng, gpu, or the type's number (virtio 1.3, 5)")
+    })?;
+    let config = match &other.config {
+        None => Vec::new(),
+        Some(hex) => parse_hex(hex).ok_or_else(|| {
+            Failure::usage(format!("{field}.config: is no hexadecimal of at most 256 bytes"))
+        })?,
+    };
+    Ok(Device {
+        id: other.id.clone().unwrap_or(format!("{}{n}", other.device_type)),
+        field,
+        slot: other.slot.unwrap_or(0),
+        device_type,
+        num_queues: other.num_queues,
+        config,
+        config_features: 0,
+        backend: Backend::External(other.socket.clone()),
+    })
+}
+
+/// Gives every device without a slot the lowest that no other has.
+fn assign_slots(spec: &VmSpec, devices: &mut [Device]) -> Result<(), Failure> {
+    let given = spec
+        .disks
+        .iter()
+        .map(|d| d.slot)
+        .chain(spec.nets.iter().map(|n| n.slot))
+        .chain(spec.vhost_user.iter().map(|v| v.slot));
+    let mut taken: Vec<(u8, String)> = Vec::new();
+    for (slot, device) in given.clone().zip(devices.iter()) {
+        let Some(slot) = slot else { continue };
+        if !(FIRST_SLOT..=LAST_SLOT).contains(&slot) {
+            return Err(Failure::usage(format!(
+                "{}.slot: {slot} is not between {FIRST_SLOT} and {LAST_SLOT}",
+                device.field
+            )));
+        }
+        if let Some((_, other)) = taken.iter().find(|(s, _)| *s == slot) {
+            return Err(Failure::usage(format!(
+                "{}.slot: {slot} is already {other}'s",
+                device.field
+            )));
+        }
+        taken.push((slot, device.field.clone()));
+    }
+    let mut free = (FIRST_SLOT..=LAST_SLOT).filter(|s| !taken.iter().any(|(t, _)| t == s));
+    for (slot, device) in given.zip(devices.iter_mut()) {
+        if slot.is_none() {
+            device.slot = free.next().ok_or_else(|| {
+                Failure::usage(format!(
+                    "{}: no PCI slot is left, a VM has {LAST_SLOT}",
+                    device.field
+                ))
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// Device types by name (virtio 1.3, 5), or by number.
+fn device_type(text: &str) -> Option<u16> {
+    let by_name = match text {
+        "net" => 1,
+        "blk" | "block" => 2,
+        "console" => 3,
+        "rng" => 4,
+        "balloon" => 5,
+        "scsi" => 8,
+        "9p" => 9,
+        "gpu" => 16,
+        "input" => 18,
+        "vsock" => 19,
+        "crypto" => 20,
+        "iommu" => 23,
+        "mem" => 24,
+        "sound" | "snd" => 25,
+        "fs" => 26,
+        "pmem" => 27,
+        "i2c" => 34,
+        "can" => 36,
+        "scmi" => 32,
+        "gpio" => 41,
+        number => number.parse().ok().filter(|n| (1..=63).contains(n))?,
+    };
+    Some(by_name)
+}
+
+fn parse_mac(text: &str) -> Option<Mac> {
+    let mut bytes = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut bytes {
+        let part = parts.next().filter(|p| p.len() == 2)?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    let unicast = bytes[0] & 1 == 0 && bytes != [0; 6];
+    (parts.next().is_none() && unicast).then_some(Mac(bytes))
+}
+
+/// Locally administered, the same at each start (FNV-1a over both names).
+fn derived_mac(vm: &str, id: &str) -> Mac {
+    let hash = [vm.as_bytes(), b"/", id.as_bytes()]
+        .concat()
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
+        });
+    let [a, b, c, d, e, ..] = hash.to_le_bytes();
+    Mac([0x02, a, b, c, d, e])
+}
+
+fn parse_hex(text: &str) -> Option<Vec<u8>> {
+    if !text.is_ascii() || !text.len().is_multiple_of(2) || text.len() > 512 {
+        return None;
+    }
+    (0..text.len())
+        .step_by(2)
+        .map(|i| u8::from_str_radix(&text[i..i + 2], 16).ok())
+        .collect()
+}

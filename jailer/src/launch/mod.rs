@@ -1,0 +1,194 @@
+//! `bulkhead run`: from a spec to an exit code.
+//!
+//! ```text
+//!   machine (check) -> reaper -> inputs (open) -> plan -> spawn -> supervise
+//! ```
+
+mod inputs;
+mod kernel;
+mod machine;
+mod plan;
+mod qcow2;
+mod reaper;
+mod run_dir;
+mod spawn;
+mod supervise;
+mod tap;
+mod terminal;
+
+use crate::failure::Failure;
+use crate::sandbox::SeccompMode;
+use inputs::{BackendInput, Inputs};
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd::{Pid, getpid};
+use plan::{Choices, Plan};
+use reaper::Reaper;
+use run_dir::RunDir;
+use std::time::Duration;
+use vm_spec::run_state::{self, ProcessRole, ProcessState, RunState};
+use vm_spec::spec::VmSpec;
+
+/// How to run, beside what to run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// What becomes of forbidden system calls.
+    pub seccomp: SeccompMode,
+    /// `error`, `warn`, `info`, `debug` or `trace`, for every process.
+    pub log_level: String,
+    /// Log lines are JSON objects.
+    pub log_json: bool,
+}
+
+/// CLOCK_MONOTONIC in nanoseconds.
+pub fn monotonic_ns() -> u64 {
+    // The clock always exists.
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |t| Duration::from(t).as_nanos() as u64)
+}
+
+/// What `bulkhead run --dry-run` prints. Opens everything, runs nothing.
+///
+/// # Errors
+/// Any [`Failure`] that [`run`] would have met before it starts a process.
+pub fn dry_run(spec: &VmSpec, options: &Options) -> Result<String, Failure> {
+    let (name, devices) = machine::check(spec, &default_name())?;
+    let inputs = inputs::open(spec, &devices)?;
+    let plan = make_plan(spec, &name, &devices, options, &inputs, false);
+    Ok(plan.describe())
+}
+
+/// Runs a VM to its end and returns the exit code. The calling process must have one thread.
+///
+/// # Errors
+/// A [`Failure`] when it could not be started.
+pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Failure> {
+    let (name, devices) = machine::check(spec, &default_name())?;
+    if options.seccomp == SeccompMode::Off {
+        eprintln!("bulkhead: warning: --seccomp=off: no process has a system call filter");
+    }
+    let run_dir = run_dir::create(&name)?;
+    let saved = terminal::save();
+    let signals = supervise::block_signals().map_err(|e| Failure::host("cannot take signals").because(&e))?;
+    let reaper = Reaper::start(&run_dir, saved.as_ref())
+        .map_err(|e| Failure::host("cannot start the reaper").because(&e))?;
+    let result = (|| {
+        let inputs = inputs::open(spec, &devices)?;
+        let holders = inputs.holders();
+        let plan = make_plan(spec, &name, &devices, options, &inputs, saved.is_some());
+        let binaries = spawn::Binaries::open(&plan)?;
+        spawn::leave_root(|uid, gid| run_dir.give_to(uid, gid))?;
+        if let Some(saved) = &saved {
+            terminal::make_raw(saved);
+        }
+        let running = spawn::spawn(&plan, inputs, &binaries)?;
+        drop(binaries);
+        let mut state = describe(&plan, &running, &reaper, &holders, launched_ns);
+        save_state(&run_dir, &state);
+        let guards = holders
+            .iter()
+            .map(|pid| (*pid, "holder of a network namespace"))
+            .chain([(reaper.pid, "reaper")])
+            .collect();
+        let grace = Duration::from_secs(spec.power_off_grace.into());
+        let spawner = supervise::Spawner::new(running, guards, signals, grace);
+        let code = spawner.serve(&mut |event| {
+            let supervise::Event::Running {
+                started_ns,
+                first_instruction_ns,
+            } = event;
+            state.machine_started_ns = Some(started_ns);
+            state.first_instruction_ns = Some(first_instruction_ns);
+            save_state(&run_dir, &state);
+        });
+        state.ended_ns = Some(monotonic_ns());
+        state.exit_code = Some(code);
+        save_state(&run_dir, &state);
+        Ok(code)
+    })();
+    if let Some(saved) = &saved {
+        terminal::restore(saved);
+    }
+    reaper.dismiss();
+    run_dir.remove();
+    result
+}
+
+fn default_name() -> String {
+    format!("vm-{}", getpid())
+}
+
+fn make_plan(
+    spec: &VmSpec,
+    name: &str,
+    devices: &[machine::Device],
+    options: &Options,
+    inputs: &Inputs,
+    raw_terminal: bool,
+) -> Plan {
+    let chains = inputs.backends.iter().map(|backend| match backend {
+        BackendInput::Images(layers) => layers.iter().map(|layer| layer.format).collect(),
+        _ => Vec::new(),
+    });
+    let choices = Choices {
+        seccomp: options.seccomp,
+        log_level: &options.log_level,
+        log_json: options.log_json,
+        has_input: terminal::has_input(),
+        raw_terminal,
+        chains: chains.collect(),
+    };
+    plan::plan(spec, name, devices, &choices)
+}
+
+/// The state is for others to read: a full disk does not end the VM.
+fn save_state(run_dir: &RunDir, state: &RunState) {
+    if let Err(error) = run_dir.write_state(state) {
+        eprintln!(
+            "bulkhead: cannot write {}: {error}",
+            run_dir.path().join(run_state::FILE_NAME).display()
+        );
+    }
+}
+
+fn describe(
+    plan: &Plan,
+    running: &spawn::Running,
+    reaper: &Reaper,
+    holders: &[Pid],
+    launched_ns: u64,
+) -> RunState {
+    let unjailed = |name: &str, role, pid: Pid| ProcessState {
+        name: name.to_owned(),
+        role,
+        pid: pid.as_raw(),
+        jailed: false,
+        fds: Vec::new(),
+    };
+    let mut processes = vec![
+        unjailed("spawner", ProcessRole::Spawner, getpid()),
+        unjailed("reaper", ProcessRole::Reaper, reaper.pid),
+    ];
+    for pid in holders {
+        processes.push(unjailed("netns", ProcessRole::NetNamespace, *pid));
+    }
+    let jailed = plan.workers.iter().zip(&running.workers);
+    for (process, child) in jailed.chain([(&plan.supervisor, &running.supervisor)]) {
+        processes.push(ProcessState {
+            name: process.name.clone(),
+            role: process.role,
+            pid: child.pid.as_raw(),
+            jailed: true,
+            fds: process.fd_states(),
+        });
+    }
+    RunState {
+        version: run_state::VERSION,
+        name: plan.name.clone(),
+        processes,
+        launched_ns,
+        spawned_ns: monotonic_ns(),
+        machine_started_ns: None,
+        first_instruction_ns: None,
+        ended_ns: None,
+        exit_code: None,
+    }
+}

@@ -1,0 +1,88 @@
+//! The reaper: a process that does nothing until the spawner is gone, however it went, and then
+//! removes what a process's death does not remove by itself: the run-time folder and the
+//! terminal's raw mode. (Children die with the spawner by PR_SET_PDEATHSIG.)
+#![expect(unsafe_code, reason = "a fork")]
+
+use super::run_dir::RunDir;
+use super::terminal::{self, Saved};
+use nix::errno::Errno;
+use nix::sys::signal::{SigHandler, Signal, signal};
+use nix::unistd::{ForkResult, Pid, fork, getpid, pipe2, read, setsid, write};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+/// What the spawner writes before it ends as it should.
+const IN_ORDER: u8 = b'.';
+
+/// The spawner's end.
+pub(crate) struct Reaper {
+    pub(crate) pid: Pid,
+    pipe: OwnedFd,
+}
+
+impl Reaper {
+    /// Starts the reaper. Only its own pipe, standard error, the terminal and the run-time
+    /// folder's lock may be open besides: everything else is opened after it.
+    ///
+    /// The calling process must have one thread only.
+    pub(crate) fn start(run_dir: &RunDir, saved: Option<&Saved>) -> nix::Result<Self> {
+        let (ours, theirs) = pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+        let spawner = getpid();
+        // SAFETY: this process has one thread, so the child may do whatever the parent might.
+        match unsafe { fork() }? {
+            ForkResult::Parent { child } => Ok(Self {
+                pid: child,
+                pipe: theirs,
+            }),
+            ForkResult::Child => {
+                drop(theirs);
+                wait(&ours, run_dir, saved, spawner);
+                // SAFETY: ends the child without running what the parent registered.
+                unsafe { libc::_exit(0) }
+            }
+        }
+    }
+
+    /// Says that the spawner ends as it should, and lets the reaper clean up.
+    pub(crate) fn dismiss(self) {
+        let _ = write(&self.pipe, &[IN_ORDER]);
+        drop(self.pipe);
+        let _ = nix::sys::wait::waitpid(self.pid, None);
+    }
+}
+
+fn wait(pipe: &OwnedFd, run_dir: &RunDir, saved: Option<&Saved>, spawner: Pid) {
+    // A Ctrl-C, a hang-up or a stop of the terminal's group is not meant for the reaper.
+    let _ = setsid();
+    for each in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGTTOU] {
+        // SAFETY: ignoring runs no code of ours.
+        let _ = unsafe { signal(each, SigHandler::SigIgn) };
+    }
+    close_others(pipe.as_raw_fd(), run_dir);
+    let mut byte = [0];
+    let in_order = loop {
+        match read(pipe, &mut byte) {
+            Err(Errno::EINTR) => {}
+            other => break other == Ok(1),
+        }
+    };
+    if let Some(saved) = saved {
+        terminal::restore(saved);
+    }
+    if !in_order {
+        eprintln!("bulkhead: the spawner (pid {spawner}) died: its VM was ended");
+    }
+    run_dir.remove();
+}
+
+/// Standard output may be a pipe whose reader waits for its end.
+fn close_others(pipe: i32, run_dir: &RunDir) {
+    let lock = run_dir.lock_number();
+    let (low, high) = (pipe.min(lock), pipe.max(lock));
+    for (first, last) in [(1, 1), (3, low - 1), (low + 1, high - 1), (high + 1, i32::MAX)] {
+        if first <= last {
+            // SAFETY: no Rust value that owns one of these is used or dropped in this process
+            // again.
+            unsafe { libc::close_range(first as u32, last as u32, 0) };
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! A VM's run-time folder, `$XDG_RUNTIME_DIR/bulkhead/NAME` or `/tmp/bulkhead-UID/NAME`: its
+//! lock says whether the VM runs, and whoever comes next sweeps what nobody holds.
+
+use crate::failure::Failure;
+use nix::fcntl::{Flock, FlockArg, OFlag, openat, renameat};
+use nix::sys::stat::Mode;
+use nix::unistd::{Gid, Uid, geteuid};
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use vm_spec::run_state::{self, RunState};
+
+/// Another start or sweep of the same name is waited out this many times.
+const ATTEMPTS: usize = 8;
+/// The files that a run-time folder may hold.
+const FILES: [&str; 2] = [run_state::FILE_NAME, "state.json.new"];
+
+/// A locked run-time folder. The lock is the folder's own, and ends with its last holder.
+pub(crate) struct RunDir {
+    path: PathBuf,
+    lock: Flock<File>,
+}
+
+/// The folder of all VMs of this user.
+fn parent() -> PathBuf {
+    match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
+        Some(folder) if folder.is_absolute() && folder.is_dir() => folder.join("bulkhead"),
+        _ => PathBuf::from(format!("/tmp/bulkhead-{}", geteuid())),
+    }
+}
+
+/// Makes and locks the folder of VM `name`, after sweeping those of VMs that are gone.
+pub(crate) fn create(name: &str) -> Result<RunDir, Failure> {
+    let parent = parent();
+    let failed = |e: &dyn std::error::Error| {
+        Failure::host(format!("cannot use the run-time folder {}", parent.display()))
+            .because(e)
+            .hint("set XDG_RUNTIME_DIR to a folder of yours")
+    };
+    match DirBuilder::new().mode(0o700).create(&parent) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(failed(&e)),
+        _ => {}
+    }
+    // In /tmp someone else may have been first.
+    let about = fs::symlink_metadata(&parent).map_err(|e| failed(&e))?;
+    if !about.is_dir() || about.uid() != geteuid().as_raw() || about.mode() & 0o022 != 0 {
+        return Err(failed(&io::Error::other(
+            "it is not a folder that only its owner, you, can write",
+        )));
+    }
+    sweep(&parent);
+    let path = parent.join(name);
+    for _ in 0..ATTEMPTS {
+        match DirBuilder::new().mode(0o700).create(&path) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(failed(&e)),
+            _ => {}
+        }
+        match try_lock(&path) {
+            Ok(Some(lock)) => return Ok(RunDir { path, lock }),
+            Ok(None) => {
+                return Err(Failure::usage(format!("name: the VM '{name}' already runs"))
+                    .hint("give another name, or end that VM first"));
+            }
+            // Swept between the two calls.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(failed(&e)),
+        }
+    }
+    Err(failed(&io::Error::other("it keeps being removed")))
+}
+
+/// The lock of a folder; `None`: someone holds it. NotFound when it was removed meanwhile.
+fn try_lock(path: &Path) -> io::Result<Option<Flock<File>>> {
+    let folder = File::open(path)?;
+    match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => {
+            let now = fs::symlink_metadata(path)?;
+            if now.ino() == lock.metadata()?.ino() {
+                Ok(Some(lock))
+            } else {
+                Err(io::ErrorKind::NotFound.into())
+            }
+        }
+        Err((_, nix::errno::Errno::EAGAIN)) => Ok(None),
+        Err((_, e)) => Err(e.into()),
+    }
+}
+
+/// Removes the folders that nobody holds. What cannot be removed is left for the next sweep.
+fn sweep(parent: &Path) {
+    let Ok(entries) = fs::read_dir(parent) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        if let Ok(Some(_lock)) = try_lock(&path) {
+            remove(&path);
+        }
+    }
+}
+
+fn remove(path: &Path) {
+    for file in FILES {
+        let _ = fs::remove_file(path.join(file));
+    }
+    let _ = fs::remove_dir(path);
+}
+
+impl RunDir {
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Gives the folder to the user that the spawner is about to become.
+    pub(crate) fn give_to(&self, uid: Uid, gid: Gid) -> io::Result<()> {
+        nix::unistd::fchown(&*self.lock, Some(uid), Some(gid)).map_err(io::Error::from)
+    }
+
+    /// Writes `state.json` anew, whole. Goes by the folder's descriptor: its path may lead
+    /// through folders that are closed to who we are by now.
+    pub(crate) fn write_state(&self, state: &RunState) -> io::Result<()> {
+        let [name, new] = FILES;
+        let text = serde_json::to_vec_pretty(state)?;
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC | OFlag::O_CLOEXEC;
+        let file = openat(&*self.lock, new, flags, Mode::from_bits_truncate(0o600))?;
+        File::from(file).write_all(&text)?;
+        renameat(&*self.lock, new, &*self.lock, name).map_err(io::Error::from)
+    }
+
+    /// The number of the descriptor that holds the lock.
+    pub(crate) fn lock_number(&self) -> i32 {
+        self.lock.as_raw_fd()
+    }
+
+    /// Removes the folder, with the lock still held.
+    pub(crate) fn remove(&self) {
+        remove(&self.path);
+    }
+}

@@ -1,0 +1,215 @@
+//! Carrying a plan out: sockets and pipes, the vmm's first message, and the processes.
+
+use super::inputs::{BackendInput, Inputs};
+use super::plan::{Plan, ProcessPlan, Source};
+use crate::failure::Failure;
+use crate::sandbox::child::{self, Child, Program, SpawnError, Starting, Step};
+use crate::wire::send_message;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::unistd::{Gid, Uid, getpid, pipe2, setgroups, setresgid, setresuid};
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use vm_spec::control::ToVmm;
+use vm_spec::supervise::ToSupervisor;
+
+/// Root becomes this user plus its process id for the time of a VM: one user for each VM, in a
+/// range that no distribution gives to people or containers (systemd's documented UID ranges).
+const VM_UIDS: u32 = 0x7000_0000;
+
+/// A VM's processes, running.
+pub(crate) struct Running {
+    /// In the order of [`Plan::workers`].
+    pub(crate) workers: Vec<Child>,
+    pub(crate) supervisor: Child,
+    /// The spawner's end of the socket to the supervisor.
+    pub(crate) control: OwnedFd,
+}
+
+/// Our binaries, opened.
+pub(crate) struct Binaries(BTreeMap<&'static str, (PathBuf, File)>);
+
+impl Binaries {
+    /// Opens those that `plan` executes, beside our own (or in BULKHEAD_BIN_DIR).
+    pub(crate) fn open(plan: &Plan) -> Result<Self, Failure> {
+        let folder = match std::env::var_os("BULKHEAD_BIN_DIR") {
+            Some(folder) => PathBuf::from(folder),
+            None => std::env::current_exe()
+                .ok()
+                .and_then(|path| path.parent().map(PathBuf::from))
+                .ok_or_else(|| Failure::host("cannot find the folder of this program"))?,
+        };
+        let mut all = BTreeMap::new();
+        for process in plan.workers.iter().chain([&plan.supervisor]) {
+            let path = folder.join(process.binary);
+            let file = OpenOptions::new().read(true).open(&path).map_err(|e| {
+                Failure::host(format!("cannot open {}", path.display()))
+                    .because(&e)
+                    .hint("install all of Bulkhead's binaries in one folder")
+            })?;
+            all.insert(process.binary, (path, file));
+        }
+        Ok(Self(all))
+    }
+}
+
+/// Root gives up what it is before anything runs: another user, no groups, no way back. The
+/// user's processes are then jailed exactly as anyone else's. Returns the user.
+pub(crate) fn leave_root(give: impl FnOnce(Uid, Gid) -> std::io::Result<()>) -> Result<(), Failure> {
+    if !Uid::effective().is_root() {
+        return Ok(());
+    }
+    let id = VM_UIDS + getpid().as_raw().unsigned_abs();
+    let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
+    let failed = |e: &dyn std::error::Error| Failure::host("cannot leave root").because(e);
+    give(uid, gid).map_err(|e| failed(&e))?;
+    setgroups(&[]).map_err(|e| failed(&e))?;
+    setresgid(gid, gid, gid).map_err(|e| failed(&e))?;
+    setresuid(uid, uid, uid).map_err(|e| failed(&e))?;
+    // The kernel made us non-dumpable, which would keep us from writing our children's id maps.
+    nix::sys::prctl::set_dumpable(true).map_err(|e| failed(&e))
+}
+
+/// Makes every process. The supervisor comes last, when it can be told the others' ids.
+pub(crate) fn spawn(plan: &Plan, inputs: Inputs, binaries: &Binaries) -> Result<Running, Failure> {
+    let mut fds = Wires::make(plan, inputs)
+        .map_err(|e| Failure::host("cannot make the sockets between the processes").because(&e))?;
+    let start = ToVmm::Start(Box::new(plan.vm.clone()));
+    send_message(fds.get(Source::VmmControl).as_fd(), 1, start)
+        .map_err(|e| Failure::host("cannot write the vmm's first message").because(&e))?;
+    let starting = plan
+        .workers
+        .iter()
+        .map(|worker| Ok((worker, begin(worker, &fds, binaries)?)))
+        .collect::<Result<Vec<_>, Failure>>()?;
+    // The supervisor is on its way before any of the others has reported.
+    let supervisor = begin(&plan.supervisor, &fds, binaries)?;
+    let mut supervision = plan.supervision.clone();
+    for (process, (_, child)) in supervision.processes.iter_mut().zip(&starting) {
+        process.pid = child.pid().as_raw();
+    }
+    let config = ToSupervisor::Start(Box::new(supervision));
+    let control = fds.spawner;
+    fds.table.clear();
+    send_message(control.as_fd(), 1, config)
+        .map_err(|e| Failure::host("cannot write the supervisor's first message").because(&e))?;
+    let workers = starting
+        .into_iter()
+        .map(|(worker, child)| child.finish().map_err(|e| not_started(worker, e)))
+        .collect::<Result<_, _>>()?;
+    let supervisor = supervisor
+        .finish()
+        .map_err(|e| not_started(&plan.supervisor, e))?;
+    Ok(Running {
+        workers,
+        supervisor,
+        control,
+    })
+}
+
+fn begin(process: &ProcessPlan, fds: &Wires, binaries: &Binaries) -> Result<Starting, Failure> {
+    let (_, binary) = &binaries.0[process.binary];
+    let arguments = [process.binary]
+        .into_iter()
+        .chain(process.arguments.iter().map(String::as_str))
+        .map(CString::new)
+        .collect::<Result<_, _>>()
+        .map_err(|e| Failure::usage(format!("{}: zero byte", process.name)).because(&e))?;
+    let program = Program {
+        binary: binary.as_fd(),
+        arguments,
+        descriptors: process
+            .descriptors
+            .iter()
+            .map(|(source, _)| fds.get(*source).as_fd())
+            .collect(),
+    };
+    child::start(&program).map_err(|e| not_started(process, e))
+}
+
+fn not_started(process: &ProcessPlan, error: SpawnError) -> Failure {
+    let hint = match &error {
+        SpawnError::Clone(_) | SpawnError::Child(Step::IdMaps | Step::Root, _) => {
+            "this needs user namespaces: bulkhead doctor tells what is missing"
+        }
+        SpawnError::Child(Step::Execute, _) => {
+            "in an empty root only a static binary runs: build for x86_64-unknown-linux-musl"
+        }
+        _ => "run with --dry-run to see what would run",
+    };
+    Failure::host(format!("cannot start {} ({})", process.name, process.binary))
+        .because(&error)
+        .hint(hint)
+}
+
+/// Every descriptor of the plan, and the spawner's own end.
+struct Wires {
+    table: BTreeMap<Source, OwnedFd>,
+    spawner: OwnedFd,
+}
+
+impl Wires {
+    fn get(&self, source: Source) -> &OwnedFd {
+        &self.table[&source]
+    }
+
+    fn make(plan: &Plan, inputs: Inputs) -> std::io::Result<Self> {
+        let mut table = BTreeMap::new();
+        let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
+        table.insert(Source::Null, null.into());
+        table.insert(Source::Stderr, std::io::stderr().as_fd().try_clone_to_owned()?);
+        table.insert(Source::Input, std::io::stdin().as_fd().try_clone_to_owned()?);
+        table.insert(Source::Output, std::io::stdout().as_fd().try_clone_to_owned()?);
+        let (spawner, supervisor) = pair(SockType::SeqPacket)?;
+        table.insert(Source::SpawnerControl, supervisor);
+        let (supervisor, vmm) = pair(SockType::SeqPacket)?;
+        table.insert(Source::VmmControl, supervisor);
+        table.insert(Source::SupervisorControl, vmm);
+        let (person, guest) = pair(SockType::Stream)?;
+        set_nonblocking(&person)?;
+        set_nonblocking(&guest)?;
+        table.insert(Source::ConsolePerson, person);
+        table.insert(Source::ConsoleGuest, guest);
+        for n in 0..plan.workers.len() {
+            let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
+            set_nonblocking(&read)?;
+            table.insert(Source::LogRead(n), read);
+            table.insert(Source::LogWrite(n), write);
+        }
+        table.insert(Source::Kvm, inputs.kvm);
+        table.insert(Source::Kernel, inputs.kernel);
+        table.extend(inputs.initrd.map(|fd| (Source::Initrd, fd)));
+        for (n, backend) in inputs.backends.into_iter().enumerate() {
+            match backend {
+                BackendInput::Socket(socket) => {
+                    table.insert(Source::FrontEnd(n), socket);
+                    continue;
+                }
+                BackendInput::Tap(tap) => {
+                    table.insert(Source::Tap(n), tap.fd);
+                }
+                BackendInput::Images(layers) => {
+                    for (m, layer) in layers.into_iter().enumerate() {
+                        table.insert(Source::Image(n, m), layer.file);
+                    }
+                }
+            }
+            let (front, back) = pair(SockType::Stream)?;
+            table.insert(Source::FrontEnd(n), front);
+            table.insert(Source::BackEnd(n), back);
+        }
+        Ok(Self { table, spawner })
+    }
+}
+
+fn pair(kind: SockType) -> nix::Result<(OwnedFd, OwnedFd)> {
+    socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC)
+}
+
+fn set_nonblocking(fd: &OwnedFd) -> nix::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
+}

@@ -1,0 +1,262 @@
+//! The spawner after every process runs: it reaps and reports, passes signals on, kills when
+//! told or when nobody is left to tell it, and ends last.
+
+use super::spawn::Running;
+use crate::wire::{Received, receive_message, send_message};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+use vm_spec::control::exit_code;
+use vm_spec::supervise::{ExitStatus, FromSupervisor, ToSupervisor};
+
+/// The supervisor, which keeps the deadlines, has this long beyond the guest's grace; then the
+/// spawner ends everything without it.
+const SUPERVISOR_GRACE: Duration = Duration::from_secs(5);
+/// Killed processes are reaped within this time, or left to init.
+const REAP_DEADLINE: Duration = Duration::from_secs(2);
+
+/// Signals that end a VM.
+const ENDING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
+
+/// Blocks the signals that the loop takes from a descriptor. Before any process is made: they
+/// unblock them again.
+pub(crate) fn block_signals() -> nix::Result<SignalFd> {
+    let mut set = SigSet::empty();
+    for signal in ENDING.into_iter().chain([Signal::SIGCHLD]) {
+        set.add(signal);
+    }
+    set.thread_block()?;
+    SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
+}
+
+/// What the loop tells its caller about.
+pub(crate) enum Event {
+    /// The guest runs.
+    Running {
+        started_ns: u64,
+        first_instruction_ns: u64,
+    },
+}
+
+/// The loop's state.
+pub(crate) struct Spawner {
+    /// By place in the plan; `None` once reaped.
+    workers: Vec<Option<Pid>>,
+    supervisor: Option<Pid>,
+    /// Processes whose end ends the VM: the reaper, the holders of network namespaces.
+    guards: Vec<(Pid, &'static str)>,
+    control: Option<std::os::fd::OwnedFd>,
+    // Kept open: a pidfd pins its process.
+    _pidfds: Vec<std::os::fd::OwnedFd>,
+    signals: SignalFd,
+    code: Option<u8>,
+    /// When the spawner stops waiting for the supervisor.
+    deadline: Option<Instant>,
+    grace: Duration,
+    asked: bool,
+}
+
+impl Spawner {
+    pub(crate) fn new(
+        running: Running,
+        guards: Vec<(Pid, &'static str)>,
+        signals: SignalFd,
+        grace: Duration,
+    ) -> Self {
+        let Running {
+            workers,
+            supervisor,
+            control,
+        } = running;
+        Self {
+            workers: workers.iter().map(|child| Some(child.pid)).collect(),
+            supervisor: Some(supervisor.pid),
+            guards,
+            control: Some(control),
+            _pidfds: workers
+                .into_iter()
+                .chain([supervisor])
+                .map(|child| child.pidfd)
+                .collect(),
+            signals,
+            code: None,
+            deadline: None,
+            grace,
+            asked: false,
+        }
+    }
+
+    /// Serves until the supervisor is gone, then ends what is left. Returns the exit code.
+    pub(crate) fn serve(mut self, on_event: &mut dyn FnMut(Event)) -> u8 {
+        while self.supervisor.is_some() {
+            if let Err(error) = self.wait() {
+                eprintln!("bulkhead: the spawner cannot wait: {error}");
+                break;
+            }
+            self.hear_supervisor(on_event);
+            self.take_signals();
+            self.reap();
+            if self.deadline.is_some_and(|at| Instant::now() >= at) {
+                eprintln!("bulkhead: the VM did not end in time: killed");
+                self.code.get_or_insert(exit_code::TIMEOUT);
+                break;
+            }
+        }
+        self.hear_supervisor(on_event);
+        self.kill_all();
+        if let Some(pid) = self.supervisor {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+        self.reap_rest();
+        self.code.unwrap_or(exit_code::ERROR)
+    }
+
+    fn wait(&self) -> nix::Result<()> {
+        let mut fds = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
+        fds.extend(
+            self.control
+                .as_ref()
+                .map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)),
+        );
+        let timeout = self.deadline.map_or(PollTimeout::NONE, |at| {
+            let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        });
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn hear_supervisor(&mut self, on_event: &mut dyn FnMut(Event)) {
+        while let Some(control) = &self.control {
+            match receive_message(control.as_fd()) {
+                Ok(Received::Nothing) => return,
+                Ok(Received::Message(_, message)) => match message {
+                    FromSupervisor::Running {
+                        started_ns,
+                        first_instruction_ns,
+                    } => on_event(Event::Running {
+                        started_ns,
+                        first_instruction_ns,
+                    }),
+                    FromSupervisor::KillAll => self.kill_all(),
+                    FromSupervisor::Finished { code } => {
+                        self.code.get_or_insert(code);
+                    }
+                },
+                // Its death is heard as a signal; a supervisor that breaks the protocol is ended.
+                Ok(Received::End) => self.control = None,
+                Err(error) => {
+                    eprintln!("bulkhead: the supervisor broke the control protocol: {error}");
+                    self.control = None;
+                    if let Some(pid) = self.supervisor {
+                        let _ = kill(pid, Signal::SIGKILL);
+                    }
+                }
+            }
+        }
+    }
+
+    fn take_signals(&mut self) {
+        while let Ok(Some(info)) = self.signals.read_signal() {
+            let ending = ENDING.iter().any(|s| *s as u32 == info.ssi_signo);
+            match (ending, self.asked) {
+                (false, _) => {}
+                (true, false) => {
+                    self.asked = true;
+                    self.deadline = Some(Instant::now() + self.grace + SUPERVISOR_GRACE);
+                    self.tell(ToSupervisor::PowerOff);
+                }
+                (true, true) => {
+                    eprintln!("bulkhead: asked twice: the VM is killed");
+                    self.code
+                        .get_or_insert(128 + u8::try_from(info.ssi_signo).unwrap_or(0));
+                    self.kill_all();
+                }
+            }
+        }
+    }
+
+    /// Reaps every child that has ended.
+    fn reap(&mut self) {
+        while let Some((pid, status)) = reap_one() {
+            if let Some(n) = self.workers.iter().position(|w| *w == Some(pid)) {
+                self.workers[n] = None;
+                // The index fits: a VM has at most 32 devices.
+                let process = n as u16;
+                self.tell(ToSupervisor::Exited { process, status });
+            } else if self.supervisor == Some(pid) {
+                self.supervisor = None;
+                if self.code.is_none() {
+                    let (code, how) = describe(status);
+                    eprintln!("bulkhead: the supervisor (pid {pid}) {how}: its VM was ended");
+                    self.code = Some(code);
+                }
+            } else if let Some((_, name)) = self.guards.iter().find(|(p, _)| *p == pid)
+                && self.code.is_none()
+            {
+                let (_, how) = describe(status);
+                eprintln!("bulkhead: the {name} (pid {pid}) {how}: its VM was ended");
+                self.code = Some(exit_code::ERROR);
+                self.kill_all();
+            }
+        }
+    }
+
+    fn tell(&mut self, message: ToSupervisor) {
+        let Some(control) = &self.control else { return };
+        if let Err(error) = send_message(control.as_fd(), 0, message) {
+            // It is gone or stuck; its end, or the deadline, ends the VM.
+            eprintln!("bulkhead: cannot tell the supervisor: {error}");
+            self.deadline.get_or_insert(Instant::now() + SUPERVISOR_GRACE);
+        }
+    }
+
+    fn kill_all(&self) {
+        for pid in self.workers.iter().flatten() {
+            // Not reaped, so the number is still this child's. A pid namespace dies with its
+            // first process.
+            let _ = kill(*pid, Signal::SIGKILL);
+        }
+    }
+
+    fn reap_rest(&mut self) {
+        let deadline = Instant::now() + REAP_DEADLINE;
+        while (self.workers.iter().any(Option::is_some) || self.supervisor.is_some())
+            && Instant::now() < deadline
+        {
+            self.deadline = Some(deadline);
+            let _ = self.wait();
+            while let Ok(Some(_)) = self.signals.read_signal() {}
+            self.control = None;
+            self.reap();
+        }
+    }
+}
+
+fn reap_one() -> Option<(Pid, ExitStatus)> {
+    loop {
+        return match waitpid(None::<Pid>, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(pid, code)) => Some((pid, ExitStatus::Code(code as u8))),
+            Ok(WaitStatus::Signaled(pid, signal, _)) => Some((pid, ExitStatus::Signal(signal as u8))),
+            Err(Errno::EINTR) => continue,
+            _ => None,
+        };
+    }
+}
+
+fn describe(status: ExitStatus) -> (u8, String) {
+    match status {
+        ExitStatus::Code(code) => (exit_code::ERROR, format!("exited with code {code}")),
+        ExitStatus::Signal(signal) if signal == Signal::SIGSYS as u8 => {
+            (exit_code::SECCOMP, "was stopped by seccomp".into())
+        }
+        ExitStatus::Signal(signal) => (exit_code::ERROR, format!("was killed by signal {signal}")),
+    }
+}
