@@ -1,10 +1,11 @@
 //! What kind of host this is: which guests its KVM can run, if it has one.
 
-use std::fmt;
-use std::path::Path;
+use crate::suite::Skip;
+use anyhow::{Result, bail};
+use std::{env, fmt, fs::File, path::Path};
 
 /// The environment variable that overrides the detection: `hardware`, `software` or `none`.
-pub const OVERRIDE: &str = "BULKHEAD_HOST";
+pub const HOST: &str = "BULKHEAD_HOST";
 /// Set in commands that run inside the nested runner.
 pub const NESTED: &str = "BULKHEAD_NESTED";
 
@@ -20,27 +21,47 @@ pub enum Host {
 }
 
 impl Host {
-    /// Looks at this host, or at [`OVERRIDE`].
-    #[must_use]
-    pub fn detect() -> Self {
-        match std::env::var(OVERRIDE).as_deref() {
-            Ok("hardware") => return Self::Hardware,
-            Ok("software") => return Self::Software,
-            Ok("none") => return Self::None,
-            _ => {}
+    /// This host.
+    ///
+    /// # Errors
+    /// When [`HOST`] names no kind.
+    pub fn detect() -> Result<Self> {
+        match env::var(HOST).as_deref() {
+            Ok("hardware") => return Ok(Self::Hardware),
+            Ok("software") => return Ok(Self::Software),
+            Ok("none") => return Ok(Self::None),
+            Ok(other) => bail!("{HOST}={other} is not hardware, software or none"),
+            Err(_) => {}
         }
-        let usable = std::fs::File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/kvm")
-            .is_ok();
-        let has = |module| Path::new("/sys/module").join(module).exists();
-        match usable {
+        let usable = File::options().read(true).write(true).open("/dev/kvm").is_ok();
+        Ok(match usable {
             false => Self::None,
-            true if has("kvm_pvm") => Self::Software,
-            true if has("kvm_intel") || has("kvm_amd") => Self::Hardware,
-            // An unknown vendor module: only the least may be expected of it.
-            true => Self::Software,
+            true if Path::new("/sys/module/kvm_pvm").exists() => Self::Software,
+            true => Self::Hardware,
+        })
+    }
+
+    /// Goes on only where guests run.
+    ///
+    /// # Errors
+    /// [`Skip`] where there is no KVM.
+    pub fn need_kvm() -> Result<Self> {
+        match Self::detect()? {
+            Self::None => bail!(Skip("/dev/kvm cannot be opened here".to_owned())),
+            host => Ok(host),
+        }
+    }
+
+    /// Goes on only where stock kernels run.
+    ///
+    /// # Errors
+    /// [`Skip`] elsewhere.
+    pub fn need_linux_kvm() -> Result<()> {
+        match Self::detect()? {
+            Self::Hardware => Ok(()),
+            host => bail!(Skip(format!(
+                "this host's KVM ({host}) runs no stock kernel; the nested runner's does"
+            ))),
         }
     }
 
@@ -54,7 +75,7 @@ impl Host {
 impl fmt::Display for Host {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Hardware if std::env::var_os(NESTED).is_some() => "nested",
+            Self::Hardware if env::var_os(NESTED).is_some() => "nested",
             Self::Hardware => "hardware",
             Self::Software => "software",
             Self::None => "none",

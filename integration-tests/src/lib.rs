@@ -1,10 +1,12 @@
 //! Fixture library of the tests, the nested runner, and what the two commands are made of.
 
 pub mod artifacts;
+pub mod demo;
 pub mod frontend_harness;
+pub mod host;
 pub mod nested;
 pub mod process;
-pub mod suite;
-pub mod demo;
-pub mod host;
 pub mod setup;
+pub mod suite;
+pub mod tiny;
+pub mod verify;

@@ -87,7 +87,7 @@ fn nested_shell(
     let mut nested = Nested::boot(options)?;
     let mut code = ExitCode::SUCCESS;
     for command in commands {
-        let ended = nested.run_through(&Job::new(&["/bin/sh", "-c", command], deadline))?;
+        let ended = nested.run_through(&Job::new(&["/bin/sh", "-c", command], deadline).for_nested(None))?;
         if !ended.success() {
             eprintln!("nested: '{command}' {ended:?}");
             code = match ended {

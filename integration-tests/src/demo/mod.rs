@@ -43,7 +43,7 @@ pub struct Outcome {
 /// # Errors
 /// Something could not be installed, built or started, or the demo failed.
 pub fn run() -> anyhow::Result<()> {
-    let host = Host::detect();
+    let host = Host::detect()?;
     setup::install_missing(if host.runs_linux() {
         Purpose::Demo
     } else {
@@ -113,13 +113,13 @@ fn run_nested(stage: &Stage) -> anyhow::Result<()> {
     let mut nested = Nested::boot(&nested::Options::default())?;
     let (demo, folder) = (stage.demo(), stage.folder());
     let argv = [demo.to_str(), Some(STAGED), folder.to_str()].map(|word| word.unwrap_or_default());
-    let mut job = Job::new(&argv, NESTED_DEADLINE);
     let user = nix::unistd::geteuid();
-    job.user = Some(if user.is_root() {
+    let user = if user.is_root() {
         NESTED_USER
     } else {
         user.as_raw()
-    });
+    };
+    let mut job = Job::new(&argv, NESTED_DEADLINE).for_nested(Some(user));
     job.folder = "/".into();
     let ended = nested.run_through(&job)?;
     nested.power_off()?;

@@ -39,7 +39,7 @@ enum Event {
 
 /// Runs the demo from a filled stage and prints everything but the last line.
 pub(super) fn run(stage: &Stage) -> anyhow::Result<Outcome> {
-    let host = Host::detect();
+    let host = Host::detect()?;
     if !host.runs_linux() {
         bail!("this host's KVM ({host}) runs no stock kernel");
     }

@@ -68,10 +68,20 @@ fn worker() -> std::io::Result<()> {
         match ToAgent::read(&mut port)? {
             ToAgent::PowerOff => return Ok(()),
             ToAgent::Run(job) => {
-                let ended = run(&job, &answers);
+                make_runtime_folder(&job);
+                let ended = run(&job, &to_port(&answers));
                 say(&answers, &FromAgent::Ended(ended))?;
             }
         }
+    }
+}
+
+/// `/run/user/UID` for a command of an ordinary user; the command itself will say if it is missing.
+fn make_runtime_folder(job: &Job) {
+    if let Some(user) = job.user {
+        let folder = format!("/run/user/{user}");
+        let _ = std::fs::create_dir(&folder);
+        let _ = std::os::unix::fs::chown(&folder, Some(user), Some(user));
     }
 }
 
@@ -96,7 +106,37 @@ fn say(port: &Mutex<File>, message: &FromAgent) -> std::io::Result<()> {
     message.write(&mut *port.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-fn run(job: &Job, answers: &Arc<Mutex<File>>) -> Ended {
+/// Takes a command's output from two threads.
+type Sink = Arc<dyn Fn(Stream, &[u8]) -> std::io::Result<()> + Send + Sync>;
+
+fn to_port(answers: &Arc<Mutex<File>>) -> Sink {
+    let answers = Arc::clone(answers);
+    Arc::new(move |stream, bytes: &[u8]| say(&answers, &FromAgent::Output(stream, bytes.to_vec())))
+}
+
+/// Runs a command on this very system, under the same watch as in the outer guest.
+pub fn run_here(job: &Job, output: &mut dyn FnMut(Stream, &[u8])) -> Ended {
+    let (sender, messages) = std::sync::mpsc::channel::<FromAgent>();
+    let pieces = sender.clone();
+    let sink: Sink = Arc::new(move |stream, bytes: &[u8]| {
+        pieces
+            .send(FromAgent::Output(stream, bytes.to_vec()))
+            .map_err(std::io::Error::other)
+    });
+    let job = job.clone();
+    std::thread::spawn(move || sender.send(FromAgent::Ended(run(&job, &sink))));
+    // A process that the command left behind may hold its output: its end is what counts.
+    for message in messages {
+        match message {
+            FromAgent::Output(stream, bytes) => output(stream, &bytes),
+            FromAgent::Ended(ended) => return ended,
+            FromAgent::Ready => {}
+        }
+    }
+    Ended::NotStarted("the thread that watches it panicked".to_owned())
+}
+
+fn run(job: &Job, sink: &Sink) -> Ended {
     let [program, arguments @ ..] = job.argv.as_slice() else {
         return Ended::NotStarted("an empty command".to_owned());
     };
@@ -115,22 +155,22 @@ fn run(job: &Job, answers: &Arc<Mutex<File>>) -> Ended {
         command.uid(user).gid(user);
     }
     match command.spawn() {
-        Ok(child) => finish(child, job.deadline, answers),
+        Ok(child) => finish(child, job.deadline, sink),
         Err(error) => Ended::NotStarted(format!("{program}: {error}")),
     }
 }
 
-fn finish(mut child: Child, deadline: Duration, answers: &Arc<Mutex<File>>) -> Ended {
+fn finish(mut child: Child, deadline: Duration, sink: &Sink) -> Ended {
     let group = Pid::from_raw(child.id().cast_signed());
     let open = Arc::new(Outputs::default());
     let out = child
         .stdout
         .take()
-        .map(|pipe| forward(pipe, Stream::Out, answers, &open));
+        .map(|pipe| forward(pipe, Stream::Out, sink, &open));
     let err = child
         .stderr
         .take()
-        .map(|pipe| forward(pipe, Stream::Err, answers, &open));
+        .map(|pipe| forward(pipe, Stream::Err, sink, &open));
     let watchdog = Watchdog::start(group, deadline);
     let status = child.wait();
     let timed_out = watchdog.stop();
@@ -173,15 +213,15 @@ impl Outputs {
 fn forward(
     mut pipe: impl Read + Send + 'static,
     stream: Stream,
-    answers: &Arc<Mutex<File>>,
+    sink: &Sink,
     open: &Arc<Outputs>,
 ) -> JoinHandle<()> {
-    let (answers, open) = (Arc::clone(answers), Arc::clone(open));
+    let (sink, open) = (Arc::clone(sink), Arc::clone(open));
     open.change(1);
     std::thread::spawn(move || {
         let mut buffer = vec![0; 64 << 10];
         while let Ok(length @ 1..) = pipe.read(&mut buffer) {
-            if say(&answers, &FromAgent::Output(stream, buffer[..length].to_vec())).is_err() {
+            if sink(stream, &buffer[..length]).is_err() {
                 break;
             }
         }

@@ -9,6 +9,7 @@ pub mod agent;
 mod outer;
 pub mod wire;
 
+use crate::host;
 use anyhow::{Context, bail};
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -166,25 +167,40 @@ impl Drop for Nested {
 }
 
 impl Job {
-    /// A command with this process's environment and working folder, and the outer guest's
-    /// temporary folders.
+    /// A command with this process's environment and working folder.
     #[must_use]
     pub fn new(argv: &[&str], deadline: Duration) -> Self {
-        let mut environment: BTreeMap<String, String> = std::env::vars().collect();
-        for (name, value) in [
-            ("TMPDIR", "/run/tmp"),
-            ("XDG_RUNTIME_DIR", "/run/user/0"),
-            ("BULKHEAD_NESTED", "1"),
-        ] {
-            environment.insert(name.to_owned(), value.to_owned());
-        }
-        environment.remove("BULKHEAD_HOST");
         Self {
             argv: argv.iter().map(|argument| (*argument).to_owned()).collect(),
-            environment,
+            environment: std::env::vars().filter(|(name, _)| name != host::HOST).collect(),
             folder: std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
             user: None,
             deadline,
         }
+    }
+
+    /// What differs in the outer guest's environment.
+    #[must_use]
+    pub fn nested_environment() -> BTreeMap<String, String> {
+        let variables = [
+            ("TMPDIR", "/run/tmp"),
+            ("XDG_RUNTIME_DIR", "/run/user/0"),
+            (host::NESTED, "1"),
+        ];
+        variables
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .into()
+    }
+
+    /// The same command for the outer guest, as this user (root if none).
+    #[must_use]
+    pub fn for_nested(mut self, user: Option<u32>) -> Self {
+        self.environment.extend(Self::nested_environment());
+        if let Some(user) = user {
+            self.environment
+                .insert("XDG_RUNTIME_DIR".to_owned(), format!("/run/user/{user}"));
+        }
+        self.user = user;
+        self
     }
 }

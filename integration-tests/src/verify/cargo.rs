@@ -1,0 +1,144 @@
+//! What cargo itself checks and builds.
+
+use super::libtest::Outcome;
+use crate::artifacts::workspace;
+use anyhow::{Context, bail};
+use serde_json::Value;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+/// Most bytes of cargo's output that a failure repeats.
+const TAIL: usize = 6000;
+
+/// A built test program.
+#[derive(Clone, Debug)]
+pub(super) struct TestProgram {
+    /// Package and target, such as `vmm lib` or `integration-tests linux`.
+    pub(super) suite: String,
+    /// The target's name.
+    pub(super) target: String,
+    /// It is a file (or folder) in `tests/` of the package `integration-tests`.
+    pub(super) tier: bool,
+    pub(super) path: PathBuf,
+    /// The package's folder, where cargo would run it.
+    pub(super) folder: PathBuf,
+}
+
+pub(super) fn cargo() -> Command {
+    let mut cargo = Command::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned()));
+    cargo.current_dir(workspace()).stdin(Stdio::null());
+    cargo
+}
+
+/// Formatting of the whole workspace.
+pub(super) fn formatting() -> Outcome {
+    check(cargo().args(["fmt", "--all", "--", "--check"]))
+}
+
+/// Clippy on everything that runs on this system, warnings denied.
+pub(super) fn clippy() -> Outcome {
+    check(cargo().args([
+        "clippy",
+        "--quiet",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ]))
+}
+
+/// Clippy on the guest that runs on no system.
+pub(super) fn clippy_bare_metal() -> Outcome {
+    let target = [
+        "clippy",
+        "--quiet",
+        "-p",
+        "tiny-guest",
+        "--target",
+        "x86_64-unknown-none",
+        "--",
+        "-D",
+        "warnings",
+    ];
+    check(cargo().args(target))
+}
+
+/// The examples in the documentation.
+pub(super) fn doc_tests() -> Outcome {
+    check(cargo().args(["test", "--quiet", "--workspace", "--doc"]))
+}
+
+fn check(command: &mut Command) -> Outcome {
+    match command.output() {
+        Ok(output) if output.status.success() => Outcome::Passed,
+        Ok(output) => {
+            let text = [output.stdout, output.stderr].concat();
+            let start = text.len().saturating_sub(TAIL);
+            Outcome::Failed(String::from_utf8_lossy(&text[start..]).into_owned())
+        }
+        Err(error) => Outcome::Failed(error.to_string()),
+    }
+}
+
+/// Builds every test program of the workspace.
+///
+/// # Errors
+/// Something does not compile; cargo has said what on standard error.
+pub(super) fn build_tests() -> anyhow::Result<Vec<TestProgram>> {
+    let format = "--message-format=json-render-diagnostics";
+    let mut build = cargo();
+    build
+        .args(["test", "--quiet", "--workspace", "--no-run", format])
+        .stderr(Stdio::inherit());
+    let output = build.output().context("cargo")?;
+    if !output.status.success() {
+        bail!("the tests do not compile");
+    }
+    let messages = output.stdout.split(|byte| *byte == b'\n');
+    let messages = messages.filter_map(|line| serde_json::from_slice::<Value>(line).ok());
+    Ok(messages.filter_map(|message| test_program(&message)).collect())
+}
+
+fn test_program(message: &Value) -> Option<TestProgram> {
+    let path = PathBuf::from(message["executable"].as_str()?);
+    if message["profile"]["test"] != Value::Bool(true) {
+        return None;
+    }
+    let manifest = PathBuf::from(message["manifest_path"].as_str()?);
+    let folder = manifest.parent()?.to_owned();
+    let package = folder.file_name()?.to_str()?;
+    let target = message["target"]["name"].as_str()?;
+    let kind = message["target"]["kind"][0].as_str()?;
+    let suite = match kind {
+        "lib" => format!("{package} lib"),
+        "bin" => format!("{package} bin {target}"),
+        _ => format!("{package} {target}"),
+    };
+    let tier = kind == "test" && package == "integration-tests";
+    Some(TestProgram {
+        suite,
+        target: target.to_owned(),
+        tier,
+        path,
+        folder,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn test_programs_are_told_from_other_artifacts() {
+        let message = |test: bool, kind: &str| {
+            json!({"executable": "/t/x", "profile": {"test": test}, "manifest_path": "/w/integration-tests/Cargo.toml",
+                   "target": {"name": "linux", "kind": [kind]}})
+        };
+        let program = test_program(&message(true, "test")).unwrap();
+        assert!(program.tier && program.suite == "integration-tests linux");
+        assert!(!test_program(&message(true, "lib")).unwrap().tier);
+        assert!(test_program(&message(false, "bin")).is_none());
+    }
+}

@@ -1,0 +1,132 @@
+//! `cargo verify`: every check and every tier that this host can run, counted.
+
+mod cargo;
+mod libtest;
+mod licences;
+mod place;
+mod report;
+
+pub use place::FULL;
+
+use crate::artifacts::{Artifacts, Profile, workspace};
+use crate::host::Host;
+use crate::setup::{self, Purpose};
+use anyhow::Context;
+use cargo::TestProgram;
+use libtest::Outcome;
+use place::Places;
+use report::Report;
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+/// How the tests of a tier choose where they run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Needs {
+    /// No KVM.
+    Nothing,
+    /// Any KVM.
+    Kvm,
+    /// A KVM that runs stock kernels.
+    LinuxKvm,
+}
+
+/// Runs everything and prints the closing line; whether all went well.
+///
+/// # Errors
+/// Something could not be installed or built, so that there is nothing to count.
+pub fn run(full: bool) -> anyhow::Result<bool> {
+    let start = Instant::now();
+    let host = Host::detect()?;
+    eprintln!(
+        "verify: host's KVM: {host}{}",
+        if host.runs_linux() {
+            ""
+        } else {
+            "; Linux guests run nested"
+        }
+    );
+    setup::install_missing(Purpose::Tests)?;
+    let binaries = tempfile::Builder::new()
+        .prefix("bulkhead-verify-")
+        .tempdir_in("/var/tmp")?;
+    let mut report = Report::default();
+    checks(&mut report);
+    eprintln!("verify: building the release binaries and the tests");
+    Artifacts::build(Profile::Release)?.copy_to(binaries.path())?;
+    let programs = cargo::build_tests()?;
+    tests(&mut report, &programs, binaries.path(), host, full);
+    let minutes = start.elapsed().as_secs().div_ceil(60);
+    if full {
+        let page = report.page(&today()?, &host.to_string(), minutes);
+        std::fs::write(workspace().join("docs/verify-full.md"), page)?;
+    }
+    let count = report.count();
+    println!("\n{}verify: {minutes} minutes\n{count}", report.details());
+    Ok(count.failed == 0)
+}
+
+/// What needs no test program.
+fn checks(report: &mut Report) {
+    type Check = fn() -> Outcome;
+    let checks: [(&str, Check); 6] = [
+        ("formatting", cargo::formatting),
+        ("clippy", cargo::clippy),
+        ("clippy, bare metal", cargo::clippy_bare_metal),
+        ("documentation examples", cargo::doc_tests),
+        ("licences", licences::licences),
+        ("advisories", licences::advisories),
+    ];
+    for (name, check) in checks {
+        report.add_suite("workspace", name, vec![(name.to_owned(), check())]);
+    }
+}
+
+fn tests(report: &mut Report, programs: &[TestProgram], binaries: &Path, host: Host, full: bool) {
+    let mut places = Places::new(binaries, full);
+    for program in programs {
+        match (needs(program), host) {
+            (Needs::Kvm, Host::None) | (Needs::LinuxKvm, Host::None | Host::Software) => {
+                let outcomes = places.nested(program, &["--test-threads=1"]);
+                report.add_suite(&program.suite, "nested", outcomes);
+            }
+            (needs, _) => {
+                let sequential: &[&str] = if needs == Needs::Nothing {
+                    &[]
+                } else {
+                    &["--test-threads=1"]
+                };
+                report.add_suite(&program.suite, "host", places.here(program, sequential));
+            }
+        }
+    }
+    if !host.runs_linux() {
+        retry_nested(report, programs, &mut places);
+    }
+}
+
+/// What this host's KVM could not run may run in the nested runner.
+fn retry_nested(report: &mut Report, programs: &[TestProgram], places: &mut Places) {
+    for program in programs.iter().filter(|program| needs(program) == Needs::Kvm) {
+        for test in report.skipped_in(&program.suite) {
+            let outcomes = places.nested(program, &["--exact", &test]);
+            report.add_suite(&program.suite, "nested", outcomes);
+        }
+    }
+}
+
+fn needs(program: &TestProgram) -> Needs {
+    match (program.tier, program.target.as_str()) {
+        (true, "tiny") => Needs::Kvm,
+        (true, target) if target.starts_with("linux") => Needs::LinuxKvm,
+        _ => Needs::Nothing,
+    }
+}
+
+fn today() -> anyhow::Result<String> {
+    let output = Command::new("date")
+        .args(["-u", "+%Y-%m-%d"])
+        .output()
+        .context("date")?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}

@@ -1,0 +1,113 @@
+//! Where test programs run: on this host, or in one boot of the nested runner.
+
+use super::cargo::TestProgram;
+use super::libtest::{self, Outcome};
+use crate::artifacts::BIN_DIR;
+use crate::nested::{Ended, Job, Nested, Options, Stream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Tells tests to run their whole matrices.
+pub const FULL: &str = "BULKHEAD_FULL";
+/// How long one test program may take.
+const PROGRAM: Duration = Duration::from_secs(15 * 60);
+/// How long one may take under `--full`.
+const PROGRAM_FULL: Duration = Duration::from_secs(3 * 3600);
+
+/// Runs test programs.
+#[derive(Debug)]
+pub(super) struct Places {
+    binaries: PathBuf,
+    full: bool,
+    /// Booted when first needed; the error of a failed boot is kept.
+    nested: Option<Result<Nested, String>>,
+}
+
+impl Places {
+    /// `binaries` is the folder with everything under test.
+    pub(super) fn new(binaries: &Path, full: bool) -> Self {
+        Self {
+            binaries: binaries.to_owned(),
+            full,
+            nested: None,
+        }
+    }
+
+    /// Runs a program on this host.
+    pub(super) fn here(&self, program: &TestProgram, arguments: &[&str]) -> Vec<(String, Outcome)> {
+        // The same watch as in the nested runner: a process group with a deadline.
+        let mut output = Vec::new();
+        let job = self.job(program, arguments);
+        let ended =
+            crate::nested::agent::run_here(&job, &mut |stream, bytes| keep(&mut output, stream, bytes));
+        outcomes(program, &output, &ended)
+    }
+
+    /// Runs a program in the nested runner.
+    pub(super) fn nested(&mut self, program: &TestProgram, arguments: &[&str]) -> Vec<(String, Outcome)> {
+        let mut job = self.job(program, arguments);
+        job.environment.extend(Job::nested_environment());
+        let boot = || Nested::boot(&Options::default()).map_err(|error| format!("{error:#}"));
+        let nested = match self.nested.get_or_insert_with(boot) {
+            Ok(nested) => nested,
+            Err(error) => return vec![whole(program, error.clone())],
+        };
+        let mut output = Vec::new();
+        match nested.run(&job, &mut |stream, bytes| keep(&mut output, stream, bytes)) {
+            Ok(ended) => outcomes(program, &output, &ended),
+            Err(error) => {
+                let error = format!("{error:#}");
+                // The next program gets a fresh boot.
+                self.nested = None;
+                let mut known = libtest::parse(&String::from_utf8_lossy(&output));
+                known.push(whole(program, error));
+                known
+            }
+        }
+    }
+
+    fn job(&self, program: &TestProgram, arguments: &[&str]) -> Job {
+        let path = program.path.to_string_lossy();
+        let argv: Vec<&str> = std::iter::once(&*path).chain(arguments.iter().copied()).collect();
+        let mut job = Job::new(&argv, if self.full { PROGRAM_FULL } else { PROGRAM });
+        job.folder.clone_from(&program.folder);
+        job.environment
+            .insert(BIN_DIR.to_owned(), self.binaries.to_string_lossy().into_owned());
+        job.environment.insert(
+            "CARGO_MANIFEST_DIR".to_owned(),
+            program.folder.to_string_lossy().into_owned(),
+        );
+        if self.full {
+            job.environment.insert(FULL.to_owned(), "1".to_owned());
+        }
+        job
+    }
+}
+
+/// Standard output is what the harness says; standard error is passed on as it comes.
+fn keep(output: &mut Vec<u8>, stream: Stream, bytes: &[u8]) {
+    match stream {
+        Stream::Out => output.extend_from_slice(bytes),
+        Stream::Err => {
+            use std::io::Write;
+            // Nobody may be watching.
+            let _ = std::io::stderr().write_all(bytes);
+        }
+    }
+}
+
+fn outcomes(program: &TestProgram, output: &[u8], ended: &Ended) -> Vec<(String, Outcome)> {
+    let mut outcomes = libtest::parse(&String::from_utf8_lossy(output));
+    let failed = outcomes
+        .iter()
+        .any(|(_, outcome)| matches!(outcome, Outcome::Failed(_)));
+    // A program that fails without a failed test, or is killed, is a failure of its own.
+    if !ended.success() && (!failed || !matches!(ended, Ended::Exited(_))) {
+        outcomes.push(whole(program, format!("the test program ended with {ended:?}")));
+    }
+    outcomes
+}
+
+fn whole(program: &TestProgram, why: String) -> (String, Outcome) {
+    (format!("{} as a whole", program.suite), Outcome::Failed(why))
+}
