@@ -3,13 +3,14 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::{
+    fcntl::{FcntlArg, fcntl},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use std::{
     fs::File,
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::{AsRawFd, FromRawFd, OwnedFd},
         unix::{fs::FileExt, net::UnixStream, process::CommandExt},
     },
     path::Path,
@@ -20,6 +21,9 @@ use std::{
 
 /// Between two looks at something that has no event to wait for.
 const LOOK: Duration = Duration::from_millis(5);
+
+/// Where the descriptors wait that children inherit.
+const FIRST_SPARE: i32 = 200;
 
 /// A child process; killed when dropped.
 #[derive(Debug)]
@@ -49,7 +53,7 @@ impl Process {
     /// When it does not start.
     pub fn start_with_socket(mut command: Command) -> Result<(Self, UnixStream)> {
         let (ours, theirs) = UnixStream::pair()?;
-        inherit_at(&mut command, theirs.into(), 3);
+        inherit_at(&mut command, theirs.into(), 3)?;
         Ok((Self::start(command)?, ours))
     }
 
@@ -119,25 +123,27 @@ impl Drop for Process {
     }
 }
 
-/// Makes `fd` the child's fd `number`.
+/// Makes `fd` the child's fd `number` (below [`FIRST_SPARE`]).
+///
+/// # Errors
+/// When no descriptor is left.
 #[expect(unsafe_code, reason = "runs code between fork and exec")]
-pub fn inherit_at(command: &mut Command, fd: OwnedFd, number: i32) {
+pub fn inherit_at(command: &mut Command, fd: OwnedFd, number: i32) -> Result<()> {
+    ensure!(number < FIRST_SPARE, "fd {number}");
+    // Out of the way of every number that is asked for: no dup2 closes what another one needs.
+    let raw = fcntl(&fd, FcntlArg::F_DUPFD_CLOEXEC(FIRST_SPARE))?;
+    // SAFETY: fcntl has just made this descriptor.
+    let spare = unsafe { OwnedFd::from_raw_fd(raw) };
     let install = move || {
-        let from = fd.as_raw_fd();
-        let result = if from == number {
-            // SAFETY: async-signal-safe, touches no memory.
-            unsafe { libc::fcntl(from, libc::F_SETFD, 0) }
-        } else {
-            // SAFETY: async-signal-safe, touches no memory.
-            unsafe { libc::dup2(from, number) }
-        };
-        if result < 0 {
+        // SAFETY: async-signal-safe, touches no memory.
+        if unsafe { libc::dup2(spare.as_raw_fd(), number) } < 0 {
             return Err(std::io::Error::last_os_error());
         }
         Ok(())
     };
-    // SAFETY: the closure makes only the calls above and allocates nothing.
+    // SAFETY: the closure makes only the call above and allocates nothing.
     unsafe { command.pre_exec(install) };
+    Ok(())
 }
 
 /// Connects to the socket that a process started by hand listens on.

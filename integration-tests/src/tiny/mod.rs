@@ -1,0 +1,9 @@
+//! The tiny guest under our vmm: started directly, with no jail around it, or by `bulkhead run`.
+
+mod console;
+mod echo;
+mod vmm;
+
+pub use console::Console;
+pub use echo::{Echo, Tap};
+pub use vmm::{Device, Ended, Vm, VmOptions};
