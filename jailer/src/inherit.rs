@@ -27,3 +27,13 @@ pub fn take(number: FdNumber) -> io::Result<OwnedFd> {
     // SAFETY: it is open, came by exec (no Rust value made it), and `taken` keeps it single.
     Ok(unsafe { OwnedFd::from_raw_fd(number.0) })
 }
+
+/// Closes the descriptors `first` to `last` (both included), whichever are open.
+///
+/// # Safety
+/// The process never again uses or drops a Rust value that owns one of them.
+pub unsafe fn close_range(first: u32, last: u32) {
+    // SAFETY: the caller answers for the owners; the call takes no pointer. It fails only on
+    // kernels before 5.9, where the descriptors stay until exit.
+    unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+}

@@ -82,7 +82,7 @@ fn close_others(pipe: i32, run_dir: &RunDir) {
         if first <= last {
             // SAFETY: no Rust value that owns one of these is used or dropped in this process
             // again.
-            unsafe { libc::close_range(first as u32, last as u32, 0) };
+            unsafe { crate::inherit::close_range(first as u32, last as u32) };
         }
     }
 }

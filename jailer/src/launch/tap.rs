@@ -159,7 +159,7 @@ fn send(socket: &OwnedFd, text: &[u8], rights: &[ControlMessage<'_>]) -> nix::Re
 /// Holds the namespace, and nothing else, until the spawner ends.
 fn stay() -> ! {
     // SAFETY: this process uses no descriptor from here to its end.
-    unsafe { libc::close_range(0, libc::c_uint::MAX, 0) };
+    unsafe { crate::inherit::close_range(0, libc::c_uint::MAX) };
     let _ = nix::unistd::setsid();
     let _ = nix::unistd::chdir(c"/");
     let _ = caps::drop_all();
