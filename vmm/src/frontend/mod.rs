@@ -26,9 +26,9 @@ pub(crate) mod fake_backend;
 #[cfg(test)]
 mod session_tests;
 
+pub use crate::memory::RamRegion as MemoryRegion;
 pub use error::{Error, ReplyProblem};
 pub use inflight::InflightRegion;
-pub use crate::memory::RamRegion as MemoryRegion;
 pub use memory::{HostAddress, MemoryTable};
 pub(crate) use rings::new_event;
 pub use rings::{QueueState, Ring, RingAddresses, RingEvents};

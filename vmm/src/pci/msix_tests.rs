@@ -203,7 +203,11 @@ fn odd_accesses_to_table_and_pba() {
     assert_eq!(entry[16..], [0xFF, 0xFF]);
     msix.table_write(0, &[0xFF; 4]);
     msix.table_read(0, &mut entry[..4]);
-    assert_eq!(entry[..4], [0xFC, 0xFF, 0xFF, 0xFF], "address bits 0 and 1 are zero");
+    assert_eq!(
+        entry[..4],
+        [0xFC, 0xFF, 0xFF, 0xFF],
+        "address bits 0 and 1 are zero"
+    );
     let mut bits = [0xFF; 8];
     msix.pba_read(0x800, &mut bits);
     assert_eq!(bits, [0; 8]);

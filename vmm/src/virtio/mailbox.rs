@@ -117,6 +117,11 @@ impl Mailbox {
 
     fn leave(&self, change: impl FnOnce(&mut Mail)) {
         change(&mut self.mail.lock().unwrap_or_else(PoisonError::into_inner));
+        self.wake();
+    }
+
+    /// Makes the thread look once more.
+    pub(super) fn wake(&self) {
         // EAGAIN: the count is at its maximum, so the thread has a signal to see anyway.
         let _ = self.wake.write(1);
     }

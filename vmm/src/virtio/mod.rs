@@ -26,6 +26,13 @@ mod successor;
 mod transport;
 mod worker;
 
+#[cfg(test)]
+mod device_tests;
+#[cfg(test)]
+mod function_tests;
+#[cfg(test)]
+mod rig;
+
 pub use device::{Confine, Connecting, Device, DeviceError, DeviceEvent, DeviceParts, EventSink};
 
 /// Largest queue that the transport offers, in entries (queue_size of virtio 1.3, 4.1.4.3).

@@ -56,6 +56,8 @@ pub(super) struct Worker {
     /// One for all queues: a back end's word that a ring is broken.
     ring_error: Arc<EventFd>,
     pub(super) phase: Phase,
+    /// No successor will come: a driver that starts the device is told at once.
+    abandoned: bool,
 }
 
 /// The thread's body.
@@ -96,6 +98,7 @@ pub(super) fn run(
         inflight,
         ring_error,
         phase: Phase::Idle,
+        abandoned: false,
     }
     .serve();
 }
@@ -122,7 +125,7 @@ fn negotiate(context: &Context, socket: OwnedFd) -> Result<Parts, Error> {
 impl Worker {
     fn serve(mut self) {
         loop {
-            let ready = self.wait();
+            self.wait();
             let mail = self.context.mailbox.take();
             if mail.quit {
                 return;
@@ -131,14 +134,12 @@ impl Worker {
             if self.ring_error.read().is_ok() {
                 self.needs_reset("back end reported a broken ring (vring error eventfd)".to_owned());
             }
-            if ready {
-                self.look_at_session();
-            }
+            self.look_at_session();
         }
     }
 
-    /// Waits for mail, a ring's error or the back end. True: look at the back end.
-    fn wait(&self) -> bool {
+    /// Waits for mail, a ring's error or the back end.
+    fn wait(&self) {
         let mut fds = vec![
             PollFd::new(self.context.mailbox.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.ring_error.as_fd(), PollFlags::POLLIN),
@@ -156,7 +157,6 @@ impl Worker {
             // Out of memory, at most: the mail is looked at in any case.
             Err(error) => tracing::warn!(%error, "poll failed"),
         }
-        fds.iter().skip(2).any(|fd| fd.any().unwrap_or(true))
     }
 
     fn read_mail(&mut self, mail: Mail) {
@@ -178,11 +178,16 @@ impl Worker {
                     self.reset();
                     drop(answer.send(Ok(())));
                 }
-                Command::GiveUp(reason) => self.needs_reset(reason),
+                Command::GiveUp(reason) => {
+                    self.abandoned = true;
+                    self.needs_reset(reason);
+                }
             }
         }
     }
 
+    /// Looks at the back end after every wake-up, whatever it was: a request of the back end that
+    /// came during an exchange has been taken off its channel, which is silent now.
     fn look_at_session(&mut self) {
         let Some(session) = &mut self.session else {
             return;
@@ -193,6 +198,8 @@ impl Worker {
         }
         if session.take_config_change() {
             self.reread_config();
+            // Another change may have come, and been noted, while this one was read.
+            self.context.mailbox.wake();
         }
     }
 
@@ -204,11 +211,15 @@ impl Worker {
 
     fn lose(&mut self, error: &Error) {
         if self.session.take().is_some() {
-            (self.context.events)(DeviceEvent::BackendLost {
-                device: self.context.spec.id.clone(),
-                reason: chain(error),
-            });
+            self.report_lost(error);
         }
+    }
+
+    fn report_lost(&self, error: &Error) {
+        (self.context.events)(DeviceEvent::BackendLost {
+            device: self.context.spec.id.clone(),
+            reason: chain(error),
+        });
     }
 
     fn needs_reset(&mut self, reason: String) {
@@ -223,9 +234,13 @@ impl Worker {
         let inflight = self.inflight.take();
         let started = self.with_session(|s| s.start(order.features, &order.rings, inflight.as_ref()));
         self.inflight = inflight;
+        // Also when it failed: a successor starts these rings.
         self.phase = Phase::Running(order);
-        if let Err(error) = started {
-            self.needs_reset(chain(&error));
+        match started {
+            Err(error) if self.abandoned => self.needs_reset(chain(&error)),
+            Err(error @ Error::NoBackend) => self.report_lost(&error),
+            // Any other failure was reported as it cost the session.
+            Err(_) | Ok(()) => {}
         }
     }
 

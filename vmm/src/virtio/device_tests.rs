@@ -1,0 +1,355 @@
+use super::rig::{Rig, script, spec};
+use super::{Device, DeviceEvent, DeviceParts};
+use crate::frontend::fake_backend::{FakeBackend, Gate, Quirk, Script, deadlines, memory};
+use crate::frontend::{Error, QueueState};
+use crate::pci::fakes::{FakeDoorbells, FakeInterrupts};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use vhost::vhost_user::message::FrontendReq as Req;
+
+const NEEDS_RESET: u8 = 0x40;
+
+fn signal(mut event: File) {
+    event.write_all(&1u64.to_ne_bytes()).unwrap();
+}
+
+/// The script, stopped at each GET_VRING_BASE until the gate opens.
+fn gated() -> (Gate, Script) {
+    let gate = Gate::default();
+    let pass = gate.clone();
+    let quirk = move |at| match at {
+        Req::GET_VRING_BASE => Quirk::Wait(pass.clone()),
+        _ => Quirk::Normal,
+    };
+    (
+        gate,
+        Script {
+            quirk: Box::new(quirk),
+            ..script()
+        },
+    )
+}
+
+#[test]
+fn a_driver_starts_the_rings_and_gets_their_interrupts() {
+    let rig = Rig::new(script());
+    assert!(!rig.device.driven());
+    rig.drive();
+    let call = rig.fake.fd(Req::SET_VRING_CALL, 2);
+    let enabled = rig.fake.look(Req::SET_VRING_ENABLE, 2, |seen| seen.payload[0]);
+    assert_eq!(enabled, 1);
+    assert!(rig.device.driven());
+    signal(call);
+    // GSIs are given in the order of vectors: queue 1 has vector 2.
+    assert_eq!([0, 1, 2].map(|gsi| rig.interrupts.injected(gsi)), [0, 0, 1]);
+    // A doorbell that KVM did not take reaches the back end all the same.
+    let mut kick = rig.fake.fd(Req::SET_VRING_KICK, 2);
+    rig.write(super::layout::NOTIFY.start + 4, &1u16.to_le_bytes());
+    let mut count = [0; 8];
+    kick.read_exact(&mut count).unwrap();
+    assert_eq!(count[0], 1);
+}
+
+#[test]
+fn a_reset_in_flight_reads_as_not_done_until_drained() {
+    let (gate, script) = gated();
+    let rig = Rig::new(script);
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    let began = Instant::now();
+    rig.set_status(0);
+    assert!(
+        began.elapsed() < Duration::from_secs(5),
+        "the vCPU does not wait for the drain"
+    );
+    rig.fake.look(Req::GET_VRING_BASE, 1, |_| ());
+    assert_eq!(rig.status(), 15);
+    // Whatever the driver does meanwhile has no effect.
+    rig.set_status(0);
+    rig.set_status(1);
+    rig.set_up_queue(0, 1);
+    assert_eq!(rig.status(), 15);
+    assert!(rig.doorbells.attached().is_empty());
+    gate.open();
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    assert!(!rig.queue_enabled(0));
+    let base = rig.fake.look(Req::SET_VRING_BASE, 3, |seen| seen.payload[4]);
+    assert_eq!(base, 0);
+    assert_eq!(rig.interrupts.attached(), 0);
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 4, |_| ());
+    assert_eq!(
+        rig.fake
+            .requests()
+            .iter()
+            .filter(|r| **r == Req::SET_FEATURES)
+            .count(),
+        2
+    );
+}
+
+#[test]
+fn starts_and_resets_in_quick_succession_end_in_the_last() {
+    let rig = Rig::new(script());
+    for _ in 0..50 {
+        rig.drive();
+        rig.set_status(0);
+        rig.wait_for("the reset", |rig| rig.status() == 0);
+    }
+    rig.drive();
+    let enabled = |rig: &Rig| {
+        let requests = rig.fake.requests();
+        requests.ends_with(&[Req::SET_VRING_ENABLE, Req::SET_VRING_ENABLE])
+    };
+    rig.wait_for("the start", enabled);
+    assert_eq!(rig.status(), 15);
+}
+
+#[test]
+fn the_machine_resets_its_devices() {
+    let rig = Rig::new(script());
+    for boot in 1..=3 {
+        rig.drive();
+        rig.fake.look(Req::SET_VRING_ENABLE, 2 * boot, |_| ());
+        rig.bus.reset();
+        rig.set_command(2);
+        assert_eq!(rig.status(), 0);
+        assert_eq!(
+            (rig.interrupts.attached(), rig.doorbells.attached().len()),
+            (0, 0)
+        );
+    }
+}
+
+#[test]
+fn a_broken_ring_is_told_to_driver_and_supervisor() {
+    let rig = Rig::new(script());
+    rig.drive();
+    signal(rig.fake.fd(Req::SET_VRING_ERR, 1));
+    assert!(matches!(rig.event(), DeviceEvent::NeedsReset { device, .. } if device == "disk0"));
+    assert_eq!(rig.status(), 15 | NEEDS_RESET);
+    assert_eq!(rig.interrupts.injected(0), 1);
+    assert_eq!(rig.read::<1>(super::layout::ISR.start), [2]);
+    assert_eq!(rig.read::<1>(super::layout::ISR.start), [0], "reading clears");
+    rig.set_status(0);
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+}
+
+#[test]
+fn a_changed_configuration_is_read_and_told() {
+    let script = script();
+    let config = script.config.clone();
+    let rig = Rig::new(script);
+    rig.drive();
+    let requests = rig.fake.fd(Req::SET_BACKEND_REQ_FD, 1);
+    assert_eq!((rig.config(0), rig.generation()), (8, 0));
+    config.lock().unwrap()[0] = 16;
+    config.lock().unwrap()[34] = 9;
+    (&requests)
+        .write_all(&[2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
+        .unwrap();
+    rig.wait_for("the interrupt", |rig| rig.interrupts.injected(0) == 1);
+    assert_eq!((rig.config(0), rig.generation()), (16, 1));
+    assert_eq!(rig.config(34), 2, "the number of queues is fixed");
+}
+
+#[test]
+fn a_driver_writes_the_configuration() {
+    let rig = Rig::new(script());
+    rig.drive();
+    rig.write(super::layout::DEVICE.start + 32, &[1]);
+    let written = rig.fake.look(Req::SET_CONFIG, 1, |seen| seen.payload.clone());
+    assert_eq!(written, [32, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1]);
+    rig.write(super::layout::DEVICE.start + 59, &[1, 1]);
+    rig.write(super::layout::DEVICE.start + 33, &[2]);
+    let written = rig.fake.look(Req::SET_CONFIG, 2, |seen| seen.payload[0]);
+    assert_eq!(written, 33, "a write past the end is not passed on");
+}
+
+#[test]
+fn a_lost_back_end_is_an_event_and_the_device_can_be_reset() {
+    let faults: [fn(&FakeBackend); 2] = [FakeBackend::kill, FakeBackend::babble];
+    for fault in faults {
+        let rig = Rig::new(script());
+        rig.drive();
+        rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+        rig.wait_for("the start", |rig| rig.device.drain().is_ok());
+        fault(&rig.fake);
+        assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
+        assert_eq!(rig.status(), 15, "the guest is not told: a successor may come");
+        rig.set_status(0);
+        rig.wait_for("the reset", |rig| rig.status() == 0);
+        // The next start waits for a successor, and says so; none will come.
+        rig.drive();
+        assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
+        assert_eq!(rig.status(), 15);
+        rig.device.give_up("no successor");
+        assert!(matches!(rig.event(), DeviceEvent::NeedsReset { .. }));
+        assert_eq!(rig.status() & NEEDS_RESET, NEEDS_RESET);
+    }
+}
+
+#[test]
+fn drained_rings_resume_where_they_stopped() {
+    let rig = Rig::new(Script {
+        bases: vec![7, 9],
+        ..script()
+    });
+    assert_eq!(rig.device.drain().unwrap(), []);
+    rig.drive();
+    let states = [(0, 7), (1, 9)].map(|(index, next_avail)| QueueState { index, next_avail });
+    assert_eq!(rig.device.drain().unwrap(), states);
+    assert_eq!(rig.device.drain().unwrap(), states);
+    rig.device.resume().unwrap();
+    assert_eq!(rig.fake.look(Req::SET_VRING_BASE, 4, |seen| seen.payload[4]), 9);
+}
+
+#[test]
+fn a_successor_takes_over_after_a_crash() {
+    let rig = Rig::new(script());
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    let region = rig.fake.fd(Req::SET_INFLIGHT_FD, 1);
+    region.write_all_at(b"in flight", 0).unwrap();
+    let ram = File::from(rig.memory.memfd().try_clone_to_owned().unwrap());
+    ram.write_all_at(&[5, 1], Rig::used_index(1)).unwrap();
+    rig.fake.kill();
+    assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
+    // One that lacks a feature is refused, and another may be tried.
+    let (_poor, socket) = FakeBackend::start(Script {
+        features: 1 << 32 | 1 << 30,
+        ..script()
+    });
+    let refused = rig.device.replace(socket).unwrap_err();
+    assert!(
+        matches!(refused.cause, Error::Successor(_)),
+        "{:?}",
+        refused.cause
+    );
+    let (heir, socket) = FakeBackend::start(script());
+    rig.device.replace(socket).unwrap();
+    assert_eq!(rig.status(), 15, "the guest sees nothing");
+    assert_eq!(
+        heir.look(Req::SET_VRING_BASE, 2, |seen| seen.payload.clone()),
+        [1, 0, 0, 0, 5, 1, 0, 0]
+    );
+    let mut kept = [0; 9];
+    heir.fd(Req::SET_INFLIGHT_FD, 1)
+        .read_exact_at(&mut kept, 0)
+        .unwrap();
+    assert_eq!(&kept, b"in flight");
+    assert!(!heir.requests().contains(&Req::GET_INFLIGHT_FD));
+    let mut count = [0; 8];
+    heir.fd(Req::SET_VRING_KICK, 2).read_exact(&mut count).unwrap();
+    assert_eq!(
+        rig.interrupts.injected(2),
+        1,
+        "one interrupt for what was completed unsaid"
+    );
+    // The driver's reset empties the region.
+    rig.set_status(0);
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    region.read_exact_at(&mut kept, 0).unwrap();
+    assert_eq!(kept, [0; 9]);
+}
+
+#[test]
+fn a_live_back_end_is_drained_before_it_is_replaced() {
+    let rig = Rig::new(Script {
+        bases: vec![3, 4],
+        ..script()
+    });
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    let (heir, socket) = FakeBackend::start(script());
+    rig.device.replace(socket).unwrap();
+    assert_eq!(heir.look(Req::SET_VRING_BASE, 2, |seen| seen.payload[4]), 4);
+    assert!(rig.events.try_recv().is_err(), "nothing was lost");
+}
+
+#[test]
+fn a_device_with_no_record_is_not_restarted_blindly() {
+    let rig = Rig::new(Script {
+        protocol: script().protocol & !(1 << 12),
+        ..script()
+    });
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    rig.fake.kill();
+    rig.event();
+    let (_heir, socket) = FakeBackend::start(script());
+    assert!(rig.device.replace(socket).is_err());
+    rig.device.give_up("no successor");
+    assert!(matches!(rig.event(), DeviceEvent::NeedsReset { reason, .. } if reason == "no successor"));
+    assert_eq!(rig.status() & NEEDS_RESET, NEEDS_RESET);
+}
+
+#[test]
+fn a_hung_back_end_costs_its_device_only() {
+    let (fake, socket) = FakeBackend::start(Script::quirk_at(Req::SET_VRING_NUM, || Quirk::Silent));
+    let events = Arc::new(Mutex::new(Vec::new()));
+    let sink = events.clone();
+    let mut hasty = deadlines();
+    hasty.step = Duration::from_millis(200);
+    let parts = DeviceParts {
+        config: spec(),
+        socket,
+        memory: memory(),
+        interrupts: Arc::new(FakeInterrupts::default()),
+        doorbells: Arc::new(FakeDoorbells::default()),
+        events: Arc::new(move |event| sink.lock().unwrap().push(event)),
+        deadlines: hasty,
+        confine: Box::new(|| Ok(())),
+    };
+    let device = Device::new(parts).unwrap();
+    let function = device.function();
+    let write = |offset, data: &[u8]| function.bar_write(offset, data);
+    write(20, &[3]);
+    write(8, &1u32.to_le_bytes());
+    write(12, &1u32.to_le_bytes());
+    write(20, &[11]);
+    for (offset, area) in [(32, 0x1000u64), (40, 0x2000), (48, 0x3000)] {
+        write(offset, &area.to_le_bytes());
+    }
+    write(28, &1u16.to_le_bytes());
+    write(20, &[15]);
+    fake.look(Req::SET_VRING_NUM, 1, |_| ());
+    // The device's thread answers once its deadline has passed.
+    assert!(matches!(device.drain().unwrap_err().cause, Error::NoBackend));
+    let seen = events.lock().unwrap();
+    assert!(matches!(seen[..], [DeviceEvent::BackendLost { .. }]), "{seen:?}");
+}
+
+#[test]
+fn failures_to_connect_are_told_with_the_device() {
+    let connect = |script: Script, confine: std::io::Result<()>| {
+        let (_fake, socket) = FakeBackend::start(script);
+        let parts = DeviceParts {
+            config: spec(),
+            socket,
+            memory: memory(),
+            interrupts: Arc::new(FakeInterrupts::default()),
+            doorbells: Arc::new(FakeDoorbells::default()),
+            events: Arc::new(|_| ()),
+            deadlines: deadlines(),
+            confine: Box::new(|| confine),
+        };
+        Device::new(parts).err().unwrap()
+    };
+    let error = connect(
+        Script {
+            features: 1 << 30,
+            ..script()
+        },
+        Ok(()),
+    );
+    assert_eq!(error.to_string(), "device 'disk0' failed");
+    assert!(matches!(error.cause, Error::NoVersion1));
+    let error = connect(Script::quirk_at(Req::GET_FEATURES, || Quirk::Close), Ok(()));
+    assert!(matches!(error.cause, Error::Gone(_)));
+    let error = connect(script(), Err(std::io::ErrorKind::PermissionDenied.into()));
+    assert!(matches!(error.cause, Error::Resource { .. }));
+}

@@ -1,0 +1,288 @@
+use super::layout::{DEVICE, ISR, NOTIFY, PBA, TABLE};
+use super::rig::{BAR, CONFIG, Rig, script, spec};
+use crate::frontend::fake_backend::Script;
+use vm_spec::control::DeviceConfig;
+use vm_spec::machine::VIRTIO_BAR_SIZE;
+
+fn config_word(rig: &Rig, offset: u64) -> u32 {
+    let mut data = [0; 4];
+    rig.bus.ecam_read(CONFIG + offset, &mut data);
+    u32::from_le_bytes(data)
+}
+
+fn set_bar(rig: &Rig, address: u64) {
+    rig.bus.ecam_write(CONFIG + 0x10, &(address as u32).to_le_bytes());
+    rig.bus
+        .ecam_write(CONFIG + 0x14, &((address >> 32) as u32).to_le_bytes());
+}
+
+#[test]
+fn says_what_it_is() {
+    let rig = Rig::new(script());
+    assert_eq!(config_word(&rig, 0), 0x1042_1AF4);
+    assert_eq!(config_word(&rig, 8), 0x0180_0001);
+    assert_eq!(config_word(&rig, 0x2C), 0x1042_1AF4);
+    assert_eq!(config_word(&rig, 0x3C) >> 8 & 0xFF, 0, "no INTx pin");
+    for kind in 1..=5 {
+        rig.capability(9, Some(kind));
+    }
+    let msix = rig.capability(0x11, None);
+    assert_eq!(
+        config_word(&rig, msix.into()) >> 16,
+        2,
+        "three vectors: two queues, configuration"
+    );
+    let notify = u64::from(rig.capability(9, Some(2)));
+    assert_eq!(config_word(&rig, notify + 16), 4, "notify_off_multiplier");
+    // An extended capability list that is empty, not one that is absent.
+    assert_eq!(config_word(&rig, 0x100), 0);
+}
+
+#[test]
+fn the_bar_is_sized_and_moved() {
+    let rig = Rig::new(script());
+    assert_eq!(config_word(&rig, 0x10), BAR as u32 | 4);
+    assert!(
+        !rig.bus.mmio_read(BAR, &mut [0]),
+        "memory decode is off at power-on"
+    );
+    set_bar(&rig, u64::MAX);
+    assert_eq!(
+        u64::from(config_word(&rig, 0x10) & !0xF),
+        !(VIRTIO_BAR_SIZE - 1) & 0xFFFF_FFFF
+    );
+    assert_eq!(config_word(&rig, 0x14), !0);
+    set_bar(&rig, BAR);
+    rig.drive();
+    let bells = |bar: u64| vec![bar + NOTIFY.start, bar + NOTIFY.start + 4];
+    assert_eq!(rig.doorbells.attached(), bells(BAR));
+    rig.set_command(0);
+    assert!(rig.doorbells.attached().is_empty());
+    assert!(!rig.bus.mmio_write(BAR, &[0; 4]));
+    let high = 0x12_3400_0000;
+    set_bar(&rig, high);
+    assert!(rig.doorbells.attached().is_empty());
+    rig.set_command(2);
+    assert_eq!(rig.doorbells.attached(), bells(high));
+    let mut queues = [0; 2];
+    assert!(rig.bus.mmio_read(high + 18, &mut queues));
+    assert_eq!(queues, [2, 0]);
+    assert!(!rig.bus.mmio_read(BAR, &mut queues));
+    set_bar(&rig, BAR);
+    assert_eq!(rig.doorbells.attached(), bells(BAR), "moved while decoded");
+    rig.bus.reset();
+    assert!(rig.doorbells.attached().is_empty());
+    assert_eq!(config_word(&rig, 0x10), BAR as u32 | 4);
+}
+
+#[test]
+fn the_top_of_the_address_space_is_no_trap() {
+    let rig = Rig::new(script());
+    rig.drive();
+    set_bar(&rig, u64::MAX);
+    let top = !(VIRTIO_BAR_SIZE - 1);
+    let mut data = [0; 8];
+    assert!(rig.bus.mmio_read(u64::MAX - 3, &mut data));
+    assert_eq!(data, [0xFF; 8], "crosses the end of the BAR");
+    assert!(rig.bus.mmio_read(top + 18, &mut data[..2]));
+    assert_eq!(data[..2], [2, 0]);
+    rig.bus.ecam_read(u64::MAX, &mut data);
+}
+
+#[test]
+fn every_width_reads_and_only_the_right_one_writes() {
+    let rig = Rig::new(script());
+    rig.set_command(2);
+    let bytes: Vec<u8> = (0..0x40).map(|at| rig.read::<1>(at)[0]).collect();
+    for width in [2usize, 4, 8] {
+        for at in 0..=0x40 - width {
+            let mut data = vec![0; width];
+            assert!(rig.bus.mmio_read(BAR + at as u64, &mut data));
+            assert_eq!(data, bytes[at..at + width], "{width} bytes at {at}");
+        }
+    }
+    rig.write(32, &[0x10; 2]);
+    rig.write(33, &[0x10; 4]);
+    rig.write(34, &[0x10; 4]);
+    rig.write(36, &[0x10; 8]);
+    rig.write(20, &[1; 4]);
+    rig.write(24, &[1]);
+    assert_eq!(
+        rig.read::<64>(0).as_slice(),
+        bytes,
+        "writes of a wrong width change nothing"
+    );
+    rig.write(32, &[0x10; 8]);
+    assert_eq!(rig.read::<8>(32), [0x10; 8]);
+    rig.write(36, &[0x20; 4]);
+    assert_eq!(
+        rig.read::<8>(32),
+        [0x10, 0x10, 0x10, 0x10, 0x20, 0x20, 0x20, 0x20]
+    );
+    // Accesses that leave a structure, or hit none, read as zero and write nothing.
+    for offset in [
+        0x3D,
+        0x800,
+        ISR.start + 1,
+        DEVICE.end - 3,
+        TABLE.end - 3,
+        PBA.end,
+        NOTIFY.end,
+        0x7_FFFC,
+    ] {
+        rig.write(offset, &[0xFF; 4]);
+        assert_eq!(rig.read::<4>(offset), [0; 4], "{offset:#x}");
+    }
+}
+
+#[test]
+fn features_are_judged_from_what_was_offered() {
+    let rig = Rig::new(script());
+    rig.set_command(2);
+    let offered = rig.offered();
+    assert_eq!(
+        offered,
+        1 << 32 | 1 << 12,
+        "packed rings and ring reset are not offered"
+    );
+    for (features, accepted) in [
+        (offered & !(1 << 32), false),
+        (offered | 1 << 5, false),
+        (1 << 32, true),
+        (offered, true),
+    ] {
+        rig.set_status(0);
+        rig.set_status(3);
+        rig.accept_features(features);
+        rig.set_status(11);
+        assert_eq!(rig.status() & 8 != 0, accepted, "{features:#x}");
+        if !accepted {
+            rig.set_status(15);
+            assert_eq!(rig.status() & 4, 0, "no DRIVER_OK without FEATURES_OK");
+        }
+    }
+    rig.accept_features(0);
+    rig.write(8, &1u32.to_le_bytes());
+    assert_eq!(
+        rig.read::<4>(12),
+        [1, 0, 0, 0],
+        "features are fixed after FEATURES_OK"
+    );
+    rig.set_status(0);
+    rig.set_status(3);
+    rig.accept_features(offered);
+    rig.write(8, &2u32.to_le_bytes());
+    rig.write(12, &1u32.to_le_bytes());
+    rig.set_status(11);
+    assert_eq!(rig.status(), 3, "a feature past 64 is unknown");
+}
+
+#[test]
+fn queues_are_checked_when_enabled() {
+    let rig = Rig::new(script());
+    rig.set_command(2);
+    rig.set_up_queue(0, 0xFFFF);
+    assert!(!rig.queue_enabled(0), "not before FEATURES_OK");
+    rig.set_status(3);
+    rig.accept_features(rig.offered());
+    rig.set_status(11);
+    for (size, area) in [
+        (63u16, 0x1_0000u64),
+        (512, 0x1_0000),
+        (0, 0x1_0000),
+        (64, 0x1_0008),
+        (64, 0xC000_0000),
+    ] {
+        rig.write(22, &0u16.to_le_bytes());
+        rig.write(32, &area.to_le_bytes());
+        rig.write(24, &size.to_le_bytes());
+        rig.write(28, &1u16.to_le_bytes());
+        assert!(!rig.queue_enabled(0), "{size} entries at {area:#x}");
+    }
+    rig.set_up_queue(0, 1);
+    assert!(rig.queue_enabled(0));
+    rig.write(24, &32u16.to_le_bytes());
+    assert_eq!(rig.read::<2>(24), [64, 0], "an enabled queue is fixed");
+    rig.write(22, &2u16.to_le_bytes());
+    assert_eq!(
+        rig.read::<8>(24),
+        [0, 0, 0xFF, 0xFF, 0, 0, 0, 0],
+        "there is no queue 2"
+    );
+    rig.write(26, &0u16.to_le_bytes());
+    rig.write(28, &1u16.to_le_bytes());
+    rig.write(16, &3u16.to_le_bytes());
+    assert_eq!(rig.read::<2>(16), [0xFF, 0xFF], "there is no vector 3");
+}
+
+#[test]
+fn configuration_access_through_the_capability() {
+    let rig = Rig::new(script());
+    let capability = CONFIG + u64::from(rig.capability(9, Some(5)));
+    let set = |offset: u32, length: u32| {
+        rig.bus.ecam_write(capability + 8, &offset.to_le_bytes());
+        rig.bus.ecam_write(capability + 12, &length.to_le_bytes());
+    };
+    let read = |width: usize| {
+        let mut data = vec![0; width];
+        rig.bus.ecam_read(capability + 16, &mut data);
+        data
+    };
+    set(18, 2);
+    assert_eq!(read(2), [2, 0], "num_queues, with memory decode off");
+    set(20, 1);
+    rig.bus.ecam_write(capability + 16, &[3]);
+    assert_eq!(read(1), [3]);
+    for (offset, length) in [(20, 4), (19, 2), (0x7_FFFE, 4), (u32::MAX - 3, 4), (0, 3)] {
+        set(offset, length);
+        rig.bus.ecam_write(capability + 16, &[0xFF; 4]);
+        read(4);
+    }
+    set(20, 1);
+    assert_eq!(read(1), [3], "misfits wrote nothing");
+}
+
+#[test]
+fn net_takes_its_configuration_from_the_spec() {
+    let net = DeviceConfig {
+        id: "net0".into(),
+        device_type: 1,
+        num_queues: None,
+        config: vec![2, 0, 0, 0, 0, 9, 1, 0, 1, 0, 0xDC, 5],
+        config_features: 1 << 5 | 1 << 3,
+        ..spec()
+    };
+    // MQ and CTRL_RX without CTRL_VQ.
+    let script = Script {
+        features: Script::default().features | 1 << 22 | 1 << 18,
+        ..Script::default()
+    };
+    *script.config.lock().unwrap() = vec![0xEE; 10];
+    let rig = Rig::with(net, script);
+    rig.set_command(2);
+    assert_eq!(rig.offered(), 1 << 32 | 1 << 5 | 1 << 3);
+    assert_eq!(rig.read::<2>(18), [2, 0], "one pair");
+    let config = rig.read::<16>(DEVICE.start);
+    assert_eq!(
+        config,
+        [2, 0, 0, 0, 0, 9, 0xEE, 0xEE, 0xEE, 0xEE, 0xDC, 5, 0, 0, 0, 0]
+    );
+}
+
+#[test]
+fn block_queues_are_clamped() {
+    for (asked, queues, expected) in [(Some(2), 4, 2), (Some(32), 3, 3), (None, 64, 4), (Some(4), 1, 1)] {
+        let script = Script { queues, ..script() };
+        let rig = Rig::with(
+            DeviceConfig {
+                num_queues: asked,
+                ..spec()
+            },
+            script,
+        );
+        rig.set_command(2);
+        assert_eq!(rig.read::<2>(18), [expected, 0], "{asked:?} of {queues}");
+        assert_eq!(rig.config(34), expected);
+        assert_eq!(rig.offered() >> 12 & 1 != 0, expected > 1);
+    }
+}
