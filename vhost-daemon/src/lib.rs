@@ -21,6 +21,7 @@
 mod descriptors;
 pub mod device;
 mod flags;
+mod janitor;
 mod listener;
 mod log;
 pub mod memory;

@@ -1,17 +1,18 @@
 //! From the command line to the exit code.
 
 use crate::flags::{self, Connection, Request, Settings};
+use crate::listener::Listener;
 use crate::memory::Sealing;
 use crate::ring::InflightRegion;
 use crate::session::{End, ServeError, Session, SessionError, serve};
 use crate::signals::{self, Termination};
 use crate::worker::{Worker, WorkerError};
-use crate::{Device, Program, descriptors, listener, log};
+use crate::{Device, Program, descriptors, log};
 use jailer::sandbox::{LockdownError, Locked, SeccompMode, lockdown_main};
 use std::error::Error;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
@@ -99,7 +100,7 @@ fn report(name: &str, error: &dyn Error) {
 /// The front end, or where it will come.
 enum Front {
     Connected(UnixStream),
-    Listening(UnixListener),
+    Listening(Listener),
 }
 
 /// Opens everything, makes the threads, confines the process, serves.
@@ -118,7 +119,7 @@ fn start<P: Program>(settings: Settings, options: P::Options) -> Result<(), Daem
                 Sealing::Required,
             )
         }
-        Connection::Path(path) => match listener::bind(&path) {
+        Connection::Path(path) => match Listener::bind(&path) {
             Ok(listener) => (Front::Listening(listener), Sealing::Preferred),
             Err(source) => return Err(DaemonError::Listen { path, source }),
         },
@@ -173,7 +174,7 @@ impl Stage {
             Front::Connected(socket) => return Ok(self.serve(socket).map(drop)?),
             Front::Listening(listener) => listener,
         };
-        while let Some(socket) = listener::accept(&listener, &self.termination).map_err(ServeError::Io)? {
+        while let Some(socket) = listener.accept(&self.termination).map_err(ServeError::Io)? {
             match self.serve(socket) {
                 Ok(End::Disconnected) => {}
                 Ok(End::Terminated) => break,

@@ -1,8 +1,9 @@
 //! The messages that the `vhost` crate does not hand to a back end as this one needs them:
 //! SET_BACKEND_REQ_FD (it wraps the socket in a type that cannot send a configuration change),
 //! SET_STATUS and GET_STATUS (it has no method for them), GET_INFLIGHT_FD and SET_INFLIGHT_FD (20
-//! bytes in the specification, 24 with the padding that QEMU sends; it knows one length only). A
-//! look at the header, left in the socket, tells whose a message is.
+//! bytes in the specification, 24 with the padding that QEMU sends; it knows one length only), and
+//! SET_VRING_ENABLE (QEMU sends it for network devices before SET_FEATURES, which the crate refuses).
+//! A look at the header, left in the socket, tells whose a message is.
 
 use super::handler::InflightDescription;
 use super::{Session, SessionError};
@@ -15,6 +16,7 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 /// Bytes of a message's header: request, flags, size.
 const HEADER: usize = 12;
+const SET_VRING_ENABLE: u32 = 18;
 const SET_BACKEND_REQ_FD: u32 = 21;
 const GET_INFLIGHT_FD: u32 = 31;
 const SET_INFLIGHT_FD: u32 = 32;
@@ -25,7 +27,8 @@ const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
 const NEED_REPLY: u32 = 1 << 3;
 /// The messages that are handled here.
-const DIRECT: [u32; 5] = [
+const DIRECT: [u32; 6] = [
+    SET_VRING_ENABLE,
     SET_BACKEND_REQ_FD,
     GET_INFLIGHT_FD,
     SET_INFLIGHT_FD,
@@ -71,6 +74,7 @@ pub(super) fn handle(session: &mut Session, socket: BorrowedFd<'_>) -> io::Resul
             return reply(socket, request, &status, None);
         }
         (GET_INFLIGHT_FD, 20 | 24) => return get_inflight(session, socket, &payload[..size]),
+        (SET_VRING_ENABLE, 8) => session.enable_vring(word(payload, 0), word(payload, 4)),
         (SET_STATUS, 8) => session.set_status(long(payload, 0)),
         (SET_INFLIGHT_FD, 20 | 24) => set_inflight(session, payload, fds),
         (SET_BACKEND_REQ_FD, _) => take_channel(session, fds),
@@ -145,6 +149,22 @@ fn take_channel(session: &mut Session, mut fds: Vec<OwnedFd>) -> Result<(), Sess
 }
 
 impl Session {
+    pub(super) fn enable_vring(&mut self, index: u32, value: u32) -> Result<(), SessionError> {
+        let enabled = match value {
+            0 => false,
+            1 => true,
+            other => {
+                return Err(SessionError::Value {
+                    what: "SET_VRING_ENABLE",
+                    value: other.into(),
+                });
+            }
+        };
+        let (worker, vring) = self.queue(index)?;
+        vring.enabled = enabled;
+        Ok(worker.set_enabled(enabled)?)
+    }
+
     fn set_status(&mut self, status: u64) -> Result<(), SessionError> {
         if status & !KNOWN_STATUS != 0 {
             return Err(SessionError::Value {

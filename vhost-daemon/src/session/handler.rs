@@ -225,9 +225,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
-        let (worker, vring) = self.queue(index).map_err(refuse)?;
-        vring.enabled = enable;
-        worker.set_enabled(enable).map_err(|error| broken(error.into()))
+        self.enable_vring(index, enable.into()).map_err(refuse)
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
