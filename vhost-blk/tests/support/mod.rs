@@ -1,6 +1,8 @@
 //! What the image tests share: qemu-img as the second opinion, a model of a disk, random requests.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
 
+pub mod recorder;
+
 use std::fs::{File, OpenOptions as FileOptions};
 use std::io::Read;
 use std::os::fd::OwnedFd;

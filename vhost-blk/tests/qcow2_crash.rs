@@ -1,0 +1,299 @@
+//! Both models of a crash: every write and barrier of a random workload is recorded; prefixes and
+//! reorderings of them are replayed. Then `qemu-img check` finds leaks at most, and what qemu-img reads is
+//! what a completed flush (host) or a completed write (process) covered, or something newer.
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use support::recorder::{Op, Recorder};
+use support::{
+    Random, Request, Scratch, check_leaks_at_most, contents, create, have_qemu_img, qemu_contents, qemu_img,
+    text,
+};
+use vhost_blk::image::{BlockFile, Format, Image, OpenOptions, open_layers};
+
+const SECTOR: usize = 512;
+
+/// A request that ran: the log's length before and after, what it may have changed, and the disk after.
+struct Event {
+    begin: usize,
+    end: usize,
+    sectors: std::ops::Range<usize>,
+    after: Vec<u8>,
+    flush: bool,
+}
+
+fn uniform(disk: &[u8]) -> Vec<u8> {
+    disk.chunks(SECTOR)
+        .map(|sector| {
+            assert!(
+                sector.iter().all(|byte| *byte == sector[0]),
+                "the test writes whole sectors of one value"
+            );
+            sector[0]
+        })
+        .collect()
+}
+
+/// Runs random requests on `image` and notes what each did.
+fn workload(
+    image: &dyn Image,
+    recorder: &Recorder,
+    model: &mut [u8],
+    random: &mut Random,
+    steps: u64,
+) -> Vec<Event> {
+    let mut events = Vec::new();
+    for step in 0..steps {
+        let size = model.len() as u64;
+        let request = support::random_request(random, size, 100 << 10, (step as u8).wrapping_mul(2) | 1);
+        let sectors = match &request {
+            Request::Write { offset, bytes } => {
+                *offset as usize / SECTOR..(*offset as usize + bytes.len()) / SECTOR
+            }
+            Request::Discard { offset, len } | Request::Zero { offset, len, .. } => {
+                *offset as usize / SECTOR..(offset + len) as usize / SECTOR
+            }
+            _ => 0..0,
+        };
+        let begin = recorder.position();
+        request.run(image, model);
+        let flush = matches!(request, Request::Flush);
+        events.push(Event {
+            begin,
+            end: recorder.position(),
+            sectors,
+            after: uniform(model),
+            flush,
+        });
+    }
+    events
+}
+
+/// Values that each sector may have, if all before event `base` is certain and the log ends at `count`.
+fn allowed(events: &[Event], start: &[u8], base: Option<usize>, count: usize) -> Vec<BTreeSet<u8>> {
+    let certain = base.map_or(start, |at| &events[at].after);
+    let mut values: Vec<BTreeSet<u8>> = certain.iter().map(|value| BTreeSet::from([*value])).collect();
+    let first = base.map_or(0, |at| at + 1);
+    for event in events[first..].iter().take_while(|event| event.begin < count) {
+        for sector in event.sectors.clone() {
+            values[sector].insert(event.after[sector]);
+        }
+    }
+    values
+}
+
+fn judge(path: &Path, bytes: &[u8], values: &[BTreeSet<u8>], what: &str) {
+    fs::write(path, bytes).expect("writes");
+    if let Err(found) = check_leaks_at_most(path) {
+        panic!("{what}: {found}");
+    }
+    for (sector, (data, values)) in qemu_contents(path, &[]).chunks(SECTOR).zip(values).enumerate() {
+        let good = values.contains(&data[0]) && data.iter().all(|byte| *byte == data[0]);
+        assert!(
+            good,
+            "{what}: sector {sector} has {:#x}, expected one of {values:x?}",
+            data[0]
+        );
+    }
+}
+
+/// Crashes tried for each case: `BULKHEAD_CRASH_POINTS`, or a few.
+fn points() -> u64 {
+    std::env::var("BULKHEAD_CRASH_POINTS")
+        .ok()
+        .and_then(|value| value.parse().ok())
+        .unwrap_or(8)
+}
+
+struct Case<'a> {
+    path: &'a Path,
+    below: Option<(&'a Path, Format)>,
+    start: Vec<u8>,
+    seed: u64,
+    steps: u64,
+}
+
+impl Case<'_> {
+    fn open(&self, recorder: &Arc<Recorder>) -> Arc<dyn Image> {
+        let mut layers: Vec<(Format, Arc<dyn BlockFile>)> = vec![(Format::Qcow2, recorder.clone())];
+        if let Some((below, format)) = self.below {
+            layers.push((
+                format,
+                Arc::new(vhost_blk::image::HostFile::new(support::fd(below, false)).unwrap()),
+            ));
+        }
+        open_layers(layers, None, &OpenOptions::default()).unwrap_or_else(|error| panic!("{error:?}"))
+    }
+
+    fn run(self) {
+        let recorder = Arc::new(Recorder::new(contents(self.path)));
+        let mut model = self.start.clone();
+        let start = uniform(&model);
+        let mut random = Random::new(self.seed);
+        let image = self.open(&recorder);
+        let events = workload(&*image, &recorder, &mut model, &mut random, self.steps);
+        drop(image);
+        assert!(recorder.log().iter().any(|op| matches!(op, Op::Barrier)));
+        let total = recorder.position();
+        for _ in 0..points() {
+            let count = random.below(total as u64 + 1) as usize;
+            let flushed = events.iter().rposition(|event| event.flush && event.end <= count);
+            let bytes = recorder.after_host_crash(count, &mut random);
+            judge(
+                self.path,
+                &bytes,
+                &allowed(&events, &start, flushed, count),
+                &format!("host crash after {count} of {total}"),
+            );
+            let completed = events.iter().rposition(|event| event.end <= count);
+            let bytes = recorder.after_process_death(count);
+            let values = allowed(&events, &start, completed, count);
+            judge(
+                self.path,
+                &bytes,
+                &values,
+                &format!("process death after {count} of {total}"),
+            );
+            self.go_on(bytes, &mut random);
+        }
+        fs::write(self.path, recorder.after_process_death(total)).expect("writes");
+        support::check_clean(self.path);
+    }
+
+    /// The successor can write to what the dead process left.
+    fn go_on(&self, bytes: Vec<u8>, random: &mut Random) {
+        let recorder = Arc::new(Recorder::new(bytes));
+        let image = self.open(&recorder);
+        let mut model = support::read(&*image, 0, self.start.len()).expect("reads");
+        workload(&*image, &recorder, &mut model, random, 10);
+        drop(image);
+        let values: Vec<_> = uniform(&model)
+            .into_iter()
+            .map(|value| BTreeSet::from([value]))
+            .collect();
+        judge(
+            self.path,
+            &recorder.after_process_death(recorder.position()),
+            &values,
+            "the successor",
+        );
+    }
+}
+
+/// Some data in 512-byte sectors of one value each.
+fn pattern(size: usize) -> Vec<u8> {
+    (0..size).map(|at| (at / SECTOR * 5 + 2) as u8 & 0xfe).collect()
+}
+
+const SIZE: usize = 2 << 20;
+
+#[test]
+fn plain_images() {
+    if !have_qemu_img() {
+        return;
+    }
+    for (seed, options) in [
+        "compat=1.1",
+        "compat=0.10,cluster_size=4k",
+        "cluster_size=512,refcount_bits=64",
+        "cluster_size=16k,extended_l2=on",
+        "cluster_size=4k,refcount_bits=1",
+        "lazy_refcounts=on",
+    ]
+    .iter()
+    .enumerate()
+    {
+        eprintln!("{options}");
+        let scratch = Scratch::new();
+        let path = scratch.path("top");
+        create(&path, options, &SIZE.to_string());
+        let start = vec![0; SIZE];
+        Case {
+            path: &path,
+            below: None,
+            start,
+            seed: seed as u64 + 1,
+            steps: 60,
+        }
+        .run();
+    }
+}
+
+#[test]
+fn overlays() {
+    if !have_qemu_img() {
+        return;
+    }
+    for (seed, options) in [
+        "compat=1.1",
+        "compat=0.10,cluster_size=4k",
+        "extended_l2=on,cluster_size=16k",
+    ]
+    .iter()
+    .enumerate()
+    {
+        eprintln!("{options}");
+        let scratch = Scratch::new();
+        let (path, below) = (scratch.path("top"), scratch.path("below"));
+        fs::write(&below, pattern(SIZE)).expect("writes");
+        create(
+            &path,
+            &format!("{options},backing_file={},backing_fmt=raw", text(&below)),
+            &SIZE.to_string(),
+        );
+        Case {
+            path: &path,
+            below: Some((&below, Format::Raw)),
+            start: pattern(SIZE),
+            seed: seed as u64 + 100,
+            steps: 60,
+        }
+        .run();
+    }
+}
+
+#[test]
+fn compressed_and_snapshot_images() {
+    if !have_qemu_img() {
+        return;
+    }
+    for (seed, options) in ["compression_type=zlib", "compression_type=zstd,cluster_size=4k"]
+        .iter()
+        .enumerate()
+    {
+        eprintln!("{options}");
+        let scratch = Scratch::new();
+        let (path, raw) = (scratch.path("top"), scratch.path("raw"));
+        fs::write(&raw, pattern(SIZE)).expect("writes");
+        qemu_img(&[
+            "convert",
+            "-f",
+            "raw",
+            "-O",
+            "qcow2",
+            "-c",
+            "-o",
+            options,
+            text(&raw),
+            text(&path),
+        ]);
+        qemu_img(&["snapshot", "-c", "one", text(&path)]);
+        Case {
+            path: &path,
+            below: None,
+            start: pattern(SIZE),
+            seed: seed as u64 + 200,
+            steps: 60,
+        }
+        .run();
+        assert!(
+            qemu_contents(&path, &["-l", "snapshot.name=one"]) == pattern(SIZE),
+            "the snapshot has changed"
+        );
+    }
+}
