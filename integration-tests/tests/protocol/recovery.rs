@@ -37,6 +37,8 @@ fn killed_under_load(kind: Kind, features: u64) -> Result<()> {
     let disk = Disk::new(kind)?;
     let options = Options {
         queues: 2,
+        // Room for DEPTH requests of three descriptors each.
+        ring_size: 256,
         features: !(virtio::EVENT_IDX | virtio::INDIRECT_DESC) | features,
         ..Options::default()
     };
