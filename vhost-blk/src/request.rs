@@ -168,3 +168,28 @@ fn ranges(
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_lie_inside_the_disk() {
+        let capacity = 8 * SECTOR;
+        assert_eq!(data_range(7, 512, capacity), Ok(7 * SECTOR));
+        assert_eq!(data_range(0, 4096, capacity), Ok(0));
+        for (sector, length) in [
+            (0, 0),
+            (0, 511),
+            (0, 513),
+            (7, 1024),
+            (8, 512),
+            (u64::MAX, 512),
+            (u64::MAX / SECTOR, 512),
+            (u64::MAX / SECTOR + 1, 512),
+        ] {
+            let refused = data_range(sector, length, capacity);
+            assert_eq!(refused, Err(Status::IOERR), "sector {sector}, {length} bytes");
+        }
+    }
+}

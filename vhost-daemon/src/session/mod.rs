@@ -6,6 +6,8 @@
 mod direct;
 mod handler;
 mod serve;
+#[cfg(test)]
+mod tests;
 mod vring;
 
 pub use serve::ServeError;

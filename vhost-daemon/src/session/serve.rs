@@ -54,7 +54,7 @@ pub(crate) fn serve(
     end
 }
 
-fn messages(
+pub(super) fn messages(
     session: &Arc<Mutex<Session>>,
     config_source: Option<&OwnedFd>,
     socket: UnixStream,
