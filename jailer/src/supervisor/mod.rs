@@ -30,6 +30,9 @@ const CONFIG_DEADLINE: Duration = Duration::from_secs(5);
 /// A vmm that was asked to stop, and every process once the VM is over, ends within this time.
 /// Below the 2 s within which nothing may be left.
 const EXIT_DEADLINE: Duration = Duration::from_millis(1500);
+/// A device process that exits with code 0 has seen its socket close: the vmm, which closed it, has
+/// this long to say why.
+const EXPLANATION_DEADLINE: Duration = Duration::from_millis(500);
 /// A reader of our output has this long to take the last of it.
 const DRAIN_DEADLINE: Duration = Duration::from_millis(500);
 
@@ -109,6 +112,8 @@ struct Supervisor {
     grace: Duration,
     phase: Phase,
     outcome: Option<Outcome>,
+    /// What to conclude at that time, unless the vmm explains it before.
+    suspicion: Option<(Instant, Outcome)>,
     requests: u64,
 }
 
@@ -143,6 +148,7 @@ impl Supervisor {
             grace: Duration::from_secs(config.power_off_grace.into()),
             phase: Phase::Running,
             outcome: None,
+            suspicion: None,
             requests: 0,
         })
     }
@@ -205,6 +211,12 @@ impl Supervisor {
     }
 
     fn judge_deadlines(&mut self, now: Instant) {
+        if let Some((_, outcome)) = self.suspicion.take_if(|(at, _)| now >= *at)
+            && self.outcome.is_none()
+        {
+            self.conclude(outcome);
+            self.stop_vmm(now);
+        }
         if self.deadline().is_none_or(|at| now < at) {
             return;
         }
@@ -264,11 +276,14 @@ impl Supervisor {
             return;
         }
         let outcome = Outcome::of_process(&process.about, status);
-        let is_vmm = process.about.role == ProcessRole::Vmm;
-        self.conclude(outcome);
-        if is_vmm {
+        if process.about.role == ProcessRole::Vmm {
+            self.conclude(outcome);
             self.wind_down(now);
+        } else if status == ExitStatus::Code(0) {
+            self.suspicion
+                .get_or_insert((now + EXPLANATION_DEADLINE, outcome));
         } else {
+            self.conclude(outcome);
             self.stop_vmm(now);
         }
     }
@@ -330,6 +345,7 @@ impl Supervisor {
                 self.say(line);
             }
             self.outcome = Some(outcome);
+            self.suspicion = None;
         }
     }
 
