@@ -89,13 +89,9 @@ impl Session {
             let inherited = predecessor.and_then(|old| old.requests);
             let mut requests = inherited.map_or_else(BackendChannel::new, Ok)?;
             requests.renew(session.has(Protocol::REPLY_ACK));
-            let theirs = requests.theirs().try_clone_to_owned();
-            let theirs = theirs.map_err(|source| Error::Resource {
-                what: "a copy of the back-end channel",
-                source,
-            })?;
+            // The back end cannot ask for anything before it has this.
+            session.set(FrontendReq::SET_BACKEND_REQ_FD, &[], Some(requests.theirs()))?;
             session.requests = Some(requests);
-            session.set(FrontendReq::SET_BACKEND_REQ_FD, &[], Some(theirs.as_fd()))?;
         }
         session.share_memory()?;
         Ok(session)

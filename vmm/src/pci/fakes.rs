@@ -4,7 +4,7 @@ use crate::platform::{Doorbells, Gsi, Interrupts, MsiMessage};
 use nix::sys::eventfd::EventFd;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Arc, Mutex};
 
@@ -20,12 +20,22 @@ pub(crate) enum Point {
 
 type Hook = Box<dyn FnMut(Point) + Send>;
 
+/// What a strict fake adds to a count that it finds at attach, to know it again.
+const MARK: u64 = 1 << 32;
+
+struct Irqfd {
+    gsi: u32,
+    event: File,
+    /// The marked count at attach that no signal has woken the irqfd for; 0 for none.
+    unseen: u64,
+}
+
 #[derive(Default)]
 struct State {
     gsis: u32,
     routes: BTreeMap<u32, MsiMessage>,
     route_calls: usize,
-    attached: BTreeMap<RawFd, (u32, File)>,
+    attached: BTreeMap<RawFd, Irqfd>,
     injected: BTreeMap<u32, u64>,
     undelivered: u64,
 }
@@ -33,27 +43,42 @@ struct State {
 impl State {
     /// Takes signals of attached eventfds, as an irqfd does at the moment of the signal.
     fn pump(&mut self) {
-        for (gsi, event) in self.attached.values_mut() {
-            let mut count = [0; 8];
-            if event.read(&mut count).is_ok() {
-                match self.routes.contains_key(gsi) {
-                    true => *self.injected.entry(*gsi).or_default() += 1,
-                    false => self.undelivered += 1,
-                }
+        for irqfd in self.attached.values_mut() {
+            let mut bytes = [0; 8];
+            if irqfd.event.read(&mut bytes).is_err() {
+                continue;
+            }
+            let count = u64::from_ne_bytes(bytes);
+            if count == irqfd.unseen {
+                irqfd.event.write_all(&bytes).unwrap();
+                continue;
+            }
+            irqfd.unseen = 0;
+            match self.routes.contains_key(&irqfd.gsi) {
+                true => *self.injected.entry(irqfd.gsi).or_default() += 1,
+                false => self.undelivered += 1,
             }
         }
     }
 }
 
-/// Interrupts that are counted. Unlike KVM, attaching does not look at what an eventfd counted
-/// before: the contract does not promise it.
+/// Interrupts that are counted. As with KVM, attaching looks at what an eventfd counted before; a
+/// strict fake does not, because the contract does not promise it (one thread only).
 #[derive(Default)]
 pub(crate) struct FakeInterrupts {
+    strict: bool,
     state: Mutex<State>,
     hook: Mutex<Option<Hook>>,
 }
 
 impl FakeInterrupts {
+    pub(crate) fn strict() -> Self {
+        Self {
+            strict: true,
+            ..Self::default()
+        }
+    }
+
     pub(crate) fn hook(&self, hook: impl FnMut(Point) + Send + 'static) {
         *self.hook.lock().unwrap() = Some(Box::new(hook));
     }
@@ -105,13 +130,21 @@ impl Interrupts for FakeInterrupts {
 
     fn attach(&self, gsi: Gsi, eventfd: BorrowedFd<'_>) -> io::Result<()> {
         self.at(Point::BeforeAttach);
-        let file = File::from(eventfd.try_clone_to_owned()?);
-        let old = self
-            .state
-            .lock()
-            .unwrap()
-            .attached
-            .insert(eventfd.as_raw_fd(), (gsi.0, file));
+        let mut event = File::from(eventfd.try_clone_to_owned()?);
+        let mut count = [0; 8];
+        let mut unseen = 0;
+        if self.strict && event.read(&mut count).is_ok() {
+            unseen = u64::from_ne_bytes(count) + MARK;
+            event.write_all(&unseen.to_ne_bytes())?;
+        }
+        let irqfd = Irqfd {
+            gsi: gsi.0,
+            event,
+            unseen,
+        };
+        let mut state = self.state.lock().unwrap();
+        let old = state.attached.insert(eventfd.as_raw_fd(), irqfd);
+        drop(state);
         assert!(old.is_none(), "attached twice");
         self.at(Point::AfterAttach);
         Ok(())

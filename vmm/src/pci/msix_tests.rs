@@ -12,7 +12,11 @@ const FUNCTION_MASK: u16 = 1 << 14;
 const MASK_OFFSET: u64 = 12;
 
 fn msix(vectors: u16) -> (Arc<FakeInterrupts>, Msix) {
-    let interrupts = Arc::new(FakeInterrupts::default());
+    over(FakeInterrupts::strict(), vectors)
+}
+
+fn over(interrupts: FakeInterrupts, vectors: u16) -> (Arc<FakeInterrupts>, Msix) {
+    let interrupts = Arc::new(interrupts);
     let msix = Msix::new(interrupts.clone(), vectors).unwrap();
     (interrupts, msix)
 }
@@ -104,7 +108,7 @@ fn a_signal_at_any_step_of_mask_and_unmask_is_delivered() {
 #[test]
 fn nothing_is_lost_under_load() {
     const SIGNALS: u64 = 20_000;
-    let (interrupts, mut msix) = msix(2);
+    let (interrupts, mut msix) = over(FakeInterrupts::default(), 2);
     let sources = [assigned(&mut msix, 0), assigned(&mut msix, 0)];
     msix.set_control(ENABLE);
     program(&mut msix, 0, 7);
