@@ -43,11 +43,11 @@ pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-/// Receives at most `buffer.len()` bytes of one message and the descriptors that came with it.
+/// Fills `buffer`, unless the stream ends before, and takes the descriptors that came with it.
 pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut vectors = [IoSliceMut::new(buffer)];
     let mut control = cmsg_space!([RawFd; MAX_RECEIVED]);
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_WAITALL;
     let message = recvmsg::<()>(socket.as_raw_fd(), &mut vectors, Some(&mut control), flags)?;
     let mut fds = Vec::new();
     for part in message.cmsgs()? {

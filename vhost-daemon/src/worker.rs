@@ -22,7 +22,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// Longest wait for a worker's answer. A drain waits for the slowest I/O of the host; longer than
@@ -97,7 +96,6 @@ pub(crate) struct Worker {
     commands: Sender<Command>,
     answers: Receiver<Answer>,
     wake: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl Worker {
@@ -142,7 +140,6 @@ impl Worker {
             commands,
             answers,
             wake,
-            thread: Some(thread),
         };
         match worker.answer()? {
             Answer::LockedDown(Err(error)) => Err(WorkerError::Lockdown(error)),
@@ -210,12 +207,11 @@ impl Worker {
 }
 
 impl Drop for Worker {
+    /// Lets the thread go. It is not waited for: it is idle, or hangs in I/O that outlasted its
+    /// deadline, and then the end of the process is all that helps.
     fn drop(&mut self) {
         if self.commands.send(Command::Quit).is_ok() {
             let _ = self.wake.write(1);
-        }
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
         }
     }
 }

@@ -40,13 +40,13 @@ const MAX_PAYLOAD: usize = 24;
 /// Bits of the device status (virtio 1.3, 2.1).
 const KNOWN_STATUS: u64 = 0xFF;
 
-/// Reads the socket's next header without taking it. `None`: not one of ours (or not whole yet, or
-/// the end), so the crate's business.
-pub(super) fn is_direct(socket: BorrowedFd<'_>) -> bool {
+/// Looks at the socket's next header without taking it. `None`: not one of ours (or not whole yet,
+/// or the end), so the crate's business. Otherwise the bytes of its payload, as it says.
+pub(super) fn peek(socket: BorrowedFd<'_>) -> Option<usize> {
     let mut header = [0; HEADER];
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     let whole = recv(socket.as_raw_fd(), &mut header, flags) == Ok(HEADER);
-    whole && DIRECT.contains(&word(&header, 0))
+    (whole && DIRECT.contains(&word(&header, 0))).then(|| word(&header, 8) as usize)
 }
 
 fn word(bytes: &[u8], at: usize) -> u32 {
@@ -55,17 +55,21 @@ fn word(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(word)
 }
 
-/// Receives and carries out one message for which [`is_direct`] said yes.
+/// Receives and carries out one message, whose payload [`peek`] found to have `size` bytes. No byte
+/// behind it is taken: the next message may be there already.
 ///
 /// # Errors
 /// When the message is malformed or a reply that the front end waits for cannot be given: the
 /// session ends. A message without a reply of its own that is refused is answered by REPLY_ACK.
-pub(super) fn handle(session: &mut Session, socket: BorrowedFd<'_>) -> io::Result<()> {
+pub(super) fn handle(session: &mut Session, socket: BorrowedFd<'_>, size: usize) -> io::Result<()> {
     let mut message = [0; HEADER + MAX_PAYLOAD];
-    let (length, fds) = receive(socket, &mut message)?;
+    let whole = message.get_mut(..HEADER.saturating_add(size));
+    let whole = whole.ok_or_else(|| invalid("vhost-user message with too long a payload"))?;
+    let length = whole.len();
+    let (received, fds) = receive(socket, whole)?;
     let (header, payload) = message.split_at(HEADER);
-    let (request, flags, size) = (word(header, 0), word(header, 4), word(header, 8) as usize);
-    if size > MAX_PAYLOAD || length != HEADER + size || flags & 3 != VERSION {
+    let (request, flags) = (word(header, 0), word(header, 4));
+    if received != length || flags & 3 != VERSION {
         return Err(invalid("vhost-user message of a wrong size or version"));
     }
     let result = match (request, size) {

@@ -77,8 +77,8 @@ pub(super) fn messages(
         if !ready.message {
             continue;
         }
-        if direct::is_direct(watched.as_fd()) {
-            direct::handle(&mut lock(session), watched.as_fd())?;
+        if let Some(size) = direct::peek(watched.as_fd()) {
+            direct::handle(&mut lock(session), watched.as_fd(), size)?;
             continue;
         }
         match handler.handle_request() {

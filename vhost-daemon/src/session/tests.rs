@@ -8,7 +8,7 @@ use crate::signals::Termination;
 use crate::{ConfigError, Device, QueueHandler};
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use std::io::{IoSlice, Read};
+use std::io::{IoSlice, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
@@ -147,6 +147,21 @@ fn the_status_is_kept_and_zero_resets() {
     assert_eq!(*front.resets.lock().unwrap(), 0);
     assert_eq!(front.ask(39, 8, &0u64.to_le_bytes()), 0u64.to_le_bytes());
     assert_eq!(*front.resets.lock().unwrap(), 1);
+    assert_eq!(front.end(), Ok(End::Disconnected));
+}
+
+#[test]
+fn messages_that_come_together_are_told_apart() {
+    let mut front = Front::new();
+    let mut two = Vec::new();
+    for _ in 0..2 {
+        two.extend(40u32.to_le_bytes());
+        two.extend(1u32.to_le_bytes());
+        two.extend(0u32.to_le_bytes());
+    }
+    front.socket.write_all(&two).unwrap();
+    assert_eq!(receive(&mut front.socket), (40, vec![0; 8]));
+    assert_eq!(receive(&mut front.socket), (40, vec![0; 8]));
     assert_eq!(front.end(), Ok(End::Disconnected));
 }
 
