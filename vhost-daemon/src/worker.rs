@@ -131,7 +131,7 @@ impl Worker {
             }
         };
         let builder = std::thread::Builder::new().name(format!("queue{index}"));
-        let thread = builder
+        builder
             .stack_size(STACK_SIZE)
             .spawn(body)
             .map_err(WorkerError::Spawn)?;
