@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socket};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -20,8 +20,9 @@ pub struct Host {
 impl Host {
     /// Sees all frames of `interface` but those that its own side, `own_mac`, sends.
     pub fn new(interface: &str, own_mac: [u8; 6]) -> Result<Self> {
-        let kind = (AddressFamily::Packet, SockType::Raw, SockProtocol::EthAll);
-        let socket = socket(kind.0, kind.1, SockFlag::SOCK_CLOEXEC, kind.2)?;
+        // Without a protocol until it is bound: it would see every interface's frames.
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let socket = socket(AddressFamily::Packet, SockType::Raw, flags, None)?;
         let index = nix::net::if_::if_nametoindex(interface)?;
         set(&socket, libc::SOL_PACKET, libc::PACKET_VNET_HDR, 1)?;
         set(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 64 << 20)

@@ -55,7 +55,9 @@ impl Device {
     /// Connects to it.
     pub fn connect(&self) -> Result<std::os::unix::net::UnixStream> {
         let socket = connect(&self.folder.path().join("net"), Duration::from_secs(10));
-        socket.map_err(|error| error.context(self.process.stderr().unwrap_or_default()))
+        let socket = socket.map_err(|error| error.context(self.process.stderr().unwrap_or_default()))?;
+        self.tap.wait_up()?;
+        Ok(socket)
     }
 }
 

@@ -2,11 +2,15 @@
 //! touches the host's network.
 
 use anyhow::{Context, Result, ensure};
+use nix::ifaddrs::{InterfaceAddress, getifaddrs};
+use nix::net::if_::InterfaceFlags;
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{getgid, getuid};
 use std::fs;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// Moves this process, which has one thread, into namespaces of its own.
 ///
@@ -62,6 +66,23 @@ impl TestTap {
         let guest = text(&tap.guest_mac());
         ip(&format!("neigh add 10.{number}.0.2 lladdr {guest} dev {name}"))?;
         Ok(tap)
+    }
+
+    /// Waits until the kernel has seen that a process serves the TAP: before that, it drops what
+    /// the host sends.
+    ///
+    /// # Errors
+    /// When it has not after ten seconds.
+    pub fn wait_up(&self) -> Result<()> {
+        let running = |address: InterfaceAddress| {
+            address.interface_name == self.name && address.flags.contains(InterfaceFlags::IFF_RUNNING)
+        };
+        let end = Instant::now() + Duration::from_secs(10);
+        while !getifaddrs()?.any(running) {
+            ensure!(Instant::now() < end, "{} does not come up", self.name);
+            thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
     }
 
     /// The host side's MAC address.
