@@ -126,7 +126,7 @@ fn make() -> Result<Tap> {
     }
     request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
     // SAFETY: TUNSETIFF reads and writes one ifreq.
-    if unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } < 0 {
+    if unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) } < 0 {
         bail!(Skip(format!("no TAP: {}", std::io::Error::last_os_error())));
     }
     request.ifr_ifru.ifru_flags = libc::IFF_UP as i16;
@@ -134,11 +134,11 @@ fn make() -> Result<Tap> {
     let wire =
         socket(AddressFamily::Packet, SockType::Raw, flags, SockProtocol::EthAll).context("packet socket")?;
     // SAFETY: SIOCSIFFLAGS reads one ifreq.
-    if unsafe { libc::ioctl(wire.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request) } < 0 {
+    if unsafe { libc::ioctl(wire.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw mut request) } < 0 {
         return Err(std::io::Error::last_os_error()).context("the TAP does not come up");
     }
     // SAFETY: SIOCGIFINDEX reads and writes one ifreq.
-    if unsafe { libc::ioctl(wire.as_raw_fd(), libc::SIOCGIFINDEX, &raw mut request) } < 0 {
+    if unsafe { libc::ioctl(wire.as_raw_fd(), libc::SIOCGIFINDEX as _, &raw mut request) } < 0 {
         return Err(std::io::Error::last_os_error()).context("the TAP has no index");
     }
     // SAFETY: all zeros is a valid sockaddr_ll.

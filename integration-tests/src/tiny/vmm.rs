@@ -211,7 +211,10 @@ impl Vm {
         );
         let mut bytes = vec![0; MAX_MESSAGE];
         let length = recv(self.control.as_raw_fd(), &mut bytes, MsgFlags::empty())?;
-        ensure!(length > 0, "the vmm has gone: {}", self.process.stderr()?);
+        if length == 0 {
+            let status = self.process.wait(Duration::from_secs(2))?;
+            bail!("the vmm has gone: {status}; stderr: {}", self.process.stderr()?);
+        }
         Ok(Envelope::decode(&bytes[..length])?)
     }
 

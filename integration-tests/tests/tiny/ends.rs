@@ -87,12 +87,14 @@ fn supervisor_gone() -> Result<()> {
 /// Each boot finds the disk again and counts itself there.
 fn reboots() -> Result<()> {
     Host::need_kvm()?;
-    let (_disk, device) = Disk::start(Server::Ours)?;
+    let (disk, device) = Disk::start(Server::Ours)?;
     let options = VmOptions {
         restart_on_reboot: true,
         ..VmOptions::tiny("scenario=reboot reboots=20")
     };
-    let ended = Vm::start(&options, vec![device])?.wait_end(DEADLINE)?;
+    let ended = Vm::start(&options, vec![device])?
+        .wait_end(DEADLINE)
+        .map_err(|error| disk.explain(error))?;
     ended.console.expect_ok()?;
     ensure!(ended.reason == EndReason::PowerOff, "{:?}", ended.reason);
     ensure!(ended.console.number("boots")? == 21, "{}", ended.console.text());

@@ -24,11 +24,17 @@ pub(crate) enum Server {
 /// A raw disk and the process that serves it.
 pub(crate) struct Disk {
     pub(crate) path: PathBuf,
-    pub(crate) process: Process,
+    process: Process,
     _folder: TempDir,
 }
 
 impl Disk {
+    /// What went wrong, with the device process's own words.
+    pub(crate) fn explain(&self, error: anyhow::Error) -> anyhow::Error {
+        let words = self.process.stderr().unwrap_or_default();
+        error.context(format!("device process: {words}"))
+    }
+
     /// Starts the process; the device goes to the vmm.
     pub(crate) fn start(server: Server) -> Result<(Self, Device)> {
         let folder = tempfile::tempdir()?;

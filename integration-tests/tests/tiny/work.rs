@@ -19,7 +19,7 @@ const DEADLINE: Duration = Duration::from_secs(50);
 const COUNT: u64 = 10_000;
 /// Exits that a run may have in all, whatever its length: the console's bytes around it, and what
 /// the reference back end's start leaves over.
-const EXITS: u64 = 200;
+const EXITS: u64 = 50;
 
 pub(crate) fn tests() -> Vec<Trial> {
     let mut tests = Vec::new();
@@ -31,9 +31,11 @@ pub(crate) fn tests() -> Vec<Trial> {
             ("polled", "depth=32 mode=poll"),
             ("no_event_idx", "depth=32 event-idx=0"),
         ] {
-            tests.push(test(format!("work::blk_{name}_{way}"), move || {
-                blk(server, cmdline)
-            }));
+            // The reference's configuration space says one queue.
+            if server == Server::Ours || !cmdline.contains("queues") {
+                let name = format!("work::blk_{name}_{way}");
+                tests.push(test(name, move || blk(server, cmdline)));
+            }
         }
         tests.push(test(format!("work::msix_mask_{name}"), move || msix_mask(server)));
     }
@@ -73,7 +75,7 @@ fn blk(server: Server, cmdline: &str) -> Result<()> {
     let (disk, device) = Disk::start(server)?;
     let options = VmOptions::tiny(format!("scenario=blk sync=1 requests={COUNT} seed=11 {cmdline}"));
     let mut vm = Vm::start(&options, vec![device])?;
-    measured(&mut vm, &format!("{server:?} {cmdline}"))?;
+    measured(&mut vm, &format!("{server:?} {cmdline}")).map_err(|error| disk.explain(error))?;
     let ended = vm.wait_end(DEADLINE)?;
     ended.console.expect_ok()?;
     ensure!(ended.reason == EndReason::PowerOff, "{:?}", ended.reason);
@@ -115,7 +117,7 @@ fn discard() -> Result<()> {
         &VmOptions::tiny("scenario=blk requests=2000 discard=1"),
         vec![device],
     )?;
-    let ended = vm.wait_end(DEADLINE)?;
+    let ended = vm.wait_end(DEADLINE).map_err(|error| disk.explain(error))?;
     ended.console.expect_ok()?;
     let content = fs::read(&disk.path)?;
     ensure!(
