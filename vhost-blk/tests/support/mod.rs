@@ -266,3 +266,10 @@ impl Scratch {
         self.0.path().join(name)
     }
 }
+
+/// Overwrites part of a file.
+pub fn patch(path: &Path, offset: u64, bytes: &[u8]) {
+    use std::os::unix::fs::FileExt;
+    let file = FileOptions::new().write(true).open(path).expect("opens");
+    file.write_all_at(bytes, offset).expect("writes");
+}

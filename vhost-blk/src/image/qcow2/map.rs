@@ -76,17 +76,21 @@ impl Qcow2 {
     }
 
     fn check_own_table(&self, meta: &mut Meta, table: u64) -> Result<(), ImageError> {
-        let cluster = self.geometry.cluster_of(table);
-        match meta.kinds.get(&cluster) {
-            Some(Kind::L2) => {}
-            other => {
-                return Err(ImageError::corrupt(
-                    "L1 entry",
-                    format!("the L2 table at {table:#x} is used as {other:?} too"),
-                ));
-            }
-        }
-        self.check_refcount_is_one(meta, cluster, "L1 entry")
+        self.check_is_table(meta, table)?;
+        self.check_refcount_is_one(meta, self.geometry.cluster_of(table), "L1 entry")
+    }
+
+    /// An L2 table must be nothing else, and in the place of one L1 entry only.
+    fn check_is_table(&self, meta: &Meta, table: u64) -> Result<(), ImageError> {
+        let used_as = match meta.kinds.get(&self.geometry.cluster_of(table)) {
+            Some(Kind::L2) => return Ok(()),
+            Some(kind) => kind.to_string(),
+            None => "data".to_owned(),
+        };
+        Err(ImageError::corrupt(
+            "L1 entry",
+            format!("the L2 table at {table:#x} is used as {used_as} too"),
+        ))
     }
 
     fn check_refcount_is_one(
@@ -185,6 +189,7 @@ impl Qcow2 {
         if meta.l2.is_verified(&*self.file, address)? {
             return Ok(());
         }
+        self.check_is_table(meta, l1.table)?;
         let cluster = self.geometry.cluster_of(host);
         self.check_data_place(meta, cluster..cluster + 1)?;
         self.check_refcount_is_one(meta, cluster, "L2 entry")?;
@@ -216,7 +221,8 @@ impl std::fmt::Display for Kind {
             Self::Header => "header",
             Self::Table(name) => name,
             Self::Refblock => "refcount block",
-            Self::L2 | Self::SharedL2 => "L2 table",
+            Self::L2 => "L2 table",
+            Self::SharedL2 => "L2 table of another range",
         })
     }
 }
