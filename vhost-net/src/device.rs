@@ -1,11 +1,13 @@
 //! The network device: features, configuration space, and its queues (virtio 1.3, 5.1).
 
+use crate::control::ControlQueue;
 use crate::counters::Counters;
 use crate::guard::{Guard, MacAddress};
 use crate::offload::{Offloads, TCP_FEATURES, TunOffload, USO_FEATURES};
-use crate::options::{Options, OptionsError};
+use crate::options::{Limits, Options, OptionsError};
 use crate::pacer::{Flow, Pacer};
-use crate::rx::ReceiveQueue;
+use crate::rx::{ReceiveQueue, Running};
+use crate::steering::Steering;
 use crate::tap::{Tap, TapError};
 use crate::tx::TransmitQueue;
 use jailer::sandbox::Role;
@@ -15,7 +17,8 @@ use std::sync::Arc;
 use vhost_daemon::device::QueueLimits;
 use vhost_daemon::{ConfigError, Device, Program, QueueHandler};
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
 /// Most pairs of queues.
@@ -33,9 +36,9 @@ pub enum OpenError {
     /// `--tap-fd` names no fd that this process was given.
     #[error("--tap-fd")]
     Fd(#[source] io::Error),
-    /// No timer for a rate limit.
-    #[error("cannot make a timer for the rate limit")]
-    Timer(#[source] io::Error),
+    /// No timer, eventfd or epoll instance.
+    #[error("cannot make a timer and an epoll instance")]
+    Events(#[source] io::Error),
 }
 
 /// `vhost-user-net`.
@@ -68,6 +71,7 @@ impl Program for NetProgram {
 /// One NIC.
 pub struct NetDevice {
     taps: Vec<Arc<Tap>>,
+    steering: Arc<Steering>,
     handlers: Vec<Box<dyn QueueHandler>>,
     counters: Arc<Counters>,
     features: u64,
@@ -80,15 +84,17 @@ impl NetDevice {
         let guard = options.guard()?.map(Arc::new);
         let taps = open_taps(&options, pairs)?;
         let counters = Arc::new(Counters::default());
-        let handlers = make_handlers(&options, &taps, &counters, guard)?;
+        let steering = Arc::new(Steering::new(&taps).map_err(OpenError::Events)?);
+        let handlers = make_handlers(&options, &steering, &taps, &counters, guard)?;
         tracing::info!(
             tap = taps.first().map_or("", |tap| tap.name()),
             mac = options.mac.map(tracing::field::display),
             "serving"
         );
         Ok(Self {
-            features: offered(&options, taps.iter().all(|tap| tap.supports_uso())),
+            features: offered(&options, &taps),
             taps,
+            steering,
             handlers,
             counters,
             mac: options.mac,
@@ -119,37 +125,53 @@ fn open_taps(options: &Options, pairs: u16) -> Result<Vec<Arc<Tap>>, OpenError> 
     Ok(taps.into_iter().map(Arc::new).collect())
 }
 
-/// Receive and transmit queues in turn, as virtio 1.3, 5.1.2 numbers them.
+/// Receive and transmit queues in turn, then the control queue, as virtio 1.3, 5.1.2 numbers them.
 fn make_handlers(
     options: &Options,
+    steering: &Arc<Steering>,
     taps: &[Arc<Tap>],
     counters: &Arc<Counters>,
     guard: Option<Arc<Guard>>,
 ) -> Result<Vec<Box<dyn QueueHandler>>, OpenError> {
     let parts = taps.len() as u64;
-    let mut handlers: Vec<Box<dyn QueueHandler>> = Vec::with_capacity(2 * taps.len());
-    for tap in taps {
-        let limiter = options.receive_limit.divided(parts).limiter();
-        let pacer = Pacer::new(Arc::clone(tap), Flow::Receive, limiter).map_err(OpenError::Timer)?;
-        handlers.push(Box::new(ReceiveQueue::new(pacer, Arc::clone(counters))));
-        let limiter = options.transmit_limit.divided(parts).limiter();
-        let pacer = Pacer::new(Arc::clone(tap), Flow::Transmit, limiter).map_err(OpenError::Timer)?;
+    let receive = options.receive_limit.divided(parts);
+    let transmit = options.transmit_limit.divided(parts);
+    let mut handlers: Vec<Box<dyn QueueHandler>> = Vec::with_capacity(2 * taps.len() + 1);
+    for (pair, tap) in taps.iter().enumerate() {
+        let pacer = |flow, limits: &Limits, seat| {
+            Pacer::new(Arc::clone(tap), flow, limits.limiter(), seat).map_err(OpenError::Events)
+        };
+        let seat = steering.seat(pair).filter(|_| taps.len() > 1).cloned();
+        let running = Running::new(Arc::clone(steering), pair);
+        let pacer_in = pacer(Flow::Receive, &receive, seat)?;
+        handlers.push(Box::new(ReceiveQueue::new(
+            pacer_in,
+            Arc::clone(counters),
+            running,
+        )));
+        let pacer_out = pacer(Flow::Transmit, &transmit, None)?;
         handlers.push(Box::new(TransmitQueue::new(
-            pacer,
+            pacer_out,
             Arc::clone(counters),
             guard.clone(),
         )));
+    }
+    if taps.len() > 1 {
+        handlers.push(Box::new(ControlQueue::new(Arc::clone(steering))));
     }
     Ok(handlers)
 }
 
 /// The features that this TAP and these flags allow.
-fn offered(options: &Options, uso: bool) -> u64 {
+fn offered(options: &Options, taps: &[Arc<Tap>]) -> u64 {
+    let uso = taps.first().is_some_and(|tap| tap.supports_uso());
+    let several = taps.len() > 1;
     let when = |condition: bool, features: u64| if condition { features } else { 0 };
     TCP_FEATURES
         | 1 << VIRTIO_NET_F_MRG_RXBUF
         | 1 << VIRTIO_NET_F_STATUS
         | when(uso, USO_FEATURES)
+        | when(several, 1 << VIRTIO_NET_F_CTRL_VQ | 1 << VIRTIO_NET_F_MQ)
         | when(options.mac.is_some(), 1 << VIRTIO_NET_F_MAC)
         | when(options.mtu.is_some(), 1 << VIRTIO_NET_F_MTU)
 }
@@ -188,6 +210,8 @@ impl Device for NetDevice {
     }
 
     fn reset(&mut self) {
+        // Until a control queue says otherwise: a front end may have one of its own.
+        self.steering.set_active(self.steering.pairs());
         self.set_offload(TunOffload::default());
     }
 

@@ -11,6 +11,7 @@
 
 pub mod bucket;
 pub mod buffers;
+pub mod control;
 pub mod counters;
 pub mod device;
 pub mod guard;
@@ -19,5 +20,6 @@ pub mod offload;
 pub mod options;
 pub mod pacer;
 pub mod rx;
+pub mod steering;
 pub mod tap;
 pub mod tx;

@@ -1,6 +1,8 @@
-//! A queue's fd to wait for: the TAP, or with a rate limit, an epoll of the TAP and a timer.
+//! A queue's fd to wait for: the TAP, or an epoll of it with a rate limit's timer and, where the
+//! TAP has several queues, the news that this one was attached or detached.
 
 use crate::bucket::Limiter;
+use crate::steering::Seat;
 use crate::tap::Tap;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::time::TimeSpec;
@@ -11,9 +13,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vhost_daemon::Wait;
 
-const TAP: u64 = 0;
-const TIMER: u64 = 1;
-
 /// Which way the frames of a queue go.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Flow {
@@ -23,49 +22,40 @@ pub enum Flow {
     Transmit,
 }
 
-impl Flow {
-    fn event(self) -> EpollFlags {
-        match self {
-            Self::Receive => EpollFlags::EPOLLIN,
-            Self::Transmit => EpollFlags::EPOLLOUT,
-        }
-    }
-}
-
 /// One direction of one queue's TAP, held to its limits.
 pub struct Pacer {
     tap: Arc<Tap>,
     flow: Flow,
     limiter: Limiter,
-    limited: Option<Limited>,
+    seat: Option<Arc<Seat>>,
+    events: Option<Events>,
 }
 
-struct Limited {
+/// Several causes behind one fd.
+struct Events {
     epoll: Epoll,
     timer: TimerFd,
+    /// The TAP is in `epoll`.
+    watching: bool,
+    /// The timer runs.
+    armed: bool,
 }
 
 impl Pacer {
-    /// Makes the timer where there is a limit: before lockdown.
+    /// Makes what it needs to wait: before lockdown. `seat` where the TAP has several queues and
+    /// the direction depends on it.
     ///
     /// # Errors
     /// When the kernel gives no timer or epoll instance.
-    pub fn new(tap: Arc<Tap>, flow: Flow, limiter: Limiter) -> io::Result<Self> {
-        let limited = if limiter.is_limited() {
-            let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-            let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
-            let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
-            epoll.add(&*tap, EpollEvent::new(flow.event(), TAP))?;
-            epoll.add(&timer, EpollEvent::new(EpollFlags::EPOLLIN, TIMER))?;
-            Some(Limited { epoll, timer })
-        } else {
-            None
-        };
+    pub fn new(tap: Arc<Tap>, flow: Flow, limiter: Limiter, seat: Option<Arc<Seat>>) -> io::Result<Self> {
+        let several = limiter.is_limited() || seat.is_some();
+        let events = several.then(|| Events::new(seat.as_deref())).transpose()?;
         Ok(Self {
             tap,
             flow,
             limiter,
-            limited,
+            seat,
+            events,
         })
     }
 
@@ -78,17 +68,25 @@ impl Pacer {
     /// What to poll.
     #[must_use]
     pub fn source(&self) -> BorrowedFd<'_> {
-        match &self.limited {
-            Some(limited) => limited.epoll.0.as_fd(),
+        match &self.events {
+            Some(events) => events.epoll.0.as_fd(),
             None => self.tap.as_fd(),
         }
     }
 
-    /// What to wait for before the next frame, if the limits say so.
+    /// What to wait for before the next frame, if the limits or the steering say so.
     pub fn wait(&mut self) -> Option<Wait> {
+        if let (Some(seat), Some(events)) = (&self.seat, &mut self.events) {
+            seat.acknowledge();
+            if !seat.is_attached() {
+                events.unwatch(&self.tap);
+                return Some(Wait::READABLE);
+            }
+        }
         let pause = self.limiter.wait(Instant::now)?;
-        let limited = self.limited.as_ref()?;
-        limited.pause(&self.tap, pause);
+        let events = self.events.as_mut()?;
+        events.unwatch(&self.tap);
+        events.arm(pause);
         Some(Wait::READABLE)
     }
 
@@ -98,36 +96,86 @@ impl Pacer {
     }
 
     /// What to wait for when the TAP answered EAGAIN.
-    #[must_use]
-    pub fn blocked(&self) -> Wait {
-        match (&self.limited, self.flow) {
-            (Some(limited), _) => {
-                limited.watch(&self.tap, self.flow.event());
+    pub fn blocked(&mut self) -> Wait {
+        match (&mut self.events, self.flow) {
+            (Some(events), flow) => {
+                events.disarm();
+                events.watch(&self.tap, flow);
                 Wait::READABLE
             }
             (None, Flow::Receive) => Wait::READABLE,
             (None, Flow::Transmit) => Wait::WRITABLE,
         }
     }
+
+    /// What to wait for when the TAP answered with an error: it was detached a moment ago, or is
+    /// gone for good. Then only the driver's reset helps.
+    pub fn failed(&mut self) -> Wait {
+        match &mut self.events {
+            Some(events) => {
+                events.unwatch(&self.tap);
+                Wait::AVAILABLE_OR_READABLE
+            }
+            None => Wait::AVAILABLE,
+        }
+    }
 }
 
-impl Limited {
-    /// Only the timer wakes.
-    fn pause(&self, tap: &Tap, pause: Duration) {
-        self.watch(tap, EpollFlags::empty());
-        let shortest = pause.max(Duration::from_nanos(1));
-        let expiry = Expiration::OneShot(TimeSpec::from_duration(shortest));
+impl Events {
+    fn new(seat: Option<&Seat>) -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
+        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
+        epoll.add(&timer, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+        if let Some(seat) = seat {
+            epoll.add(seat.wake(), EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+        }
+        Ok(Self {
+            epoll,
+            timer,
+            watching: false,
+            armed: false,
+        })
+    }
+
+    fn arm(&mut self, pause: Duration) {
+        // Zero would disarm it.
+        let pause = pause.max(Duration::from_nanos(1));
+        let expiry = Expiration::OneShot(TimeSpec::from_duration(pause));
+        self.armed = true;
         if let Err(error) = self.timer.set(expiry, TimerSetTimeFlags::empty()) {
             tracing::warn!(%error, "cannot arm the rate limit's timer");
         }
     }
 
-    /// Only the TAP wakes: an expired timer is put off.
-    fn watch(&self, tap: &Tap, events: EpollFlags) {
-        let disarmed = self.timer.unset();
-        let watched = self.epoll.modify(tap, &mut EpollEvent::new(events, TAP));
-        if let Err(error) = disarmed.and(watched) {
-            tracing::warn!(%error, "cannot watch the TAP");
+    /// Also takes back an expiry that nobody read.
+    fn disarm(&mut self) {
+        if std::mem::take(&mut self.armed)
+            && let Err(error) = self.timer.unset()
+        {
+            tracing::warn!(%error, "cannot disarm the rate limit's timer");
+        }
+    }
+
+    fn watch(&mut self, tap: &Tap, flow: Flow) {
+        let event = match flow {
+            Flow::Receive => EpollFlags::EPOLLIN,
+            Flow::Transmit => EpollFlags::EPOLLOUT,
+        };
+        if !self.watching {
+            match self.epoll.add(tap, EpollEvent::new(event, 0)) {
+                Ok(()) => self.watching = true,
+                Err(error) => tracing::warn!(%error, "cannot watch the TAP"),
+            }
+        }
+    }
+
+    /// A TAP queue that is detached reports an error for as long as it is watched.
+    fn unwatch(&mut self, tap: &Tap) {
+        if std::mem::take(&mut self.watching)
+            && let Err(error) = self.epoll.delete(tap)
+        {
+            tracing::warn!(%error, "cannot stop to watch the TAP");
         }
     }
 }

@@ -10,6 +10,7 @@ use crate::counters::{Counters, Drop};
 use crate::header::{HEADER_SIZE, MAX_FRAME, NetHeader};
 use crate::offload::Offloads;
 use crate::pacer::Pacer;
+use crate::steering::Steering;
 use nix::errno::Errno;
 use std::collections::VecDeque;
 use std::io;
@@ -31,6 +32,7 @@ const PUBLISH_EVERY: usize = 16;
 pub struct ReceiveQueue {
     pacer: Pacer,
     counters: Arc<Counters>,
+    running: Running,
     offloads: Offloads,
     /// Taken from the ring, in order, for the next frames.
     chains: VecDeque<Chain>,
@@ -40,6 +42,32 @@ pub struct ReceiveQueue {
     expected: Expectation,
     storage: Storage,
     slices: SliceStorage,
+}
+
+/// Tells the steering whether this queue's ring runs.
+pub struct Running {
+    steering: Arc<Steering>,
+    pair: usize,
+    now: bool,
+}
+
+impl Running {
+    /// For the receive queue of pair `pair`, which does not run yet.
+    #[must_use]
+    pub fn new(steering: Arc<Steering>, pair: usize) -> Self {
+        Self {
+            steering,
+            pair,
+            now: false,
+        }
+    }
+
+    fn set(&mut self, now: bool) {
+        if self.now != now {
+            self.now = now;
+            self.steering.set_running(self.pair, now);
+        }
+    }
 }
 
 /// How long the next frames may be.
@@ -77,10 +105,11 @@ enum Read {
 impl ReceiveQueue {
     /// A queue that reads from the pacer's TAP.
     #[must_use]
-    pub fn new(pacer: Pacer, counters: Arc<Counters>) -> Self {
+    pub fn new(pacer: Pacer, counters: Arc<Counters>, running: Running) -> Self {
         Self {
             pacer,
             counters,
+            running,
             offloads: Offloads::default(),
             chains: VecDeque::new(),
             spill: Vec::new(),
@@ -169,8 +198,7 @@ impl ReceiveQueue {
             return self.pacer.blocked();
         }
         self.counters.receive.dropped(Drop::Interface, error);
-        // The interface is gone: there is nothing to wait for but the driver's reset.
-        Wait::AVAILABLE
+        self.pacer.failed()
     }
 
     /// Places the frame that waits in the spill buffer. False: the driver has to make more buffers
@@ -264,6 +292,7 @@ impl QueueHandler for ReceiveQueue {
     }
 
     fn process(&mut self, ring: &mut Ring) -> Result<Wait, RingFault> {
+        self.running.set(true);
         let (mut longest, mut frames) = (0, 0);
         let wait = loop {
             if let Some(length) = self.waiting
@@ -297,6 +326,7 @@ impl QueueHandler for ReceiveQueue {
     }
 
     fn drain(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
+        self.running.set(false);
         self.waiting = None;
         while let Some(chain) = self.chains.pop_back() {
             ring.put_back(chain)?;

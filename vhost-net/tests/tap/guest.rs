@@ -54,8 +54,13 @@ pub struct Guest {
 impl Guest {
     /// Connects with `features` and posts no receive buffer yet.
     pub fn connect(socket: UnixStream, features: u64, buffers: Buffers) -> Result<Self> {
+        Self::with_queues(socket, features, buffers, 2)
+    }
+
+    /// Connects with this many queues; frames go through the first pair.
+    pub fn with_queues(socket: UnixStream, features: u64, buffers: Buffers, queues: u16) -> Result<Self> {
         let options = Options {
-            queues: 2,
+            queues,
             ring_size: 256,
             features,
             ..Options::default()
@@ -158,6 +163,36 @@ impl Guest {
         }
         self.session.rings[RX].notify()?;
         Ok((header, bytes.split_off(HEADER_SIZE)))
+    }
+
+    /// Lets the guest's frames come and go through pair `pair` from now on. Nothing may be under way
+    /// on the one before, and each pair is taken once.
+    pub fn use_pair(&mut self, pair: usize) {
+        self.session.rings.swap(RX, 2 * pair);
+        self.session.rings.swap(TX, 2 * pair + 1);
+        self.receiving.clear();
+    }
+
+    /// Sends a command on the control queue `index`; the device's answer.
+    pub fn control(&mut self, index: usize, command: &[u8]) -> Result<u8> {
+        let address = self.free.pop().context("no buffer left")?;
+        self.session.memory.write(address, command)?;
+        let segment = |address, length, writable| Segment {
+            address,
+            length,
+            writable,
+        };
+        let answer = address + 4096;
+        self.session.memory.write(answer, &[0xff])?;
+        let chain = [
+            segment(address, command.len() as u32, false),
+            segment(answer, 1, true),
+        ];
+        self.session.rings[index].push(&chain)?;
+        self.session.rings[index].notify()?;
+        self.session.rings[index].wait_used(DEADLINE)?;
+        self.free.push(address);
+        Ok(self.session.memory.read(answer, 1)?[0])
     }
 
     /// Waits until the device signals queue `index`'s error eventfd.

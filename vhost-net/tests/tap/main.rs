@@ -8,6 +8,7 @@ mod host;
 mod hostile;
 mod limits;
 mod namespace;
+mod queues;
 
 use anyhow::{Context, Result};
 use integration_tests::artifacts::{Artifact, Artifacts};
@@ -21,7 +22,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 /// The static `vhost-user-net`, as it is shipped: its system calls are what its policy allows.
-static BINARY: OnceLock<PathBuf> = OnceLock::new();
+pub static BINARY: OnceLock<PathBuf> = OnceLock::new();
 
 /// A device process that serves a TAP of its own.
 pub struct Device {
@@ -80,7 +81,11 @@ fn main() -> ExitCode {
         namespace::enter()
     };
     let missing = namespace.err().map(|error| format!("{error:#}"));
-    let cases = cases::ALL.iter().chain(hostile::ALL).chain(limits::ALL);
+    let cases = cases::ALL
+        .iter()
+        .chain(hostile::ALL)
+        .chain(limits::ALL)
+        .chain(queues::ALL);
     let trials = cases.map(|(name, case)| {
         let missing = missing.clone();
         Trial::ignorable_test(*name, move || match missing {

@@ -1,0 +1,135 @@
+//! Which queues of a multi-queue TAP the kernel may steer flows to: those whose receive ring runs
+//! and that the driver asked for. A frame for any other would never reach the guest.
+
+use crate::tap::{QueueState, Tap};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// All queue pairs of one device.
+pub struct Steering {
+    seats: Vec<Arc<Seat>>,
+    wishes: Mutex<Wishes>,
+}
+
+/// What the driver and the front end want.
+struct Wishes {
+    /// Pairs that the driver uses (virtio 1.3, 5.1.6.5.5).
+    active: usize,
+    running: Vec<bool>,
+}
+
+/// One pair's place, shared with its receive queue.
+pub struct Seat {
+    tap: Arc<Tap>,
+    attached: AtomicBool,
+    wake: EventFd,
+    signalled: AtomicBool,
+}
+
+impl Steering {
+    /// All of `taps` are attached, as they are when they were just opened.
+    ///
+    /// # Errors
+    /// When the kernel gives no eventfd.
+    pub fn new(taps: &[Arc<Tap>]) -> io::Result<Self> {
+        let seat = |tap: &Arc<Tap>| {
+            let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+            Ok(Arc::new(Seat {
+                tap: Arc::clone(tap),
+                attached: AtomicBool::new(true),
+                wake: EventFd::from_flags(flags)?,
+                signalled: AtomicBool::new(false),
+            }))
+        };
+        let seats: Vec<_> = taps.iter().map(seat).collect::<io::Result<_>>()?;
+        let steering = Self {
+            wishes: Mutex::new(Wishes {
+                active: seats.len(),
+                running: vec![false; seats.len()],
+            }),
+            seats,
+        };
+        steering.change(|_| ());
+        Ok(steering)
+    }
+
+    /// Pairs that there are.
+    #[must_use]
+    pub fn pairs(&self) -> usize {
+        self.seats.len()
+    }
+
+    /// The place of pair `index`.
+    #[must_use]
+    pub fn seat(&self, index: usize) -> Option<&Arc<Seat>> {
+        self.seats.get(index)
+    }
+
+    /// The receive ring of pair `index` runs, or does not.
+    pub fn set_running(&self, index: usize, running: bool) {
+        self.change(|wishes| {
+            if let Some(place) = wishes.running.get_mut(index) {
+                *place = running;
+            }
+        });
+    }
+
+    /// The driver uses the first `pairs` pairs.
+    pub fn set_active(&self, pairs: usize) {
+        self.change(|wishes| wishes.active = pairs);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Wishes)) {
+        let mut wishes = self.wishes.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut wishes);
+        // The first pair always stays: frames wait in its queue while no ring runs.
+        for (index, seat) in self.seats.iter().enumerate().skip(1) {
+            let running = wishes.running.get(index).copied().unwrap_or(false);
+            seat.settle(running && index < wishes.active);
+        }
+    }
+}
+
+impl Seat {
+    /// The kernel steers to this pair.
+    #[must_use]
+    pub fn is_attached(&self) -> bool {
+        self.attached.load(Ordering::Acquire)
+    }
+
+    /// Readable when [`Seat::is_attached`] changed.
+    #[must_use]
+    pub fn wake(&self) -> &EventFd {
+        &self.wake
+    }
+
+    /// Takes a change off [`Seat::wake`].
+    pub fn acknowledge(&self) {
+        if self.signalled.swap(false, Ordering::AcqRel) {
+            // EAGAIN: nothing is left to take.
+            let _ = self.wake.read();
+        }
+    }
+
+    fn settle(&self, wanted: bool) {
+        if self.is_attached() == wanted {
+            return;
+        }
+        let state = if wanted {
+            QueueState::Attached
+        } else {
+            QueueState::Detached
+        };
+        match self.tap.set_queue(state) {
+            Ok(()) => {
+                self.attached.store(wanted, Ordering::Release);
+                // The flag after the eventfd: whoever sees the flag finds the eventfd readable.
+                let _ = self.wake.write(1);
+                self.signalled.store(true, Ordering::Release);
+            }
+            Err(error) => tracing::warn!(%error, ?state, "the TAP refused to steer"),
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! Several queues, and a TAP that comes as an open file descriptor.
+
+use crate::frames::{Path, pattern};
+use crate::guest::{Buffers, DEADLINE, Guest, MERGEABLE};
+use crate::host::Host;
+use crate::namespace::{TestTap, text};
+use crate::{BINARY, Case, Device};
+use anyhow::{Context, Result, ensure};
+use integration_tests::process::{Process, inherit_at};
+use std::os::fd::AsFd;
+use std::process::Command;
+use std::time::Duration;
+use vhost_net::header::NetHeader;
+use vhost_net::tap::Tap;
+use virtio_bindings::virtio_net::{VIRTIO_NET_CTRL_MQ, VIRTIO_NET_ERR, VIRTIO_NET_OK};
+
+pub const ALL: &[Case] = &[
+    (
+        "each_pair_carries_frames_once_it_is_asked_for",
+        each_pair_carries_frames,
+    ),
+    (
+        "without_a_control_queue_all_pairs_are_used",
+        without_a_control_queue,
+    ),
+    ("an_inherited_tap_and_socket", an_inherited_tap_and_socket),
+    ("an_inherited_fd_that_is_no_tap", an_inherited_fd_that_is_no_tap),
+];
+
+const EVERYTHING: u64 = !0;
+const CONTROL: usize = 4;
+/// Without a frame for so long, no more are on their way.
+const GAP: Duration = Duration::from_millis(700);
+const FEW: Buffers = Buffers {
+    count: 64,
+    ..MERGEABLE
+};
+
+fn pairs_set(pairs: u16) -> Vec<u8> {
+    let mut command = vec![VIRTIO_NET_CTRL_MQ as u8, 0];
+    command.extend(pairs.to_le_bytes());
+    command
+}
+
+/// Sends flows of many ports to the guest; how many of their frames arrive on the pair in use.
+fn arriving(guest: &mut Guest, host: &Host, path: &Path, flows: u16) -> Result<u16> {
+    for port in 0..flows {
+        host.send(
+            &[0; 10],
+            &path.udp([1000 + port, 7], &pattern(100, port.into()), true),
+        )?;
+    }
+    let mut count = 0;
+    while guest.receive(GAP).is_ok() {
+        count += 1;
+    }
+    Ok(count)
+}
+
+fn each_pair_carries_frames() -> Result<()> {
+    let device = Device::on(TestTap::new(" multi_queue")?, &["--num-queues=4"])?;
+    let host = Host::new(&device.tap.name, device.tap.host_mac())?;
+    let mut guest = Guest::with_queues(device.connect()?, EVERYTHING, FEW, 5)?;
+    let config = guest.session.config(8, 2)?;
+    ensure!(config == [2, 0], "max_virtqueue_pairs {config:?}");
+    guest.post(FEW.count)?;
+    let path = Path::to_guest(&device.tap);
+    ensure!(
+        arriving(&mut guest, &host, &path, 50)? == 50,
+        "all flows to the only pair in use"
+    );
+    for bad in [
+        pairs_set(0),
+        pairs_set(3),
+        vec![4, 0, 1],
+        vec![9, 9, 9, 9],
+        vec![],
+    ] {
+        let bad = if bad.is_empty() { vec![0] } else { bad };
+        ensure!(
+            u32::from(guest.control(CONTROL, &bad)?) == VIRTIO_NET_ERR,
+            "{bad:?}"
+        );
+    }
+    ensure!(u32::from(guest.control(CONTROL, &pairs_set(2))?) == VIRTIO_NET_OK);
+    let first = arriving(&mut guest, &host, &path, 50)?;
+    ensure!((1..50).contains(&first), "{first} of 50 flows on the first pair");
+    // The other flows' frames wait for buffers on the second.
+    guest.use_pair(1);
+    guest.post(FEW.count)?;
+    let second = arriving(&mut guest, &host, &path, 0)?;
+    ensure!(first + second == 50, "{first} and {second} of 50 flows");
+    let sent = Path::to_host(&device.tap).udp([1, 2], &pattern(100, 1), true);
+    guest.send(NetHeader::default(), &sent)?;
+    ensure!(host.receive(DEADLINE)?.1 == sent, "transmit on the second pair");
+    // Back to one pair and to two again, with no kick in between.
+    ensure!(u32::from(guest.control(CONTROL, &pairs_set(1))?) == VIRTIO_NET_OK);
+    ensure!(
+        arriving(&mut guest, &host, &path, 20)? == 0,
+        "a flow on a pair not in use"
+    );
+    ensure!(u32::from(guest.control(CONTROL, &pairs_set(2))?) == VIRTIO_NET_OK);
+    let second = arriving(&mut guest, &host, &path, 50)?;
+    ensure!(
+        (1..50).contains(&second),
+        "{second} of 50 flows on the second pair"
+    );
+    Ok(())
+}
+
+fn without_a_control_queue() -> Result<()> {
+    let device = Device::on(TestTap::new(" multi_queue")?, &["--num-queues=4"])?;
+    let host = Host::new(&device.tap.name, device.tap.host_mac())?;
+    let mut guest = Guest::with_queues(device.connect()?, EVERYTHING, FEW, 4)?;
+    guest.post(FEW.count)?;
+    let path = Path::to_guest(&device.tap);
+    let first = arriving(&mut guest, &host, &path, 50)?;
+    guest.use_pair(1);
+    guest.post(FEW.count)?;
+    let second = arriving(&mut guest, &host, &path, 0)?;
+    ensure!(
+        first + second == 50 && first > 0 && second > 0,
+        "{first} and {second}"
+    );
+    Ok(())
+}
+
+fn an_inherited_tap_and_socket() -> Result<()> {
+    let tap = TestTap::new("")?;
+    let open = Tap::open(&tap.name, 1)?.pop().context("no TAP")?;
+    let mut command = Command::new(BINARY.get().context("no binary")?);
+    let mac = format!("--mac={}", text(&tap.guest_mac()));
+    command.args(["--fd=3", "--tap-fd=4", &mac]);
+    inherit_at(&mut command, open.as_fd().try_clone_to_owned()?, 4);
+    drop(open);
+    let (mut process, socket) = Process::start_with_socket(command)?;
+    let mut guest = Guest::start(socket, EVERYTHING, MERGEABLE)?;
+    tap.wait_up()?;
+    let host = Host::new(&tap.name, tap.host_mac())?;
+    let sent = Path::to_host(&tap).udp([1, 2], &pattern(100, 1), true);
+    guest.send(NetHeader::default(), &sent)?;
+    ensure!(host.receive(DEADLINE)?.1 == sent);
+    let sent = Path::to_guest(&tap).udp([1, 2], &pattern(100, 2), true);
+    host.send(&[0; 10], &sent)?;
+    ensure!(guest.receive(DEADLINE)?.1 == sent);
+    // The end of the socket is the end of the process.
+    drop(guest);
+    let status = process.wait(DEADLINE)?;
+    ensure!(status.success(), "{status}: {}", process.stderr()?);
+    Ok(())
+}
+
+fn an_inherited_fd_that_is_no_tap() -> Result<()> {
+    let mut command = Command::new(BINARY.get().context("no binary")?);
+    command.args(["--fd=3", "--tap-fd=4"]);
+    inherit_at(&mut command, std::fs::File::open("/dev/null")?.into(), 4);
+    let (mut process, _socket) = Process::start_with_socket(command)?;
+    let status = process.wait(DEADLINE)?;
+    let log = process.stderr()?;
+    ensure!(
+        status.code() == Some(1) && log.contains("TUNGETIFF"),
+        "{status}: {log}"
+    );
+    Ok(())
+}
