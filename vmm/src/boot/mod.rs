@@ -8,6 +8,7 @@ mod error;
 mod image;
 mod paging;
 mod pvh;
+mod reset_vector;
 
 pub use error::BootError;
 pub use image::Image;
@@ -50,6 +51,7 @@ impl BootImages {
         ram.memory()
             .write_slice(&cmdline, GuestAddress(layout::CMDLINE))?;
         let rsdp = acpi::write(ram, cpus)?;
+        reset_vector::write(ram)?;
         let mut magic = [0; 4];
         self.kernel.read_exact_at(&mut magic, 0)?;
         paging::write_gdt(ram)?;

@@ -22,8 +22,8 @@ const RESET_CPU: u8 = 1 << 2;
 const PANICKED: u8 = 1;
 /// Generic event device: power button.
 const POWER_BUTTON: u8 = 1;
-/// What a port reads as when nobody drives it.
-const FLOATING: u8 = 0xFF;
+/// 8042 status: its input buffer is empty, so that a guest does not wait before it writes.
+const KEYBOARD_READY: u8 = 0;
 
 /// The platform's single-byte registers.
 pub struct Ports {
@@ -71,7 +71,7 @@ impl Ports {
             machine::GED_PORT => Some(self.pending.swap(0, Ordering::SeqCst)),
             machine::PVPANIC_PORT => Some(PANICKED),
             machine::SLEEP_CONTROL_PORT | machine::SLEEP_STATUS_PORT | machine::RESET_PORT => Some(0),
-            KEYBOARD_COMMAND => Some(FLOATING),
+            KEYBOARD_COMMAND => Some(KEYBOARD_READY),
             RESET_CONTROL => Some(0),
             _ => None,
         }

@@ -210,6 +210,7 @@ impl Thread {
                 Order::Quit => return,
                 Order::Run(entry, platform) => {
                     if let Some(event) = self.enter(&mut vcpu, &entry, &platform, seen) {
+                        tracing::debug!(cpu = self.index, ?event, "boot over");
                         self.events.tell_guest(event);
                     }
                 }

@@ -19,7 +19,10 @@ pub const CMDLINE_MAX: usize = 2047;
 /// ACPI tables, RSDP first: the legacy search range, so that a kernel without a pointer finds it.
 pub const ACPI_START: u64 = 0xE_0000;
 /// Where ACPI tables end.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = 0xF_F000;
+/// Where firmware would be entered from real mode (FFFF:0000). Linux resets a hardware-reduced
+/// machine without EFI by jumping there.
+pub const RESET_VECTOR: u64 = 0xF_FFF0;
 /// Lowest address at which a kernel may be loaded; everything below is the loader's.
 pub const KERNEL_MIN: u64 = 0x10_0000;
 
@@ -75,6 +78,7 @@ pub fn memory_map(memory: u64) -> Vec<Region> {
     let mut map = vec![
         region(0, LOW_RAM_END, RegionKind::Ram),
         region(ACPI_START, ACPI_END, RegionKind::AcpiReclaimable),
+        region(ACPI_END, KERNEL_MIN, RegionKind::Reserved),
         region(KERNEL_MIN, low_ram_end(memory), RegionKind::Ram),
         // Linux trusts the MCFG window only where the map or the DSDT reserves it.
         region(
