@@ -6,58 +6,69 @@ use super::message::{HEADER_SIZE, Header, MAX_PAYLOAD};
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use vhost::vhost_user::message::BackendReq;
 use zerocopy::{FromBytes, IntoBytes};
 
 /// Most messages taken at one time, so that a back end that floods does not hold the thread.
 const BURST: usize = 16;
 
-/// Our end, and the end that the back end was given: kept, because a successor is given the same
-/// one, and the locked-down vmm makes no sockets.
-pub(super) struct BackendChannel {
+/// Our end, and the end that back ends are given: one after the other the same, because the
+/// locked-down vmm makes no sockets.
+#[derive(Debug)]
+pub struct RequestSockets {
     ours: UnixStream,
     theirs: UnixStream,
-    partial: Vec<u8>,
-    acks: bool,
-    config_changed: bool,
 }
 
-impl BackendChannel {
-    pub(super) fn new() -> Result<Self, Error> {
+impl RequestSockets {
+    /// A new pair.
+    ///
+    /// # Errors
+    /// [`Error::Resource`].
+    pub fn new() -> Result<Self, Error> {
         let resource = |source| Error::Resource {
             what: "the back-end request channel",
             source,
         };
         let (ours, theirs) = UnixStream::pair().map_err(resource)?;
         ours.set_nonblocking(true).map_err(resource)?;
-        Ok(Self {
-            ours,
-            theirs,
-            partial: Vec::new(),
-            acks: false,
-            config_changed: false,
-        })
-    }
-
-    /// Prepares for a new peer: what the last one left is dropped. `acks`: REPLY_ACK is agreed.
-    pub(super) fn renew(&mut self, acks: bool) {
-        let mut waste = [0; MAX_PAYLOAD];
-        for _ in 0..BURST {
-            if !matches!(self.ours.read(&mut waste), Ok(1..)) {
-                break;
-            }
-        }
-        self.partial.clear();
-        self.acks = acks;
+        Ok(Self { ours, theirs })
     }
 
     /// The end for the back end.
     pub(super) fn theirs(&self) -> BorrowedFd<'_> {
         self.theirs.as_fd()
     }
+}
+
+/// The channel of one session.
+pub(super) struct BackendChannel {
+    sockets: Arc<RequestSockets>,
+    partial: Vec<u8>,
+    acks: bool,
+    config_changed: bool,
+}
+
+impl BackendChannel {
+    /// A channel for a new peer: what the last one left is dropped. `acks`: REPLY_ACK is agreed.
+    pub(super) fn new(sockets: Arc<RequestSockets>, acks: bool) -> Self {
+        let mut waste = [0; MAX_PAYLOAD];
+        for _ in 0..BURST {
+            if !matches!((&sockets.ours).read(&mut waste), Ok(1..)) {
+                break;
+            }
+        }
+        Self {
+            sockets,
+            partial: Vec::new(),
+            acks,
+            config_changed: false,
+        }
+    }
 
     pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
-        self.ours.as_fd()
+        self.sockets.ours.as_fd()
     }
 
     /// Whether the device's configuration changed since the last call.
@@ -103,7 +114,7 @@ impl BackendChannel {
         while self.partial.len() < length {
             let missing = length - self.partial.len();
             // A plain read: file descriptors that come along are closed by the kernel.
-            match self.ours.read(&mut buffer[..missing]) {
+            match (&self.sockets.ours).read(&mut buffer[..missing]) {
                 Ok(0) => return Err("end of file"),
                 Ok(count) => self.partial.extend_from_slice(&buffer[..count]),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
@@ -122,7 +133,7 @@ impl BackendChannel {
             let mut message = header.reply(size_of_val(&answer)).as_bytes().to_vec();
             message.extend_from_slice(answer.as_bytes());
             // 20 bytes: a socket that cannot take them belongs to a back end that never reads.
-            match self.ours.write(&message) {
+            match (&self.sockets.ours).write(&message) {
                 Ok(count) if count == message.len() => {}
                 _ => return Err("answers are not read"),
             }

@@ -1,7 +1,7 @@
 //! A scripted back end on the other end of a socketpair, in a thread of its own.
 
 use super::message::{HEADER_SIZE, Header};
-use super::{Deadlines, MemoryTable, SessionOptions, new_event};
+use super::{Deadlines, MemoryTable, RequestSockets, SessionOptions, new_event};
 use crate::memory::RamRegion;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -301,5 +301,6 @@ pub(crate) fn options() -> SessionOptions {
         deadlines: deadlines(),
         cancel: new_event().unwrap(),
         ours: true,
+        requests: Arc::new(RequestSockets::new().unwrap()),
     }
 }

@@ -27,6 +27,7 @@ pub(crate) mod fake_backend;
 mod session_tests;
 
 pub use crate::memory::RamRegion as MemoryRegion;
+pub use backend_channel::RequestSockets;
 pub use error::{Error, ReplyProblem};
 pub use inflight::InflightRegion;
 pub use memory::{HostAddress, MemoryTable};

@@ -1,6 +1,6 @@
 //! A connection to one back end: negotiation, and the messages that start, stop and reset rings.
 
-use super::backend_channel::BackendChannel;
+use super::backend_channel::{BackendChannel, RequestSockets};
 use super::channel::{Channel, Exchange, Reply};
 use super::error::{Error, ReplyProblem};
 use super::inflight::InflightRegion;
@@ -38,6 +38,8 @@ pub struct SessionOptions {
     pub cancel: Arc<EventFd>,
     /// The back end is one of ours: its in-flight region must be sealed.
     pub ours: bool,
+    /// For the back end's own requests.
+    pub requests: Arc<RequestSockets>,
 }
 
 /// A negotiated connection. After any error but [`Error::Refused`] the stream may be out of step
@@ -58,15 +60,9 @@ pub struct Session {
 impl Session {
     /// Negotiates everything that does not depend on the guest's driver.
     ///
-    /// `requests`: the back-end channel of the predecessor, where there was one.
-    ///
     /// # Errors
     /// Any [`Error`]; [`Error::NoVersion1`] for a legacy back end.
-    pub fn connect(
-        socket: OwnedFd,
-        options: SessionOptions,
-        predecessor: Option<Self>,
-    ) -> Result<Self, Error> {
+    pub fn connect(socket: OwnedFd, options: SessionOptions) -> Result<Self, Error> {
         let mut session = Self {
             channel: Channel::new(socket, Arc::clone(&options.cancel))?,
             requests: None,
@@ -86,12 +82,10 @@ impl Session {
             session.queue_limit = Some(limit);
         }
         if session.has(Protocol::BACKEND_REQ) {
-            let inherited = predecessor.and_then(|old| old.requests);
-            let mut requests = inherited.map_or_else(BackendChannel::new, Ok)?;
-            requests.renew(session.has(Protocol::REPLY_ACK));
-            // The back end cannot ask for anything before it has this.
-            session.set(FrontendReq::SET_BACKEND_REQ_FD, &[], Some(requests.theirs()))?;
-            session.requests = Some(requests);
+            let sockets = Arc::clone(&session.options.requests);
+            let acks = session.has(Protocol::REPLY_ACK);
+            session.requests = Some(BackendChannel::new(Arc::clone(&sockets), acks));
+            session.set(FrontendReq::SET_BACKEND_REQ_FD, &[], Some(sockets.theirs()))?;
         }
         session.share_memory()?;
         Ok(session)

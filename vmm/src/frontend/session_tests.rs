@@ -14,7 +14,7 @@ use zerocopy::IntoBytes;
 
 fn connect(script: Script) -> (FakeBackend, Result<Session, Error>) {
     let (fake, socket) = FakeBackend::start(script);
-    let session = Session::connect(socket, options(), None);
+    let session = Session::connect(socket, options());
     (fake, session)
 }
 
@@ -140,7 +140,7 @@ fn a_silent_back_end_meets_the_deadline() {
     for request in [Req::GET_FEATURES, Req::GET_QUEUE_NUM, Req::ADD_MEM_REG] {
         let (_fake, socket) = FakeBackend::start(Script::quirk_at(request, || Quirk::Silent));
         let began = Instant::now();
-        let error = Session::connect(socket, hasty(), None).err().unwrap();
+        let error = Session::connect(socket, hasty()).err().unwrap();
         assert!(
             matches!(error, Error::Timeout { request: at, .. } if at == request),
             "{error}"
@@ -158,7 +158,7 @@ fn half_an_answer_meets_the_deadline() {
         .to_vec();
     let quirk = move || Quirk::Raw(half.clone());
     let (_fake, socket) = FakeBackend::start(Script::quirk_at(Req::GET_FEATURES, quirk));
-    let error = Session::connect(socket, hasty(), None).err().unwrap();
+    let error = Session::connect(socket, hasty()).err().unwrap();
     assert!(matches!(error, Error::Timeout { .. }), "{error}");
 }
 
@@ -168,10 +168,7 @@ fn shutdown_ends_a_wait() {
     let cancel = options.cancel.clone();
     let (_fake, socket) = FakeBackend::start(Script::quirk_at(Req::GET_FEATURES, || Quirk::Silent));
     cancel.write(1).unwrap();
-    assert!(matches!(
-        Session::connect(socket, options, None),
-        Err(Error::Cancelled)
-    ));
+    assert!(matches!(Session::connect(socket, options), Err(Error::Cancelled)));
 }
 
 #[test]
@@ -241,7 +238,7 @@ fn one_deadline_for_all_rings_to_drain() {
     let (_fake, socket) = FakeBackend::start(Script::quirk_at(Req::GET_VRING_BASE, slow));
     let mut options = options();
     options.deadlines.drain = Duration::from_millis(300);
-    let mut session = Session::connect(socket, options, None).unwrap();
+    let mut session = Session::connect(socket, options).unwrap();
     assert!(matches!(
         session.stop(0..8),
         Err(Error::Timeout {

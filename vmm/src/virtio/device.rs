@@ -8,7 +8,7 @@ use super::mailbox::{Answer, Command, Mailbox};
 use super::registers::Registers;
 use super::transport::{Transport, lock};
 use super::worker::{self, Negotiated};
-use crate::frontend::{Deadlines, Error, MemoryTable, QueueState, SessionOptions, new_event};
+use crate::frontend::{Deadlines, Error, MemoryTable, QueueState, RequestSockets, SessionOptions, new_event};
 use crate::pci::{Function, Msix};
 use crate::platform::{Doorbells, Interrupts};
 use nix::sys::eventfd::EventFd;
@@ -150,6 +150,7 @@ impl Device {
                 deadlines: parts.deadlines,
                 cancel: Arc::clone(&cancel),
                 ours: parts.config.ours,
+                requests: Arc::new(RequestSockets::new()?),
             },
             events: parts.events,
             mailbox: Arc::clone(&mailbox),

@@ -249,6 +249,12 @@ fn a_successor_takes_over_after_a_crash() {
         1,
         "one interrupt for what was completed unsaid"
     );
+    // The heir's own requests arrive on the channel that its predecessor had.
+    let requests = heir.fd(Req::SET_BACKEND_REQ_FD, 1);
+    (&requests)
+        .write_all(&[2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
+        .unwrap();
+    rig.wait_for("the interrupt", |rig| rig.interrupts.injected(0) == 1);
     // The driver's reset empties the region.
     rig.set_status(0);
     rig.wait_for("the reset", |rig| rig.status() == 0);

@@ -1,6 +1,7 @@
 use super::layout::{DEVICE, ISR, NOTIFY, PBA, TABLE};
 use super::rig::{BAR, CONFIG, Rig, script, spec};
 use crate::frontend::fake_backend::Script;
+use vhost::vhost_user::message::FrontendReq;
 use vm_spec::control::DeviceConfig;
 use vm_spec::machine::VIRTIO_BAR_SIZE;
 
@@ -285,4 +286,48 @@ fn block_queues_are_clamped() {
         assert_eq!(rig.config(34), expected);
         assert_eq!(rig.offered() >> 12 & 1 != 0, expected > 1);
     }
+}
+
+#[test]
+fn a_vsock_back_end_need_not_serve_the_event_queue() {
+    let vsock = DeviceConfig {
+        device_type: 19,
+        num_queues: None,
+        ..spec()
+    };
+    let script = Script {
+        queues: 2,
+        ..Script::default()
+    };
+    *script.config.lock().unwrap() = vec![3, 0, 0, 0, 0, 0, 0, 0];
+    let rig = Rig::with(vsock, script);
+    rig.drive();
+    assert_eq!(rig.read::<2>(18), [3, 0], "the driver finds three queues");
+    assert_eq!(rig.config(0), 3);
+    rig.fake.look(FrontendReq::SET_VRING_ENABLE, 2, |seen| {
+        assert_eq!(seen.payload[0], 1)
+    });
+}
+
+#[test]
+fn a_back_end_without_configuration_gets_the_spec_s() {
+    let mut config = b"tag".to_vec();
+    config.resize(36, 0);
+    config.extend_from_slice(&2u32.to_le_bytes());
+    let fs = DeviceConfig {
+        device_type: 26,
+        num_queues: None,
+        config,
+        ..spec()
+    };
+    let script = Script {
+        protocol: 1 << 0 | 1 << 3 | 1 << 15,
+        ..Script::default()
+    };
+    let rig = Rig::with(fs, script);
+    rig.set_command(2);
+    assert_eq!(rig.read::<3>(DEVICE.start), *b"tag");
+    assert_eq!(rig.read::<2>(18), [3, 0], "hiprio and two request queues");
+    rig.write(DEVICE.start, &[1]);
+    assert!(!rig.fake.requests().contains(&FrontendReq::SET_CONFIG));
 }

@@ -18,6 +18,7 @@ mod device_type;
 mod doorbells;
 mod function;
 mod layout;
+mod limiter;
 mod mailbox;
 mod offer;
 mod queue;

@@ -18,8 +18,8 @@ impl Worker {
             // One that does not drain is lost, and has been reported as that.
             let _ = self.drain();
         }
-        let old = self.session.take();
-        let mut session = Session::connect(socket, self.context.options.clone(), old)?;
+        self.session = None;
+        let mut session = Session::connect(socket, self.context.options.clone())?;
         let config = self.check(&mut session)?;
         if let Phase::Running(order) = &self.phase {
             let recovered = self.after_a_crash(order)?;

@@ -11,6 +11,7 @@
 use super::MAX_QUEUE_SIZE;
 use super::device::{Confine, DeviceEvent, EventSink};
 use super::device_type::DeviceType;
+use super::limiter::Limiter;
 use super::mailbox::{Command, ConfigWrite, Mail, Mailbox, StartOrder};
 use super::offer::{self, Offer};
 use super::transport::Transport;
@@ -56,6 +57,8 @@ pub(super) struct Worker {
     /// One for all queues: a back end's word that a ring is broken.
     ring_error: Arc<EventFd>,
     pub(super) phase: Phase,
+    /// Bounds the events that a guest can cause again and again.
+    limiter: Limiter,
     /// No successor will come: a driver that starts the device is told at once.
     abandoned: bool,
 }
@@ -98,6 +101,7 @@ pub(super) fn run(
         inflight,
         ring_error,
         phase: Phase::Idle,
+        limiter: Limiter::new(),
         abandoned: false,
     }
     .serve();
@@ -112,7 +116,7 @@ type Parts = (
 );
 
 fn negotiate(context: &Context, socket: OwnedFd) -> Result<Parts, Error> {
-    let mut session = Session::connect(socket, context.options.clone(), None)?;
+    let mut session = Session::connect(socket, context.options.clone())?;
     let offer = offer::make(&mut session, &context.spec)?;
     let inflight = session.get_inflight(offer.served, MAX_QUEUE_SIZE)?;
     let ring_error = new_event()?;
@@ -224,10 +228,12 @@ impl Worker {
 
     fn needs_reset(&mut self, reason: String) {
         self.transport.needs_reset();
-        (self.context.events)(DeviceEvent::NeedsReset {
-            device: self.context.spec.id.clone(),
-            reason,
-        });
+        if self.limiter.allows() {
+            (self.context.events)(DeviceEvent::NeedsReset {
+                device: self.context.spec.id.clone(),
+                reason,
+            });
+        }
     }
 
     fn start(&mut self, order: StartOrder) {
@@ -238,7 +244,7 @@ impl Worker {
         self.phase = Phase::Running(order);
         match started {
             Err(error) if self.abandoned => self.needs_reset(chain(&error)),
-            Err(error @ Error::NoBackend) => self.report_lost(&error),
+            Err(error @ Error::NoBackend) if self.limiter.allows() => self.report_lost(&error),
             // Any other failure was reported as it cost the session.
             Err(_) | Ok(()) => {}
         }
@@ -294,7 +300,10 @@ impl Worker {
     /// lets the driver see it done. A back end that fails meanwhile is lost; the reset is done.
     fn reset(&mut self) {
         let running = !matches!(self.phase, Phase::Idle);
-        if let Err(error) = self.drain() {
+        // That there is no back end was told when it was lost.
+        if let Err(error) = self.drain()
+            && !matches!(error, Error::NoBackend)
+        {
             tracing::warn!(
                 device = self.context.spec.id,
                 error = chain(&error),
