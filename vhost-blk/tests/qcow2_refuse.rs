@@ -1,109 +1,11 @@
 //! What is refused when an image is opened: each with the field it names, and the file unchanged.
+//! Here: formats, layers, encryption, chains, files.
 
 mod support;
 
-use std::path::{Path, PathBuf};
-
-use support::{Scratch, contents, create, fd, have_qemu_img, open_with, patch, qemu_img, text};
+use support::victim::{Victim, refused};
+use support::{Scratch, contents, create, fd, open_with, patch, qemu_img, text};
 use vhost_blk::image::{self, Format, ImageError, OpenOptions};
-
-const CLUSTER: u64 = 64 << 10;
-
-struct Victim {
-    scratch: Scratch,
-    path: PathBuf,
-}
-
-impl Victim {
-    /// An image with one allocated cluster, made with these options.
-    fn new(options: &str) -> Option<Self> {
-        if !have_qemu_img() {
-            return None;
-        }
-        let scratch = Scratch::new();
-        let path = scratch.path("top");
-        create(&path, options, "1M");
-        Some(Self { scratch, path })
-    }
-
-    fn patch(&self, offset: u64, bytes: &[u8]) -> &Self {
-        patch(&self.path, offset, bytes);
-        self
-    }
-
-    fn u32(&self, offset: u64, value: u32) -> &Self {
-        self.patch(offset, &value.to_be_bytes())
-    }
-
-    fn u64(&self, offset: u64, value: u64) -> &Self {
-        self.patch(offset, &value.to_be_bytes())
-    }
-
-    /// Refused for writing, with `field` and a reason that contains `reason`.
-    #[track_caller]
-    fn refused(&self, field: &str, reason: &str) -> &Self {
-        refused(
-            &[(&self.path, Format::Qcow2)],
-            &OpenOptions::default(),
-            field,
-            reason,
-        );
-        self
-    }
-
-    /// Refused for reading too.
-    #[track_caller]
-    fn never(&self, field: &str, reason: &str) -> &Self {
-        let read_only = OpenOptions {
-            read_only: true,
-            ..OpenOptions::default()
-        };
-        refused(&[(&self.path, Format::Qcow2)], &read_only, field, reason);
-        self.refused(field, reason)
-    }
-
-    /// Adds a header extension in front of the others.
-    fn extension(&self, kind: u32, data: &[u8]) -> &Self {
-        let header_length = u64::from(self.word(100));
-        let mut bytes = [&kind.to_be_bytes()[..], &(data.len() as u32).to_be_bytes(), data].concat();
-        bytes.resize(bytes.len().next_multiple_of(8), 0);
-        let old = contents(&self.path)[header_length as usize..4096].to_vec();
-        self.patch(header_length, &[bytes, old].concat())
-    }
-
-    fn word(&self, offset: usize) -> u32 {
-        u32::from_be_bytes(
-            contents(&self.path)[offset..offset + 4]
-                .try_into()
-                .expect("four bytes"),
-        )
-    }
-}
-
-#[track_caller]
-fn refused(layers: &[(&Path, Format)], options: &OpenOptions, field: &str, reason: &str) {
-    let before: Vec<_> = layers.iter().map(|(path, _)| contents(path)).collect();
-    let error = open_with(layers, options)
-        .err()
-        .unwrap_or_else(|| panic!("{field} {reason}: was opened"));
-    let mut inner = &error;
-    while let ImageError::Backing { source, .. } = inner {
-        inner = source;
-    }
-    match inner {
-        ImageError::Refused {
-            field: found,
-            reason: why,
-        } => {
-            assert_eq!(*found, field, "{why}");
-            assert!(why.contains(reason), "{field}: {why:?} does not say {reason:?}");
-        }
-        other => panic!("{field} {reason}: {other:?}"),
-    }
-    for ((path, _), before) in layers.iter().zip(before) {
-        assert!(contents(path) == before, "{} was changed", path.display());
-    }
-}
 
 #[test]
 fn the_format_is_never_probed() {
@@ -236,46 +138,6 @@ fn encryption() {
 }
 
 #[test]
-fn features() {
-    let Some(victim) = Victim::new("") else { return };
-    victim.u64(72, 1 << 40).never("incompatible_features", "bit 40");
-    let mut name = vec![0; 48];
-    name[1] = 40;
-    name[2..12].copy_from_slice(b"flux drive");
-    let Some(victim) = Victim::new("") else { return };
-    // The image's own name table gives way to ours.
-    let length = u64::from(victim.word(100));
-    victim.patch(
-        length,
-        &[0x6803_f857_u32.to_be_bytes(), 48_u32.to_be_bytes()].concat(),
-    );
-    victim.patch(length + 8, &name).patch(length + 56, &[0; 8]);
-    victim
-        .u64(72, 1 << 40)
-        .never("incompatible_features", "\"flux drive\" (bit 40)");
-    let Some(victim) = Victim::new("") else { return };
-    victim.u64(72, 8).never("compression_type", "the type is zlib");
-    victim
-        .patch(104, &[1])
-        .u64(72, 0)
-        .never("compression_type", "without its feature bit");
-    victim
-        .patch(104, &[9])
-        .u64(72, 8)
-        .never("compression_type", "9 is not supported");
-    victim
-        .patch(104, &[0])
-        .u64(72, 0)
-        .u64(88, 1)
-        .never("autoclear_features", "without the bitmaps extension");
-    victim
-        .u64(88, 2)
-        .never("autoclear_features", "without an external data file");
-    victim.u64(88, 0).u32(4, 4).never("version", "4 is not supported");
-    victim.u32(4, 1).never("version", "1 is not supported");
-}
-
-#[test]
 fn corrupt_images_are_read_only() {
     let Some(victim) = Victim::new("") else { return };
     victim.u64(72, 2).refused("incompatible_features", "corrupt bit");
@@ -285,206 +147,6 @@ fn corrupt_images_are_read_only() {
     };
     let image = open_with(&[(&victim.path, Format::Qcow2)], &options).expect("opens for reading");
     assert_eq!(support::read(&*image, 0, 512).expect("reads"), vec![0; 512]);
-}
-
-#[test]
-fn sizes_of_the_header() {
-    let Some(victim) = Victim::new("") else { return };
-    for bits in [0, 8, 22, 63, u32::MAX] {
-        victim.u32(20, bits).never("cluster_bits", "outside 9 to 21");
-    }
-    victim
-        .u32(20, 13)
-        .u64(72, 16)
-        .never("cluster_bits", "extended L2");
-    victim.u32(20, 16).u64(72, 0);
-    victim
-        .u32(96, 7)
-        .never("refcount_order", "7 is over 6")
-        .u32(96, 4);
-    for length in [0, 72, 103, 105, 110, 65544, u32::MAX] {
-        victim
-            .u32(100, length)
-            .never("header_length", "under 104, over a cluster or no multiple of 8");
-    }
-}
-
-#[test]
-fn limits() {
-    let Some(victim) = Victim::new("") else { return };
-    let l1 = victim.word(36);
-    victim.u32(36, (32 << 17) + 1).never("l1_size", "over 32 MiB");
-    victim.u32(36, 0).never("l1_size", "too few");
-    victim.u32(36, l1).u64(24, 1 << 40).never("l1_size", "too few");
-    victim.u64(24, 1 << 63).never("size", "over 2^63-1");
-    victim.u64(24, !511).never("size", "over 2^63-1");
-    victim
-        .u64(24, 1000)
-        .never("size", "no multiple of 512")
-        .u64(24, 1 << 20);
-    victim.u32(56, 129).never("refcount_table_clusters", "over 8 MiB");
-    victim
-        .u32(56, u32::MAX)
-        .never("refcount_table_clusters", "over 8 MiB");
-    victim
-        .u32(56, 0)
-        .never("refcount_table_clusters", "no refcount table")
-        .u32(56, 1);
-    victim
-        .u32(60, 65_537)
-        .never("nb_snapshots", "over 65536")
-        .u32(60, 0);
-    let bitmaps = |count: u32, reserved: u32, size: u64, offset: u64| {
-        let mut data = count.to_be_bytes().to_vec();
-        data.extend(reserved.to_be_bytes());
-        data.extend(size.to_be_bytes());
-        data.extend(offset.to_be_bytes());
-        data
-    };
-    for (data, field, reason) in [
-        (
-            bitmaps(65_536, 0, 64, CLUSTER),
-            "bitmaps extension",
-            "outside 1 to 65535",
-        ),
-        (
-            bitmaps(0, 0, 64, CLUSTER),
-            "bitmaps extension",
-            "outside 1 to 65535",
-        ),
-        (bitmaps(1, 1, 64, CLUSTER), "bitmaps extension", "reserved"),
-        (
-            bitmaps(1, 0, 1 << 40, CLUSTER),
-            "bitmap_directory_size",
-            "over 64 MiB",
-        ),
-        (
-            bitmaps(1, 0, 64, 1 << 50),
-            "bitmap_directory_offset",
-            "past the end",
-        ),
-        (bitmaps(1, 0, 64, CLUSTER), "refcount_table_offset", "overlaps"),
-        (vec![0; 23], "bitmaps extension", "23 bytes long"),
-    ] {
-        let Some(victim) = Victim::new("") else { return };
-        victim.extension(0x2385_2875, &data);
-        let fields = [field, "bitmap_directory_offset"];
-        let error = open_with(&[(&victim.path, Format::Qcow2)], &OpenOptions::default())
-            .err()
-            .expect("is refused");
-        let ImageError::Refused {
-            field: found,
-            reason: why,
-        } = &error
-        else {
-            panic!("{error:?}")
-        };
-        assert!(
-            fields.contains(found) && why.contains(reason),
-            "{error}: expected {field} {reason}"
-        );
-    }
-}
-
-#[test]
-fn places_of_tables() {
-    let Some(victim) = Victim::new("") else { return };
-    let end = contents(&victim.path).len() as u64;
-    let l1 = u64::from_be_bytes(contents(&victim.path)[40..48].try_into().expect("eight bytes"));
-    for (field, at, right) in [
-        ("l1_table_offset", 40, l1),
-        ("refcount_table_offset", 48, CLUSTER),
-    ] {
-        victim.u64(at, right + 512).never(field, "not aligned");
-        victim.u64(at, 1 << 56).never(field, "past 2^56");
-        victim
-            .u64(at, end.next_multiple_of(CLUSTER))
-            .never(field, "past the end");
-        victim.u64(at, 0).never(field, "in the header");
-        victim.u64(at, right);
-    }
-    victim.u64(40, CLUSTER);
-    let error = open_with(&[(&victim.path, Format::Qcow2)], &OpenOptions::default())
-        .err()
-        .expect("is refused");
-    assert!(error.to_string().contains("overlaps the table"), "{error}");
-    victim
-        .u64(40, l1)
-        .u32(60, 1)
-        .u64(64, 0)
-        .never("snapshots_offset", "in the header");
-    victim.u64(64, l1);
-    let error = open_with(&[(&victim.path, Format::Qcow2)], &OpenOptions::default())
-        .err()
-        .expect("is refused");
-    assert!(error.to_string().contains("overlaps the table"), "{error}");
-    victim.u32(60, 0).u64(64, 0);
-    victim
-        .u64(CLUSTER, 2 * CLUSTER + 512)
-        .never("refcount table", "not aligned");
-    victim
-        .u64(CLUSTER, 1 << 40)
-        .never("refcount table", "past the end");
-    victim
-        .u64(CLUSTER, CLUSTER)
-        .refused("refcount table", "overlaps the refcount_table_offset");
-}
-
-#[test]
-fn snapshot_tables() {
-    let Some(victim) = Victim::new("") else { return };
-    qemu_img(&["snapshot", "-c", "one", text(&victim.path)]);
-    let table = u64::from_be_bytes(contents(&victim.path)[64..72].try_into().expect("eight bytes"));
-    let l1 = u64::from_be_bytes(
-        contents(&victim.path)[table as usize..][..8]
-            .try_into()
-            .expect("eight bytes"),
-    );
-    victim
-        .u64(table, l1 + 512)
-        .never("snapshot l1_table_offset", "not aligned");
-    victim
-        .u64(table, 1 << 50)
-        .never("snapshot l1_table_offset", "past the end")
-        .u64(table, l1);
-    victim
-        .u32(table + 8, u32::MAX)
-        .never("snapshot l1_size", "over 32 MiB")
-        .u32(table + 8, 1);
-    victim.u32(table + 36, 2000).never("snapshot table", "extra data");
-}
-
-#[test]
-fn names_and_extensions() {
-    let Some(victim) = Victim::new("") else { return };
-    victim
-        .u64(8, 512)
-        .u32(16, 1024)
-        .never("backing_file_size", "over 1023");
-    victim
-        .u64(8, CLUSTER - 10)
-        .u32(16, 20)
-        .never("backing_file_offset", "outside the first cluster");
-    victim
-        .u64(8, u64::MAX)
-        .never("backing_file_offset", "outside the first cluster");
-    victim
-        .u64(8, 16)
-        .never("backing_file_offset", "outside the first cluster");
-    let Some(victim) = Victim::new("") else { return };
-    victim
-        .extension(0x1234, &[1; 5])
-        .extension(0x1234, &[2; 5])
-        .never("header extension", "appears twice");
-    let Some(victim) = Victim::new("") else { return };
-    let length = u64::from(victim.word(100));
-    victim
-        .u32(length, 0x1234)
-        .u32(length + 4, 70_000)
-        .never("header extension", "past the first cluster");
-    victim
-        .u32(length + 4, u32::MAX)
-        .never("header extension", "past the first cluster");
 }
 
 #[test]
@@ -552,4 +214,24 @@ fn files_that_hold_no_image() {
         "size",
         "not a positive multiple of 512",
     );
+}
+
+#[test]
+fn direct_io() {
+    use std::os::unix::fs::OpenOptionsExt;
+    let Some(victim) = Victim::new("") else { return };
+    let direct = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(&victim.path);
+    // Not every file system has it.
+    let Ok(file) = direct else { return };
+    let options = OpenOptions {
+        read_only: true,
+        ..OpenOptions::default()
+    };
+    let error = image::open(file.into(), Format::Qcow2, Vec::new(), &options)
+        .err()
+        .expect("is refused");
+    assert!(error.to_string().contains("O_DIRECT"), "{error}");
 }

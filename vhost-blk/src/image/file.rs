@@ -76,6 +76,11 @@ pub trait BlockFile: Send + Sync {
     /// What tells this file from another: device and inode.
     fn identity(&self) -> io::Result<(u64, u64)>;
 
+    /// Whether transfers must be aligned (O_DIRECT).
+    fn needs_alignment(&self) -> io::Result<bool> {
+        Ok(false)
+    }
+
     /// The descriptor, for an I/O engine that submits by itself; `None` where none stands behind it.
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         None
@@ -245,6 +250,11 @@ impl BlockFile for HostFile {
         } else {
             (metadata.dev(), metadata.ino())
         })
+    }
+
+    fn needs_alignment(&self) -> io::Result<bool> {
+        let flags = nix::fcntl::fcntl(&self.file, nix::fcntl::FcntlArg::F_GETFL)?;
+        Ok(nix::fcntl::OFlag::from_bits_truncate(flags).contains(nix::fcntl::OFlag::O_DIRECT))
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {

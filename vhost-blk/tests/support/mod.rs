@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
 
 pub mod recorder;
+pub mod victim;
 
 use std::fs::{File, OpenOptions as FileOptions};
 use std::io::Read;

@@ -25,6 +25,15 @@ impl Qcow2 {
         backing: Option<Arc<dyn Image>>,
         options: &OpenOptions,
     ) -> Result<Self, ImageError> {
+        if file
+            .needs_alignment()
+            .map_err(ImageError::io("examine the image's file"))?
+        {
+            return Err(ImageError::refused(
+                "file",
+                "qcow2 cannot be used with O_DIRECT: open it without",
+            ));
+        }
         let (mut header, mut size) = read_header(&*file)?;
         check_parts(&header, data.is_some(), backing.is_some())?;
         let mut tables = tables::snapshots(&header, &*file, size)?;

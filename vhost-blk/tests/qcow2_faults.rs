@@ -1,0 +1,256 @@
+//! The host fails: ENOSPC and EIO reach the guest as errors, the image stays whole, and writing goes on
+//! when the host has recovered. And the process dies for real, in the middle of writing.
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::io::{self, BufRead, BufReader, Write};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use support::recorder::Recorder;
+use support::{
+    Random, Request, Scratch, check_leaks_at_most, contents, create, have_qemu_img, open, qemu_contents, text,
+};
+use vhost_blk::image::{BlockFile, Format, Image, OpenOptions, open_layers};
+
+/// A file that fails now and then when it is changed.
+struct Failing {
+    inner: Recorder,
+    /// Changes until the next failure; 0 for none.
+    left: AtomicU64,
+}
+
+impl Failing {
+    fn change(&self) -> io::Result<()> {
+        let hit = self
+            .left
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1))
+            == Ok(1);
+        if hit {
+            Err(io::ErrorKind::StorageFull.into())
+        } else {
+            Ok(())
+        }
+    }
+}
+
+impl BlockFile for Failing {
+    fn size(&self) -> io::Result<u64> {
+        self.inner.size()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.inner.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        if let Err(error) = self.change() {
+            // Part of a write may arrive.
+            self.inner.write_at(&buf[..buf.len() / 1024 * 512], offset)?;
+            return Err(error);
+        }
+        self.inner.write_at(buf, offset)
+    }
+
+    fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.change()?;
+        self.inner.zero_range(offset, len)
+    }
+
+    fn grow_to(&self, len: u64) -> io::Result<()> {
+        self.change()?;
+        self.inner.grow_to(len)
+    }
+
+    fn cut_to(&self, len: u64) -> io::Result<()> {
+        self.inner.cut_to(len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.change()?;
+        self.inner.sync()
+    }
+
+    fn identity(&self) -> io::Result<(u64, u64)> {
+        self.inner.identity()
+    }
+}
+
+const SIZE: usize = 3 << 20;
+
+#[test]
+fn a_failing_host_leaves_the_image_whole() {
+    if !have_qemu_img() {
+        return;
+    }
+    let shapes = [
+        "",
+        "cluster_size=512,refcount_bits=64",
+        "cluster_size=4k,compat=0.10",
+        "extended_l2=on,cluster_size=16k",
+    ];
+    for (seed, options) in (0_u64..24).zip(shapes.iter().cycle()) {
+        let scratch = Scratch::new();
+        let path = scratch.path("top");
+        create(&path, options, &SIZE.to_string());
+        let file = Arc::new(Failing {
+            inner: Recorder::new(contents(&path)),
+            left: AtomicU64::new(0),
+        });
+        let layers: Vec<(Format, Arc<dyn BlockFile>)> = vec![(Format::Qcow2, file.clone())];
+        let image = open_layers(layers, None, &OpenOptions::default()).expect("opens");
+        let mut values = vec![BTreeSet::from([0_u8]); SIZE / 512];
+        let mut random = Random::new(seed + 31);
+        let mut failures = 0;
+        for step in 0..80_u8 {
+            if random.below(4) == 0 {
+                file.left.store(random.below(8) + 1, Ordering::Relaxed);
+            }
+            let request = support::random_request(&mut random, SIZE as u64, 100 << 10, step | 1);
+            failures += u32::from(attempt(&*image, &request, &mut values).is_err());
+        }
+        assert!(failures > 2, "the host never failed");
+        assert!(!image.read_only(), "{options}: a host's failure is no corruption");
+        file.left.store(0, Ordering::Relaxed);
+        attempt(
+            &*image,
+            &Request::Write {
+                offset: 0,
+                bytes: vec![77; 1 << 20],
+            },
+            &mut values,
+        )
+        .expect("writes again");
+        image.flush().expect("flushes again");
+        drop(image);
+        std::fs::write(&path, file.inner.after_process_death(file.inner.position())).expect("writes");
+        check_leaks_at_most(&path).unwrap_or_else(|found| panic!("{options} {seed}: {found}"));
+        for (sector, (data, values)) in qemu_contents(&path, &[]).chunks(512).zip(&values).enumerate() {
+            assert!(
+                values.contains(&data[0]),
+                "{options} {seed}: sector {sector} has {:#x} of {values:x?}",
+                data[0]
+            );
+        }
+    }
+}
+
+/// Runs a request that may fail, and notes what each sector may hold then.
+fn attempt(image: &dyn Image, request: &Request, values: &mut [BTreeSet<u8>]) -> io::Result<()> {
+    let (offset, len, value, result) = match request {
+        Request::Write { offset, bytes } => (
+            *offset,
+            bytes.len() as u64,
+            bytes[0],
+            support::write(image, *offset, bytes),
+        ),
+        Request::Discard { offset, len } => (*offset, *len, 0, image.discard(*offset, *len)),
+        Request::Zero { offset, len, unmap } => (*offset, *len, 0, image.write_zeroes(*offset, *len, *unmap)),
+        Request::Flush => return image.flush(),
+        Request::Read { offset, len } => return support::read(image, *offset, *len as usize).map(|_| ()),
+    };
+    for sector in &mut values[offset as usize / 512..(offset + len) as usize / 512] {
+        if result.is_ok() && !matches!(request, Request::Discard { .. }) {
+            sector.clear();
+        }
+        sector.insert(value);
+    }
+    result
+}
+
+/// Set in the child that [`killed_writers_lose_no_completed_write`] starts: the image to write to.
+const CHILD: &str = "BULKHEAD_TEST_KILLED_WRITER";
+
+/// The child's part: writes for ever and says, one line each, what has completed.
+#[test]
+fn write_until_killed() {
+    let Ok(path) = std::env::var(CHILD) else { return };
+    let image = open(&[(std::path::Path::new(&path), Format::Qcow2)]);
+    let mut random = Random::new(u64::from(std::process::id()));
+    let mut out = io::stdout();
+    for step in 1..u64::MAX {
+        let (offset, len) = random.range(SIZE as u64, 64 << 10);
+        let value = (step % 250) as u8 + 1;
+        // Announced first: one that is cut off may be there or not.
+        let line = |what: &str| format!("\n@ {what} {offset} {len} {value}\n");
+        out.write_all(line("begin").as_bytes())
+            .expect("the parent listens");
+        if random.below(5) == 0 {
+            image.write_zeroes(offset, len, true).expect("zeroes");
+            out.write_all(format!("\n@ done {offset} {len} 0\n").as_bytes())
+                .expect("the parent listens");
+            continue;
+        }
+        support::write(&*image, offset, &vec![value; len as usize]).expect("writes");
+        out.write_all(line("done").as_bytes())
+            .expect("the parent listens");
+    }
+}
+
+#[test]
+fn killed_writers_lose_no_completed_write() {
+    if !have_qemu_img() {
+        return;
+    }
+    let rounds = std::env::var("BULKHEAD_KILLS")
+        .ok()
+        .and_then(|value| value.parse().ok())
+        .unwrap_or(20);
+    let scratch = Scratch::new();
+    let path = scratch.path("top");
+    create(&path, "cluster_size=4k", &SIZE.to_string());
+    let mut values = vec![BTreeSet::from([0_u8]); SIZE / 512];
+    let mut random = Random::new(3);
+    for round in 0..rounds {
+        let mut child = Command::new(std::env::current_exe().expect("has a name"))
+            .args(["write_until_killed", "--exact", "--nocapture", "--test-threads=1"])
+            .env(CHILD, text(&path))
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("starts");
+        let mut lines = BufReader::new(child.stdout.take().expect("is piped")).lines();
+        let last = random.below(120) + 1;
+        let mut done = 0;
+        while let Some(Ok(line)) = lines.next() {
+            done += u64::from(note(&line, &mut values));
+            if done == last {
+                child.kill().expect("is killed");
+            }
+        }
+        child.wait().expect("ends");
+        assert!(done >= last, "round {round}: the writer ended by itself");
+        check_leaks_at_most(&path).unwrap_or_else(|found| panic!("round {round}: {found}"));
+        for (sector, (data, values)) in qemu_contents(&path, &[]).chunks(512).zip(&mut values).enumerate() {
+            assert!(
+                values.contains(&data[0]),
+                "round {round}: sector {sector} has {:#x} of {values:x?}",
+                data[0]
+            );
+            *values = BTreeSet::from([data[0]]);
+        }
+    }
+}
+
+/// Takes in a line of the child; says whether a write has completed.
+fn note(line: &str, values: &mut [BTreeSet<u8>]) -> bool {
+    let Some(rest) = line.strip_prefix("@ ") else {
+        return false;
+    };
+    let parts: Vec<&str> = rest.split(' ').collect();
+    let number = |at: usize| parts.get(at).and_then(|part| part.parse::<usize>().ok());
+    let (Some(offset), Some(len), Some(value)) = (number(1), number(2), number(3)) else {
+        return false;
+    };
+    let done = parts[0] == "done";
+    for sector in &mut values[offset / 512..(offset + len) / 512] {
+        if done {
+            sector.clear();
+        } else {
+            sector.insert(0);
+        }
+        sector.insert(value as u8);
+    }
+    done
+}

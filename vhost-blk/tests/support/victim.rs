@@ -1,0 +1,105 @@
+//! An image that a test breaks, and how opening it must fail.
+
+use std::path::{Path, PathBuf};
+
+use vhost_blk::image::{Format, ImageError, OpenOptions};
+
+use super::{Scratch, contents, create, have_qemu_img, open_with, patch};
+
+/// An image to be broken.
+pub struct Victim {
+    pub scratch: Scratch,
+    pub path: PathBuf,
+}
+
+impl Victim {
+    /// An empty disk of 1 MiB, made with these options; `None` without qemu-img.
+    pub fn new(options: &str) -> Option<Self> {
+        if !have_qemu_img() {
+            return None;
+        }
+        let scratch = Scratch::new();
+        let path = scratch.path("top");
+        create(&path, options, "1M");
+        Some(Self { scratch, path })
+    }
+
+    pub fn patch(&self, offset: u64, bytes: &[u8]) -> &Self {
+        patch(&self.path, offset, bytes);
+        self
+    }
+
+    pub fn u32(&self, offset: u64, value: u32) -> &Self {
+        self.patch(offset, &value.to_be_bytes())
+    }
+
+    pub fn u64(&self, offset: u64, value: u64) -> &Self {
+        self.patch(offset, &value.to_be_bytes())
+    }
+
+    /// Refused for writing, with `field` and a reason that contains `reason`.
+    #[track_caller]
+    pub fn refused(&self, field: &str, reason: &str) -> &Self {
+        refused(
+            &[(&self.path, Format::Qcow2)],
+            &OpenOptions::default(),
+            field,
+            reason,
+        );
+        self
+    }
+
+    /// Refused for reading too.
+    #[track_caller]
+    pub fn never(&self, field: &str, reason: &str) -> &Self {
+        let read_only = OpenOptions {
+            read_only: true,
+            ..OpenOptions::default()
+        };
+        refused(&[(&self.path, Format::Qcow2)], &read_only, field, reason);
+        self.refused(field, reason)
+    }
+
+    /// Adds a header extension in front of the others.
+    pub fn extension(&self, kind: u32, data: &[u8]) -> &Self {
+        let header_length = u64::from(self.word(100));
+        let mut bytes = [&kind.to_be_bytes()[..], &(data.len() as u32).to_be_bytes(), data].concat();
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        let old = contents(&self.path)[header_length as usize..4096].to_vec();
+        self.patch(header_length, &[bytes, old].concat())
+    }
+
+    pub fn word(&self, offset: usize) -> u32 {
+        u32::from_be_bytes(
+            contents(&self.path)[offset..offset + 4]
+                .try_into()
+                .expect("four bytes"),
+        )
+    }
+}
+
+/// Opening `layers` is refused, and none of them is changed.
+#[track_caller]
+pub fn refused(layers: &[(&Path, Format)], options: &OpenOptions, field: &str, reason: &str) {
+    let before: Vec<_> = layers.iter().map(|(path, _)| contents(path)).collect();
+    let error = open_with(layers, options)
+        .err()
+        .unwrap_or_else(|| panic!("{field} {reason}: was opened"));
+    let mut inner = &error;
+    while let ImageError::Backing { source, .. } = inner {
+        inner = source;
+    }
+    match inner {
+        ImageError::Refused {
+            field: found,
+            reason: why,
+        } => {
+            assert_eq!(*found, field, "{why}");
+            assert!(why.contains(reason), "{field}: {why:?} does not say {reason:?}");
+        }
+        other => panic!("{field} {reason}: {other:?}"),
+    }
+    for ((path, _), before) in layers.iter().zip(before) {
+        assert!(contents(path) == before, "{} was changed", path.display());
+    }
+}
