@@ -65,6 +65,7 @@ impl Machine {
         started_ns: u64,
         _locked: Locked,
     ) -> Result<EndReason, Error> {
+        // Read before each start: the guest writes from the next moment on.
         let mut written = self.platform.com1.output().written();
         let first_instruction_ns = monotonic_ns();
         self.start();
@@ -97,8 +98,9 @@ impl Machine {
                     match self.judge(event, instant) {
                         Some(reason) => return self.end(reason),
                         None => {
-                            self.reboot()?;
+                            self.reset()?;
                             written = self.platform.com1.output().written();
+                            self.start();
                             input = Input::Open;
                             control.send(0, FromVmm::Rebooted)?;
                         }
@@ -215,8 +217,8 @@ impl Machine {
         }
     }
 
-    /// Brings everything to power-on state and boots again.
-    fn reboot(&mut self) -> Result<(), Error> {
+    /// Brings everything to power-on state and loads the boot images again.
+    fn reset(&mut self) -> Result<(), Error> {
         self.vcpus.hold()?;
         self.platform.pci.reset();
         self.platform.com1.reset();
@@ -225,7 +227,6 @@ impl Machine {
         self.vcpus.reset()?;
         self.entry = self.images.load(self.vm.ram(), self.vm.cpus())?;
         self.events.forget_guest();
-        self.start();
         Ok(())
     }
 
