@@ -117,19 +117,20 @@ impl FromStr for Limits {
 }
 
 /// What `--help` prints.
-pub const USAGE: &str = "\
-  --tap-name=NAME         serve this TAP, which exists in this network namespace
-  --tap-fd=N              serve this open TAP (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR);
-                          once for each pair of queues
-  --mac=M                 the guest's MAC address
-  --mtu=N                 offer this MTU to the guest, 68 to 65535
-  --ip=A                  an address that the guest may use; repeatable
-  --guard=on|off          refuse frames from other addresses than the guest's
-                          (default: on where --mac is given)
-  --receive-limit=L, --transmit-limit=L
-                          L is packets=N,bytes=SIZE a second, with bursts
-                          packets-burst=N,bytes-burst=SIZE
-";
+pub const USAGE: &str = concat!(
+    "  --tap-name=NAME         serve this TAP, which exists in this network namespace\n",
+    "  --tap-fd=N              serve this open TAP (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR);\n",
+    "                          once for each pair of queues\n",
+    "  --mac=M                 the guest's MAC address\n",
+    "  --mtu=N                 offer this MTU to the guest, 68 to 65535\n",
+    "  --ip=A                  an address that the guest may use; repeatable\n",
+    "  --guard=on|off          refuse frames from other addresses than the guest's\n",
+    "                          (default: on where --mac is given)\n",
+    "  --receive-limit=L, --transmit-limit=L\n",
+    "                          L is packets=N,bytes=SIZE a second, with bursts\n",
+    "                          packets-burst=N,bytes-burst=SIZE; each pair of queues\n",
+    "                          has an equal share\n",
+);
 
 impl Options {
     /// Takes one flag; false for one that is not known here.

@@ -28,6 +28,10 @@ const PATIENCE: u8 = 64;
 /// Frames after which the driver is shown what it has, so that it works while we read on.
 const PUBLISH_EVERY: usize = 16;
 
+/// Frames after which the worker may interrupt the driver and look after its other duties. Bounds
+/// the work that a flood of frames, each dropped for want of room, can cause at a time.
+const MOST_FRAMES: usize = 64;
+
 /// One receive queue.
 pub struct ReceiveQueue {
     pacer: Pacer,
@@ -302,6 +306,10 @@ impl QueueHandler for ReceiveQueue {
             }
             if let Some(wait) = self.pacer.wait() {
                 break wait;
+            }
+            if frames == MOST_FRAMES {
+                // The TAP stays readable: there is another call at once.
+                break self.pacer.blocked();
             }
             self.gather_expected(ring)?;
             if self.chains.is_empty() {

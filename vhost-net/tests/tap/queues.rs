@@ -131,7 +131,7 @@ fn an_inherited_tap_and_socket() -> Result<()> {
     let mut command = Command::new(BINARY.get().context("no binary")?);
     let mac = format!("--mac={}", text(&tap.guest_mac()));
     command.args(["--fd=3", "--tap-fd=4", &mac]);
-    inherit_at(&mut command, open.as_fd().try_clone_to_owned()?, 4);
+    inherit_at(&mut command, open.as_fd().try_clone_to_owned()?, 4)?;
     drop(open);
     let (mut process, socket) = Process::start_with_socket(command)?;
     let mut guest = Guest::start(socket, EVERYTHING, MERGEABLE)?;
@@ -153,7 +153,7 @@ fn an_inherited_tap_and_socket() -> Result<()> {
 fn an_inherited_fd_that_is_no_tap() -> Result<()> {
     let mut command = Command::new(BINARY.get().context("no binary")?);
     command.args(["--fd=3", "--tap-fd=4"]);
-    inherit_at(&mut command, std::fs::File::open("/dev/null")?.into(), 4);
+    inherit_at(&mut command, std::fs::File::open("/dev/null")?.into(), 4)?;
     let (mut process, _socket) = Process::start_with_socket(command)?;
     let status = process.wait(DEADLINE)?;
     let log = process.stderr()?;
