@@ -200,17 +200,17 @@ impl Channel {
     /// Looks at a socket on which no answer is due.
     ///
     /// # Errors
-    /// [`Error::Gone`] at end of file, [`ReplyProblem::Unasked`] when there are bytes.
+    /// [`Error::Closed`] at end of file, [`Error::Unasked`] when there are bytes.
     pub(super) fn check_idle(&mut self) -> Result<(), Error> {
-        let exchange = Exchange::new(FrontendReq::GET_FEATURES, Duration::ZERO, Instant::now());
-        let mut byte = [0; HEADER_SIZE];
-        match self.stream.recv_with_fd(&mut byte) {
-            Ok((0, _)) => Err(Error::Gone(exchange.request)),
-            Ok(_) => Err(exchange.bad(ReplyProblem::Unasked)),
+        let mut bytes = [0; HEADER_SIZE];
+        match self.stream.recv_with_fd(&mut bytes) {
+            Ok((0, _)) => Err(Error::Closed),
+            Ok(_) => Err(Error::Unasked),
             Err(error) => match Errno::from_raw(error.errno()) {
                 Errno::EAGAIN | Errno::EINTR => Ok(()),
-                Errno::ECONNRESET => Err(Error::Gone(exchange.request)),
-                errno => Err(exchange.io(errno)),
+                Errno::ECONNRESET => Err(Error::Closed),
+                Errno::ENOBUFS => Err(Error::Unasked),
+                errno => Err(Error::Socket(errno.into())),
             },
         }
     }

@@ -18,6 +18,15 @@ pub enum Error {
     /// End of file on the socket.
     #[error("back end closed its socket during {0:?}")]
     Gone(FrontendReq),
+    /// End of file while nothing was asked.
+    #[error("back end closed its socket")]
+    Closed,
+    /// Bytes that answer nothing.
+    #[error("back end sent a message that nobody asked for")]
+    Unasked,
+    /// The socket failed while nothing was asked.
+    #[error("vhost-user socket failed")]
+    Socket(#[source] io::Error),
     /// The socket failed.
     #[error("vhost-user socket failed during {request:?}")]
     Io {
@@ -99,9 +108,6 @@ pub enum ReplyProblem {
     /// A value out of range.
     #[error("value {0:#x} out of range")]
     Value(u64),
-    /// Bytes that answer nothing.
-    #[error("unasked")]
-    Unasked,
 }
 
 impl Error {
@@ -110,8 +116,10 @@ impl Error {
     pub fn hint(&self) -> &'static str {
         match self {
             Self::Timeout { .. } => "see the back end's log; is it a vhost-user back end, and does it run?",
-            Self::Gone(_) => "the back end's own log says why it ended",
-            Self::Reply { .. } => "the socket's other end does not speak vhost-user, or is broken",
+            Self::Gone(_) | Self::Closed => "the back end's own log says why it ended",
+            Self::Reply { .. } | Self::Unasked => {
+                "the socket's other end does not speak vhost-user, or is broken"
+            }
             Self::NoVersion1 => {
                 "only back ends of virtio 1.0 or later work; update it or turn its legacy mode off"
             }

@@ -346,7 +346,7 @@ impl Session {
     /// Looks at the socket while no answer is due.
     ///
     /// # Errors
-    /// [`Error::Gone`], or [`Error::Reply`] when the back end talks unasked.
+    /// [`Error::Closed`], or [`Error::Unasked`] when the back end talks unasked.
     pub fn check_idle(&mut self) -> Result<(), Error> {
         self.channel.check_idle()
     }

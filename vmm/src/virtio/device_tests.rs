@@ -171,14 +171,21 @@ fn a_driver_writes_the_configuration() {
 
 #[test]
 fn a_lost_back_end_is_an_event_and_the_device_can_be_reset() {
-    let faults: [fn(&FakeBackend); 2] = [FakeBackend::kill, FakeBackend::babble];
-    for fault in faults {
+    type Fault = fn(&FakeBackend);
+    let faults: [(Fault, &str); 2] = [
+        (FakeBackend::kill, "back end closed its socket"),
+        (
+            FakeBackend::babble,
+            "back end sent a message that nobody asked for",
+        ),
+    ];
+    for (fault, expected) in faults {
         let rig = Rig::new(script());
         rig.drive();
         rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
         rig.wait_for("the start", |rig| rig.device.drain().is_ok());
         fault(&rig.fake);
-        assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
+        assert!(matches!(rig.event(), DeviceEvent::BackendLost { reason, .. } if reason == expected));
         assert_eq!(rig.status(), 15, "the guest is not told: a successor may come");
         rig.set_status(0);
         rig.wait_for("the reset", |rig| rig.status() == 0);
