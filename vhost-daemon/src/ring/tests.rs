@@ -2,6 +2,7 @@
 
 pub(super) mod crash;
 mod driver;
+mod noise;
 mod recovery;
 
 use super::*;

@@ -244,18 +244,19 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
         let end = (offset as usize).saturating_add(buf.len());
-        if end > self.device.config().len() {
-            return Err(refuse(SessionError::Value {
-                what: "end of a write to the configuration space",
-                value: end as u64,
-            }));
+        let inside = end <= self.device.config().len();
+        if inside && self.device.write_config(offset, buf).is_ok() {
+            return Ok(());
         }
-        let written = self.device.write_config(offset, buf);
-        written.map_err(|_| {
-            refuse(SessionError::Order(
-                "the driver wrote to a read-only configuration field",
-            ))
-        })
+        // A guest can cause this as often as it likes.
+        tracing::debug!(
+            offset,
+            length = buf.len(),
+            "write to a read-only configuration field"
+        );
+        Err(Error::ReqHandlerError(
+            std::io::ErrorKind::PermissionDenied.into(),
+        ))
     }
 
     fn set_backend_req_fd(&mut self, _backend: Backend) {

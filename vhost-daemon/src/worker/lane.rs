@@ -10,6 +10,10 @@ use nix::sys::eventfd::EventFd;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+use std::time::{Duration, Instant};
+
+/// Between two lines about a broken ring: a guest can break it and reset the device in a loop.
+const WARNING_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A started ring.
 struct Running {
@@ -32,6 +36,8 @@ pub(super) struct Lane {
     error: Option<OwnedFd>,
     enabled: bool,
     running: Option<Running>,
+    /// When a broken ring is worth a line again.
+    next_warning: Option<Instant>,
 }
 
 impl Lane {
@@ -44,6 +50,7 @@ impl Lane {
             error: None,
             enabled: false,
             running: None,
+            next_warning: None,
         }
     }
 
@@ -229,7 +236,11 @@ impl Lane {
     /// is told. The process and its other queues go on.
     fn break_ring(&mut self, fault: &RingFault) {
         let Some(running) = &mut self.running else { return };
-        tracing::warn!(queue = self.index, error = %fault, "ring is broken until the device is reset");
+        let now = Instant::now();
+        if self.next_warning.is_none_or(|next| now >= next) {
+            self.next_warning = Some(now + WARNING_INTERVAL);
+            tracing::warn!(queue = self.index, error = %fault, "ring is broken until the device is reset");
+        }
         running.broken = true;
         // Only the end of the I/O matters; nothing is published on a broken ring.
         let _ = self.handler.drain(&mut running.ring);

@@ -65,6 +65,11 @@ impl Driver {
         Ring::start(Arc::clone(&self.memory), &setup, inflight)
     }
 
+    /// Guest address of the descriptor table.
+    pub(super) fn table(&self) -> u64 {
+        BASE
+    }
+
     /// Guest address of a buffer of 4096 bytes.
     pub(super) fn buffer(&self, index: u64) -> u64 {
         BASE + 0x8000 + index * 0x1000
