@@ -227,7 +227,8 @@ impl Device {
     /// answers. The caller has made sure that a dead one no longer writes.
     ///
     /// # Errors
-    /// When the new back end fails or does not fit; another one may be tried.
+    /// When the new back end fails or does not fit: a live old one goes on, and another one may
+    /// be tried.
     pub fn replace(&self, socket: OwnedFd) -> Result<(), DeviceError> {
         self.ask(|answer| Command::Replace(socket, answer))
     }

@@ -277,6 +277,15 @@ fn a_live_back_end_is_drained_before_it_is_replaced() {
     });
     rig.drive();
     rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    let (_legacy, socket) = FakeBackend::start(Script {
+        features: 1 << 30,
+        ..script()
+    });
+    let refused = rig.device.replace(socket).unwrap_err();
+    assert!(matches!(refused.cause, Error::NoVersion1));
+    // The old one goes on from where it was drained.
+    assert_eq!(rig.fake.look(Req::SET_VRING_BASE, 4, |seen| seen.payload[4]), 4);
+    rig.fake.look(Req::SET_VRING_ENABLE, 4, |_| ());
     let (heir, socket) = FakeBackend::start(script());
     rig.device.replace(socket).unwrap();
     assert_eq!(heir.look(Req::SET_VRING_BASE, 2, |seen| seen.payload[4]), 4);

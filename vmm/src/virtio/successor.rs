@@ -11,23 +11,22 @@ use std::os::fd::OwnedFd;
 use virtio_bindings::virtio_config::VIRTIO_F_IN_ORDER;
 
 impl Worker {
-    /// See [`super::Device::replace`]. Until the successor has been found to fit, nothing changes
-    /// but that the old back end is let go: another one may be tried.
+    /// See [`super::Device::replace`]. A live back end is drained first and kept until the
+    /// successor has been found to fit; if it does not, the old one goes on.
     pub(super) fn replace(&mut self, socket: OwnedFd) -> Result<(), Error> {
         if self.session.is_some() {
             // One that does not drain is lost, and has been reported as that.
             let _ = self.drain();
         }
-        self.session = None;
-        let mut session = Session::connect(socket, self.context.options.clone())?;
-        let config = self.check(&mut session)?;
-        if let Phase::Running(order) = &self.phase {
-            let recovered = self.after_a_crash(order)?;
-            self.phase = Phase::Drained(recovered);
-        }
-        if matches!(self.phase, Phase::Idle) {
-            self.inflight = session.get_inflight(self.offer.served, MAX_QUEUE_SIZE)?;
-        }
+        let (session, config) = match self.prepare(socket) {
+            Ok(ready) => ready,
+            Err(error) => {
+                if self.session.is_some() {
+                    self.resume()?;
+                }
+                return Err(error);
+            }
+        };
         self.session = Some(session);
         self.resume()?;
         if config != self.offer.config {
@@ -36,6 +35,24 @@ impl Worker {
             self.transport.config_changed();
         }
         Ok(())
+    }
+
+    /// Negotiates with a successor and finds out where it is to go on. Returns it and its
+    /// configuration space.
+    fn prepare(&mut self, socket: OwnedFd) -> Result<(Session, Vec<u8>), Error> {
+        let mut session = Session::connect(socket, self.context.options.clone())?;
+        let config = self.check(&mut session)?;
+        match &self.phase {
+            Phase::Idle => self.inflight = session.get_inflight(self.offer.served, MAX_QUEUE_SIZE)?,
+            Phase::Running(order) => self.phase = Phase::Drained(self.after_a_crash(order)?),
+            // Nothing is in flight: a record may begin, or end, here.
+            Phase::Drained(_) if !session.has_inflight() => self.inflight = None,
+            Phase::Drained(_) if self.inflight.is_none() => {
+                self.inflight = session.get_inflight(self.offer.served, MAX_QUEUE_SIZE)?;
+            }
+            Phase::Drained(_) => {}
+        }
+        Ok((session, config))
     }
 
     /// The guest was promised features, queues and a configuration space: the successor must keep
