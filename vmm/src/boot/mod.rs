@@ -9,6 +9,8 @@ mod image;
 mod paging;
 mod pvh;
 mod reset_vector;
+#[cfg(test)]
+mod tests;
 
 pub use error::BootError;
 pub use image::Image;
