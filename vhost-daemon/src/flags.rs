@@ -122,3 +122,6 @@ fn queues<P: Program>(text: &str) -> Result<u16, String> {
         format!("is not a multiple of {first} from {first} to {most}")
     })
 }
+
+#[cfg(test)]
+mod tests;
