@@ -8,10 +8,10 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::time::Duration;
-use vhost_net::header::{F_NEEDS_CSUM, GSO_NONE, GSO_TCPV4, NetHeader};
+use vhost_net::header::{F_NEEDS_CSUM, GSO_NONE, GSO_TCPV4, GSO_UDP_L4, NetHeader};
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_HOST_TSO4,
-    VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_USO4,
+    VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MRG_RXBUF,
 };
 
 pub const ALL: &[Case] = &[
@@ -23,6 +23,7 @@ pub const ALL: &[Case] = &[
         ten_thousand_frames_with_event_idx,
     ),
     ("super_frames_to_the_host", super_frames_to_the_host),
+    ("udp_super_frames_both_ways", udp_super_frames_both_ways),
     ("super_frames_to_merged_buffers", super_frames_to_merged_buffers),
     ("super_frames_to_one_long_chain", super_frames_to_one_long_chain),
     (
@@ -199,6 +200,40 @@ fn super_frames_to_the_host() -> Result<()> {
         ensure!(header[1] == GSO_TCPV4, "{length}: arrived as {header:?}");
         ensure!(frame[L4 + 20..] == sent[L4 + 20..], "{length}: payload");
     }
+    Ok(())
+}
+
+fn udp_super_frames_both_ways() -> Result<()> {
+    let device = Device::start(&[])?;
+    let host = host(&device)?;
+    let mut guest = Guest::start(device.connect()?, EVERYTHING, MERGEABLE)?;
+    if guest.session.features & (1 << VIRTIO_NET_F_HOST_USO) == 0 {
+        // A kernel before 6.2: then neither direction may be offered.
+        let uso = 1 << VIRTIO_NET_F_GUEST_USO4 | 1 << VIRTIO_NET_F_GUEST_USO6;
+        ensure!(guest.session.features & uso == 0, "half of USO");
+        return Ok(());
+    }
+    let header = NetHeader {
+        gso_type: GSO_UDP_L4,
+        gso_size: 1000.into(),
+        hdr_len: (L4 as u16 + 8).into(),
+        ..needs_checksum()
+    };
+    let sent = Path::to_host(&device.tap).udp([1, 2], &pattern(20_000, 1), false);
+    guest.queue(header, &sent, 4)?;
+    guest.flush()?;
+    let (received, frame) = host.receive(DEADLINE)?;
+    ensure!(
+        received[1] == GSO_UDP_L4 && frame[42..] == sent[42..],
+        "to the host: {received:?}"
+    );
+    let sent = Path::to_guest(&device.tap).udp([1, 2], &pattern(20_000, 2), false);
+    host.send(&short(&header), &sent)?;
+    let (received, frame) = guest.receive(DEADLINE)?;
+    ensure!(
+        received.gso_type == GSO_UDP_L4 && frame == sent,
+        "to the guest: {received:?}"
+    );
     Ok(())
 }
 
