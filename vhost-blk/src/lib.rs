@@ -5,7 +5,6 @@
 
 pub mod device;
 pub mod image;
-pub mod io;
 mod options;
 mod queue;
 mod request;
