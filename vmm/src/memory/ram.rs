@@ -1,7 +1,5 @@
 //! One memfd, sealed so that no process it is shared with can shrink it under us (SIGBUS).
 
-#![expect(unsafe_code, reason = "advises the kernel about the mapping of guest RAM")]
-
 use super::layout::ram_ranges;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -140,34 +138,6 @@ impl GuestRam {
             memfd_offset: region.file_offset().map_or(0, FileOffset::start),
             host_address: region.get_mmap().as_ptr() as u64,
         })
-    }
-
-    /// Allocates the pages of [start, start + size) now, so that what is copied there next does
-    /// not fault page by page. Advice only: a range outside RAM or a refusal changes nothing.
-    pub fn populate(&self, start: u64, size: u64) {
-        const PAGE: u64 = 4096;
-        if self.is_used() {
-            return; // after a reboot the pages are there
-        }
-        let Some(end) = start
-            .checked_add(size)
-            .and_then(|e| e.checked_next_multiple_of(PAGE))
-        else {
-            return;
-        };
-        let start = start & !(PAGE - 1);
-        for region in self.regions() {
-            let from = start.max(region.guest_address);
-            let to = end.min(region.guest_address + region.size);
-            if from < to {
-                let address = region.host_address + (from - region.guest_address);
-                // SAFETY: [address, address + to - from) lies in our own mapping of this region;
-                // MADV_POPULATE_WRITE changes no contents.
-                unsafe {
-                    libc::madvise(address as *mut _, (to - from) as usize, libc::MADV_POPULATE_WRITE);
-                }
-            }
-        }
     }
 }
 
