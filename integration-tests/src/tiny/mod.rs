@@ -2,8 +2,10 @@
 
 mod console;
 mod echo;
+mod run;
 mod vmm;
 
 pub use console::Console;
 pub use echo::{Echo, Tap};
+pub use run::Run;
 pub use vmm::{Device, Ended, Vm, VmOptions};

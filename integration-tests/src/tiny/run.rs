@@ -1,0 +1,153 @@
+//! `bulkhead run` with a run-time folder of its own.
+
+use super::console::Console;
+use crate::{artifacts::Artifact, process::Process, suite::artifact};
+use anyhow::{Context, Result, ensure};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, ExitStatus, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+use tempfile::TempDir;
+use vm_spec::run_state::{FILE_NAME, ProcessState, RunState};
+
+const NAME: &str = "test";
+/// Between two looks at the run-time folder.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// A launched VM.
+#[derive(Debug)]
+pub struct Run {
+    /// The launcher, then spawner.
+    pub process: Process,
+    /// What the guest prints.
+    pub console: Console,
+    folder: TempDir,
+}
+
+impl Run {
+    /// Runs the tiny guest with `cmdline` and further flags.
+    ///
+    /// # Errors
+    /// When the launcher does not start.
+    pub fn tiny(cmdline: &str, flags: &[String]) -> Result<Self> {
+        let kernel = artifact(Artifact::TinyGuest)?;
+        let mut all = vec![format!("--kernel={}", kernel.display())];
+        all.extend(["--memory=64M".to_owned(), format!("--cmdline={cmdline}")]);
+        all.extend_from_slice(flags);
+        Self::with_flags(&all)
+    }
+
+    /// `bulkhead run` with these flags.
+    ///
+    /// # Errors
+    /// When the launcher does not start.
+    pub fn with_flags(flags: &[String]) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let mut command = Command::new(artifact(Artifact::Bulkhead)?);
+        command
+            .args(["run", "--name", NAME])
+            .args(flags)
+            .env("XDG_RUNTIME_DIR", folder.path())
+            .stdout(Stdio::piped());
+        let mut process = Process::start(command)?;
+        let stdout = process.child().stdout.take().context("no stdout")?;
+        Ok(Self {
+            process,
+            console: Console::new(stdout),
+            folder,
+        })
+    }
+
+    fn run_folder(&self) -> PathBuf {
+        self.folder.path().join("bulkhead").join(NAME)
+    }
+
+    /// What is known of the VM once its guest runs.
+    ///
+    /// # Errors
+    /// When it does not run before `deadline` has passed.
+    pub fn state(&mut self, deadline: Duration) -> Result<RunState> {
+        let end = Instant::now() + deadline;
+        let path = self.run_folder().join(FILE_NAME);
+        loop {
+            if let Ok(text) = fs::read(&path) {
+                let state: RunState = serde_json::from_slice(&text)?;
+                if state.first_instruction_ns.is_some() {
+                    return Ok(state);
+                }
+            }
+            ensure!(
+                self.process.alive()?,
+                "bulkhead ended: {}",
+                self.process.stderr()?
+            );
+            ensure!(
+                Instant::now() < end,
+                "the guest does not run: {}",
+                self.process.stderr()?
+            );
+            thread::sleep(LOOK);
+        }
+    }
+
+    /// Waits for the end.
+    ///
+    /// # Errors
+    /// When it does not come before `deadline` has passed.
+    pub fn wait(&mut self, deadline: Duration) -> Result<ExitStatus> {
+        let status = self.process.wait(deadline)?;
+        self.console.finish(deadline)?;
+        Ok(status)
+    }
+
+    /// Waits until no process and no file of the VM is left.
+    ///
+    /// # Errors
+    /// Naming what is left after `deadline`.
+    pub fn wait_gone(&mut self, state: &RunState, deadline: Duration) -> Result<()> {
+        let end = Instant::now() + deadline;
+        loop {
+            // Reaps the spawner: until then it is there, if only as a zombie.
+            self.process.alive()?;
+            let mut left: Vec<_> = state
+                .processes
+                .iter()
+                .filter(|process| runs(process))
+                .map(describe)
+                .collect();
+            if self.run_folder().exists() {
+                left.push(self.run_folder().display().to_string());
+            }
+            if left.is_empty() {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < end,
+                "left after {deadline:?}: {}",
+                left.join(", ")
+            );
+            thread::sleep(LOOK);
+        }
+    }
+}
+
+fn describe(process: &ProcessState) -> String {
+    format!("process {} ({})", process.pid, process.name)
+}
+
+/// Whether the process is there and no zombie (one that init has yet to reap).
+fn runs(process: &ProcessState) -> bool {
+    let status = Path::new("/proc").join(process.pid.to_string()).join("status");
+    fs::read_to_string(status).is_ok_and(|status| !status.contains("State:\tZ"))
+}
+
+impl Drop for Run {
+    /// Ends the whole VM: the spawner's death does, and a test that failed may have left it.
+    fn drop(&mut self) {
+        // Fails only where it is gone already.
+        let _ = self.process.child().kill();
+    }
+}
