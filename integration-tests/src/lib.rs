@@ -4,6 +4,7 @@ pub mod artifacts;
 pub mod demo;
 pub mod frontend_harness;
 pub mod host;
+pub mod linux;
 pub mod nested;
 pub mod process;
 pub mod setup;

@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use integration_tests::demo;
+use integration_tests::linux::Images;
 use integration_tests::nested::{self, Ended, Job, Nested};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -22,6 +23,11 @@ enum Verb {
     Staged {
         /// The folder.
         folder: PathBuf,
+    },
+    /// Build the images of the test guests and write their list for BULKHEAD_TEST_IMAGES.
+    TestImages {
+        /// The list's file.
+        file: PathBuf,
     },
     /// Run shell commands in an emulated machine with a real KVM, whose root is this machine's
     /// file tree (writes stay in its memory).
@@ -70,6 +76,7 @@ fn main() -> ExitCode {
             demo::run_staged(&folder).map(|()| ExitCode::SUCCESS),
             "demo proper",
         ),
+        Some(Verb::TestImages { file }) => (Images::write(&file).map(|()| ExitCode::SUCCESS), "images"),
         None => (demo::run().map(|()| ExitCode::SUCCESS), "demo"),
     };
     result.unwrap_or_else(|error| {

@@ -31,16 +31,19 @@ const MAX_REQUEST: u64 = 16 << 10;
 /// The running peer, as the demo sees it. Dropping it ends the process and so removes the TAP's
 /// namespace.
 #[derive(Debug)]
-pub(super) struct Peer {
+pub struct Peer {
     process: Child,
     socket: UnixStream,
     /// The TAP; its namespace is the peer's.
-    pub(super) tap: OwnedFd,
+    pub tap: OwnedFd,
 }
 
 impl Peer {
     /// Starts the peer, which will serve `page`.
-    pub(super) fn start(page: &str) -> anyhow::Result<Self> {
+    ///
+    /// # Errors
+    /// It cannot be started, or may not make namespaces or a TAP.
+    pub fn start(page: &str) -> anyhow::Result<Self> {
         let (socket, theirs) = UnixStream::pair()?;
         let mut process = Command::new(std::env::current_exe()?)
             .args([PEER_FLAG, page])
@@ -61,6 +64,14 @@ impl Peer {
     /// Lets the page go to the guest.
     pub(super) fn answer(&mut self) -> anyhow::Result<()> {
         self.socket.write_all(&[GO]).context("the peer is gone")
+    }
+
+    /// Lets the page go to the guest as soon as it asks.
+    ///
+    /// # Errors
+    /// The peer is gone.
+    pub fn answer_at_once(&mut self) -> anyhow::Result<()> {
+        self.answer()
     }
 
     /// A second handle that waits for the guest's request from another thread.

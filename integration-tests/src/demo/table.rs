@@ -24,7 +24,7 @@ pub(super) struct Row {
     namespaces: Vec<&'static str>,
     /// The least of all threads' modes.
     seccomp: u8,
-    /// System calls that the role's policy allows.
+    /// System calls that its filter allows, where it has one.
     allowed: Option<usize>,
     fds: usize,
     /// KiB, without the guest's RAM.
@@ -111,6 +111,8 @@ fn look_at(process: &ProcessState, bulkhead: &Path) -> anyhow::Result<Row> {
         let theirs = link(&proc);
         theirs.is_some() && theirs != link(Path::new("/proc/self"))
     };
+    let seccomp = least_seccomp(&proc)?;
+    let role = process.role.policy().filter(|_| seccomp == FILTER);
     Ok(Row {
         name: process.name.clone(),
         pid: process.pid,
@@ -118,11 +120,8 @@ fn look_at(process: &ProcessState, bulkhead: &Path) -> anyhow::Result<Row> {
         uid_out,
         uid_in: uid_inside(&read(&proc.join("uid_map"))?, uid_out),
         namespaces: NAMESPACES.into_iter().filter(differs).collect(),
-        seccomp: least_seccomp(&proc)?,
-        allowed: process
-            .role
-            .policy()
-            .and_then(|role| allowed_calls(bulkhead, role)),
+        seccomp,
+        allowed: role.and_then(|role| allowed_calls(bulkhead, role)),
         fds: std::fs::read_dir(proc.join("fd")).context("fd")?.count(),
         pss: pss_without_ram(&read(&proc.join("smaps"))?),
     })

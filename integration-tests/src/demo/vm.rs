@@ -4,7 +4,7 @@ use super::peer::Peer;
 use super::stage::Stage;
 use super::timeline::{Report, Timeline, now, report};
 use super::{Outcome, table};
-use crate::host::Host;
+use crate::host::{Host, NESTED};
 use anyhow::{Context, bail};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
@@ -49,7 +49,8 @@ pub(super) fn run(stage: &Stage) -> anyhow::Result<Outcome> {
     let overlay = work.path().join("disk.qcow2");
     images::disk::overlay(&stage.base(), &overlay)?;
     let peer = Peer::start(&page)?;
-    let spec = spec(stage, &overlay, &token, peer.tap.as_raw_fd());
+    let boot = boot(stage, work.path(), &token)?;
+    let spec = spec(stage, boot, &overlay, peer.tap.as_raw_fd());
     let spec_file = work.path().join("demo.toml");
     std::fs::write(&spec_file, toml::to_string(&spec)?)?;
     let launch = now();
@@ -72,7 +73,25 @@ pub(super) fn run(stage: &Stage) -> anyhow::Result<Outcome> {
     Ok(Outcome { host })
 }
 
-fn spec(stage: &Stage, overlay: &Path, token: &str, tap: i32) -> VmSpec {
+/// What to boot. In the nested runner the files are copied out of the host's tree first: reading
+/// them from there is not what the timeline is about.
+fn boot(stage: &Stage, work: &Path, token: &str) -> anyhow::Result<BootSpec> {
+    let (mut kernel, mut initrd) = (stage.kernel(), stage.initrd());
+    if std::env::var_os(NESTED).is_some() {
+        for path in [&mut kernel, &mut initrd] {
+            let copy = work.join(path.file_name().unwrap_or_default());
+            std::fs::copy(&*path, &copy)?;
+            *path = copy;
+        }
+    }
+    Ok(BootSpec {
+        kernel,
+        initrd: Some(initrd),
+        cmdline: format!("console=ttyS0 quiet mitigations=off panic=-1 demo.token={token}"),
+    })
+}
+
+fn spec(stage: &Stage, boot: BootSpec, overlay: &Path, tap: i32) -> VmSpec {
     let disk = DiskSpec {
         id: None,
         path: Some(overlay.to_owned()),
@@ -94,11 +113,7 @@ fn spec(stage: &Stage, overlay: &Path, token: &str, tap: i32) -> VmSpec {
     };
     VmSpec {
         name: Some(NAME.to_owned()),
-        boot: BootSpec {
-            kernel: stage.kernel(),
-            initrd: Some(stage.initrd()),
-            cmdline: format!("console=ttyS0 quiet mitigations=off panic=-1 demo.token={token}"),
-        },
+        boot,
         cpus: 2,
         memory: ByteSize(512 << 20),
         huge_pages: None,

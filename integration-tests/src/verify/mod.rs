@@ -10,6 +10,7 @@ pub use place::FULL;
 
 use crate::artifacts::{Artifacts, Profile, workspace};
 use crate::host::Host;
+use crate::linux::Images;
 use crate::setup::{self, Purpose};
 use anyhow::Context;
 use cargo::TestProgram;
@@ -54,6 +55,7 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
     checks(&mut report);
     eprintln!("verify: building the release binaries and the tests");
     Artifacts::build(Profile::Release)?.copy_to(binaries.path())?;
+    Images::write(&binaries.path().join(place::IMAGES_FILE)).context("the test guests' images")?;
     let programs = cargo::build_tests()?;
     tests(&mut report, &programs, binaries.path(), host, full);
     let minutes = start.elapsed().as_secs().div_ceil(60);

@@ -3,12 +3,15 @@
 use super::cargo::TestProgram;
 use super::libtest::{self, Outcome};
 use crate::artifacts::BIN_DIR;
+use crate::linux::IMAGES;
 use crate::nested::{Ended, Job, Nested, Options, Stream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Tells tests to run their whole matrices.
 pub const FULL: &str = "BULKHEAD_FULL";
+/// The list of the test guests' images, in the folder with everything under test.
+pub(super) const IMAGES_FILE: &str = "test-images.json";
 /// How long one test program may take.
 const PROGRAM: Duration = Duration::from_secs(15 * 60);
 /// How long one may take under `--full`.
@@ -77,6 +80,9 @@ impl Places {
             "CARGO_MANIFEST_DIR".to_owned(),
             program.folder.to_string_lossy().into_owned(),
         );
+        let images = self.binaries.join(IMAGES_FILE);
+        job.environment
+            .insert(IMAGES.to_owned(), images.to_string_lossy().into_owned());
         if self.full {
             job.environment.insert(FULL.to_owned(), "1".to_owned());
         }

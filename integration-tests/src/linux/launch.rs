@@ -1,0 +1,238 @@
+//! One run of a test guest under `bulkhead run`.
+
+use super::KernelImages;
+use crate::artifacts::Artifact;
+use crate::demo::peer::Peer;
+use crate::host::NESTED;
+use crate::nested::agent::run_here;
+use crate::nested::{Ended, Job, Stream};
+use crate::suite::artifact;
+use anyhow::{Context, ensure};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use vm_spec::size::ByteSize;
+use vm_spec::spec::{BootSpec, DiskSpec, ImageFormat, NetSpec, OnReboot, VmSpec};
+
+/// How the kernel is started.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Loader {
+    /// The uncompressed ELF by its PVH note.
+    Pvh,
+    /// The bzImage by the 64-bit Linux boot protocol.
+    BzImage,
+}
+
+/// A guest's disk.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Disk {
+    /// A qcow2 image that our own process serves.
+    Qcow2(PathBuf),
+    /// The socket of someone else's vhost-user-blk back end.
+    Socket(PathBuf),
+}
+
+/// What a run is to be.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    /// How the kernel is started.
+    pub loader: Loader,
+    /// vCPUs.
+    pub cpus: u8,
+    /// RAM in MiB.
+    pub memory_mib: u64,
+    /// The disk, if any.
+    pub disk: Option<Disk>,
+    /// A page to fetch through a NIC; no NIC if none.
+    pub page: Option<String>,
+    /// How often the guest reboots itself before it powers off.
+    pub reboots: u32,
+    /// How long it may take.
+    pub deadline: Duration,
+}
+
+/// What became of it.
+#[derive(Debug)]
+pub struct Ran {
+    /// The guest's reports, without their prefix.
+    pub reports: Vec<String>,
+    /// Everything on the console.
+    pub console: String,
+    /// What bulkhead said.
+    pub stderr: String,
+    /// How bulkhead ended.
+    pub ended: Ended,
+}
+
+/// Scratch folder and images of a series of runs.
+#[derive(Debug)]
+pub struct Work {
+    folder: tempfile::TempDir,
+    kernel: KernelImages,
+}
+
+impl Work {
+    /// A folder for runs of this kernel. In the nested runner the images are copied out of the
+    /// host's tree, where reading is slow.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn new(kernel: &KernelImages) -> anyhow::Result<Self> {
+        let folder = tempfile::Builder::new().prefix("linux-").tempdir()?;
+        let mut kernel = kernel.clone();
+        if std::env::var_os(NESTED).is_some() {
+            for path in [&mut kernel.elf, &mut kernel.bzimage, &mut kernel.initrd] {
+                let copy = folder
+                    .path()
+                    .join(path.file_name().context("an image without a name")?);
+                std::fs::copy(&*path, &copy)?;
+                *path = copy;
+            }
+        }
+        Ok(Self { folder, kernel })
+    }
+
+    /// The folder.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The kernel.
+    #[must_use]
+    pub fn kernel(&self) -> &KernelImages {
+        &self.kernel
+    }
+
+    /// Runs a guest to its end.
+    ///
+    /// # Errors
+    /// bulkhead or the TAP's other side cannot be started.
+    pub fn run(&self, launch: &Launch) -> anyhow::Result<Ran> {
+        let mut peer = launch.page.as_deref().map(Peer::start).transpose()?;
+        if let Some(peer) = &mut peer {
+            peer.answer_at_once()?;
+            // bulkhead inherits the TAP under the number that the spec names.
+            fcntl(&peer.tap, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        }
+        let spec = self.spec(launch, peer.as_ref());
+        let file = self.path().join("guest.toml");
+        std::fs::write(&file, toml::to_string(&spec)?)?;
+        let bulkhead = artifact(Artifact::Bulkhead)?.to_string_lossy();
+        let mut job = Job::new(&[&bulkhead, "run", &file.to_string_lossy()], launch.deadline);
+        job.environment.insert(
+            "XDG_RUNTIME_DIR".to_owned(),
+            self.path().to_string_lossy().into_owned(),
+        );
+        let (mut console, mut stderr) = (Vec::new(), Vec::new());
+        let ended = run_here(&job, &mut |stream, bytes| match stream {
+            Stream::Out => console.extend_from_slice(bytes),
+            Stream::Err => stderr.extend_from_slice(bytes),
+        });
+        let console = String::from_utf8_lossy(&console).into_owned();
+        let reports = console.lines().filter_map(|line| line.strip_prefix("guest: "));
+        Ok(Ran {
+            reports: reports.map(|report| report.trim_end().to_owned()).collect(),
+            stderr: String::from_utf8_lossy(&stderr).into_owned(),
+            console,
+            ended,
+        })
+    }
+
+    fn spec(&self, launch: &Launch, peer: Option<&Peer>) -> VmSpec {
+        let kernel = match launch.loader {
+            Loader::Pvh => self.kernel.elf.clone(),
+            Loader::BzImage => self.kernel.bzimage.clone(),
+        };
+        let mut cmdline = "console=ttyS0 quiet mitigations=off panic=-1".to_owned();
+        if launch.reboots > 0 {
+            cmdline += &format!(" guest.reboots={}", launch.reboots);
+        }
+        VmSpec {
+            name: None,
+            boot: BootSpec {
+                kernel,
+                initrd: Some(self.kernel.initrd.clone()),
+                cmdline,
+            },
+            cpus: launch.cpus,
+            memory: ByteSize(launch.memory_mib << 20),
+            huge_pages: None,
+            disks: launch.disk.iter().map(disk_spec).collect(),
+            nets: peer
+                .map(|peer| net_spec(peer.tap.as_raw_fd()))
+                .into_iter()
+                .collect(),
+            vhost_user: Vec::new(),
+            on_reboot: if launch.reboots > 0 {
+                OnReboot::Restart
+            } else {
+                OnReboot::Exit
+            },
+            power_off_grace: 10,
+            image_folders: Vec::new(),
+        }
+    }
+}
+
+impl Ran {
+    /// Fails with everything that was said unless the guest reached its end and powered off.
+    ///
+    /// # Errors
+    /// See above.
+    pub fn expect_power_off(&self) -> anyhow::Result<()> {
+        let complete = self.reports.last().is_some_and(|report| report == "end");
+        ensure!(
+            self.ended.success() && complete,
+            "bulkhead ended with {:?}; it said:\n{}\nthe console:\n{}",
+            self.ended,
+            self.stderr,
+            self.console
+        );
+        Ok(())
+    }
+
+    /// What the guest reported about `subject`.
+    ///
+    /// # Errors
+    /// It reported nothing about it.
+    pub fn report(&self, subject: &str) -> anyhow::Result<&str> {
+        let mut about = self
+            .reports
+            .iter()
+            .filter_map(|report| report.strip_prefix(subject)?.strip_prefix(' '));
+        about
+            .next()
+            .with_context(|| format!("the guest said nothing about '{subject}': {:?}", self.reports))
+    }
+}
+
+fn disk_spec(disk: &Disk) -> DiskSpec {
+    let (path, format, vhost_user) = match disk {
+        Disk::Qcow2(path) => (Some(path.clone()), Some(ImageFormat::Qcow2), None),
+        Disk::Socket(socket) => (None, None, Some(socket.clone())),
+    };
+    DiskSpec {
+        id: None,
+        path,
+        format,
+        vhost_user,
+        read_only: false,
+        num_queues: None,
+        slot: None,
+    }
+}
+
+fn net_spec(tap: i32) -> NetSpec {
+    NetSpec {
+        id: None,
+        tap: None,
+        tap_fd: Some(tap),
+        private: None,
+        vhost_user: None,
+        mac: None,
+        mtu: None,
+        slot: None,
+    }
+}

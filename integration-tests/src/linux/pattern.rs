@@ -1,0 +1,103 @@
+//! The disk that test guests read and copy: 8 MiB of pattern, room for its copy, and a counter.
+
+use anyhow::{Context, ensure};
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// Length of the pattern in bytes.
+const PATTERN: usize = 8 << 20;
+/// Size of the disk in bytes.
+const DISK: u64 = 32 << 20;
+
+/// Makes a qcow2 overlay over a base with the pattern. Returns the pattern's SHA-256 as the guest
+/// will spell it.
+///
+/// # Errors
+/// qemu-img or sha256sum fails.
+pub fn make_disk(folder: &Path) -> anyhow::Result<(std::path::PathBuf, String)> {
+    let (raw, base, top) = (
+        folder.join("disk.raw"),
+        folder.join("base.qcow2"),
+        folder.join("disk.qcow2"),
+    );
+    let pattern = pattern();
+    std::fs::write(&raw, &pattern)?;
+    std::fs::File::options().write(true).open(&raw)?.set_len(DISK)?;
+    images::disk::qcow2_from_raw(&raw, &base)?;
+    std::fs::remove_file(&raw)?;
+    images::disk::overlay(&base, &top)?;
+    Ok((top, sha256(&pattern)?))
+}
+
+/// Checks the image after a guest's end: consistent, the pattern intact and copied.
+///
+/// # Errors
+/// It is not.
+pub fn check_disk(folder: &Path, qcow2: &Path) -> anyhow::Result<()> {
+    images::disk::check(qcow2)?;
+    let raw = folder.join("after.raw");
+    let convert = Command::new("qemu-img")
+        .args(["convert", "-f", "qcow2", "-O", "raw"])
+        .arg(qcow2)
+        .arg(&raw)
+        .status();
+    ensure!(convert?.success(), "qemu-img convert failed");
+    check_raw(&raw)
+}
+
+/// Checks a raw disk after a guest's end: the pattern intact and copied.
+///
+/// # Errors
+/// It is not.
+pub fn check_raw(raw: &Path) -> anyhow::Result<()> {
+    let content = std::fs::read(raw)?;
+    let pattern = pattern();
+    ensure!(
+        content.get(..PATTERN) == Some(&pattern),
+        "the pattern on the disk has changed"
+    );
+    ensure!(
+        content.get(PATTERN..2 * PATTERN) == Some(&pattern),
+        "the guest's copy of the pattern is wrong"
+    );
+    Ok(())
+}
+
+/// A raw disk with the pattern; returns its SHA-256.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn make_raw_disk(raw: &Path) -> anyhow::Result<String> {
+    let pattern = pattern();
+    std::fs::write(raw, &pattern)?;
+    std::fs::File::options().write(true).open(raw)?.set_len(DISK)?;
+    sha256(&pattern)
+}
+
+/// Numbers that differ in every 8 bytes (a linear congruential generator modulo 2^64).
+fn pattern() -> Vec<u8> {
+    let mut state: u64 = 1;
+    let next = || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        Some(state.to_le_bytes())
+    };
+    std::iter::from_fn(next).flatten().take(PATTERN).collect()
+}
+
+fn sha256(bytes: &[u8]) -> anyhow::Result<String> {
+    let mut tool = Command::new("sha256sum")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    tool.stdin.take().context("no input")?.write_all(bytes)?;
+    let output = tool.wait_with_output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text
+        .split_whitespace()
+        .next()
+        .context("sha256sum said nothing")?
+        .to_owned())
+}

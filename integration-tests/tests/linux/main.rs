@@ -1,0 +1,33 @@
+//! Debian's kernels as guests of `bulkhead run`: on hardware KVM, or in the nested runner.
+
+mod boots;
+mod others;
+
+use anyhow::Result;
+use integration_tests::linux::{Images, KernelImages};
+use std::process::ExitCode;
+use std::sync::OnceLock;
+
+fn main() -> ExitCode {
+    integration_tests::nested::agent::intercept();
+    integration_tests::demo::peer::intercept();
+    let mut tests = Vec::new();
+    tests.extend(boots::tests());
+    tests.extend(others::tests());
+    integration_tests::suite::run(tests)
+}
+
+/// The whole matrices, not their pairwise subsets.
+fn full() -> bool {
+    std::env::var_os(integration_tests::verify::FULL).is_some()
+}
+
+fn images() -> Result<&'static Images> {
+    static IMAGES: OnceLock<Result<Images, String>> = OnceLock::new();
+    let images = IMAGES.get_or_init(|| Images::get().map_err(|error| format!("{error:#}")));
+    images.as_ref().map_err(|error| anyhow::anyhow!(error.clone()))
+}
+
+fn default_kernel() -> Result<&'static KernelImages> {
+    Ok(&images()?.default)
+}
