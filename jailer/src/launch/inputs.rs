@@ -345,12 +345,12 @@ fn open_tap(device: &Device, tap: &Tap) -> Result<tap::Opened, Failure> {
 }
 
 impl Inputs {
-    /// The processes that hold network namespaces.
-    pub(crate) fn holders(&self) -> Vec<nix::unistd::Pid> {
-        let holder = |backend: &BackendInput| match backend {
-            BackendInput::Tap(tap) => tap.holder,
+    /// Takes the processes that hold network namespaces.
+    pub(crate) fn take_holders(&mut self) -> Vec<tap::Holder> {
+        let holder = |backend: &mut BackendInput| match backend {
+            BackendInput::Tap(tap) => tap.holder.take(),
             _ => None,
         };
-        self.backends.iter().filter_map(holder).collect()
+        self.backends.iter_mut().filter_map(holder).collect()
     }
 }

@@ -71,8 +71,9 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
     let reaper = Reaper::start(&run_dir, saved.as_ref())
         .map_err(|e| Failure::host("cannot start the reaper").because(&e))?;
     let result = (|| {
-        let inputs = inputs::open(spec, &devices)?;
-        let holders = inputs.holders();
+        let mut inputs = inputs::open(spec, &devices)?;
+        // Until the end of this block: their namespaces end with these.
+        let holders = inputs.take_holders();
         let plan = make_plan(spec, &name, &devices, options, &inputs, saved.is_some());
         let binaries = spawn::Binaries::open(&plan)?;
         spawn::leave_root(|uid, gid| run_dir.give_to(uid, gid))?;
@@ -85,7 +86,7 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
         save_state(&run_dir, &state);
         let guards = holders
             .iter()
-            .map(|pid| (*pid, "holder of a network namespace"))
+            .map(|holder| (holder.pid, "holder of a network namespace"))
             .chain([(reaper.pid, "reaper")])
             .collect();
         let grace = Duration::from_secs(spec.power_off_grace.into());
@@ -153,7 +154,7 @@ fn describe(
     plan: &Plan,
     running: &spawn::Running,
     reaper: &Reaper,
-    holders: &[Pid],
+    holders: &[tap::Holder],
     launched_ns: u64,
 ) -> RunState {
     let unjailed = |name: &str, role, pid: Pid| ProcessState {
@@ -167,8 +168,8 @@ fn describe(
         unjailed("spawner", ProcessRole::Spawner, getpid()),
         unjailed("reaper", ProcessRole::Reaper, reaper.pid),
     ];
-    for pid in holders {
-        processes.push(unjailed("netns", ProcessRole::NetNamespace, *pid));
+    for holder in holders {
+        processes.push(unjailed("netns", ProcessRole::NetNamespace, holder.pid));
     }
     let jailed = plan.workers.iter().zip(&running.workers);
     for (process, child) in jailed.chain([(&plan.supervisor, &running.supervisor)]) {

@@ -39,36 +39,36 @@ pub(crate) fn create(name: &str) -> Result<RunDir, Failure> {
             .because(e)
             .hint("set XDG_RUNTIME_DIR to a folder of yours")
     };
-    match DirBuilder::new().mode(0o700).create(&parent) {
-        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(failed(&e)),
-        _ => {}
-    }
-    // In /tmp someone else may have been first.
-    let about = fs::symlink_metadata(&parent).map_err(|e| failed(&e))?;
-    if !about.is_dir() || about.uid() != geteuid().as_raw() || about.mode() & 0o022 != 0 {
-        return Err(failed(&io::Error::other(
-            "it is not a folder that only its owner, you, can write",
-        )));
-    }
-    sweep(&parent);
     let path = parent.join(name);
     for _ in 0..ATTEMPTS {
-        match DirBuilder::new().mode(0o700).create(&path) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(failed(&e)),
-            _ => {}
+        make(&parent).map_err(|e| failed(&e))?;
+        // In /tmp someone else may have been first.
+        let about = fs::symlink_metadata(&parent).map_err(|e| failed(&e))?;
+        if !about.is_dir() || about.uid() != geteuid().as_raw() || about.mode() & 0o022 != 0 {
+            return Err(failed(&io::Error::other(
+                "it is not a folder that only its owner, you, can write",
+            )));
         }
-        match try_lock(&path) {
+        sweep(&parent);
+        match make(&path).and_then(|()| try_lock(&path)) {
             Ok(Some(lock)) => return Ok(RunDir { path, lock }),
             Ok(None) => {
                 return Err(Failure::usage(format!("name: the VM '{name}' already runs"))
                     .hint("give another name, or end that VM first"));
             }
-            // Swept between the two calls.
+            // Swept, or removed as the last one's parent, between two calls.
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(failed(&e)),
         }
     }
     Err(failed(&io::Error::other("it keeps being removed")))
+}
+
+fn make(path: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        other => other,
+    }
 }
 
 /// The lock of a folder; `None`: someone holds it. NotFound when it was removed meanwhile.
@@ -106,6 +106,10 @@ fn remove(path: &Path) {
         let _ = fs::remove_file(path.join(file));
     }
     let _ = fs::remove_dir(path);
+    // The last VM's folder takes its parent along; with others in it, this fails.
+    if let Some(parent) = path.parent() {
+        let _ = fs::remove_dir(parent);
+    }
 }
 
 impl RunDir {

@@ -100,7 +100,7 @@ impl Spawner {
             }
             self.hear_supervisor(on_event);
             self.take_signals();
-            self.reap();
+            self.reap(on_event);
             if self.deadline.is_some_and(|at| Instant::now() >= at) {
                 eprintln!("bulkhead: the VM did not end in time: killed");
                 self.code.get_or_insert(exit_code::TIMEOUT);
@@ -112,7 +112,7 @@ impl Spawner {
         if let Some(pid) = self.supervisor {
             let _ = kill(pid, Signal::SIGKILL);
         }
-        self.reap_rest();
+        self.reap_rest(on_event);
         self.code.unwrap_or(exit_code::ERROR)
     }
 
@@ -184,7 +184,7 @@ impl Spawner {
     }
 
     /// Reaps every child that has ended.
-    fn reap(&mut self) {
+    fn reap(&mut self, on_event: &mut dyn FnMut(Event)) {
         while let Some((pid, status)) = reap_one() {
             if let Some(n) = self.workers.iter().position(|w| *w == Some(pid)) {
                 self.workers[n] = None;
@@ -193,6 +193,8 @@ impl Spawner {
                 self.tell(ToSupervisor::Exited { process, status });
             } else if self.supervisor == Some(pid) {
                 self.supervisor = None;
+                // Its last message may have come after the last look.
+                self.hear_supervisor(on_event);
                 if self.code.is_none() {
                     let (code, how) = describe(status);
                     eprintln!("bulkhead: the supervisor (pid {pid}) {how}: its VM was ended");
@@ -204,6 +206,10 @@ impl Spawner {
                 let (_, how) = describe(status);
                 eprintln!("bulkhead: the {name} (pid {pid}) {how}: its VM was ended");
                 self.code = Some(exit_code::ERROR);
+                // Why is said; the supervisor need not find reasons for what follows.
+                if let Some(pid) = self.supervisor {
+                    let _ = kill(pid, Signal::SIGKILL);
+                }
                 self.kill_all();
             }
         }
@@ -226,7 +232,7 @@ impl Spawner {
         }
     }
 
-    fn reap_rest(&mut self) {
+    fn reap_rest(&mut self, on_event: &mut dyn FnMut(Event)) {
         let deadline = Instant::now() + REAP_DEADLINE;
         while (self.workers.iter().any(Option::is_some) || self.supervisor.is_some())
             && Instant::now() < deadline
@@ -235,7 +241,7 @@ impl Spawner {
             let _ = self.wait();
             while let Ok(Some(_)) = self.signals.read_signal() {}
             self.control = None;
-            self.reap();
+            self.reap(on_event);
         }
     }
 }

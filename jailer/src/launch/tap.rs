@@ -5,7 +5,6 @@
 use crate::sandbox::caps;
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::signal::Signal;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
     socket, socketpair,
@@ -28,7 +27,14 @@ nix::ioctl_write_ptr_bad!(set_flags, libc::SIOCSIFFLAGS as libc::c_int, libc::if
 /// A TAP's descriptor, and the process that holds its namespace.
 pub(crate) struct Opened {
     pub(crate) fd: OwnedFd,
-    pub(crate) holder: Option<Pid>,
+    pub(crate) holder: Option<Holder>,
+}
+
+/// The process that holds a private TAP's namespace.
+pub(crate) struct Holder {
+    pub(crate) pid: Pid,
+    /// The holder ends when this, our end of its socket, is closed.
+    _lifeline: OwnedFd,
 }
 
 /// Why there is no TAP.
@@ -122,9 +128,14 @@ pub(crate) fn private(address: Ipv4Addr, prefix: u8) -> Result<Opened, TapError>
         }
         ForkResult::Parent { child } => {
             drop(theirs);
-            receive(&ours).map(|fd| Opened {
+            let fd = receive(&ours)?;
+            let holder = Holder {
+                pid: child,
+                _lifeline: ours,
+            };
+            Ok(Opened {
                 fd,
-                holder: Some(child),
+                holder: Some(holder),
             })
         }
     }
@@ -132,9 +143,7 @@ pub(crate) fn private(address: Ipv4Addr, prefix: u8) -> Result<Opened, TapError>
 
 /// The child: makes the TAP, hands it over, and stays.
 fn hold(socket: &OwnedFd, address: Ipv4Addr, prefix: u8) -> ! {
-    let made = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)
-        .map_err(|e| format!("death signal: {e}"))
-        .and_then(|()| make_private(address, prefix));
+    let made = make_private(address, prefix);
     let sent = match &made {
         Ok(tap) => {
             let fds = [tap.as_raw_fd()];
@@ -145,7 +154,7 @@ fn hold(socket: &OwnedFd, address: Ipv4Addr, prefix: u8) -> ! {
     };
     if made.is_ok() && sent.is_ok() {
         drop(made);
-        stay();
+        stay(socket);
     }
     // SAFETY: ends the child without running what the parent registered for its own exit.
     unsafe { libc::_exit(1) }
@@ -156,17 +165,19 @@ fn send(socket: &OwnedFd, text: &[u8], rights: &[ControlMessage<'_>]) -> nix::Re
     sendmsg::<()>(socket.as_raw_fd(), &data, rights, MsgFlags::empty(), None)
 }
 
-/// Holds the namespace, and nothing else, until the spawner ends.
-fn stay() -> ! {
-    // SAFETY: this process uses no descriptor from here to its end.
-    unsafe { crate::inherit::close_range(0, libc::c_uint::MAX) };
+/// Holds the namespace, and nothing else, until the spawner ends: its end of `socket` closes. (A
+/// death signal would not do: a spawner that left root may not signal what it made before.)
+fn stay(socket: &OwnedFd) {
+    let number = socket.as_raw_fd();
+    for (first, last) in [(0, number - 1), (number + 1, i32::MAX)] {
+        // SAFETY: this process uses no other descriptor from here to its end.
+        unsafe { crate::inherit::close_range(first as u32, last as u32) };
+    }
     let _ = nix::unistd::setsid();
     let _ = nix::unistd::chdir(c"/");
     let _ = caps::drop_all();
     let _ = nix::sys::prctl::set_no_new_privs();
-    loop {
-        nix::unistd::pause();
-    }
+    while nix::unistd::read(socket, &mut [0]) == Err(Errno::EINTR) {}
 }
 
 fn make_private(address: Ipv4Addr, prefix: u8) -> Result<OwnedFd, String> {

@@ -315,7 +315,12 @@ impl Supervisor {
                 started_ns,
                 first_instruction_ns,
             }),
-            FromVmm::DeviceFault { device, reason } => self.say(&format!("{device}: {reason}")),
+            // The end of a process of ours is told by whoever reaps it, with its cause.
+            FromVmm::DeviceFault { device, reason } => {
+                if !self.processes.iter().any(|p| p.about.name == device) {
+                    self.say(&format!("{device}: {reason}"));
+                }
+            }
             FromVmm::StartFailed { what, cause, hint } => {
                 let mut lines = what;
                 for (name, text) in [("cause", cause), ("hint", hint)] {

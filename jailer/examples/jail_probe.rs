@@ -1,0 +1,35 @@
+//! What `tests/sandbox.rs` executes in a jail: it tells what it sees on descriptor 1, and then
+//! does what its argument says.
+
+use jailer::sandbox::{Role, SeccompMode, lockdown};
+use std::fs::File;
+use std::io::Read;
+
+fn main() {
+    let entries = std::fs::read_dir("/").map_or(-1, |all| all.count() as i64);
+    println!("root-entries={entries}");
+    println!("environment={}", std::env::vars().count());
+    println!("pid={}", std::process::id());
+    let writable = File::create("/x").is_ok();
+    println!("writable={writable}");
+    let open: Vec<String> = (0..1024)
+        .filter(|fd| nix::fcntl::fcntl(borrow(*fd), nix::fcntl::FcntlArg::F_GETFD).is_ok())
+        .map(|fd| fd.to_string())
+        .collect();
+    println!("fds={}", open.join(","));
+    let _locked = lockdown(Role::Disk, SeccompMode::Enforce).expect("lockdown");
+    println!("locked");
+    if std::env::args().nth(1).as_deref() == Some("forbidden") {
+        // Not in disk.policy.
+        let _ = nix::unistd::getppid();
+        println!("survived");
+    }
+    // Until the test has looked.
+    let _ = std::io::stdin().read(&mut [0]);
+}
+
+#[expect(unsafe_code, reason = "asks of every number whether it is open")]
+fn borrow(fd: i32) -> std::os::fd::BorrowedFd<'static> {
+    // SAFETY: the number is used in one fcntl, which answers EBADF where it is not open.
+    unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) }
+}

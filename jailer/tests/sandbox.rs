@@ -1,0 +1,167 @@
+//! The jail from outside and from inside: a static probe is started through the real sandbox.
+//!
+//! It runs as whoever runs the tests; as root it also runs as an unprivileged user, in a process
+//! of this test that becomes one.
+
+use jailer::sandbox::child::{Child, Program, start};
+use nix::sys::wait::{WaitStatus, waitpid};
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// A user that owns nothing here.
+const UNPRIVILEGED: u32 = 12345;
+
+/// Builds the probe as shipped binaries are built: static, for an empty root.
+fn probe() -> PathBuf {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("probe");
+    let status = Command::new(env!("CARGO"))
+        .args([
+            "build",
+            "--quiet",
+            "--package",
+            "jailer",
+            "--example",
+            "jail_probe",
+        ])
+        .args([
+            "--no-default-features",
+            "--target",
+            "x86_64-unknown-linux-musl",
+            "--target-dir",
+        ])
+        .arg(&target)
+        .status()
+        .expect("cargo runs");
+    assert!(status.success(), "the probe does not build");
+    target.join("x86_64-unknown-linux-musl/debug/examples/jail_probe")
+}
+
+struct Probe {
+    child: Child,
+    lines: BufReader<File>,
+    _hold: OwnedFd,
+}
+
+fn start_probe(binary: &Path, argument: &str) -> Probe {
+    let binary = File::open(binary).expect("the probe was built");
+    let (read_in, hold) = nix::unistd::pipe().expect("pipe");
+    let (read_out, write_out) = nix::unistd::pipe().expect("pipe");
+    let program = Program {
+        binary: binary.as_fd(),
+        arguments: vec![
+            CString::new("probe").expect("no zero byte"),
+            CString::new(argument).expect("no zero byte"),
+        ],
+        descriptors: vec![read_in.as_fd(), write_out.as_fd(), write_out.as_fd()],
+    };
+    let child = start(&program)
+        .expect("clone")
+        .finish()
+        .expect("the probe executes");
+    Probe {
+        child,
+        lines: BufReader::new(File::from(read_out)),
+        _hold: hold,
+    }
+}
+
+impl Probe {
+    /// Lines up to `locked`.
+    fn report(&mut self) -> Vec<String> {
+        let mut all = Vec::new();
+        for line in (&mut self.lines).lines() {
+            let line = line.expect("the pipe can be read");
+            if line == "locked" {
+                return all;
+            }
+            all.push(line);
+        }
+        panic!("the probe ended before it was locked: {all:?}");
+    }
+
+    fn status(&self, key: &str) -> String {
+        let path = format!("/proc/{}/status", self.child.pid);
+        let text = fs::read_to_string(path).expect("status");
+        let line = text.lines().find(|l| l.split(':').next() == Some(key));
+        line.and_then(|l| l.split_whitespace().nth(1))
+            .unwrap_or_else(|| panic!("no {key}"))
+            .to_owned()
+    }
+}
+
+fn check_jail(binary: &Path) {
+    let mut probe = start_probe(binary, "wait");
+    let report = probe.report();
+    for expected in [
+        "root-entries=0",
+        "environment=0",
+        "pid=1",
+        "writable=false",
+        "fds=0,1,2",
+    ] {
+        assert!(report.iter().any(|l| l == expected), "{expected}: {report:?}");
+    }
+    assert_eq!(probe.status("Seccomp"), "2");
+    assert_eq!(probe.status("NoNewPrivs"), "1");
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert_eq!(probe.status(set), "0000000000000000", "{set}");
+    }
+    for kind in ["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"] {
+        let ours = fs::read_link(format!("/proc/self/ns/{kind}")).expect("our namespace");
+        let path = format!("/proc/{}/ns/{kind}", probe.child.pid);
+        let theirs = fs::read_link(path).expect("the probe's namespace");
+        assert_ne!(ours, theirs, "{kind}");
+    }
+    let pid = probe.child.pid;
+    drop(probe);
+    assert_eq!(waitpid(pid, None), Ok(WaitStatus::Exited(pid, 0)));
+
+    let mut probe = start_probe(binary, "forbidden");
+    probe.report();
+    let pid = probe.child.pid;
+    match waitpid(pid, None) {
+        Ok(WaitStatus::Signaled(_, signal, _)) => {
+            assert_eq!(signal, nix::sys::signal::Signal::SIGSYS);
+        }
+        other => panic!("a forbidden call was not stopped: {other:?}"),
+    }
+}
+
+fn main() {
+    let mut arguments = std::env::args().skip(1);
+    // Ourselves, as another user.
+    if let (Some("--as-user"), Some(binary)) = (arguments.next().as_deref(), arguments.next()) {
+        nix::sys::prctl::set_dumpable(true).expect("dumpable");
+        check_jail(Path::new(&binary));
+        return;
+    }
+    let binary = probe();
+    check_jail(&binary);
+    println!("test jail_as_{} ... ok", nix::unistd::geteuid());
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    // The target folder may be closed to the other user: pass what it needs by a readable copy.
+    let folder = tempfile::tempdir().expect("a folder");
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    fs::set_permissions(folder.path(), open).expect("permissions");
+    let probe = folder.path().join("probe");
+    let test = folder.path().join("test");
+    fs::copy(&binary, &probe).expect("copy");
+    fs::copy(std::env::current_exe().expect("our path"), &test).expect("copy");
+    let status = Command::new("setpriv")
+        .arg(format!("--reuid={UNPRIVILEGED}"))
+        .arg(format!("--regid={UNPRIVILEGED}"))
+        .arg("--clear-groups")
+        .arg(&test)
+        .arg("--as-user")
+        .arg(&probe)
+        .status()
+        .expect("setpriv runs");
+    assert!(status.success(), "the jail fails as user {UNPRIVILEGED}");
+    println!("test jail_as_{UNPRIVILEGED} ... ok");
+}
