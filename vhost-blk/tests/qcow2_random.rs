@@ -7,8 +7,8 @@ use std::fs;
 use std::path::PathBuf;
 
 use support::{
-    Random, Request, Scratch, assert_same, check_clean, create, have_qemu_img, open, qemu_contents, qemu_img,
-    text,
+    Random, Request, Scratch, assert_same, check_clean, create, have_qemu_img, imago_contents, open,
+    qemu_contents, qemu_img, text,
 };
 use vhost_blk::image::{Format, OpenOptions};
 
@@ -61,6 +61,11 @@ fn scenario(options: &str, size: u64, seed: u64) {
     for round in 0..3 {
         run(&[(&path, Format::Qcow2)], &mut model, seed + round, 80);
         check_clean(&path);
+        // imago has no extended L2 entries.
+        if !options.contains("extended_l2") {
+            let found = imago_contents(&path).unwrap_or_else(|error| panic!("imago: {error}"));
+            assert_same(&found, &model, "imago");
+        }
     }
 }
 

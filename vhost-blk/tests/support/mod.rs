@@ -274,3 +274,17 @@ pub fn patch(path: &Path, offset: u64, bytes: &[u8]) {
     let file = FileOptions::new().write(true).open(path).expect("opens");
     file.write_all_at(bytes, offset).expect("writes");
 }
+
+/// What imago reads from an image with no layer below: a reader that shares no code with qemu-img.
+pub fn imago_contents(path: &Path) -> std::io::Result<Vec<u8>> {
+    use imago::file::File as ImagoFile;
+    use imago::qcow2::Qcow2;
+    use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
+    let file = File::open(path)?;
+    let storage = ImagoFile::try_from(file)?;
+    let image =
+        FormatAccess::new(Qcow2::<ImagoFile>::builder(storage).open(DenyImplicitOpenGate::default())?);
+    let mut bytes = vec![0; image.size() as usize];
+    image.read(&mut bytes, 0)?;
+    Ok(bytes)
+}
