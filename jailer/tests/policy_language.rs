@@ -64,7 +64,6 @@ fn no_role_may_open_execute_connect_or_make_processes() {
         "connect",
         "bind",
         "listen",
-        "accept4",
         "clone",
         "clone3",
         "fork",
@@ -88,6 +87,10 @@ fn no_role_may_open_execute_connect_or_make_processes() {
             continue;
         }
         for rule in rules(role) {
+            // Device processes started by hand serve one front end after another; in a jail they
+            // hold no listening socket, and can make none.
+            let listens = matches!(role, Role::Disk | Role::Net);
+            assert!(listens || rule.syscall != "accept4", "{}", rule.place);
             assert!(
                 !never.contains(&rule.syscall),
                 "{role} allows {} ({})",
