@@ -2,6 +2,7 @@
 //! socket as descriptor 3.
 
 use jailer::sandbox::SeccompMode;
+use jailer::supervisor::SupervisorError;
 use std::error::Error;
 use std::process::ExitCode;
 
@@ -18,6 +19,7 @@ fn main() -> ExitCode {
     }
     match jailer::supervisor::run(mode) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(SupervisorError::SpawnerGone) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("supervisor: {error}");
             let mut cause = error.source();

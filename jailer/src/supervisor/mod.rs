@@ -42,6 +42,9 @@ pub enum SupervisorError {
     /// The first message did not come.
     #[error("the spawner sent no configuration")]
     NoConfig,
+    /// The spawner is gone. The reaper says so.
+    #[error("the spawner is gone")]
+    SpawnerGone,
     /// The control socket failed.
     #[error("cannot talk to the spawner")]
     Spawner(#[from] TransferError),
@@ -254,7 +257,7 @@ impl Supervisor {
         loop {
             match receive_message(self.spawner.as_fd())? {
                 Received::Nothing => return Ok(()),
-                Received::End => return Err(SupervisorError::NoConfig),
+                Received::End => return Err(SupervisorError::SpawnerGone),
                 Received::Message(_, ToSupervisor::Start(_)) => {}
                 Received::Message(_, ToSupervisor::PowerOff) => self.power_off(now),
                 Received::Message(_, ToSupervisor::Exited { process, status }) => {

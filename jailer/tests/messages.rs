@@ -1,0 +1,84 @@
+//! What `bulkhead run` says to input that is wrong before any host facility is needed: the
+//! message names the field, and the exit code tells usage from host.
+
+use std::fs;
+use std::process::Command;
+
+/// Runs with `arguments`; the exit code and standard error.
+fn run(arguments: &[&str]) -> (Option<i32>, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_bulkhead"))
+        .arg("run")
+        .args(arguments)
+        .arg("--dry-run")
+        .output()
+        .expect("bulkhead runs");
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    (output.status.code(), text)
+}
+
+fn assert_says(arguments: &[&str], code: i32, parts: &[&str]) {
+    let (got, text) = run(arguments);
+    assert_eq!(got, Some(code), "{text}");
+    for part in parts {
+        assert!(text.contains(part), "'{part}' is not in: {text}");
+    }
+}
+
+#[test]
+fn a_spec_with_an_unknown_key_is_placed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm.toml");
+    fs::write(&path, "[boot]\nkernel = \"k\"\ncmdlien = \"x\"\n").unwrap();
+    let path = path.to_str().unwrap();
+    let parts = [&*format!("{path}:3:1"), "`cmdlien`", "did you mean 'cmdline'?"];
+    assert_says(&[path], 2, &parts);
+}
+
+#[test]
+fn a_missing_and_a_truncated_kernel_are_told_apart() {
+    assert_says(
+        &["--kernel", "/nonexistent/kernel"],
+        1,
+        &["boot.kernel: cannot open /nonexistent/kernel", "No such file"],
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("bzImage");
+    // A bzImage header that speaks of 1000 paragraphs after four sectors.
+    let mut image = vec![0; 1024];
+    image[0x202..0x206].copy_from_slice(b"HdrS");
+    image[0x1F4..0x1F8].copy_from_slice(&1000u32.to_le_bytes());
+    fs::write(&path, image).unwrap();
+    let parts = ["boot.kernel", "truncated: it has 1024 bytes", "18560"];
+    assert_says(&["--kernel", path.to_str().unwrap()], 1, &parts);
+}
+
+#[test]
+fn wrong_fields_are_named() {
+    let cases: [(&[&str], &str); 7] = [
+        (&["--cpus", "33"], "cpus: 33 is not between 1 and 32"),
+        (&["--memory", "16M"], "memory: 16M is not between 32M and 1T"),
+        (&["--disk", "path=a"], "disk[0].format: is missing"),
+        (
+            &["--disk", "path=a,format=raw,vhost-user=s"],
+            "disk[0].vhost-user: excludes path",
+        ),
+        (
+            &["--net", "mac=02:00:00:00:00:01"],
+            "net[0]: give exactly one of tap",
+        ),
+        (&["--net", "tap=t,mac=01:00:00:00:00:01"], "net[0].mac:"),
+        (
+            &["--disk", "path=a,format=raw,slot=3", "--net", "tap=t,slot=3"],
+            "net[0].slot: 3 is already disk[0]'s",
+        ),
+    ];
+    for (arguments, message) in cases {
+        let all: Vec<&str> = ["--kernel", "k"].iter().chain(arguments).copied().collect();
+        assert_says(&all, 2, &[message]);
+    }
+}
+
+#[test]
+fn no_kernel_is_a_usage_error() {
+    assert_says(&[], 2, &["boot.kernel: no kernel is given", "--kernel FILE"]);
+}
