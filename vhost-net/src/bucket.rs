@@ -3,6 +3,7 @@
 //! Time is an argument, so the rate is exact over any span: tokens flow in with the clock, with no
 //! cool-down between refills. One packet may overdraw a bucket; the debt is paid before the next.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A rate and how far it may be saved up.
@@ -111,6 +112,41 @@ impl Limiter {
     }
 }
 
+/// One direction's limits, shared by its queues: a flow that fills one queue has the whole rate, and
+/// all queues together have no more. Each may overdraw by one packet, and the debt is everyone's.
+#[derive(Clone, Debug, Default)]
+pub struct SharedLimiter(Option<Arc<Mutex<Limiter>>>);
+
+impl SharedLimiter {
+    /// Shares `limiter` where it limits at all.
+    #[must_use]
+    pub fn new(limiter: Limiter) -> Self {
+        Self(limiter.is_limited().then(|| Arc::new(Mutex::new(limiter))))
+    }
+
+    /// There is a limit.
+    #[must_use]
+    pub fn is_limited(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// As [`Limiter::wait`].
+    pub fn wait(&self, now: impl FnOnce() -> Instant) -> Option<Duration> {
+        let limiter = self.0.as_ref()?;
+        limiter.lock().unwrap_or_else(PoisonError::into_inner).wait(now)
+    }
+
+    /// As [`Limiter::passed`].
+    pub fn passed(&self, bytes: usize) {
+        if let Some(limiter) = &self.0 {
+            limiter
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .passed(bytes);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -188,7 +224,31 @@ mod tests {
     }
 
     #[test]
+    fn queues_that_share_a_limit_have_one_rate_between_them() {
+        let start = Instant::now();
+        let rate = Rate {
+            per_second: 1000,
+            burst: 10,
+        };
+        let shared = SharedLimiter::new(Limiter::new(Some(rate), None, start));
+        let queues: [SharedLimiter; 4] = std::array::from_fn(|_| shared.clone());
+        let (mut now, mut sent) = (start, [0u64; 4]);
+        let end = start + Duration::from_secs(10);
+        while now < end {
+            // All look before any of them accounts for its packet: the worst order.
+            let may = queues.each_ref().map(|queue| queue.wait(|| now).is_none());
+            for (queue, index) in queues.iter().zip(0..).filter(|(_, index)| may[*index]) {
+                queue.passed(60);
+                sent[index] += 1;
+            }
+            now += queues[0].wait(|| now).unwrap_or_default();
+        }
+        within_two_percent(sent.iter().sum(), 10_000);
+    }
+
+    #[test]
     fn no_limit_asks_no_clock() {
         assert_eq!(Limiter::default().wait(|| unreachable!()), None);
+        assert_eq!(SharedLimiter::default().wait(|| unreachable!()), None);
     }
 }

@@ -1,10 +1,11 @@
 //! The network device: features, configuration space, and its queues (virtio 1.3, 5.1).
 
+use crate::bucket::SharedLimiter;
 use crate::control::ControlQueue;
 use crate::counters::Counters;
 use crate::guard::{Guard, MacAddress};
 use crate::offload::{Offloads, TCP_FEATURES, TunOffload, USO_FEATURES};
-use crate::options::{Limits, Options, OptionsError};
+use crate::options::{Options, OptionsError};
 use crate::pacer::{Flow, Pacer};
 use crate::rx::{ReceiveQueue, Running};
 use crate::steering::Steering;
@@ -133,13 +134,12 @@ fn make_handlers(
     counters: &Arc<Counters>,
     guard: Option<Arc<Guard>>,
 ) -> Result<Vec<Box<dyn QueueHandler>>, OpenError> {
-    let parts = taps.len() as u64;
-    let receive = options.receive_limit.divided(parts);
-    let transmit = options.transmit_limit.divided(parts);
+    let receive = options.receive_limit.limiter();
+    let transmit = options.transmit_limit.limiter();
     let mut handlers: Vec<Box<dyn QueueHandler>> = Vec::with_capacity(2 * taps.len() + 1);
     for (pair, tap) in taps.iter().enumerate() {
-        let pacer = |flow, limits: &Limits, seat| {
-            Pacer::new(Arc::clone(tap), flow, limits.limiter(), seat).map_err(OpenError::Events)
+        let pacer = |flow, limiter: &SharedLimiter, seat| {
+            Pacer::new(Arc::clone(tap), flow, limiter.clone(), seat).map_err(OpenError::Events)
         };
         let seat = steering.seat(pair).filter(|_| taps.len() > 1).cloned();
         let running = Running::new(Arc::clone(steering), pair);

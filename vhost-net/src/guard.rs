@@ -76,6 +76,51 @@ impl fmt::Display for MacAddress {
     }
 }
 
+/// One address, or all that begin alike: `10.0.0.2`, `2001:db8::/64`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Addresses {
+    first: IpAddr,
+    /// Leading bits that are fixed, at most those of the address.
+    bits: u8,
+}
+
+impl Addresses {
+    /// Whether `address` is of the same family and begins alike.
+    #[must_use]
+    pub fn contains(&self, address: IpAddr) -> bool {
+        let same =
+            |a: u128, b: u128, width: u8| (a ^ b).checked_shr((width - self.bits).into()).unwrap_or(0) == 0;
+        match (self.first, address) {
+            (IpAddr::V4(a), IpAddr::V4(b)) => same(a.to_bits().into(), b.to_bits().into(), 32),
+            (IpAddr::V6(a), IpAddr::V6(b)) => same(a.to_bits(), b.to_bits(), 128),
+            _ => false,
+        }
+    }
+}
+
+impl From<IpAddr> for Addresses {
+    fn from(first: IpAddr) -> Self {
+        let bits = if first.is_ipv4() { 32 } else { 128 };
+        Self { first, bits }
+    }
+}
+
+impl FromStr for Addresses {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        const ERROR: &str = "an IP address or a prefix, such as 10.0.0.2 or 2001:db8::/64";
+        let (address, bits) = text.split_once('/').map_or((text, None), |(a, b)| (a, Some(b)));
+        let whole = Self::from(address.parse::<IpAddr>().map_err(|_| ERROR)?);
+        let bits = bits.map_or(Ok(whole.bits), str::parse).map_err(|_| ERROR)?;
+        if bits <= whole.bits {
+            Ok(Self { bits, ..whole })
+        } else {
+            Err(ERROR)
+        }
+    }
+}
+
 /// Why a frame was refused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Refusal {
@@ -100,10 +145,16 @@ pub enum Refusal {
 }
 
 /// Which addresses a guest may use.
+///
+/// Of the link-local addresses only the one that follows from its MAC address (RFC 4291, appendix A)
+/// is the guest's unasked. One that the guest chose (RFC 7217, RFC 8981) has to be named: whoever may
+/// speak for any link-local address may speak for the router's, and a solicitation or an
+/// advertisement from there takes over its neighbours' traffic. Where all on a segment trust each
+/// other, name `fe80::/10`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Guard {
     mac: MacAddress,
-    addresses: Vec<IpAddr>,
+    addresses: Vec<Addresses>,
     link_local: Ipv6Addr,
 }
 
@@ -114,7 +165,7 @@ impl Guard {
     /// Holds the guest to `mac` and, unless `addresses` is empty, to those and the link-local
     /// address of `mac`.
     #[must_use]
-    pub fn new(mac: MacAddress, addresses: Vec<IpAddr>) -> Self {
+    pub fn new(mac: MacAddress, addresses: Vec<Addresses>) -> Self {
         Self {
             mac,
             addresses,
@@ -155,13 +206,15 @@ impl Guard {
     }
 
     fn is_own4(&self, address: Ipv4Addr) -> bool {
-        !self.checks_addresses() || self.addresses.contains(&IpAddr::V4(address))
+        !self.checks_addresses() || self.names(address.into())
     }
 
     fn is_own6(&self, address: Ipv6Addr) -> bool {
-        !self.checks_addresses()
-            || address == self.link_local
-            || self.addresses.contains(&IpAddr::V6(address))
+        !self.checks_addresses() || address == self.link_local || self.names(address.into())
+    }
+
+    fn names(&self, address: IpAddr) -> bool {
+        self.addresses.iter().any(|one| one.contains(address))
     }
 
     /// RFC 826 for Ethernet and IPv4; a sender address of 0.0.0.0 is a probe (RFC 5227).

@@ -7,7 +7,7 @@ const IP4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
 const IP6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 2);
 
 fn strict() -> Guard {
-    Guard::new(MAC, vec![IP4.into(), IP6.into()])
+    Guard::new(MAC, vec![IpAddr::from(IP4).into(), IpAddr::from(IP6).into()])
 }
 
 fn frame(source: [u8; 6], kind: &[u16], packet: &[u8]) -> Vec<u8> {
@@ -172,5 +172,60 @@ proptest! {
         if strict().check(&frame).is_ok() {
             prop_assert_eq!(&frame[6..12], &MAC.0);
         }
+    }
+}
+
+#[test]
+fn prefixes_hold_what_begins_alike() {
+    let holds = |prefix: &str, address: &str| {
+        let prefix: Addresses = prefix.parse().unwrap();
+        prefix.contains(address.parse().unwrap())
+    };
+    assert!(holds("10.1.0.0/16", "10.1.255.7") && !holds("10.1.0.0/16", "10.2.0.0"));
+    assert!(holds("10.1.0.9", "10.1.0.9") && !holds("10.1.0.9", "10.1.0.8"));
+    assert!(holds("fe80::/10", "febf::1") && !holds("fe80::/10", "fec0::1"));
+    assert!(holds("0.0.0.0/0", "255.255.255.255") && holds("::/0", "ffff::"));
+    assert!(!holds("0.0.0.0/0", "::1") && !holds("::/0", "127.0.0.1"));
+    for bad in ["", "10.0.0.1/33", "::/129", "1.2.3/8", "::/-1", "::/", "::/x"] {
+        assert!(bad.parse::<Addresses>().is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn a_link_local_address_that_the_guest_chose_has_to_be_named() {
+    let router = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+    let own_choice = Ipv6Addr::new(0xfe80, 0, 0, 0, 0x1234, 5, 6, 7);
+    let solicit = |from| {
+        own(
+            TYPE_IPV6,
+            &ipv6(from, PROTOCOL_ICMPV6, &neighbour(135, IP6, Some(MAC.0))),
+        )
+    };
+    let advertise = |of| {
+        own(
+            TYPE_IPV6,
+            &ipv6(IP6, PROTOCOL_ICMPV6, &neighbour(136, of, Some(MAC.0))),
+        )
+    };
+    let named = |prefix: &str| Guard::new(MAC, vec![IpAddr::from(IP6).into(), prefix.parse().unwrap()]);
+    let cases = [
+        (strict(), MAC.link_local(), true),
+        (strict(), own_choice, false),
+        (strict(), router, false),
+        (named("fe80::1234:5:6:7"), own_choice, true),
+        (named("fe80::1234:5:6:7"), router, false),
+        (named("fe80::/10"), own_choice, true),
+    ];
+    for (guard, address, may) in cases {
+        assert_eq!(
+            guard.check(&solicit(address)).is_ok(),
+            may,
+            "solicit from {address}"
+        );
+        assert_eq!(
+            guard.check(&advertise(address)).is_ok(),
+            may,
+            "advertise {address}"
+        );
     }
 }

@@ -1,9 +1,8 @@
 //! The flags that only `vhost-user-net` has.
 
-use crate::bucket::{Limiter, Rate};
-use crate::guard::{Guard, MacAddress};
+use crate::bucket::{Limiter, Rate, SharedLimiter};
+use crate::guard::{Addresses, Guard, MacAddress};
 use std::fmt::Display;
-use std::net::IpAddr;
 use std::os::fd::RawFd;
 use std::str::FromStr;
 use std::time::Instant;
@@ -24,7 +23,7 @@ pub struct Options {
     /// `--mtu`.
     pub mtu: Option<u16>,
     /// `--ip`, the addresses that the guest may use.
-    pub addresses: Vec<IpAddr>,
+    pub addresses: Vec<Addresses>,
     /// `--guard`.
     pub guard: Option<Switch>,
     /// `--receive-limit`.
@@ -62,23 +61,10 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// A limiter with these limits, full now.
+    /// A limiter with these limits, full now, for all queues of the direction.
     #[must_use]
-    pub fn limiter(&self) -> Limiter {
-        Limiter::new(self.packets, self.bytes, Instant::now())
-    }
-
-    /// The share of one of `parts` queues.
-    #[must_use]
-    pub fn divided(&self, parts: u64) -> Self {
-        let share = |rate: Rate| Rate {
-            per_second: (rate.per_second / parts).max(1),
-            burst: (rate.burst / parts).max(1),
-        };
-        Self {
-            packets: self.packets.map(share),
-            bytes: self.bytes.map(share),
-        }
+    pub fn limiter(&self) -> SharedLimiter {
+        SharedLimiter::new(Limiter::new(self.packets, self.bytes, Instant::now()))
     }
 }
 
@@ -123,13 +109,14 @@ pub const USAGE: &str = concat!(
     "                          once for each pair of queues\n",
     "  --mac=M                 the guest's MAC address\n",
     "  --mtu=N                 offer this MTU to the guest, 68 to 65535\n",
-    "  --ip=A                  an address that the guest may use; repeatable\n",
+    "  --ip=A[/N]              an address or prefix that the guest may use; repeatable; the\n",
+    "                          link-local address of --mac is one always, any other is to\n",
+    "                          be named (fe80::/10 where all on the segment are trusted)\n",
     "  --guard=on|off          refuse frames from other addresses than the guest's\n",
     "                          (default: on where --mac is given)\n",
     "  --receive-limit=L, --transmit-limit=L\n",
     "                          L is packets=N,bytes=SIZE a second, with bursts\n",
-    "                          packets-burst=N,bytes-burst=SIZE; each pair of queues\n",
-    "                          has an equal share\n",
+    "                          packets-burst=N,bytes-burst=SIZE; all queues together\n",
 );
 
 impl Options {
@@ -239,14 +226,6 @@ mod tests {
             Some(Rate {
                 per_second: 1 << 20,
                 burst: 64 << 10
-            })
-        );
-        let half = limits.divided(2).packets;
-        assert_eq!(
-            half,
-            Some(Rate {
-                per_second: 500,
-                burst: 50
             })
         );
         for bad in [

@@ -1,7 +1,7 @@
 //! A queue's fd to wait for: the TAP, or an epoll of it with a rate limit's timer and, where the
 //! TAP has several queues, the news that this one was attached or detached.
 
-use crate::bucket::Limiter;
+use crate::bucket::SharedLimiter;
 use crate::steering::Seat;
 use crate::tap::Tap;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
@@ -26,7 +26,7 @@ pub enum Flow {
 pub struct Pacer {
     tap: Arc<Tap>,
     flow: Flow,
-    limiter: Limiter,
+    limiter: SharedLimiter,
     seat: Option<Arc<Seat>>,
     events: Option<Events>,
 }
@@ -47,7 +47,12 @@ impl Pacer {
     ///
     /// # Errors
     /// When the kernel gives no timer or epoll instance.
-    pub fn new(tap: Arc<Tap>, flow: Flow, limiter: Limiter, seat: Option<Arc<Seat>>) -> io::Result<Self> {
+    pub fn new(
+        tap: Arc<Tap>,
+        flow: Flow,
+        limiter: SharedLimiter,
+        seat: Option<Arc<Seat>>,
+    ) -> io::Result<Self> {
         let several = limiter.is_limited() || seat.is_some();
         let events = several.then(|| Events::new(seat.as_deref())).transpose()?;
         Ok(Self {
