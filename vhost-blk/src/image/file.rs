@@ -7,10 +7,12 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
 use nix::fcntl::FallocateFlags;
+use nix::sys::stat::{FileStat, SFlag, fstat};
+use nix::unistd::{Whence, lseek};
 
 use super::buffers::Buffers;
 
@@ -91,7 +93,8 @@ pub trait BlockFile: Send + Sync {
 #[derive(Debug)]
 pub struct HostFile {
     file: File,
-    fixed_size: bool,
+    /// Size of a block device, looked up once: finding it takes a system call that a jailed process lacks.
+    fixed_size: Option<u64>,
 }
 
 impl HostFile {
@@ -101,17 +104,20 @@ impl HostFile {
     /// When it cannot be examined, or is something else (`InvalidInput`).
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         let file = File::from(fd);
-        let kind = file.metadata()?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "neither a regular file nor a block device",
-            ));
-        }
-        Ok(Self {
-            file,
-            fixed_size: kind.is_block_device(),
-        })
+        let fixed_size = match file_type(&fstat(&file)?) {
+            SFlag::S_IFREG => None,
+            SFlag::S_IFBLK => {
+                let end = lseek(&file, 0, Whence::SeekEnd)?;
+                Some(u64::try_from(end).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?)
+            }
+            _ => {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "neither a regular file nor a block device",
+                ));
+            }
+        };
+        Ok(Self { file, fixed_size })
     }
 
     /// Runs `fallocate`; says whether this file system can.
@@ -148,11 +154,12 @@ impl HostFile {
 
 impl BlockFile for HostFile {
     fn size(&self) -> io::Result<u64> {
-        if self.fixed_size {
-            let end = nix::unistd::lseek(&self.file, 0, nix::unistd::Whence::SeekEnd)?;
-            return u64::try_from(end).map_err(|_| io::ErrorKind::InvalidData.into());
+        if let Some(size) = self.fixed_size {
+            return Ok(size);
         }
-        Ok(self.file.metadata()?.len())
+        // Not `File::metadata`: it may be statx, which takes a path, and a jailed process lacks it.
+        let size = fstat(&self.file)?.st_size;
+        u64::try_from(size).map_err(|_| io::ErrorKind::InvalidData.into())
     }
 
     fn read_at(&self, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
@@ -223,13 +230,13 @@ impl BlockFile for HostFile {
         let now = self.size()?;
         match (len > now, self.fixed_size) {
             (false, _) => Ok(()),
-            (true, true) => Err(io::ErrorKind::StorageFull.into()),
-            (true, false) => self.file.set_len(len),
+            (true, Some(_)) => Err(io::ErrorKind::StorageFull.into()),
+            (true, None) => self.file.set_len(len),
         }
     }
 
     fn cut_to(&self, len: u64) -> io::Result<()> {
-        if self.fixed_size || len >= self.size()? {
+        if self.fixed_size.is_some() || len >= self.size()? {
             return Ok(());
         }
         self.file.set_len(len)
@@ -240,15 +247,15 @@ impl BlockFile for HostFile {
     }
 
     fn has_fixed_size(&self) -> bool {
-        self.fixed_size
+        self.fixed_size.is_some()
     }
 
     fn identity(&self) -> io::Result<(u64, u64)> {
-        let metadata = self.file.metadata()?;
-        Ok(if self.fixed_size {
-            (u64::MAX, metadata.rdev())
+        let status = fstat(&self.file)?;
+        Ok(if self.fixed_size.is_some() {
+            (u64::MAX, status.st_rdev)
         } else {
-            (metadata.dev(), metadata.ino())
+            (status.st_dev, status.st_ino)
         })
     }
 
@@ -260,6 +267,10 @@ impl BlockFile for HostFile {
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         Some(self.file.as_fd())
     }
+}
+
+fn file_type(status: &FileStat) -> SFlag {
+    SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT
 }
 
 /// Calls `call` until all of `buffers` is moved or it moves nothing more; says how many bytes it moved.
