@@ -5,6 +5,7 @@ mod blk;
 mod fixture;
 mod hostile;
 mod life;
+mod net;
 mod recovery;
 
 use std::process::ExitCode;
@@ -14,6 +15,7 @@ fn main() -> ExitCode {
     tests.extend(blk::tests());
     tests.extend(hostile::tests());
     tests.extend(life::tests());
+    tests.extend(net::tests());
     tests.extend(recovery::tests());
     integration_tests::suite::run(tests)
 }
