@@ -142,10 +142,21 @@ pub enum ToVmm {
     PowerButton,
     /// End the VM now: stop vCPUs, drain devices, report [`FromVmm::Ended`].
     Stop,
-    /// A new back end for the device in this slot; one fd attached: its connected socket.
+    /// A new back end for the device in this slot; one fd attached: its connected socket. The
+    /// sender has made sure that a dead predecessor no longer writes. Answered by
+    /// [`FromVmm::Done`] once the guest is served again, or by [`FromVmm::Failed`]: another one
+    /// may then be tried.
     ReplaceBackend {
         /// PCI device number.
         slot: u8,
+    },
+    /// No back end will come any more for the device in this slot: tell the guest (NEEDS_RESET).
+    /// Answered by [`FromVmm::Done`].
+    GiveUpBackend {
+        /// PCI device number.
+        slot: u8,
+        /// Why, one line.
+        reason: String,
     },
     /// Ask for [`FromVmm::Stats`].
     Stats,
@@ -166,6 +177,14 @@ pub enum FromVmm {
     Done,
     /// The request with this envelope's number failed.
     Failed(String),
+    /// A back end closed its socket, broke the protocol or did not answer: it is no longer used.
+    /// The guest has not been told and waits for [`ToVmm::ReplaceBackend`].
+    BackendLost {
+        /// The device's id.
+        device: String,
+        /// What happened, one line.
+        reason: String,
+    },
     /// A device is lost to the guest until it is reset (NEEDS_RESET).
     DeviceFault {
         /// The device's id.

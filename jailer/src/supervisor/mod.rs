@@ -319,7 +319,7 @@ impl Supervisor {
                 first_instruction_ns,
             }),
             // The end of a process of ours is told by whoever reaps it, with its cause.
-            FromVmm::DeviceFault { device, reason } => {
+            FromVmm::BackendLost { device, reason } | FromVmm::DeviceFault { device, reason } => {
                 if !self.processes.iter().any(|p| p.about.name == device) {
                     self.say(&format!("{device}: {reason}"));
                 }

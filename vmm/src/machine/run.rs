@@ -170,18 +170,28 @@ impl Machine {
                 Ok(()) => FromVmm::Done,
                 Err(why) => FromVmm::Failed(why),
             },
+            ToVmm::GiveUpBackend { slot, reason } => match self.device(slot) {
+                Ok(device) => {
+                    device.give_up(&reason);
+                    FromVmm::Done
+                }
+                Err(why) => FromVmm::Failed(why),
+            },
             ToVmm::Start(_) => FromVmm::Failed("the machine is running".into()),
         };
         control.send(message.id, reply)?;
         Ok(None)
     }
 
-    fn replace_backend(&self, slot: u8, mut fds: Vec<OwnedFd>) -> Result<(), String> {
-        let device = self
-            .devices
+    fn device(&self, slot: u8) -> Result<&Device, String> {
+        self.devices
             .iter()
             .find(|device| device.slot() == slot)
-            .ok_or_else(|| format!("no device in slot {slot}"))?;
+            .ok_or_else(|| format!("no device in slot {slot}"))
+    }
+
+    fn replace_backend(&self, slot: u8, mut fds: Vec<OwnedFd>) -> Result<(), String> {
+        let device = self.device(slot)?;
         match (fds.pop(), fds.is_empty()) {
             (Some(socket), true) => device
                 .replace(socket)
@@ -192,10 +202,17 @@ impl Machine {
 
     fn report_devices(&self, control: &ControlSocket) -> Result<(), Error> {
         while let Some(event) = self.events.take_device() {
-            let (DeviceEvent::BackendLost { device, reason } | DeviceEvent::NeedsReset { device, reason }) =
-                event;
-            tracing::warn!(device, reason, "device fault");
-            control.send(0, FromVmm::DeviceFault { device, reason })?;
+            let message = match event {
+                DeviceEvent::BackendLost { device, reason } => {
+                    tracing::info!(device, reason, "back end lost");
+                    FromVmm::BackendLost { device, reason }
+                }
+                DeviceEvent::NeedsReset { device, reason } => {
+                    tracing::warn!(device, reason, "device needs a reset");
+                    FromVmm::DeviceFault { device, reason }
+                }
+            };
+            control.send(0, message)?;
         }
         Ok(())
     }
