@@ -204,7 +204,7 @@ impl Ran {
             .filter_map(|report| report.strip_prefix(subject)?.strip_prefix(' '));
         about
             .next()
-            .with_context(|| format!("the guest said nothing about '{subject}': {:?}", self.reports))
+            .with_context(|| format!("no report about '{subject}'; the console:\n{}", self.console))
     }
 }
 
