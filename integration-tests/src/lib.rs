@@ -1,6 +1,7 @@
 //! Fixture library of the tests, the nested runner, and what the two commands are made of.
 
 pub mod artifacts;
+pub mod bench;
 pub mod demo;
 pub mod frontend_harness;
 pub mod host;

@@ -117,6 +117,13 @@ impl Ring {
         self.next_used
     }
 
+    /// Guest physical addresses of descriptor table, available ring and used ring, for drivers that
+    /// lay out their chains themselves.
+    #[must_use]
+    pub fn parts(&self) -> [u64; 3] {
+        [self.descriptors, self.available, self.used]
+    }
+
     /// The payload of SET_VRING_ADDR for queue `index`.
     #[must_use]
     pub fn address_message(&self, index: u32) -> Vec<u8> {

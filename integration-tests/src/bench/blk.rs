@@ -1,0 +1,195 @@
+//! `bench blk`: the disk process beside qemu-storage-daemon, in turns within one run.
+
+use super::blk_cases::{Case, Content, Place, all};
+use super::blk_driver::Limit;
+use super::blk_peer::{Contender, Format, Peer, Programs, Turn};
+use crate::artifacts::{Artifact, Artifacts, BIN_DIR, Profile};
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use std::{
+    env,
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+/// Requests of a turn that allocates: it uses up clusters, so it is not bounded by time.
+const ALLOCATIONS: u64 = 2048;
+
+/// Flags of `bench blk`.
+#[derive(Args, Debug)]
+pub struct Settings {
+    /// Turns of each contender in each case.
+    #[arg(long, default_value_t = 7)]
+    rounds: usize,
+    /// Milliseconds of a turn.
+    #[arg(long, default_value_t = 250)]
+    turn: u64,
+    /// Size of the images with data, in MiB (a power of two).
+    #[arg(long, default_value_t = 256)]
+    size: u64,
+    /// Folder on a tmpfs.
+    #[arg(long, default_value = "/dev/shm")]
+    tmpfs: PathBuf,
+    /// Folder on a real disk.
+    #[arg(long, default_value = "/var/tmp")]
+    disk: PathBuf,
+    /// Only cases whose name holds this text.
+    #[arg(long, default_value = "")]
+    only: String,
+    /// A further flag for our process, such as --io=sync.
+    #[arg(long = "flag", allow_hyphen_values = true)]
+    flags: Vec<String>,
+    /// qemu-storage-daemon's aio= for cached files (O_DIRECT uses native instead of threads).
+    #[arg(long, default_value = "threads")]
+    qemu_aio: String,
+    /// Gives qemu-storage-daemon an iothread, which polls.
+    #[arg(long)]
+    qemu_iothread: bool,
+}
+
+/// Measures every case and prints the table as Markdown.
+///
+/// # Errors
+/// When a binary is missing, or a request fails.
+pub fn run(settings: &Settings) -> Result<()> {
+    let artifacts = match env::var_os(BIN_DIR) {
+        Some(dir) => Artifacts::from_dir(Path::new(&dir)),
+        None => Artifacts::build(Profile::Release)?,
+    };
+    let programs = Programs {
+        ours: artifacts.path(Artifact::VhostUserBlk)?.to_owned(),
+        our_flags: settings.flags.clone(),
+        qemu: "qemu-storage-daemon".into(),
+        qemu_aio: settings.qemu_aio.clone(),
+        qemu_iothread: settings.qemu_iothread,
+    };
+    let size = settings.size << 20;
+    ensure!(size.is_power_of_two(), "--size is not a power of two");
+    println!("| case | ours | baseline | ratio | goal | CPU us/op | CPU ratio | goal | RssAnon KiB |");
+    println!("|---|---|---|---|---|---|---|---|---|");
+    for case in all(size, 64 << 30) {
+        if case.name.contains(&settings.only) {
+            let line = measure(settings, &programs, &case).with_context(|| case.name.clone())?;
+            println!("{line}");
+            std::io::stdout().flush()?;
+        }
+    }
+    Ok(())
+}
+
+fn measure(settings: &Settings, programs: &Programs, case: &Case) -> Result<String> {
+    let place = match case.place {
+        Place::Tmpfs => &settings.tmpfs,
+        Place::Disk => &settings.disk,
+    };
+    let folder = tempfile::tempdir_in(place)?;
+    let start = |contender: Contender, name: &str| -> Result<Peer> {
+        let image = folder.path().join(name);
+        make_image(&image, contender.format, case)?;
+        Peer::start(programs, contender, &image, folder.path(), case.work)
+    };
+    let mut ours = start(case.contender, "ours")?;
+    let mut baseline = start(case.baseline, "baseline")?;
+    let limit = match case.content {
+        Content::Full => Limit::Time(Duration::from_millis(settings.turn)),
+        Content::Empty => Limit::Requests(ALLOCATIONS),
+    };
+    ours.turn(limit)?;
+    baseline.turn(limit)?;
+    let mut turns: Vec<(Turn, Turn)> = Vec::new();
+    for round in 0..settings.rounds {
+        // Who begins changes, so that neither always finds the other's caches.
+        turns.push(if round % 2 == 0 {
+            let first = ours.turn(limit)?;
+            (first, baseline.turn(limit)?)
+        } else {
+            let first = baseline.turn(limit)?;
+            (ours.turn(limit)?, first)
+        });
+    }
+    Ok(line(case, &turns, ours.memory()?))
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn line(case: &Case, turns: &[(Turn, Turn)], memory: u64) -> String {
+    let of = |value: fn(&(Turn, Turn)) -> f64| median(turns.iter().map(value).collect());
+    let ratio = of(|(ours, baseline)| ours.rate() / baseline.rate());
+    let cpu = of(|(ours, baseline)| ours.cost() / baseline.cost());
+    let mark = |held: bool| if held { "" } else { " (falls short)" };
+    let cpu_goal = case
+        .cpu_goal
+        .map_or_else(String::new, |goal| format!("at most {goal}{}", mark(cpu <= goal)));
+    format!(
+        "| {} | {:.0} | {:.0} | {ratio:.2} | at least {}{} | {:.2} / {:.2} | {cpu:.2} | {cpu_goal} | {memory} |",
+        case.name,
+        of(|(ours, _)| ours.rate()),
+        of(|(_, baseline)| baseline.rate()),
+        case.goal,
+        mark(ratio >= case.goal),
+        of(|(ours, _)| ours.cost()),
+        of(|(_, baseline)| baseline.cost()),
+    )
+}
+
+/// An image for `case`: its whole span holds data, or nothing.
+fn make_image(path: &Path, format: Format, case: &Case) -> Result<()> {
+    let size = case.work.span;
+    if case.content == Content::Empty {
+        return qemu_img(
+            &["create", "-q", "-f", format.name()],
+            &[path],
+            &[&size.to_string()],
+        );
+    }
+    let raw = match format {
+        Format::Raw => path.to_owned(),
+        Format::Qcow2 => path.with_extension("raw"),
+    };
+    let mut file = File::create(&raw)?;
+    let block: Vec<u8> = (0..1 << 20).map(|byte: u32| (byte % 251) as u8 | 1).collect();
+    for _ in 0..size >> 20 {
+        file.write_all(&block)?;
+    }
+    file.sync_all()?;
+    if format == Format::Qcow2 {
+        qemu_img(&["convert", "-f", "raw", "-O", "qcow2"], &[&raw, path], &[])?;
+        fs::remove_file(raw)?;
+    }
+    Ok(())
+}
+
+fn qemu_img(arguments: &[&str], files: &[&Path], rest: &[&str]) -> Result<()> {
+    let mut command = Command::new("qemu-img");
+    command.args(arguments).args(files).args(rest);
+    let status = command.status().context("qemu-img")?;
+    ensure!(status.success(), "{command:?}: {status}");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::blk_peer::Program;
+
+    #[test]
+    fn a_median_is_no_mean() {
+        assert!((median(vec![9.0, 1.0, 2.0]) - 2.0).abs() < f64::EPSILON);
+    }
+
+    #[test]
+    fn every_case_has_a_name_of_its_own() {
+        let cases = all(256 << 20, 64 << 30);
+        let mut names: Vec<&str> = cases.iter().map(|case| case.name.as_str()).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), cases.len());
+        assert!(cases.iter().all(|case| case.contender.program == Program::Ours));
+    }
+}

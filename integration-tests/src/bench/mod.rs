@@ -1,0 +1,7 @@
+//! Benchmarks. Each compares contenders in turns within one run, since only ratios taken side by
+//! side mean anything on a machine that others use too.
+
+pub mod blk;
+mod blk_cases;
+mod blk_driver;
+mod blk_peer;
