@@ -1,0 +1,145 @@
+//! Our device processes with QEMU as their front end, under Debian's kernel. The emulator runs on
+//! any host: no KVM is needed.
+
+use anyhow::{Context, Result, ensure};
+use integration_tests::artifacts::Artifact;
+use integration_tests::demo::peer::Peer;
+use integration_tests::linux::{Images, KernelImages, pattern};
+use integration_tests::nested::agent::run_here;
+use integration_tests::nested::{Job, Stream};
+use integration_tests::process::{Process, inherit_at};
+use integration_tests::suite::{self, artifact, test_within};
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+/// For one boot on an emulated processor that others use too.
+const BOOT: Duration = Duration::from_secs(150);
+/// How long a device process may take until it listens.
+const LISTEN: Duration = Duration::from_secs(10);
+
+fn main() -> ExitCode {
+    integration_tests::nested::agent::intercept();
+    integration_tests::demo::peer::intercept();
+    suite::run(vec![
+        test_within(BOOT, "QEMU's guest uses our disk and our NIC", disk_and_nic),
+        test_within(2 * BOOT, "one disk process serves QEMU twice", twice),
+    ])
+}
+
+fn disk_and_nic() -> Result<()> {
+    let kernel = Images::get()?.default;
+    let work = tempfile::tempdir()?;
+    let page = "the page for QEMU's guest";
+    let (disk, sum) = pattern::make_disk(work.path())?;
+    let (blk, net) = (work.path().join("blk.sock"), work.path().join("net.sock"));
+    let _blk = start_blk(&disk, &blk)?;
+    let mut peer = Peer::start(page)?;
+    peer.answer_at_once()?;
+    let mut command = Command::new(artifact(Artifact::VhostUserNet)?);
+    command
+        .arg(format!("--socket-path={}", net.display()))
+        .arg("--tap-fd=4");
+    inherit_at(&mut command, peer.tap.try_clone()?, 4);
+    let _net = Process::start(command)?;
+    wait_for(&net)?;
+    let console = run_qemu(&kernel, &blk, Some(&net))?;
+    expect(&console, &format!("disk {sum}"))?;
+    expect(&console, &format!("page {page}"))?;
+    pattern::check_disk(work.path(), &disk)
+}
+
+fn twice() -> Result<()> {
+    let kernel = Images::get()?.default;
+    let work = tempfile::tempdir()?;
+    let (disk, sum) = pattern::make_disk(work.path())?;
+    let socket = work.path().join("blk.sock");
+    let mut blk = start_blk(&disk, &socket)?;
+    for _ in 0..2 {
+        let console = run_qemu(&kernel, &socket, None)?;
+        expect(&console, &format!("disk {sum}"))?;
+    }
+    blk.signal(nix::sys::signal::Signal::SIGTERM)?;
+    let status = blk.wait(LISTEN)?;
+    ensure!(
+        status.success(),
+        "after SIGTERM it ended with {status}: {}",
+        blk.stderr()?
+    );
+    pattern::check_disk(work.path(), &disk)
+}
+
+fn start_blk(disk: &Path, socket: &Path) -> Result<Process> {
+    let mut command = Command::new(artifact(Artifact::VhostUserBlk)?);
+    command.arg(format!("--socket-path={}", socket.display()));
+    command
+        .arg(format!("--blk-file={}", disk.display()))
+        .arg("--format=qcow2");
+    let base = disk.with_file_name("base.qcow2");
+    command
+        .arg(format!("--backing=qcow2:{}", base.display()))
+        .arg("--num-queues=2");
+    let mut process = Process::start(command)?;
+    match wait_for(socket) {
+        Ok(()) => Ok(process),
+        Err(error) => Err(error.context(format!("alive: {}; {}", process.alive()?, process.stderr()?))),
+    }
+}
+
+/// Runs a guest under QEMU to its end and returns its console.
+fn run_qemu(kernel: &KernelImages, blk: &Path, net: Option<&Path>) -> Result<String> {
+    let mut argv: Vec<String> =
+        "qemu-system-x86_64 -M q35,memory-backend=ram -accel tcg -cpu max -smp 2 -m 256 \
+         -nodefaults -no-user-config -display none -no-reboot -serial stdio \
+         -object memory-backend-memfd,id=ram,size=256M,share=on"
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect();
+    let mut add = |words: &[&str]| argv.extend(words.iter().map(|word| (*word).to_owned()));
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    add(&["-chardev", &format!("socket,id=blk,path={}", text(blk))]);
+    add(&["-device", "vhost-user-blk-pci,chardev=blk,num-queues=2"]);
+    if let Some(net) = net {
+        add(&["-chardev", &format!("socket,id=net,path={}", text(net))]);
+        add(&["-netdev", "vhost-user,id=net,chardev=net"]);
+        add(&["-device", "virtio-net-pci,netdev=net,romfile="]);
+    }
+    add(&[
+        "-kernel",
+        &text(&kernel.bzimage),
+        "-initrd",
+        &text(&kernel.initrd),
+    ]);
+    add(&["-append", "console=ttyS0 quiet mitigations=off panic=-1"]);
+    let words: Vec<&str> = argv.iter().map(String::as_str).collect();
+    let (mut console, mut stderr) = (Vec::new(), Vec::new());
+    let ended = run_here(&Job::new(&words, BOOT), &mut |stream, bytes| match stream {
+        Stream::Out => console.extend_from_slice(bytes),
+        Stream::Err => stderr.extend_from_slice(bytes),
+    });
+    let console = String::from_utf8_lossy(&console).into_owned();
+    ensure!(
+        ended.success() && console.contains("guest: end"),
+        "QEMU ended with {ended:?}: {}\n{console}",
+        String::from_utf8_lossy(&stderr)
+    );
+    Ok(console)
+}
+
+fn expect(console: &str, report: &str) -> Result<()> {
+    let line = format!("guest: {report}");
+    let found = console.lines().any(|candidate| candidate.trim_end() == line);
+    found
+        .then_some(())
+        .with_context(|| format!("no '{line}' in\n{console}"))
+}
+
+/// Waits until the socket is there; a connection would count as a front end.
+fn wait_for(path: &Path) -> Result<()> {
+    let deadline = Instant::now() + LISTEN;
+    while !path.exists() {
+        ensure!(Instant::now() < deadline, "{} does not appear", path.display());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
