@@ -47,7 +47,7 @@ const FROM_LIBC: [(&str, u64); 48] = libc_constants! {
     TCGETS TCSETS TIOCGWINSZ
 };
 
-const BY_HAND: [(&str, u64); 58] = [
+const BY_HAND: [(&str, u64); 60] = [
     // All of FUTEX_*'s flags off: FUTEX_PRIVATE_FLAG (128) and FUTEX_CLOCK_REALTIME (256).
     ("FUTEX_CMD_MASK", 0xFFFF_FE7F),
     ("FIONBIO", 0x5421),
@@ -55,9 +55,11 @@ const BY_HAND: [(&str, u64); 58] = [
     ("TUNSETIFF", iow(b'T', 202, 4)),
     ("TUNGETFEATURES", ior(b'T', 207, 4)),
     ("TUNSETOFFLOAD", iow(b'T', 208, 4)),
+    ("TUNSETTXFILTER", iow(b'T', 209, 4)),
     ("TUNGETIFF", ior(b'T', 210, 4)),
     ("TUNSETVNETHDRSZ", iow(b'T', 216, 4)),
     ("TUNSETQUEUE", iow(b'T', 217, 4)),
+    ("TUNSETCARRIER", iow(b'T', 226, 4)),
     ("BLKGETSIZE64", ior(0x12, 114, 8)),
     ("BLKDISCARD", io(0x12, 119)),
     ("BLKZEROOUT", io(0x12, 127)),

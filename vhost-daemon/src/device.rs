@@ -136,7 +136,7 @@ pub trait QueueHandler: Send {
     fn start(&mut self, features: u64);
 
     /// A file descriptor of the handler's own (a TAP, a completion eventfd) that is waited for when
-    /// [`Wait`] says so. The same one for the life of the handler; level-triggered.
+    /// [`Wait`] says so. Asked for after each call of [`QueueHandler::process`]; level-triggered.
     fn source(&self) -> Option<BorrowedFd<'_>> {
         None
     }

@@ -1,51 +1,127 @@
-//! The control queue: how many pairs the driver uses (virtio 1.3, 5.1.6.5).
+//! The control queue (virtio 1.3, 5.1.6.5): pairs, what to receive, the MAC address, announcements.
 //!
 //! Each command is a class, a command and its data, then one writable byte for the answer. What is
-//! unknown, too short or out of range is answered by VIRTIO_NET_ERR.
+//! unknown, too short, too long or out of range is answered by VIRTIO_NET_ERR.
 
+use crate::filter::Mode;
+use crate::guard::MacAddress;
+use crate::link::Link;
+use crate::station::Station;
 use crate::steering::Steering;
 use std::sync::Arc;
 use vhost_daemon::{Chain, QueueHandler, Ring, RingFault, Wait};
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,
+    VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_MAC,
+    VIRTIO_NET_CTRL_MAC_ADDR_SET, VIRTIO_NET_CTRL_MAC_TABLE_SET, VIRTIO_NET_CTRL_MQ,
+    VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_CTRL_RX, VIRTIO_NET_ERR, VIRTIO_NET_OK,
 };
 
-/// Class, command, and the number of pairs.
-const PAIRS_SET: usize = 4;
+/// Longest command: two tables of some 300 addresses each. A longer one is refused.
+const LONGEST: usize = 4096;
+/// Bytes of an Ethernet address.
+const ADDRESS: usize = 6;
 
-/// The control queue of a device with several pairs.
-pub struct ControlQueue {
-    steering: Arc<Steering>,
+/// A command that is whole and known.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Command {
+    /// The driver uses so many pairs.
+    Pairs(usize),
+    /// A receive mode goes on or off.
+    Receive(Mode, bool),
+    /// Which addresses to receive, stations' and groups' together.
+    Table(Vec<MacAddress>),
+    /// The guest's own address.
+    Address(MacAddress),
+    /// The guest has announced itself.
+    Announced,
 }
 
-impl ControlQueue {
-    /// A control queue over these pairs.
-    #[must_use]
-    pub fn new(steering: Arc<Steering>) -> Self {
-        Self { steering }
-    }
-
-    fn execute(&self, chain: &Chain) -> u32 {
-        let mut command = [0; PAIRS_SET];
-        let length = chain.read_at(0, &mut command);
-        match pairs_wanted(&command[..length]) {
-            Some(pairs) if (1..=self.steering.pairs()).contains(&pairs) => {
-                self.steering.set_active(pairs);
-                VIRTIO_NET_OK
+impl Command {
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let [class, command, data @ ..] = bytes else {
+            return None;
+        };
+        match (u32::from(*class), u32::from(*command), data) {
+            (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, &[low, high]) => {
+                Some(Self::Pairs(u16::from_le_bytes([low, high]).into()))
             }
-            _ => VIRTIO_NET_ERR,
+            (VIRTIO_NET_CTRL_RX, _, &[on @ (0 | 1)]) => {
+                Mode::from_command(*command).map(|mode| Self::Receive(mode, on == 1))
+            }
+            (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_TABLE_SET, tables) => {
+                let (mut addresses, rest) = table(tables)?;
+                let (groups, rest) = table(rest)?;
+                addresses.extend(groups);
+                rest.is_empty().then_some(Self::Table(addresses))
+            }
+            (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET, address) => address
+                .try_into()
+                .ok()
+                .map(|bytes| Self::Address(MacAddress(bytes))),
+            (VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, []) => Some(Self::Announced),
+            _ => None,
         }
     }
 }
 
-/// The pairs that a VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET asks for.
-fn pairs_wanted(command: &[u8]) -> Option<usize> {
-    let &[class, command, low, high] = command else {
-        return None;
-    };
-    let ours =
-        u32::from(class) == VIRTIO_NET_CTRL_MQ && u32::from(command) == VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET;
-    ours.then(|| usize::from(u16::from_le_bytes([low, high])))
+/// One `struct virtio_net_ctrl_mac`, and what follows it.
+fn table(bytes: &[u8]) -> Option<(Vec<MacAddress>, &[u8])> {
+    let (count, rest) = bytes.split_first_chunk::<4>()?;
+    let count = usize::try_from(u32::from_le_bytes(*count)).ok()?;
+    // Before anything of that size is made: the count is the guest's.
+    let (entries, rest) = rest.split_at_checked(count.checked_mul(ADDRESS)?)?;
+    let (chunks, _) = entries.as_chunks::<ADDRESS>();
+    Some((chunks.iter().copied().map(MacAddress).collect(), rest))
+}
+
+/// The control queue of one device.
+pub struct ControlQueue {
+    steering: Arc<Steering>,
+    station: Arc<Station>,
+    link: Arc<Link>,
+}
+
+impl ControlQueue {
+    /// A control queue over these pairs, this station and this link.
+    #[must_use]
+    pub fn new(steering: Arc<Steering>, station: Arc<Station>, link: Arc<Link>) -> Self {
+        Self {
+            steering,
+            station,
+            link,
+        }
+    }
+
+    fn answer(&self, chain: &Chain) -> u32 {
+        let mut bytes = [0; LONGEST];
+        let whole = chain.readable_length() <= LONGEST;
+        let length = chain.read_at(0, &mut bytes);
+        let command = Command::parse(&bytes[..length]).filter(|_| whole);
+        if command.is_some_and(|command| self.execute(command)) {
+            VIRTIO_NET_OK
+        } else {
+            VIRTIO_NET_ERR
+        }
+    }
+
+    fn execute(&self, command: Command) -> bool {
+        match command {
+            Command::Pairs(pairs) => {
+                let known = (1..=self.steering.pairs()).contains(&pairs);
+                if known {
+                    self.steering.set_active(pairs);
+                }
+                known
+            }
+            Command::Receive(mode, on) => self.station.set_mode(mode, on),
+            Command::Table(addresses) => self.station.set_table(addresses),
+            Command::Address(mac) => self.station.set_mac(mac),
+            Command::Announced => {
+                self.link.announced();
+                true
+            }
+        }
+    }
 }
 
 impl QueueHandler for ControlQueue {
@@ -59,7 +135,7 @@ impl QueueHandler for ControlQueue {
             if chain.writable_length() == 0 {
                 return Err(RingFault::Request("a control command has no room for its answer"));
             }
-            let answer = self.execute(&chain) as u8;
+            let answer = self.answer(&chain) as u8;
             chain.write_at(0, &[answer]);
             ring.complete(chain, 1);
         }
@@ -68,15 +144,5 @@ impl QueueHandler for ControlQueue {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_a_whole_known_command_names_pairs() {
-        assert_eq!(pairs_wanted(&[4, 0, 3, 0]), Some(3));
-        assert_eq!(pairs_wanted(&[4, 0, 3]), None);
-        assert_eq!(pairs_wanted(&[4, 1, 3, 0]), None);
-        assert_eq!(pairs_wanted(&[1, 0, 3, 0]), None);
-        assert_eq!(pairs_wanted(&[]), None);
-    }
-}
+#[path = "control_tests.rs"]
+mod tests;

@@ -3,23 +3,27 @@
 use crate::bucket::SharedLimiter;
 use crate::control::ControlQueue;
 use crate::counters::Counters;
-use crate::guard::{Guard, MacAddress};
+use crate::guard::Guard;
+use crate::link::{Link, LinkWatch};
 use crate::offload::{Offloads, TCP_FEATURES, TunOffload, USO_FEATURES};
 use crate::options::{Options, OptionsError};
 use crate::pacer::{Flow, Pacer};
 use crate::rx::{ReceiveQueue, Running};
+use crate::station::Station;
 use crate::steering::Steering;
 use crate::tap::{Tap, TapError};
 use crate::tx::TransmitQueue;
 use jailer::sandbox::Role;
 use std::error::Error;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use vhost_daemon::device::QueueLimits;
 use vhost_daemon::{ConfigError, Device, Program, QueueHandler};
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
-    VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_STATUS,
 };
 
 /// Most pairs of queues.
@@ -37,6 +41,9 @@ pub enum OpenError {
     /// `--tap-fd` names no fd that this process was given.
     #[error("--tap-fd")]
     Fd(#[source] io::Error),
+    /// `--link-fd` names nothing that can be waited for.
+    #[error("--link-fd")]
+    Link(#[source] io::Error),
     /// No timer, eventfd or epoll instance.
     #[error("cannot make a timer and an epoll instance")]
     Events(#[source] io::Error),
@@ -48,7 +55,7 @@ pub struct NetProgram;
 impl Program for NetProgram {
     const NAME: &'static str = "vhost-user-net";
     const KIND: &'static str = "net";
-    const CAPABILITIES: &'static [&'static str] = &["tap-name", "tap-fd"];
+    const CAPABILITIES: &'static [&'static str] = &["tap-name", "tap-fd", "link-fd"];
     const ROLE: Role = Role::Net;
     const USAGE: &'static str = crate::options::USAGE;
     const QUEUES: QueueLimits = QueueLimits {
@@ -72,33 +79,53 @@ impl Program for NetProgram {
 /// One NIC.
 pub struct NetDevice {
     taps: Vec<Arc<Tap>>,
-    steering: Arc<Steering>,
+    parts: Parts,
+    watch: LinkWatch,
     handlers: Vec<Box<dyn QueueHandler>>,
-    counters: Arc<Counters>,
     features: u64,
-    mac: Option<MacAddress>,
     mtu: Option<u16>,
+}
+
+/// What queues and session share.
+#[derive(Clone)]
+struct Parts {
+    steering: Arc<Steering>,
+    station: Arc<Station>,
+    link: Arc<Link>,
+    counters: Arc<Counters>,
+    guard: Option<Arc<Guard>>,
 }
 
 impl NetDevice {
     fn open(options: Options, pairs: u16) -> Result<Self, OpenError> {
         let guard = options.guard()?.map(Arc::new);
         let taps = open_taps(&options, pairs)?;
-        let counters = Arc::new(Counters::default());
-        let steering = Arc::new(Steering::new(&taps).map_err(OpenError::Events)?);
-        let handlers = make_handlers(&options, &steering, &taps, &counters, guard)?;
+        let Some(first) = taps.first() else {
+            return Err(OptionsError::Tap.into());
+        };
+        let station = Station::new(Arc::clone(first), options.mac, guard.is_some());
+        let parts = Parts {
+            steering: Arc::new(Steering::new(&taps).map_err(OpenError::Events)?),
+            station: Arc::new(station),
+            link: Arc::new(Link::new(Arc::clone(first)).map_err(OpenError::Events)?),
+            counters: Arc::new(Counters::default()),
+            guard,
+        };
+        let orders = options.link_fd.map(vhost_daemon::inherited).transpose();
+        let orders = orders.map_err(OpenError::Link)?;
+        let watch = LinkWatch::new(Arc::clone(&parts.link), orders);
+        let handlers = make_handlers(&options, &parts, &taps)?;
         tracing::info!(
-            tap = taps.first().map_or("", |tap| tap.name()),
+            tap = first.name(),
             mac = options.mac.map(tracing::field::display),
             "serving"
         );
         Ok(Self {
             features: offered(&options, &taps),
+            watch: watch.map_err(OpenError::Link)?,
             taps,
-            steering,
+            parts,
             handlers,
-            counters,
-            mac: options.mac,
             mtu: options.mtu,
         })
     }
@@ -129,10 +156,8 @@ fn open_taps(options: &Options, pairs: u16) -> Result<Vec<Arc<Tap>>, OpenError> 
 /// Receive and transmit queues in turn, then the control queue, as virtio 1.3, 5.1.2 numbers them.
 fn make_handlers(
     options: &Options,
-    steering: &Arc<Steering>,
+    parts: &Parts,
     taps: &[Arc<Tap>],
-    counters: &Arc<Counters>,
-    guard: Option<Arc<Guard>>,
 ) -> Result<Vec<Box<dyn QueueHandler>>, OpenError> {
     let receive = options.receive_limit.limiter();
     let transmit = options.transmit_limit.limiter();
@@ -141,24 +166,29 @@ fn make_handlers(
         let pacer = |flow, limiter: &SharedLimiter, seat| {
             Pacer::new(Arc::clone(tap), flow, limiter.clone(), seat).map_err(OpenError::Events)
         };
-        let seat = steering.seat(pair).filter(|_| taps.len() > 1).cloned();
-        let running = Running::new(Arc::clone(steering), pair);
+        let seat = parts.steering.seat(pair).filter(|_| taps.len() > 1).cloned();
+        let running = Running::new(Arc::clone(&parts.steering), pair);
         let pacer_in = pacer(Flow::Receive, &receive, seat)?;
-        handlers.push(Box::new(ReceiveQueue::new(
+        let receive_queue = ReceiveQueue::new(
             pacer_in,
-            Arc::clone(counters),
+            Arc::clone(&parts.counters),
+            Arc::clone(&parts.link),
             running,
-        )));
+        );
+        handlers.push(Box::new(receive_queue.map_err(OpenError::Events)?));
         let pacer_out = pacer(Flow::Transmit, &transmit, None)?;
         handlers.push(Box::new(TransmitQueue::new(
             pacer_out,
-            Arc::clone(counters),
-            guard.clone(),
+            Arc::clone(&parts.counters),
+            Arc::clone(&parts.link),
+            parts.guard.clone(),
         )));
     }
-    if taps.len() > 1 {
-        handlers.push(Box::new(ControlQueue::new(Arc::clone(steering))));
-    }
+    handlers.push(Box::new(ControlQueue::new(
+        Arc::clone(&parts.steering),
+        Arc::clone(&parts.station),
+        Arc::clone(&parts.link),
+    )));
     Ok(handlers)
 }
 
@@ -170,8 +200,13 @@ fn offered(options: &Options, taps: &[Arc<Tap>]) -> u64 {
     TCP_FEATURES
         | 1 << VIRTIO_NET_F_MRG_RXBUF
         | 1 << VIRTIO_NET_F_STATUS
+        | 1 << VIRTIO_NET_F_CTRL_VQ
+        | 1 << VIRTIO_NET_F_CTRL_RX
+        | 1 << VIRTIO_NET_F_CTRL_RX_EXTRA
+        | 1 << VIRTIO_NET_F_CTRL_MAC_ADDR
+        | 1 << VIRTIO_NET_F_GUEST_ANNOUNCE
         | when(uso, USO_FEATURES)
-        | when(several, 1 << VIRTIO_NET_F_CTRL_VQ | 1 << VIRTIO_NET_F_MQ)
+        | when(several, 1 << VIRTIO_NET_F_MQ)
         | when(options.mac.is_some(), 1 << VIRTIO_NET_F_MAC)
         | when(options.mtu.is_some(), 1 << VIRTIO_NET_F_MTU)
 }
@@ -183,13 +218,15 @@ impl Device for NetDevice {
 
     fn set_features(&mut self, features: u64) {
         self.set_offload(Offloads::new(features).tun());
+        self.watch
+            .set_announces(features & (1 << VIRTIO_NET_F_GUEST_ANNOUNCE) != 0);
     }
 
     /// `struct virtio_net_config` up to `mtu`.
     fn config(&self) -> Vec<u8> {
         let mut config = Vec::with_capacity(12);
-        config.extend(self.mac.map_or([0; 6], |mac| mac.0));
-        config.extend((VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+        config.extend(self.parts.station.mac().map_or([0; 6], |mac| mac.0));
+        config.extend(self.parts.link.status().to_le_bytes());
         config.extend((self.taps.len() as u16).to_le_bytes());
         config.extend(self.mtu.unwrap_or(0).to_le_bytes());
         config
@@ -205,18 +242,29 @@ impl Device for NetDevice {
         false
     }
 
+    fn config_source(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.watch.source())
+    }
+
+    fn config_changed(&mut self) -> bool {
+        self.watch.changed()
+    }
+
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
         std::mem::take(&mut self.handlers)
     }
 
     fn reset(&mut self) {
         // Until a control queue says otherwise: a front end may have one of its own.
-        self.steering.set_active(self.steering.pairs());
+        let steering = &self.parts.steering;
+        steering.set_active(steering.pairs());
+        self.parts.station.reset();
+        self.watch.set_announces(false);
         self.set_offload(TunOffload::default());
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.counters.log();
+        self.parts.counters.log();
         Ok(())
     }
 }

@@ -37,6 +37,12 @@ impl MacAddress {
         self.0[0] & 1 != 0
     }
 
+    /// A station may have it: neither a group's nor all zero.
+    #[must_use]
+    pub fn is_station(self) -> bool {
+        !self.is_group() && self.0 != [0; 6]
+    }
+
     /// The link-local address that RFC 4291, appendix A derives from it.
     fn link_local(self) -> Ipv6Addr {
         let [a, b, c, d, e, f] = self.0;
@@ -61,7 +67,7 @@ impl FromStr for MacAddress {
         let address = Self(bytes);
         if parts.next().is_some() {
             Err(ERROR)
-        } else if address.is_group() || bytes == [0; 6] {
+        } else if !address.is_station() {
             Err("a NIC cannot have a multicast or all-zero MAC address")
         } else {
             Ok(address)

@@ -18,6 +18,8 @@ pub struct Options {
     pub tap_name: Option<String>,
     /// `--tap-fd`, one for each queue pair.
     pub tap_fds: Vec<RawFd>,
+    /// `--link-fd`.
+    pub link_fd: Option<RawFd>,
     /// `--mac`.
     pub mac: Option<MacAddress>,
     /// `--mtu`.
@@ -107,6 +109,8 @@ pub const USAGE: &str = concat!(
     "  --tap-name=NAME         serve this TAP, which exists in this network namespace\n",
     "  --tap-fd=N              serve this open TAP (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR);\n",
     "                          once for each pair of queues\n",
+    "  --link-fd=N             read orders from this pipe or socket, a byte each: 0 link down,\n",
+    "                          1 link up, a have the guest announce itself\n",
     "  --mac=M                 the guest's MAC address\n",
     "  --mtu=N                 offer this MTU to the guest, 68 to 65535\n",
     "  --ip=A[/N]              an address or prefix that the guest may use; repeatable; the\n",
@@ -128,6 +132,7 @@ impl Options {
         match name {
             "tap-name" => self.tap_name = Some(text(parser)?),
             "tap-fd" => self.tap_fds.push(parsed(name, parser)?),
+            "link-fd" => self.link_fd = Some(parsed(name, parser)?),
             "mac" => self.mac = Some(parsed(name, parser)?),
             "mtu" => self.mtu = Some(mtu(parser)?),
             "ip" => self.addresses.push(parsed(name, parser)?),

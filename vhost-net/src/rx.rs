@@ -3,19 +3,25 @@
 //! A frame's length is known only after it was read. So buffers for the frames that are expected are
 //! gathered first, and a private spill buffer behind them takes the end of a longer one. Such a frame
 //! waits in the spill buffer until the driver made enough buffers available: none is lost, and while
-//! it waits, later frames wait in the kernel's queue.
+//! it waits, later frames wait in the kernel's queue. A driver whose buffers are never enough loses
+//! the frame after a while ([`GRACE`]), not the link.
 
 use crate::buffers::{FrameBuffers, MAX_SEGMENTS, SliceStorage, Storage};
 use crate::counters::{Counters, Drop};
 use crate::header::{HEADER_SIZE, MAX_FRAME, NetHeader};
+use crate::link::Link;
 use crate::offload::Offloads;
 use crate::pacer::Pacer;
 use crate::steering::Steering;
 use nix::errno::Errno;
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use std::collections::VecDeque;
+use std::fmt::Display;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use vhost_daemon::{Chain, QueueHandler, Ring, RingFault, Wait};
 use zerocopy::IntoBytes;
 
@@ -32,20 +38,37 @@ const PUBLISH_EVERY: usize = 16;
 /// the work that a flood of frames, each dropped for want of room, can cause at a time.
 const MOST_FRAMES: usize = 64;
 
+/// How long a frame that lacks room waits for the driver's next buffer. Far above what a busy or
+/// paused driver takes, as a frame is lost to it.
+const GRACE: Duration = Duration::from_secs(2);
+
 /// One receive queue.
 pub struct ReceiveQueue {
     pacer: Pacer,
     counters: Arc<Counters>,
+    link: Arc<Link>,
     running: Running,
     offloads: Offloads,
     /// Taken from the ring, in order, for the next frames.
     chains: VecDeque<Chain>,
     spill: Vec<u8>,
     /// A whole frame of this length with its header lies in `spill`.
-    waiting: Option<usize>,
+    waiting: Option<Waiting>,
+    /// Room for which a frame was given up: until there is more, no frame waits that needs more.
+    hopeless: usize,
+    timer: TimerFd,
     expected: Expectation,
     storage: Storage,
     slices: SliceStorage,
+}
+
+/// A frame that waits for buffers.
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    /// With its header.
+    length: usize,
+    /// Since there was last a new buffer, and how much room there was.
+    since: Option<(Instant, usize)>,
 }
 
 /// Tells the steering whether this queue's ring runs.
@@ -107,29 +130,40 @@ enum Read {
 }
 
 impl ReceiveQueue {
-    /// A queue that reads from the pacer's TAP.
-    #[must_use]
-    pub fn new(pacer: Pacer, counters: Arc<Counters>, running: Running) -> Self {
-        Self {
+    /// A queue that reads from the pacer's TAP. Before lockdown.
+    ///
+    /// # Errors
+    /// When the kernel gives no timer.
+    pub fn new(pacer: Pacer, counters: Arc<Counters>, link: Arc<Link>, running: Running) -> io::Result<Self> {
+        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
+        Ok(Self {
             pacer,
             counters,
+            link,
             running,
             offloads: Offloads::default(),
             chains: VecDeque::new(),
             spill: Vec::new(),
             waiting: None,
+            hopeless: 0,
+            timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?,
             expected: Expectation {
                 long: false,
                 short_calls: 0,
             },
             storage: Storage::default(),
             slices: SliceStorage::default(),
-        }
+        })
+    }
+
+    /// Bytes that the gathered chains hold.
+    fn room(&self) -> usize {
+        self.chains.iter().map(Chain::writable_length).sum()
     }
 
     /// Takes chains until they hold `bytes`; returns whether they do.
     fn gather(&mut self, ring: &mut Ring, bytes: usize) -> Result<bool, RingFault> {
-        let mut room: usize = self.chains.iter().map(Chain::writable_length).sum();
+        let mut room = self.room();
         while room < bytes {
             let Some(chain) = ring.pop()? else {
                 return Ok(false);
@@ -188,7 +222,7 @@ impl ReceiveQueue {
                 let end = room.min(done + slice.len());
                 done += slice.copy_to(&mut self.spill[done..end]);
             }
-            self.waiting = Some(length);
+            self.waiting = Some(Waiting { length, since: None });
         }
         self.slices.keep(slices);
         match result {
@@ -201,23 +235,33 @@ impl ReceiveQueue {
         if error.kind() == io::ErrorKind::WouldBlock {
             return self.pacer.blocked();
         }
+        self.link.suspect(error);
         self.counters.receive.dropped(Drop::Interface, error);
         self.pacer.failed()
     }
 
-    /// Places the frame that waits in the spill buffer. False: the driver has to make more buffers
-    /// available first.
-    fn place_waiting(&mut self, ring: &mut Ring, length: usize) -> Result<bool, RingFault> {
+    /// Places the frame that waits in the spill buffer, or drops it. False: the driver has to make
+    /// more buffers available first.
+    fn place_waiting(&mut self, ring: &mut Ring, frame: Waiting) -> Result<bool, RingFault> {
+        let length = frame.length;
         if !self.offloads.mergeable() {
-            self.waiting = None;
-            self.counters
-                .receive
-                .dropped(Drop::Buffer, &"longer than the guest's buffer");
-            return Ok(true);
+            return Ok(self.give_up(&"longer than the guest's buffer"));
         }
         if !self.gather(ring, length)? {
+            let room = self.room();
+            // With all of the ring's chains in our hands there is no more to wait for.
+            let never = ring.held() == ring.size() || room <= self.hopeless;
+            let late = frame
+                .since
+                .is_some_and(|(at, had)| had == room && at.elapsed() >= GRACE);
+            if never || late {
+                self.hopeless = room;
+                return Ok(self.give_up(&"longer than all of the guest's buffers together"));
+            }
+            self.wait_for_room(frame, room);
             return Ok(false);
         }
+        self.hopeless = 0;
         let mut done = 0;
         for chain in &self.chains {
             done += chain.write_at(0, &self.spill[done..length]);
@@ -228,6 +272,27 @@ impl ReceiveQueue {
         self.waiting = None;
         self.complete(ring, length);
         Ok(true)
+    }
+
+    /// Drops the frame that waits; it waits no longer.
+    fn give_up(&mut self, why: &dyn Display) -> bool {
+        self.waiting = None;
+        self.counters.receive.dropped(Drop::Buffer, why);
+        true
+    }
+
+    /// Sets the timer anew where there is more room than before.
+    fn wait_for_room(&mut self, frame: Waiting, room: usize) {
+        if frame.since.is_none_or(|(_, had)| had != room) {
+            self.waiting = Some(Waiting {
+                since: Some((Instant::now(), room)),
+                ..frame
+            });
+            let expiry = Expiration::OneShot(TimeSpec::from_duration(GRACE));
+            if let Err(error) = self.timer.set(expiry, TimerSetTimeFlags::empty()) {
+                tracing::warn!(%error, "cannot arm the timer of a frame that waits");
+            }
+        }
     }
 
     /// Gives the driver the first chains, which hold a frame of `length` bytes with its header.
@@ -285,6 +350,7 @@ impl QueueHandler for ReceiveQueue {
     fn start(&mut self, features: u64) {
         self.offloads = Offloads::new(features);
         self.waiting = None;
+        self.hopeless = 0;
         self.expected = Expectation {
             long: false,
             short_calls: 0,
@@ -292,17 +358,21 @@ impl QueueHandler for ReceiveQueue {
     }
 
     fn source(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.pacer.source())
+        match self.waiting {
+            Some(_) => Some(self.timer.as_fd()),
+            None => Some(self.pacer.source()),
+        }
     }
 
     fn process(&mut self, ring: &mut Ring) -> Result<Wait, RingFault> {
         self.running.set(true);
         let (mut longest, mut frames) = (0, 0);
         let wait = loop {
-            if let Some(length) = self.waiting
-                && !self.place_waiting(ring, length)?
+            if let Some(frame) = self.waiting
+                && !self.place_waiting(ring, frame)?
             {
-                break Wait::AVAILABLE;
+                // The timer is the source meanwhile.
+                break Wait::AVAILABLE_OR_READABLE;
             }
             if let Some(wait) = self.pacer.wait() {
                 break wait;

@@ -1,10 +1,11 @@
 //! The one interface this process may touch: a TAP whose frames carry virtio-net headers.
 //!
-//! Everything that names an interface happens before lockdown. Afterwards only two requests
-//! remain, TUNSETOFFLOAD and TUNSETQUEUE, and both act on the fd that is already open.
+//! Everything that names an interface happens before lockdown. Afterwards only TUNSETOFFLOAD,
+//! TUNSETQUEUE, TUNSETCARRIER and TUNSETTXFILTER remain, and all act on the fd that is already open.
 #![expect(unsafe_code, reason = "TUN ioctls, and I/O between the TAP and guest memory")]
 
 use crate::buffers::FrameBuffers;
+use crate::filter::TapFilter;
 use crate::header::HEADER_SIZE;
 use crate::offload::TunOffload;
 use nix::errno::Errno;
@@ -88,6 +89,12 @@ pub struct Tap {
     fd: OwnedFd,
     name: String,
 }
+
+/// `_IOW('T', 209, unsigned int)`, and its TUN_FLT_ALLMULTI.
+const TUNSETTXFILTER: libc::Ioctl = 0x4004_54d1;
+const FILTER_ALL_MULTICAST: u16 = 1;
+/// `_IOW('T', 226, int)`.
+const TUNSETCARRIER: libc::Ioctl = 0x4004_54e2;
 
 const TAP_FLAGS: c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
@@ -203,6 +210,36 @@ impl Tap {
         };
         let mut request = InterfaceRequest::new("", flags);
         ioctl_request(self.fd.as_fd(), libc::TUNSETQUEUE, &mut request).map_err(Into::into)
+    }
+
+    /// What of the host's frames reaches the queues. Applies to the whole interface.
+    ///
+    /// # Errors
+    /// EBADFD when the interface is gone.
+    pub fn set_filter(&self, filter: &TapFilter) -> io::Result<()> {
+        // struct tun_filter: flags, count, addresses.
+        let (flags, addresses): (u16, &[_]) = match filter {
+            TapFilter::Everything => (0, &[]),
+            TapFilter::These {
+                addresses,
+                all_multicast,
+            } => (if *all_multicast { FILTER_ALL_MULTICAST } else { 0 }, addresses),
+        };
+        let mut bytes = Vec::with_capacity(4 + addresses.len() * 6);
+        bytes.extend(flags.to_ne_bytes());
+        bytes.extend((addresses.len() as u16).to_ne_bytes());
+        bytes.extend(addresses.iter().flat_map(|address| address.0));
+        // SAFETY: the kernel reads the header and as many addresses as it counts, all in `bytes`.
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), TUNSETTXFILTER, bytes.as_ptr()) };
+        Errno::result(result).map(drop).map_err(Into::into)
+    }
+
+    /// Whether the host's side of the link sees a carrier.
+    ///
+    /// # Errors
+    /// EBADFD when the interface is gone; EINVAL before Linux 4.21.
+    pub fn set_carrier(&self, on: bool) -> io::Result<()> {
+        Ok(ioctl_int(self.fd.as_fd(), TUNSETCARRIER, on.into())?)
     }
 
     /// The interface's name at the time it was opened.

@@ -7,6 +7,7 @@ use crate::buffers::{FrameBuffers, MAX_SEGMENTS, SliceStorage, Storage};
 use crate::counters::{Counters, Drop};
 use crate::guard::{Guard, PREFIX};
 use crate::header::{HEADER_SIZE, NetHeader, TxHeader};
+use crate::link::Link;
 use crate::offload::Offloads;
 use crate::pacer::Pacer;
 use nix::errno::Errno;
@@ -23,6 +24,7 @@ const PUBLISH_EVERY: usize = 32;
 pub struct TransmitQueue {
     pacer: Pacer,
     counters: Arc<Counters>,
+    link: Arc<Link>,
     guard: Option<Arc<Guard>>,
     offloads: Offloads,
     storage: Storage,
@@ -40,10 +42,11 @@ enum Sent {
 impl TransmitQueue {
     /// A queue that writes to the pacer's TAP what `guard` lets pass.
     #[must_use]
-    pub fn new(pacer: Pacer, counters: Arc<Counters>, guard: Option<Arc<Guard>>) -> Self {
+    pub fn new(pacer: Pacer, counters: Arc<Counters>, link: Arc<Link>, guard: Option<Arc<Guard>>) -> Self {
         Self {
             pacer,
             counters,
+            link,
             guard,
             offloads: Offloads::default(),
             storage: Storage::default(),
@@ -53,6 +56,12 @@ impl TransmitQueue {
 
     fn send(&mut self, chain: &Chain) -> Sent {
         let mut head = [0; HEADER_SIZE + PREFIX];
+        if !self.link.is_up() {
+            self.counters
+                .transmit
+                .dropped(Drop::Interface, &"the link is down");
+            return Sent::Done;
+        }
         let copied = self.copy_head(chain, &mut head);
         let head = &mut head[..copied];
         if !self.check(head, chain.readable_length()) {
@@ -122,7 +131,10 @@ impl TransmitQueue {
             Err(error) if error.raw_os_error() == Some(Errno::E2BIG as i32) => {
                 self.counters.transmit.dropped(Drop::Buffer, &"too many segments");
             }
-            Err(error) => self.counters.transmit.dropped(Drop::Interface, &error),
+            Err(error) => {
+                self.link.suspect(&error);
+                self.counters.transmit.dropped(Drop::Interface, &error);
+            }
         }
         Sent::Done
     }

@@ -63,7 +63,7 @@ fn needs_checksum() -> NetHeader {
     }
 }
 
-fn tcp_segments() -> NetHeader {
+pub fn tcp_segments() -> NetHeader {
     NetHeader {
         flags: F_NEEDS_CSUM,
         gso_type: GSO_TCPV4,
@@ -79,7 +79,7 @@ fn host(device: &Device) -> Result<Host> {
     Host::new(&device.tap.name, device.tap.host_mac())
 }
 
-fn short(header: &NetHeader) -> [u8; 10] {
+pub fn short(header: &NetHeader) -> [u8; 10] {
     let bytes = zerocopy::IntoBytes::as_bytes(header);
     std::array::from_fn(|at| bytes[at])
 }

@@ -3,6 +3,7 @@
 use crate::frames::{Path, pattern};
 use crate::guest::{DEADLINE, Guest, MERGEABLE};
 use crate::host::Host;
+use crate::namespace::TestTap;
 use crate::{Case, Device};
 use anyhow::{Result, ensure};
 use std::time::{Duration, Instant};
@@ -10,6 +11,7 @@ use vhost_net::header::NetHeader;
 
 pub const ALL: &[Case] = &[
     ("transmit_keeps_its_packet_rate", transmit_keeps_its_packet_rate),
+    ("one_pair_of_two_has_the_whole_rate", one_pair_of_two),
     ("receive_keeps_its_byte_rate", receive_keeps_its_byte_rate),
 ];
 
@@ -27,10 +29,22 @@ fn took(start: Instant, wanted: Duration) -> Result<()> {
     Ok(())
 }
 
+const PACKETS: &str = "--transmit-limit=packets=500,packets-burst=10";
+
 fn transmit_keeps_its_packet_rate() -> Result<()> {
-    let device = Device::start(&["--transmit-limit=packets=500,packets-burst=10"])?;
+    let device = Device::start(&[PACKETS])?;
+    let guest = Guest::start(device.connect()?, !0, MERGEABLE)?;
+    sends_at_its_rate(&device, guest)
+}
+
+fn one_pair_of_two() -> Result<()> {
+    let device = Device::on(TestTap::new(" multi_queue")?, &["--num-queues=4", PACKETS])?;
+    let guest = Guest::with_queues(device.connect()?, !0, MERGEABLE, 4)?;
+    sends_at_its_rate(&device, guest)
+}
+
+fn sends_at_its_rate(device: &Device, mut guest: Guest) -> Result<()> {
     let host = Host::new(&device.tap.name, device.tap.host_mac())?;
-    let mut guest = Guest::start(device.connect()?, !0, MERGEABLE)?;
     let frame = Path::to_host(&device.tap).udp([1, 2], &pattern(100, 1), true);
     let start = Instant::now();
     for _ in 0..13 {

@@ -7,14 +7,16 @@ mod guest;
 mod host;
 mod hostile;
 mod limits;
+mod link;
 mod namespace;
 mod queues;
 
 use anyhow::{Context, Result};
 use integration_tests::artifacts::{Artifact, Artifacts};
-use integration_tests::process::{Process, connect};
+use integration_tests::process::{Process, connect, inherit_at};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use namespace::{TestTap, text};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::sync::OnceLock;
@@ -39,6 +41,11 @@ impl Device {
 
     /// Starts it on this TAP.
     pub fn on(tap: TestTap, flags: &[&str]) -> Result<Self> {
+        Self::with(tap, flags, None)
+    }
+
+    /// Starts it on this TAP, with this descriptor under this number.
+    pub fn with(tap: TestTap, flags: &[&str], inherited: Option<(OwnedFd, i32)>) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let binary = BINARY.get().context("no binary")?;
         let mut command = Command::new(binary);
@@ -46,6 +53,9 @@ impl Device {
         command.arg(format!("--tap-name={}", tap.name));
         command.arg(format!("--mac={}", text(&tap.guest_mac())));
         command.args(flags);
+        if let Some((fd, number)) = inherited {
+            inherit_at(&mut command, fd, number)?;
+        }
         Ok(Self {
             tap,
             process: Process::start(command)?,
@@ -85,6 +95,7 @@ fn main() -> ExitCode {
         .iter()
         .chain(hostile::ALL)
         .chain(limits::ALL)
+        .chain(link::ALL)
         .chain(queues::ALL);
     let trials = cases.map(|(name, case)| {
         let missing = missing.clone();

@@ -1,0 +1,93 @@
+//! What the driver said about itself on the control queue, and the kernel's filter that follows.
+
+use crate::filter::{Filter, Mode, TapFilter};
+use crate::guard::MacAddress;
+use crate::tap::Tap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// The guest's address and what it wants to receive; shared by control queue and session.
+pub struct Station {
+    tap: Arc<Tap>,
+    /// `--mac`.
+    given: Option<MacAddress>,
+    /// The guard holds the guest to `given`.
+    guarded: bool,
+    state: Mutex<State>,
+}
+
+struct State {
+    mac: Option<MacAddress>,
+    filter: Filter,
+    /// What the kernel has.
+    set: TapFilter,
+}
+
+impl Station {
+    /// A guest that has said nothing yet.
+    #[must_use]
+    pub fn new(tap: Arc<Tap>, given: Option<MacAddress>, guarded: bool) -> Self {
+        Self {
+            tap,
+            given,
+            guarded,
+            state: Mutex::new(State {
+                mac: given,
+                filter: Filter::default(),
+                set: TapFilter::Everything,
+            }),
+        }
+    }
+
+    /// `mac` of the configuration space.
+    #[must_use]
+    pub fn mac(&self) -> Option<MacAddress> {
+        self.lock().mac
+    }
+
+    /// VIRTIO_NET_CTRL_MAC_ADDR_SET; false where the guard forbids it or no station has it.
+    pub fn set_mac(&self, mac: MacAddress) -> bool {
+        let own = mac.is_station() && (!self.guarded || self.given == Some(mac));
+        own && self.change(|state| state.mac = Some(mac))
+    }
+
+    /// VIRTIO_NET_CTRL_RX.
+    pub fn set_mode(&self, mode: Mode, on: bool) -> bool {
+        self.change(|state| state.filter.set_mode(mode, on))
+    }
+
+    /// VIRTIO_NET_CTRL_MAC_TABLE_SET.
+    pub fn set_table(&self, addresses: Vec<MacAddress>) -> bool {
+        self.change(|state| state.filter.set_table(addresses))
+    }
+
+    /// The device was reset: everything passes, and the address is the one that was given.
+    pub fn reset(&self) {
+        self.change(|state| {
+            state.mac = self.given;
+            state.filter = Filter::default();
+        });
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) -> bool {
+        let mut state = self.lock();
+        change(&mut state);
+        let wanted = state.filter.tap(state.mac);
+        if wanted == state.set {
+            return true;
+        }
+        match self.tap.set_filter(&wanted) {
+            Ok(()) => {
+                state.set = wanted;
+                true
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the TAP refused the driver's filter");
+                false
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

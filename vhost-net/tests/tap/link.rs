@@ -1,0 +1,191 @@
+//! What the guest is told about its link, and what it tells the device on the control queue.
+
+use crate::frames::{Path, pattern};
+use crate::guest::{DEADLINE, Guest, MERGEABLE};
+use crate::host::Host;
+use crate::namespace::{TestTap, ip};
+use crate::{Case, Device};
+use anyhow::{Result, ensure};
+use nix::ifaddrs::getifaddrs;
+use nix::net::if_::InterfaceFlags;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+use vhost_net::header::NetHeader;
+
+pub const ALL: &[Case] = &[
+    ("the_launcher_takes_the_link_down_and_up", down_and_up),
+    ("a_tap_that_vanishes_takes_the_link_down", a_tap_that_vanishes),
+    ("the_driver_chooses_what_it_receives", the_driver_chooses),
+    ("the_driver_changes_its_address", the_driver_changes_its_address),
+    (
+        "a_guest_with_too_few_buffers_loses_the_frame_only",
+        too_few_buffers,
+    ),
+];
+
+const EVERYTHING: u64 = !0;
+/// Of a device with one pair.
+const CONTROL: usize = 2;
+const OK: u8 = 0;
+const ERROR: u8 = 1;
+const LINK_UP: u8 = 1;
+const ANNOUNCE: u8 = 2;
+/// Between two looks at what has no event.
+const LOOK: Duration = Duration::from_millis(5);
+
+fn wait_status(guest: &mut Guest, wanted: u8) -> Result<()> {
+    let end = Instant::now() + DEADLINE;
+    loop {
+        let status = guest.session.config(6, 2)?;
+        if status == [wanted, 0] {
+            return Ok(());
+        }
+        ensure!(Instant::now() < end, "status {status:?}, not {wanted}");
+        std::thread::sleep(LOOK);
+    }
+}
+
+fn wait_carrier(tap: &TestTap, wanted: bool) -> Result<()> {
+    let end = Instant::now() + DEADLINE;
+    let has = || -> Result<bool> {
+        let running = InterfaceFlags::IFF_RUNNING;
+        Ok(getifaddrs()?.any(|one| one.interface_name == tap.name && one.flags.contains(running)))
+    };
+    while has()? != wanted {
+        ensure!(Instant::now() < end, "the carrier stays {}", !wanted);
+        std::thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
+fn down_and_up() -> Result<()> {
+    let (theirs, ours): (OwnedFd, OwnedFd) = nix::unistd::pipe()?;
+    let device = Device::with(TestTap::new("")?, &["--link-fd=5"], Some((theirs, 5)))?;
+    let host = Host::new(&device.tap.name, device.tap.host_mac())?;
+    let mut guest = Guest::with_queues(device.connect()?, EVERYTHING, MERGEABLE, 3)?;
+    guest.post(MERGEABLE.count)?;
+    let order = |byte: &[u8]| nix::unistd::write(ours.as_fd(), byte).map(drop);
+    wait_status(&mut guest, LINK_UP)?;
+    order(b"0\n")?;
+    wait_status(&mut guest, 0)?;
+    wait_carrier(&device.tap, false)?;
+    let path = Path::to_host(&device.tap);
+    guest.send(NetHeader::default(), &path.udp([1, 2], &pattern(100, 1), true))?;
+    order(b"1")?;
+    wait_status(&mut guest, LINK_UP | ANNOUNCE)?;
+    ensure!(guest.control(CONTROL, &[3, 0])? == OK, "ANNOUNCE_ACK");
+    wait_status(&mut guest, LINK_UP)?;
+    wait_carrier(&device.tap, true)?;
+    let sent = path.udp([1, 2], &pattern(100, 2), true);
+    guest.send(NetHeader::default(), &sent)?;
+    ensure!(
+        host.receive(DEADLINE)?.1 == sent,
+        "a frame that was sent while the link was down"
+    );
+    order(b"a")?;
+    wait_status(&mut guest, LINK_UP | ANNOUNCE)?;
+    // The launcher's end closes: the link stays as it is, and the process does not spin or end.
+    drop(ours);
+    ensure!(guest.control(CONTROL, &[3, 0])? == OK, "ANNOUNCE_ACK");
+    wait_status(&mut guest, LINK_UP)?;
+    guest.send(NetHeader::default(), &sent)?;
+    ensure!(host.receive(DEADLINE)?.1 == sent);
+    Ok(())
+}
+
+fn a_tap_that_vanishes() -> Result<()> {
+    let device = Device::start(&[])?;
+    let mut guest = Guest::start(device.connect()?, EVERYTHING, MERGEABLE)?;
+    let frame = Path::to_host(&device.tap).udp([1, 2], &pattern(100, 1), true);
+    guest.send(NetHeader::default(), &frame)?;
+    wait_status(&mut guest, LINK_UP)?;
+    ip(&format!("link delete {}", device.tap.name))?;
+    wait_status(&mut guest, 0)?;
+    // Its frames are dropped, and it goes on.
+    guest.send(NetHeader::default(), &frame)
+}
+
+fn the_driver_chooses() -> Result<()> {
+    let device = Device::start(&[])?;
+    let host = Host::new(&device.tap.name, device.tap.host_mac())?;
+    let mut guest = Guest::with_queues(device.connect()?, EVERYTHING, MERGEABLE, 3)?;
+    guest.post(MERGEABLE.count)?;
+    let own = Path::to_guest(&device.tap);
+    let to = |mac| Path { to_mac: mac, ..own };
+    let (foreign, group) = ([2, 9, 9, 9, 9, 9], [0x33, 0x33, 0, 0, 0, 9]);
+    let arrives = |guest: &mut Guest, mac: [u8; 6], seed: u32| -> Result<bool> {
+        let sent = to(mac).udp([1, 2], &pattern(100, seed), true);
+        let behind = own.udp([1, 2], &pattern(50, seed), true);
+        host.send(&[0; 10], &sent)?;
+        host.send(&[0; 10], &behind)?;
+        let first = guest.receive(DEADLINE)?.1;
+        if first == sent {
+            ensure!(guest.receive(DEADLINE)?.1 == behind);
+            return Ok(true);
+        }
+        ensure!(first == behind, "neither frame");
+        Ok(false)
+    };
+    ensure!(arrives(&mut guest, foreign, 1)?, "everything at first");
+    ensure!(guest.control(CONTROL, &[0, 0, 0])? == OK, "promiscuous mode off");
+    ensure!(!arrives(&mut guest, foreign, 2)?, "a foreign address");
+    ensure!(!arrives(&mut guest, group, 3)?, "a group that was not asked for");
+    ensure!(arrives(&mut guest, [0xff; 6], 4)?, "broadcast");
+    let mut table = vec![1, 0, 0, 0, 0, 0, 1, 0, 0, 0];
+    table.extend(group);
+    ensure!(guest.control(CONTROL, &table)? == OK, "the table");
+    ensure!(arrives(&mut guest, group, 5)?, "a group from the table");
+    ensure!(
+        guest.control(CONTROL, &table[..table.len() - 1])? == ERROR,
+        "a short table"
+    );
+    // The next driver starts afresh.
+    drop(guest);
+    let mut guest = Guest::start(device.connect()?, EVERYTHING, MERGEABLE)?;
+    ensure!(arrives(&mut guest, foreign, 6)?, "everything after a reset");
+    Ok(())
+}
+
+fn the_driver_changes_its_address() -> Result<()> {
+    let set = |mac: [u8; 6]| [&[1, 1], &mac[..]].concat();
+    let new = [2, 0, 0, 0, 9, 9];
+    for (guard, expected) in [("on", ERROR), ("off", OK)] {
+        let flag = format!("--guard={guard}");
+        let device = Device::start(&[&flag])?;
+        let mut guest = Guest::with_queues(device.connect()?, EVERYTHING, MERGEABLE, 3)?;
+        let own = device.tap.guest_mac();
+        ensure!(guest.control(CONTROL, &set(own))? == OK, "its own, guard {guard}");
+        ensure!(
+            guest.control(CONTROL, &set(new))? == expected,
+            "another, guard {guard}"
+        );
+        ensure!(
+            guest.control(CONTROL, &set([0xff; 6]))? == ERROR,
+            "a group's, guard {guard}"
+        );
+        let config = guest.session.config(0, 6)?;
+        let wanted = if expected == OK { new } else { own };
+        ensure!(config == wanted, "{config:x?}, guard {guard}");
+    }
+    Ok(())
+}
+
+fn too_few_buffers() -> Result<()> {
+    let device = Device::start(&[])?;
+    let host = Host::new(&device.tap.name, device.tap.host_mac())?;
+    let mut guest = Guest::connect(device.connect()?, EVERYTHING, MERGEABLE)?;
+    guest.post(3)?;
+    let path = Path::to_guest(&device.tap);
+    // The kernel leaves super-frames whole: 40,000 bytes for 3 buffers of 1536.
+    let long = path.tcp(1, &pattern(40_000, 1));
+    for seed in 0..5 {
+        host.send(&crate::cases::short(&crate::cases::tcp_segments()), &long)?;
+        let behind = path.udp([1, 2], &pattern(100, seed), true);
+        host.send(&[0; 10], &behind)?;
+        ensure!(
+            guest.receive(DEADLINE)?.1 == behind,
+            "the frame behind long frame {seed}"
+        );
+    }
+    Ok(())
+}
