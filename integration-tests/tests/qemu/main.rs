@@ -40,7 +40,7 @@ fn disk_and_nic() -> Result<()> {
     command
         .arg(format!("--socket-path={}", net.display()))
         .arg("--tap-fd=4");
-    inherit_at(&mut command, peer.tap.try_clone()?, 4);
+    inherit_at(&mut command, peer.tap.try_clone()?, 4)?;
     let _net = Process::start(command)?;
     wait_for(&net)?;
     let console = run_qemu(&kernel, &blk, Some(&net))?;
