@@ -120,6 +120,7 @@ fn spec(stage: &Stage, boot: BootSpec, overlay: &Path, tap: i32) -> VmSpec {
         disks: vec![disk],
         nets: vec![net],
         vhost_user: Vec::new(),
+        on_device_death: vm_spec::spec::OnDeviceDeath::default(),
         on_reboot: OnReboot::Exit,
         power_off_grace: 10,
         image_folders: vec![stage.folder().to_owned()],

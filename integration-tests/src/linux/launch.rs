@@ -165,6 +165,7 @@ impl Work {
                 .into_iter()
                 .collect(),
             vhost_user: Vec::new(),
+            on_device_death: vm_spec::spec::OnDeviceDeath::default(),
             on_reboot: if launch.reboots > 0 {
                 OnReboot::Restart
             } else {
