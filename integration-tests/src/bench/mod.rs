@@ -5,3 +5,8 @@ pub mod blk;
 mod blk_cases;
 mod blk_driver;
 mod blk_peer;
+pub mod net;
+mod net_bed;
+mod net_driver;
+mod net_frames;
+mod net_host;

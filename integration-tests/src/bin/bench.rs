@@ -1,7 +1,7 @@
-//! Benchmarks that need more than `cargo bench` offers: `bench blk`.
+//! Benchmarks that need more than `cargo bench` offers: `bench blk`, `bench net`.
 
 use clap::{Parser, Subcommand};
-use integration_tests::bench::blk;
+use integration_tests::bench::{blk, net};
 use std::process::ExitCode;
 
 /// Measures our processes beside others in one run.
@@ -16,11 +16,16 @@ struct Arguments {
 enum Verb {
     /// The disk process beside qemu-storage-daemon.
     Blk(blk::Settings),
+    /// The network process beside bare loops over a TAP.
+    Net(net::Settings),
 }
 
 fn main() -> ExitCode {
-    let Verb::Blk(settings) = Arguments::parse().verb;
-    match blk::run(&settings) {
+    let result = match Arguments::parse().verb {
+        Verb::Blk(settings) => blk::run(&settings),
+        Verb::Net(settings) => net::run(&settings),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error:#}");
