@@ -6,9 +6,7 @@ mod support;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use support::{
-    Scratch, contents, create, have_qemu_img, open, open_with, patch, qemu_img, read, text, write,
-};
+use support::{Scratch, contents, create, open, open_with, patch, qemu_img, read, text, write};
 use vhost_blk::image::{Format, Image, OpenOptions};
 
 const CLUSTER: u64 = 64 << 10;
@@ -22,20 +20,17 @@ struct Victim {
 }
 
 impl Victim {
-    fn new(options: &str) -> Option<Self> {
-        if !have_qemu_img() {
-            return None;
-        }
+    fn new(options: &str) -> Self {
         let scratch = Scratch::new();
         let path = scratch.path("top");
         create(&path, options, "8M");
         let image = open(&[(&path, Format::Qcow2)]);
         write(&*image, 0, &vec![1; 2 * CLUSTER as usize]).expect("writes");
         write(&*image, (8 << 20) - CLUSTER, &vec![3; CLUSTER as usize]).expect("writes");
-        Some(Self {
+        Self {
             _scratch: scratch,
             path,
-        })
+        }
     }
 
     fn word(&self, offset: u64) -> u64 {
@@ -122,9 +117,8 @@ fn write_first(image: &dyn Image) -> std::io::Result<()> {
     write(image, 512, &[5; 512])
 }
 
-#[test]
 fn entries_of_l2() {
-    let Some(victim) = Victim::new("") else { return };
+    let victim = Victim::new("");
     let (l2, end) = (victim.l2(), contents(&victim.path).len() as u64);
     let good = victim.word(l2);
     for (entry, reason) in [
@@ -144,11 +138,8 @@ fn entries_of_l2() {
     }
 }
 
-#[test]
 fn entries_of_l1() {
-    let Some(victim) = Victim::new("cluster_size=4k") else {
-        return;
-    };
+    let victim = Victim::new("cluster_size=4k");
     let end = contents(&victim.path).len() as u64;
     let good = victim.word(victim.l1());
     for (entry, reason) in [
@@ -164,11 +155,8 @@ fn entries_of_l1() {
     }
 }
 
-#[test]
 fn extended_entries() {
-    let Some(victim) = Victim::new("extended_l2=on") else {
-        return;
-    };
+    let victim = Victim::new("extended_l2=on");
     let l2 = victim.l2();
     victim
         .set(l2 + 8, 1 << 32 | 1)
@@ -181,7 +169,6 @@ fn extended_entries() {
         .found(read_first, "host offset zero");
 }
 
-#[test]
 fn data_over_metadata() {
     let places = |victim: &Victim| {
         let refblock = victim.word(victim.word(48));
@@ -194,7 +181,7 @@ fn data_over_metadata() {
         ]
     };
     for index in 0..5 {
-        let Some(victim) = Victim::new("") else { return };
+        let victim = Victim::new("");
         qemu_img(&["snapshot", "-c", "one", text(&victim.path)]);
         // Makes the active tables our own again.
         drop(open(&[(&victim.path, Format::Qcow2)]).write(&[(&mut [4; 512][..]).into()], CLUSTER));
@@ -207,16 +194,15 @@ fn data_over_metadata() {
             "{name} was overwritten"
         );
     }
-    let Some(victim) = Victim::new("") else { return };
+    let victim = Victim::new("");
     victim
         .set(victim.l2(), 0)
         .set(victim.l2(), COPIED | 512)
         .found(write_first, "not aligned");
 }
 
-#[test]
 fn refcounts_that_lie() {
-    let Some(victim) = Victim::new("") else { return };
+    let victim = Victim::new("");
     let (l2, host) = (victim.l2(), victim.word(victim.l2()) & !COPIED);
     for count in [0, 2, 9] {
         victim
@@ -231,7 +217,7 @@ fn refcounts_that_lie() {
     );
     // Metadata that counts as free: an allocation must not fall on it.
     for place in [0, victim.word(48), victim.l1(), l2] {
-        let Some(victim) = Victim::new("") else { return };
+        let victim = Victim::new("");
         victim.set_refcount(place, 0);
         if place == 0 {
             // The header is never looked at; nothing is allocated there.
@@ -243,23 +229,20 @@ fn refcounts_that_lie() {
         }
         victim.found(|image| write(image, 2 << 20, &vec![5; 2 << 20]), "");
     }
-    let Some(victim) = Victim::new("") else { return };
+    let victim = Victim::new("");
     victim.set_refcount(host, 0).set(victim.l2(), host);
     let image = open(&[(&victim.path, Format::Qcow2)]);
     image.discard(0, CLUSTER).expect("is noted");
     victim.found_in(&image, &|image| image.flush(), "less than its references");
 }
 
-#[test]
 fn tables_used_twice() {
-    let Some(victim) = Victim::new("cluster_size=4k") else {
-        return;
-    };
+    let victim = Victim::new("cluster_size=4k");
     let table = victim.word(victim.l1());
     victim.set(victim.l1() + 8, table);
     // Guest cluster 512 is the first that the second entry maps.
     victim.found(|image| write(image, 512 * 4096, &[5; 512]), "is used as");
-    let Some(victim) = Victim::new("") else { return };
+    let victim = Victim::new("");
     let refblock = victim.word(victim.word(48));
     victim.set(victim.l1(), COPIED | refblock);
     let image = open(&[(&victim.path, Format::Qcow2)]);
@@ -270,11 +253,7 @@ fn tables_used_twice() {
     assert!(error.contains("is used as refcount block"), "{error}");
 }
 
-#[test]
 fn compressed_clusters() {
-    if !have_qemu_img() {
-        return;
-    }
     for kind in ["zlib", "zstd"] {
         let scratch = Scratch::new();
         let (raw, path) = (scratch.path("raw"), scratch.path("top"));
@@ -336,4 +315,17 @@ fn pack(kind: &str, size: usize) -> Option<Vec<u8>> {
         &plain[..],
         ruzstd::encoding::CompressionLevel::Fastest,
     ))
+}
+
+suite! {
+    with_qemu_img: [
+        entries_of_l2,
+        entries_of_l1,
+        extended_entries,
+        data_over_metadata,
+        refcounts_that_lie,
+        tables_used_twice,
+        compressed_clusters,
+    ],
+    alone: [],
 }

@@ -11,8 +11,7 @@ use std::sync::Arc;
 
 use support::recorder::{Op, Recorder};
 use support::{
-    Random, Request, Scratch, check_leaks_at_most, contents, create, have_qemu_img, qemu_contents, qemu_img,
-    text,
+    Random, Request, Scratch, check_leaks_at_most, contents, create, qemu_contents, qemu_img, text,
 };
 use vhost_blk::image::{BlockFile, Format, Image, OpenOptions, open_layers};
 
@@ -192,11 +191,7 @@ fn pattern(size: usize) -> Vec<u8> {
 
 const SIZE: usize = 2 << 20;
 
-#[test]
 fn plain_images() {
-    if !have_qemu_img() {
-        return;
-    }
     for (seed, options) in [
         "compat=1.1",
         "compat=0.10,cluster_size=4k",
@@ -224,11 +219,7 @@ fn plain_images() {
     }
 }
 
-#[test]
 fn overlays() {
-    if !have_qemu_img() {
-        return;
-    }
     for (seed, options) in [
         "compat=1.1",
         "compat=0.10,cluster_size=4k",
@@ -257,11 +248,7 @@ fn overlays() {
     }
 }
 
-#[test]
 fn compressed_and_snapshot_images() {
-    if !have_qemu_img() {
-        return;
-    }
     for (seed, options) in ["compression_type=zlib", "compression_type=zstd,cluster_size=4k"]
         .iter()
         .enumerate()
@@ -296,4 +283,13 @@ fn compressed_and_snapshot_images() {
             "the snapshot has changed"
         );
     }
+}
+
+suite! {
+    with_qemu_img: [
+        plain_images,
+        overlays,
+        compressed_and_snapshot_images,
+    ],
+    alone: [],
 }

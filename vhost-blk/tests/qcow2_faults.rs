@@ -10,9 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use support::recorder::Recorder;
-use support::{
-    Random, Request, Scratch, check_leaks_at_most, contents, create, have_qemu_img, open, qemu_contents, text,
-};
+use support::{Random, Request, Scratch, check_leaks_at_most, contents, create, open, qemu_contents, text};
 use vhost_blk::image::{BlockFile, Format, Image, OpenOptions, open_layers};
 
 /// A file that fails now and then when it is changed.
@@ -80,11 +78,7 @@ impl BlockFile for Failing {
 
 const SIZE: usize = 3 << 20;
 
-#[test]
 fn a_failing_host_leaves_the_image_whole() {
-    if !have_qemu_img() {
-        return;
-    }
     let shapes = [
         "",
         "cluster_size=512,refcount_bits=64",
@@ -164,7 +158,6 @@ fn attempt(image: &dyn Image, request: &Request, values: &mut [BTreeSet<u8>]) ->
 const CHILD: &str = "BULKHEAD_TEST_KILLED_WRITER";
 
 /// The child's part: writes for ever and says, one line each, what has completed.
-#[test]
 fn write_until_killed() {
     let Ok(path) = std::env::var(CHILD) else { return };
     let image = open(&[(std::path::Path::new(&path), Format::Qcow2)]);
@@ -189,11 +182,7 @@ fn write_until_killed() {
     }
 }
 
-#[test]
 fn killed_writers_lose_no_completed_write() {
-    if !have_qemu_img() {
-        return;
-    }
     let rounds = std::env::var("BULKHEAD_KILLS")
         .ok()
         .and_then(|value| value.parse().ok())
@@ -253,4 +242,12 @@ fn note(line: &str, values: &mut [BTreeSet<u8>]) -> bool {
         sector.insert(value as u8);
     }
     done
+}
+
+suite! {
+    with_qemu_img: [
+        a_failing_host_leaves_the_image_whole,
+        killed_writers_lose_no_completed_write,
+    ],
+    alone: [write_until_killed],
 }

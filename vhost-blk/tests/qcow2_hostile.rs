@@ -7,9 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use support::recorder::Recorder;
-use support::{
-    Random, Request, Scratch, contents, create, have_qemu_img, open, patch, qemu_img, text, write,
-};
+use support::{Random, Request, Scratch, contents, create, open, patch, qemu_img, text, write};
 use vhost_blk::image::{BlockFile, Format, OpenOptions, open_layers};
 
 const SIZE: u64 = 2 << 20;
@@ -117,11 +115,7 @@ fn damage(bytes: &mut [u8], random: &mut Random) {
     }
 }
 
-#[test]
 fn damage_never_panics() {
-    if !have_qemu_img() {
-        return;
-    }
     let rounds = std::env::var("BULKHEAD_DAMAGES")
         .ok()
         .and_then(|value| value.parse().ok())
@@ -169,4 +163,11 @@ fn damage_never_panics() {
         opened > rounds / 10 && failed > 10,
         "the damage did nothing: {opened} opened, {failed} failed"
     );
+}
+
+suite! {
+    with_qemu_img: [
+        damage_never_panics,
+    ],
+    alone: [],
 }

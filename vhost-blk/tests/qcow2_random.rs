@@ -7,8 +7,8 @@ use std::fs;
 use std::path::PathBuf;
 
 use support::{
-    Random, Request, Scratch, assert_same, check_clean, create, have_qemu_img, imago_contents, open,
-    qemu_contents, qemu_img, text,
+    Random, Request, Scratch, assert_same, check_clean, create, imago_contents, open, qemu_contents,
+    qemu_img, text,
 };
 use vhost_blk::image::{Format, OpenOptions};
 
@@ -69,11 +69,7 @@ fn scenario(options: &str, size: u64, seed: u64) {
     }
 }
 
-#[test]
 fn plain_images_of_every_shape() {
-    if !have_qemu_img() {
-        return;
-    }
     for (seed, (options, size)) in SHAPES.iter().enumerate() {
         scenario(options, *size, seed as u64 * 100);
     }
@@ -101,11 +97,7 @@ fn base(scratch: &Scratch, format: &str, size: u64) -> (PathBuf, Vec<u8>) {
     (path, bytes)
 }
 
-#[test]
 fn overlays_over_every_base() {
-    if !have_qemu_img() {
-        return;
-    }
     let mut seed = 7000;
     for base_format in ["raw", "qcow2", "zlib", "zstd"] {
         for options in [
@@ -142,11 +134,7 @@ fn overlays_over_every_base() {
     }
 }
 
-#[test]
 fn compressed_images_are_rewritten_in_place() {
-    if !have_qemu_img() {
-        return;
-    }
     for (seed, kind) in [
         "compression_type=zlib",
         "compression_type=zstd",
@@ -178,11 +166,7 @@ fn compressed_images_are_rewritten_in_place() {
     }
 }
 
-#[test]
 fn snapshots_read_the_same_after_our_writes() {
-    if !have_qemu_img() {
-        return;
-    }
     for (seed, options) in [
         "compat=1.1",
         "compat=0.10",
@@ -223,11 +207,7 @@ fn snapshots_read_the_same_after_our_writes() {
     }
 }
 
-#[test]
 fn external_data_files() {
-    if !have_qemu_img() {
-        return;
-    }
     for (seed, raw) in ["off", "on"].iter().enumerate() {
         let scratch = Scratch::new();
         let (path, data) = (scratch.path("top"), scratch.path("data"));
@@ -256,4 +236,15 @@ fn external_data_files() {
             assert_same(&data, &model, "the raw data file");
         }
     }
+}
+
+suite! {
+    with_qemu_img: [
+        plain_images_of_every_shape,
+        overlays_over_every_base,
+        compressed_images_are_rewritten_in_place,
+        snapshots_read_the_same_after_our_writes,
+        external_data_files,
+    ],
+    alone: [],
 }

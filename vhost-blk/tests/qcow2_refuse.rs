@@ -7,9 +7,8 @@ use support::victim::{Victim, refused};
 use support::{Scratch, contents, create, fd, open_with, patch, qemu_img, text};
 use vhost_blk::image::{self, Format, ImageError, OpenOptions};
 
-#[test]
 fn the_format_is_never_probed() {
-    let Some(victim) = Victim::new("") else { return };
+    let victim = Victim::new("");
     let options = OpenOptions {
         read_only: true,
         ..OpenOptions::default()
@@ -41,12 +40,9 @@ fn the_format_is_never_probed() {
     }
 }
 
-#[test]
 fn backing_files_must_be_passed_and_named() {
     for version in ["compat=0.10", "compat=1.1"] {
-        let Some(victim) = Victim::new(version) else {
-            return;
-        };
+        let victim = Victim::new(version);
         let (below, top) = (victim.scratch.path("below"), victim.scratch.path("overlay"));
         std::fs::write(&below, vec![1; 1 << 20]).expect("writes");
         create(
@@ -83,9 +79,8 @@ fn backing_files_must_be_passed_and_named() {
     }
 }
 
-#[test]
 fn an_external_data_file_must_be_passed() {
-    let Some(victim) = Victim::new("") else { return };
+    let victim = Victim::new("");
     let (top, data) = (victim.scratch.path("other"), victim.scratch.path("data"));
     create(&top, &format!("data_file={}", text(&data)), "1M");
     refused(
@@ -106,9 +101,8 @@ fn an_external_data_file_must_be_passed() {
     );
 }
 
-#[test]
 fn encryption() {
-    let Some(victim) = Victim::new("") else { return };
+    let victim = Victim::new("");
     victim.u32(32, 1).never("crypt_method", "AES");
     victim.u32(32, 2).never("crypt_method", "LUKS");
     victim.u32(32, 77).never("crypt_method", "method 77");
@@ -131,15 +125,14 @@ fn encryption() {
         "crypt_method",
         "LUKS",
     );
-    let Some(victim) = Victim::new("") else { return };
+    let victim = Victim::new("");
     victim
         .extension(0x0537_be77, &[0; 16])
         .never("header extension", "without encryption");
 }
 
-#[test]
 fn corrupt_images_are_read_only() {
-    let Some(victim) = Victim::new("") else { return };
+    let victim = Victim::new("");
     victim.u64(72, 2).refused("incompatible_features", "corrupt bit");
     let options = OpenOptions {
         read_only: true,
@@ -149,9 +142,8 @@ fn corrupt_images_are_read_only() {
     assert_eq!(support::read(&*image, 0, 512).expect("reads"), vec![0; 512]);
 }
 
-#[test]
 fn chains() {
-    let Some(victim) = Victim::new("") else { return };
+    let victim = Victim::new("");
     let mut layers = vec![(victim.scratch.path("0"), Format::Raw)];
     std::fs::write(&layers[0].0, vec![7; 1 << 20]).expect("writes");
     for depth in 1..17 {
@@ -198,7 +190,6 @@ fn chains() {
     assert!(matches!(error, ImageError::Backing { depth: 1, .. }), "{error:?}");
 }
 
-#[test]
 fn files_that_hold_no_image() {
     let (read, _write) = std::os::unix::net::UnixStream::pair().expect("makes a socket pair");
     let error = image::open(read.into(), Format::Raw, Vec::new(), &OpenOptions::default())
@@ -216,10 +207,9 @@ fn files_that_hold_no_image() {
     );
 }
 
-#[test]
 fn direct_io() {
     use std::os::unix::fs::OpenOptionsExt;
-    let Some(victim) = Victim::new("") else { return };
+    let victim = Victim::new("");
     let direct = std::fs::OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_DIRECT)
@@ -234,4 +224,17 @@ fn direct_io() {
         .err()
         .expect("is refused");
     assert!(error.to_string().contains("O_DIRECT"), "{error}");
+}
+
+suite! {
+    with_qemu_img: [
+        the_format_is_never_probed,
+        backing_files_must_be_passed_and_named,
+        an_external_data_file_must_be_passed,
+        encryption,
+        corrupt_images_are_read_only,
+        chains,
+        direct_io,
+    ],
+    alone: [files_that_hold_no_image],
 }

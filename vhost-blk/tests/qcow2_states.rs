@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use support::recorder::Recorder;
 use support::{
-    Random, Request, Scratch, check_clean, check_leaks_at_most, contents, create, have_qemu_img, open,
-    open_with, patch, qemu_contents, qemu_img, qemu_img_output, read, text, write,
+    Random, Request, Scratch, check_clean, check_leaks_at_most, contents, create, open, open_with, patch,
+    qemu_contents, qemu_img, qemu_img_output, read, text, write,
 };
 use vhost_blk::image::{BlockFile, Format, OpenOptions, open_layers};
 
@@ -16,11 +16,7 @@ fn word(bytes: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
 }
 
-#[test]
 fn dirty_images_are_repaired_before_writing() {
-    if !have_qemu_img() {
-        return;
-    }
     for options in [
         "lazy_refcounts=on",
         "lazy_refcounts=on,cluster_size=512,refcount_bits=64",
@@ -82,11 +78,7 @@ fn dirty_images_are_repaired_before_writing() {
     }
 }
 
-#[test]
 fn a_repair_that_is_cut_off_starts_again() {
-    if !have_qemu_img() {
-        return;
-    }
     let scratch = Scratch::new();
     let path = scratch.path("top");
     create(&path, "lazy_refcounts=on,cluster_size=4k", "2M");
@@ -109,11 +101,7 @@ fn a_repair_that_is_cut_off_starts_again() {
     }
 }
 
-#[test]
 fn broken_dirty_images_are_left_alone() {
-    if !have_qemu_img() {
-        return;
-    }
     let scratch = Scratch::new();
     let path = scratch.path("top");
     create(&path, "lazy_refcounts=on", "2M");
@@ -131,11 +119,7 @@ fn broken_dirty_images_are_left_alone() {
     assert!(contents(&path) == before);
 }
 
-#[test]
 fn bitmaps_are_marked_in_use_before_the_first_write() {
-    if !have_qemu_img() {
-        return;
-    }
     let scratch = Scratch::new();
     let path = scratch.path("top");
     create(&path, "", "2M");
@@ -166,11 +150,7 @@ fn bitmaps_are_marked_in_use_before_the_first_write() {
     check_clean(&path);
 }
 
-#[test]
 fn unknown_parts_of_the_header_stay() {
-    if !have_qemu_img() {
-        return;
-    }
     let scratch = Scratch::new();
     let path = scratch.path("top");
     create(&path, "compression_type=zstd,cluster_size=4k", "16M");
@@ -201,11 +181,7 @@ fn unknown_parts_of_the_header_stay() {
     check_clean(&path);
 }
 
-#[test]
 fn the_refcount_table_grows() {
-    if !have_qemu_img() {
-        return;
-    }
     // 64 table entries of 64 clusters of 512 bytes cover 2 MiB.
     let scratch = Scratch::new();
     let path = scratch.path("top");
@@ -220,11 +196,7 @@ fn the_refcount_table_grows() {
     assert!(qemu_contents(&path, &[])[1 << 20..][..data.len()] == data);
 }
 
-#[test]
 fn discards_give_space_back_and_it_is_used_again() {
-    if !have_qemu_img() {
-        return;
-    }
     use std::os::unix::fs::MetadataExt;
     let scratch = Scratch::new();
     let path = scratch.path("top");
@@ -250,11 +222,7 @@ fn discards_give_space_back_and_it_is_used_again() {
     check_clean(&path);
 }
 
-#[test]
 fn queues_share_an_image() {
-    if !have_qemu_img() {
-        return;
-    }
     for (options, with_base) in [
         ("cluster_size=64k", true),
         ("cluster_size=4k", false),
@@ -334,13 +302,9 @@ fn queues_share_an_image() {
     }
 }
 
-#[test]
 fn resolving_leads_to_the_data() {
     use std::os::unix::fs::FileExt;
     use vhost_blk::image::Resolved;
-    if !have_qemu_img() {
-        return;
-    }
     let scratch = Scratch::new();
     let path = scratch.path("top");
     create(&path, "", "4M");
@@ -383,4 +347,19 @@ fn resolving_leads_to_the_data() {
             .status
             .success()
     );
+}
+
+suite! {
+    with_qemu_img: [
+        dirty_images_are_repaired_before_writing,
+        a_repair_that_is_cut_off_starts_again,
+        broken_dirty_images_are_left_alone,
+        bitmaps_are_marked_in_use_before_the_first_write,
+        unknown_parts_of_the_header_stay,
+        the_refcount_table_grows,
+        discards_give_space_back_and_it_is_used_again,
+        queues_share_an_image,
+        resolving_leads_to_the_data,
+    ],
+    alone: [],
 }

@@ -49,6 +49,12 @@ pub enum ImageError {
         /// Capacity of the disk in bytes.
         capacity: u64,
     },
+    /// Another process uses the file in a way that excludes this use.
+    #[error("the file is in use by {user}; end that one first, or use a copy or an overlay of the image")]
+    Locked {
+        /// Who, as far as its locks tell.
+        user: &'static str,
+    },
     /// One of the layers below the top failed.
     #[error("backing layer {depth}")]
     Backing {
@@ -102,6 +108,7 @@ impl From<ImageError> for io::Error {
             ImageError::Io { source, .. } => source.kind(),
             ImageError::Refused { .. } | ImageError::Corrupt { .. } => io::ErrorKind::InvalidData,
             ImageError::ReadOnly { .. } => io::ErrorKind::ReadOnlyFilesystem,
+            ImageError::Locked { .. } => io::ErrorKind::ResourceBusy,
             ImageError::OutOfRange { .. } => io::ErrorKind::InvalidInput,
             ImageError::Backing { .. } => io::ErrorKind::Other,
         };

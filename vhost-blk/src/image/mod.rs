@@ -6,6 +6,7 @@
 mod buffers;
 mod error;
 mod file;
+mod lock;
 mod qcow2;
 mod raw;
 
@@ -21,6 +22,7 @@ use vm_memory::VolatileSlice;
 pub use buffers::Buffers;
 pub use error::ImageError;
 pub use file::{BlockFile, HostFile};
+pub use lock::lock;
 pub use qcow2::Qcow2;
 pub use raw::RawImage;
 
@@ -232,32 +234,44 @@ pub(crate) fn check_range(offset: u64, len: u64, capacity: u64) -> Result<(), Im
     }
 }
 
-/// Opens the image in `top`, with the layers below it in `backing`, from top to base.
+/// Opens the image in `top`, with the layers below it in `backing`, from top to base. Each file is locked
+/// ([`lock`]) through its open file description.
 ///
 /// # Errors
 /// [`ImageError::Refused`] names what is not acceptable; no file has been changed then.
+/// [`ImageError::Locked`] when somebody else uses one of the files.
 pub fn open(
     top: OwnedFd,
     format: Format,
     backing: Vec<(Format, OwnedFd)>,
     options: &OpenOptions,
 ) -> Result<Arc<dyn Image>, ImageError> {
-    let mut layers = vec![(format, host_file(top)?)];
-    for (format, fd) in backing {
-        layers.push((format, host_file(fd)?));
+    let mut layers = vec![(format, locked_file(top, options.read_only)?)];
+    for (index, (format, fd)) in backing.into_iter().enumerate() {
+        let file = locked_file(fd, true).map_err(|source| below(index + 1, source))?;
+        layers.push((format, file));
     }
     let data = options.data_file.as_ref().map(|fd| fd.try_clone()).transpose();
     let data = data
         .map_err(ImageError::io("use the external data file"))?
-        .map(host_file)
+        .map(|fd| locked_file(fd, options.read_only))
         .transpose()?;
     open_layers(layers, data, options)
 }
 
-fn host_file(fd: OwnedFd) -> Result<Arc<dyn BlockFile>, ImageError> {
-    Ok(Arc::new(
-        HostFile::new(fd).map_err(ImageError::io("use the image's file"))?,
-    ))
+fn below(depth: usize, source: ImageError) -> ImageError {
+    ImageError::Backing {
+        depth,
+        source: Box::new(source),
+    }
+}
+
+fn locked_file(fd: OwnedFd, read_only: bool) -> Result<Arc<dyn BlockFile>, ImageError> {
+    let file = HostFile::new(fd).map_err(ImageError::io("use the image's file"))?;
+    if let Some(fd) = file.descriptor() {
+        lock(fd, read_only)?;
+    }
+    Ok(Arc::new(file))
 }
 
 /// [`open`] on files of any kind, from top to base; `data` is the top's external data file.
@@ -270,22 +284,19 @@ pub fn open_layers(
     options: &OpenOptions,
 ) -> Result<Arc<dyn Image>, ImageError> {
     check_chain(&layers, data.as_ref())?;
-    let mut below: Option<Arc<dyn Image>> = None;
+    let mut lower: Option<Arc<dyn Image>> = None;
     for (depth, (format, file)) in layers.into_iter().enumerate().rev() {
         let options = OpenOptions {
             read_only: options.read_only || depth > 0,
             ..options.clone()
         };
-        let image = open_layer(format, file, data.take_if(|_| depth == 0), below.take(), &options);
-        below = Some(image.map_err(|source| match depth {
+        let image = open_layer(format, file, data.take_if(|_| depth == 0), lower.take(), &options);
+        lower = Some(image.map_err(|source| match depth {
             0 => source,
-            _ => ImageError::Backing {
-                depth,
-                source: Box::new(source),
-            },
+            _ => below(depth, source),
         })?);
     }
-    below.ok_or_else(|| ImageError::refused("chain", "no image was given"))
+    lower.ok_or_else(|| ImageError::refused("chain", "no image was given"))
 }
 
 fn check_chain(

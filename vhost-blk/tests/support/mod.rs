@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
 
 pub mod recorder;
+pub mod suite;
 pub mod victim;
 
 use std::fs::{File, OpenOptions as FileOptions};
@@ -30,15 +31,6 @@ pub fn qemu_img(args: &[&str]) -> String {
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "qemu-img {args:?}: {text}{error}");
     text
-}
-
-/// Says whether `qemu-img` is there; a test without it says that it did nothing.
-pub fn have_qemu_img() -> bool {
-    let there = Command::new("qemu-img").arg("--version").output().is_ok();
-    if !there {
-        eprintln!("skipped: qemu-img is not installed");
-    }
-    there
 }
 
 pub fn text(path: &Path) -> &str {
@@ -109,7 +101,7 @@ pub fn contents(path: &Path) -> Vec<u8> {
 /// What qemu-img reads from an image.
 pub fn qemu_contents(path: &Path, args: &[&str]) -> Vec<u8> {
     let raw = path.with_extension("compare-raw");
-    let mut all = vec!["convert", "-f", "qcow2", "-O", "raw"];
+    let mut all = vec!["convert", "-U", "-f", "qcow2", "-O", "raw"];
     all.extend(args);
     all.extend([text(path), text(&raw)]);
     qemu_img(&all);
@@ -121,12 +113,12 @@ pub fn qemu_contents(path: &Path, args: &[&str]) -> Vec<u8> {
 /// `qemu-img check` finds nothing at all.
 #[track_caller]
 pub fn check_clean(path: &Path) {
-    qemu_img(&["check", "-q", "-f", "qcow2", text(path)]);
+    qemu_img(&["check", "-U", "-q", "-f", "qcow2", text(path)]);
 }
 
 /// `qemu-img check` finds nothing, or leaks only (exit code 3).
 pub fn check_leaks_at_most(path: &Path) -> Result<(), String> {
-    let output = qemu_img_output(&["check", "-f", "qcow2", text(path)]);
+    let output = qemu_img_output(&["check", "-U", "-f", "qcow2", text(path)]);
     match output.status.code() {
         Some(0 | 3) => Ok(()),
         _ => Err(format!(

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use vhost_blk::image::{Format, ImageError, OpenOptions};
 
-use super::{Scratch, contents, create, have_qemu_img, open_with, patch};
+use super::{Scratch, contents, create, open_with, patch};
 
 /// An image to be broken.
 pub struct Victim {
@@ -13,15 +13,12 @@ pub struct Victim {
 }
 
 impl Victim {
-    /// An empty disk of 1 MiB, made with these options; `None` without qemu-img.
-    pub fn new(options: &str) -> Option<Self> {
-        if !have_qemu_img() {
-            return None;
-        }
+    /// An empty disk of 1 MiB, made with these options.
+    pub fn new(options: &str) -> Self {
         let scratch = Scratch::new();
         let path = scratch.path("top");
         create(&path, options, "1M");
-        Some(Self { scratch, path })
+        Self { scratch, path }
     }
 
     pub fn patch(&self, offset: u64, bytes: &[u8]) -> &Self {
