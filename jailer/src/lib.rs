@@ -13,3 +13,4 @@ pub mod launch;
 pub mod sandbox;
 pub mod supervisor;
 pub mod wire;
+pub mod wire_fds;

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod control;
+pub mod events;
 pub mod machine;
 pub mod run_state;
 pub mod size;

@@ -60,6 +60,11 @@ pub enum ProcessRole {
 }
 
 impl ProcessRole {
+    /// Whether the process is a device's back end.
+    pub fn is_device(self) -> bool {
+        matches!(self, Self::Disk | Self::Net)
+    }
+
     /// The role's policy in `jailer/policy`, where the process has one.
     pub fn policy(self) -> Option<&'static str> {
         match self {

@@ -34,6 +34,9 @@ pub struct VmSpec {
     /// What a guest's reboot does.
     #[serde(default)]
     pub on_reboot: OnReboot,
+    /// What the end of a device's process does.
+    #[serde(default)]
+    pub on_device_death: OnDeviceDeath,
     /// Seconds a guest has to power off after Ctrl-C or SIGTERM before it is killed.
     #[serde(default = "default_grace")]
     pub power_off_grace: u32,
@@ -156,6 +159,17 @@ pub enum OnReboot {
     Restart,
     /// The VM ends, with an exit code of its own.
     Exit,
+}
+
+/// What the end of a device's process does, where nobody asked for it.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnDeviceDeath {
+    /// A new process takes over; the guest only waits.
+    #[default]
+    Restart,
+    /// The VM ends, with an exit code of its own.
+    End,
 }
 
 fn one() -> u8 {

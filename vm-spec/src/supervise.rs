@@ -2,7 +2,9 @@
 //! [`crate::control`].
 
 use crate::control::FdNumber;
+use crate::events::VmEvent;
 use crate::run_state::ProcessRole;
+use crate::spec::OnDeviceDeath;
 use serde::{Deserialize, Serialize};
 
 /// Everything the supervisor needs, sent once as the first message on its control socket.
@@ -24,6 +26,8 @@ pub struct SupervisorConfig {
     pub power_off_grace: u32,
     /// Log lines are JSON objects.
     pub log_json: bool,
+    /// What the end of a device's process does.
+    pub on_device_death: OnDeviceDeath,
 }
 
 /// A process as the supervisor sees it.
@@ -35,8 +39,11 @@ pub struct SupervisedProcess {
     pub role: ProcessRole,
     /// Its process id outside its namespace, for messages.
     pub pid: i32,
-    /// Read end of the pipe that is its standard output and standard error.
+    /// Read end of the pipe that is its standard output and standard error, and those of its
+    /// successors.
     pub log: FdNumber,
+    /// PCI device number of the device that it serves.
+    pub slot: Option<u8>,
 }
 
 /// How a process ended.
@@ -60,6 +67,21 @@ pub enum ToSupervisor {
         /// How.
         status: ExitStatus,
     },
+    /// Answers [`FromSupervisor::Respawn`]: a new process builds its jail. One fd attached: the
+    /// vmm's end of its vhost-user socket.
+    Respawned {
+        /// Its place in [`SupervisorConfig::processes`].
+        process: u16,
+        /// Its process id outside its namespace, for messages.
+        pid: i32,
+    },
+    /// Answers [`FromSupervisor::Respawn`]: there is no new process.
+    NotRespawned {
+        /// Its place in [`SupervisorConfig::processes`].
+        process: u16,
+        /// Why, one line.
+        why: String,
+    },
     /// The person (Ctrl-C) or the system (SIGTERM) asks for the guest to power off.
     PowerOff,
 }
@@ -74,6 +96,19 @@ pub enum FromSupervisor {
         /// Just before the first KVM_RUN.
         first_instruction_ns: u64,
     },
+    /// Start a device's process again, in a fresh jail, with the same image or TAP. Refused while
+    /// its predecessor is not reaped: an image is never open in two of them.
+    Respawn {
+        /// Its place in [`SupervisorConfig::processes`].
+        process: u16,
+    },
+    /// Kill one process. [`ToSupervisor::Exited`] follows, unless it has already been sent.
+    Kill {
+        /// Its place in [`SupervisorConfig::processes`].
+        process: u16,
+    },
+    /// Write this down in the run-time folder.
+    Event(VmEvent),
     /// Kill every process but the supervisor: a deadline passed.
     KillAll,
     /// The VM is over and its logs are written; the supervisor exits next.

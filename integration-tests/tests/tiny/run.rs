@@ -22,6 +22,7 @@ use tempfile::TempDir;
 use vm_spec::{
     control::exit_code,
     run_state::{ProcessRole, ProcessState},
+    spec::OnDeviceDeath,
 };
 
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -85,8 +86,15 @@ fn disk_flag(folder: &TempDir) -> Result<String> {
 
 /// A halted guest with a disk, and a NIC where the host has TAPs.
 fn halted(folder: &TempDir) -> Result<Run> {
+    halted_with(folder, OnDeviceDeath::Restart)
+}
+
+fn halted_with(folder: &TempDir, on_device_death: OnDeviceDeath) -> Result<Run> {
     Host::need_kvm()?;
     let mut flags = vec![disk_flag(folder)?];
+    if on_device_death == OnDeviceDeath::End {
+        flags.push("--on-device-death=end".to_owned());
+    }
     if Path::new("/dev/net/tun").exists() {
         flags.push("--net=private=10.213.7.1/24".to_owned());
     }
@@ -100,7 +108,8 @@ fn halted(folder: &TempDir) -> Result<Run> {
 
 fn killed(name: &str, role: ProcessRole) -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut run = halted(&folder)?;
+    // The tests of recovery are about what happens otherwise.
+    let mut run = halted_with(&folder, OnDeviceDeath::End)?;
     let state = run.state(DEADLINE)?;
     let Some(victim) = state.processes.iter().find(|process| process.role == role) else {
         return Err(Skip(format!("this VM has no {name}")).into());

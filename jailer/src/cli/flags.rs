@@ -7,7 +7,7 @@ use clap::Args;
 use serde::de::DeserializeOwned;
 use std::path::PathBuf;
 use vm_spec::size::ByteSize;
-use vm_spec::spec::{BootSpec, DiskSpec, NetSpec, OnReboot, VhostUserSpec, VmSpec};
+use vm_spec::spec::{BootSpec, DiskSpec, NetSpec, OnDeviceDeath, OnReboot, VhostUserSpec, VmSpec};
 
 /// Keys whose values are numbers or truth values; all others are text.
 const NOT_TEXT: [&str; 5] = ["read-only", "num-queues", "slot", "mtu", "tap-fd"];
@@ -48,6 +48,9 @@ pub(super) struct VmFlags {
     /// What a guest's reboot does: restart or exit
     #[arg(long, value_name = "WHAT", value_parser = on_reboot)]
     on_reboot: Option<OnReboot>,
+    /// What the end of a device's process does: restart (it) or end (the VM)
+    #[arg(long, value_name = "WHAT", value_parser = on_device_death)]
+    on_device_death: Option<OnDeviceDeath>,
     /// Seconds a guest has to power off when asked
     #[arg(long, value_name = "SECONDS")]
     power_off_grace: Option<u32>,
@@ -61,6 +64,14 @@ fn on_reboot(text: &str) -> Result<OnReboot, &'static str> {
         "restart" => Ok(OnReboot::Restart),
         "exit" => Ok(OnReboot::Exit),
         _ => Err("write restart or exit"),
+    }
+}
+
+fn on_device_death(text: &str) -> Result<OnDeviceDeath, &'static str> {
+    match text {
+        "restart" => Ok(OnDeviceDeath::Restart),
+        "end" => Ok(OnDeviceDeath::End),
+        _ => Err("write restart or end"),
     }
 }
 
@@ -88,6 +99,7 @@ impl VmFlags {
         set(&mut spec.cpus, &self.cpus);
         set(&mut spec.memory, &self.memory);
         set(&mut spec.on_reboot, &self.on_reboot);
+        set(&mut spec.on_device_death, &self.on_device_death);
         set(&mut spec.power_off_grace, &self.power_off_grace);
         spec.boot.initrd = self.initrd.clone().or(spec.boot.initrd);
         spec.huge_pages = self.huge_pages.or(spec.huge_pages);

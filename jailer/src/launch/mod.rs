@@ -10,6 +10,7 @@ mod machine;
 mod plan;
 mod qcow2;
 mod reaper;
+mod respawn;
 mod run_dir;
 mod spawn;
 mod supervise;
@@ -25,6 +26,7 @@ use plan::{Choices, Plan};
 use reaper::Reaper;
 use run_dir::RunDir;
 use std::time::Duration;
+use vm_spec::events::{self, VmEvent};
 use vm_spec::run_state::{self, ProcessRole, ProcessState, RunState};
 use vm_spec::spec::VmSpec;
 
@@ -80,8 +82,7 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
         if let Some(saved) = &saved {
             terminal::make_raw(saved);
         }
-        let running = spawn::spawn(&plan, inputs, &binaries)?;
-        drop(binaries);
+        let running = spawn::spawn(&plan, inputs, binaries)?;
         let mut state = describe(&plan, &running, &reaper, &holders, launched_ns);
         save_state(&run_dir, &state);
         let guards = holders
@@ -92,12 +93,22 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
         let grace = Duration::from_secs(spec.power_off_grace.into());
         let spawner = supervise::Spawner::new(running, guards, signals, grace);
         let code = spawner.serve(&mut |event| {
-            let supervise::Event::Running {
-                started_ns,
-                first_instruction_ns,
-            } = event;
-            state.machine_started_ns = Some(started_ns);
-            state.first_instruction_ns = Some(first_instruction_ns);
+            match event {
+                supervise::Event::Running {
+                    started_ns,
+                    first_instruction_ns,
+                } => {
+                    state.machine_started_ns = Some(started_ns);
+                    state.first_instruction_ns = Some(first_instruction_ns);
+                }
+                supervise::Event::Respawned { predecessor, pid } => {
+                    let of = |process: &&mut ProcessState| process.pid == predecessor.as_raw();
+                    if let Some(process) = state.processes.iter_mut().find(of) {
+                        process.pid = pid.as_raw();
+                    }
+                }
+                supervise::Event::Happened(event) => return note(&run_dir, &event),
+            }
             save_state(&run_dir, &state);
         });
         state.ended_ns = Some(monotonic_ns());
@@ -138,6 +149,13 @@ fn make_plan(
         chains: chains.collect(),
     };
     plan::plan(spec, name, devices, &choices)
+}
+
+/// As [`save_state`].
+fn note(run_dir: &RunDir, event: &VmEvent) {
+    if let Err(error) = run_dir.write_event(event) {
+        eprintln!("bulkhead: cannot write {}: {error}", events::FILE_NAME);
+    }
 }
 
 /// The state is for others to read: a full disk does not end the VM.

@@ -132,7 +132,7 @@ pub(crate) fn plan(spec: &VmSpec, name: &str, devices: &[Device], choices: &Choi
         let log = workers.len();
         workers.extend(plan_device(n, device, choices, log));
     }
-    let (supervisor, supervision) = plan_supervisor(spec, &workers, choices);
+    let (supervisor, supervision) = plan_supervisor(spec, devices, &workers, choices);
     Plan {
         name: name.to_owned(),
         seccomp: choices.seccomp,
@@ -249,6 +249,7 @@ fn format_name(format: ImageFormat) -> &'static str {
 
 fn plan_supervisor(
     spec: &VmSpec,
+    devices: &[Device],
     workers: &[ProcessPlan],
     choices: &Choices<'_>,
 ) -> (ProcessPlan, SupervisorConfig) {
@@ -260,10 +261,16 @@ fn plan_supervisor(
         .has_input
         .then(|| fds.add(Source::Input, "standard input of bulkhead"));
     let output = Some(fds.add(Source::Output, "standard output of bulkhead"));
+    // The vmm is no device; a device of someone else's has no process of ours.
+    let ours = devices
+        .iter()
+        .filter(|d| !matches!(d.backend, Backend::External(_)));
+    let slots = [None].into_iter().chain(ours.map(|device| Some(device.slot)));
     let processes = workers
         .iter()
+        .zip(slots)
         .enumerate()
-        .map(|(n, worker)| SupervisedProcess {
+        .map(|(n, (worker, slot))| SupervisedProcess {
             name: worker.name.clone(),
             role: worker.role,
             pid: 0,
@@ -271,6 +278,7 @@ fn plan_supervisor(
                 Source::LogRead(n),
                 format!("log pipe of {} (read end)", worker.name),
             ),
+            slot,
         })
         .collect();
     let config = SupervisorConfig {
@@ -282,6 +290,7 @@ fn plan_supervisor(
         processes,
         power_off_grace: spec.power_off_grace,
         log_json: choices.log_json,
+        on_device_death: spec.on_device_death,
     };
     let process = ProcessPlan {
         name: "supervisor".into(),

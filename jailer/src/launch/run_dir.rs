@@ -10,12 +10,13 @@ use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use vm_spec::events::{self, VmEvent};
 use vm_spec::run_state::{self, RunState};
 
 /// Another start or sweep of the same name is waited out this many times.
 const ATTEMPTS: usize = 8;
 /// The files that a run-time folder may hold.
-const FILES: [&str; 2] = [run_state::FILE_NAME, "state.json.new"];
+const FILES: [&str; 3] = [run_state::FILE_NAME, "state.json.new", events::FILE_NAME];
 
 /// A locked run-time folder. The lock is the folder's own, and ends with its last holder.
 pub(crate) struct RunDir {
@@ -125,12 +126,30 @@ impl RunDir {
     /// Writes `state.json` anew, whole. Goes by the folder's descriptor: its path may lead
     /// through folders that are closed to who we are by now.
     pub(crate) fn write_state(&self, state: &RunState) -> io::Result<()> {
-        let [name, new] = FILES;
+        let [name, new, _] = FILES;
         let text = serde_json::to_vec_pretty(state)?;
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC | OFlag::O_CLOEXEC;
         let file = openat(&*self.lock, new, flags, Mode::from_bits_truncate(0o600))?;
         File::from(file).write_all(&text)?;
         renameat(&*self.lock, new, &*self.lock, name).map_err(io::Error::from)
+    }
+
+    /// Adds a line to the events, up to [`events::MAX_BYTES`].
+    pub(crate) fn write_event(&self, event: &VmEvent) -> io::Result<()> {
+        let mut line = serde_json::to_vec(event)?;
+        line.push(b'\n');
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND | OFlag::O_CLOEXEC;
+        let file = openat(
+            &*self.lock,
+            events::FILE_NAME,
+            flags,
+            Mode::from_bits_truncate(0o600),
+        )?;
+        let mut file = File::from(file);
+        if file.metadata()?.len() + line.len() as u64 <= events::MAX_BYTES {
+            file.write_all(&line)?;
+        }
+        Ok(())
     }
 
     /// The number of the descriptor that holds the lock.

@@ -2,6 +2,7 @@
 
 use super::inputs::{BackendInput, Inputs};
 use super::plan::{Plan, ProcessPlan, Source};
+use super::respawn::Respawner;
 use crate::failure::Failure;
 use crate::sandbox::child::{self, Child, Program, SpawnError, Starting, Step};
 use crate::wire::send_message;
@@ -11,7 +12,7 @@ use nix::unistd::{Gid, Uid, getpid, pipe2, setgroups, setresgid, setresuid};
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use vm_spec::control::ToVmm;
 use vm_spec::supervise::ToSupervisor;
@@ -27,6 +28,8 @@ pub(crate) struct Running {
     pub(crate) supervisor: Child,
     /// The spawner's end of the socket to the supervisor.
     pub(crate) control: OwnedFd,
+    /// For successors of device processes.
+    pub(crate) respawner: Respawner,
 }
 
 /// Our binaries, opened.
@@ -74,8 +77,8 @@ pub(crate) fn leave_root(give: impl FnOnce(Uid, Gid) -> std::io::Result<()>) -> 
 }
 
 /// Makes every process. The supervisor comes last, when it can be told the others' ids.
-pub(crate) fn spawn(plan: &Plan, inputs: Inputs, binaries: &Binaries) -> Result<Running, Failure> {
-    let mut fds = Wires::make(plan, inputs)
+pub(crate) fn spawn(plan: &Plan, inputs: Inputs, binaries: Binaries) -> Result<Running, Failure> {
+    let fds = Wires::make(plan, inputs)
         .map_err(|e| Failure::host("cannot make the sockets between the processes").because(&e))?;
     let start = ToVmm::Start(Box::new(plan.vm.clone()));
     send_message(fds.get(Source::VmmControl).as_fd(), 1, start)
@@ -83,17 +86,22 @@ pub(crate) fn spawn(plan: &Plan, inputs: Inputs, binaries: &Binaries) -> Result<
     let starting = plan
         .workers
         .iter()
-        .map(|worker| Ok((worker, begin(worker, &fds, binaries)?)))
+        .map(|worker| {
+            Ok((
+                worker,
+                begin(worker, &|source| fds.get(source).as_fd(), &binaries)?,
+            ))
+        })
         .collect::<Result<Vec<_>, Failure>>()?;
     // The supervisor is on its way before any of the others has reported.
-    let supervisor = begin(&plan.supervisor, &fds, binaries)?;
+    let supervisor = begin(&plan.supervisor, &|source| fds.get(source).as_fd(), &binaries)?;
     let mut supervision = plan.supervision.clone();
     for (process, (_, child)) in supervision.processes.iter_mut().zip(&starting) {
         process.pid = child.pid().as_raw();
     }
     let config = ToSupervisor::Start(Box::new(supervision));
     let control = fds.spawner;
-    fds.table.clear();
+    let respawner = Respawner::keep(plan, fds.table, binaries);
     send_message(control.as_fd(), 1, config)
         .map_err(|e| Failure::host("cannot write the supervisor's first message").because(&e))?;
     let workers = starting
@@ -107,10 +115,16 @@ pub(crate) fn spawn(plan: &Plan, inputs: Inputs, binaries: &Binaries) -> Result<
         workers,
         supervisor,
         control,
+        respawner,
     })
 }
 
-fn begin(process: &ProcessPlan, fds: &Wires, binaries: &Binaries) -> Result<Starting, Failure> {
+/// Starts `process` with the descriptors that `lookup` finds.
+pub(crate) fn begin<'a>(
+    process: &ProcessPlan,
+    lookup: &dyn Fn(Source) -> BorrowedFd<'a>,
+    binaries: &'a Binaries,
+) -> Result<Starting, Failure> {
     let (_, binary) = &binaries.0[process.binary];
     let arguments = [process.binary]
         .into_iter()
@@ -124,7 +138,7 @@ fn begin(process: &ProcessPlan, fds: &Wires, binaries: &Binaries) -> Result<Star
         descriptors: process
             .descriptors
             .iter()
-            .map(|(source, _)| fds.get(*source).as_fd())
+            .map(|(source, _)| lookup(*source))
             .collect(),
     };
     child::start(&program).map_err(|e| not_started(process, e))
@@ -205,7 +219,7 @@ impl Wires {
     }
 }
 
-fn pair(kind: SockType) -> nix::Result<(OwnedFd, OwnedFd)> {
+pub(crate) fn pair(kind: SockType) -> nix::Result<(OwnedFd, OwnedFd)> {
     socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC)
 }
 

@@ -1,8 +1,11 @@
 //! The spawner after every process runs: it reaps and reports, passes signals on, kills when
 //! told or when nobody is left to tell it, and ends last.
 
+use super::respawn::Respawner;
 use super::spawn::Running;
+use crate::failure::Failure;
 use crate::wire::{Received, receive_message, send_message};
+use crate::wire_fds::send_with_fd;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, kill};
@@ -12,6 +15,7 @@ use nix::unistd::Pid;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 use vm_spec::control::exit_code;
+use vm_spec::events::VmEvent;
 use vm_spec::supervise::{ExitStatus, FromSupervisor, ToSupervisor};
 
 /// The supervisor, which keeps the deadlines, has this long beyond the guest's grace; then the
@@ -41,18 +45,23 @@ pub(crate) enum Event {
         started_ns: u64,
         first_instruction_ns: u64,
     },
+    /// A device's process has a successor.
+    Respawned { predecessor: Pid, pid: Pid },
+    /// To be written down.
+    Happened(VmEvent),
 }
 
 /// The loop's state.
 pub(crate) struct Spawner {
-    /// By place in the plan; `None` once reaped.
-    workers: Vec<Option<Pid>>,
+    /// By place in the plan.
+    workers: Vec<Worker>,
+    respawner: Respawner,
+    /// Everything was to be killed: nothing is started any more.
+    ending: bool,
     supervisor: Option<Pid>,
     /// Processes whose end ends the VM: the reaper, the holders of network namespaces.
     guards: Vec<(Pid, &'static str)>,
     control: Option<std::os::fd::OwnedFd>,
-    // Kept open: a pidfd pins its process.
-    _pidfds: Vec<std::os::fd::OwnedFd>,
     signals: SignalFd,
     code: Option<u8>,
     /// When the spawner stops waiting for the supervisor.
@@ -72,17 +81,15 @@ impl Spawner {
             workers,
             supervisor,
             control,
+            respawner,
         } = running;
         Self {
-            workers: workers.iter().map(|child| Some(child.pid)).collect(),
+            workers: workers.iter().map(|child| Worker::running(child.pid)).collect(),
+            respawner,
+            ending: false,
             supervisor: Some(supervisor.pid),
             guards,
             control: Some(control),
-            _pidfds: workers
-                .into_iter()
-                .chain([supervisor])
-                .map(|child| child.pidfd)
-                .collect(),
             signals,
             code: None,
             deadline: None,
@@ -145,6 +152,9 @@ impl Spawner {
                         started_ns,
                         first_instruction_ns,
                     }),
+                    FromSupervisor::Respawn { process } => self.respawn(process, on_event),
+                    FromSupervisor::Kill { process } => self.kill_one(process),
+                    FromSupervisor::Event(event) => on_event(Event::Happened(event)),
                     FromSupervisor::KillAll => self.kill_all(),
                     FromSupervisor::Finished { code } => {
                         self.code.get_or_insert(code);
@@ -186,8 +196,8 @@ impl Spawner {
     /// Reaps every child that has ended.
     fn reap(&mut self, on_event: &mut dyn FnMut(Event)) {
         while let Some((pid, status)) = reap_one() {
-            if let Some(n) = self.workers.iter().position(|w| *w == Some(pid)) {
-                self.workers[n] = None;
+            if let Some(n) = self.workers.iter().position(|w| w.alive() == Some(pid)) {
+                self.workers[n].reaped = true;
                 // The index fits: a VM has at most 32 devices.
                 let process = n as u16;
                 self.tell(ToSupervisor::Exited { process, status });
@@ -224,17 +234,56 @@ impl Spawner {
         }
     }
 
-    fn kill_all(&self) {
-        for pid in self.workers.iter().flatten() {
+    /// Starts the successor of a device's process that was reaped. The socket goes to the
+    /// supervisor at once: what the vmm writes waits in it while the jail is built.
+    fn respawn(&mut self, process: u16, on_event: &mut dyn FnMut(Event)) {
+        let place = usize::from(process);
+        let started = match self.workers.get(place) {
+            Some(worker) if worker.reaped && !self.ending => self.respawner.start(place),
+            _ => Err(Failure::host("it still runs, or the VM ends")),
+        };
+        let successor = match started {
+            Ok(successor) => successor,
+            Err(failure) => {
+                let why = failure.to_string().replace('\n', ";");
+                return self.tell(ToSupervisor::NotRespawned { process, why });
+            }
+        };
+        let pid = successor.pid();
+        let predecessor = std::mem::replace(&mut self.workers[place], Worker::running(pid)).pid;
+        let message = ToSupervisor::Respawned {
+            process,
+            pid: pid.as_raw(),
+        };
+        if let Some(control) = &self.control
+            && let Err(error) = send_with_fd(control.as_fd(), 0, message, successor.socket.as_fd())
+        {
+            eprintln!("bulkhead: cannot tell the supervisor: {error}");
+            self.deadline.get_or_insert(Instant::now() + SUPERVISOR_GRACE);
+        }
+        successor.finish();
+        on_event(Event::Respawned { predecessor, pid });
+    }
+
+    fn kill_one(&self, process: u16) {
+        if let Some(pid) = self.workers.get(usize::from(process)).and_then(Worker::alive) {
             // Not reaped, so the number is still this child's. A pid namespace dies with its
             // first process.
-            let _ = kill(*pid, Signal::SIGKILL);
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+    }
+
+    fn kill_all(&mut self) {
+        self.ending = true;
+        for process in 0..self.workers.len() {
+            // The index fits: a VM has at most 32 devices.
+            self.kill_one(process as u16);
         }
     }
 
     fn reap_rest(&mut self, on_event: &mut dyn FnMut(Event)) {
         let deadline = Instant::now() + REAP_DEADLINE;
-        while (self.workers.iter().any(Option::is_some) || self.supervisor.is_some())
+        while (self.workers.iter().any(|w| !w.reaped) || self.supervisor.is_some())
             && Instant::now() < deadline
         {
             self.deadline = Some(deadline);
@@ -243,6 +292,23 @@ impl Spawner {
             self.control = None;
             self.reap(on_event);
         }
+    }
+}
+
+/// A process of the plan, or its latest successor.
+struct Worker {
+    pid: Pid,
+    reaped: bool,
+}
+
+impl Worker {
+    fn running(pid: Pid) -> Self {
+        Self { pid, reaped: false }
+    }
+
+    /// Its process id, while that is certain to be its own.
+    fn alive(&self) -> Option<Pid> {
+        Some(self.pid).filter(|_| !self.reaped)
     }
 }
 

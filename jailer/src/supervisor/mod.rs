@@ -3,26 +3,34 @@
 //!
 //! ```text
 //!   Running --person--> PoweringOff --grace--> Stopping --+
-//!      |  \--a device or the vmm is lost-----> Stopping --+--> WindingDown --> Finished
+//!      |  \--what cannot be replaced is lost-> Stopping --+--> WindingDown --> Finished
 //!      +------------------- Ended(reason) ----------------+    (all exited, or killed)
 //! ```
 
 mod console;
+mod devices;
 mod logs;
 mod outcome;
+mod ready;
+mod recovery;
 
 use crate::inherit;
 use crate::sandbox::{self, LockdownError, Locked, Role, SeccompMode};
 use crate::wire::{Received, TransferError, receive_message, send_message};
+use crate::wire_fds::receive_with_fds;
 use console::{Command, Console};
+use devices::Counters;
 use logs::{Log, LogPipe};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use outcome::Outcome;
+use ready::Ready;
+use recovery::Recovery;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use vm_spec::control::{FdNumber, FromVmm, ToVmm, exit_code};
 use vm_spec::run_state::ProcessRole;
+use vm_spec::spec::OnDeviceDeath;
 use vm_spec::supervise::{ExitStatus, FromSupervisor, SupervisedProcess, SupervisorConfig, ToSupervisor};
 
 /// The spawner's first message comes within this time.
@@ -104,6 +112,8 @@ struct Process {
     about: SupervisedProcess,
     log: LogPipe,
     alive: bool,
+    recovery: Recovery,
+    counters: Counters,
 }
 
 struct Supervisor {
@@ -118,6 +128,9 @@ struct Supervisor {
     /// What to conclude at that time, unless the vmm explains it before.
     suspicion: Option<(Instant, Outcome)>,
     requests: u64,
+    on_device_death: OnDeviceDeath,
+    /// The vmm has every device's first back end.
+    guest_runs: bool,
 }
 
 impl Supervisor {
@@ -137,6 +150,8 @@ impl Supervisor {
                     log: LogPipe::new(about.name.clone(), take(about.log)?, now),
                     about,
                     alive: true,
+                    recovery: Recovery::new(now),
+                    counters: Counters::new(),
                 })
             })
             .collect::<Result<_, SupervisorError>>()?;
@@ -153,17 +168,21 @@ impl Supervisor {
             outcome: None,
             suspicion: None,
             requests: 0,
+            on_device_death: config.on_device_death,
+            guest_runs: false,
         })
     }
 
     fn serve(mut self, _locked: &Locked) -> Result<(), SupervisorError> {
         while self.processes.iter().any(|p| p.alive) {
-            self.wait(self.deadline())?;
+            let deadlines = [self.deadline(), self.devices_deadline()];
+            self.wait(deadlines.into_iter().flatten().min())?;
             let now = Instant::now();
             // The vmm first: its own account of the end comes before what the end of its sockets
             // does to the devices.
             self.hear_vmm(now);
             self.hear_spawner(now)?;
+            self.judge_devices(now);
             self.judge_deadlines(now);
         }
         self.finish()
@@ -255,13 +274,20 @@ impl Supervisor {
 
     fn hear_spawner(&mut self, now: Instant) -> Result<(), SupervisorError> {
         loop {
-            match receive_message(self.spawner.as_fd())? {
+            let (received, mut fds) = receive_with_fds(self.spawner.as_fd())?;
+            match received {
                 Received::Nothing => return Ok(()),
                 Received::End => return Err(SupervisorError::SpawnerGone),
                 Received::Message(_, ToSupervisor::Start(_)) => {}
                 Received::Message(_, ToSupervisor::PowerOff) => self.power_off(now),
                 Received::Message(_, ToSupervisor::Exited { process, status }) => {
                     self.process_ended(process.into(), status, now);
+                }
+                Received::Message(_, ToSupervisor::Respawned { process, pid }) => {
+                    self.device_spawned(process.into(), pid, fds.pop(), now);
+                }
+                Received::Message(_, ToSupervisor::NotRespawned { process, why }) => {
+                    self.device_not_spawned(process.into(), &why, now);
                 }
             }
         }
@@ -275,9 +301,14 @@ impl Supervisor {
         };
         process.alive = false;
         process.log.read(&self.log, now);
+        let is_device = process.about.role.is_device();
+        if is_device && self.restarts_devices() {
+            return self.device_ended(index, status, now);
+        }
         if self.outcome.is_some() {
             return;
         }
+        let process = &self.processes[index];
         let outcome = Outcome::of_process(&process.about, status);
         if process.about.role == ProcessRole::Vmm {
             self.conclude(outcome);
@@ -296,7 +327,7 @@ impl Supervisor {
             match receive_message(vmm.as_fd()) {
                 Ok(Received::Nothing) => return,
                 Ok(Received::End) => self.vmm = None,
-                Ok(Received::Message(_, message)) => self.vmm_says(message, now),
+                Ok(Received::Message(id, message)) => self.vmm_says(id, message, now),
                 Err(error) => {
                     self.conclude(Outcome {
                         code: exit_code::ERROR,
@@ -309,21 +340,27 @@ impl Supervisor {
         }
     }
 
-    fn vmm_says(&mut self, message: FromVmm, now: Instant) {
+    fn vmm_says(&mut self, id: u64, message: FromVmm, now: Instant) {
         match message {
             FromVmm::Running {
                 started_ns,
                 first_instruction_ns,
-            } => self.tell_spawner(FromSupervisor::Running {
-                started_ns,
-                first_instruction_ns,
-            }),
-            // The end of a process of ours is told by whoever reaps it, with its cause.
-            FromVmm::BackendLost { device, reason } | FromVmm::DeviceFault { device, reason } => {
-                if !self.processes.iter().any(|p| p.about.name == device) {
-                    self.say(&format!("{device}: {reason}"));
+            } => {
+                self.guest_runs = true;
+                self.tell_spawner(FromSupervisor::Running {
+                    started_ns,
+                    first_instruction_ns,
+                });
+            }
+            FromVmm::BackendLost { device, reason } => {
+                match self.processes.iter().position(|p| p.about.name == device) {
+                    Some(index) if self.restarts_devices() => self.device_lost(index, &reason, now),
+                    // The end of a process of ours is told by whoever reaps it, with its cause.
+                    Some(_) => {}
+                    None => self.say(&format!("{device}: {reason}")),
                 }
             }
+            FromVmm::DeviceFault { device, reason } => self.device_faulted(&device, &reason),
             FromVmm::StartFailed { what, cause, hint } => {
                 let mut lines = what;
                 for (name, text) in [("cause", cause), ("hint", hint)] {
@@ -341,8 +378,15 @@ impl Supervisor {
                 self.conclude(Outcome::of_guest(reason));
                 self.wind_down(now);
             }
-            FromVmm::Failed(why) => self.say(&format!("the vmm refused a request: {why}")),
-            FromVmm::Done | FromVmm::Rebooted | FromVmm::Stats(_) => {}
+            FromVmm::Failed(why) => {
+                if !self.device_answered(id, Err(&why), now) {
+                    self.say(&format!("the vmm refused a request: {why}"));
+                }
+            }
+            FromVmm::Done => {
+                self.device_answered(id, Ok(()), now);
+            }
+            FromVmm::Rebooted | FromVmm::Stats(_) => {}
         }
     }
 
@@ -412,53 +456,5 @@ impl Supervisor {
         let code = self.outcome.as_ref().map_or(exit_code::ERROR, |o| o.code);
         self.tell_spawner(FromSupervisor::Finished { code });
         Ok(())
-    }
-}
-
-/// What a poll found.
-#[derive(Default)]
-struct Ready {
-    guest_readable: bool,
-    guest_writable: bool,
-    input: bool,
-    output: bool,
-    logs: Vec<bool>,
-}
-
-impl Ready {
-    fn poll(of: &Supervisor, timeout: PollTimeout) -> Result<Self, SupervisorError> {
-        let mut wanted = vec![
-            (Some(&of.spawner), PollFlags::POLLIN),
-            (of.vmm.as_ref(), PollFlags::POLLIN),
-            (of.console.guest_readable(), PollFlags::POLLIN),
-            (of.console.guest_writable(), PollFlags::POLLOUT),
-            (of.console.input(), PollFlags::POLLIN),
-            (of.console.output(), PollFlags::POLLOUT),
-        ];
-        wanted.extend(of.processes.iter().map(|p| (p.log.pipe(), PollFlags::POLLIN)));
-        // What has nothing to wait for is left out; `places` keeps the order.
-        let mut fds = Vec::with_capacity(wanted.len());
-        let places: Vec<Option<usize>> = wanted
-            .into_iter()
-            .map(|(fd, flags)| {
-                fd.map(|fd| {
-                    fds.push(PollFd::new(fd.as_fd(), flags));
-                    fds.len() - 1
-                })
-            })
-            .collect();
-        match poll(&mut fds, timeout) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(e) => return Err(SupervisorError::Poll(e.into())),
-        }
-        let ready =
-            |place: &Option<usize>| place.is_some_and(|i| fds[i].revents().is_some_and(|r| !r.is_empty()));
-        Ok(Self {
-            guest_readable: ready(&places[2]),
-            guest_writable: ready(&places[3]),
-            input: ready(&places[4]),
-            output: ready(&places[5]),
-            logs: places[6..].iter().map(ready).collect(),
-        })
     }
 }

@@ -74,6 +74,7 @@ mod tests {
             role,
             pid: 7,
             log: FdNumber(9),
+            slot: None,
         }
     }
 

@@ -1,0 +1,86 @@
+//! Starting a device's process again: what the spawner keeps for it, and how.
+//!
+//! The spawner holds every image and TAP for the VM's whole life, so that their locks never lapse
+//! and a successor works on the same open file descriptions; no path is looked up again.
+
+use super::plan::{Plan, ProcessPlan, Source};
+use super::spawn::{Binaries, begin, pair};
+use crate::failure::Failure;
+use crate::sandbox::child::{Child, Starting};
+use nix::sys::socket::SockType;
+use nix::unistd::Pid;
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+
+/// What is kept for successors.
+pub(crate) struct Respawner {
+    /// By place in the plan; `None` for the vmm, which has no successor.
+    processes: Vec<Option<ProcessPlan>>,
+    kept: BTreeMap<Source, OwnedFd>,
+    binaries: Binaries,
+}
+
+/// A successor that builds its jail.
+pub(crate) struct Successor {
+    /// The vmm's end of its vhost-user socket. Messages wait in it until the process reads them.
+    pub(crate) socket: OwnedFd,
+    starting: Starting,
+}
+
+impl Respawner {
+    /// Keeps of `table` what device processes are given; the rest is closed.
+    pub(crate) fn keep(plan: &Plan, table: BTreeMap<Source, OwnedFd>, binaries: Binaries) -> Self {
+        let processes: Vec<Option<ProcessPlan>> = plan
+            .workers
+            .iter()
+            .map(|worker| Some(worker.clone()).filter(|w| w.role.is_device()))
+            .collect();
+        let wanted = |source: &Source| {
+            let mut given = processes.iter().flatten().flat_map(|p| &p.descriptors);
+            // Its socket is made anew each time.
+            !matches!(source, Source::BackEnd(_)) && given.any(|(given, _)| given == source)
+        };
+        Self {
+            kept: table.into_iter().filter(|(source, _)| wanted(source)).collect(),
+            processes,
+            binaries,
+        }
+    }
+
+    /// Starts a process in the place of `process`, which has been reaped.
+    ///
+    /// # Errors
+    /// A [`Failure`] when there is no such device process or it cannot be made.
+    pub(crate) fn start(&self, process: usize) -> Result<Successor, Failure> {
+        let Some(Some(plan)) = self.processes.get(process) else {
+            return Err(Failure::host(format!("process {process} has no successor")));
+        };
+        let (socket, theirs) = pair(SockType::Stream)
+            .map_err(|e| Failure::host(format!("cannot make a socket for {}", plan.name)).because(&e))?;
+        let lookup = |source| match source {
+            Source::BackEnd(_) => theirs.as_fd(),
+            other => self.kept[&other].as_fd(),
+        };
+        let starting = begin(plan, &lookup, &self.binaries)?;
+        Ok(Successor { socket, starting })
+    }
+}
+
+impl Successor {
+    /// Its process id.
+    pub(crate) fn pid(&self) -> Pid {
+        self.starting.pid()
+    }
+
+    /// Waits until it executes its binary. One that fails ends, and is reaped as any other; what
+    /// it failed in is told here.
+    pub(crate) fn finish(self) -> Option<Child> {
+        match self.starting.finish() {
+            Ok(child) => Some(child),
+            Err(error) => {
+                eprintln!("bulkhead: {}", crate::failure::chain(&error));
+                None
+            }
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! Carrying out what [`super::recovery`] decides: asks of the spawner and of the vmm, and the
+//! events that people read.
+
+use super::outcome::Outcome;
+use super::recovery::Order;
+use super::{Phase, Process, Supervisor};
+use crate::wire_fds::send_with_fd;
+use nix::time::{ClockId, clock_gettime};
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+use vm_spec::control::ToVmm;
+use vm_spec::events::{EventKind, MAX_DETAIL, VmEvent};
+use vm_spec::spec::OnDeviceDeath;
+use vm_spec::supervise::{ExitStatus, FromSupervisor};
+
+/// How many events of each kind a device has had.
+pub(super) type Counters = BTreeMap<EventKind, u64>;
+
+impl Supervisor {
+    /// Whether a device's process that ends now is to have a successor.
+    pub(super) fn restarts_devices(&self) -> bool {
+        self.on_device_death == OnDeviceDeath::Restart
+            && self.guest_runs
+            && self.vmm.is_some()
+            && self.outcome.is_none()
+            && matches!(self.phase, Phase::Running | Phase::PoweringOff(_))
+    }
+
+    /// The next time at which a device wants something.
+    pub(super) fn devices_deadline(&self) -> Option<Instant> {
+        if !self.restarts_devices() {
+            return None;
+        }
+        self.processes.iter().filter_map(|p| p.recovery.deadline()).min()
+    }
+
+    /// Looks at every device's time.
+    pub(super) fn judge_devices(&mut self, now: Instant) {
+        if !self.restarts_devices() {
+            return;
+        }
+        for index in 0..self.processes.len() {
+            let order = self.processes[index].recovery.due(now);
+            self.carry_out(index, order);
+        }
+    }
+
+    /// A device's process was reaped.
+    pub(super) fn device_ended(&mut self, index: usize, status: ExitStatus, now: Instant) {
+        let process = &mut self.processes[index];
+        let line = Outcome::of_process(&process.about, status)
+            .line
+            .unwrap_or_default();
+        let order = process.recovery.ended(now, &line);
+        self.say(&line);
+        self.note(index, EventKind::Died, Duration::ZERO, &line);
+        self.carry_out(index, order);
+    }
+
+    /// The vmm no longer talks to this device's back end.
+    pub(super) fn device_lost(&mut self, index: usize, reason: &str, now: Instant) {
+        // Most often its process has ended, and has been reaped or will be in a moment; if not,
+        // the vmm does not trust it any more, and killing costs nothing.
+        if self.processes[index].alive {
+            let order = self.processes[index].recovery.condemn(now, reason);
+            self.carry_out(index, order);
+        }
+    }
+
+    /// The spawner made a process: its socket goes to the vmm.
+    pub(super) fn device_spawned(&mut self, index: usize, pid: i32, socket: Option<OwnedFd>, now: Instant) {
+        let id = self.requests + 1;
+        let Some(process) = self.processes.get_mut(index) else {
+            return;
+        };
+        process.about.pid = pid;
+        process.alive = true;
+        let slot = process.about.slot;
+        let (Some(socket), Some(slot), Some(vmm)) = (socket, slot, &self.vmm) else {
+            // It sees its socket close, and ends.
+            return;
+        };
+        if !process.recovery.spawned(now, id) {
+            return;
+        }
+        self.requests = id;
+        if let Err(error) = send_with_fd(vmm.as_fd(), id, ToVmm::ReplaceBackend { slot }, socket.as_fd()) {
+            let order = process.recovery.condemn(now, &error.to_string());
+            self.carry_out(index, order);
+        }
+    }
+
+    /// The spawner could make no process.
+    pub(super) fn device_not_spawned(&mut self, index: usize, why: &str, now: Instant) {
+        if let Some(process) = self.processes.get_mut(index) {
+            let order = process.recovery.ended(now, why);
+            self.say(why);
+            self.carry_out(index, order);
+        }
+    }
+
+    /// The vmm answered request `id`. False: it was no device's.
+    pub(super) fn device_answered(&mut self, id: u64, answer: Result<(), &str>, now: Instant) -> bool {
+        let Some(index) = self.processes.iter().position(|p| p.recovery.joins_by(id)) else {
+            return false;
+        };
+        match answer {
+            Ok(()) => {
+                let took = self.processes[index].recovery.joined(now);
+                self.note(index, EventKind::Restarted, took, "");
+            }
+            Err(why) => {
+                let name = &self.processes[index].about.name;
+                self.say(&format!("{name}: the new process cannot take over: {why}"));
+                let order = self.processes[index].recovery.condemn(now, why);
+                self.carry_out(index, order);
+            }
+        }
+        true
+    }
+
+    /// The guest was told that a device needs a reset.
+    pub(super) fn device_faulted(&mut self, device: &str, reason: &str) {
+        self.say(&format!("{device}: the device needs a reset: {reason}"));
+        if let Some(index) = self.processes.iter().position(|p| p.about.name == device) {
+            self.note(index, EventKind::NeedsReset, Duration::ZERO, reason);
+        }
+    }
+
+    fn carry_out(&mut self, index: usize, order: Option<Order>) {
+        // The index fits: a VM has at most 32 devices.
+        let process = index as u16;
+        match order {
+            None => {}
+            Some(Order::Respawn) => self.tell_spawner(FromSupervisor::Respawn { process }),
+            Some(Order::Kill) => self.tell_spawner(FromSupervisor::Kill { process }),
+            Some(Order::GiveUp(reason)) => {
+                if let Some(slot) = self.processes[index].about.slot {
+                    // The vmm's DeviceFault, which follows, is what is said and written down.
+                    self.tell_vmm(ToVmm::GiveUpBackend { slot, reason });
+                }
+            }
+        }
+    }
+
+    fn note(&mut self, index: usize, event: EventKind, took: Duration, detail: &str) {
+        let Process { about, counters, .. } = &mut self.processes[index];
+        let count = counters.entry(event).or_default();
+        *count += 1;
+        let event = VmEvent {
+            time_ns: clock_gettime(ClockId::CLOCK_MONOTONIC)
+                .map_or(0, |now| Duration::from(now).as_nanos() as u64),
+            device: about.name.clone(),
+            event,
+            pid: about.pid,
+            count: *count,
+            took_us: took.as_micros() as u64,
+            detail: shortened(detail),
+        };
+        self.tell_spawner(FromSupervisor::Event(event));
+    }
+}
+
+/// A back end's words can be in it: one line, of bounded length.
+fn shortened(detail: &str) -> String {
+    let mut line = String::new();
+    for c in detail.chars() {
+        if line.len() + c.len_utf8() > MAX_DETAIL {
+            break;
+        }
+        line.push(if c.is_control() { '.' } else { c });
+    }
+    line
+}

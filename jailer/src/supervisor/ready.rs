@@ -1,0 +1,53 @@
+//! What the supervisor waits for, in one poll.
+
+use super::{Supervisor, SupervisorError};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::os::fd::AsFd;
+
+/// What a poll found.
+#[derive(Default)]
+pub(super) struct Ready {
+    pub(super) guest_readable: bool,
+    pub(super) guest_writable: bool,
+    pub(super) input: bool,
+    pub(super) output: bool,
+    pub(super) logs: Vec<bool>,
+}
+
+impl Ready {
+    pub(super) fn poll(of: &Supervisor, timeout: PollTimeout) -> Result<Self, SupervisorError> {
+        let mut wanted = vec![
+            (Some(&of.spawner), PollFlags::POLLIN),
+            (of.vmm.as_ref(), PollFlags::POLLIN),
+            (of.console.guest_readable(), PollFlags::POLLIN),
+            (of.console.guest_writable(), PollFlags::POLLOUT),
+            (of.console.input(), PollFlags::POLLIN),
+            (of.console.output(), PollFlags::POLLOUT),
+        ];
+        wanted.extend(of.processes.iter().map(|p| (p.log.pipe(), PollFlags::POLLIN)));
+        // What has nothing to wait for is left out; `places` keeps the order.
+        let mut fds = Vec::with_capacity(wanted.len());
+        let places: Vec<Option<usize>> = wanted
+            .into_iter()
+            .map(|(fd, flags)| {
+                fd.map(|fd| {
+                    fds.push(PollFd::new(fd.as_fd(), flags));
+                    fds.len() - 1
+                })
+            })
+            .collect();
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(e) => return Err(SupervisorError::Poll(e.into())),
+        }
+        let ready =
+            |place: &Option<usize>| place.is_some_and(|i| fds[i].revents().is_some_and(|r| !r.is_empty()));
+        Ok(Self {
+            guest_readable: ready(&places[2]),
+            guest_writable: ready(&places[3]),
+            input: ready(&places[4]),
+            output: ready(&places[5]),
+            logs: places[6..].iter().map(ready).collect(),
+        })
+    }
+}

@@ -1,0 +1,267 @@
+//! Whether and when a device's process is started again: the policy of one device, without the
+//! doing.
+//!
+//! ```text
+//!  Serving --ended--> Waiting --due--> Spawning --socket--> Joining --vmm: done--> Serving
+//!     |                  ^                |                   |  |
+//!     |                  +---- failed ----+------- ended -----+  |
+//!     |                  +--- ended ---+                         |
+//!     +-- lost, hung ------> Ending <--+------ refused, late ----+
+//!                               |
+//!                               +-- does not end --> Lost <-- too many failures in a row
+//! ```
+//!
+//! A successor is asked for only once its predecessor was reaped. All that a process of ours has
+//! under way for the guest is synchronous, so that then nothing of it still lands in the image.
+
+use std::time::{Duration, Instant};
+
+/// A process that served this long makes up for one failure.
+const HEALTHY: Duration = Duration::from_millis(100);
+/// The wait before the second attempt in a row; the first comes at once. It doubles each time.
+const FIRST_DELAY: Duration = Duration::from_millis(10);
+/// The longest wait between attempts.
+const LONGEST_DELAY: Duration = Duration::from_secs(2);
+/// This many failures in a row, about 5 s, are the end of the device.
+const MOST_FAILURES: u32 = 11;
+/// The spawner answers within this time.
+const SPAWN_DEADLINE: Duration = Duration::from_secs(5);
+/// The vmm, whose own deadlines are shorter, says within this time whether a successor serves.
+const JOIN_DEADLINE: Duration = Duration::from_secs(40);
+/// SIGKILL ends a process within this time, unless the kernel holds it (state D).
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Where a device's process is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Stage {
+    Serving,
+    /// It ended; the next is started at that time.
+    Waiting(Instant),
+    /// The spawner was asked for the next.
+    Spawning(Instant),
+    /// The vmm was given its socket, by this request.
+    Joining(Instant, u64),
+    /// It is being killed.
+    Ending(Instant),
+    /// The guest has been told, or is to be, that there is no device any more.
+    Lost,
+}
+
+/// What is to be done.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Order {
+    /// Ask the spawner for a process.
+    Respawn,
+    /// Kill the process that there is.
+    Kill,
+    /// Tell the guest: NEEDS_RESET.
+    GiveUp(String),
+}
+
+/// One device's process.
+pub(super) struct Recovery {
+    stage: Stage,
+    failures: u32,
+    /// When it began to serve.
+    since: Instant,
+    /// When its predecessor ended, until the guest is served again.
+    ended: Option<Instant>,
+    /// What went wrong last.
+    why: String,
+}
+
+impl Recovery {
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            stage: Stage::Serving,
+            failures: 0,
+            since: now,
+            ended: None,
+            why: String::new(),
+        }
+    }
+
+    /// When to look again.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        match self.stage {
+            Stage::Serving | Stage::Lost => None,
+            Stage::Waiting(at) | Stage::Spawning(at) | Stage::Joining(at, _) | Stage::Ending(at) => Some(at),
+        }
+    }
+
+    /// The process was reaped, or none could be made.
+    pub(super) fn ended(&mut self, now: Instant, why: &str) -> Option<Order> {
+        if self.stage == Stage::Lost {
+            return None;
+        }
+        if self.stage == Stage::Serving {
+            let served = now.duration_since(self.since).as_millis() / HEALTHY.as_millis();
+            self.failures = self
+                .failures
+                .saturating_sub(u32::try_from(served).unwrap_or(u32::MAX));
+        }
+        // Its end says less than why it was killed.
+        if !matches!(self.stage, Stage::Ending(_)) {
+            why.clone_into(&mut self.why);
+        }
+        self.ended.get_or_insert(now);
+        self.failures += 1;
+        if self.failures > MOST_FAILURES {
+            return Some(self.lose(format!("{} processes failed in a row, the last: ", self.failures)));
+        }
+        let delay = match self.failures {
+            1 => Duration::ZERO,
+            n => (FIRST_DELAY * 2u32.saturating_pow(n - 2)).min(LONGEST_DELAY),
+        };
+        self.stage = Stage::Waiting(now + delay);
+        None
+    }
+
+    /// Looks at the time.
+    pub(super) fn due(&mut self, now: Instant) -> Option<Order> {
+        if self.deadline().is_none_or(|at| now < at) {
+            return None;
+        }
+        match self.stage {
+            Stage::Waiting(_) => {
+                self.stage = Stage::Spawning(now + SPAWN_DEADLINE);
+                Some(Order::Respawn)
+            }
+            Stage::Spawning(_) => self.ended(now, "the spawner did not answer in time"),
+            Stage::Joining(..) => self.condemn(now, "the vmm could not use it in time"),
+            Stage::Ending(_) => Some(self.lose("its process does not end when killed: ".to_owned())),
+            Stage::Serving | Stage::Lost => None,
+        }
+    }
+
+    /// The spawner made a process, and request `id` gives its socket to the vmm. False: nobody
+    /// waits for it.
+    pub(super) fn spawned(&mut self, now: Instant, id: u64) -> bool {
+        let wanted = matches!(self.stage, Stage::Spawning(_));
+        if wanted {
+            self.stage = Stage::Joining(now + JOIN_DEADLINE, id);
+        }
+        wanted
+    }
+
+    /// Whether the vmm was asked, by request `id`, to use this process.
+    pub(super) fn joins_by(&self, id: u64) -> bool {
+        matches!(self.stage, Stage::Joining(_, wanted) if wanted == id)
+    }
+
+    /// The guest is served again; how long it was not.
+    pub(super) fn joined(&mut self, now: Instant) -> Duration {
+        self.stage = Stage::Serving;
+        self.since = now;
+        self.ended
+            .take()
+            .map_or(Duration::ZERO, |ended| now.duration_since(ended))
+    }
+
+    /// The process is of no use: it is to be killed. Nothing, where it has ended or is ending.
+    pub(super) fn condemn(&mut self, now: Instant, why: &str) -> Option<Order> {
+        if !matches!(self.stage, Stage::Serving | Stage::Joining(..)) {
+            return None;
+        }
+        if self.stage == Stage::Serving {
+            let served = now.duration_since(self.since).as_millis() / HEALTHY.as_millis();
+            self.failures = self
+                .failures
+                .saturating_sub(u32::try_from(served).unwrap_or(u32::MAX));
+        }
+        why.clone_into(&mut self.why);
+        self.ended.get_or_insert(now);
+        self.stage = Stage::Ending(now + KILL_DEADLINE);
+        Some(Order::Kill)
+    }
+
+    fn lose(&mut self, how: String) -> Order {
+        self.stage = Stage::Lost;
+        Order::GiveUp(how + &self.why)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn serve_one(recovery: &mut Recovery, now: Instant) {
+        assert_eq!(recovery.due(now), Some(Order::Respawn));
+        assert!(recovery.spawned(now, 7));
+        assert!(recovery.joins_by(7) && !recovery.joins_by(6));
+        recovery.joined(now);
+    }
+
+    #[test]
+    fn a_process_that_had_served_is_replaced_at_once_however_often() {
+        let mut now = Instant::now();
+        let mut recovery = Recovery::new(now);
+        for _ in 0..500 {
+            now += HEALTHY;
+            assert_eq!(recovery.ended(now, "signal 9"), None);
+            assert_eq!(recovery.deadline(), Some(now));
+            serve_one(&mut recovery, now);
+        }
+    }
+
+    #[test]
+    fn one_that_dies_at_once_is_tried_ever_later_and_then_given_up() {
+        let start = Instant::now();
+        let mut now = start;
+        let mut recovery = Recovery::new(now);
+        let mut delays = Vec::new();
+        let reason = loop {
+            match recovery.ended(now, "signal 11") {
+                Some(Order::GiveUp(reason)) => break reason,
+                other => assert_eq!(other, None),
+            }
+            let due = recovery.deadline().unwrap();
+            delays.push(due - now);
+            now = due;
+            serve_one(&mut recovery, now);
+            now += MS;
+        };
+        assert!(reason.contains("signal 11"), "{reason}");
+        assert_eq!(delays[..3], [Duration::ZERO, 10 * MS, 20 * MS]);
+        assert!(delays.iter().all(|delay| *delay <= LONGEST_DELAY));
+        assert!(now - start < Duration::from_secs(8), "{:?}", now - start);
+        // It stays lost.
+        assert_eq!(recovery.ended(now, "signal 9"), None);
+        assert_eq!(
+            (recovery.due(now + 100 * LONGEST_DELAY), recovery.deadline()),
+            (None, None)
+        );
+    }
+
+    #[test]
+    fn a_process_that_cannot_be_killed_is_never_replaced() {
+        let now = Instant::now();
+        let mut recovery = Recovery::new(now);
+        assert_eq!(recovery.condemn(now, "no answer"), Some(Order::Kill));
+        assert_eq!(recovery.condemn(now, "again"), None);
+        assert_eq!(recovery.due(now + KILL_DEADLINE - MS), None);
+        let Some(Order::GiveUp(reason)) = recovery.due(now + KILL_DEADLINE) else {
+            panic!("not given up");
+        };
+        assert!(reason.contains("no answer"), "{reason}");
+        // Even when it ends after all: the guest has been told.
+        assert_eq!(recovery.ended(now + 2 * KILL_DEADLINE, "signal 9"), None);
+        assert_eq!(recovery.deadline(), None);
+    }
+
+    #[test]
+    fn a_successor_that_does_not_fit_is_killed_and_another_tried() {
+        let now = Instant::now();
+        let mut recovery = Recovery::new(now);
+        recovery.ended(now, "signal 9");
+        assert_eq!(recovery.due(now), Some(Order::Respawn));
+        assert!(recovery.spawned(now, 1));
+        assert!(!recovery.spawned(now, 2), "nobody waits for a second one");
+        assert_eq!(recovery.condemn(now, "it lacks features"), Some(Order::Kill));
+        assert_eq!(recovery.ended(now, "signal 9"), None);
+        assert_eq!(recovery.due(now), None, "not at once this time");
+        assert_eq!(recovery.due(now + FIRST_DELAY), Some(Order::Respawn));
+    }
+}

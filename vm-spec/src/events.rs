@@ -1,0 +1,74 @@
+//! What happens to a running VM's devices: lines of `events.jsonl` in its run-time folder, one
+//! JSON object each, as `bulkhead events` prints them. The same type goes from the supervisor,
+//! which decides, to the spawner, which writes; so every field is always there.
+
+use serde::{Deserialize, Serialize};
+
+/// Name of the file in the VM's run-time folder.
+pub const FILE_NAME: &str = "events.jsonl";
+/// Most bytes of that file. What comes after is counted in the next line's `count` only.
+pub const MAX_BYTES: u64 = 1 << 20;
+/// Most bytes of [`VmEvent::detail`].
+pub const MAX_DETAIL: usize = 512;
+
+/// One event.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct VmEvent {
+    /// CLOCK_MONOTONIC in nanoseconds.
+    pub time_ns: u64,
+    /// The device's id.
+    pub device: String,
+    /// What happened.
+    pub event: EventKind,
+    /// The process that it happened to, in the spawner's process id namespace; 0: none.
+    pub pid: i32,
+    /// How many events of this kind this device has had, this one included.
+    pub count: u64,
+    /// Microseconds from the predecessor's death, as the supervisor heard of it, to the vmm's word
+    /// that the guest is served again; 0 where nothing was replaced.
+    pub took_us: u64,
+    /// Why, one line; may be empty.
+    pub detail: String,
+}
+
+/// What happened to a device.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EventKind {
+    /// Its process ended, and nobody had asked it to.
+    Died,
+    /// A new process serves the guest.
+    Restarted,
+    /// Its process did not answer, or made no progress, and was killed.
+    Hung,
+    /// A process of another build serves the guest.
+    Upgraded,
+    /// The guest was told that the device needs a reset (NEEDS_RESET).
+    NeedsReset,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_one_line_with_the_names_that_people_grep_for() {
+        let event = VmEvent {
+            time_ns: 5,
+            device: "disk0".into(),
+            event: EventKind::NeedsReset,
+            pid: 7,
+            count: 1,
+            took_us: 0,
+            detail: "line\nbreak".into(),
+        };
+        let line = serde_json::to_string(&event).unwrap();
+        assert!(
+            line.contains(r#""event":"needs-reset""#) && !line.contains('\n'),
+            "{line}"
+        );
+        let bytes = postcard::to_allocvec(&event).unwrap();
+        assert_eq!(postcard::from_bytes::<VmEvent>(&bytes).unwrap(), event);
+    }
+}
