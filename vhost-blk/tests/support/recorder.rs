@@ -14,8 +14,19 @@ const SECTOR: u64 = 512;
 /// What an engine asked of the file.
 #[derive(Clone, Debug)]
 pub enum Op {
-    Write { offset: u64, bytes: Vec<u8> },
-    Zero { offset: u64, len: u64 },
+    Write {
+        offset: u64,
+        bytes: Vec<u8>,
+    },
+    /// A write that is durable by itself, together with the file's length.
+    Durable {
+        offset: u64,
+        bytes: Vec<u8>,
+    },
+    Zero {
+        offset: u64,
+        len: u64,
+    },
     Length(u64),
     Barrier,
 }
@@ -68,7 +79,17 @@ impl Recorder {
             .map_or(0, |at| at + 1);
         let durable = self.after_process_death(synced);
         let loose = &log[synced..count];
-        let length_cut = random.below(loose.len() as u64 + 1) as usize;
+        let mut certain: BTreeMap<u64, usize> = BTreeMap::new();
+        let mut certain_length = 0;
+        for (index, op) in loose.iter().enumerate() {
+            if let Op::Durable { offset, bytes } = op {
+                certain_length = index + 1;
+                for sector in offset / SECTOR..(offset + bytes.len() as u64).div_ceil(SECTOR) {
+                    certain.insert(sector, index + 1);
+                }
+            }
+        }
+        let length_cut = certain_length.max(random.below(loose.len() as u64 + 1) as usize);
         let mut length = durable.clone();
         loose[..length_cut].iter().for_each(|op| apply(&mut length, op));
         let mut cuts: BTreeMap<u64, usize> = BTreeMap::new();
@@ -77,7 +98,7 @@ impl Recorder {
         let orderly = random.below(4) == 0;
         for (index, op) in loose.iter().enumerate() {
             let (offset, len) = match op {
-                Op::Write { offset, bytes } => (*offset, bytes.len() as u64),
+                Op::Write { offset, bytes } | Op::Durable { offset, bytes } => (*offset, bytes.len() as u64),
                 Op::Zero { offset, len } => (*offset, *len),
                 _ => continue,
             };
@@ -85,15 +106,16 @@ impl Recorder {
             while at < offset + len {
                 let end = ((at / SECTOR + 1) * SECTOR).min(offset + len);
                 let cut = *cuts.entry(at / SECTOR).or_insert_with(|| {
-                    if orderly {
+                    let cut = if orderly {
                         length_cut
                     } else {
                         random.below(loose.len() as u64 + 1) as usize
-                    }
+                    };
+                    cut.max(certain.get(&(at / SECTOR)).copied().unwrap_or(0))
                 });
                 if index < cut {
                     let part = match op {
-                        Op::Write { bytes, .. } => {
+                        Op::Write { bytes, .. } | Op::Durable { bytes, .. } => {
                             let from = (at - offset) as usize;
                             Op::Write {
                                 offset: at,
@@ -117,7 +139,7 @@ impl Recorder {
 
 fn apply(file: &mut Vec<u8>, op: &Op) {
     match op {
-        Op::Write { offset, bytes } => {
+        Op::Write { offset, bytes } | Op::Durable { offset, bytes } => {
             let start = *offset as usize;
             if file.len() < start + bytes.len() {
                 file.resize(start + bytes.len(), 0);
@@ -149,6 +171,14 @@ impl BlockFile for Recorder {
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         self.record(Op::Write {
+            offset,
+            bytes: buf.to_vec(),
+        });
+        Ok(())
+    }
+
+    fn write_durably(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.record(Op::Durable {
             offset,
             bytes: buf.to_vec(),
         });

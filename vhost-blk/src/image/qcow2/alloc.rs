@@ -173,6 +173,7 @@ impl Qcow2 {
     /// Raises the refcounts of a run, clears its clusters and waits until both are durable.
     fn make_durable(&self, meta: &mut Meta, run: &Run) -> Result<(), ImageError> {
         let geometry = &self.geometry;
+        let grows = self.only_grows(meta, run);
         for clusters in &run.clusters {
             meta.refcounts
                 .update(&*self.file, geometry, clusters.clone(), &|_, _| Ok(1))?;
@@ -197,6 +198,9 @@ impl Qcow2 {
                 meta.file_end = range.end;
             }
         }
+        if let Some(clusters) = grows {
+            return self.flush_refcounts(meta, clusters);
+        }
         self.file.sync().map_err(ImageError::io("flush refcounts"))?;
         if run.new_blocks.is_empty() {
             return Ok(());
@@ -212,6 +216,38 @@ impl Qcow2 {
         self.file
             .sync()
             .map_err(ImageError::io("flush the refcount table"))
+    }
+
+    /// The clusters of a run that lies behind the file's end in one piece and needs no new block: its
+    /// refcounts and the file's length are all that must be durable.
+    fn only_grows(&self, meta: &Meta, run: &Run) -> Option<Range<u64>> {
+        match (&run.clusters[..], run.new_blocks.is_empty()) {
+            ([clusters], true)
+                if self.geometry.offset_of(clusters.start) >= meta.file_end
+                    && !self.file.has_fixed_size() =>
+            {
+                Some(clusters.clone())
+            }
+            _ => None,
+        }
+    }
+
+    /// Makes the refcounts of a run durable without waiting for the guest data that is dirty meanwhile.
+    fn flush_refcounts(&self, meta: &Meta, clusters: Range<u64>) -> Result<(), ImageError> {
+        let mut first = clusters.start;
+        while first < clusters.end {
+            let per_block = self.geometry.refblock_entries();
+            let end = clusters.end.min((first / per_block + 1) * per_block);
+            let bytes = meta.refcounts.bytes_of(&self.geometry, first..end);
+            let bytes = bytes.ok_or_else(|| ImageError::corrupt("refcount table", "lost a block"))?;
+            let mut copy = vec![0; (bytes.end - bytes.start) as usize];
+            self.file
+                .read_at(&mut copy, bytes.start)
+                .and_then(|()| self.file.write_durably(&copy, bytes.start))
+                .map_err(ImageError::io("flush refcounts"))?;
+            first = end;
+        }
+        Ok(())
     }
 
     /// Moves the refcount table to a larger place, past everything that it covers now.

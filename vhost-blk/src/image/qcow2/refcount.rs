@@ -54,6 +54,15 @@ impl Refcounts {
         self.table.get(index).copied().filter(|block| *block != 0)
     }
 
+    /// Where the refcounts of a run of clusters, which one block covers, lie in the file.
+    pub(super) fn bytes_of(&self, geometry: &Geometry, clusters: Range<u64>) -> Option<Range<u64>> {
+        let block = self.block_of(geometry, clusters.start)?;
+        let order = geometry.refcount_order;
+        let first = clusters.start % geometry.refblock_entries();
+        let bits = (first + (clusters.end - clusters.start)) << order;
+        Some(block + byte_of(first, order)..block + bits.div_ceil(8))
+    }
+
     /// Refcount of a cluster; 0 where no block covers it.
     pub(super) fn get(
         &mut self,
