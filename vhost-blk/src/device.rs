@@ -1,12 +1,14 @@
 //! The block device: features and configuration space (virtio 1.3, 5.2.3 and 5.2.4).
 
-use crate::image::{self, Image, OpenOptions, SECTOR};
+use crate::image::{self, BlockFile, Format, Image, ImageError, OpenOptions, SECTOR};
+use crate::io::{CacheMode, DirectFile, IoMode, RestrictedRing};
 use crate::options::{Options, Place, USAGE};
 use crate::queue::BlkQueue;
 use crate::request::{MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_WRITE_ZEROES_SECTORS};
 use jailer::sandbox::Role;
 use std::error::Error;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use vhost_daemon::{ConfigError, Device, Program, QueueHandler, QueueLimits};
 use virtio_bindings::virtio_blk::*;
@@ -31,6 +33,9 @@ pub enum BlkError {
     /// What is in the file is refused.
     #[error("cannot use {0} as a disk image")]
     Image(Place, #[source] image::ImageError),
+    /// `--io=uring` on a host without it.
+    #[error("the host refuses an io_uring (see kernel.io_uring_disabled); use --io=auto or --io=sync")]
+    Uring(#[source] io::Error),
 }
 
 /// `vhost-user-blk`.
@@ -61,7 +66,8 @@ impl Program for BlkProgram {
     fn open(options: Options, num_queues: u16) -> Result<Box<dyn Device>, Box<dyn Error + Send + Sync>> {
         let image = open_image(&options)?;
         tracing::info!(image = image.describe(), "disk image is open");
-        Ok(Box::new(BlkDevice::new(image, options.serial, num_queues)))
+        let rings = make_rings(&options, num_queues)?;
+        Ok(Box::new(BlkDevice::new(image, options.serial, num_queues, rings)))
     }
 }
 
@@ -87,7 +93,57 @@ fn open_image(options: &Options) -> Result<Arc<dyn Image>, BlkError> {
         read_only: options.read_only,
         ..OpenOptions::default()
     };
-    image::open(top, format, backing, &settings).map_err(|error| BlkError::Image(place.clone(), error))
+    let image = if options.cache == CacheMode::None {
+        let direct = match options.direct {
+            Some(number) => Place::Fd(number).open(options.read_only),
+            None => place.open_with(options.read_only, libc::O_DIRECT),
+        };
+        let direct = direct.map_err(|error| BlkError::Open(place.clone(), error))?;
+        open_direct(top, direct, format, backing, &settings)
+    } else {
+        image::open(top, format, backing, &settings)
+    };
+    image.map_err(|error| BlkError::Image(place.clone(), error))
+}
+
+/// The top past the page cache; what lies below it is read through it.
+fn open_direct(
+    top: OwnedFd,
+    direct: OwnedFd,
+    format: Format,
+    backing: Vec<(Format, OwnedFd)>,
+    settings: &OpenOptions,
+) -> Result<Arc<dyn Image>, ImageError> {
+    let use_file = ImageError::io("use the image's file without the page cache");
+    image::lock(top.as_fd(), settings.read_only)?;
+    let top = DirectFile::new(top, direct, settings.read_only).map_err(use_file)?;
+    let mut layers: Vec<(Format, Arc<dyn BlockFile>)> = vec![(format, Arc::new(top))];
+    for (format, fd) in backing {
+        image::lock(fd.as_fd(), true)?;
+        let file = image::HostFile::new(fd).map_err(ImageError::io("use a backing file"))?;
+        layers.push((format, Arc::new(file)));
+    }
+    image::open_layers(layers, None, settings)
+}
+
+/// A ring for each queue, where `--io` and the host want it.
+fn make_rings(options: &Options, num_queues: u16) -> Result<Vec<RestrictedRing>, BlkError> {
+    let wanted = match options.io {
+        IoMode::Auto => options.cache == CacheMode::None,
+        IoMode::Sync => false,
+        IoMode::Uring => true,
+    };
+    if !wanted {
+        return Ok(Vec::new());
+    }
+    let rings: io::Result<Vec<_>> = (0..num_queues).map(|_| RestrictedRing::new()).collect();
+    match rings {
+        Err(error) if options.io == IoMode::Auto => {
+            tracing::warn!(%error, "the host refuses an io_uring: each queue moves one request at a time");
+            Ok(Vec::new())
+        }
+        rings => rings.map_err(BlkError::Uring),
+    }
 }
 
 /// `struct virtio_blk_config` as far as this device has fields.
@@ -119,18 +175,23 @@ struct Config {
 
 /// A disk.
 pub struct BlkDevice {
-    image: Arc<dyn Image>,
+    /// Never freed: it lives as long as the process, and the queues' transfers refer to it.
+    image: &'static dyn Image,
     serial: Vec<u8>,
     num_queues: u16,
+    rings: Vec<RestrictedRing>,
 }
 
 impl BlkDevice {
-    /// A disk with the contents of `image`, which answers GET_ID with `serial`.
-    pub fn new(image: Arc<dyn Image>, serial: Vec<u8>, num_queues: u16) -> Self {
+    /// A disk with the contents of `image`, which answers GET_ID with `serial`. Each queue has one of
+    /// `rings`, if there are any.
+    fn new(image: Arc<dyn Image>, serial: Vec<u8>, num_queues: u16, rings: Vec<RestrictedRing>) -> Self {
+        let image: &'static Arc<dyn Image> = Box::leak(Box::new(image));
         Self {
-            image,
+            image: &**image,
             serial,
             num_queues,
+            rings,
         }
     }
 }
@@ -193,10 +254,11 @@ impl Device for BlkDevice {
     }
 
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
-        let queue = |_| -> Box<dyn QueueHandler> {
-            Box::new(BlkQueue::new(Arc::clone(&self.image), self.serial.clone()))
+        let mut rings = std::mem::take(&mut self.rings).into_iter();
+        let mut queue = |_| -> Box<dyn QueueHandler> {
+            Box::new(BlkQueue::new(self.image, self.serial.clone(), rings.next()))
         };
-        (0..self.num_queues).map(queue).collect()
+        (0..self.num_queues).map(&mut queue).collect()
     }
 
     fn reset(&mut self) {}

@@ -5,6 +5,7 @@
 
 pub mod device;
 pub mod image;
+pub mod io;
 mod options;
 mod queue;
 mod request;

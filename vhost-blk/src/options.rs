@@ -1,12 +1,14 @@
 //! The flags that name the image.
 
 use crate::image::Format;
+use crate::io::{CacheMode, IoMode};
 use lexopt::{Parser, ValueExt};
 use std::ffi::OsString;
 use std::fs::OpenOptions as FileOptions;
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
 /// Printed by `--help`.
@@ -15,6 +17,9 @@ pub(crate) const USAGE: &str = "  --blk-file=PATH         the image
   --format=FORMAT         raw or qcow2; never guessed
   --backing=FORMAT:PATH   a backing file; once for each, from the image downwards
   --backing-fd=FORMAT:N   the same, already open
+  --cache=MODE            writeback (default), or none: past the host's page cache (O_DIRECT)
+  --blk-direct-fd=N       with --blk-fd and --cache=none: the same file, open with O_DIRECT
+  --io=MODE               auto (default), sync or uring; auto takes io_uring for --cache=none
   --read-only             the guest cannot write
   --serial=TEXT           what GET_ID answers; at most 20 bytes
 ";
@@ -34,10 +39,16 @@ pub enum Place {
 impl Place {
     /// Opens or takes the file.
     pub(crate) fn open(&self, read_only: bool) -> io::Result<OwnedFd> {
+        self.open_with(read_only, 0)
+    }
+
+    /// As [`Self::open`]; `flags` are further ones for `open`.
+    pub(crate) fn open_with(&self, read_only: bool, flags: i32) -> io::Result<OwnedFd> {
         match self {
             Self::Path(path) => FileOptions::new()
                 .read(true)
                 .write(!read_only)
+                .custom_flags(flags)
                 .open(path)
                 .map(Into::into),
             Self::Fd(number) => vhost_daemon::inherited(*number),
@@ -60,6 +71,9 @@ pub struct Options {
     pub(crate) image: Option<Place>,
     pub(crate) format: Option<Format>,
     pub(crate) backing: Vec<(Format, Place)>,
+    pub(crate) cache: CacheMode,
+    pub(crate) direct: Option<RawFd>,
+    pub(crate) io: IoMode,
     pub(crate) read_only: bool,
     pub(crate) serial: Vec<u8>,
 }
@@ -79,6 +93,9 @@ impl Options {
                 let (format, number) = layer(parser.value()?)?;
                 self.backing.push((format, Place::Fd(number.parse()?)));
             }
+            "cache" => self.cache = parser.value()?.parse()?,
+            "blk-direct-fd" => self.direct = Some(parser.value()?.parse()?),
+            "io" => self.io = parser.value()?.parse()?,
             "read-only" => self.read_only = true,
             "serial" => self.serial = serial(parser.value()?)?,
             _ => return Ok(false),
@@ -93,6 +110,10 @@ impl Options {
         }
         if self.format.is_none() {
             return Err("--format is needed: raw or qcow2; it is never guessed".into());
+        }
+        let by_fd = matches!(self.image, Some(Place::Fd(_)));
+        if self.direct.is_some() != (by_fd && self.cache == CacheMode::None) {
+            return Err("--blk-direct-fd goes with --blk-fd and --cache=none, and they with it".into());
         }
         Ok(())
     }

@@ -55,7 +55,7 @@ pub enum DaemonError {
 /// Runs `P` from its command line to its end.
 ///
 /// Exit codes: 0 when the front end hung up (`--fd`) or a SIGTERM came; 1 for an error, printed with
-/// its causes; 2 for a wrong command line; 135 when the front end truncated guest memory.
+/// its causes; 2 for a wrong command line; 101 for a panic; 135 when the front end truncated guest memory.
 pub fn run<P: Program>() -> ExitCode {
     let request = match flags::parse::<P>(std::env::args_os().skip(1)) {
         Ok(request) => request,
@@ -71,11 +71,12 @@ pub fn run<P: Program>() -> ExitCode {
         Request::Serve(settings, options) => (settings, options),
     };
     log::start(settings.log_level, settings.log_format);
+    signals::end_on_panic();
     match start::<P>(settings, options) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => signals::end(0),
         Err(error) => {
             report(P::NAME, &error);
-            ExitCode::FAILURE
+            signals::end(1)
         }
     }
 }

@@ -1,6 +1,9 @@
-//! The two signals with a meaning: SIGTERM (and SIGINT), which ends the process in order, and
-//! SIGBUS, which a front end causes that truncates the memory it shares.
-#![expect(unsafe_code, reason = "installs a signal handler")]
+//! How the process ends: by SIGTERM (and SIGINT) in order, by SIGBUS, which a front end causes that
+//! truncates the memory it shares, by a panic, and when it is done.
+//!
+//! Whatever the reason, one call to the kernel does it: a thread that ends by itself, or an abort,
+//! takes several that the policy would have to allow.
+#![expect(unsafe_code, reason = "installs a signal handler, ends the process")]
 
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -52,4 +55,23 @@ pub(crate) fn end_on_sigbus() -> io::Result<()> {
     // SAFETY: the handler calls only functions that are allowed in one.
     unsafe { sigaction(Signal::SIGBUS, &action) }?;
     Ok(())
+}
+
+/// Exit code after a panic, as Rust's own.
+const PANIC_EXIT: u8 = 101;
+
+/// Makes a panic in any thread end the process once its message is written: a disk that lost a queue
+/// must not look alive.
+pub(crate) fn end_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        end(PANIC_EXIT)
+    }));
+}
+
+/// Ends the process and all its threads at once.
+pub(crate) fn end(code: u8) -> ! {
+    // SAFETY: _exit(2) may be called at any time; what had to be kept has been flushed by its owner.
+    unsafe { libc::_exit(code.into()) }
 }

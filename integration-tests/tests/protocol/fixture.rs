@@ -24,18 +24,38 @@ pub(crate) const DISK: u64 = 64 << 20;
 pub(crate) enum Kind {
     Raw,
     Qcow2,
+    /// Past the page cache, through the restricted ring.
+    RawDirect,
+    Qcow2Direct,
     /// Raw, served by the reference back end.
     Reference,
 }
 
 impl Kind {
-    pub(crate) const OURS: [Self; 2] = [Self::Raw, Self::Qcow2];
-    pub(crate) const ALL: [Self; 3] = [Self::Raw, Self::Qcow2, Self::Reference];
+    pub(crate) const OURS: [Self; 4] = [Self::Raw, Self::Qcow2, Self::RawDirect, Self::Qcow2Direct];
+    pub(crate) const ALL: [Self; 5] = [
+        Self::Raw,
+        Self::Qcow2,
+        Self::RawDirect,
+        Self::Qcow2Direct,
+        Self::Reference,
+    ];
+
+    fn flags(self) -> &'static [&'static str] {
+        match self {
+            Self::Raw | Self::Reference => &["--format=raw"],
+            Self::Qcow2 => &["--format=qcow2"],
+            Self::RawDirect => &["--format=raw", "--cache=none"],
+            Self::Qcow2Direct => &["--format=qcow2", "--cache=none"],
+        }
+    }
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
+            Self::RawDirect => "raw-direct",
+            Self::Qcow2Direct => "qcow2-direct",
             Self::Reference => "reference",
         }
     }
@@ -93,7 +113,7 @@ impl Disk {
         let path = folder.path().join("disk");
         let name = path.to_str().context("temporary folder is not UTF-8")?;
         match kind {
-            Kind::Qcow2 => drop(qemu_img(&[
+            Kind::Qcow2 | Kind::Qcow2Direct => drop(qemu_img(&[
                 "create",
                 "-q",
                 "-f",
@@ -101,7 +121,7 @@ impl Disk {
                 name,
                 &DISK.to_string(),
             ])?),
-            Kind::Raw | Kind::Reference => File::create(&path)?.set_len(DISK)?,
+            Kind::Raw | Kind::RawDirect | Kind::Reference => File::create(&path)?.set_len(DISK)?,
         }
         Ok(Self { kind, path, folder })
     }
@@ -111,7 +131,7 @@ impl Disk {
         let mut command = Command::new(artifact(Artifact::VhostUserBlk)?);
         command
             .arg(format!("--blk-file={}", self.path.display()))
-            .arg(format!("--format={}", self.kind.name()))
+            .args(self.kind.flags())
             .args(["--num-queues=4", "--serial=protocol-test"]);
         Ok(command)
     }
@@ -145,7 +165,7 @@ impl Disk {
 
     /// The content of an image that may have these flaws.
     pub(crate) fn content_with(&self, flaws: Flaws) -> Result<Vec<u8>> {
-        if self.kind != Kind::Qcow2 {
+        if !matches!(self.kind, Kind::Qcow2 | Kind::Qcow2Direct) {
             return Ok(fs::read(&self.path)?);
         }
         let raw = self.folder.path().join("raw");

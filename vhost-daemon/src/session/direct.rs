@@ -8,8 +8,8 @@
 use super::handler::InflightDescription;
 use super::{Session, SessionError};
 use crate::descriptors::receive;
-use nix::sys::socket::{ControlMessage, MsgFlags, recv, send, sendmsg};
-use std::io::{self, IoSlice};
+use nix::sys::socket::{ControlMessage, MsgFlags, recvmsg, sendmsg};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
@@ -45,7 +45,10 @@ const KNOWN_STATUS: u64 = 0xFF;
 pub(super) fn peek(socket: BorrowedFd<'_>) -> Option<usize> {
     let mut header = [0; HEADER];
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-    let whole = recv(socket.as_raw_fd(), &mut header, flags) == Ok(HEADER);
+    // With no room for control messages: descriptors stay with the message in the socket.
+    let mut vectors = [IoSliceMut::new(&mut header)];
+    let peeked = recvmsg::<()>(socket.as_raw_fd(), &mut vectors, None, flags);
+    let whole = peeked.is_ok_and(|message| message.bytes == HEADER);
     (whole && DIRECT.contains(&word(&header, 0))).then(|| word(&header, 8) as usize)
 }
 
@@ -190,7 +193,7 @@ impl Session {
             return Ok(());
         };
         let message = header(CONFIG_CHANGE_MSG, VERSION, 0);
-        send_whole(channel.as_raw_fd(), &message)
+        send_whole(channel.as_raw_fd(), &message, &[])
     }
 }
 
@@ -206,33 +209,18 @@ fn reply(socket: BorrowedFd<'_>, request: u32, payload: &[u8], fd: Option<&Owned
     let mut message = Vec::from(header(request, VERSION | REPLY, payload.len() as u32));
     message.extend_from_slice(payload);
     let Some(fd) = fd else {
-        return send_whole(socket.as_raw_fd(), &message);
+        return send_whole(socket.as_raw_fd(), &message, &[]);
     };
-    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
     let fds = [fd.as_raw_fd()];
-    let control = [ControlMessage::ScmRights(&fds)];
-    whole(
-        sendmsg::<()>(
-            socket.as_raw_fd(),
-            &[IoSlice::new(&message)],
-            &control,
-            flags,
-            None,
-        ),
-        message.len(),
-    )
+    send_whole(socket.as_raw_fd(), &message, &[ControlMessage::ScmRights(&fds)])
 }
 
 /// A message this short goes into the socket's buffer whole or not at all; a peer that lets its
 /// buffer run full is not waited for.
-fn send_whole(socket: RawFd, message: &[u8]) -> io::Result<()> {
+fn send_whole(socket: RawFd, message: &[u8], control: &[ControlMessage<'_>]) -> io::Result<()> {
     let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-    whole(send(socket, message, flags), message.len())
-}
-
-fn whole(sent: nix::Result<usize>, length: usize) -> io::Result<()> {
-    match sent {
-        Ok(sent) if sent == length => Ok(()),
+    match sendmsg::<()>(socket, &[IoSlice::new(message)], control, flags, None) {
+        Ok(sent) if sent == message.len() => Ok(()),
         Ok(_) => Err(io::ErrorKind::WriteZero.into()),
         Err(error) => Err(error.into()),
     }

@@ -54,8 +54,8 @@ impl Lane {
         }
     }
 
-    /// Serves until the session quits or is gone.
-    pub(super) fn run(mut self, inbox: &Receiver<Command>, outbox: &Sender<Answer>) {
+    /// Serves until the session quits or is gone, then waits for the end of the process.
+    pub(super) fn run(mut self, inbox: &Receiver<Command>, outbox: &Sender<Answer>) -> ! {
         loop {
             match inbox.try_recv() {
                 Ok(Command::Quit) | Err(TryRecvError::Disconnected) => break,
@@ -73,6 +73,10 @@ impl Lane {
             }
         }
         self.stop();
+        // A thread that ends makes calls of its own; the end of the process takes this one along.
+        loop {
+            std::thread::park();
+        }
     }
 
     fn obey(&mut self, command: Command) -> Answer {

@@ -1,0 +1,164 @@
+//! An image's file without the page cache: guest data by O_DIRECT, metadata and what is not aligned by
+//! a second open file description of the same file, which the kernel keeps coherent.
+#![expect(unsafe_code, reason = "statx for the alignment, which nix does not offer")]
+
+use crate::image::{BlockFile, Buffers, HostFile};
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+/// What every O_DIRECT transfer is aligned to where the host does not say.
+const SAFE_ALIGNMENT: u64 = 4096;
+
+/// Two descriptions of one file.
+#[derive(Debug)]
+pub struct DirectFile {
+    plain: HostFile,
+    direct: HostFile,
+    /// Alignment of addresses and of offsets and lengths, in bytes.
+    memory: u64,
+    offset: u64,
+}
+
+impl DirectFile {
+    /// Takes `plain`, and the same file as `direct`, opened with O_DIRECT. Waits for direct writes of a
+    /// process that was killed: they may still be on their way, and would land on newer data.
+    ///
+    /// # Errors
+    /// When they are not the same file, or `direct` is not open with O_DIRECT (`InvalidInput`).
+    pub fn new(plain: OwnedFd, direct: OwnedFd, read_only: bool) -> io::Result<Self> {
+        let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
+        let flags = OFlag::from_bits_truncate(fcntl(&direct, FcntlArg::F_GETFL)?);
+        if !flags.contains(OFlag::O_DIRECT) {
+            return Err(invalid("the second descriptor is not open with O_DIRECT"));
+        }
+        if !read_only {
+            wait_for_direct_writes(plain.as_fd())?;
+        }
+        let (memory, offset) = alignment(direct.as_fd()).unwrap_or((SAFE_ALIGNMENT, SAFE_ALIGNMENT));
+        let (plain, direct) = (HostFile::new(plain)?, HostFile::new(direct)?);
+        if plain.identity()? != direct.identity()? {
+            return Err(invalid("the two descriptors are of different files"));
+        }
+        Ok(Self {
+            plain,
+            direct,
+            memory,
+            offset,
+        })
+    }
+
+    /// Whether the host takes this transfer past the page cache.
+    fn takes(&self, buffers: Buffers<'_>, offset: u64) -> bool {
+        let mut fits =
+            offset.is_multiple_of(self.offset) && (buffers.len() as u64).is_multiple_of(self.offset);
+        buffers.with_slices(|slices| {
+            for slice in slices {
+                let address = slice.ptr_guard().as_ptr() as u64;
+                fits &=
+                    address.is_multiple_of(self.memory) && (slice.len() as u64).is_multiple_of(self.memory);
+            }
+        });
+        fits
+    }
+}
+
+/// `fallocate` waits for all direct I/O on a file, whoever began it; its one byte exists or costs a block.
+fn wait_for_direct_writes(file: BorrowedFd<'_>) -> io::Result<()> {
+    match fallocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, 0, 1) {
+        // ENODEV: a block device without it.
+        Ok(()) | Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// STATX_DIOALIGN: alignment of memory and of offsets; `None` where the kernel or file system does not
+/// say.
+fn alignment(file: BorrowedFd<'_>) -> Option<(u64, u64)> {
+    // SAFETY: all bytes 0 are a valid `statx`.
+    let mut status: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the path is an empty C string, and `status` is valid for the call to write.
+    let result = unsafe {
+        libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            &raw mut status,
+        )
+    };
+    let (memory, offset) = (status.stx_dio_mem_align, status.stx_dio_offset_align);
+    let known = result == 0 && status.stx_mask & libc::STATX_DIOALIGN != 0 && memory > 0 && offset > 0;
+    known.then(|| (memory.into(), offset.into()))
+}
+
+impl BlockFile for DirectFile {
+    fn size(&self) -> io::Result<u64> {
+        self.plain.size()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.plain.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.plain.write_at(buf, offset)
+    }
+
+    fn write_durably(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.plain.write_durably(buf, offset)
+    }
+
+    fn read_buffers(&self, to: Buffers<'_>, offset: u64) -> io::Result<()> {
+        if self.takes(to, offset) {
+            self.direct.read_buffers(to, offset)
+        } else {
+            self.plain.read_buffers(to, offset)
+        }
+    }
+
+    fn write_buffers(&self, from: Buffers<'_>, offset: u64) -> io::Result<()> {
+        if self.takes(from, offset) {
+            self.direct.write_buffers(from, offset)
+        } else {
+            self.plain.write_buffers(from, offset)
+        }
+    }
+
+    fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.plain.zero_range(offset, len)
+    }
+
+    fn discard_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.plain.discard_range(offset, len)
+    }
+
+    fn zero_in_place(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.plain.zero_in_place(offset, len)
+    }
+
+    fn grow_to(&self, len: u64) -> io::Result<()> {
+        self.plain.grow_to(len)
+    }
+
+    fn cut_to(&self, len: u64) -> io::Result<()> {
+        self.plain.cut_to(len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.plain.sync()
+    }
+
+    fn has_fixed_size(&self) -> bool {
+        self.plain.has_fixed_size()
+    }
+
+    fn identity(&self) -> io::Result<(u64, u64)> {
+        self.plain.identity()
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.direct.descriptor()
+    }
+}

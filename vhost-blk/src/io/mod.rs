@@ -1,0 +1,59 @@
+//! How requests reach the host's files: by plain calls, or through a restricted io_uring.
+//!
+//! Cached files take plain `preadv` and `pwritev`, which copy and return; O_DIRECT files take a
+//! ring, since a call that waits for the disk would leave it one request deep.
+
+mod direct;
+mod ring;
+
+pub use direct::DirectFile;
+pub(crate) use ring::{Direction, RestrictedRing, Transfer};
+
+use std::str::FromStr;
+
+/// Who moves the data (`--io`).
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum IoMode {
+    /// The ring where the image bypasses the page cache and the host has one, else plain calls.
+    #[default]
+    Auto,
+    /// Plain calls.
+    Sync,
+    /// The ring; without one the process does not start.
+    Uring,
+}
+
+impl FromStr for IoMode {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "sync" => Ok(Self::Sync),
+            "uring" => Ok(Self::Uring),
+            _ => Err("expected auto, sync or uring"),
+        }
+    }
+}
+
+/// What the host keeps of the image in memory (`--cache`, QEMU's names).
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum CacheMode {
+    /// The host's page cache.
+    #[default]
+    Writeback,
+    /// Data goes past the page cache (O_DIRECT).
+    None,
+}
+
+impl FromStr for CacheMode {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "writeback" => Ok(Self::Writeback),
+            "none" => Ok(Self::None),
+            _ => Err("expected writeback or none"),
+        }
+    }
+}
