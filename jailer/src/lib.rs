@@ -3,6 +3,7 @@
 //! [`sandbox`] is all that the vmm and the device processes link; [`supervisor`] is the resident
 //! process beside them; the rest belongs to the short-lived launcher and its feature.
 
+pub mod audit;
 #[cfg(feature = "launcher")]
 pub mod cli;
 #[cfg(feature = "launcher")]

@@ -5,6 +5,8 @@ mod flags;
 mod policy;
 mod spec_file;
 
+use crate::audit;
+use crate::audit::wall::Wall;
 use crate::failure::Failure;
 use crate::launch::{self, Options};
 use crate::sandbox::{Role, SeccompMode};
@@ -27,6 +29,25 @@ enum Verb {
     Run(Box<RunArgs>),
     /// Say what this host lacks, and the command that mends it
     Doctor {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Attack every jail from inside, and say which wall held
+    Audit {
+        /// Take one wall away, and show that the next one holds: seccomp, namespace, landlock,
+        /// capability, seal or limit
+        #[arg(long, value_name = "WALL")]
+        without: Option<Wall>,
+        /// Only this role: vmm, vcpu, disk, net or supervisor
+        #[arg(long)]
+        role: Option<Role>,
+        /// Only this attack
+        #[arg(long, value_name = "NAME")]
+        attack: Option<String>,
+        /// The folder with the probes (default: probes, beside this program)
+        #[arg(long, value_name = "FOLDER")]
+        probes: Option<PathBuf>,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -143,6 +164,24 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
         Verb::Run(args) => launch::run(&args.spec()?, &args.options(), launched_ns),
         Verb::Doctor { json } => {
             let (text, code) = doctor::examine(json);
+            print(&text)?;
+            Ok(code)
+        }
+        Verb::Audit {
+            without,
+            role,
+            attack,
+            probes,
+            json,
+        } => {
+            let options = audit::Options {
+                without,
+                role,
+                attack,
+                probes,
+                json,
+            };
+            let (text, code) = audit::run(&options)?;
             print(&text)?;
             Ok(code)
         }

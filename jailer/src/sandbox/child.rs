@@ -12,7 +12,9 @@
 
 use super::userns::IdMaps;
 use super::{caps, mounts};
+use crate::audit::wall::{Removed, Wall};
 use nix::errno::Errno;
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::unistd::{Pid, getegid, geteuid, pipe2, setsid};
@@ -55,6 +57,8 @@ pub enum Step {
     DeathSignal = 1,
     /// Writing its id maps.
     IdMaps,
+    /// A network namespace of its own.
+    Network,
     /// A session of its own.
     Session,
     /// Its own host name.
@@ -72,9 +76,10 @@ pub enum Step {
 }
 
 impl Step {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::DeathSignal,
         Self::IdMaps,
+        Self::Network,
         Self::Session,
         Self::HostName,
         Self::Root,
@@ -88,6 +93,7 @@ impl Step {
         match self {
             Self::DeathSignal => "tie itself to its parent",
             Self::IdMaps => "map its user in a user namespace",
+            Self::Network => "enter a network namespace of its own",
             Self::Session => "start a session",
             Self::HostName => "set its host name",
             Self::Root => "enter an empty root",
@@ -125,21 +131,32 @@ pub enum SpawnError {
 /// # Errors
 /// [`SpawnError::Pipe`] or [`SpawnError::Clone`].
 pub fn start(program: &Program<'_>) -> Result<Starting, SpawnError> {
+    start_without(program, Removed::NONE)
+}
+
+/// As [`start`], with some walls left out: for probes of `bulkhead audit` only.
+///
+/// # Errors
+/// As [`start`].
+pub fn start_without(program: &Program<'_>, removed: Removed) -> Result<Starting, SpawnError> {
     let (report, child_report) =
         pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| SpawnError::Pipe(e.into()))?;
-    let mut prepared = Prepared::new(program, child_report.as_raw_fd());
+    let mut prepared = Prepared::new(program, child_report.as_raw_fd(), removed);
     let mut pidfd: RawFd = -1;
-    let flags = libc::CLONE_NEWUSER
+    let namespaces = libc::CLONE_NEWUSER
         | libc::CLONE_NEWNS
         | libc::CLONE_NEWPID
-        | libc::CLONE_NEWNET
         | libc::CLONE_NEWIPC
         | libc::CLONE_NEWUTS
-        | libc::CLONE_NEWCGROUP
-        | libc::CLONE_PIDFD;
+        | libc::CLONE_NEWCGROUP;
+    let namespaces = if removed.has(Wall::Namespace) {
+        0
+    } else {
+        namespaces
+    };
     // SAFETY: every field of clone_args may be zero.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.flags = flags as u64;
+    args.flags = (namespaces | libc::CLONE_PIDFD) as u64;
     args.pidfd = (&raw mut pidfd) as u64;
     args.exit_signal = libc::SIGCHLD as u64;
     // SAFETY: without CLONE_VM the child runs on a copy of this stack and memory, as after fork;
@@ -208,10 +225,11 @@ struct Prepared {
     descriptors: Vec<RawFd>,
     binary: RawFd,
     report: RawFd,
+    removed: Removed,
 }
 
 impl Prepared {
-    fn new(program: &Program<'_>, report: RawFd) -> Self {
+    fn new(program: &Program<'_>, report: RawFd, removed: Removed) -> Self {
         let arguments = program.arguments.clone();
         let argv = arguments
             .iter()
@@ -225,6 +243,7 @@ impl Prepared {
             descriptors: program.descriptors.iter().map(|fd| fd.as_raw_fd()).collect(),
             binary: program.binary.as_raw_fd(),
             report,
+            removed,
         }
     }
 }
@@ -252,17 +271,25 @@ fn try_build(prepared: &mut Prepared) -> Result<std::convert::Infallible, (Step,
     if parent_is_gone(prepared.report) {
         return Err((Step::DeathSignal, Errno::ESRCH));
     }
-    prepared.maps.write_own().map_err(at(Step::IdMaps))?;
+    if !prepared.removed.has(Wall::Namespace) {
+        prepared.maps.write_own().map_err(at(Step::IdMaps))?;
+        // The costliest namespace by far; made here, the children make theirs at the same time.
+        unshare(CloneFlags::CLONE_NEWNET).map_err(at(Step::Network))?;
+        nix::unistd::sethostname("bulkhead").map_err(at(Step::HostName))?;
+        mounts::enter_empty_root().map_err(at(Step::Root))?;
+    }
     setsid().map_err(at(Step::Session))?;
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
-    nix::unistd::sethostname("bulkhead").map_err(at(Step::HostName))?;
-    mounts::enter_empty_root().map_err(at(Step::Root))?;
     arrange(prepared).map_err(at(Step::Descriptors))?;
-    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(at(Step::Limits))?;
-    setrlimit(Resource::RLIMIT_NOFILE, MAX_OPEN_FILES, MAX_OPEN_FILES).map_err(at(Step::Limits))?;
+    if !prepared.removed.has(Wall::Limit) {
+        setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(at(Step::Limits))?;
+        setrlimit(Resource::RLIMIT_NOFILE, MAX_OPEN_FILES, MAX_OPEN_FILES).map_err(at(Step::Limits))?;
+    }
     nix::sys::signal::sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)
         .map_err(at(Step::Execute))?;
-    caps::drop_all().map_err(|e| (Step::Capabilities, last_errno(&e)))?;
+    if !prepared.removed.has(Wall::Capability) {
+        caps::drop_all().map_err(|e| (Step::Capabilities, last_errno(&e)))?;
+    }
     nix::sys::prctl::set_no_new_privs().map_err(at(Step::Capabilities))?;
     Err((Step::Execute, execute(prepared)))
 }

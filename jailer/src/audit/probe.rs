@@ -1,0 +1,45 @@
+//! The probe's side: reads its order, leaves out the walls it is told to, and after its lockdown
+//! tries one attack instead of serving.
+#![expect(unsafe_code, reason = "reports by bare system calls under the role's filter")]
+
+use super::attacks;
+use super::order::{BEGUN, Order};
+use super::wall::Wall;
+use crate::sandbox::Role;
+use std::sync::LazyLock;
+
+static ORDER: LazyLock<Option<Order>> = LazyLock::new(|| Order::parse(std::env::args_os().next()?.to_str()?));
+
+/// Whether lockdown builds `wall`. Always, but for a probe that is told otherwise.
+pub fn stands(wall: Wall) -> bool {
+    ORDER.as_ref().is_none_or(|order| !order.removed.has(wall))
+}
+
+/// Called before anything of the process is confined: what an attack needs that confined code
+/// could not make. Idempotent.
+pub fn prepare() {
+    if let Some(order) = ORDER.as_ref() {
+        attacks::prepare(order);
+    }
+}
+
+/// Called as the last step of a lockdown: with an order for `role`, tries its attack, reports and
+/// ends the process. Another role's lockdown, or no order, changes nothing.
+pub fn act(role: Role) {
+    let Some(order) = ORDER.as_ref().filter(|order| order.role == role) else {
+        return;
+    };
+    report(order.report, &[BEGUN]);
+    let errno = match attacks::attempt(order) {
+        Ok(()) => 0,
+        Err(errno) => errno,
+    };
+    report(order.report, &errno.to_ne_bytes());
+    // SAFETY: ends the process at once, as every role's filter allows.
+    unsafe { libc::_exit(0) }
+}
+
+fn report(fd: i32, bytes: &[u8]) {
+    // SAFETY: `bytes` is live and as long as said; a closed pipe is found by who reads it.
+    unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) };
+}

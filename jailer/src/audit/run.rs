@@ -1,0 +1,217 @@
+//! The audit: first what each attack can do on this host with every wall off, then against the
+//! jail.
+
+use super::catalogue::{ATTACKS, Attack};
+use super::order::{BEGUN, EXECUTED};
+use super::report::{Cell, Outcome, Report};
+use super::targets::{Targets, Victim};
+use super::wall::{Removed, Wall};
+use crate::failure::Failure;
+use crate::launch::probe::{Probe, Stage};
+use crate::launch::spawn::leave_root;
+use crate::sandbox::Role;
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{geteuid, pipe2, read};
+use std::io::{IsTerminal, Read, Seek};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// A probe that has said nothing for this long hangs.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// What to audit.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Take this wall away.
+    pub without: Option<Wall>,
+    /// Only this role.
+    pub role: Option<Role>,
+    /// Only this attack.
+    pub attack: Option<String>,
+    /// The folder with the probes; else `probes` beside this program.
+    pub probes: Option<PathBuf>,
+    /// Print JSON.
+    pub json: bool,
+}
+
+/// Runs the audit; the text to print, and the exit code: 1 when something got through. The
+/// calling process must have one thread.
+///
+/// # Errors
+/// A [`Failure`] where no probe could be started, or one did not do as it was told.
+pub fn run(options: &Options) -> Result<(String, u8), Failure> {
+    let host = |e: std::io::Error| Failure::host("cannot prepare the audit").because(&e);
+    let uid = geteuid().as_raw();
+    let targets = Targets::make().map_err(host)?;
+    let stage = Stage::open(
+        &targets.folder.join("kernel"),
+        &targets.folder.join("disk"),
+        &probes(options)?,
+    )?;
+    let mut roles = stage.roles();
+    roles.retain(|role| options.role.is_none_or(|wanted| wanted == *role));
+    let attacks = chosen(options)?;
+    let bare = Pass::new(&stage, &targets, Removed::ALL)?.all(&roles, &attacks)?;
+    leave_root(|uid, gid| targets.give_to(uid, gid))?;
+    let removed = options.without.map_or(Removed::NONE, Removed::only);
+    let jailed = Pass::new(&stage, &targets, removed)?.all(&roles, &attacks)?;
+    let cells = jailed
+        .into_iter()
+        .zip(bare)
+        .map(|(mut cell, bare)| {
+            if bare.outcome != Outcome::Through {
+                cell.outcome = Outcome::Host;
+            }
+            cell
+        })
+        .collect();
+    let report = Report {
+        uid,
+        without: options.without,
+        roles,
+        cells,
+    };
+    let text = if options.json {
+        report.json()
+    } else {
+        report.text(std::io::stdout().is_terminal())
+    };
+    Ok((text, u8::from(report.breaches() > 0)))
+}
+
+fn chosen(options: &Options) -> Result<Vec<&'static Attack>, Failure> {
+    let wanted = |attack: &&Attack| options.attack.as_deref().is_none_or(|name| name == attack.name);
+    let attacks: Vec<_> = ATTACKS.iter().filter(wanted).collect();
+    if attacks.is_empty() {
+        return Err(
+            Failure::usage("--attack: there is no such attack").hint("docs/isolation-tests.md lists them")
+        );
+    }
+    Ok(attacks)
+}
+
+fn probes(options: &Options) -> Result<PathBuf, Failure> {
+    if let Some(folder) = &options.probes {
+        return Ok(folder.clone());
+    }
+    std::env::current_exe()
+        .ok()
+        .and_then(|path| Some(path.parent()?.join("probes")))
+        .ok_or_else(|| Failure::host("cannot find the folder of this program"))
+}
+
+/// One pass over every role and attack.
+struct Pass<'a> {
+    stage: &'a Stage,
+    targets: &'a Targets,
+    removed: Removed,
+    victim: Victim,
+}
+
+impl<'a> Pass<'a> {
+    fn new(stage: &'a Stage, targets: &'a Targets, removed: Removed) -> Result<Self, Failure> {
+        let victim = Victim::start().map_err(|e| Failure::host("cannot make a process").because(&e))?;
+        Ok(Self {
+            stage,
+            targets,
+            removed,
+            victim,
+        })
+    }
+
+    fn all(&self, roles: &[Role], attacks: &[&'static Attack]) -> Result<Vec<Cell>, Failure> {
+        let mut cells = Vec::new();
+        for attack in attacks {
+            for role in roles {
+                let outcome = self.attempt(*role, attack)?;
+                cells.push(Cell {
+                    role: *role,
+                    attack,
+                    outcome,
+                });
+            }
+        }
+        Ok(cells)
+    }
+
+    fn attempt(&self, role: Role, attack: &Attack) -> Result<Outcome, Failure> {
+        let failed = |e: &dyn std::error::Error| {
+            Failure::host(format!("cannot try '{}' as {role}", attack.name)).because(e)
+        };
+        self.targets.renew().map_err(|e| failed(&e))?;
+        let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|e| failed(&e))?;
+        let mut order = self.targets.order(role, attack.name, self.removed, &self.victim);
+        let mut probe = self.stage.start(&mut order, &write, &self.targets.terminal)?;
+        drop(write);
+        let report = listen(&read).map_err(|e| failed(&e))?;
+        // It has ended, or it hangs; whatever it did, it must not outlive its report.
+        let finished = wait(&probe, report.is_some()).map_err(|e| failed(&e))?;
+        judge(attack, report.as_deref(), finished).ok_or_else(|| complain(role, attack, &mut probe, finished))
+    }
+}
+
+/// The report up to its end; `None` where that did not come in time.
+fn listen(pipe: &OwnedFd) -> nix::Result<Option<Vec<u8>>> {
+    let end = Instant::now() + DEADLINE;
+    let mut report = Vec::new();
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let mut ready = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        if poll(&mut ready, timeout)? == 0 {
+            return Ok(None);
+        }
+        let mut bytes = [0; 16];
+        match read(pipe, &mut bytes)? {
+            0 => return Ok(Some(report)),
+            n => report.extend_from_slice(&bytes[..n]),
+        }
+    }
+}
+
+/// Reaps the probe; one that has not `ended` is killed first.
+fn wait(probe: &Probe, ended: bool) -> nix::Result<WaitStatus> {
+    let pid = probe.child.pid;
+    if !ended {
+        kill(pid, Signal::SIGKILL)?;
+    }
+    loop {
+        match waitpid(pid, None) {
+            Err(Errno::EINTR) => {}
+            other => return other,
+        }
+    }
+}
+
+/// `None`: the probe did not get as far as its attack, or ended in a way of its own.
+fn judge(attack: &Attack, report: Option<&[u8]>, finished: WaitStatus) -> Option<Outcome> {
+    match (report?, finished) {
+        ([BEGUN, errno @ ..], WaitStatus::Exited(_, 0)) => {
+            let errno = i32::from_ne_bytes(errno.try_into().ok()?);
+            Some(match (errno, attack.wall_of(errno)) {
+                (0, _) => Outcome::Through,
+                (_, Some(wall)) => Outcome::Stopped(wall),
+                (_, None) => Outcome::Unexplained(errno),
+            })
+        }
+        ([BEGUN], WaitStatus::Signaled(_, Signal::SIGSYS, _)) => Some(Outcome::Stopped(Wall::Seccomp)),
+        ([BEGUN], WaitStatus::Exited(_, EXECUTED)) => Some(Outcome::Through),
+        _ => None,
+    }
+}
+
+fn complain(role: Role, attack: &Attack, probe: &mut Probe, finished: WaitStatus) -> Failure {
+    let mut words = String::new();
+    // What it said is a help, not a must.
+    let _ = probe.log.rewind();
+    let _ = (&mut probe.log).take(4096).read_to_string(&mut words);
+    let last = words.lines().last().unwrap_or("it said nothing").to_owned();
+    Failure::host(format!("the probe of {role} did not try '{}'", attack.name))
+        .cause(format!("{finished:?}; {last}"))
+        .hint("is it built with the feature jailer/probe? docs/isolation-tests.md says how")
+}
