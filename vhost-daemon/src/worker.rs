@@ -11,17 +11,18 @@
 //! the front end is answered its effect is complete: after Stop no I/O is under way.
 
 mod lane;
+mod mailbox;
 
 use crate::memory::GuestMemory;
 use crate::ring::{InflightQueue, RingFault, RingSetup};
 use crate::{QueueHandler, device::Device};
 use jailer::sandbox::{LockdownError, Role, SeccompMode, lockdown_thread};
 use lane::Lane;
+use mailbox::{Receiver, Sender, mailbox};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 /// Longest wait for a worker's answer. A drain waits for the slowest I/O of the host; longer than
@@ -120,8 +121,8 @@ impl Worker {
     ) -> Result<Self, WorkerError> {
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
         let wake = Arc::new(wake.map_err(|error| WorkerError::Spawn(error.into()))?);
-        let (commands, inbox) = channel();
-        let (outbox, answers) = channel();
+        let (commands, inbox) = mailbox();
+        let (outbox, answers) = mailbox();
         let lane = Lane::new(index, handler, Arc::clone(&wake));
         let body = move || {
             let locked = lockdown_thread(role, mode);
@@ -201,7 +202,7 @@ impl Worker {
     }
 
     fn answer(&self) -> Result<Answer, WorkerError> {
-        let answer = self.answers.recv_timeout(ANSWER_DEADLINE);
+        let answer = self.answers.receive(ANSWER_DEADLINE);
         answer.map_err(|_| WorkerError::Hangs(self.index))
     }
 }

@@ -1,5 +1,6 @@
 //! The loop of a queue's thread.
 
+use super::mailbox::{Gone, Receiver, Sender};
 use super::{Answer, Command, QueueState, RingStart};
 use crate::memory::GuestMemory;
 use crate::ring::{Ring, RingFault, RingSetup};
@@ -9,7 +10,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
 /// Between two lines about a broken ring: a guest can break it and reset the device in a loop.
@@ -57,16 +57,16 @@ impl Lane {
     /// Serves until the session quits or is gone, then waits for the end of the process.
     pub(super) fn run(mut self, inbox: &Receiver<Command>, outbox: &Sender<Answer>) -> ! {
         loop {
-            match inbox.try_recv() {
-                Ok(Command::Quit) | Err(TryRecvError::Disconnected) => break,
-                Ok(command) => {
+            match inbox.try_receive() {
+                Ok(Some(Command::Quit)) | Err(Gone) => break,
+                Ok(Some(command)) => {
                     let answer = self.obey(command);
                     if outbox.send(answer).is_err() {
                         break;
                     }
                     continue;
                 }
-                Err(TryRecvError::Empty) => {}
+                Ok(None) => {}
             }
             if self.wait() {
                 self.serve();
