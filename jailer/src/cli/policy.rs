@@ -12,7 +12,7 @@ pub(super) fn show(role: Role, json: bool) -> String {
             .map(|rule| {
                 serde_json::json!({
                     "syscall": rule.syscall,
-                    "condition": rule.condition,
+                    "args": rule.condition,
                     "reason": rule.reason,
                     "place": rule.place,
                 })
