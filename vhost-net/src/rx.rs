@@ -51,6 +51,8 @@ pub struct ReceiveQueue {
     offloads: Offloads,
     /// Taken from the ring, in order, for the next frames.
     chains: VecDeque<Chain>,
+    /// Bytes that they hold.
+    room: usize,
     spill: Vec<u8>,
     /// A whole frame of this length with its header lies in `spill`.
     waiting: Option<Waiting>,
@@ -143,6 +145,7 @@ impl ReceiveQueue {
             running,
             offloads: Offloads::default(),
             chains: VecDeque::new(),
+            room: 0,
             spill: Vec::new(),
             waiting: None,
             hopeless: 0,
@@ -156,15 +159,9 @@ impl ReceiveQueue {
         })
     }
 
-    /// Bytes that the gathered chains hold.
-    fn room(&self) -> usize {
-        self.chains.iter().map(Chain::writable_length).sum()
-    }
-
     /// Takes chains until they hold `bytes`; returns whether they do.
     fn gather(&mut self, ring: &mut Ring, bytes: usize) -> Result<bool, RingFault> {
-        let mut room = self.room();
-        while room < bytes {
+        while self.room < bytes {
             let Some(chain) = ring.pop()? else {
                 return Ok(false);
             };
@@ -173,7 +170,7 @@ impl ReceiveQueue {
                     "a receive buffer must be writable, and only that",
                 ));
             }
-            room += chain.writable_length();
+            self.room += chain.writable_length();
             self.chains.push_back(chain);
         }
         Ok(true)
@@ -198,12 +195,15 @@ impl ReceiveQueue {
             1
         };
         let mut slices = self.slices.take();
+        // Each segment costs the kernel a look: no more of long chains than the frame may need.
+        let mut left = self.expected.bytes();
         for chain in self.chains.iter().take(most) {
-            chain.writable_slices(0, LONGEST, &mut slices);
+            chain.writable_slices(0, left, &mut slices);
+            left = left.saturating_sub(chain.writable_length());
         }
         let mut buffers = FrameBuffers::from_storage(std::mem::take(&mut self.storage));
         for slice in &slices {
-            if buffers.length() >= LONGEST || !buffers.push_guest(slice, MAX_SEGMENTS - 1) {
+            if !buffers.push_guest(slice, MAX_SEGMENTS - 1) {
                 break;
             }
         }
@@ -245,10 +245,15 @@ impl ReceiveQueue {
     fn place_waiting(&mut self, ring: &mut Ring, frame: Waiting) -> Result<bool, RingFault> {
         let length = frame.length;
         if !self.offloads.mergeable() {
-            return Ok(self.give_up(&"longer than the guest's buffer"));
-        }
-        if !self.gather(ring, length)? {
-            let room = self.room();
+            if self
+                .chains
+                .front()
+                .is_none_or(|one| one.writable_length() < length)
+            {
+                return Ok(self.give_up(&"longer than the guest's buffer"));
+            }
+        } else if !self.gather(ring, length)? {
+            let room = self.room;
             // With all of the ring's chains in our hands there is no more to wait for.
             let never = ring.held() == ring.size() || room <= self.hopeless;
             let late = frame
@@ -311,6 +316,7 @@ impl ReceiveQueue {
         }
         let mut left = length;
         for chain in self.chains.drain(..usize::from(count)) {
+            self.room -= chain.writable_length();
             let written = left.min(chain.writable_length());
             left -= written;
             ring.complete(chain, written as u32);
@@ -406,6 +412,7 @@ impl QueueHandler for ReceiveQueue {
     fn drain(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
         self.running.set(false);
         self.waiting = None;
+        self.room = 0;
         while let Some(chain) = self.chains.pop_back() {
             ring.put_back(chain)?;
         }

@@ -62,7 +62,8 @@ impl TransmitQueue {
                 .dropped(Drop::Interface, &"the link is down");
             return Sent::Done;
         }
-        let copied = self.copy_head(chain, &mut head);
+        // The header, and the part of the frame that is looked at.
+        let copied = chain.read_at(0, &mut head);
         let head = &mut head[..copied];
         if !self.check(head, chain.readable_length()) {
             return Sent::Done;
@@ -81,18 +82,6 @@ impl TransmitQueue {
         self.storage = buffers.into_storage();
         self.slices.keep(slices);
         self.sent(result, length)
-    }
-
-    /// Copies the header and the part of the frame that is looked at.
-    fn copy_head(&mut self, chain: &Chain, head: &mut [u8]) -> usize {
-        let mut slices = self.slices.take();
-        chain.readable_slices(0, head.len(), &mut slices);
-        let mut done = 0;
-        for slice in &slices {
-            done += slice.copy_to(&mut head[done..]);
-        }
-        self.slices.keep(slices);
-        done
     }
 
     /// Judges a frame by its `head`, and makes the header there what the kernel may see.

@@ -41,32 +41,30 @@ impl Segments {
         self.length = 0;
     }
 
-    /// The memory of bytes `offset` to `offset + length`, appended to `slices`; less where the
-    /// buffer ends before.
+    /// The memory of bytes `offset` to `offset + length`; less where the buffer ends before.
     pub(crate) fn slices<'m>(
-        &self,
+        &'m self,
         memory: &'m GuestMemory,
         offset: usize,
         length: usize,
-        slices: &mut Vec<VolatileSlice<'m>>,
-    ) {
+    ) -> impl Iterator<Item = VolatileSlice<'m>> {
         let (mut skip, mut left) = (offset, length);
-        for segment in &self.list {
+        let parts = self.list.iter().map_while(move |segment| {
             if left == 0 {
-                break;
+                return None;
             }
-            if skip >= segment.length {
-                skip -= segment.length;
-                continue;
-            }
+            let skipped = skip.min(segment.length);
+            skip -= skipped;
             let part = Segment {
-                offset: segment.offset + skip,
-                length: (segment.length - skip).min(left),
+                offset: segment.offset + skipped,
+                length: (segment.length - skipped).min(left),
                 ..*segment
             };
-            skip = 0;
             left -= part.length;
-            slices.extend(memory.slice(&part));
-        }
+            Some(part)
+        });
+        parts
+            .filter(|part| part.length > 0)
+            .filter_map(move |part| memory.slice(&part))
     }
 }

@@ -113,7 +113,7 @@ fn segments_cross_regions_and_end_with_memory() {
     assert!(memory.append_segments(GuestAddress(0x2000), 0x2000, &mut segments));
     assert_eq!(segments.length(), 0x2000);
     let mut slices = Vec::new();
-    segments.slices(&memory, 0xFF0, 0x20, &mut slices);
+    slices.extend(segments.slices(&memory, 0xFF0, 0x20));
     assert_eq!(
         slices.iter().map(|slice| slice.len()).collect::<Vec<_>>(),
         [0x10, 0x10]

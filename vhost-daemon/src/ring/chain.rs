@@ -37,10 +37,8 @@ impl Chain {
 
     /// Copies readable bytes from `offset` into `target`; returns how many there were.
     pub fn read_at(&self, offset: usize, target: &mut [u8]) -> usize {
-        let mut slices = Vec::with_capacity(2);
-        self.readable_slices(offset, target.len(), &mut slices);
         let mut done = 0;
-        for slice in slices {
+        for slice in self.readable.slices(&self.memory, offset, target.len()) {
             done += slice.copy_to(&mut target[done..]);
         }
         done
@@ -48,10 +46,8 @@ impl Chain {
 
     /// Copies `source` to the writable bytes from `offset`; returns how many there was room for.
     pub fn write_at(&self, offset: usize, source: &[u8]) -> usize {
-        let mut slices = Vec::with_capacity(2);
-        self.writable_slices(offset, source.len(), &mut slices);
         let mut done = 0;
-        for slice in slices {
+        for slice in self.writable.slices(&self.memory, offset, source.len()) {
             let count = slice.len();
             slice.copy_from(&source[done..done + count]);
             done += count;
@@ -62,11 +58,11 @@ impl Chain {
     /// Appends the memory of `length` readable bytes from `offset` (fewer at the end): for I/O that
     /// only reads it. The slices are not to be written through.
     pub fn readable_slices<'c>(&'c self, offset: usize, length: usize, slices: &mut Vec<VolatileSlice<'c>>) {
-        self.readable.slices(&self.memory, offset, length, slices);
+        slices.extend(self.readable.slices(&self.memory, offset, length));
     }
 
     /// Appends the memory of `length` writable bytes from `offset` (fewer at the end).
     pub fn writable_slices<'c>(&'c self, offset: usize, length: usize, slices: &mut Vec<VolatileSlice<'c>>) {
-        self.writable.slices(&self.memory, offset, length, slices);
+        slices.extend(self.writable.slices(&self.memory, offset, length));
     }
 }

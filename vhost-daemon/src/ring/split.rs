@@ -101,6 +101,12 @@ fn ring_slice<'m>(memory: &'m GuestMemory, part: &Segment) -> Result<VolatileSli
     memory.slice(part).ok_or(LOST)
 }
 
+/// A table of the ring's own: each chain counts itself in, and rings that shared the count would
+/// hand its cache line to and fro.
+fn own(memory: &GuestMemory) -> Arc<GuestMemory> {
+    Arc::new(memory.clone())
+}
+
 /// The layout was found in this memory, which does not change: cannot be.
 const LOST: RingFault = RingFault::Request("the ring is no longer in guest memory");
 
@@ -150,7 +156,7 @@ impl Ring {
         let layout = RingLayout::find(&memory, setup)?;
         let used_index = load(&memory, &layout.used, INDEX, Ordering::Acquire)?;
         let mut ring = Self {
-            memory,
+            memory: own(&memory),
             layout,
             indirect: setup.indirect,
             next_available: Wrapping(setup.base),
@@ -393,7 +399,7 @@ impl Ring {
         setup: &RingSetup,
     ) -> Result<(), RingFault> {
         self.layout = RingLayout::find(&memory, setup)?;
-        self.memory = memory;
+        self.memory = own(&memory);
         Ok(())
     }
 

@@ -3,8 +3,9 @@
 use super::{Chain, RingFault};
 use crate::memory::{GuestAddress, GuestMemory, Segment, Segments};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
-use vm_memory::Bytes;
+use vm_memory::{Bytes, VolatileSlice};
 
 /// Bytes of one descriptor (virtio 1.3, 2.7.5).
 pub(super) const DESCRIPTOR_SIZE: usize = 16;
@@ -60,8 +61,10 @@ impl Walker<'_> {
     fn follow(&self, table: Table, index: u16, inner: bool, chain: &mut Chain) -> Result<(), RingFault> {
         let head = chain.head;
         let mut index = index;
+        let outside = RingFault::Next { head, next: index };
+        let memory = self.memory.slice(&table.memory).ok_or(outside)?;
         for _ in 0..table.entries {
-            let descriptor = self.read(table, head, index)?;
+            let descriptor = read(&memory, table.entries, head, index)?;
             if descriptor.flags & VRING_DESC_F_INDIRECT != 0 {
                 let nested = self.indirect_table(&descriptor, inner, head)?;
                 return self.follow(nested, 0, true, chain);
@@ -73,25 +76,6 @@ impl Walker<'_> {
             index = descriptor.next;
         }
         Err(RingFault::Endless(head))
-    }
-
-    fn read(&self, table: Table, head: u16, index: u16) -> Result<Descriptor, RingFault> {
-        let outside = RingFault::Next { head, next: index };
-        if usize::from(index) >= table.entries {
-            return Err(outside);
-        }
-        let mut bytes = [0; DESCRIPTOR_SIZE];
-        let memory = self.memory.slice(&table.memory).ok_or_else(|| outside.clone())?;
-        memory
-            .read_slice(&mut bytes, usize::from(index) * DESCRIPTOR_SIZE)
-            .map_err(|_| outside)?;
-        let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, f0, f1, n0, n1] = bytes;
-        Ok(Descriptor {
-            address: u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
-            length: u32::from_le_bytes([l0, l1, l2, l3]),
-            flags: u32::from(u16::from_le_bytes([f0, f1])),
-            next: u16::from_le_bytes([n0, n1]),
-        })
     }
 
     fn indirect_table(&self, descriptor: &Descriptor, inner: bool, head: u16) -> Result<Table, RingFault> {
@@ -131,4 +115,30 @@ impl Walker<'_> {
             Err(RingFault::Memory { address, length })
         }
     }
+}
+
+/// Reads descriptor `index` of a table with so many entries.
+fn read(table: &VolatileSlice<'_>, entries: usize, head: u16, index: u16) -> Result<Descriptor, RingFault> {
+    let outside = || RingFault::Next { head, next: index };
+    if usize::from(index) >= entries {
+        return Err(outside());
+    }
+    let at = usize::from(index) * DESCRIPTOR_SIZE;
+    let words = [at, at + 8].map(|at| table.load::<u64>(at, Ordering::Relaxed));
+    let [address, rest] = match words {
+        [Ok(address), Ok(rest)] => [u64::from_le(address), u64::from_le(rest)],
+        // An indirect table may lie anywhere (virtio 1.3, 2.7.5.3).
+        _ => {
+            let mut bytes = [0; DESCRIPTOR_SIZE];
+            table.read_slice(&mut bytes, at).map_err(|_| outside())?;
+            let both = u128::from_le_bytes(bytes);
+            [both as u64, (both >> 64) as u64]
+        }
+    };
+    Ok(Descriptor {
+        address,
+        length: rest as u32,
+        flags: u32::from((rest >> 32) as u16),
+        next: (rest >> 48) as u16,
+    })
 }
