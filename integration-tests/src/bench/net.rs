@@ -1,7 +1,7 @@
 //! `bench net`: the network process over a TAP in a network namespace of its own, and beside it the
 //! floor: one system call a frame from a bare loop, in turns within one run.
 
-use super::net_bed::{Bed, Floor, Posting, Turn};
+use super::net_bed::{Bed, Floor, Posting, RING, Turn};
 use super::net_frames::Size;
 use super::net_host;
 use crate::artifacts::{Artifact, Artifacts, BIN_DIR, Profile};
@@ -126,8 +126,11 @@ fn measure(settings: &Settings, binary: &Path, case: &Case) -> Result<String> {
             Direction::Receive => (bed.receive(span)?, floor.receive(span)?),
         })
     };
-    // Memory is touched for the first time, and the device learns what comes.
-    turn()?;
+    // Every buffer's memory is touched for the first time, and the device learns what comes.
+    let mut warm = 0;
+    while warm < 2 * u64::from(RING) * u64::from(case.pairs) {
+        warm += turn()?.0.frames;
+    }
     let turns = (0..settings.rounds).map(|_| turn()).collect::<Result<Vec<_>>>()?;
     bed.stop()?;
     floor.stop()?;

@@ -15,7 +15,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-const RING: u16 = 256;
+/// Entries of each ring.
+pub(super) const RING: u16 = 256;
 /// Frames between the generator and the guest: below the TAP's queue, so that none is dropped.
 const MOST_SMALL: usize = 256;
 const MOST_SUPER: usize = 16;
@@ -122,7 +123,7 @@ impl Bed {
             let incoming = index % 2 == 0;
             let shape = if incoming { posting.shape() } else { sending };
             let mut lane = Lane::new(&session.memory, ring, slots, shape, incoming)?;
-            slots += Lane::footprint(RING);
+            slots += Lane::footprint(RING, shape);
             for slot in 0..lane.size() {
                 if incoming {
                     lane.offer(slot)?;

@@ -14,8 +14,6 @@ pub(super) const HEADER: u64 = 12;
 /// `num_buffers` in it.
 const NUM_BUFFERS: u64 = 10;
 const PAGE: u64 = 4096;
-/// Bytes of one slot: a page for an indirect table, then the longest frame.
-const SLOT: u64 = 20 * PAGE;
 
 /// How a buffer is made of descriptors.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -28,10 +26,26 @@ pub(super) enum Shape {
 }
 
 impl Shape {
+    /// From one slot to the next.
+    fn stride(self) -> u64 {
+        match self {
+            Self::Whole(length) => length.next_multiple_of(512),
+            Self::Chain(_) => 20 * PAGE,
+        }
+    }
+
+    /// Where a slot's buffer begins, behind its indirect table if it has one.
+    fn start(self) -> u64 {
+        match self {
+            Self::Whole(_) => 0,
+            Self::Chain(_) => PAGE,
+        }
+    }
+
     /// Offsets and lengths in a slot.
     fn parts(self) -> Vec<(u64, u64)> {
         match self {
-            Self::Whole(length) => vec![(PAGE, length)],
+            Self::Whole(length) => vec![(0, length)],
             Self::Chain(length) => {
                 let first = [(PAGE, HEADER), (PAGE + HEADER, PAGE - HEADER)];
                 let pages = (2..19).map(|page| (page * PAGE, PAGE));
@@ -52,6 +66,7 @@ pub(super) struct Lane {
     available: u64,
     used: u64,
     slots: u64,
+    shape: Shape,
     next_available: u16,
     kicked: u16,
     next_used: u16,
@@ -59,8 +74,8 @@ pub(super) struct Lane {
 
 impl Lane {
     /// Guest memory for the slots of a ring.
-    pub(super) fn footprint(size: u16) -> u64 {
-        u64::from(size) * SLOT
+    pub(super) fn footprint(size: u16, shape: Shape) -> u64 {
+        (u64::from(size) * shape.stride()).next_multiple_of(PAGE)
     }
 
     /// Lays out a buffer of `shape` in each slot, for the device to write or to read.
@@ -80,6 +95,7 @@ impl Lane {
             available,
             used,
             slots,
+            shape,
             next_available: 0,
             kicked: 0,
             next_used: 0,
@@ -121,7 +137,7 @@ impl Lane {
     }
 
     fn slot(&self, slot: u16) -> u64 {
-        self.slots + u64::from(slot) * SLOT
+        self.slots + u64::from(slot) * self.shape.stride()
     }
 
     /// Slots.
@@ -131,12 +147,13 @@ impl Lane {
 
     /// Writes header and frame into `slot`, whose parts follow each other in memory.
     pub(super) fn fill(&self, slot: u16, bytes: &[u8]) -> Result<()> {
-        self.memory.write(self.slot(slot) + PAGE, bytes)
+        self.memory.write(self.slot(slot) + self.shape.start(), bytes)
     }
 
     /// Buffers that the frame that starts in `slot` occupies.
     pub(super) fn buffers(&self, slot: u16) -> Result<u16> {
-        self.memory.observe(self.slot(slot) + PAGE + NUM_BUFFERS)
+        self.memory
+            .observe(self.slot(slot) + self.shape.start() + NUM_BUFFERS)
     }
 
     /// Makes `slot` available at the next [`Lane::publish`].
