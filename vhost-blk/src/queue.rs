@@ -12,6 +12,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use vhost_daemon::{Chain, QueueHandler, Ring, RingFault, Wait};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES};
 
+/// Bytes moved by calls before the driver hears of them: it prepares more while the next ones move.
+const MOST_UNPUBLISHED: usize = 256 << 10;
+
 /// The handler of one queue; all queues share the image, which lives as long as the process, so that
 /// transfers under way may refer to it.
 pub(crate) struct BlkQueue {
@@ -19,6 +22,8 @@ pub(crate) struct BlkQueue {
     serial: Vec<u8>,
     features: u64,
     uring: Option<RestrictedRing>,
+    /// Bytes moved by calls in this round.
+    moved: usize,
 }
 
 impl BlkQueue {
@@ -28,6 +33,7 @@ impl BlkQueue {
             serial,
             features: 0,
             uring,
+            moved: 0,
         }
     }
 
@@ -86,7 +92,8 @@ impl BlkQueue {
     }
 
     /// Does a whole transfer by calls.
-    fn finish(&self, transfer: Transfer, ring: &mut Ring) -> Result<(), RingFault> {
+    fn finish(&mut self, transfer: Transfer, ring: &mut Ring) -> Result<(), RingFault> {
+        self.moved += transfer.length;
         let slices = transfer.slices();
         let outcome = match transfer.direction {
             Direction::Read => answer("read", self.image.read(&slices, transfer.offset)),
@@ -207,8 +214,9 @@ impl QueueHandler for BlkQueue {
     }
 
     fn process(&mut self, ring: &mut Ring) -> Result<Wait, RingFault> {
+        self.moved = 0;
         self.reap(ring)?;
-        while self.has_room() {
+        while self.has_room() && self.moved < MOST_UNPUBLISHED {
             let Some(chain) = ring.pop()? else { break };
             self.take(chain, ring)?;
         }

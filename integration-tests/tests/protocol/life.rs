@@ -20,6 +20,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("life::capabilities", capabilities),
         test("life::reconnect", reconnect),
         test("life::sigterm", sigterm),
+        test("life::sigterm_amid_a_message", sigterm_amid_a_message),
         test("life::unsealed_memory_is_refused_in_the_jail", unsealed),
         test("life::truncated_memory_ends_cleanly", truncated),
         test("life::wrong_format_is_named", wrong_format),
@@ -88,6 +89,21 @@ fn sigterm() -> Result<()> {
         let status = process.wait(QUICK)?;
         ensure!(status.success(), "{status}: {}", process.stderr()?);
         check_blocks(&disk.content()?, 4, 64)?;
+    }
+    Ok(())
+}
+
+/// A front end that sends half a message and no more does not keep the process from ending.
+fn sigterm_amid_a_message() -> Result<()> {
+    for part in [&[1_u8, 0, 0, 0][..], &[2, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0, 7][..]] {
+        let disk = Disk::new(Kind::Raw)?;
+        let (mut process, mut driver) = disk.drive(&Options::default())?;
+        driver.done(0, &write_block(4, 0))?;
+        driver.session.connection.send_raw(part, &[])?;
+        process.signal(Signal::SIGTERM)?;
+        let status = process.wait(QUICK)?;
+        ensure!(status.success(), "{status}: {}", process.stderr()?);
+        check_blocks(&disk.content()?, 4, 1)?;
     }
     Ok(())
 }

@@ -12,7 +12,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, recvmsg, sendmsg};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost::vhost_user::message::{MAX_MSG_SIZE, VhostUserProtocolFeatures};
 
 /// Bytes of a message's header: request, flags, size.
 const HEADER: usize = 12;
@@ -40,16 +40,38 @@ const MAX_PAYLOAD: usize = 24;
 /// Bits of the device status (virtio 1.3, 2.1).
 const KNOWN_STATUS: u64 = 0xFF;
 
-/// Looks at the socket's next header without taking it. `None`: not one of ours (or not whole yet,
-/// or the end), so the crate's business. Otherwise the bytes of its payload, as it says.
-pub(super) fn peek(socket: BorrowedFd<'_>) -> Option<usize> {
-    let mut header = [0; HEADER];
+/// What lies at the front of the socket.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Next {
+    /// A whole message that is handled here; bytes of its payload, as it says.
+    Ours(usize),
+    /// A whole message, the end, or an error: the crate's business.
+    Crates,
+    /// A part of a message. Whoever reads it waits for the rest, deaf to all else.
+    Part,
+}
+
+/// Looks at the next message without taking it.
+pub(super) fn peek(socket: BorrowedFd<'_>) -> Next {
+    let mut bytes = [0; HEADER + MAX_MSG_SIZE];
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     // With no room for control messages: descriptors stay with the message in the socket.
-    let mut vectors = [IoSliceMut::new(&mut header)];
+    let mut vectors = [IoSliceMut::new(&mut bytes)];
     let peeked = recvmsg::<()>(socket.as_raw_fd(), &mut vectors, None, flags);
-    let whole = peeked.is_ok_and(|message| message.bytes == HEADER);
-    (whole && DIRECT.contains(&word(&header, 0))).then(|| word(&header, 8) as usize)
+    match peeked.map(|message| message.bytes) {
+        Ok(0) | Err(_) => Next::Crates,
+        Ok(length) if length < HEADER => Next::Part,
+        Ok(length) => {
+            let size = word(&bytes, 8) as usize;
+            // Too long a one is refused by whoever reads it.
+            let is_whole = size > MAX_MSG_SIZE || length >= HEADER + size;
+            match (DIRECT.contains(&word(&bytes, 0)), is_whole) {
+                (_, false) => Next::Part,
+                (true, true) => Next::Ours(size),
+                (false, true) => Next::Crates,
+            }
+        }
+    }
 }
 
 fn word(bytes: &[u8], at: usize) -> u32 {

@@ -1,5 +1,6 @@
 //! The loop of the main thread: messages, configuration changes, and the signal to end.
 
+use super::direct::Next;
 use super::{Session, SessionError, direct};
 use crate::signals::Termination;
 use jailer::sandbox::Locked;
@@ -9,7 +10,13 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
+
+/// For the rest of a message after its first byte.
+const MESSAGE_DEADLINE: Duration = Duration::from_secs(2);
+/// Between two looks for it, in milliseconds.
+const MESSAGE_LOOK: u8 = 5;
 
 /// Why a session ended without an error.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -77,9 +84,13 @@ pub(super) fn messages(
         if !ready.message {
             continue;
         }
-        if let Some(size) = direct::peek(watched.as_fd()) {
-            direct::handle(&mut lock(session), watched.as_fd(), size)?;
-            continue;
+        match whole_message(&watched, termination)? {
+            Whole::Terminated => return Ok(End::Terminated),
+            Whole::Ours(size) => {
+                direct::handle(&mut lock(session), watched.as_fd(), size)?;
+                continue;
+            }
+            Whole::Crates => {}
         }
         match handler.handle_request() {
             Ok(()) | Err(VhostError::ReqHandlerError(_)) => {}
@@ -88,6 +99,47 @@ pub(super) fn messages(
                 return Ok(End::Disconnected);
             }
             Err(error) => return Err(ServeError::Protocol(error.to_string())),
+        }
+    }
+}
+
+/// A message that can be read without waiting for its rest.
+enum Whole {
+    Ours(usize),
+    Crates,
+    Terminated,
+}
+
+/// Waits for the rest of a message that has begun; no event tells of it, since what is there already
+/// keeps the socket readable.
+fn whole_message(socket: &UnixStream, termination: &Termination) -> Result<Whole, ServeError> {
+    let end = Instant::now() + MESSAGE_DEADLINE;
+    loop {
+        match direct::peek(socket.as_fd()) {
+            Next::Ours(size) => return Ok(Whole::Ours(size)),
+            Next::Crates => return Ok(Whole::Crates),
+            Next::Part if Instant::now() >= end => {
+                return Err(ServeError::Protocol("a message does not end".to_owned()));
+            }
+            Next::Part => {}
+        }
+        let mut fds = [
+            PollFd::new(termination.as_fd(), PollFlags::POLLIN),
+            // POLLHUP is always told.
+            PollFd::new(socket.as_fd(), PollFlags::empty()),
+        ];
+        match poll(&mut fds, MESSAGE_LOOK) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(io::Error::from(error).into()),
+        }
+        let [ended, hung_up] = fds.map(|fd| fd.any().unwrap_or(false));
+        if ended {
+            termination.acknowledge();
+            return Ok(Whole::Terminated);
+        }
+        if hung_up {
+            // No rest will come: reading does not wait.
+            return Ok(Whole::Crates);
         }
     }
 }
