@@ -17,10 +17,10 @@ fn main() {
         .map(|fd| fd.to_string())
         .collect();
     println!("fds={}", open.join(","));
-    let _locked = lockdown(Role::Disk, SeccompMode::Enforce).expect("lockdown");
+    let _locked = lockdown(Role::Supervisor, SeccompMode::Enforce).expect("lockdown");
     println!("locked");
     if std::env::args().nth(1).as_deref() == Some("forbidden") {
-        // Not in disk.policy.
+        // Not in supervisor.policy.
         let _ = nix::unistd::getppid();
         println!("survived");
     }

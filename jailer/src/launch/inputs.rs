@@ -26,6 +26,15 @@ pub(crate) struct Inputs {
     pub(crate) initrd: Option<OwnedFd>,
     /// One for each device, in order.
     pub(crate) backends: Vec<BackendInput>,
+    /// The holders of TAPs that were waited for.
+    settled: Vec<tap::Holder>,
+}
+
+/// What a private TAP that could not be made is reported as.
+pub(crate) fn no_private_tap(field: &str, error: &tap::TapError) -> Failure {
+    Failure::host(format!("{field}.private: cannot make a TAP"))
+        .because(error)
+        .hint("bulkhead doctor tells what is missing")
 }
 
 /// What a device's back end works on.
@@ -46,6 +55,14 @@ pub(crate) struct Layer {
 
 /// Opens everything.
 pub(crate) fn open(spec: &VmSpec, devices: &[Device]) -> Result<Inputs, Failure> {
+    // First: the holders of private TAPs are processes, which work while the rest is opened.
+    let mut backends: Vec<Option<BackendInput>> = devices
+        .iter()
+        .map(|device| match &device.backend {
+            Backend::Net { tap, .. } => open_tap(device, tap).map(|tap| Some(BackendInput::Tap(tap))),
+            _ => Ok(None),
+        })
+        .collect::<Result<_, _>>()?;
     let (kernel, kind) = open_kernel(&spec.boot)?;
     let kvm = open_kvm()?;
     if kind == Kernel::Linux && Path::new("/sys/module/kvm_pvm").exists() {
@@ -62,28 +79,32 @@ pub(crate) fn open(spec: &VmSpec, devices: &[Device]) -> Result<Inputs, Failure>
         .as_deref()
         .map(|path| open_file("boot.initrd", path).map(OwnedFd::from))
         .transpose()?;
-    let backends = devices
-        .iter()
-        .map(|device| open_backend(spec, device))
-        .collect::<Result<_, _>>()?;
+    for (backend, device) in backends.iter_mut().zip(devices) {
+        if backend.is_none() {
+            *backend = open_backend(spec, device)?;
+        }
+    }
     Ok(Inputs {
         kvm,
         kernel: kernel.into(),
         initrd,
-        backends,
+        backends: backends.into_iter().flatten().collect(),
+        settled: Vec::new(),
     })
 }
 
-fn open_backend(spec: &VmSpec, device: &Device) -> Result<BackendInput, Failure> {
+/// What a device that is no NIC of ours works on.
+fn open_backend(spec: &VmSpec, device: &Device) -> Result<Option<BackendInput>, Failure> {
     match &device.backend {
         Backend::Disk {
             path,
             format,
             read_only,
-        } => open_chain(spec, device, path, *format, *read_only).map(BackendInput::Images),
-        Backend::Net { tap, .. } => open_tap(device, tap).map(BackendInput::Tap),
+        } => open_chain(spec, device, path, *format, *read_only)
+            .map(|layers| Some(BackendInput::Images(layers))),
+        Backend::Net { .. } => Ok(None),
         Backend::External(socket) => match UnixStream::connect(socket) {
-            Ok(stream) => Ok(BackendInput::Socket(stream.into())),
+            Ok(stream) => Ok(Some(BackendInput::Socket(stream.into()))),
             Err(e) => Err(Failure::host(format!(
                 "{}: cannot connect to the back end at {}",
                 device.field,
@@ -336,21 +357,33 @@ fn open_tap(device: &Device, tap: &Tap) -> Result<tap::Opened, Failure> {
         }),
         Tap::Inherited(fd) => tap::inherited(*fd)
             .map_err(|e| Failure::host(format!("{field}.tap-fd: cannot use descriptor {fd}")).because(&e)),
-        Tap::Private(address, prefix) => tap::private(*address, *prefix).map_err(|e| {
-            Failure::host(format!("{field}.private: cannot make a TAP"))
-                .because(&e)
-                .hint("bulkhead doctor tells what is missing")
-        }),
+        Tap::Private(address, prefix) => {
+            tap::private(field, *address, *prefix).map_err(|e| no_private_tap(field, &e))
+        }
     }
 }
 
 impl Inputs {
-    /// Takes the processes that hold network namespaces.
-    pub(crate) fn take_holders(&mut self) -> Vec<tap::Holder> {
-        let holder = |backend: &mut BackendInput| match backend {
-            BackendInput::Tap(tap) => tap.holder.take(),
+    /// Waits for the TAPs that are being made, for who needs every descriptor at hand.
+    pub(crate) fn settle(&mut self) -> Result<(), Failure> {
+        self.settled = self.holders();
+        for backend in &mut self.backends {
+            if let BackendInput::Tap(tap) = backend
+                && let tap::Opened::Private(holder) = tap
+            {
+                let fd = holder.receive().map_err(|e| no_private_tap(&holder.field, &e))?;
+                *tap = tap::Opened::Ready(fd);
+            }
+        }
+        Ok(())
+    }
+
+    /// The processes that hold network namespaces.
+    pub(crate) fn holders(&self) -> Vec<tap::Holder> {
+        let holder = |backend: &BackendInput| match backend {
+            BackendInput::Tap(tap::Opened::Private(holder)) => Some(holder.share()),
             _ => None,
         };
-        self.backends.iter_mut().filter_map(holder).collect()
+        self.backends.iter().filter_map(holder).collect()
     }
 }

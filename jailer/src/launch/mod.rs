@@ -54,7 +54,8 @@ pub fn monotonic_ns() -> u64 {
 /// Any [`Failure`] that [`run`] would have met before it starts a process.
 pub fn dry_run(spec: &VmSpec, options: &Options) -> Result<String, Failure> {
     let (name, devices) = machine::check(spec, &default_name())?;
-    let inputs = inputs::open(spec, &devices)?;
+    let mut inputs = inputs::open(spec, &devices)?;
+    inputs.settle()?;
     let plan = make_plan(spec, &name, &devices, options, &inputs, false);
     Ok(plan.describe())
 }
@@ -74,12 +75,14 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
     let reaper = Reaper::start(&run_dir, saved.as_ref())
         .map_err(|e| Failure::host("cannot start the reaper").because(&e))?;
     let result = (|| {
-        let mut inputs = inputs::open(spec, &devices)?;
+        let inputs = inputs::open(spec, &devices)?;
         // Until the end of this block: their namespaces end with these.
-        let holders = inputs.take_holders();
+        let holders = inputs.holders();
         let plan = make_plan(spec, &name, &devices, options, &inputs, saved.is_some());
         let binaries = spawn::Binaries::open(&plan)?;
         spawn::leave_root(|uid, gid| run_dir.give_to(uid, gid))?;
+        nix::sys::prctl::set_no_new_privs()
+            .map_err(|e| Failure::host("cannot give up new privileges").because(&e))?;
         if let Some(saved) = &saved {
             terminal::make_raw(saved);
         }

@@ -150,7 +150,8 @@ fn plan(spec: &str) -> Result<(Plan, Inputs), Failure> {
         log_json: false,
     };
     let (name, devices) = machine::check(&spec, "audit")?;
-    let inputs = inputs::open(&spec, &devices)?;
+    let mut inputs = inputs::open(&spec, &devices)?;
+    inputs.settle()?;
     let plan = make_plan(&spec, &name, &devices, &options, &inputs, false);
     Ok((plan, inputs))
 }

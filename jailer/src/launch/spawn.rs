@@ -1,8 +1,9 @@
 //! Carrying a plan out: sockets and pipes, the vmm's first message, and the processes.
 
-use super::inputs::{BackendInput, Inputs};
+use super::inputs::{self, BackendInput, Inputs};
 use super::plan::{Plan, ProcessPlan, Source};
 use super::respawn::Respawner;
+use super::tap::{Holder, Opened};
 use crate::failure::Failure;
 use crate::sandbox::child::{self, Child, Program, SpawnError, Starting, Step};
 use crate::wire::send_message;
@@ -76,25 +77,26 @@ pub(crate) fn leave_root(give: impl FnOnce(Uid, Gid) -> std::io::Result<()>) -> 
     nix::sys::prctl::set_dumpable(true).map_err(|e| failed(&e))
 }
 
-/// Makes every process. The supervisor comes last, when it can be told the others' ids.
+/// Makes every process. The supervisor's first message comes last, when it can tell the others' ids.
 pub(crate) fn spawn(plan: &Plan, inputs: Inputs, binaries: Binaries) -> Result<Running, Failure> {
-    let fds = Wires::make(plan, inputs)
+    let mut fds = Wires::make(plan, inputs)
         .map_err(|e| Failure::host("cannot make the sockets between the processes").because(&e))?;
-    let start = ToVmm::Start(Box::new(plan.vm.clone()));
-    send_message(fds.get(Source::VmmControl).as_fd(), 1, start)
+    let first = ToVmm::Start(Box::new(plan.vm.clone()));
+    send_message(fds.get(Source::VmmControl).as_fd(), 1, first)
         .map_err(|e| Failure::host("cannot write the vmm's first message").because(&e))?;
-    let starting = plan
+    // The vmm has most to do, then the supervisor, which shows the guest's first byte. Nobody is
+    // waited for until all are on their way.
+    let (vmm, devices) = plan
         .workers
-        .iter()
-        .map(|worker| {
-            Ok((
-                worker,
-                begin(worker, &|source| fds.get(source).as_fd(), &binaries)?,
-            ))
-        })
-        .collect::<Result<Vec<_>, Failure>>()?;
-    // The supervisor is on its way before any of the others has reported.
-    let supervisor = begin(&plan.supervisor, &|source| fds.get(source).as_fd(), &binaries)?;
+        .split_first()
+        .ok_or_else(|| Failure::host("the plan has no vmm"))?;
+    let start = |process, fds: &Wires| begin(process, &|source| fds.get(source).as_fd(), &binaries);
+    let mut starting = vec![(vmm, start(vmm, &fds)?)];
+    let supervisor = start(&plan.supervisor, &fds)?;
+    fds.receive_taps()?;
+    for device in devices {
+        starting.push((device, start(device, &fds)?));
+    }
     let mut supervision = plan.supervision.clone();
     for (process, (_, child)) in supervision.processes.iter_mut().zip(&starting) {
         process.pid = child.pid().as_raw();
@@ -163,6 +165,8 @@ fn not_started(process: &ProcessPlan, error: SpawnError) -> Failure {
 struct Wires {
     table: BTreeMap<Source, OwnedFd>,
     spawner: OwnedFd,
+    /// The TAPs that are being made, by device.
+    private_taps: Vec<(usize, Holder)>,
 }
 
 impl Wires {
@@ -172,6 +176,7 @@ impl Wires {
 
     fn make(plan: &Plan, inputs: Inputs) -> std::io::Result<Self> {
         let mut table = BTreeMap::new();
+        let mut private_taps = Vec::new();
         let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
         table.insert(Source::Null, null.into());
         table.insert(Source::Stderr, std::io::stderr().as_fd().try_clone_to_owned()?);
@@ -202,9 +207,10 @@ impl Wires {
                     table.insert(Source::FrontEnd(n), socket);
                     continue;
                 }
-                BackendInput::Tap(tap) => {
-                    table.insert(Source::Tap(n), tap.fd);
+                BackendInput::Tap(Opened::Ready(tap)) => {
+                    table.insert(Source::Tap(n), tap);
                 }
+                BackendInput::Tap(Opened::Private(holder)) => private_taps.push((n, holder)),
                 BackendInput::Images(layers) => {
                     for (m, layer) in layers.into_iter().enumerate() {
                         table.insert(Source::Image(n, m), layer.file);
@@ -215,7 +221,22 @@ impl Wires {
             table.insert(Source::FrontEnd(n), front);
             table.insert(Source::BackEnd(n), back);
         }
-        Ok(Self { table, spawner })
+        Ok(Self {
+            table,
+            spawner,
+            private_taps,
+        })
+    }
+
+    /// Waits for the TAPs that are being made.
+    fn receive_taps(&mut self) -> Result<(), Failure> {
+        for (n, holder) in std::mem::take(&mut self.private_taps) {
+            let tap = holder
+                .receive()
+                .map_err(|e| inputs::no_private_tap(&holder.field, &e))?;
+            self.table.insert(Source::Tap(n), tap);
+        }
+        Ok(())
     }
 }
 

@@ -15,6 +15,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
+use std::rc::Rc;
 
 /// The name of a TAP in a namespace of its own.
 pub(crate) const PRIVATE_NAME: &str = "tap0";
@@ -24,17 +25,37 @@ nix::ioctl_write_ptr_bad!(set_address, libc::SIOCSIFADDR as libc::c_int, libc::i
 nix::ioctl_write_ptr_bad!(set_netmask, libc::SIOCSIFNETMASK as libc::c_int, libc::ifreq);
 nix::ioctl_write_ptr_bad!(set_flags, libc::SIOCSIFFLAGS as libc::c_int, libc::ifreq);
 
-/// A TAP's descriptor, and the process that holds its namespace.
-pub(crate) struct Opened {
-    pub(crate) fd: OwnedFd,
-    pub(crate) holder: Option<Holder>,
+/// A TAP that can be given to its device process.
+pub(crate) enum Opened {
+    /// An open one.
+    Ready(OwnedFd),
+    /// One that its holder is making: half a millisecond in which others start.
+    Private(Holder),
 }
 
 /// The process that holds a private TAP's namespace.
 pub(crate) struct Holder {
     pub(crate) pid: Pid,
-    /// The holder ends when this, our end of its socket, is closed.
-    _lifeline: OwnedFd,
+    /// The spec's field that asks for the TAP, for messages.
+    pub(crate) field: String,
+    /// Our end of its socket: the TAP comes over it, and the holder ends when it is closed.
+    lifeline: Rc<OwnedFd>,
+}
+
+impl Holder {
+    /// The same holder, which ends when both are dropped.
+    pub(crate) fn share(&self) -> Self {
+        Self {
+            pid: self.pid,
+            field: self.field.clone(),
+            lifeline: Rc::clone(&self.lifeline),
+        }
+    }
+
+    /// Waits for the TAP, which comes once. A holder that dies closes its end.
+    pub(crate) fn receive(&self) -> Result<OwnedFd, TapError> {
+        receive(&self.lifeline)
+    }
 }
 
 /// Why there is no TAP.
@@ -65,14 +86,13 @@ pub(crate) fn open_existing(name: &str) -> Result<Opened, TapError> {
     if !Path::new("/sys/class/net").join(name).exists() {
         return Err(TapError::Missing(name.to_owned()));
     }
-    let fd = attach(name)?;
-    Ok(Opened { fd, holder: None })
+    attach(name).map(Opened::Ready)
 }
 
 /// Takes over a TAP that whoever started us opened.
 pub(crate) fn inherited(fd: i32) -> Result<Opened, TapError> {
     let fd = crate::inherit::take(vm_spec::control::FdNumber(fd)).map_err(TapError::NotOpen)?;
-    Ok(Opened { fd, holder: None })
+    Ok(Opened::Ready(fd))
 }
 
 fn attach(name: &str) -> Result<OwnedFd, TapError> {
@@ -109,9 +129,9 @@ fn request_for(name: &str) -> libc::ifreq {
     request
 }
 
-/// Makes a TAP in a network namespace of its own, with `address` on the host's side and up. A
-/// child process holds the namespace until we end: whoever enters it reaches the guest.
-pub(crate) fn private(address: Ipv4Addr, prefix: u8) -> Result<Opened, TapError> {
+/// Starts the making of a TAP in a network namespace of its own, with `address` on the host's side
+/// and up. A child process holds the namespace until we end: whoever enters it reaches the guest. `field` is what messages name.
+pub(crate) fn private(field: &str, address: Ipv4Addr, prefix: u8) -> Result<Opened, TapError> {
     let failed = |e: Errno| TapError::Namespace(e.to_string());
     let (ours, theirs) = socketpair(
         AddressFamily::Unix,
@@ -128,15 +148,11 @@ pub(crate) fn private(address: Ipv4Addr, prefix: u8) -> Result<Opened, TapError>
         }
         ForkResult::Parent { child } => {
             drop(theirs);
-            let fd = receive(&ours)?;
-            let holder = Holder {
+            Ok(Opened::Private(Holder {
                 pid: child,
-                _lifeline: ours,
-            };
-            Ok(Opened {
-                fd,
-                holder: Some(holder),
-            })
+                field: field.to_owned(),
+                lifeline: Rc::new(ours),
+            }))
         }
     }
 }
