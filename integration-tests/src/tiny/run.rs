@@ -45,8 +45,19 @@ impl Run {
     /// # Errors
     /// When the launcher does not start.
     pub fn with_flags(flags: &[String]) -> Result<Self> {
-        let folder = tempfile::tempdir()?;
-        let mut command = Command::new(artifact(Artifact::Bulkhead)?);
+        Self::by(
+            Command::new(artifact(Artifact::Bulkhead)?),
+            tempfile::tempdir()?,
+            flags,
+        )
+    }
+
+    /// `run` with these flags, by a command that ends in the launcher's path, and with `folder`
+    /// for its run-time folder.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn by(mut command: Command, folder: TempDir, flags: &[String]) -> Result<Self> {
         command
             .args(["run", "--name", NAME])
             .args(flags)
@@ -61,7 +72,9 @@ impl Run {
         })
     }
 
-    fn run_folder(&self) -> PathBuf {
+    /// The VM's run-time folder; gone once it is over.
+    #[must_use]
+    pub fn run_folder(&self) -> PathBuf {
         self.folder.path().join("bulkhead").join(NAME)
     }
 

@@ -1,7 +1,10 @@
 //! The tiny guest on this host's KVM, hardware or software.
 
+mod audit;
+mod bad_input;
 mod ends;
 mod fixture;
+mod jails;
 mod run;
 mod work;
 
@@ -9,7 +12,10 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let mut tests = Vec::new();
+    tests.extend(audit::tests());
+    tests.extend(bad_input::tests());
     tests.extend(ends::tests());
+    tests.extend(jails::tests());
     tests.extend(run::tests());
     tests.extend(work::tests());
     integration_tests::suite::run(tests)

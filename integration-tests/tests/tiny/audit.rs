@@ -1,0 +1,184 @@
+//! `bulkhead audit` on this host: as whoever runs the tests, and as a user who owns nothing.
+
+use super::jails::{Lent, NOBODY, Place, become_nobody};
+use anyhow::{Context, Result, bail, ensure};
+use integration_tests::{
+    artifacts::{Artifact, workspace},
+    host::Host,
+    suite::{Skip, artifact, test_within},
+};
+use libtest_mimic::Trial;
+use nix::unistd::Uid;
+use serde_json::Value;
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+/// Where there is no compiler: the folder with the probes.
+const PROBES: &str = "BULKHEAD_PROBES_DIR";
+const ROLES: [&str; 5] = ["vmm", "vcpu", "disk", "net", "supervisor"];
+const BINARIES: [&str; 4] = [
+    "bulkhead-vmm",
+    "bulkhead-supervisor",
+    "vhost-user-blk",
+    "vhost-user-net",
+];
+/// The first call builds the probes.
+const DEADLINE: Duration = Duration::from_secs(600);
+
+pub(crate) fn tests() -> Vec<Trial> {
+    vec![
+        test_within(DEADLINE, "audit::own_user", as_self),
+        test_within(DEADLINE, "audit::unprivileged_user", as_nobody),
+        test_within(
+            DEADLINE,
+            "audit::without_seccomp_the_next_wall_holds",
+            without_seccomp,
+        ),
+        test_within(DEADLINE, "audit::a_binary_that_is_no_probe_is_found", no_probe),
+    ]
+}
+
+/// Builds each role's binary with the attacks, as docs/isolation-tests.md says.
+fn probes() -> Result<PathBuf> {
+    if let Some(folder) = env::var_os(PROBES) {
+        return Ok(folder.into());
+    }
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("probes");
+    let status = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .current_dir(workspace())
+        .args(["build", "--quiet", "--target", "x86_64-unknown-linux-musl"])
+        .args([
+            "-p",
+            "jailer",
+            "-p",
+            "bulkhead-vmm",
+            "-p",
+            "vhost-user-blk",
+            "-p",
+            "vhost-user-net",
+        ])
+        .args([
+            "--no-default-features",
+            "--features",
+            "jailer/probe",
+            "--target-dir",
+        ])
+        .arg(&target)
+        .status()
+        .context("cargo")?;
+    ensure!(status.success(), "the probes do not build: {status}");
+    Ok(target.join("x86_64-unknown-linux-musl/debug"))
+}
+
+/// The exit code and the report.
+fn audit(mut command: Command, probes: &Path, flags: &[&str]) -> Result<(Option<i32>, Value)> {
+    command
+        .args(["audit", "--json", "--probes"])
+        .arg(probes)
+        .args(flags);
+    let output = command.output()?;
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    let report = serde_json::from_slice(&output.stdout).with_context(|| words)?;
+    Ok((output.status.code(), report))
+}
+
+fn cell<'a>(report: &'a Value, role: &str, attack: &str) -> Option<&'a Value> {
+    let results = report["results"].as_array()?;
+    results
+        .iter()
+        .find(|cell| cell["role"] == role && cell["attack"] == attack)
+}
+
+fn roles() -> impl Iterator<Item = &'static str> {
+    let tun = Path::new("/dev/net/tun").exists();
+    ROLES.into_iter().filter(move |role| tun || *role != "net")
+}
+
+/// Nothing gets through, and in each role the filter stops a forbidden call.
+fn all_held((code, report): &(Option<i32>, Value)) -> Result<()> {
+    ensure!(
+        *code == Some(0) && report["through"] == 0,
+        "exit {code:?}: {report:#}"
+    );
+    for role in roles() {
+        let open = cell(report, role, "open").with_context(|| format!("{role} was not audited"))?;
+        ensure!(
+            open["outcome"] == "stopped" && open["wall"] == "seccomp",
+            "{open}"
+        );
+    }
+    Ok(())
+}
+
+fn as_self() -> Result<()> {
+    Host::need_kvm()?;
+    let result = audit(Command::new(artifact(Artifact::Bulkhead)?), &probes()?, &[])?;
+    all_held(&result)?;
+    if Uid::effective().is_root() {
+        let number = |name: &str| result.1[name].as_u64().unwrap_or(0);
+        let (attacks, families) = (number("attacks"), number("families"));
+        ensure!(
+            attacks >= 60 && families >= 12,
+            "{attacks} attacks of {families} families"
+        );
+    }
+    Ok(())
+}
+
+fn as_nobody() -> Result<()> {
+    Host::need_kvm()?;
+    if !Uid::effective().is_root() {
+        bail!(Skip("only root can become another user".to_owned()));
+    }
+    let built = probes()?;
+    let _lent = Lent::to(NOBODY)?;
+    let place = Place::make()?;
+    let folder = place.path("probes");
+    fs::create_dir(&folder)?;
+    for name in BINARIES {
+        fs::copy(built.join(name), folder.join(name))?;
+    }
+    all_held(&audit(become_nobody(&place.path("bulkhead")), &folder, &[])?)
+}
+
+/// With the filter gone a path leads nowhere, since the root is empty; what no other wall holds
+/// is listed, and is an error.
+fn without_seccomp() -> Result<()> {
+    Host::need_kvm()?;
+    let bulkhead = || artifact(Artifact::Bulkhead).map(Command::new);
+    let flags = ["--without=seccomp", "--attack=open"];
+    let (code, report) = audit(bulkhead()?, &probes()?, &flags)?;
+    ensure!(code == Some(0), "exit {code:?}: {report:#}");
+    for role in roles() {
+        let open = cell(&report, role, "open").context("no cell")?;
+        ensure!(
+            open["outcome"] == "stopped" && open["wall"] != "seccomp",
+            "{open}"
+        );
+    }
+    let flags = ["--without=seccomp", "--attack=memfd-code", "--role=disk"];
+    let (code, report) = audit(bulkhead()?, &probes()?, &flags)?;
+    ensure!(
+        code == Some(1) && report["through"] == 1,
+        "exit {code:?}: {report:#}"
+    );
+    Ok(())
+}
+
+/// A shipped binary holds no attack and would serve: the audit must not take that for a wall.
+fn no_probe() -> Result<()> {
+    Host::need_kvm()?;
+    let place = Place::make()?;
+    let output = Command::new(artifact(Artifact::Bulkhead)?)
+        .args(["audit", "--role=disk", "--attack=open", "--probes"])
+        .arg(place.folder.path())
+        .output()?;
+    let words = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success(), "{}: {words}", output.status);
+    ensure!(words.contains("jailer/probe"), "no hint: {words}");
+    Ok(())
+}

@@ -1,0 +1,294 @@
+//! Wrong input, one test each: what the message says, and which field it names.
+
+use super::jails::{Place, become_nobody};
+use anyhow::{Context, Result, bail, ensure};
+use integration_tests::{
+    artifacts::Artifact,
+    host::Host,
+    suite::{Skip, artifact, test},
+    tiny::Run,
+};
+use libtest_mimic::Trial;
+use nix::unistd::{Gid, Uid, chown};
+use std::{
+    fs::{self, File},
+    io::{Read, Write},
+    os::unix::net::{UnixListener, UnixStream},
+    path::Path,
+    process::Command,
+    thread,
+    time::Duration,
+};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+pub(crate) fn tests() -> Vec<Trial> {
+    let mut tests = flags_alone();
+    tests.push(test("bad_input::no_kvm", no_kvm));
+    tests.push(test("bad_input::kvm_not_permitted", kvm_not_permitted));
+    tests.push(test("bad_input::stock_kernel_on_software_kvm", stock_kernel));
+    tests.push(test("bad_input::kernel_larger_than_memory", kernel_too_large));
+    let back_ends: [(&str, Conduct, &[&str]); 3] = [
+        ("exits_at_once", drop, &["disk0", "closed"]),
+        ("hangs_in_the_handshake", hang, &["disk0", "GET_FEATURES"]),
+        ("offers_no_version_1", old, &["disk0", "VERSION_1"]),
+    ];
+    for (name, conduct, words) in back_ends {
+        tests.push(test(format!("bad_input::back_end_{name}"), move || {
+            back_end(conduct, words)
+        }));
+    }
+    tests
+}
+
+/// Runs `script` as root of a mount namespace of its own; `$@` are the launcher and its flags.
+fn in_other_dev(script: &str, words: &[&str]) -> Result<()> {
+    Host::need_kvm()?;
+    if !Uid::effective().is_root() {
+        bail!(Skip("only root can mount over /dev".to_owned()));
+    }
+    let place = Place::make()?;
+    let runtime = tempfile::tempdir()?;
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script, "sh"]);
+    let become_nobody = become_nobody(&place.path("bulkhead"));
+    chown(
+        runtime.path(),
+        Some(Uid::from_raw(super::jails::NOBODY)),
+        Some(Gid::from_raw(super::jails::NOBODY)),
+    )?;
+    command
+        .arg(become_nobody.get_program())
+        .args(become_nobody.get_args());
+    let flags = [format!("--kernel={}", place.path("tiny-guest").display())];
+    says(Run::by(command, runtime, &flags)?, words)
+}
+
+fn no_kvm() -> Result<()> {
+    in_other_dev(
+        "mount -t tmpfs none /dev && exec \"$@\"",
+        &["no KVM", "/dev/kvm", "cargo demo"],
+    )
+}
+
+fn kvm_not_permitted() -> Result<()> {
+    in_other_dev(
+        "mount -t tmpfs none /dev && : > /dev/kvm && chmod 0 /dev/kvm && exec \"$@\"",
+        &["KVM is not permitted", "/dev/kvm", "usermod -aG kvm"],
+    )
+}
+
+/// The header alone tells a Linux kernel: it is refused before anything is loaded.
+fn stock_kernel() -> Result<()> {
+    if Host::detect()? != Host::Software {
+        bail!(Skip("this host's KVM is no software KVM".to_owned()));
+    }
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("vmlinuz");
+    let mut image = vec![0; 8192];
+    image[0x202..0x206].copy_from_slice(b"HdrS");
+    fs::write(&path, image)?;
+    says(
+        Run::with_flags(&[kernel(&path)])?,
+        &["boot.kernel", "kvm_pvm", "nested runner"],
+    )
+}
+
+/// The tiny guest, with 1 GiB of zeroes behind its first segment.
+fn kernel_too_large() -> Result<()> {
+    Host::need_kvm()?;
+    let mut image = fs::read(artifact(Artifact::TinyGuest)?)?;
+    // e_phoff and the entries of 56 bytes; p_type 1 is PT_LOAD; p_memsz is at 40.
+    let table = usize::try_from(u64::from_le_bytes(*image[32..].first_chunk().context("short")?))?;
+    let load = (0..)
+        .map(|n| table + n * 56)
+        .find(|at| image[*at..at + 4] == [1, 0, 0, 0])
+        .context("no PT_LOAD")?;
+    image[load + 40..load + 48].copy_from_slice(&(1u64 << 30).to_le_bytes());
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("large");
+    fs::write(&path, image)?;
+    says(
+        Run::with_flags(&[kernel(&path), "--memory=64M".to_owned()])?,
+        &["kernel needs guest memory", "more memory"],
+    )
+}
+
+/// What a back end does with its one connection.
+type Conduct = fn(UnixStream);
+
+fn hang(mut socket: UnixStream) {
+    // Until the front end has had enough.
+    let _ = std::io::copy(&mut socket, &mut std::io::sink());
+}
+
+/// Answers GET_FEATURES (1) with none; everything else needs no answer.
+fn old(mut socket: UnixStream) {
+    let mut header = [0; 12];
+    while socket.read_exact(&mut header).is_ok() {
+        let size = u32::from_le_bytes([header[8], header[9], header[10], header[11]]);
+        let mut body = vec![0; size as usize];
+        if socket.read_exact(&mut body).is_err() {
+            return;
+        }
+        if header[0] == 1 {
+            // Version 1, reply; eight bytes.
+            let reply = [1u32, 0b101, 8, 0, 0].map(u32::to_le_bytes);
+            // A front end that is gone ends the loop.
+            let _ = socket.write_all(reply.as_flattened());
+        }
+    }
+}
+
+fn back_end(conduct: Conduct, words: &[&str]) -> Result<()> {
+    Host::need_kvm()?;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("socket");
+    let listener = UnixListener::bind(&path)?;
+    thread::spawn(move || {
+        if let Ok((socket, _)) = listener.accept() {
+            conduct(socket);
+        }
+    });
+    let flags = with(format!("--disk=vhost-user={}", path.display()))?;
+    says(Run::with_flags(&flags)?, words)
+}
+
+/// Flags that must fail, with what the message must name.
+type Bad = (
+    &'static str,
+    fn(&Path) -> Result<Vec<String>>,
+    &'static [&'static str],
+);
+
+fn flags_alone() -> Vec<Trial> {
+    let cases: [Bad; 10] = [
+        (
+            "initrd_too_large",
+            |folder| {
+                let path = folder.join("initrd");
+                File::create(&path)?.set_len(256 << 20)?;
+                let mut flags = with(format!("--initrd={}", path.display()))?;
+                flags.push("--memory=64M".to_owned());
+                Ok(flags)
+            },
+            &["initrd is 268435456 bytes", "more memory"],
+        ),
+        (
+            "backing_file_outside",
+            |folder| {
+                let (inside, outside) = (folder.join("inside"), folder.join("outside"));
+                fs::create_dir(&inside)?;
+                fs::create_dir(&outside)?;
+                File::create(outside.join("base"))?.set_len(1 << 20)?;
+                let top = inside.join("top");
+                let mut create = Command::new("qemu-img");
+                create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]);
+                match create.arg(outside.join("base")).arg(&top).status() {
+                    Ok(status) if status.success() => {}
+                    _ => bail!(Skip("qemu-img is not installed".to_owned())),
+                }
+                with(format!("--disk=path={},format=qcow2", top.display()))
+            },
+            &["disk[0].path", "outside", "image-folder"],
+        ),
+        (
+            "kernel_missing",
+            |folder| Ok(vec![kernel(&folder.join("none"))]),
+            &["boot.kernel", "none"],
+        ),
+        (
+            "kernel_truncated",
+            |folder| {
+                let whole = fs::read(artifact(Artifact::TinyGuest)?)?;
+                fs::write(folder.join("short"), &whole[..100])?;
+                Ok(vec![kernel(&folder.join("short"))])
+            },
+            &["kernel"],
+        ),
+        (
+            "kernel_is_no_kernel",
+            |folder| {
+                fs::write(folder.join("text"), "no kernel")?;
+                Ok(vec![kernel(&folder.join("text"))])
+            },
+            &["kernel"],
+        ),
+        (
+            "disk_missing",
+            |folder| {
+                with(format!(
+                    "--disk=path={},format=raw",
+                    folder.join("none").display()
+                ))
+            },
+            &["disk[0].path", "none"],
+        ),
+        (
+            "disk_of_wrong_format",
+            |folder| {
+                fs::write(folder.join("raw"), [0; 4096])?;
+                with(format!(
+                    "--disk=path={},format=qcow2",
+                    folder.join("raw").display()
+                ))
+            },
+            &["disk[0]", "qcow2"],
+        ),
+        (
+            "format_missing",
+            |folder| {
+                fs::write(folder.join("raw"), [0; 4096])?;
+                with(format!("--disk=path={}", folder.join("raw").display()))
+            },
+            &["disk[0].format"],
+        ),
+        (
+            "memory_too_small",
+            |_| with("--memory=1M".to_owned()),
+            &["memory"],
+        ),
+        (
+            "unknown_key",
+            |_| with("--disk=pth=x,format=raw".to_owned()),
+            &["pth", "path"],
+        ),
+    ];
+    cases
+        .into_iter()
+        .map(|(name, flags, words)| test(format!("bad_input::{name}"), move || refused(flags, words)))
+        .collect()
+}
+
+fn kernel(path: &Path) -> String {
+    format!("--kernel={}", path.display())
+}
+
+fn with(flag: String) -> Result<Vec<String>> {
+    Ok(vec![kernel(artifact(Artifact::TinyGuest)?), flag])
+}
+
+fn refused(flags: fn(&Path) -> Result<Vec<String>>, words: &[&str]) -> Result<()> {
+    Host::need_kvm()?;
+    let folder = tempfile::tempdir()?;
+    says(Run::with_flags(&flags(folder.path())?)?, words)
+}
+
+/// Refused, soon, with a message that names the field and the cause, and with no guest started.
+fn says(mut run: Run, words: &[&str]) -> Result<()> {
+    let status = run.wait(DEADLINE)?;
+    let message = run.process.stderr()?;
+    ensure!(!status.success(), "{status}: {message}");
+    for word in words {
+        ensure!(
+            message.contains(word),
+            "the message does not name {word:?}: {message}"
+        );
+    }
+    ensure!(
+        run.console.text().is_empty(),
+        "a guest ran: {}",
+        run.console.text()
+    );
+    Ok(())
+}
