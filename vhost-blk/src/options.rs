@@ -14,7 +14,7 @@ use std::path::PathBuf;
 /// Printed by `--help`.
 pub(crate) const USAGE: &str = "  --blk-file=PATH         the image
   --blk-fd=N              the image, already open
-  --format=FORMAT         raw or qcow2; never guessed
+  --format=FORMAT         raw, qcow2, or read-only vmdk, vdi, vhdx, vhd; never guessed
   --backing=FORMAT:PATH   a backing file; once for each, from the image downwards
   --backing-fd=FORMAT:N   the same, already open
   --cache=MODE            writeback (default), or none: past the host's page cache (O_DIRECT)
@@ -184,7 +184,7 @@ mod tests {
     #[test]
     fn says_what_is_wrong() {
         let message = |arguments: &[&str]| parse(arguments).unwrap_err().to_string();
-        assert!(message(&["--format=vmdk"]).contains("vmdk"));
+        assert!(message(&["--format=dmg"]).contains("dmg"));
         assert!(message(&["--backing=base.img"]).contains("FORMAT:PATH"));
         assert!(message(&["--blk-file=a", "--blk-fd=3"]).contains("exclude each other"));
         assert!(message(&["--serial=123456789012345678901"]).contains("20 bytes"));

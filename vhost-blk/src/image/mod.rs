@@ -9,6 +9,7 @@ mod file;
 mod lock;
 mod qcow2;
 mod raw;
+mod sparse;
 
 use std::fmt;
 use std::io;
@@ -25,6 +26,7 @@ pub use file::{BlockFile, HostFile};
 pub use lock::lock;
 pub use qcow2::Qcow2;
 pub use raw::RawImage;
+use sparse::SparseImage;
 
 /// Bytes in a sector of virtio-blk (virtio 1.3, 5.2.4).
 pub const SECTOR: u64 = 512;
@@ -39,6 +41,14 @@ pub enum Format {
     Raw,
     /// QEMU's copy-on-write format, versions 2 and 3.
     Qcow2,
+    /// VMware's, in one file: monolithicSparse or streamOptimized. Read-only.
+    Vmdk,
+    /// VirtualBox's. Read-only.
+    Vdi,
+    /// Hyper-V's. Read-only.
+    Vhdx,
+    /// Virtual PC's, fixed or dynamic; QEMU calls it vpc. Read-only.
+    Vhd,
 }
 
 impl FromStr for Format {
@@ -48,9 +58,13 @@ impl FromStr for Format {
         match name {
             "raw" => Ok(Self::Raw),
             "qcow2" => Ok(Self::Qcow2),
+            "vmdk" => Ok(Self::Vmdk),
+            "vdi" => Ok(Self::Vdi),
+            "vhdx" => Ok(Self::Vhdx),
+            "vhd" | "vpc" => Ok(Self::Vhd),
             _ => Err(ImageError::refused(
                 "format",
-                format!("unknown format {name:?}; expected raw or qcow2"),
+                format!("unknown format {name:?}; expected raw, qcow2, vmdk, vdi, vhdx or vhd"),
             )),
         }
     }
@@ -61,6 +75,10 @@ impl fmt::Display for Format {
         f.write_str(match self {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
+            Self::Vmdk => "vmdk",
+            Self::Vdi => "vdi",
+            Self::Vhdx => "vhdx",
+            Self::Vhd => "vhd",
         })
     }
 }
@@ -333,15 +351,16 @@ fn open_layer(
     options: &OpenOptions,
 ) -> Result<Arc<dyn Image>, ImageError> {
     match (format, below) {
-        (Format::Raw, _) if data.is_some() => Err(ImageError::refused(
+        (Format::Qcow2, below) => Ok(Arc::new(Qcow2::open(file, data, below, options)?)),
+        (format, _) if data.is_some() => Err(ImageError::refused(
             "external data file",
-            "one was passed, but a raw image has none",
+            format!("one was passed, but a {format} image has none"),
+        )),
+        (format, Some(_)) => Err(ImageError::refused(
+            "backing file",
+            format!("one was passed, but a {format} image has none"),
         )),
         (Format::Raw, None) => Ok(Arc::new(RawImage::on(file, options.read_only)?)),
-        (Format::Raw, Some(_)) => Err(ImageError::refused(
-            "backing file",
-            "one was passed, but a raw image has none",
-        )),
-        (Format::Qcow2, below) => Ok(Arc::new(Qcow2::open(file, data, below, options)?)),
+        (format, None) => Ok(Arc::new(SparseImage::open(file, format, options)?)),
     }
 }
