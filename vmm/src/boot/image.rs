@@ -62,6 +62,9 @@ impl Image {
         self.check(offset, size)?;
         // No MADV_POPULATE_WRITE first: measured, it zeroes what the copy overwrites and costs more
         // than the faults it saves.
+        if !ram.is_used() {
+            ram.place_huge_pages(address, size);
+        }
         let mut file = &self.file;
         file.seek(SeekFrom::Start(offset))
             .map_err(|source| self.failed(source))?;

@@ -29,6 +29,21 @@ pub struct BootImages {
     pub cmdline: String,
 }
 
+/// Most bytes, and share of RAM, that get huge pages beside the images, in each of two places.
+const BOOT_ROOM: u64 = 16 << 20;
+const BOOT_SHARE: u64 = 16;
+
+/// Huge pages for where Linux allocates while it boots: behind the kernel and below the top of low
+/// RAM, where the page structures lie.
+fn place_huge_pages(ram: &GuestRam, kernel_end: u64) {
+    if ram.is_used() {
+        return;
+    }
+    let room = BOOT_ROOM.min(ram.size() / BOOT_SHARE);
+    ram.place_huge_pages(kernel_end, room);
+    ram.place_huge_pages(layout::low_ram_end(ram.size()).saturating_sub(room), room);
+}
+
 /// Where the initrd was put.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Placed {
@@ -59,11 +74,13 @@ impl BootImages {
         paging::write_gdt(ram)?;
         if magic == elf::MAGIC {
             let kernel = elf::load(&self.kernel, ram)?;
+            place_huge_pages(ram, kernel.end);
             let initrd = self.load_initrd(ram, kernel.end, u64::MAX)?;
             pvh::write_start_info(ram, initrd, rsdp)?;
             Ok(kernel.entry)
         } else {
             let kernel = bzimage::load(&self.kernel, ram, self.cmdline.len())?;
+            place_huge_pages(ram, kernel.end);
             let initrd = self.load_initrd(ram, kernel.end, kernel.initrd_max)?;
             kernel.write_zero_page(ram, initrd, rsdp)?;
             paging::write_identity_map(ram)?;

@@ -1,6 +1,8 @@
 //! One memfd, sealed so that no process it is shared with can shrink it under us (SIGBUS).
 
+use super::HUGE_PAGE;
 use super::layout::ram_ranges;
+use super::mapping::Mapping;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
@@ -8,7 +10,6 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
@@ -59,7 +60,9 @@ pub struct RamRegion {
 
 /// All RAM of the guest.
 pub struct GuestRam {
+    // Points into the mappings: dropped before them.
     memory: GuestMemoryMmap,
+    mappings: Vec<(u64, Mapping)>,
     memfd: Arc<File>,
     size: u64,
     used: AtomicBool,
@@ -92,9 +95,16 @@ impl GuestRam {
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(&memfd, FcntlArg::F_ADD_SEALS(seals)).map_err(|e| failed("seal")(e.into()))?;
         let memfd = Arc::new(memfd);
-        let memory = map(&memfd, size, huge_page_size.is_some()).map_err(failed("map"))?;
+        let mappings = map(&memfd, size, page).map_err(failed("map"))?;
+        if huge_page_size.is_none() {
+            mappings
+                .iter()
+                .for_each(|(_, mapping)| mapping.prefer_huge_pages());
+        }
+        let memory = regions(&memfd, &mappings, huge_page_size.is_some()).map_err(failed("map"))?;
         Ok(Self {
             memory,
+            mappings,
             memfd,
             size,
             used: AtomicBool::new(false),
@@ -119,6 +129,16 @@ impl GuestRam {
         self.size
     }
 
+    /// Puts huge pages below what is about to be written anyway, so that neither this process nor
+    /// the guest takes a fault for every 4 KiB of it. Where the host has none, or RAM is made of
+    /// huge pages already, nothing happens.
+    pub fn place_huge_pages(&self, start: u64, size: u64) {
+        for (base, mapping) in &self.mappings {
+            let within = |address: u64| usize::try_from(address.saturating_sub(*base)).unwrap_or(usize::MAX);
+            mapping.place_huge_pages(within(start), within(start.saturating_add(size)));
+        }
+    }
+
     /// A guest may have written here: from now on nothing is known to be zero.
     pub fn mark_used(&self) {
         self.used.store(true, Ordering::Release);
@@ -141,21 +161,26 @@ impl GuestRam {
     }
 }
 
-fn map(memfd: &Arc<File>, size: u64, huge: bool) -> io::Result<GuestMemoryMmap> {
+fn map(memfd: &File, size: u64, page: u64) -> io::Result<Vec<(u64, Mapping)>> {
+    let align = HUGE_PAGE.max(usize::try_from(page).unwrap_or(HUGE_PAGE));
+    let mut offset = 0;
+    let mut mappings = Vec::new();
+    for (start, len) in ram_ranges(size) {
+        let len_here = usize::try_from(len).map_err(io::Error::other)?;
+        mappings.push((start, Mapping::new(memfd, offset, len_here, align)?));
+        offset += len;
+    }
+    Ok(mappings)
+}
+fn regions(memfd: &Arc<File>, mappings: &[(u64, Mapping)], huge: bool) -> io::Result<GuestMemoryMmap> {
     let mut offset = 0;
     let mut regions = Vec::new();
-    for (start, len) in ram_ranges(size) {
-        let mapping = MmapRegionBuilder::new(len as usize)
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-            .with_file_offset(FileOffset::from_arc(memfd.clone(), offset))
-            .with_hugetlbfs(huge)
-            .build()
-            .map_err(io::Error::other)?;
-        let region = GuestRegionMmap::new(mapping, GuestAddress(start))
+    for (start, mapping) in mappings {
+        let region = mapping.region(FileOffset::from_arc(memfd.clone(), offset), huge)?;
+        offset += region.size() as u64;
+        let region = GuestRegionMmap::new(region, GuestAddress(*start))
             .ok_or_else(|| io::Error::other("guest address overflows"))?;
         regions.push(region);
-        offset += len;
     }
     GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)
 }
