@@ -67,6 +67,13 @@ pub enum ToSupervisor {
         /// How.
         status: ExitStatus,
     },
+    /// A process was stopped (SIGSTOP and its like), or goes on after that.
+    Stopped {
+        /// Its place in [`SupervisorConfig::processes`].
+        process: u16,
+        /// False: it goes on.
+        stopped: bool,
+    },
     /// Answers [`FromSupervisor::Respawn`]: a new process builds its jail. One fd attached: the
     /// vmm's end of its vhost-user socket.
     Respawned {

@@ -195,7 +195,14 @@ impl Spawner {
 
     /// Reaps every child that has ended.
     fn reap(&mut self, on_event: &mut dyn FnMut(Event)) {
-        while let Some((pid, status)) = reap_one() {
+        while let Some((pid, change)) = next_change() {
+            let status = match change {
+                Change::Ended(status) => status,
+                Change::Stopped(stopped) => {
+                    self.tell_stopped(pid, stopped);
+                    continue;
+                }
+            };
             if let Some(n) = self.workers.iter().position(|w| w.alive() == Some(pid)) {
                 self.workers[n].reaped = true;
                 // The index fits: a VM has at most 32 devices.
@@ -222,6 +229,14 @@ impl Spawner {
                 }
                 self.kill_all();
             }
+        }
+    }
+
+    fn tell_stopped(&mut self, pid: Pid, stopped: bool) {
+        if let Some(n) = self.workers.iter().position(|w| w.alive() == Some(pid)) {
+            // The index fits: a VM has at most 32 devices.
+            let process = n as u16;
+            self.tell(ToSupervisor::Stopped { process, stopped });
         }
     }
 
@@ -312,11 +327,24 @@ impl Worker {
     }
 }
 
-fn reap_one() -> Option<(Pid, ExitStatus)> {
+/// What happened to a child.
+enum Change {
+    /// It was reaped.
+    Ended(ExitStatus),
+    /// It was stopped, or (false) goes on.
+    Stopped(bool),
+}
+
+fn next_change() -> Option<(Pid, Change)> {
+    let flags = WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED | WaitPidFlag::WCONTINUED;
     loop {
-        return match waitpid(None::<Pid>, Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::Exited(pid, code)) => Some((pid, ExitStatus::Code(code as u8))),
-            Ok(WaitStatus::Signaled(pid, signal, _)) => Some((pid, ExitStatus::Signal(signal as u8))),
+        return match waitpid(None::<Pid>, Some(flags)) {
+            Ok(WaitStatus::Exited(pid, code)) => Some((pid, Change::Ended(ExitStatus::Code(code as u8)))),
+            Ok(WaitStatus::Signaled(pid, signal, _)) => {
+                Some((pid, Change::Ended(ExitStatus::Signal(signal as u8))))
+            }
+            Ok(WaitStatus::Stopped(pid, _)) => Some((pid, Change::Stopped(true))),
+            Ok(WaitStatus::Continued(pid)) => Some((pid, Change::Stopped(false))),
             Err(Errno::EINTR) => continue,
             _ => None,
         };

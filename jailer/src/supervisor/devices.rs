@@ -14,6 +14,9 @@ use vm_spec::events::{EventKind, MAX_DETAIL, VmEvent};
 use vm_spec::spec::OnDeviceDeath;
 use vm_spec::supervise::{ExitStatus, FromSupervisor};
 
+/// The only hang that is seen from outside the process; the vmm tells of those that it meets.
+const HUNG: &str = "its process was stopped by a signal, and not continued in time";
+
 /// How many events of each kind a device has had.
 pub(super) type Counters = BTreeMap<EventKind, u64>;
 
@@ -41,7 +44,13 @@ impl Supervisor {
             return;
         }
         for index in 0..self.processes.len() {
+            let hung = self.processes[index].recovery.is_hung(now);
             let order = self.processes[index].recovery.due(now);
+            if hung {
+                let name = &self.processes[index].about.name;
+                self.say(&format!("{name}: {HUNG}: it is killed"));
+                self.note(index, EventKind::Hung, Duration::ZERO, HUNG);
+            }
             self.carry_out(index, order);
         }
     }
@@ -62,9 +71,19 @@ impl Supervisor {
     pub(super) fn device_lost(&mut self, index: usize, reason: &str, now: Instant) {
         // Most often its process has ended, and has been reaped or will be in a moment; if not,
         // the vmm does not trust it any more, and killing costs nothing.
-        if self.processes[index].alive {
-            let order = self.processes[index].recovery.condemn(now, reason);
+        // The vmm tells a loss before it answers for the successor, so that one heard while a
+        // successor joins was its predecessor's.
+        let process = &mut self.processes[index];
+        if process.alive && process.recovery.serves() {
+            let order = process.recovery.condemn(now, reason);
             self.carry_out(index, order);
+        }
+    }
+
+    /// A device's process was stopped, or goes on.
+    pub(super) fn device_stopped(&mut self, index: usize, stopped: bool, now: Instant) {
+        if let Some(process) = self.processes.get_mut(index) {
+            process.recovery.stopped(now, stopped);
         }
     }
 

@@ -17,7 +17,7 @@
 use std::time::{Duration, Instant};
 
 /// A process that served this long makes up for one failure.
-const HEALTHY: Duration = Duration::from_millis(100);
+const HEALTHY: Duration = Duration::from_millis(50);
 /// The wait before the second attempt in a row; the first comes at once. It doubles each time.
 const FIRST_DELAY: Duration = Duration::from_millis(10);
 /// The longest wait between attempts.
@@ -28,6 +28,8 @@ const MOST_FAILURES: u32 = 11;
 const SPAWN_DEADLINE: Duration = Duration::from_secs(5);
 /// The vmm, whose own deadlines are shorter, says within this time whether a successor serves.
 const JOIN_DEADLINE: Duration = Duration::from_secs(40);
+/// A process that is stopped for this long, as by a debugger, is hung.
+const STOP_DEADLINE: Duration = Duration::from_secs(2);
 /// SIGKILL ends a process within this time, unless the kernel holds it (state D).
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -68,6 +70,8 @@ pub(super) struct Recovery {
     ended: Option<Instant>,
     /// What went wrong last.
     why: String,
+    /// A stopped process has until then to go on.
+    stopped: Option<Instant>,
 }
 
 impl Recovery {
@@ -78,19 +82,33 @@ impl Recovery {
             since: now,
             ended: None,
             why: String::new(),
+            stopped: None,
         }
     }
 
     /// When to look again.
     pub(super) fn deadline(&self) -> Option<Instant> {
         match self.stage {
-            Stage::Serving | Stage::Lost => None,
-            Stage::Waiting(at) | Stage::Spawning(at) | Stage::Joining(at, _) | Stage::Ending(at) => Some(at),
+            Stage::Lost => None,
+            Stage::Serving => self.stopped,
+            Stage::Joining(at, _) => Some(self.stopped.map_or(at, |stop| stop.min(at))),
+            Stage::Waiting(at) | Stage::Spawning(at) | Stage::Ending(at) => Some(at),
         }
+    }
+
+    /// The process was stopped by a signal, or goes on.
+    pub(super) fn stopped(&mut self, now: Instant, stopped: bool) {
+        self.stopped = stopped.then(|| now + STOP_DEADLINE);
+    }
+
+    /// Whether what [`Recovery::due`] answers next is for a process that stays stopped.
+    pub(super) fn is_hung(&self, now: Instant) -> bool {
+        matches!(self.stage, Stage::Serving | Stage::Joining(..)) && self.stopped.is_some_and(|at| now >= at)
     }
 
     /// The process was reaped, or none could be made.
     pub(super) fn ended(&mut self, now: Instant, why: &str) -> Option<Order> {
+        self.stopped = None;
         if self.stage == Stage::Lost {
             return None;
         }
@@ -122,6 +140,9 @@ impl Recovery {
         if self.deadline().is_none_or(|at| now < at) {
             return None;
         }
+        if self.is_hung(now) {
+            return self.condemn(now, "it was stopped by a signal");
+        }
         match self.stage {
             Stage::Waiting(_) => {
                 self.stage = Stage::Spawning(now + SPAWN_DEADLINE);
@@ -142,6 +163,11 @@ impl Recovery {
             self.stage = Stage::Joining(now + JOIN_DEADLINE, id);
         }
         wanted
+    }
+
+    /// Whether it serves the guest, as far as is known.
+    pub(super) fn serves(&self) -> bool {
+        self.stage == Stage::Serving
     }
 
     /// Whether the vmm was asked, by request `id`, to use this process.
@@ -249,6 +275,25 @@ mod tests {
         // Even when it ends after all: the guest has been told.
         assert_eq!(recovery.ended(now + 2 * KILL_DEADLINE, "signal 9"), None);
         assert_eq!(recovery.deadline(), None);
+    }
+
+    #[test]
+    fn a_process_that_stays_stopped_is_killed_and_one_that_goes_on_is_not() {
+        let now = Instant::now();
+        let mut recovery = Recovery::new(now);
+        recovery.stopped(now, true);
+        assert_eq!(recovery.due(now + STOP_DEADLINE - MS), None);
+        recovery.stopped(now + STOP_DEADLINE - MS, false);
+        assert_eq!(
+            (recovery.deadline(), recovery.due(now + 2 * STOP_DEADLINE)),
+            (None, None)
+        );
+        recovery.stopped(now, true);
+        assert!(recovery.is_hung(now + STOP_DEADLINE));
+        assert_eq!(recovery.due(now + STOP_DEADLINE), Some(Order::Kill));
+        assert!(!recovery.is_hung(now + STOP_DEADLINE));
+        assert_eq!(recovery.ended(now + STOP_DEADLINE, "signal 9"), None);
+        assert_eq!(recovery.due(now + STOP_DEADLINE), Some(Order::Respawn));
     }
 
     #[test]

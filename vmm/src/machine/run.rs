@@ -179,6 +179,9 @@ impl Machine {
             },
             ToVmm::Start(_) => FromVmm::Failed("the machine is running".into()),
         };
+        // What happened before the answer is told before it: a loss that is told later is the
+        // successor's.
+        self.report_devices(control)?;
         control.send(message.id, reply)?;
         Ok(None)
     }
@@ -208,7 +211,7 @@ impl Machine {
                     FromVmm::BackendLost { device, reason }
                 }
                 DeviceEvent::NeedsReset { device, reason } => {
-                    tracing::warn!(device, reason, "device needs a reset");
+                    tracing::info!(device, reason, "device needs a reset");
                     FromVmm::DeviceFault { device, reason }
                 }
             };

@@ -1,0 +1,86 @@
+//! A process that dies again and again, and one that stops: what the supervisor does about them.
+
+use crate::victim::Victim;
+use anyhow::{Context, Result, ensure};
+use integration_tests::{host::Host, suite::test, tiny::Run};
+use libtest_mimic::Trial;
+use nix::sys::signal::Signal;
+use std::{fs::File, time::Duration};
+use tempfile::TempDir;
+use vm_spec::{events::EventKind, run_state::ProcessRole};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+pub(crate) fn tests() -> Vec<Trial> {
+    vec![
+        test("limits::gives_up_and_the_vm_lives", gives_up),
+        test("limits::events_tell_what_happened", events),
+    ]
+}
+
+fn halted(folder: &TempDir) -> Result<Run> {
+    Host::need_kvm()?;
+    let path = folder.path().join("disk");
+    File::create(&path)?.set_len(16 << 20)?;
+    let flags = [
+        format!("--disk=path={},format=raw", path.display()),
+        "--power-off-grace=1".to_owned(),
+    ];
+    let mut run = Run::tiny("scenario=hlt", &flags)?;
+    run.console
+        .wait_line("ready=1", DEADLINE)
+        .with_context(|| run.process.stderr().unwrap_or_default())?;
+    Ok(run)
+}
+
+fn gives_up() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut run = halted(&folder)?;
+    let mut victim = Victim::new(ProcessRole::Disk);
+    let mut kills = 0;
+    let fault = loop {
+        ensure!(kills < 100, "{kills} kills, and never given up");
+        ensure!(
+            victim.strike(&mut run, Signal::SIGKILL, DEADLINE)?,
+            "the VM ended: {}",
+            run.process.stderr()?
+        );
+        kills += 1;
+        // The next process or the end of all of them, whichever comes first.
+        let wait = Duration::from_millis(20);
+        if let Ok(fault) = victim.wait_event(&run, EventKind::NeedsReset, wait) {
+            break fault;
+        }
+        if kills > 11 {
+            break victim.wait_event(&run, EventKind::NeedsReset, DEADLINE)?;
+        }
+    };
+    ensure!(fault.detail.contains("in a row"), "{fault:?}");
+    ensure!(run.process.alive()?, "the VM ended: {}", run.process.stderr()?);
+    let words = run.process.stderr()?;
+    let lines = words
+        .lines()
+        .filter(|line| line.starts_with("bulkhead: disk0: the device needs a reset"));
+    ensure!(lines.count() == 1, "not one line says why: {words}");
+    Ok(())
+}
+
+fn events() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut run = halted(&folder)?;
+    let mut victim = Victim::new(ProcessRole::Disk);
+    ensure!(victim.strike(&mut run, Signal::SIGKILL, DEADLINE)?);
+    let restarted = victim.wait_event(&run, EventKind::Restarted, DEADLINE)?;
+    let events = victim.events(&run)?;
+    let died = &events[0];
+    ensure!(
+        died.event == EventKind::Died && died.device == "disk0" && died.detail.contains("signal 9"),
+        "{events:?}"
+    );
+    ensure!(
+        restarted.pid != died.pid && restarted.took_us > 0 && restarted.time_ns > died.time_ns,
+        "{events:?}"
+    );
+    ensure!(restarted.count == 1 && died.count == 1, "{events:?}");
+    Ok(())
+}

@@ -1,0 +1,15 @@
+//! A device's process dies, and the guest only waits: `bulkhead run` with the tiny guest, whose
+//! workload checks every block, while its disk process is killed again and again.
+
+mod kills;
+mod limits;
+mod victim;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let mut tests = Vec::new();
+    tests.extend(kills::tests());
+    tests.extend(limits::tests());
+    integration_tests::suite::run(tests)
+}
