@@ -10,6 +10,10 @@
 //! - Clusters are freed (refcount lowered, hole punched, reused) only after a barrier behind the L2
 //!   change, and after all I/O that may still know the old place has ended ([`free`]).
 //!
+//! A limit: where damage has left a mapped data cluster with a refcount of 0, a reservation takes it for free
+//! and clears it. Metadata is known and never taken; finding mapped data would take a scan of all L2 tables.
+//! Writing in place to such a cluster is refused ([`map`]). `qemu-img check -r` repairs it.
+//!
 //! One lock guards the metadata; it is never held while guest data moves.
 
 mod alloc;
