@@ -2,6 +2,7 @@
 //! side mean anything on a machine that others use too.
 
 pub mod blk;
+pub mod boot;
 mod blk_cases;
 mod blk_driver;
 mod blk_peer;

@@ -1,7 +1,7 @@
-//! Benchmarks that need more than `cargo bench` offers: `bench blk`, `bench net`.
+//! Benchmarks that need more than `cargo bench` offers: `bench blk`, `bench boot`, `bench net`.
 
 use clap::{Parser, Subcommand};
-use integration_tests::bench::{blk, net};
+use integration_tests::bench::{blk, boot, net};
 use std::process::ExitCode;
 
 /// Measures our processes beside others in one run.
@@ -16,13 +16,17 @@ struct Arguments {
 enum Verb {
     /// The disk process beside qemu-storage-daemon.
     Blk(blk::Settings),
+    /// Launch of a Linux guest to its init beside QEMU's microvm machine, nested where it must.
+    Boot,
     /// The network process beside bare loops over a TAP.
     Net(net::Settings),
 }
 
 fn main() -> ExitCode {
+    integration_tests::nested::agent::intercept();
     let result = match Arguments::parse().verb {
         Verb::Blk(settings) => blk::run(&settings),
+        Verb::Boot => boot::run(),
         Verb::Net(settings) => net::run(&settings),
     };
     match result {
