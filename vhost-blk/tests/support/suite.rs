@@ -24,9 +24,12 @@ pub fn test_with_qemu_img(name: &str, body: fn()) -> Trial {
     })
 }
 
-/// Runs the tests that the command line asks for.
+/// Runs the tests that the command line asks for, one at a time unless it says otherwise: a process that
+/// another test starts holds a copy of this test's locked descriptors from its fork to its exec.
 pub fn run(tests: Vec<Trial>) -> ExitCode {
-    libtest_mimic::run(&Arguments::from_args(), tests).exit_code()
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = arguments.test_threads.or(Some(1));
+    libtest_mimic::run(&arguments, tests).exit_code()
 }
 
 /// The test program's entry point: names of its tests, first those that need qemu-img.
