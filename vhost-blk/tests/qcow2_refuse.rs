@@ -30,7 +30,7 @@ fn the_format_is_never_probed() {
         "magic",
         "not a qcow2 image",
     );
-    for name in ["vmdk", "vdi", "vhdx", "auto", ""] {
+    for name in ["dmg", "parallels", "cloop", "auto", ""] {
         assert!(
             name.parse::<Format>()
                 .unwrap_err()
