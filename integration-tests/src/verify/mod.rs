@@ -119,7 +119,7 @@ fn retry_nested(report: &mut Report, programs: &[TestProgram], places: &mut Plac
 
 fn needs(program: &TestProgram) -> Needs {
     match (program.tier, program.target.as_str()) {
-        (true, "tiny") => Needs::Kvm,
+        (true, "tiny" | "recovery") => Needs::Kvm,
         (true, target) if target.starts_with("linux") => Needs::LinuxKvm,
         _ => Needs::Nothing,
     }

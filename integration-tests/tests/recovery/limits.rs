@@ -2,10 +2,15 @@
 
 use crate::victim::Victim;
 use anyhow::{Context, Result, ensure};
-use integration_tests::{host::Host, suite::test, tiny::Run};
+use integration_tests::{
+    artifacts::Artifact,
+    host::Host,
+    suite::{Skip, artifact, test},
+    tiny::Run,
+};
 use libtest_mimic::Trial;
 use nix::sys::signal::Signal;
-use std::{fs::File, time::Duration};
+use std::{fs::File, path::Path, process::Command, time::Duration};
 use tempfile::TempDir;
 use vm_spec::{events::EventKind, run_state::ProcessRole};
 
@@ -14,6 +19,7 @@ const DEADLINE: Duration = Duration::from_secs(20);
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("limits::gives_up_and_the_vm_lives", gives_up),
+        test("limits::the_net_process_is_replaced", net),
         test("limits::events_tell_what_happened", events),
     ]
 }
@@ -65,6 +71,32 @@ fn gives_up() -> Result<()> {
     Ok(())
 }
 
+/// The TAP is the spawner's: each successor works on the same one.
+fn net() -> Result<()> {
+    Host::need_kvm()?;
+    if !Path::new("/dev/net/tun").exists() {
+        return Err(Skip("this host has no TAPs".into()).into());
+    }
+    let flags = [
+        "--net=private=10.213.8.1/24".to_owned(),
+        "--power-off-grace=1".to_owned(),
+    ];
+    let mut run = Run::tiny("scenario=hlt", &flags)?;
+    run.console.wait_line("ready=1", DEADLINE)?;
+    let mut victim = Victim::new(ProcessRole::Net);
+    for kill in 1..=5 {
+        ensure!(
+            victim.strike(&mut run, Signal::SIGKILL, DEADLINE)?,
+            "the VM ended"
+        );
+        ensure!(victim.wait_restarted(&mut run, DEADLINE)?, "the VM ended");
+        let events = victim.events(&run)?;
+        let restarts = events.iter().filter(|e| e.event == EventKind::Restarted);
+        ensure!(restarts.count() == kill, "{events:?}");
+    }
+    Ok(())
+}
+
 fn events() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let mut run = halted(&folder)?;
@@ -82,5 +114,27 @@ fn events() -> Result<()> {
         "{events:?}"
     );
     ensure!(restarted.count == 1 && died.count == 1, "{events:?}");
+    printed(&run, &["died", "restarted"])
+}
+
+/// `bulkhead events` prints these, in this order.
+fn printed(run: &Run, kinds: &[&str]) -> Result<()> {
+    let folder = run.run_folder();
+    let name = folder.file_name().context("no name")?;
+    let base = folder.ancestors().nth(2).context("no folder")?;
+    let output = Command::new(artifact(Artifact::Bulkhead)?)
+        .arg("events")
+        .arg(name)
+        .env("XDG_RUNTIME_DIR", base)
+        .output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    ensure!(
+        output.status.success() && text.lines().count() == kinds.len(),
+        "{output:?}"
+    );
+    for (line, kind) in text.lines().zip(kinds) {
+        let event: serde_json::Value = serde_json::from_str(line)?;
+        ensure!(event["event"] == *kind && event["device"] == "disk0", "{line}");
+    }
     Ok(())
 }

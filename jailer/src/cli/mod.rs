@@ -1,6 +1,7 @@
 //! The command line of `bulkhead`.
 
 mod doctor;
+mod events;
 mod flags;
 mod policy;
 mod spec_file;
@@ -27,6 +28,14 @@ struct Cli {
 enum Verb {
     /// Run a VM to its end, with its console on this terminal (Ctrl-A x leaves)
     Run(Box<RunArgs>),
+    /// Say what happened to a running VM's devices, one JSON object a line
+    Events {
+        /// The VM's name
+        vm: String,
+        /// Go on until the VM is over
+        #[arg(long, short)]
+        follow: bool,
+    },
     /// Say what this host lacks, and the command that mends it
     Doctor {
         /// Print JSON
@@ -162,6 +171,7 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
     match verb {
         Verb::Run(args) if args.dry_run => print(&launch::dry_run(&args.spec()?, &args.options())?),
         Verb::Run(args) => launch::run(&args.spec()?, &args.options(), launched_ns),
+        Verb::Events { vm, follow } => events::show(&vm, follow),
         Verb::Doctor { json } => {
             let (text, code) = doctor::examine(json);
             print(&text)?;

@@ -26,6 +26,7 @@ use nix::unistd::{Pid, getpid};
 use plan::{Choices, Plan};
 use reaper::Reaper;
 use run_dir::RunDir;
+use std::path::PathBuf;
 use std::time::Duration;
 use vm_spec::events::{self, VmEvent};
 use vm_spec::run_state::{self, ProcessRole, ProcessState, RunState};
@@ -46,6 +47,16 @@ pub struct Options {
 pub fn monotonic_ns() -> u64 {
     // The clock always exists.
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |t| Duration::from(t).as_nanos() as u64)
+}
+
+/// The run-time folder of the running VM `name`.
+///
+/// # Errors
+/// A [`Failure`] when there is none.
+pub fn run_folder(name: &str) -> Result<PathBuf, Failure> {
+    run_dir::find(name).ok_or_else(|| {
+        Failure::usage(format!("no VM '{name}' runs")).hint("give the name that run was given")
+    })
 }
 
 /// What `bulkhead run --dry-run` prints. Opens everything, runs nothing.

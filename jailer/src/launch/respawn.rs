@@ -7,10 +7,16 @@ use super::plan::{Plan, ProcessPlan, Source};
 use super::spawn::{Binaries, begin, pair};
 use crate::failure::Failure;
 use crate::sandbox::child::{Child, Starting};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::SockType;
 use nix::unistd::Pid;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+/// A successor has built its jail and executes its binary within this time, or is killed.
+const JAIL_DEADLINE: Duration = Duration::from_secs(2);
 
 /// What is kept for successors.
 pub(crate) struct Respawner {
@@ -72,9 +78,17 @@ impl Successor {
         self.starting.pid()
     }
 
-    /// Waits until it executes its binary. One that fails ends, and is reaped as any other; what
-    /// it failed in is told here.
+    /// Waits, with a deadline, until it executes its binary. One that fails ends, and is reaped as
+    /// any other; what it failed in is told here.
     pub(crate) fn finish(self) -> Option<Child> {
+        let pid = self.pid();
+        let mut ready = [PollFd::new(self.starting.report(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(JAIL_DEADLINE).unwrap_or(PollTimeout::MAX);
+        if poll(&mut ready, timeout) == Ok(0) {
+            eprintln!("bulkhead: pid {pid} did not build its jail within {JAIL_DEADLINE:?}: killed");
+            let _ = kill(pid, Signal::SIGKILL);
+            return None;
+        }
         match self.starting.finish() {
             Ok(child) => Some(child),
             Err(error) => {

@@ -32,6 +32,12 @@ fn parent() -> PathBuf {
     }
 }
 
+/// The folder of the VM `name`, where there is one. A name leads nowhere else.
+pub(crate) fn find(name: &str) -> Option<PathBuf> {
+    let sound = !name.is_empty() && !name.starts_with('.') && !name.contains('/');
+    Some(parent().join(name)).filter(|path| sound && path.is_dir())
+}
+
 /// Makes and locks the folder of VM `name`, after sweeping those of VMs that are gone.
 pub(crate) fn create(name: &str) -> Result<RunDir, Failure> {
     let parent = parent();

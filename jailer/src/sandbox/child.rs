@@ -20,7 +20,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::unistd::{Pid, getegid, geteuid, pipe2, setsid};
 use std::ffi::CString;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 /// What to execute in a jail.
@@ -184,6 +184,11 @@ impl Starting {
     /// The child's process id.
     pub fn pid(&self) -> Pid {
         self.child.pid
+    }
+
+    /// Readable once [`Starting::finish`] does not wait.
+    pub fn report(&self) -> BorrowedFd<'_> {
+        self.report.as_fd()
     }
 
     /// Waits until the child executes its program.
