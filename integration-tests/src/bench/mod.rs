@@ -2,10 +2,10 @@
 //! side mean anything on a machine that others use too.
 
 pub mod blk;
-pub mod boot;
 mod blk_cases;
 mod blk_driver;
 mod blk_peer;
+pub mod boot;
 pub mod net;
 mod net_bed;
 mod net_driver;

@@ -7,11 +7,13 @@ use super::run_dir::RunDir;
 use super::terminal::{self, Saved};
 use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, Signal, signal};
-use nix::unistd::{ForkResult, Pid, fork, getpid, pipe2, read, setsid, write};
+use nix::unistd::{ForkResult, Pid, fork, geteuid, getpid, pipe2, read, setsid, write};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 /// What the spawner writes before it ends as it should.
 const IN_ORDER: u8 = b'.';
+/// One for each reaper that may be waiting.
+const ALL_IN_ORDER: [u8; 2] = [IN_ORDER; 2];
 
 /// The spawner's end.
 pub(crate) struct Reaper {
@@ -35,7 +37,7 @@ impl Reaper {
             }),
             ForkResult::Child => {
                 drop(theirs);
-                wait(&ours, run_dir, saved, spawner);
+                reap(&ours, run_dir, saved, spawner);
                 // SAFETY: ends the child without running what the parent registered.
                 unsafe { libc::_exit(0) }
             }
@@ -44,13 +46,42 @@ impl Reaper {
 
     /// Says that the spawner ends as it should, and lets the reaper clean up.
     pub(crate) fn dismiss(self) {
-        let _ = write(&self.pipe, &[IN_ORDER]);
+        let _ = write(&self.pipe, &ALL_IN_ORDER);
         drop(self.pipe);
         let _ = nix::sys::wait::waitpid(self.pid, None);
     }
 }
 
-fn wait(pipe: &OwnedFd, run_dir: &RunDir, saved: Option<&Saved>, spawner: Pid) {
+/// The life of the reaper. Root's spawner soon is another user, who cannot remove what lies in
+/// root's folder should the reaper be killed: there a second one stands by.
+fn reap(pipe: &OwnedFd, run_dir: &RunDir, saved: Option<&Saved>, spawner: Pid) {
+    let mut second = None;
+    if geteuid().is_root() {
+        // SAFETY: this process has one thread, so the child may do whatever the parent might.
+        match unsafe { fork() } {
+            Ok(ForkResult::Child) => {
+                wait(pipe, run_dir);
+                clean_up(run_dir, saved);
+                return;
+            }
+            Ok(ForkResult::Parent { child }) => second = Some(child),
+            // The next command sweeps what one reaper leaves.
+            Err(_) => {}
+        }
+    }
+    let in_order = wait(pipe, run_dir);
+    if !in_order {
+        eprintln!("bulkhead: the spawner (pid {spawner}) died: its VM was ended");
+    }
+    clean_up(run_dir, saved);
+    if second.is_some() {
+        // It holds the folder's lock too: the VM is over when both let go.
+        let _ = nix::sys::wait::waitpid(second, None);
+    }
+}
+
+/// Waits for the spawner's end; whether it said that it ends as it should.
+fn wait(pipe: &OwnedFd, run_dir: &RunDir) -> bool {
     // A Ctrl-C, a hang-up or a stop of the terminal's group is not meant for the reaper.
     let _ = setsid();
     for each in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGTTOU] {
@@ -59,17 +90,17 @@ fn wait(pipe: &OwnedFd, run_dir: &RunDir, saved: Option<&Saved>, spawner: Pid) {
     }
     close_others(pipe.as_raw_fd(), run_dir);
     let mut byte = [0];
-    let in_order = loop {
+    loop {
         match read(pipe, &mut byte) {
             Err(Errno::EINTR) => {}
-            other => break other == Ok(1),
+            other => return other == Ok(1),
         }
-    };
+    }
+}
+
+fn clean_up(run_dir: &RunDir, saved: Option<&Saved>) {
     if let Some(saved) = saved {
         terminal::restore(saved);
-    }
-    if !in_order {
-        eprintln!("bulkhead: the spawner (pid {spawner}) died: its VM was ended");
     }
     run_dir.remove();
 }
