@@ -156,7 +156,7 @@ impl Host {
                 self.socket.as_raw_fd(),
                 messages.as_mut_ptr(),
                 count as u32,
-                libc::MSG_DONTWAIT,
+                libc::MSG_DONTWAIT as _,
             )
         };
         match Errno::result(sent) {
