@@ -142,9 +142,10 @@ fn what_needs_another_file_is_refused() {
     let vhd = convert(&scratch, "vpc", "subformat=dynamic");
     for at in [0, std::fs::metadata(&vhd).expect("exists").len() - 512] {
         // Type and checksum together, so that the checksum is right.
-        let sum = contents(&vhd)[at as usize + 67];
+        let checksum = &contents(&vhd)[at as usize + 64..][..4];
+        let checksum = u32::from_be_bytes(checksum.try_into().expect("four bytes"));
         patch(&vhd, at + 63, &[4]);
-        patch(&vhd, at + 67, &[sum.wrapping_sub(1)]);
+        patch(&vhd, at + 64, &checksum.wrapping_sub(1).to_be_bytes());
     }
     refused(&[(&vhd, Format::Vhd)], &READ_ONLY, "disk type", "differencing");
 }

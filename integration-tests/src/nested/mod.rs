@@ -38,6 +38,9 @@ pub struct Options {
     pub shared: Option<PathBuf>,
     /// Show the outer kernel's console on standard error.
     pub console: bool,
+    /// The program that runs as the outer guest's agent: a copy of this one (see
+    /// [`agent::intercept`]), where this one's own file may be replaced meanwhile.
+    pub agent: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -47,6 +50,7 @@ impl Default for Options {
             cpus: 2,
             shared: None,
             console: false,
+            agent: None,
         }
     }
 }

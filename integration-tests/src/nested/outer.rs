@@ -172,7 +172,10 @@ fn devices(command: &mut Command, options: &Options, socket: &Path) -> anyhow::R
 }
 
 fn kernel_command_line(options: &Options) -> anyhow::Result<String> {
-    let agent = std::env::current_exe().context("the path of this program")?;
+    let agent = match &options.agent {
+        Some(agent) => agent.clone(),
+        None => std::env::current_exe().context("the path of this program")?,
+    };
     let mut line = format!(
         "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check nested.agent={}",
         plain(&agent)?

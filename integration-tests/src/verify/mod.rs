@@ -51,6 +51,7 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
     let binaries = tempfile::Builder::new()
         .prefix("bulkhead-verify-")
         .tempdir_in("/var/tmp")?;
+    std::fs::copy("/proc/self/exe", binaries.path().join(place::AGENT_FILE))?;
     let mut report = Report::default();
     checks(&mut report);
     eprintln!("verify: building the release binaries and the tests");

@@ -12,6 +12,8 @@ use std::time::Duration;
 pub const FULL: &str = "BULKHEAD_FULL";
 /// The list of the test guests' images, in the folder with everything under test.
 pub(super) const IMAGES_FILE: &str = "test-images.json";
+/// A copy of this program in the same folder: building the tests replaces the original.
+pub(super) const AGENT_FILE: &str = "nested-agent";
 /// How long one test program may take.
 const PROGRAM: Duration = Duration::from_secs(15 * 60);
 /// How long one may take under `--full`.
@@ -50,7 +52,11 @@ impl Places {
     pub(super) fn nested(&mut self, program: &TestProgram, arguments: &[&str]) -> Vec<(String, Outcome)> {
         let mut job = self.job(program, arguments);
         job.environment.extend(Job::nested_environment());
-        let boot = || Nested::boot(&Options::default()).map_err(|error| format!("{error:#}"));
+        let options = Options {
+            agent: Some(self.binaries.join(AGENT_FILE)),
+            ..Options::default()
+        };
+        let boot = || Nested::boot(&options).map_err(|error| format!("{error:#}"));
         let nested = match self.nested.get_or_insert_with(boot) {
             Ok(nested) => nested,
             Err(error) => return vec![whole(program, error.clone())],

@@ -33,7 +33,7 @@ fn disk_and_nic() -> Result<()> {
     let page = "the page for QEMU's guest";
     let (disk, sum) = pattern::make_disk(work.path())?;
     let (blk, net) = (work.path().join("blk.sock"), work.path().join("net.sock"));
-    let _blk = start_blk(&disk, &blk)?;
+    let blk_process = start_blk(&disk, &blk)?;
     let mut peer = Peer::start(page)?;
     peer.answer_at_once()?;
     let mut command = Command::new(artifact(Artifact::VhostUserNet)?);
@@ -46,6 +46,7 @@ fn disk_and_nic() -> Result<()> {
     let console = run_qemu(&kernel, &blk, Some(&net))?;
     expect(&console, &format!("disk {sum}"))?;
     expect(&console, &format!("page {page}"))?;
+    stop(blk_process)?;
     pattern::check_disk(work.path(), &disk)
 }
 
@@ -54,11 +55,17 @@ fn twice() -> Result<()> {
     let work = tempfile::tempdir()?;
     let (disk, sum) = pattern::make_disk(work.path())?;
     let socket = work.path().join("blk.sock");
-    let mut blk = start_blk(&disk, &socket)?;
+    let blk = start_blk(&disk, &socket)?;
     for _ in 0..2 {
         let console = run_qemu(&kernel, &socket, None)?;
         expect(&console, &format!("disk {sum}"))?;
     }
+    stop(blk)?;
+    pattern::check_disk(work.path(), &disk)
+}
+
+/// Ends a disk process, and with it its lock on the image.
+fn stop(mut blk: Process) -> Result<()> {
     blk.signal(nix::sys::signal::Signal::SIGTERM)?;
     let status = blk.wait(LISTEN)?;
     ensure!(
@@ -66,7 +73,7 @@ fn twice() -> Result<()> {
         "after SIGTERM it ended with {status}: {}",
         blk.stderr()?
     );
-    pattern::check_disk(work.path(), &disk)
+    Ok(())
 }
 
 fn start_blk(disk: &Path, socket: &Path) -> Result<Process> {
