@@ -18,10 +18,12 @@
 //! front end is more trusted than this process, yet its messages are checked in `session`, since
 //! one that is wrong would break memory safety here.
 
+pub mod bucket;
 mod descriptors;
 pub mod device;
 mod flags;
 mod janitor;
+mod limits;
 mod listener;
 mod log;
 pub mod memory;
@@ -31,8 +33,10 @@ mod session;
 mod signals;
 mod worker;
 
+pub use bucket::SharedLimiter;
 pub use descriptors::inherited;
 pub use device::{ConfigError, Device, Program, QueueHandler, QueueLimits, Wait};
+pub use limits::Limits;
 pub use ring::{Chain, Ring, RingFault};
 pub use run::{DaemonError, run};
 pub use session::{ServeError, SessionError};

@@ -1,6 +1,5 @@
 //! The network device: features, configuration space, and its queues (virtio 1.3, 5.1).
 
-use crate::bucket::SharedLimiter;
 use crate::control::ControlQueue;
 use crate::counters::Counters;
 use crate::guard::Guard;
@@ -19,7 +18,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use vhost_daemon::device::QueueLimits;
-use vhost_daemon::{ConfigError, Device, Program, QueueHandler};
+use vhost_daemon::{ConfigError, Device, Program, QueueHandler, SharedLimiter};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VQ,
     VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,

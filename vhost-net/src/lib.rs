@@ -3,13 +3,12 @@
 //! ```text
 //!   TAP --readv--> rx  --+                      +-- header, guard: what a guest may send
 //!                        +-- guest's buffers ---+
-//!   TAP <-writev-- tx  --+                      +-- pacer, bucket: how much
+//!   TAP <-writev-- tx  --+                      +-- pacer: how much
 //! ```
 //!
 //! Trust: the guest's headers and frames are hostile and are checked in [`header`] and [`guard`];
 //! its rings are checked by `vhost-daemon`. Only [`tap`] talks to the kernel about the interface.
 
-pub mod bucket;
 pub mod buffers;
 pub mod control;
 pub mod counters;

@@ -1,12 +1,10 @@
 //! The flags that only `vhost-user-net` has.
 
-use crate::bucket::{Limiter, Rate, SharedLimiter};
 use crate::guard::{Addresses, Guard, MacAddress};
 use std::fmt::Display;
 use std::os::fd::RawFd;
 use std::str::FromStr;
-use std::time::Instant;
-use vm_spec::size::ByteSize;
+use vhost_daemon::Limits;
 
 /// Least MTU (RFC 791), and least that virtio 1.3, 5.1.4.1 allows.
 pub const MIN_MTU: u16 = 68;
@@ -55,55 +53,6 @@ impl FromStr for Switch {
     }
 }
 
-/// Rates of one direction: `packets=N,bytes=SIZE[,packets-burst=N][,bytes-burst=SIZE]`.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub struct Limits {
-    packets: Option<Rate>,
-    bytes: Option<Rate>,
-}
-
-impl Limits {
-    /// A limiter with these limits, full now, for all queues of the direction.
-    #[must_use]
-    pub fn limiter(&self) -> SharedLimiter {
-        SharedLimiter::new(Limiter::new(self.packets, self.bytes, Instant::now()))
-    }
-}
-
-impl FromStr for Limits {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let mut given: [Option<u64>; 4] = [None; 4];
-        const KEYS: [&str; 4] = ["packets", "packets-burst", "bytes", "bytes-burst"];
-        for part in text.split(',') {
-            let (key, value) = part.split_once('=').ok_or("write key=value")?;
-            let index = KEYS.iter().position(|known| *known == key);
-            let index = index.ok_or_else(|| format!("unknown key '{key}': use {}", KEYS.join(", ")))?;
-            let size: ByteSize = value.parse().map_err(|error| format!("{key}: {error}"))?;
-            if size.0 == 0 {
-                return Err(format!("{key} must be at least 1"));
-            }
-            given[index] = Some(size.0);
-        }
-        let [packets, packets_burst, bytes, bytes_burst] = given;
-        if (packets.is_none() && packets_burst.is_some()) || (bytes.is_none() && bytes_burst.is_some()) {
-            return Err("a burst needs its rate".to_owned());
-        }
-        // Without a burst of its own, a tenth of a second's worth.
-        let rate = |rate: Option<u64>, burst: Option<u64>| {
-            rate.map(|per_second| Rate {
-                per_second,
-                burst: burst.unwrap_or((per_second / 10).max(1)),
-            })
-        };
-        Ok(Self {
-            packets: rate(packets, packets_burst),
-            bytes: rate(bytes, bytes_burst),
-        })
-    }
-}
-
 /// What `--help` prints.
 pub const USAGE: &str = concat!(
     "  --tap-name=NAME         serve this TAP, which exists in this network namespace\n",
@@ -137,8 +86,8 @@ impl Options {
             "mtu" => self.mtu = Some(mtu(parser)?),
             "ip" => self.addresses.push(parsed(name, parser)?),
             "guard" => self.guard = Some(parsed(name, parser)?),
-            "receive-limit" => self.receive_limit = parsed(name, parser)?,
-            "transmit-limit" => self.transmit_limit = parsed(name, parser)?,
+            "receive-limit" => self.receive_limit = limits(name, parser)?,
+            "transmit-limit" => self.transmit_limit = limits(name, parser)?,
             _ => return Ok(false),
         }
         Ok(true)
@@ -193,6 +142,10 @@ fn parsed<T: FromStr<Err: Display>>(name: &str, parser: &mut lexopt::Parser) -> 
         .map_err(|error: T::Err| format!("--{name}: {error}").into())
 }
 
+fn limits(name: &str, parser: &mut lexopt::Parser) -> Result<Limits, lexopt::Error> {
+    Limits::parse(&text(parser)?, "packets").map_err(|error| format!("--{name}: {error}").into())
+}
+
 fn mtu(parser: &mut lexopt::Parser) -> Result<u16, lexopt::Error> {
     let mtu: u16 = parsed("mtu", parser)?;
     if mtu >= MIN_MTU {
@@ -214,35 +167,6 @@ mod tests {
             assert!(options.take(&name, &mut parser)?, "{name}");
         }
         Ok(options)
-    }
-
-    #[test]
-    fn limits_read_rates_and_bursts() {
-        let limits: Limits = "packets=1000,bytes=1M,bytes-burst=64K".parse().unwrap();
-        assert_eq!(
-            limits.packets,
-            Some(Rate {
-                per_second: 1000,
-                burst: 100
-            })
-        );
-        assert_eq!(
-            limits.bytes,
-            Some(Rate {
-                per_second: 1 << 20,
-                burst: 64 << 10
-            })
-        );
-        for bad in [
-            "",
-            "packets",
-            "packets=0",
-            "packets=x",
-            "speed=1",
-            "bytes-burst=1",
-        ] {
-            assert!(bad.parse::<Limits>().is_err(), "{bad}");
-        }
     }
 
     #[test]

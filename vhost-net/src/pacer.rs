@@ -1,7 +1,6 @@
 //! A queue's fd to wait for: the TAP, or an epoll of it with a rate limit's timer and, where the
 //! TAP has several queues, the news that this one was attached or detached.
 
-use crate::bucket::SharedLimiter;
 use crate::steering::Seat;
 use crate::tap::Tap;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
@@ -11,7 +10,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use vhost_daemon::Wait;
+use vhost_daemon::{SharedLimiter, Wait};
 
 /// Which way the frames of a queue go.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -1,7 +1,8 @@
-//! Stops a guest from taking more than its share: token buckets for packets and bytes.
+//! Stops a guest from taking more than its share: token buckets for operations (packets, requests) and
+//! bytes.
 //!
 //! Time is an argument, so the rate is exact over any span: tokens flow in with the clock, with no
-//! cool-down between refills. One packet may overdraw a bucket; the debt is paid before the next.
+//! cool-down between refills. One operation may overdraw a bucket; the debt is paid before the next.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -61,20 +62,20 @@ impl Bucket {
     }
 }
 
-/// Limits of one direction. Without any, it never waits and asks no clock.
+/// Limits on one kind of traffic. Without any, it never waits and asks no clock.
 #[derive(Clone, Debug, Default)]
 pub struct Limiter {
-    packets: Option<Bucket>,
+    operations: Option<Bucket>,
     bytes: Option<Bucket>,
 }
 
 impl Limiter {
-    /// Limits of one direction, full at `now`.
+    /// Limits that are full at `now`.
     #[must_use]
-    pub fn new(packets: Option<Rate>, bytes: Option<Rate>, now: Instant) -> Self {
+    pub fn new(operations: Option<Rate>, bytes: Option<Rate>, now: Instant) -> Self {
         let bucket = |rate| Bucket::new(rate, now);
         Self {
-            packets: packets.map(bucket),
+            operations: operations.map(bucket),
             bytes: bytes.map(bucket),
         }
     }
@@ -82,16 +83,16 @@ impl Limiter {
     /// There is a limit.
     #[must_use]
     pub fn is_limited(&self) -> bool {
-        self.packets.is_some() || self.bytes.is_some()
+        self.operations.is_some() || self.bytes.is_some()
     }
 
-    /// How long until a packet may pass; none when one may pass now.
+    /// How long until an operation may pass; none when one may pass now.
     pub fn wait(&mut self, now: impl FnOnce() -> Instant) -> Option<Duration> {
         if !self.is_limited() {
             return None;
         }
         let now = now();
-        [&mut self.packets, &mut self.bytes]
+        [&mut self.operations, &mut self.bytes]
             .into_iter()
             .flatten()
             .filter_map(|bucket| {
@@ -101,9 +102,9 @@ impl Limiter {
             .max()
     }
 
-    /// Accounts for a packet of `bytes` that passed.
+    /// Accounts for an operation of `bytes` that passed.
     pub fn passed(&mut self, bytes: usize) {
-        if let Some(bucket) = &mut self.packets {
+        if let Some(bucket) = &mut self.operations {
             bucket.take(1);
         }
         if let Some(bucket) = &mut self.bytes {
@@ -112,8 +113,8 @@ impl Limiter {
     }
 }
 
-/// One direction's limits, shared by its queues: a flow that fills one queue has the whole rate, and
-/// all queues together have no more. Each may overdraw by one packet, and the debt is everyone's.
+/// Limits shared by several queues: a flow that fills one queue has the whole rate, and all queues
+/// together have no more. Each may overdraw by one operation, and the debt is everyone's.
 #[derive(Clone, Debug, Default)]
 pub struct SharedLimiter(Option<Arc<Mutex<Limiter>>>);
 
@@ -151,7 +152,7 @@ impl SharedLimiter {
 mod tests {
     use super::*;
 
-    /// Sends as fast as allowed for `seconds`; returns packets.
+    /// Goes as fast as allowed for `seconds`; returns operations.
     fn run(limiter: &mut Limiter, bytes: usize, seconds: u64) -> u64 {
         let start = Instant::now();
         let (mut now, mut sent) = (start, 0);
@@ -175,13 +176,16 @@ mod tests {
     }
 
     #[test]
-    fn packets_and_bytes_keep_their_rate() {
+    fn operations_and_bytes_keep_their_rate() {
         let now = Instant::now();
-        let packets = Rate {
+        let operations = Rate {
             per_second: 1000,
             burst: 10,
         };
-        within_two_percent(run(&mut Limiter::new(Some(packets), None, now), 60, 10), 10_000);
+        within_two_percent(
+            run(&mut Limiter::new(Some(operations), None, now), 60, 10),
+            10_000,
+        );
         let bytes = Rate {
             per_second: 1 << 20,
             burst: 3000,
@@ -191,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn a_super_frame_larger_than_the_burst_passes_and_is_paid_for() {
+    fn an_operation_larger_than_the_burst_passes_and_is_paid_for() {
         let bytes = Rate {
             per_second: 100_000,
             burst: 1500,
@@ -235,7 +239,7 @@ mod tests {
         let (mut now, mut sent) = (start, [0u64; 4]);
         let end = start + Duration::from_secs(10);
         while now < end {
-            // All look before any of them accounts for its packet: the worst order.
+            // All look before any of them accounts for its operation: the worst order.
             let may = queues.each_ref().map(|queue| queue.wait(|| now).is_none());
             for (queue, index) in queues.iter().zip(0..).filter(|(_, index)| may[*index]) {
                 queue.passed(60);
