@@ -31,7 +31,7 @@ macro_rules! libc_constants {
     ($($name:ident)*) => { [$((stringify!($name), libc::$name as u64)),*] };
 }
 
-const FROM_LIBC: [(&str, u64); 48] = libc_constants! {
+const FROM_LIBC: [(&str, u64); 51] = libc_constants! {
     PROT_NONE PROT_READ PROT_WRITE PROT_EXEC
     MAP_SHARED MAP_PRIVATE MAP_FIXED MAP_ANONYMOUS
     MADV_DONTNEED MADV_FREE MADV_REMOVE MADV_POPULATE_READ MADV_POPULATE_WRITE MADV_HUGEPAGE
@@ -45,11 +45,14 @@ const FROM_LIBC: [(&str, u64); 48] = libc_constants! {
     PR_SET_NAME PR_SET_VMA
     CLOCK_MONOTONIC CLOCK_REALTIME
     TCGETS TCSETS TIOCGWINSZ
+    MREMAP_MAYMOVE O_CLOEXEC SIGKILL
 };
 
-const BY_HAND: [(&str, u64); 60] = [
+const BY_HAND: [(&str, u64); 61] = [
     // All of FUTEX_*'s flags off: FUTEX_PRIVATE_FLAG (128) and FUTEX_CLOCK_REALTIME (256).
     ("FUTEX_CMD_MASK", 0xFFFF_FE7F),
+    // musl keeps 32 to 34 to itself.
+    ("SIGRTMIN", 35),
     ("FIONBIO", 0x5421),
     ("FIONREAD", 0x541B),
     ("TUNSETIFF", iow(b'T', 202, 4)),

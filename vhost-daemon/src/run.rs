@@ -8,7 +8,7 @@ use crate::session::{End, ServeError, Session, SessionError, serve};
 use crate::signals::{self, Termination};
 use crate::worker::{Worker, WorkerError};
 use crate::{Device, Program, descriptors, log};
-use jailer::sandbox::{LockdownError, Locked, SeccompMode, lockdown_main};
+use jailer::sandbox::{LockdownError, Locked, SeccompMode, end, end_on_panic, lockdown_main};
 use std::error::Error;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -71,12 +71,12 @@ pub fn run<P: Program>() -> ExitCode {
         Request::Serve(settings, options) => (settings, options),
     };
     log::start(settings.log_level, settings.log_format);
-    signals::end_on_panic();
+    end_on_panic(P::NAME);
     match start::<P>(settings, options) {
-        Ok(()) => signals::end(0),
+        Ok(()) => end(0),
         Err(error) => {
             report(P::NAME, &error);
-            signals::end(1)
+            end(1)
         }
     }
 }

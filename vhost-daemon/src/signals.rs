@@ -3,7 +3,7 @@
 //!
 //! Whatever the reason, one call to the kernel does it: a thread that ends by itself, or an abort,
 //! takes several that the policy would have to allow.
-#![expect(unsafe_code, reason = "installs a signal handler, ends the process")]
+#![expect(unsafe_code, reason = "installs a signal handler")]
 
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -55,23 +55,4 @@ pub(crate) fn end_on_sigbus() -> io::Result<()> {
     // SAFETY: the handler calls only functions that are allowed in one.
     unsafe { sigaction(Signal::SIGBUS, &action) }?;
     Ok(())
-}
-
-/// Exit code after a panic, as Rust's own.
-const PANIC_EXIT: u8 = 101;
-
-/// Makes a panic in any thread end the process once its message is written: a disk that lost a queue
-/// must not look alive.
-pub(crate) fn end_on_panic() {
-    let report = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |panic| {
-        report(panic);
-        end(PANIC_EXIT)
-    }));
-}
-
-/// Ends the process and all its threads at once.
-pub(crate) fn end(code: u8) -> ! {
-    // SAFETY: _exit(2) may be called at any time; what had to be kept has been flushed by its owner.
-    unsafe { libc::_exit(code.into()) }
 }

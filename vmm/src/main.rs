@@ -1,7 +1,8 @@
 //! `bulkhead-vmm --control-fd=N [--seccomp=enforce|log|off] [--log-level=L]`: one VM, described by
 //! the first message on the control socket.
 
-use jailer::sandbox::SeccompMode;
+use jailer::sandbox::{SeccompMode, end, end_on_panic};
+use std::mem::ManuallyDrop;
 use std::process::ExitCode;
 use std::time::Duration;
 use vm_spec::control::{EndReason, FdNumber, FromVmm, ToVmm, VmConfig};
@@ -13,6 +14,10 @@ use vmm::machine::{Build, Options, monotonic_ns};
 const CONFIG_DEADLINE: Duration = Duration::from_secs(5);
 
 const USAGE: &str = "usage: bulkhead-vmm --control-fd=N [--seccomp=enforce|log|off] [--log-level=LEVEL]";
+
+/// Not the C library's: that one needs brk, mprotect and madvise, which the policies would then allow.
+#[global_allocator]
+static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 struct Arguments {
     control: i32,
@@ -42,11 +47,12 @@ fn main() -> ExitCode {
         }
     };
     let mut control = ControlSocket::new(socket);
+    end_on_panic("bulkhead-vmm");
     match run(&mut control, &arguments, started_ns) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => end(vm_spec::control::exit_code::POWER_OFF),
         Err(error) => {
             tracing::error!("{error}: {}", error.cause());
-            ExitCode::from(vm_spec::control::exit_code::ERROR)
+            end(vm_spec::control::exit_code::ERROR)
         }
     }
 }
@@ -85,7 +91,7 @@ fn run(control: &mut ControlSocket, arguments: &Arguments, started_ns: u64) -> R
     )
     .and_then(Build::build)
     .and_then(|machine| Ok((machine.lock_down()?, machine)));
-    let (locked, mut machine) = match built {
+    let (locked, machine) = match built {
         Ok(built) => built,
         Err(error) => {
             let told = control.send(
@@ -102,6 +108,9 @@ fn run(control: &mut ControlSocket, arguments: &Arguments, started_ns: u64) -> R
             return Err(error);
         }
     };
+    // The end of the process takes it apart: threads that ended by themselves, and descriptors
+    // that were closed one by one, would take time and calls.
+    let mut machine = ManuallyDrop::new(machine);
     match machine.run(control, started_ns, locked) {
         Ok(reason) => report_end(control, reason),
         Err(error) => {

@@ -1,10 +1,14 @@
 //! `bulkhead-supervisor [--seccomp=MODE]`: started by `bulkhead run` in a jail, with its control
 //! socket as descriptor 3.
 
-use jailer::sandbox::SeccompMode;
+use jailer::sandbox::{SeccompMode, end, end_on_panic};
 use jailer::supervisor::SupervisorError;
 use std::error::Error;
 use std::process::ExitCode;
+
+/// Not the C library's: that one needs brk, mprotect and madvise, which the policy would then allow.
+#[global_allocator]
+static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 fn main() -> ExitCode {
     let mut mode = SeccompMode::Enforce;
@@ -17,9 +21,10 @@ fn main() -> ExitCode {
             }
         }
     }
+    end_on_panic("supervisor");
     match jailer::supervisor::run(mode) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(SupervisorError::SpawnerGone) => ExitCode::FAILURE,
+        Ok(()) => end(0),
+        Err(SupervisorError::SpawnerGone) => end(1),
         Err(error) => {
             eprintln!("supervisor: {error}");
             let mut cause = error.source();
@@ -27,7 +32,7 @@ fn main() -> ExitCode {
                 eprintln!("  cause: {error}");
                 cause = error.source();
             }
-            ExitCode::FAILURE
+            end(1)
         }
     }
 }

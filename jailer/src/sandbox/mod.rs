@@ -6,6 +6,7 @@
 
 pub mod caps;
 pub mod child;
+mod end;
 mod landlock;
 mod mounts;
 mod rlimit;
@@ -14,6 +15,7 @@ mod seccomp;
 mod userns;
 
 use crate::audit::wall::Wall;
+pub use end::{end, end_on_panic};
 pub use role::{ParseRoleError, Role, SeccompMode};
 pub use seccomp::{Rule, rules};
 

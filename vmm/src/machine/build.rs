@@ -5,7 +5,7 @@ use super::events::Events;
 use super::exits::Platform;
 use super::ports::Ports;
 use super::run::Machine;
-use super::vcpus::{Confine, Vcpus};
+use super::vcpus::Vcpus;
 use crate::boot::{BootImages, Image};
 use crate::control::adopt_config;
 use crate::error::Error;
@@ -90,7 +90,7 @@ impl Build {
         let irqchip = Box::new(InKernel) as Box<dyn Irqchip>;
         let vm = Arc::new(Vm::new(kvm, ram.clone(), config.cpus, irqchip.as_ref())?);
         let events = Arc::new(Events::new().map_err(Error::system("make an eventfd"))?);
-        let vcpus = Vcpus::spawn(&vm, &events, &self.confine_vcpu())?;
+        let vcpus = Vcpus::spawn(&vm, &events, self.options.seccomp)?;
         let router = Arc::new(EventRouter::new(&vm)?);
         let connecting = self.connect_devices(&ram, &router, &events)?;
         let images = self.images()?;
@@ -116,11 +116,6 @@ impl Build {
             restart_on_reboot: self.config.restart_on_reboot,
             seccomp: self.options.seccomp,
         })
-    }
-
-    fn confine_vcpu(&self) -> Confine {
-        let mode = self.options.seccomp;
-        Arc::new(move || lockdown_thread(Role::Vcpu, mode).map_err(|e| Error::Lockdown(Box::new(e))))
     }
 
     fn com1(&mut self, router: &EventRouter) -> Result<Com1, Error> {

@@ -5,15 +5,13 @@ use super::events::{Events, GuestEvent};
 use super::exits::{ExitCounters, Platform};
 use crate::error::Error;
 use crate::kvm::{Entry, Kicker, Vcpu, Vm};
+use jailer::sandbox::{Role, SeccompMode, lockdown_thread};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// Longest that a vCPU thread may take to answer an order.
 const ANSWER: Duration = Duration::from_secs(5);
-
-/// Confines the calling vCPU thread; its last step before the guest runs.
-pub(super) type Confine = Arc<dyn Fn() -> Result<(), Error> + Send + Sync>;
 
 #[derive(Clone)]
 enum Order {
@@ -41,6 +39,7 @@ pub(super) struct Vcpus {
     gate: Arc<Gate>,
     threads: Vec<JoinHandle<()>>,
     counters: Vec<Arc<ExitCounters>>,
+    seccomp: SeccompMode,
 }
 
 struct Thread {
@@ -80,7 +79,7 @@ impl Vcpus {
     ///
     /// # Errors
     /// When a thread cannot be made.
-    pub(super) fn spawn(vm: &Arc<Vm>, events: &Arc<Events>, confine: &Confine) -> Result<Self, Error> {
+    pub(super) fn spawn(vm: &Arc<Vm>, events: &Arc<Events>, seccomp: SeccompMode) -> Result<Self, Error> {
         let gate = Arc::new(Gate {
             state: Mutex::new(State {
                 order: Order::Hold,
@@ -95,6 +94,7 @@ impl Vcpus {
             gate: gate.clone(),
             threads: Vec::new(),
             counters: Vec::new(),
+            seccomp,
         };
         for index in 0..vm.cpus() {
             let counters = Arc::new(ExitCounters::default());
@@ -104,10 +104,10 @@ impl Vcpus {
                 events: events.clone(),
                 counters: counters.clone(),
             };
-            let (vm, confine) = (vm.clone(), confine.clone());
+            let vm = vm.clone();
             let handle = std::thread::Builder::new()
                 .name(format!("vcpu-{index}"))
-                .spawn(move || thread.run(&vm, &confine))
+                .spawn(move || thread.run(&vm, seccomp))
                 .map_err(Error::system("start a vCPU thread"))?;
             vcpus.threads.push(handle);
             vcpus.counters.push(counters);
@@ -185,6 +185,10 @@ impl Vcpus {
 
 impl Drop for Vcpus {
     fn drop(&mut self) {
+        if self.seccomp != SeccompMode::Off {
+            // The policy has no call to end a thread with: the end of the process does it.
+            return self.order(Order::Hold);
+        }
         self.order(Order::Quit);
         for thread in self.threads.drain(..) {
             // A panic was reported by the thread itself.
@@ -194,8 +198,8 @@ impl Drop for Vcpus {
 }
 
 impl Thread {
-    fn run(self, vm: &Vm, confine: &Confine) {
-        let mut vcpu = match self.start(vm, confine) {
+    fn run(self, vm: &Vm, seccomp: SeccompMode) {
+        let mut vcpu = match self.start(vm, seccomp) {
             Ok(vcpu) => vcpu,
             Err(error) => return self.gate.answer(Err(error)),
         };
@@ -218,10 +222,10 @@ impl Thread {
         }
     }
 
-    fn start(&self, vm: &Vm, confine: &Confine) -> Result<Vcpu, Error> {
+    fn start(&self, vm: &Vm, seccomp: SeccompMode) -> Result<Vcpu, Error> {
         let vcpu = vm.create_vcpu(self.index)?;
         self.gate.lock().kickers.push(vcpu.kicker());
-        confine()?;
+        lockdown_thread(Role::Vcpu, seccomp).map_err(|e| Error::Lockdown(Box::new(e)))?;
         Ok(vcpu)
     }
 
