@@ -122,6 +122,11 @@ pub struct DeviceConfig {
     pub device_type: u16,
     /// Connected vhost-user stream socket.
     pub socket: FdNumber,
+    /// The channel for the back end's own requests (SET_BACKEND_REQ_FD), a stream socketpair: the
+    /// vmm's end,
+    pub requests: FdNumber,
+    /// and the end that back ends are given, one after the other.
+    pub requests_peer: FdNumber,
     /// Queues, where neither the type nor the back end says.
     pub num_queues: Option<u16>,
     /// Configuration space for back ends that offer none; overlaid on what a network back end

@@ -92,13 +92,63 @@ pub struct ProcessState {
     pub jailed: bool,
     /// The file descriptors it was executed with; empty where nothing was executed.
     pub fds: Vec<FdState>,
+    /// Every other that it holds while the guest runs.
+    #[serde(default)]
+    pub made: Vec<MadeFds>,
 }
 
 /// One descriptor at exec.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct FdState {
     /// Its number.
     pub number: i32,
     /// What it is, as `--dry-run` says it.
     pub what: String,
+    /// How long the process keeps it. The number of one that was closed may be another's.
+    #[serde(default)]
+    pub kept: Kept,
+}
+
+/// How long a process keeps a descriptor that it was executed with.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kept {
+    /// As long as it lives.
+    #[default]
+    Always,
+    /// Until it has locked itself down.
+    UntilLockdown,
+    /// Until it reads the end of the file.
+    UntilEndOfFile,
+}
+
+/// Descriptors of one kind that a process makes, or is sent, after exec.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MadeFds {
+    /// How they are told.
+    pub link: FdLink,
+    /// What they are, as `--dry-run` says it.
+    pub what: String,
+    /// Fewest of them.
+    pub least: u32,
+    /// Most of them; absent: as many as there are queues to serve.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub most: Option<u32>,
+}
+
+/// What `/proc/PID/fd/N` links to.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FdLink {
+    /// A text that starts so: `anon_inode:[eventfd]`, `/memfd:guest-ram`.
+    Named(String),
+    /// What a descriptor links to that a process of this VM was executed with.
+    SameAs {
+        /// The process's name.
+        process: String,
+        /// The descriptor's number.
+        number: i32,
+    },
 }

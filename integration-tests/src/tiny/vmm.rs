@@ -120,6 +120,8 @@ const KVM: i32 = 4;
 const KERNEL: i32 = 5;
 const CONSOLE: i32 = 6;
 const FIRST_DEVICE: i32 = 7;
+/// Its vhost-user socket, and both ends of its back end's request channel.
+const FDS_PER_DEVICE: i32 = 3;
 
 impl Vm {
     /// Starts the process, and sends its configuration.
@@ -148,12 +150,18 @@ impl Vm {
         inherit_at(&mut command, guest_console.into(), CONSOLE)?;
         let mut configs = Vec::new();
         for (index, device) in (0..).zip(devices) {
-            inherit_at(&mut command, device.socket.into(), FIRST_DEVICE + index)?;
+            let socket = FIRST_DEVICE + index * FDS_PER_DEVICE;
+            let (requests, peer) = UnixStream::pair()?;
+            for (fd, number) in [device.socket, requests, peer].into_iter().zip(socket..) {
+                inherit_at(&mut command, fd.into(), number)?;
+            }
             configs.push(DeviceConfig {
                 id: format!("device{index}"),
                 slot: u8::try_from(index)? + 1,
                 device_type: device.device_type,
-                socket: FdNumber(FIRST_DEVICE + index),
+                socket: FdNumber(socket),
+                requests: FdNumber(socket + 1),
+                requests_peer: FdNumber(socket + 2),
                 num_queues: None,
                 config: device.config.0,
                 config_features: device.config.1,

@@ -196,6 +196,7 @@ fn describe(
         pid: pid.as_raw(),
         jailed: false,
         fds: Vec::new(),
+        made: Vec::new(),
     };
     let mut processes = vec![
         unjailed("spawner", ProcessRole::Spawner, getpid()),
@@ -212,6 +213,7 @@ fn describe(
             pid: child.pid.as_raw(),
             jailed: true,
             fds: process.fd_states(),
+            made: process.made.clone(),
         });
     }
     RunState {

@@ -2,7 +2,7 @@
 //! descriptors of the same kinds, and spawned into the same jail; only the binary is a probe.
 
 use super::inputs::{self, BackendInput, Inputs};
-use super::plan::{Plan, ProcessPlan, Source};
+use super::plan::{Descriptor, Plan, ProcessPlan, Source};
 use super::spawn::pair;
 use super::{Options, machine, make_plan};
 use crate::audit::nic;
@@ -196,7 +196,7 @@ impl Wires {
             held: Vec::new(),
             log,
         };
-        for (source, _) in &process.descriptors {
+        for Descriptor { source, .. } in &process.descriptors {
             let fd = match (source, tap) {
                 (Source::Tap(_), Some(tap)) => tap.try_clone()?,
                 _ => wires.open(plan, inputs, *source)?,

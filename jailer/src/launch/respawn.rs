@@ -44,7 +44,7 @@ impl Respawner {
         let wanted = |source: &Source| {
             let mut given = processes.iter().flatten().flat_map(|p| &p.descriptors);
             // Its socket is made anew each time.
-            !matches!(source, Source::BackEnd(_)) && given.any(|(given, _)| given == source)
+            !matches!(source, Source::BackEnd(_)) && given.any(|given| given.source == *source)
         };
         Self {
             kept: table.into_iter().filter(|(source, _)| wanted(source)).collect(),

@@ -137,11 +137,7 @@ pub(crate) fn begin<'a>(
     let program = Program {
         binary: binary.as_fd(),
         arguments,
-        descriptors: process
-            .descriptors
-            .iter()
-            .map(|(source, _)| lookup(*source))
-            .collect(),
+        descriptors: process.descriptors.iter().map(|fd| lookup(fd.source)).collect(),
     };
     child::start(&program).map_err(|e| not_started(process, e))
 }
@@ -202,6 +198,9 @@ impl Wires {
         table.insert(Source::Kernel, inputs.kernel);
         table.extend(inputs.initrd.map(|fd| (Source::Initrd, fd)));
         for (n, backend) in inputs.backends.into_iter().enumerate() {
+            let (requests, peer) = pair(SockType::Stream)?;
+            table.insert(Source::Requests(n), requests);
+            table.insert(Source::RequestsPeer(n), peer);
             match backend {
                 BackendInput::Socket(socket) => {
                     table.insert(Source::FrontEnd(n), socket);

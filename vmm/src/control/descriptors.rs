@@ -42,7 +42,10 @@ pub fn adopt_config(config: &VmConfig, control: i32) -> Result<BTreeMap<i32, Own
         ("console", config.console),
     ];
     named.extend(config.initrd.map(|fd| ("initrd", fd)));
-    named.extend(config.devices.iter().map(|d| (d.id.as_str(), d.socket)));
+    for device in &config.devices {
+        let fds = [device.socket, device.requests, device.requests_peer];
+        named.extend(fds.map(|fd| (device.id.as_str(), fd)));
+    }
     let mut owned = BTreeMap::new();
     for (what, number) in named {
         if number.0 == control || owned.contains_key(&number.0) {

@@ -4,7 +4,7 @@
 use super::error::Error;
 use super::message::{HEADER_SIZE, Header, MAX_PAYLOAD};
 use std::io::{ErrorKind, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use vhost::vhost_user::message::BackendReq;
@@ -13,8 +13,8 @@ use zerocopy::{FromBytes, IntoBytes};
 /// Most messages taken at one time, so that a back end that floods does not hold the thread.
 const BURST: usize = 16;
 
-/// Our end, and the end that back ends are given: one after the other the same, because the
-/// locked-down vmm makes no sockets.
+/// Our end, and the end that back ends are given: one after the other the same, because the vmm
+/// makes no sockets.
 #[derive(Debug)]
 pub struct RequestSockets {
     ours: UnixStream,
@@ -22,17 +22,16 @@ pub struct RequestSockets {
 }
 
 impl RequestSockets {
-    /// A new pair.
+    /// The two ends of a Unix stream socketpair.
     ///
     /// # Errors
     /// [`Error::Resource`].
-    pub fn new() -> Result<Self, Error> {
-        let resource = |source| Error::Resource {
+    pub fn new(ours: OwnedFd, theirs: OwnedFd) -> Result<Self, Error> {
+        let (ours, theirs) = (UnixStream::from(ours), UnixStream::from(theirs));
+        ours.set_nonblocking(true).map_err(|source| Error::Resource {
             what: "the back-end request channel",
             source,
-        };
-        let (ours, theirs) = UnixStream::pair().map_err(resource)?;
-        ours.set_nonblocking(true).map_err(resource)?;
+        })?;
         Ok(Self { ours, theirs })
     }
 

@@ -295,12 +295,17 @@ pub(crate) fn deadlines() -> Deadlines {
     }
 }
 
+pub(crate) fn requests() -> RequestSockets {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    RequestSockets::new(ours.into(), theirs.into()).unwrap()
+}
+
 pub(crate) fn options() -> SessionOptions {
     SessionOptions {
         memory: memory(),
         deadlines: deadlines(),
         cancel: new_event().unwrap(),
         ours: true,
-        requests: Arc::new(RequestSockets::new().unwrap()),
+        requests: Arc::new(requests()),
     }
 }

@@ -9,7 +9,7 @@ use super::vcpus::Vcpus;
 use crate::boot::{BootImages, Image};
 use crate::control::adopt_config;
 use crate::error::Error;
-use crate::frontend::{Deadlines, MemoryTable};
+use crate::frontend::{Deadlines, MemoryTable, RequestSockets};
 use crate::kvm::{EventRouter, InKernel, Irqchip, Vm, install_kick_handler};
 use crate::memory::GuestRam;
 use crate::pci::PciBus;
@@ -156,10 +156,17 @@ impl Build {
         let mut connecting = Vec::new();
         for config in devices {
             let device = config.id.clone();
+            let failed = |source| Error::Device {
+                device: device.clone(),
+                source: Box::new(source),
+            };
+            let ours = self.descriptors.take(config.requests)?;
+            let theirs = self.descriptors.take(config.requests_peer)?;
             let events = events.clone();
             let mode = self.options.seccomp;
             let parts = DeviceParts {
                 socket: self.descriptors.take(config.socket)?,
+                requests: RequestSockets::new(ours, theirs).map_err(failed)?,
                 config,
                 memory: memory.clone(),
                 interrupts: router.clone(),
@@ -168,10 +175,7 @@ impl Build {
                 deadlines: Deadlines::default(),
                 confine: Box::new(move || lockdown_thread(Role::Vmm, mode).map_err(io::Error::other)),
             };
-            connecting.push(Device::connect(parts).map_err(|source| Error::Device {
-                device,
-                source: Box::new(source.cause),
-            })?);
+            connecting.push(Device::connect(parts).map_err(|e| failed(e.cause))?);
         }
         Ok(connecting)
     }

@@ -64,6 +64,8 @@ pub struct DeviceParts {
     pub config: DeviceConfig,
     /// Its connected vhost-user socket (the fd that `config.socket` names).
     pub socket: OwnedFd,
+    /// The channel for the back end's own requests (`config.requests` and `requests_peer`).
+    pub requests: RequestSockets,
     /// Guest RAM.
     pub memory: Arc<MemoryTable>,
     /// Interrupts.
@@ -150,7 +152,7 @@ impl Device {
                 deadlines: parts.deadlines,
                 cancel: Arc::clone(&cancel),
                 ours: parts.config.ours,
-                requests: Arc::new(RequestSockets::new()?),
+                requests: Arc::new(parts.requests),
             },
             events: parts.events,
             mailbox: Arc::clone(&mailbox),

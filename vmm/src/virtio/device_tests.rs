@@ -1,6 +1,6 @@
 use super::rig::{Rig, script, spec};
 use super::{Device, DeviceEvent, DeviceParts};
-use crate::frontend::fake_backend::{FakeBackend, Gate, Quirk, Script, deadlines, memory};
+use crate::frontend::fake_backend::{FakeBackend, Gate, Quirk, Script, deadlines, memory, requests};
 use crate::frontend::{Error, QueueState};
 use crate::pci::fakes::{FakeDoorbells, FakeInterrupts};
 use std::fs::File;
@@ -319,6 +319,7 @@ fn a_hung_back_end_costs_its_device_only() {
     let parts = DeviceParts {
         config: spec(),
         socket,
+        requests: requests(),
         memory: memory(),
         interrupts: Arc::new(FakeInterrupts::default()),
         doorbells: Arc::new(FakeDoorbells::default()),
@@ -352,6 +353,7 @@ fn failures_to_connect_are_told_with_the_device() {
         let parts = DeviceParts {
             config: spec(),
             socket,
+            requests: requests(),
             memory: memory(),
             interrupts: Arc::new(FakeInterrupts::default()),
             doorbells: Arc::new(FakeDoorbells::default()),

@@ -3,7 +3,7 @@
 use super::layout::{COMMON, DEVICE, TABLE};
 use super::{Device, DeviceEvent, DeviceParts};
 use crate::frontend::MemoryTable;
-use crate::frontend::fake_backend::{FakeBackend, Script, deadlines, memory};
+use crate::frontend::fake_backend::{FakeBackend, Script, deadlines, memory, requests};
 use crate::pci::PciBus;
 use crate::pci::fakes::{FakeDoorbells, FakeInterrupts};
 use std::sync::Arc;
@@ -33,6 +33,8 @@ pub(super) fn spec() -> DeviceConfig {
         slot: SLOT,
         device_type: 2,
         socket: FdNumber(-1),
+        requests: FdNumber(-1),
+        requests_peer: FdNumber(-1),
         num_queues: Some(2),
         config: Vec::new(),
         config_features: 0,
@@ -67,6 +69,7 @@ impl Rig {
         let device = Device::new(DeviceParts {
             config,
             socket,
+            requests: requests(),
             memory: memory.clone(),
             interrupts: interrupts.clone(),
             doorbells: doorbells.clone(),

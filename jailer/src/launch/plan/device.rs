@@ -1,0 +1,84 @@
+//! The process of a device of ours.
+
+use super::{Choices, ProcessPlan, Source, Table, another, any, exactly};
+use crate::launch::machine::{Backend, Device};
+use vm_spec::control::DeviceConfig;
+use vm_spec::run_state::ProcessRole;
+use vm_spec::spec::ImageFormat;
+
+/// The process of device `n`, which logs to pipe `log`; `peer` is what the vmm is told of it.
+pub(super) fn plan(
+    n: usize,
+    device: &Device,
+    choices: &Choices<'_>,
+    log: usize,
+    peer: &DeviceConfig,
+) -> Option<ProcessPlan> {
+    let mut fds = Table::new(Source::LogWrite(log));
+    let socket = fds.add(Source::BackEnd(n), "vhost-user socket to the vmm");
+    let mut arguments = vec![format!("--fd={}", socket.0)];
+    let mut made = vec![
+        another(
+            &device.id,
+            socket,
+            "the vhost-user socket, to be shut down from elsewhere",
+        ),
+        another("vmm", peer.requests_peer, "request channel, sent by the vmm"),
+        exactly(1, "anon_inode:[signalfd]", "the signal to end"),
+        any("anon_inode:[eventfd]", "doorbells, interrupts, wake-ups"),
+    ];
+    let (role, binary) = match &device.backend {
+        Backend::External(_) => return None,
+        Backend::Disk {
+            path,
+            format,
+            read_only,
+        } => {
+            let image = fds.add(Source::Image(n, 0), path.display().to_string());
+            arguments.push(format!("--blk-fd={}", image.0));
+            arguments.push(format!("--format={}", format_name(*format)));
+            for (layer, format) in choices.chains[n].iter().enumerate().skip(1) {
+                let fd = fds.add(Source::Image(n, layer), format!("backing file {layer}"));
+                arguments.push(format!("--backing-fd={}:{}", format_name(*format), fd.0));
+            }
+            if *read_only {
+                arguments.push("--read-only".into());
+            }
+            arguments.extend(device.num_queues.map(|q| format!("--num-queues={q}")));
+            // VIRTIO_BLK_T_GET_ID answers at most 20 bytes.
+            let serial: String = device.id.chars().take(20).collect();
+            arguments.push(format!("--serial={serial}"));
+            made.push(exactly(1, "/memfd:inflight", "in-flight region"));
+            (ProcessRole::Disk, "vhost-user-blk")
+        }
+        Backend::Net { mac, mtu, .. } => {
+            let tap = fds.add(Source::Tap(n), "TAP");
+            arguments.push(format!("--tap-fd={}", tap.0));
+            arguments.push(format!("--mac={mac}"));
+            arguments.extend(mtu.map(|mtu| format!("--mtu={mtu}")));
+            made.push(any("anon_inode:[eventpoll]", "waiting"));
+            made.push(any(
+                "anon_inode:[timerfd]",
+                "a rate limit's pause, a frame's patience",
+            ));
+            (ProcessRole::Net, "vhost-user-net")
+        }
+    };
+    arguments.extend(choices.common_arguments());
+    arguments.push(choices.log_format());
+    Some(ProcessPlan {
+        name: device.id.clone(),
+        role,
+        binary,
+        arguments,
+        descriptors: fds.0,
+        made,
+    })
+}
+
+fn format_name(format: ImageFormat) -> &'static str {
+    match format {
+        ImageFormat::Raw => "raw",
+        ImageFormat::Qcow2 => "qcow2",
+    }
+}

@@ -1,0 +1,200 @@
+//! What will run: each process, its arguments, and each of its descriptors. Pure data, which
+//! `--dry-run` prints and `spawn` carries out.
+
+mod device;
+mod print;
+mod supervisor;
+mod vmm;
+
+use super::machine::Device;
+use crate::sandbox::SeccompMode;
+use vm_spec::control::{FdNumber, VmConfig};
+use vm_spec::run_state::{FdLink, FdState, Kept, MadeFds, ProcessRole};
+use vm_spec::spec::{ImageFormat, VmSpec};
+use vm_spec::supervise::SupervisorConfig;
+
+/// Where a descriptor comes from. Devices and processes are counted from 0.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) enum Source {
+    Null,
+    /// The launcher's standard error.
+    Stderr,
+    /// The person's terminal or pipe.
+    Input,
+    Output,
+    /// Write and read end of a process's log pipe.
+    LogWrite(usize),
+    LogRead(usize),
+    /// The supervisor's end of the socket to the spawner.
+    SpawnerControl,
+    /// The supervisor's and the vmm's ends of the socket between them.
+    VmmControl,
+    SupervisorControl,
+    /// The supervisor's and the vmm's ends of the console.
+    ConsolePerson,
+    ConsoleGuest,
+    Kvm,
+    Kernel,
+    Initrd,
+    /// The vmm's and the device process's ends of a device's vhost-user socket.
+    FrontEnd(usize),
+    BackEnd(usize),
+    /// The vmm's end of a device's channel for the back end's own requests, and the end that the
+    /// vmm gives to back ends.
+    Requests(usize),
+    RequestsPeer(usize),
+    /// A layer of a device's image chain, the top first.
+    Image(usize, usize),
+    Tap(usize),
+}
+
+/// One process.
+#[derive(Clone, Debug)]
+pub(crate) struct ProcessPlan {
+    pub(crate) name: String,
+    pub(crate) role: ProcessRole,
+    pub(crate) binary: &'static str,
+    pub(crate) arguments: Vec<String>,
+    /// The one at index N becomes descriptor N.
+    pub(crate) descriptors: Vec<Descriptor>,
+    /// What else it holds while the guest runs.
+    pub(crate) made: Vec<MadeFds>,
+}
+
+/// A descriptor that a process is executed with.
+#[derive(Clone, Debug)]
+pub(crate) struct Descriptor {
+    pub(crate) source: Source,
+    pub(crate) what: String,
+    pub(crate) kept: Kept,
+}
+
+impl ProcessPlan {
+    pub(crate) fn fd_states(&self) -> Vec<FdState> {
+        (0..)
+            .zip(&self.descriptors)
+            .map(|(number, fd)| FdState {
+                number,
+                what: fd.what.clone(),
+                kept: fd.kept,
+            })
+            .collect()
+    }
+}
+
+/// A VM's processes: the vmm first, then one for each device of ours; the supervisor last.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) name: String,
+    pub(crate) seccomp: SeccompMode,
+    pub(crate) workers: Vec<ProcessPlan>,
+    pub(crate) supervisor: ProcessPlan,
+    pub(crate) vm: VmConfig,
+    /// With the workers' process ids still 0.
+    pub(crate) supervision: SupervisorConfig,
+}
+
+/// What a plan depends on beside the spec.
+pub(crate) struct Choices<'a> {
+    pub(crate) seccomp: SeccompMode,
+    pub(crate) log_level: &'a str,
+    pub(crate) log_json: bool,
+    pub(crate) has_input: bool,
+    /// Input is a terminal, put into raw mode.
+    pub(crate) raw_terminal: bool,
+    /// For each device the formats of its image chain, the top first; empty where it has none.
+    pub(crate) chains: Vec<Vec<ImageFormat>>,
+}
+
+impl Choices<'_> {
+    fn common_arguments(&self) -> [String; 2] {
+        [
+            format!("--seccomp={}", self.seccomp),
+            format!("--log-level={}", self.log_level),
+        ]
+    }
+
+    fn log_format(&self) -> String {
+        format!("--log-format={}", if self.log_json { "json" } else { "human" })
+    }
+}
+
+/// A process's descriptors, numbered as they are added.
+struct Table(Vec<Descriptor>);
+
+impl Table {
+    fn new(log: Source) -> Self {
+        let what = if log == Source::Stderr {
+            "standard error of bulkhead"
+        } else {
+            "log pipe (write end)"
+        };
+        let mut table = Self(Vec::new());
+        table.add(Source::Null, "/dev/null");
+        table.add(log, what);
+        table.add(log, what);
+        table
+    }
+
+    fn add(&mut self, source: Source, what: impl Into<String>) -> FdNumber {
+        self.add_until(Kept::Always, source, what)
+    }
+
+    fn add_until(&mut self, kept: Kept, source: Source, what: impl Into<String>) -> FdNumber {
+        let number = self.0.len() as i32;
+        self.0.push(Descriptor {
+            source,
+            what: what.into(),
+            kept,
+        });
+        FdNumber(number)
+    }
+}
+
+/// As many as there are queues: of kinds that lead nowhere outside the process.
+fn any(link: &str, what: &str) -> MadeFds {
+    MadeFds {
+        most: None,
+        ..exactly(0, link, what)
+    }
+}
+
+fn exactly(count: u32, link: &str, what: &str) -> MadeFds {
+    MadeFds {
+        link: FdLink::Named(link.into()),
+        what: what.into(),
+        least: count,
+        most: Some(count),
+    }
+}
+
+/// One more descriptor of what `process` was executed with as `number`.
+fn another(process: &str, number: FdNumber, what: &str) -> MadeFds {
+    let link = FdLink::SameAs {
+        process: process.into(),
+        number: number.0,
+    };
+    MadeFds {
+        link,
+        ..exactly(1, "", what)
+    }
+}
+
+/// Plans the processes of a VM.
+pub(crate) fn plan(spec: &VmSpec, name: &str, devices: &[Device], choices: &Choices<'_>) -> Plan {
+    let (vmm, vm) = vmm::plan(spec, devices, choices);
+    let mut workers = vec![vmm];
+    for (n, device) in devices.iter().enumerate() {
+        let log = workers.len();
+        workers.extend(device::plan(n, device, choices, log, &vm.devices[n]));
+    }
+    let (supervisor, supervision) = supervisor::plan(spec, devices, &workers, choices);
+    Plan {
+        name: name.to_owned(),
+        seccomp: choices.seccomp,
+        workers,
+        supervisor,
+        vm,
+        supervision,
+    }
+}

@@ -1,0 +1,64 @@
+//! The supervisor's process, and its first message.
+
+use super::{Choices, ProcessPlan, Source, Table};
+use crate::launch::machine::{Backend, Device};
+use vm_spec::run_state::{Kept, ProcessRole};
+use vm_spec::spec::VmSpec;
+use vm_spec::supervise::{SupervisedProcess, SupervisorConfig};
+
+/// The process that watches `workers`.
+pub(super) fn plan(
+    spec: &VmSpec,
+    devices: &[Device],
+    workers: &[ProcessPlan],
+    choices: &Choices<'_>,
+) -> (ProcessPlan, SupervisorConfig) {
+    let mut fds = Table::new(Source::Stderr);
+    fds.add(Source::SpawnerControl, "control socket to the spawner");
+    let vmm = fds.add(Source::VmmControl, "control socket to the vmm");
+    let console = fds.add(Source::ConsolePerson, "console socket to the vmm");
+    let input = choices
+        .has_input
+        .then(|| fds.add_until(Kept::UntilEndOfFile, Source::Input, "standard input of bulkhead"));
+    let output = Some(fds.add(Source::Output, "standard output of bulkhead"));
+    // The vmm is no device; a device of someone else's has no process of ours.
+    let ours = devices
+        .iter()
+        .filter(|d| !matches!(d.backend, Backend::External(_)));
+    let slots = [None].into_iter().chain(ours.map(|device| Some(device.slot)));
+    let processes = workers
+        .iter()
+        .zip(slots)
+        .enumerate()
+        .map(|(n, (worker, slot))| SupervisedProcess {
+            name: worker.name.clone(),
+            role: worker.role,
+            pid: 0,
+            log: fds.add(
+                Source::LogRead(n),
+                format!("log pipe of {} (read end)", worker.name),
+            ),
+            slot,
+        })
+        .collect();
+    let config = SupervisorConfig {
+        vmm,
+        console,
+        input,
+        output,
+        escape: choices.raw_terminal,
+        processes,
+        power_off_grace: spec.power_off_grace,
+        log_json: choices.log_json,
+        on_device_death: spec.on_device_death,
+    };
+    let process = ProcessPlan {
+        name: "supervisor".into(),
+        role: ProcessRole::Supervisor,
+        binary: "bulkhead-supervisor",
+        arguments: vec![format!("--seccomp={}", choices.seccomp)],
+        descriptors: fds.0,
+        made: Vec::new(),
+    };
+    (process, config)
+}

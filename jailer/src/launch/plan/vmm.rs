@@ -1,0 +1,100 @@
+//! The vmm's process, and its first message.
+
+use super::{Choices, ProcessPlan, Source, Table, any, exactly};
+use crate::launch::machine::{Backend, Device};
+use vm_spec::control::{DeviceConfig, VmConfig};
+use vm_spec::machine::MACHINE_VERSION;
+use vm_spec::run_state::{Kept, MadeFds, ProcessRole};
+use vm_spec::spec::{OnReboot, VmSpec};
+
+/// The first of a VM's processes.
+pub(super) fn plan(spec: &VmSpec, devices: &[Device], choices: &Choices<'_>) -> (ProcessPlan, VmConfig) {
+    let made = made(spec, devices);
+    let mut fds = Table::new(Source::LogWrite(0));
+    fds.add(Source::SupervisorControl, "control socket to the supervisor");
+    let kvm = fds.add_until(Kept::UntilLockdown, Source::Kvm, "/dev/kvm");
+    let kernel = fds.add(Source::Kernel, spec.boot.kernel.display().to_string());
+    let initrd = spec
+        .boot
+        .initrd
+        .as_ref()
+        .map(|path| fds.add(Source::Initrd, path.display().to_string()));
+    let console = fds.add(Source::ConsoleGuest, "console socket to the supervisor");
+    let devices = devices
+        .iter()
+        .enumerate()
+        .map(|(n, device)| DeviceConfig {
+            id: device.id.clone(),
+            slot: device.slot,
+            device_type: device.device_type,
+            socket: fds.add(Source::FrontEnd(n), format!("vhost-user socket of {}", device.id)),
+            requests: fds.add(
+                Source::Requests(n),
+                format!("request channel of {} (the vmm's end)", device.id),
+            ),
+            requests_peer: fds.add(
+                Source::RequestsPeer(n),
+                format!("request channel of {} (the back end's end)", device.id),
+            ),
+            num_queues: device.num_queues,
+            config: device.config.clone(),
+            config_features: device.config_features,
+            ours: !matches!(device.backend, Backend::External(_)),
+        })
+        .collect();
+    let vm = VmConfig {
+        machine_version: MACHINE_VERSION,
+        cpus: spec.cpus,
+        memory: spec.memory.0,
+        huge_page_size: spec.huge_pages.map(|size| size.0),
+        kvm,
+        kernel,
+        initrd,
+        cmdline: spec.boot.cmdline.clone(),
+        console,
+        devices,
+        restart_on_reboot: spec.on_reboot == OnReboot::Restart,
+    };
+    let mut arguments = vec!["--control-fd=3".to_owned()];
+    arguments.extend(choices.common_arguments());
+    let process = ProcessPlan {
+        name: "vmm".into(),
+        role: ProcessRole::Vmm,
+        binary: "bulkhead-vmm",
+        arguments,
+        descriptors: fds.0,
+        made,
+    };
+    (process, vm)
+}
+
+fn made(spec: &VmSpec, devices: &[Device]) -> Vec<MadeFds> {
+    let disks = |device: &&Device| matches!(device.backend, Backend::Disk { .. });
+    let others = |device: &&Device| matches!(device.backend, Backend::External(_));
+    let count = |which: &dyn Fn(&&Device) -> bool| devices.iter().filter(which).count() as u32;
+    let copies = u32::from(!devices.is_empty());
+    let mut made = vec![
+        exactly(
+            1 + copies,
+            "/memfd:guest-ram",
+            "guest RAM, and what back ends are given of it",
+        ),
+        exactly(1, "anon_inode:kvm-vm", "the VM"),
+        exactly(count(&disks), "/memfd:inflight", "in-flight regions of disks"),
+        exactly(1, "anon_inode:[timerfd]", "a partial console line's patience"),
+        any("anon_inode:[eventfd]", "doorbells, interrupts, wake-ups"),
+    ];
+    for cpu in 0..spec.cpus {
+        made.push(exactly(1, &format!("anon_inode:kvm-vcpu:{cpu}"), "a vCPU"));
+    }
+    made.push(MadeFds {
+        least: 0,
+        ..exactly(
+            count(&others),
+            "/memfd:",
+            "in-flight regions of someone else's back ends",
+        )
+    });
+    made.retain(|fds| fds.most != Some(0));
+    made
+}
