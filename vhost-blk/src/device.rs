@@ -1,14 +1,15 @@
 //! The block device: features and configuration space (virtio 1.3, 5.2.3 and 5.2.4).
 
-use crate::image::{self, BlockFile, Format, Image, ImageError, OpenOptions, SECTOR};
+use crate::image::{self, BlockFile, Format, Image, ImageError, OpenOptions, Passphrase, SECTOR};
 use crate::io::{CacheMode, DirectFile, IoMode, RestrictedRing};
 use crate::options::{Options, Place, USAGE};
 use crate::queue::BlkQueue;
 use crate::request::{MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_WRITE_ZEROES_SECTORS};
 use jailer::sandbox::Role;
 use std::error::Error;
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::fs::File;
+use std::io::{self, Seek as _};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use vhost_daemon::{ConfigError, Device, Program, QueueHandler, QueueLimits};
 use virtio_bindings::virtio_blk::*;
@@ -33,6 +34,9 @@ pub enum BlkError {
     /// What is in the file is refused.
     #[error("cannot use {0} as a disk image")]
     Image(Place, #[source] image::ImageError),
+    /// The passphrase cannot be read.
+    #[error("cannot read the passphrase from file descriptor {0}")]
+    Key(RawFd, #[source] io::Error),
     /// `--io=uring` on a host without it.
     #[error("the host refuses an io_uring (see kernel.io_uring_disabled); use --io=auto or --io=sync")]
     Uring(#[source] io::Error),
@@ -76,9 +80,7 @@ fn open_image(options: &Options) -> Result<Arc<dyn Image>, BlkError> {
         .image
         .as_ref()
         .ok_or(BlkError::Missing("one of --blk-file and --blk-fd is needed"))?;
-    let format = options
-        .format
-        .ok_or(BlkError::Missing("--format is needed: raw or qcow2"))?;
+    let format = options.format.ok_or(BlkError::Missing("--format is needed"))?;
     let open = |place: &Place, read_only| {
         place
             .open(read_only)
@@ -89,9 +91,16 @@ fn open_image(options: &Options) -> Result<Arc<dyn Image>, BlkError> {
     for (format, place) in &options.backing {
         backing.push((*format, open(place, true)?));
     }
+    let data_file = options.data_file.as_ref();
+    let data_file = data_file
+        .map(|place| open(place, options.read_only))
+        .transpose()?;
+    let defaults = OpenOptions::default();
     let settings = OpenOptions {
         read_only: options.read_only,
-        ..OpenOptions::default()
+        data_file: data_file.map(Arc::new),
+        passphrase: options.key.map(read_passphrase).transpose()?.map(Arc::new),
+        l2_cache_size: options.l2_cache_size.unwrap_or(defaults.l2_cache_size),
     };
     let image = if options.cache == CacheMode::None {
         let direct = match options.direct {
@@ -104,6 +113,18 @@ fn open_image(options: &Options) -> Result<Arc<dyn Image>, BlkError> {
         image::open(top, format, backing, &settings)
     };
     image.map_err(|error| BlkError::Image(place.clone(), error))
+}
+
+fn read_passphrase(number: RawFd) -> Result<Passphrase, BlkError> {
+    vhost_daemon::inherited(number)
+        .and_then(|fd| {
+            let mut file = File::from(fd);
+            // A predecessor may have read it through the same open file description; a pipe cannot be
+            // rewound, and need not be.
+            let _ = file.rewind();
+            Passphrase::read(file)
+        })
+        .map_err(|error| BlkError::Key(number, error))
 }
 
 /// The top past the page cache; what lies below it is read through it.
@@ -123,7 +144,7 @@ fn open_direct(
         let file = image::HostFile::new(fd).map_err(ImageError::io("use a backing file"))?;
         layers.push((format, Arc::new(file)));
     }
-    image::open_layers(layers, None, settings)
+    image::open_layers(layers, image::data_file(settings)?, settings)
 }
 
 /// A ring for each queue, where `--io` and the host want it.

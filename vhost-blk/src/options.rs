@@ -17,6 +17,10 @@ pub(crate) const USAGE: &str = "  --blk-file=PATH         the image
   --format=FORMAT         raw, qcow2, or read-only vmdk, vdi, vhdx, vhd; never guessed
   --backing=FORMAT:PATH   a backing file; once for each, from the image downwards
   --backing-fd=FORMAT:N   the same, already open
+  --data-file=PATH        the image's external data file (qcow2)
+  --data-file-fd=N        the same, already open
+  --key-fd=N              the passphrase of an encrypted image (LUKS in qcow2), read to its end
+  --l2-cache-size=BYTES   memory for mapping tables, for each layer; default 8M, at least 64K
   --cache=MODE            writeback (default), or none: past the host's page cache (O_DIRECT)
   --blk-direct-fd=N       with --blk-fd and --cache=none: the same file, open with O_DIRECT
   --io=MODE               auto (default), sync or uring; auto takes io_uring for --cache=none
@@ -71,6 +75,9 @@ pub struct Options {
     pub(crate) image: Option<Place>,
     pub(crate) format: Option<Format>,
     pub(crate) backing: Vec<(Format, Place)>,
+    pub(crate) data_file: Option<Place>,
+    pub(crate) key: Option<RawFd>,
+    pub(crate) l2_cache_size: Option<usize>,
     pub(crate) cache: CacheMode,
     pub(crate) direct: Option<RawFd>,
     pub(crate) io: IoMode,
@@ -93,6 +100,10 @@ impl Options {
                 let (format, number) = layer(parser.value()?)?;
                 self.backing.push((format, Place::Fd(number.parse()?)));
             }
+            "data-file" => self.data_file = Some(Place::Path(parser.value()?.into())),
+            "data-file-fd" => self.data_file = Some(Place::Fd(parser.value()?.parse()?)),
+            "key-fd" => self.key = Some(parser.value()?.parse()?),
+            "l2-cache-size" => self.l2_cache_size = Some(parser.value()?.parse_with(cache_size)?),
             "cache" => self.cache = parser.value()?.parse()?,
             "blk-direct-fd" => self.direct = Some(parser.value()?.parse()?),
             "io" => self.io = parser.value()?.parse()?,
@@ -109,7 +120,9 @@ impl Options {
             return Err("one of --blk-file and --blk-fd is needed".into());
         }
         if self.format.is_none() {
-            return Err("--format is needed: raw or qcow2; it is never guessed".into());
+            return Err(
+                "--format is needed, such as raw or qcow2 (--help lists them); it is never guessed".into(),
+            );
         }
         let by_fd = matches!(self.image, Some(Place::Fd(_)));
         if self.direct.is_some() != (by_fd && self.cache == CacheMode::None) {
@@ -135,6 +148,20 @@ fn layer(value: OsString) -> Result<(Format, OsString), lexopt::Error> {
     bytes.truncate(colon);
     let format = OsString::from_vec(bytes).parse()?;
     Ok((format, OsString::from_vec(rest)))
+}
+
+/// Bytes with an optional K or M; from one set of the cache to what a process may sensibly hold.
+fn cache_size(text: &str) -> Result<usize, &'static str> {
+    let (digits, unit) = match text.strip_suffix(['K', 'M']) {
+        Some(digits) if text.ends_with('K') => (digits, 10),
+        Some(digits) => (digits, 20),
+        None => (text, 0),
+    };
+    let number = digits.parse::<usize>().ok();
+    number
+        .and_then(|number| number.checked_mul(1 << unit))
+        .filter(|size| (64 << 10..=1 << 30).contains(size))
+        .ok_or("expected 64K to 1024M")
 }
 
 fn serial(value: OsString) -> Result<Vec<u8>, lexopt::Error> {
@@ -166,6 +193,9 @@ mod tests {
             "--format=qcow2",
             "--backing-fd=qcow2:5",
             "--backing=raw:a:b.img",
+            "--data-file-fd=6",
+            "--key-fd=7",
+            "--l2-cache-size=1M",
             "--read-only",
             "--serial=disk-1",
         ]);
@@ -177,6 +207,9 @@ mod tests {
             (Format::Raw, Place::Path("a:b.img".into())),
         ];
         assert_eq!(options.backing, layers);
+        assert_eq!(options.data_file, Some(Place::Fd(6)));
+        assert_eq!(options.key, Some(7));
+        assert_eq!(options.l2_cache_size, Some(1 << 20));
         assert!(options.read_only);
         assert_eq!(options.serial, b"disk-1");
     }
@@ -187,6 +220,9 @@ mod tests {
         assert!(message(&["--format=dmg"]).contains("dmg"));
         assert!(message(&["--backing=base.img"]).contains("FORMAT:PATH"));
         assert!(message(&["--blk-file=a", "--blk-fd=3"]).contains("exclude each other"));
+        for size in ["1K", "2000M", "18446744073709551615M", "M", ""] {
+            assert!(message(&[&format!("--l2-cache-size={size}")]).contains("64K to 1024M"));
+        }
         assert!(message(&["--serial=123456789012345678901"]).contains("20 bytes"));
     }
 }

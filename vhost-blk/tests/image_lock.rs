@@ -12,6 +12,7 @@ use vhost_blk::image::{self, Format, ImageError, OpenOptions};
 const READ_ONLY: OpenOptions = OpenOptions {
     read_only: true,
     data_file: None,
+    passphrase: None,
     l2_cache_size: 1 << 20,
 };
 

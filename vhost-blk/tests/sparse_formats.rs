@@ -14,6 +14,7 @@ use vhost_blk::image::{Format, OpenOptions};
 const READ_ONLY: OpenOptions = OpenOptions {
     read_only: true,
     data_file: None,
+    passphrase: None,
     l2_cache_size: 1 << 20,
 };
 

@@ -70,7 +70,7 @@ pub enum ImageFormat {
 }
 
 /// A disk: an image that our own process serves, or a socket that anyone serves.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct DiskSpec {
     /// Name in messages; default `disk0`, `disk1` and so on.
@@ -82,6 +82,15 @@ pub struct DiskSpec {
     /// The image's format; required with `path`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<ImageFormat>,
+    /// File with the passphrase of an encrypted image, taken whole: a newline at its end counts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_file: Option<PathBuf>,
+    /// The same, by inherited file descriptor; it may be a pipe. Excludes `key-file`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_fd: Option<i32>,
+    /// The image's external data file; the name that the image has for it is never used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_file: Option<PathBuf>,
     /// Socket of a vhost-user-blk back end. Excludes `path`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vhost_user: Option<PathBuf>,

@@ -93,13 +93,9 @@ fn boot(stage: &Stage, work: &Path, token: &str) -> anyhow::Result<BootSpec> {
 
 fn spec(stage: &Stage, boot: BootSpec, overlay: &Path, tap: i32) -> VmSpec {
     let disk = DiskSpec {
-        id: None,
         path: Some(overlay.to_owned()),
         format: Some(ImageFormat::Qcow2),
-        vhost_user: None,
-        read_only: false,
-        num_queues: None,
-        slot: None,
+        ..DiskSpec::default()
     };
     let net = NetSpec {
         id: None,

@@ -215,13 +215,10 @@ fn disk_spec(disk: &Disk) -> DiskSpec {
         Disk::Socket(socket) => (None, None, Some(socket.clone())),
     };
     DiskSpec {
-        id: None,
         path,
         format,
         vhost_user,
-        read_only: false,
-        num_queues: None,
-        slot: None,
+        ..DiskSpec::default()
     }
 }
 

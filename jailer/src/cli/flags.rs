@@ -188,6 +188,9 @@ mod tests {
         assert_eq!(disk.format, Some(ImageFormat::Qcow2));
         assert!(disk.read_only);
         assert_eq!(disk.slot, Some(3));
+        let disk: DiskSpec = list("--disk", "path=a,format=qcow2,key-fd=7,data-file=b").unwrap();
+        assert_eq!((disk.key_fd, disk.key_file), (Some(7), None));
+        assert_eq!(disk.data_file, Some("b".into()));
         let net: NetSpec = list("--net", "tap=0,mtu=1400").unwrap();
         assert_eq!((net.tap.as_deref(), net.mtu), (Some("0"), Some(1400)));
     }

@@ -2,22 +2,27 @@
 //! processes get descriptors.
 
 use super::kernel::{self, Kernel};
-use super::machine::{Backend, Device, Tap};
+use super::machine::{Backend, Device, Key, Tap};
 use super::qcow2;
 use super::tap;
 use crate::failure::Failure;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag, OpenHow, ResolveFlag, openat2};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Component, Path, PathBuf};
+use vm_spec::control::FdNumber;
 use vm_spec::spec::{BootSpec, ImageFormat, VmSpec};
 
 /// Longest backing chain: a loop ends here.
 const LONGEST_CHAIN: usize = 64;
+
+/// Most bytes of a passphrase that are copied: more than any disk process takes.
+const LONGEST_KEY: u64 = 4096;
 
 /// The files of a VM.
 pub(crate) struct Inputs {
@@ -39,11 +44,19 @@ pub(crate) fn no_private_tap(field: &str, error: &tap::TapError) -> Failure {
 
 /// What a device's back end works on.
 pub(crate) enum BackendInput {
-    /// The image first, then its backing files down to the base.
-    Images(Vec<Layer>),
+    Images(Images),
     Tap(tap::Opened),
     /// Connected to someone else's back end.
     Socket(OwnedFd),
+}
+
+/// What a disk's process works on.
+pub(crate) struct Images {
+    /// The image first, then its backing files down to the base.
+    pub(crate) layers: Vec<Layer>,
+    /// A file that holds the passphrase, so that a successor can read it again.
+    pub(crate) key: Option<OwnedFd>,
+    pub(crate) data_file: Option<OwnedFd>,
 }
 
 /// One image of a chain.
@@ -100,8 +113,17 @@ fn open_backend(spec: &VmSpec, device: &Device) -> Result<Option<BackendInput>, 
             path,
             format,
             read_only,
-        } => open_chain(spec, device, path, *format, *read_only)
-            .map(|layers| Some(BackendInput::Images(layers))),
+            key,
+            data_file,
+        } => Ok(Some(BackendInput::Images(Images {
+            layers: open_chain(spec, device, path, *format, *read_only)?,
+            key: key.as_ref().map(|key| open_key(device, key)).transpose()?,
+            data_file: data_file
+                .as_ref()
+                .map(|path| open_image(&format!("{}.data-file", device.field), path, *read_only))
+                .transpose()?
+                .map(OwnedFd::from),
+        }))),
         Backend::Net { .. } => Ok(None),
         Backend::External(socket) => match UnixStream::connect(socket) {
             Ok(stream) => Ok(Some(BackendInput::Socket(stream.into()))),
@@ -114,6 +136,28 @@ fn open_backend(spec: &VmSpec, device: &Device) -> Result<Option<BackendInput>, 
             .hint("start the back end first, with this socket path")),
         },
     }
+}
+
+/// A file is passed on as it is; what comes through an inherited descriptor, which may be a pipe, is
+/// copied to memory first.
+fn open_key(device: &Device, key: &Key) -> Result<OwnedFd, Failure> {
+    match key {
+        Key::File(path) => open_file(&format!("{}.key-file", device.field), path).map(OwnedFd::from),
+        Key::Inherited(number) => copy_key(*number).map_err(|e| {
+            Failure::host(format!(
+                "{}.key-fd: cannot read descriptor {number}",
+                device.field
+            ))
+            .because(&e)
+        }),
+    }
+}
+
+fn copy_key(number: i32) -> io::Result<OwnedFd> {
+    let source = File::from(crate::inherit::take(FdNumber(number))?);
+    let mut copy = File::from(memfd_create(c"key", MFdFlags::MFD_CLOEXEC)?);
+    io::copy(&mut source.take(LONGEST_KEY), &mut copy)?;
+    Ok(copy.into())
 }
 
 fn open_kvm() -> Result<OwnedFd, Failure> {

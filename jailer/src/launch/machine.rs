@@ -40,11 +40,20 @@ pub(crate) enum Backend {
         path: PathBuf,
         format: ImageFormat,
         read_only: bool,
+        key: Option<Key>,
+        data_file: Option<PathBuf>,
     },
     /// vhost-user-net, which we start.
     Net { tap: Tap, mac: Mac, mtu: Option<u16> },
     /// Someone else, at this socket.
     External(PathBuf),
+}
+
+/// Where the passphrase of an encrypted image comes from.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Key {
+    File(PathBuf),
+    Inherited(i32),
 }
 
 /// Where a TAP comes from.
@@ -168,7 +177,20 @@ fn check_disk(spec: &VmSpec, n: usize, disk: &DiskSpec) -> Result<Device, Failur
                     .hint("add format=raw or format=qcow2")
             })?,
             read_only: disk.read_only,
+            key: match (&disk.key_file, disk.key_fd) {
+                (Some(_), Some(_)) => {
+                    return Err(Failure::usage(format!("{field}.key-fd: excludes key-file")));
+                }
+                (Some(file), None) => Some(Key::File(file.clone())),
+                (None, number) => number.map(Key::Inherited),
+            },
+            data_file: disk.data_file.clone(),
         },
+        (None, Some(_)) if disk.key_file.is_some() || disk.key_fd.is_some() || disk.data_file.is_some() => {
+            return Err(Failure::usage(format!(
+                "{field}: key-file, key-fd and data-file go with path, not with vhost-user"
+            )));
+        }
         (None, Some(socket)) => Backend::External(socket.clone()),
         (None, None) => {
             return Err(Failure::usage(format!(

@@ -152,7 +152,7 @@ fn make_plan(
     raw_terminal: bool,
 ) -> Plan {
     let chains = inputs.backends.iter().map(|backend| match backend {
-        BackendInput::Images(layers) => layers.iter().map(|layer| layer.format).collect(),
+        BackendInput::Images(images) => images.layers.iter().map(|layer| layer.format).collect(),
         _ => Vec::new(),
     });
     let choices = Choices {

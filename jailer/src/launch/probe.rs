@@ -214,9 +214,11 @@ impl Wires {
             Source::Kernel => inputs.kernel.try_clone(),
             Source::Initrd => inputs.initrd.as_ref().map_or_else(null, OwnedFd::try_clone),
             Source::Image(device, layer) => match &inputs.backends[device] {
-                BackendInput::Images(layers) => layers[layer].file.try_clone(),
+                BackendInput::Images(images) => images.layers[layer].file.try_clone(),
                 _ => null(),
             },
+            // No probe needs what is in them.
+            Source::Key(_) | Source::DataFile(_) => null(),
             Source::LogRead(_) => {
                 let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
                 self.held.push(write);

@@ -10,8 +10,6 @@ pub(crate) const FRONT: usize = 64 << 10;
 const MAGIC: &[u8] = b"QFI\xfb";
 /// Header extension: the backing file's format.
 const EXTENSION_BACKING_FORMAT: u32 = 0xE279_2ACA;
-/// Incompatible feature: guest data lies in another file.
-const INCOMPATIBLE_DATA_FILE: u64 = 1 << 2;
 /// Longest backing file name (the format's own limit).
 const LONGEST_NAME: u32 = 1023;
 /// Most header extensions looked at.
@@ -33,8 +31,6 @@ pub(crate) enum HeaderError {
     Version(u32),
     #[error("its header is cut short")]
     Truncated,
-    #[error("its data lies in an external file, which is not supported")]
-    ExternalData,
     #[error("the backing file's name is {0} bytes long, more than {LONGEST_NAME}")]
     NameTooLong(u32),
     #[error("the backing file's name is not UTF-8")]
@@ -66,12 +62,7 @@ pub(crate) fn backing(front: &[u8]) -> Result<Option<Backing>, HeaderError> {
     }
     let header_length = match u32_at(front, 4)? {
         2 => 72,
-        3 => {
-            if u64_at(front, 72)? & INCOMPATIBLE_DATA_FILE != 0 {
-                return Err(HeaderError::ExternalData);
-            }
-            u32_at(front, 100)? as usize
-        }
+        3 => u32_at(front, 100)? as usize,
         version => return Err(HeaderError::Version(version)),
     };
     let offset = usize::try_from(u64_at(front, 8)?).map_err(|_| HeaderError::Truncated)?;

@@ -210,10 +210,12 @@ impl Wires {
                     table.insert(Source::Tap(n), tap);
                 }
                 BackendInput::Tap(Opened::Private(holder)) => private_taps.push((n, holder)),
-                BackendInput::Images(layers) => {
-                    for (m, layer) in layers.into_iter().enumerate() {
+                BackendInput::Images(images) => {
+                    for (m, layer) in images.layers.into_iter().enumerate() {
                         table.insert(Source::Image(n, m), layer.file);
                     }
+                    table.extend(images.key.map(|fd| (Source::Key(n), fd)));
+                    table.extend(images.data_file.map(|fd| (Source::DataFile(n), fd)));
                 }
             }
             let (front, back) = pair(SockType::Stream)?;

@@ -7,6 +7,7 @@ mod buffers;
 mod error;
 mod file;
 mod lock;
+mod luks;
 mod qcow2;
 mod raw;
 mod sparse;
@@ -24,6 +25,7 @@ pub use buffers::Buffers;
 pub use error::ImageError;
 pub use file::{BlockFile, HostFile};
 pub use lock::lock;
+pub use luks::Passphrase;
 pub use qcow2::Qcow2;
 pub use raw::RawImage;
 use sparse::SparseImage;
@@ -226,6 +228,9 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// The top's external data file (incompatible bit 2).
     pub data_file: Option<Arc<OwnedFd>>,
+    /// Opens the layers that are encrypted; the top must be one of them, so that what is secret below is
+    /// not written in the clear above.
+    pub passphrase: Option<Arc<Passphrase>>,
     /// Most bytes of mapping tables kept in memory, for each layer.
     pub l2_cache_size: usize,
 }
@@ -235,6 +240,7 @@ impl Default for OpenOptions {
         Self {
             read_only: false,
             data_file: None,
+            passphrase: None,
             l2_cache_size: 8 << 20,
         }
     }
@@ -269,12 +275,18 @@ pub fn open(
         let file = locked_file(fd, true).map_err(|source| below(index + 1, source))?;
         layers.push((format, file));
     }
+    open_layers(layers, data_file(options)?, options)
+}
+
+/// The external data file of `options`, locked as [`open`] does.
+///
+/// # Errors
+/// [`ImageError::Locked`] when somebody else uses it; `Io` when it is no file of use.
+pub fn data_file(options: &OpenOptions) -> Result<Option<Arc<dyn BlockFile>>, ImageError> {
     let data = options.data_file.as_ref().map(|fd| fd.try_clone()).transpose();
-    let data = data
-        .map_err(ImageError::io("use the external data file"))?
+    data.map_err(ImageError::io("use the external data file"))?
         .map(|fd| locked_file(fd, options.read_only))
-        .transpose()?;
-    open_layers(layers, data, options)
+        .transpose()
 }
 
 fn below(depth: usize, source: ImageError) -> ImageError {
@@ -302,6 +314,15 @@ pub fn open_layers(
     options: &OpenOptions,
 ) -> Result<Arc<dyn Image>, ImageError> {
     check_chain(&layers, data.as_ref())?;
+    if options.passphrase.is_some()
+        && let Some((format, file)) = layers.first()
+        && (*format != Format::Qcow2 || !Qcow2::is_encrypted(&**file)?)
+    {
+        return Err(ImageError::refused(
+            "passphrase",
+            "one was passed but the image is not encrypted",
+        ));
+    }
     let mut lower: Option<Arc<dyn Image>> = None;
     for (depth, (format, file)) in layers.into_iter().enumerate().rev() {
         let options = OpenOptions {

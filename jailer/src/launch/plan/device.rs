@@ -1,6 +1,6 @@
 //! The process of a device of ours.
 
-use super::{Choices, ProcessPlan, Source, Table, another, any, exactly};
+use super::{Choices, Kept, ProcessPlan, Source, Table, another, any, exactly};
 use crate::launch::machine::{Backend, Device};
 use vm_spec::control::DeviceConfig;
 use vm_spec::run_state::ProcessRole;
@@ -33,6 +33,8 @@ pub(super) fn plan(
             path,
             format,
             read_only,
+            key,
+            data_file,
         } => {
             let image = fds.add(Source::Image(n, 0), path.display().to_string());
             arguments.push(format!("--blk-fd={}", image.0));
@@ -40,6 +42,14 @@ pub(super) fn plan(
             for (layer, format) in choices.chains[n].iter().enumerate().skip(1) {
                 let fd = fds.add(Source::Image(n, layer), format!("backing file {layer}"));
                 arguments.push(format!("--backing-fd={}:{}", format_name(*format), fd.0));
+            }
+            if let Some(path) = data_file {
+                let fd = fds.add(Source::DataFile(n), format!("data file {}", path.display()));
+                arguments.push(format!("--data-file-fd={}", fd.0));
+            }
+            if key.is_some() {
+                let fd = fds.add_until(Kept::UntilLockdown, Source::Key(n), "passphrase of the image");
+                arguments.push(format!("--key-fd={}", fd.0));
             }
             if *read_only {
                 arguments.push("--read-only".into());

@@ -45,6 +45,10 @@ pub(crate) enum Source {
     RequestsPeer(usize),
     /// A layer of a device's image chain, the top first.
     Image(usize, usize),
+    /// The passphrase of a device's image.
+    Key(usize),
+    /// The external data file of a device's image.
+    DataFile(usize),
     Tap(usize),
 }
 

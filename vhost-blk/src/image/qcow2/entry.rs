@@ -157,10 +157,10 @@ impl Cluster {
                 "COPIED or subclusters on a compressed cluster",
             ));
         }
-        if geometry.external_data {
+        if geometry.external_data || geometry.encrypted {
             return Err(ImageError::corrupt(
                 "L2 entry",
-                "compressed cluster with an external data file",
+                "compressed cluster with an external data file or with encryption",
             ));
         }
         let bits = geometry.compressed_offset_bits();
@@ -258,6 +258,7 @@ mod tests {
         cluster_bits: 16,
         extended_l2: false,
         external_data: false,
+        encrypted: false,
         refcount_order: 4,
         version: 3,
     };

@@ -17,6 +17,7 @@ const MAX_EXTENSIONS: usize = 256;
 #[derive(Clone, Debug, Default)]
 pub(super) struct Extensions {
     pub(super) bitmaps: Option<Bitmaps>,
+    pub(super) encryption: Option<EncryptionHeader>,
     /// Type, bit and name.
     features: Vec<(u8, u8, String)>,
     /// Whether a name for the external data file is given. The name itself is never used.
@@ -29,6 +30,13 @@ pub(super) struct Bitmaps {
     pub(super) count: u32,
     pub(super) directory_size: u64,
     pub(super) directory_offset: u64,
+}
+
+/// The full disk encryption header pointer: where the LUKS header and its key slots lie.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct EncryptionHeader {
+    pub(super) offset: u64,
+    pub(super) length: u64,
 }
 
 impl Extensions {
@@ -75,7 +83,7 @@ pub(super) fn parse(first: &[u8], start: u64, end: u64) -> Result<Extensions, Im
             FEATURE_NAMES => all.features = feature_names(data),
             BITMAPS => all.bitmaps = Some(bitmaps(data)?),
             DATA_FILE => all.names_data_file = true,
-            ENCRYPTION => return Err(refuse("an encryption header without encryption".to_owned())),
+            ENCRYPTION => all.encryption = Some(encryption(data)?),
             _ => {}
         }
         rest = body.get(length.next_multiple_of(8)..).unwrap_or(&[]);
@@ -91,6 +99,23 @@ fn feature_names(data: &[u8]) -> Vec<(u8, u8, String)> {
             (entry[0], entry[1], String::from_utf8_lossy(name).into_owned())
         })
         .collect()
+}
+
+fn encryption(data: &[u8]) -> Result<EncryptionHeader, ImageError> {
+    let Ok(data) = <&[u8; 16]>::try_from(data) else {
+        return Err(ImageError::refused(
+            "header extension",
+            format!(
+                "the encryption header pointer is {} bytes long, not 16",
+                data.len()
+            ),
+        ));
+    };
+    let word = |at: usize| u64::from_be_bytes(std::array::from_fn(|i| data[at + i]));
+    Ok(EncryptionHeader {
+        offset: word(0),
+        length: word(8),
+    })
 }
 
 fn bitmaps(data: &[u8]) -> Result<Bitmaps, ImageError> {

@@ -9,6 +9,8 @@ pub(super) struct Geometry {
     pub(super) extended_l2: bool,
     /// Incompatible bit 2: guest data lies in another file, at the guest's offset.
     pub(super) external_data: bool,
+    /// Guest data is encrypted: a hole in a data cluster does not read as zeros.
+    pub(super) encrypted: bool,
     /// log2 of the width of a refcount in bits, 0 to 6.
     pub(super) refcount_order: u32,
     /// 2 or 3.

@@ -14,6 +14,7 @@ const MAX_SNAPSHOTS: u32 = 65_536;
 /// Longest backing file name in bytes.
 const MAX_BACKING_NAME: u32 = 1023;
 
+pub(super) const CRYPT_METHOD_OFFSET: u64 = 32;
 pub(super) const INCOMPATIBLE_OFFSET: u64 = 72;
 pub(super) const AUTOCLEAR_OFFSET: u64 = 88;
 pub(super) const REFTABLE_OFFSET: u64 = 48;
@@ -102,7 +103,7 @@ impl Header {
                 format!("{cluster_bits} is outside 9 to 21"),
             ));
         }
-        check_encryption(fields.u32(32))?;
+        let encrypted = is_encrypted(fields.u32(32))?;
         let header_length = header_length(&fields, version, cluster_bits)?;
         let mut first = vec![0; 1 << cluster_bits];
         file.read_at(&mut first, 0)
@@ -118,7 +119,10 @@ impl Header {
             .map_err(|error| unknown_features(incompatible, None).err().unwrap_or(error))?;
         unknown_features(incompatible, Some(&extensions))?;
         let header = Self {
-            geometry: geometry(&fields, version, cluster_bits, incompatible)?,
+            geometry: Geometry {
+                encrypted,
+                ..geometry(&fields, version, cluster_bits, incompatible)?
+            },
             size: fields.u64(24),
             names_backing: backing_name(&fields, backing_offset, first.len() as u64, header_length)?,
             l1_offset: fields.u64(40),
@@ -210,6 +214,27 @@ impl Header {
                 ));
             }
         }
+        match (self.geometry.encrypted, &self.extensions.encryption) {
+            (true, None) => {
+                return Err(ImageError::refused(
+                    "header extension",
+                    "encryption (LUKS) without an encryption header",
+                ));
+            }
+            (false, Some(_)) => {
+                return Err(ImageError::refused(
+                    "header extension",
+                    "an encryption header without encryption",
+                ));
+            }
+            _ => {}
+        }
+        if self.geometry.encrypted && self.autoclear & RAW_DATA != 0 {
+            return Err(ImageError::refused(
+                "autoclear_features",
+                "raw data bit with encryption",
+            ));
+        }
         if self.geometry.external_data && self.snapshots > 0 {
             return Err(ImageError::refused(
                 "nb_snapshots",
@@ -228,11 +253,11 @@ impl Header {
     }
 }
 
-fn check_encryption(method: u32) -> Result<(), ImageError> {
+fn is_encrypted(method: u32) -> Result<bool, ImageError> {
     let name = match method {
-        0 => return Ok(()),
+        0 => return Ok(false),
         1 => "AES".to_owned(),
-        2 => "LUKS".to_owned(),
+        2 => return Ok(true),
         other => format!("method {other}"),
     };
     Err(ImageError::refused(
@@ -298,6 +323,7 @@ fn geometry(
         cluster_bits,
         extended_l2,
         external_data,
+        encrypted: false,
         refcount_order,
         version,
     })

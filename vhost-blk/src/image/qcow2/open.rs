@@ -7,14 +7,27 @@ use std::sync::{Arc, Condvar, Mutex};
 use super::bitmaps::Preparation;
 use super::cache::Cache;
 use super::entry::L1Entry;
+use super::extensions::EncryptionHeader;
 use super::geometry::Geometry;
 use super::header::{Header, RAW_DATA};
 use super::refcount::{Refcounts, words};
 use super::tables::Table;
-use super::{Kind, Meta, Qcow2, alloc, free, repair, tables};
+use super::{Kind, Meta, Qcow2, alloc, free, header, repair, tables};
+use crate::image::luks::{self, Cipher, CryptFile};
 use crate::image::{BlockFile, Image, ImageError, OpenOptions};
 
 impl Qcow2 {
+    /// Whether the header asks for encryption of any kind (`crypt_method`); false if it is no header.
+    ///
+    /// # Errors
+    /// When the host cannot read.
+    pub(in crate::image) fn is_encrypted(file: &dyn BlockFile) -> Result<bool, ImageError> {
+        let mut method = [0; 4];
+        file.read_at(&mut method, header::CRYPT_METHOD_OFFSET)
+            .map_err(ImageError::io("read the qcow2 header"))?;
+        Ok(method != [0; 4])
+    }
+
     /// Opens an image in `file`; `data` is its external data file, `backing` what lies below it.
     ///
     /// # Errors
@@ -37,6 +50,7 @@ impl Qcow2 {
         let (mut header, mut size) = read_header(&*file)?;
         check_parts(&header, data.is_some(), backing.is_some())?;
         let mut tables = tables::snapshots(&header, &*file, size)?;
+        let cipher = cipher(&*file, &header, options)?;
         if !options.read_only {
             check_writable(&header)?;
             if header.is_dirty() {
@@ -48,8 +62,12 @@ impl Qcow2 {
         }
         let geometry = header.geometry;
         let meta = load(&*file, &header, &tables, size, options)?;
+        let data = data.unwrap_or_else(|| Arc::clone(&file));
         Ok(Self {
-            data: data.unwrap_or_else(|| Arc::clone(&file)),
+            data: match cipher {
+                Some(cipher) => Arc::new(CryptFile::new(data, cipher)),
+                None => data,
+            },
             file,
             geometry,
             size: header.size,
@@ -96,6 +114,27 @@ fn check_parts(header: &Header, has_data: bool, has_backing: bool) -> Result<(),
             "one was passed but the image has none",
         )),
         _ => Ok(()),
+    }
+}
+
+/// The cipher of an encrypted image's data.
+fn cipher(
+    file: &dyn BlockFile,
+    header: &Header,
+    options: &OpenOptions,
+) -> Result<Option<Cipher>, ImageError> {
+    let Some(EncryptionHeader { offset, length }) = header.extensions.encryption else {
+        return Ok(None);
+    };
+    match &options.passphrase {
+        Some(passphrase) => luks::unlock(file, offset, length, passphrase).map(Some),
+        None => {
+            luks::check(file, offset, length)?;
+            Err(ImageError::refused(
+                "crypt_method",
+                "the image is encrypted (LUKS) and no passphrase was passed; pass one with --key-fd",
+            ))
+        }
     }
 }
 

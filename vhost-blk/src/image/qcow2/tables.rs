@@ -36,7 +36,7 @@ impl Table {
             "is past 2^56"
         } else if offset < geometry.cluster_size() {
             "lies in the header"
-        } else if offset + len > file_size.next_multiple_of(geometry.cluster_size()) {
+        } else if len > file_size || offset + len > file_size.next_multiple_of(geometry.cluster_size()) {
             "is past the end of the file"
         } else {
             return Ok(());
@@ -72,6 +72,14 @@ pub(super) fn of(header: &Header) -> Vec<Table> {
         let (offset, len) = (bitmaps.directory_offset, bitmaps.directory_size);
         tables.push(Table {
             name: "bitmap_directory_offset",
+            offset,
+            len,
+        });
+    }
+    if let Some(encryption) = header.extensions.encryption {
+        let (offset, len) = (encryption.offset, encryption.length);
+        tables.push(Table {
+            name: "encryption header",
             offset,
             len,
         });

@@ -38,7 +38,7 @@ struct Job {
     map: Range<u64>,
     /// The host clusters are new, and durably zero.
     fresh: bool,
-    /// `map` reads as zeros now.
+    /// `map` reads as zeros now, as it would from a host cluster of zeros.
     zero_before: bool,
 }
 
@@ -134,7 +134,7 @@ impl Qcow2 {
         let guest = guest..guest + old.len() as u64;
         let write = offset..(offset + len).min(geometry.offset_of(guest.end));
         let map = self.mapped_range(&old, &write);
-        let zero_before = self.reads_as_zeros(meta, map.start, map.end - map.start)?;
+        let zero_before = !geometry.encrypted && self.reads_as_zeros(meta, map.start, map.end - map.start)?;
         Ok(Job {
             guest,
             host,
