@@ -40,7 +40,7 @@ fn main() {
         let name = file.to_uppercase();
         let _ = writeln!(
             out,
-            "        Role::{variant} => Compiled {{ enforce: &{name}_ENFORCE, log: &{name}_LOG }},"
+            "        Role::{variant} => Compiled {{ enforce: &{name}_ENFORCE, trap: &{name}_TRAP, log: &{name}_LOG }},"
         );
     }
     out.push_str("    }\n}\npub(super) fn rules(role: Role) -> &'static [Rule] {\n    match role {\n");
@@ -55,7 +55,7 @@ fn main() {
 fn compile(file: &str) -> Result<String, policy::PolicyError> {
     let rules = policy::load(Path::new("policy"), file)?;
     let mut out = String::new();
-    for (kind, action) in [("ENFORCE", "kill_process"), ("LOG", "log")] {
+    for (kind, action) in [("ENFORCE", "kill_process"), ("TRAP", "trap"), ("LOG", "log")] {
         let program = policy::compile(&rules, action)?;
         let _ = writeln!(
             out,

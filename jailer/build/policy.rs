@@ -15,15 +15,40 @@ pub(crate) struct Rule {
     pub(crate) reason: String,
     /// `FILE:LINE`.
     pub(crate) place: String,
-    tests: Vec<Test>,
+    pub(crate) tests: Vec<Test>,
 }
 
 /// One comparison of one argument.
-struct Test {
-    index: u8,
+pub(crate) struct Test {
+    pub(crate) index: u8,
     wide: bool,
     op: String,
-    value: u64,
+    mask: Option<u64>,
+    pub(crate) value: u64,
+}
+
+impl Test {
+    /// Whether a call with these arguments satisfies it: what the compiled program must say, too.
+    #[allow(dead_code, reason = "only the tests of policies ask")]
+    pub(crate) fn holds(&self, arguments: &[u64; 6]) -> bool {
+        let given = arguments[usize::from(self.index)];
+        let given = if self.wide { given } else { given & 0xFFFF_FFFF };
+        match self.op.as_str() {
+            "eq" => given & self.mask.unwrap_or(u64::MAX) == self.value,
+            "ne" => given != self.value,
+            "lt" => given < self.value,
+            "le" => given <= self.value,
+            "gt" => given > self.value,
+            _ => given >= self.value,
+        }
+    }
+
+    fn operator(&self) -> String {
+        match self.mask {
+            Some(mask) => format!("{{\"masked_eq\": {mask}}}"),
+            None => format!("\"{}\"", self.op),
+        }
+    }
 }
 
 /// What is wrong with a policy, and where.
@@ -128,19 +153,19 @@ fn parse_test(text: &str) -> Result<Test, String> {
         return Err(format!("'{rest}' is too much: join conditions with '&&'"));
     }
     let op = match (op.as_str(), mask) {
-        ("==", Some(mask)) => format!("{{\"masked_eq\": {mask}}}"),
-        ("==", None) => "\"eq\"".into(),
-        ("!=", None) => "\"ne\"".into(),
-        ("<", None) => "\"lt\"".into(),
-        ("<=", None) => "\"le\"".into(),
-        (">", None) => "\"gt\"".into(),
-        (">=", None) => "\"ge\"".into(),
+        ("==", _) => "eq",
+        ("!=", None) => "ne",
+        ("<", None) => "lt",
+        ("<=", None) => "le",
+        (">", None) => "gt",
+        (">=", None) => "ge",
         (op, _) => return Err(format!("'{op}' is no comparison here")),
     };
     Ok(Test {
         index,
         wide,
-        op,
+        op: op.to_owned(),
+        mask,
         value,
     })
 }
@@ -212,7 +237,7 @@ fn rule_json(rule: &Rule) -> String {
                 "{{\"index\": {}, \"type\": \"{}\", \"op\": {}, \"val\": {}}}",
                 t.index,
                 if t.wide { "qword" } else { "dword" },
-                t.op,
+                t.operator(),
                 t.value
             )
         })

@@ -1,9 +1,13 @@
 //! What `tests/sandbox.rs` executes in a jail: it tells what it sees on descriptor 1, and then
 //! does what its argument says.
 
-use jailer::sandbox::{Role, SeccompMode, lockdown};
+use jailer::sandbox::{Role, SeccompMode, end, end_on_panic, lockdown};
 use std::fs::File;
 use std::io::Read;
+
+/// As every confined process has: the policies know its three calls only.
+#[global_allocator]
+static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 fn main() {
     let entries = std::fs::read_dir("/").map_or(-1, |all| all.count() as i64);
@@ -17,15 +21,26 @@ fn main() {
         .map(|fd| fd.to_string())
         .collect();
     println!("fds={}", open.join(","));
-    let _locked = lockdown(Role::Supervisor, SeccompMode::Enforce).expect("lockdown");
+    let order = std::env::args().nth(1).unwrap_or_default();
+    let mode = match order.as_str() {
+        "trapped" => SeccompMode::Trap,
+        _ => SeccompMode::Enforce,
+    };
+    end_on_panic("probe");
+    let _locked = lockdown(Role::Supervisor, mode).expect("lockdown");
     println!("locked");
-    if std::env::args().nth(1).as_deref() == Some("forbidden") {
-        // Not in supervisor.policy.
-        let _ = nix::unistd::getppid();
-        println!("survived");
+    match order.as_str() {
+        "forbidden" | "trapped" => {
+            // Not in supervisor.policy.
+            let _ = nix::unistd::getppid();
+            println!("survived");
+        }
+        "panic" => panic!("as ordered"),
+        _ => {}
     }
     // Until the test has looked.
     let _ = std::io::stdin().read(&mut [0]);
+    end(0);
 }
 
 #[expect(unsafe_code, reason = "asks of every number whether it is open")]

@@ -4,6 +4,7 @@
 //! of this test that becomes one.
 
 use jailer::sandbox::child::{Child, Program, start};
+use jailer::sandbox::{Role, Witness};
 use nix::sys::wait::{WaitStatus, waitpid};
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -120,6 +121,19 @@ fn check_jail(binary: &Path) {
     drop(probe);
     assert_eq!(waitpid(pid, None), Ok(WaitStatus::Exited(pid, 0)));
 
+    check_forbidden(binary);
+    check_last_words(
+        binary,
+        "trapped",
+        148,
+        "getppid (110): supervisor.policy has no rule for it",
+    );
+    check_last_words(binary, "panic", 101, "probe: panicked at");
+}
+
+/// The call kills, and the kernel's log, where it can be read, names it.
+fn check_forbidden(binary: &Path) {
+    let mut witness = Witness::begin();
     let mut probe = start_probe(binary, "forbidden");
     probe.report();
     let pid = probe.child.pid;
@@ -129,6 +143,20 @@ fn check_jail(binary: &Path) {
         }
         other => panic!("a forbidden call was not stopped: {other:?}"),
     }
+    if File::open("/dev/kmsg").is_ok() && Path::new("/proc/sys/kernel/seccomp").is_dir() {
+        let verdict = witness.testify(pid, Role::Supervisor).map(|v| v.number);
+        assert_eq!(verdict, Some(libc::SYS_getppid));
+    }
+}
+
+/// The process says `words` and exits with `code`.
+fn check_last_words(binary: &Path, order: &str, code: i32, words: &str) {
+    let mut probe = start_probe(binary, order);
+    probe.report();
+    let pid = probe.child.pid;
+    assert_eq!(waitpid(pid, None), Ok(WaitStatus::Exited(pid, code)), "{order}");
+    let said: Vec<String> = probe.lines.lines().map_while(Result::ok).collect();
+    assert!(said.iter().any(|line| line.contains(words)), "{order}: {said:?}");
 }
 
 fn main() {

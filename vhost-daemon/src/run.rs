@@ -8,7 +8,7 @@ use crate::session::{End, ServeError, Session, SessionError, serve};
 use crate::signals::{self, Termination};
 use crate::worker::{Worker, WorkerError};
 use crate::{Device, Program, descriptors, log};
-use jailer::sandbox::{LockdownError, Locked, SeccompMode, end, end_on_panic, lockdown_main};
+use jailer::sandbox::{LockdownError, Locked, end, end_on_panic, lockdown_main};
 use std::error::Error;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -106,8 +106,8 @@ enum Front {
 
 /// Opens everything, makes the threads, confines the process, serves.
 fn start<P: Program>(settings: Settings, options: P::Options) -> Result<(), DaemonError> {
-    if settings.seccomp != SeccompMode::Enforce {
-        tracing::warn!(mode = %settings.seccomp, "system calls are not confined; for debugging only");
+    if let Some(warning) = settings.seccomp.warning() {
+        tracing::warn!(mode = %settings.seccomp, "{warning}");
     }
     let termination = Termination::new().map_err(DaemonError::Signals)?;
     signals::end_on_sigbus().map_err(DaemonError::Signals)?;

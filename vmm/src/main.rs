@@ -1,4 +1,4 @@
-//! `bulkhead-vmm --control-fd=N [--seccomp=enforce|log|off] [--log-level=L]`: one VM, described by
+//! `bulkhead-vmm --control-fd=N [--seccomp=enforce|trap|log|off] [--log-level=L]`: one VM, described by
 //! the first message on the control socket.
 
 use jailer::sandbox::{SeccompMode, end, end_on_panic};
@@ -13,7 +13,7 @@ use vmm::machine::{Build, Options, monotonic_ns};
 /// Longest that the configuration may take: it is sent before this process is spawned.
 const CONFIG_DEADLINE: Duration = Duration::from_secs(5);
 
-const USAGE: &str = "usage: bulkhead-vmm --control-fd=N [--seccomp=enforce|log|off] [--log-level=LEVEL]";
+const USAGE: &str = "usage: bulkhead-vmm --control-fd=N [--seccomp=enforce|trap|log|off] [--log-level=LEVEL]";
 
 /// Not the C library's: that one needs brk, mprotect and madvise, which the policies would then allow.
 #[global_allocator]

@@ -19,7 +19,7 @@ mod tap;
 mod terminal;
 
 use crate::failure::Failure;
-use crate::sandbox::SeccompMode;
+use crate::sandbox::{SeccompMode, Witness};
 use inputs::{BackendInput, Inputs};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Pid, getpid};
@@ -77,8 +77,8 @@ pub fn dry_run(spec: &VmSpec, options: &Options) -> Result<String, Failure> {
 /// A [`Failure`] when it could not be started.
 pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Failure> {
     let (name, devices) = machine::check(spec, &default_name())?;
-    if options.seccomp == SeccompMode::Off {
-        eprintln!("bulkhead: warning: --seccomp=off: no process has a system call filter");
+    if let Some(warning) = options.seccomp.warning() {
+        eprintln!("bulkhead: warning: --seccomp={}: {warning}", options.seccomp);
     }
     let run_dir = run_dir::create(&name)?;
     let saved = terminal::save();
@@ -91,6 +91,7 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
         let holders = inputs.holders();
         let plan = make_plan(spec, &name, &devices, options, &inputs, saved.is_some());
         let binaries = spawn::Binaries::open(&plan)?;
+        let mut witness = Witness::begin();
         spawn::leave_root(|uid, gid| run_dir.give_to(uid, gid))?;
         nix::sys::prctl::set_no_new_privs()
             .map_err(|e| Failure::host("cannot give up new privileges").because(&e))?;
@@ -122,6 +123,7 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
                         process.pid = pid.as_raw();
                     }
                 }
+                supervise::Event::Forbidden(pid) => return name_call(&mut witness, &state, pid),
                 supervise::Event::Happened(event) => return note(&run_dir, &event),
             }
             save_state(&run_dir, &state);
@@ -164,6 +166,17 @@ fn make_plan(
         chains: chains.collect(),
     };
     plan::plan(spec, name, devices, &choices)
+}
+
+/// Says which call a process was killed for, where the kernel's log tells.
+fn name_call(witness: &mut Witness, state: &RunState, pid: Pid) {
+    let Some(process) = state.processes.iter().find(|p| p.pid == pid.as_raw()) else {
+        return;
+    };
+    let role = process.role.policy().and_then(|name| name.parse().ok());
+    if let Some(verdict) = role.and_then(|role| witness.testify(pid, role)) {
+        eprintln!("bulkhead: {} (pid {pid}): {verdict}", process.name);
+    }
 }
 
 /// As [`save_state`].

@@ -47,6 +47,8 @@ pub(crate) enum Event {
     },
     /// A device's process has a successor.
     Respawned { predecessor: Pid, pid: Pid },
+    /// A process was killed for a system call that its policy does not allow.
+    Forbidden(Pid),
     /// To be written down.
     Happened(VmEvent),
 }
@@ -203,6 +205,9 @@ impl Spawner {
                     continue;
                 }
             };
+            if status == ExitStatus::Signal(Signal::SIGSYS as u8) {
+                on_event(Event::Forbidden(pid));
+            }
             if let Some(n) = self.workers.iter().position(|w| w.alive() == Some(pid)) {
                 self.workers[n].reaped = true;
                 // The index fits: a VM has at most 32 devices.

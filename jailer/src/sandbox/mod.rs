@@ -12,12 +12,19 @@ mod mounts;
 mod rlimit;
 mod role;
 mod seccomp;
+mod trap;
 mod userns;
+mod verdict;
+#[cfg(feature = "launcher")]
+mod witness;
 
 use crate::audit::wall::Wall;
 pub use end::{end, end_on_panic};
 pub use role::{ParseRoleError, Role, SeccompMode};
 pub use seccomp::{Rule, rules};
+pub use verdict::{Verdict, syscall_name};
+#[cfg(feature = "launcher")]
+pub use witness::Witness;
 
 /// Proof that this process has locked itself down. Only [`lockdown`] and [`lockdown_main`] make
 /// one.
@@ -42,6 +49,9 @@ pub enum LockdownError {
     /// Denying paths by Landlock, on a kernel that has it.
     #[error("cannot restrict paths with Landlock")]
     Landlock(#[source] ::landlock::RulesetError),
+    /// Installing the handler that names forbidden calls.
+    #[error("cannot prepare to name forbidden system calls")]
+    Trap(#[source] nix::Error),
     /// Installing the filter.
     #[error("cannot install the system call filter of role {0}")]
     Seccomp(Role, #[source] seccompiler::Error),

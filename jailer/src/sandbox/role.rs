@@ -78,16 +78,31 @@ pub enum SeccompMode {
     /// The process is killed.
     #[default]
     Enforce,
+    /// It is not done; the process names it on standard error and ends with the same exit code.
+    /// For finding out why a process was killed.
+    Trap,
     /// It passes, and the kernel's log names it. For finding what a policy lacks.
     Log,
     /// No filter is installed. For debugging only: whoever chooses it is warned.
     Off,
 }
 
+impl SeccompMode {
+    /// What to say to a person who gives up protection by it.
+    pub fn warning(self) -> Option<&'static str> {
+        match self {
+            Self::Enforce | Self::Trap => None,
+            Self::Log => Some("forbidden system calls are written to the kernel's log, and pass"),
+            Self::Off => Some("no process has a system call filter"),
+        }
+    }
+}
+
 impl fmt::Display for SeccompMode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Enforce => "enforce",
+            Self::Trap => "trap",
             Self::Log => "log",
             Self::Off => "off",
         })
@@ -100,11 +115,12 @@ impl FromStr for SeccompMode {
     fn from_str(text: &str) -> Result<Self, ParseRoleError> {
         match text {
             "enforce" => Ok(Self::Enforce),
+            "trap" => Ok(Self::Trap),
             "log" => Ok(Self::Log),
             "off" => Ok(Self::Off),
             _ => Err(ParseRoleError {
                 given: text.to_owned(),
-                known: "enforce, log, off",
+                known: "enforce, trap, log, off",
             }),
         }
     }

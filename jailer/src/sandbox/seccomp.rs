@@ -1,7 +1,7 @@
 //! System call filters: stops a taken-over process from asking the kernel for what its role
 //! never needs.
 
-use super::{LockdownError, Role, SeccompMode};
+use super::{LockdownError, Role, SeccompMode, trap};
 use seccompiler::sock_filter;
 
 /// One line of a policy, as embedded.
@@ -17,9 +17,10 @@ pub struct Rule {
     pub place: &'static str,
 }
 
-/// A role's two programs.
+/// A role's programs.
 struct Compiled {
     enforce: &'static [sock_filter],
+    trap: &'static [sock_filter],
     log: &'static [sock_filter],
 }
 
@@ -48,6 +49,10 @@ pub(super) fn install(role: Role, mode: SeccompMode, threads: Threads) -> Result
     let programs = compiled::compiled(role);
     let program = match mode {
         SeccompMode::Enforce => programs.enforce,
+        SeccompMode::Trap => {
+            trap::prepare(role).map_err(LockdownError::Trap)?;
+            programs.trap
+        }
         SeccompMode::Log => programs.log,
         SeccompMode::Off => return Ok(()),
     };

@@ -45,7 +45,7 @@ impl Outcome {
         let policy = role.policy().unwrap_or("its");
         let what = match status {
             ExitStatus::Signal(SIGSYS) => format!(
-                "was stopped by seccomp: policy jailer/policy/{policy}.policy; --seccomp=log finds \
+                "was stopped by seccomp: policy jailer/policy/{policy}.policy; --seccomp=trap names \
                  the call"
             ),
             ExitStatus::Signal(signal) => format!("was killed by signal {signal}"),
