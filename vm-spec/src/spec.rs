@@ -67,6 +67,45 @@ pub enum ImageFormat {
     Raw,
     /// QEMU's copy-on-write format, versions 2 and 3.
     Qcow2,
+    /// VMware's sparse or stream-optimised format. Read-only.
+    Vmdk,
+    /// VirtualBox's format. Read-only.
+    Vdi,
+    /// Hyper-V's format. Read-only.
+    Vhdx,
+    /// Virtual PC's format, which QEMU calls vpc. Read-only.
+    #[serde(alias = "vpc")]
+    Vhd,
+}
+
+impl ImageFormat {
+    /// Every format.
+    pub const ALL: [Self; 6] = [
+        Self::Raw,
+        Self::Qcow2,
+        Self::Vmdk,
+        Self::Vdi,
+        Self::Vhdx,
+        Self::Vhd,
+    ];
+
+    /// The name, as in a spec.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+            Self::Vmdk => "vmdk",
+            Self::Vdi => "vdi",
+            Self::Vhdx => "vhdx",
+            Self::Vhd => "vhd",
+        }
+    }
+
+    /// The format of this name, `vpc` among them.
+    pub fn named(name: &str) -> Option<Self> {
+        let name = if name == "vpc" { "vhd" } else { name };
+        Self::ALL.into_iter().find(|format| format.name() == name)
+    }
 }
 
 /// A disk: an image that our own process serves, or a socket that anyone serves.

@@ -10,7 +10,7 @@ use vm_spec::size::ByteSize;
 use vm_spec::spec::{BootSpec, DiskSpec, NetSpec, OnDeviceDeath, OnReboot, VhostUserSpec, VmSpec};
 
 /// Keys whose values are numbers or truth values; all others are text.
-const NOT_TEXT: [&str; 5] = ["read-only", "num-queues", "slot", "mtu", "tap-fd"];
+const NOT_TEXT: [&str; 6] = ["read-only", "num-queues", "slot", "mtu", "tap-fd", "key-fd"];
 
 /// The VM, in flags.
 #[derive(Args, Debug, Default)]
@@ -202,7 +202,7 @@ mod tests {
         assert!(unknown.contains("--disk paht=/a"), "{unknown}");
         assert!(unknown.contains("did you mean 'path'?"), "{unknown}");
         assert!(wrong("path=/a,path=/b").contains("'path' is given twice"));
-        assert!(wrong("path=/a,format=vmdk").contains("vmdk"));
+        assert!(wrong("path=/a,format=dmg").contains("dmg"));
         assert!(wrong("path=/a,slot=x").contains("invalid type"));
     }
 

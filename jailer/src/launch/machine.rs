@@ -174,7 +174,7 @@ fn check_disk(spec: &VmSpec, n: usize, disk: &DiskSpec) -> Result<Device, Failur
             format: disk.format.ok_or_else(|| {
                 Failure::usage(format!("{field}.format: is missing"))
                     .cause("a format is never guessed: the guest writes what would be guessed from")
-                    .hint("add format=raw or format=qcow2")
+                    .hint("add format=raw or format=qcow2; vmdk, vdi, vhdx and vhd can be read")
             })?,
             read_only: disk.read_only,
             key: match (&disk.key_file, disk.key_fd) {

@@ -37,7 +37,7 @@ pub(crate) enum HeaderError {
     NameNotText,
     #[error("it does not name its backing file's format")]
     NoBackingFormat,
-    #[error("its backing file's format '{0}' is neither raw nor qcow2")]
+    #[error("its backing file's format '{0}' is none of raw, qcow2, vmdk, vdi, vhdx and vhd")]
     BackingFormat(String),
 }
 
@@ -97,13 +97,9 @@ fn backing_format(front: &[u8], mut at: usize) -> Result<ImageFormat, HeaderErro
         match kind {
             0 => break,
             EXTENSION_BACKING_FORMAT => {
-                return match data {
-                    b"raw" => Ok(ImageFormat::Raw),
-                    b"qcow2" => Ok(ImageFormat::Qcow2),
-                    other => Err(HeaderError::BackingFormat(
-                        String::from_utf8_lossy(other).chars().take(32).collect(),
-                    )),
-                };
+                let name = String::from_utf8_lossy(data);
+                return ImageFormat::named(&name)
+                    .ok_or_else(|| HeaderError::BackingFormat(name.chars().take(32).collect()));
             }
             _ => at += 8 + length.next_multiple_of(8),
         }

@@ -4,7 +4,6 @@ use super::{Choices, Kept, ProcessPlan, Source, Table, another, any, exactly};
 use crate::launch::machine::{Backend, Device};
 use vm_spec::control::DeviceConfig;
 use vm_spec::run_state::ProcessRole;
-use vm_spec::spec::ImageFormat;
 
 /// The process of device `n`, which logs to pipe `log`; `peer` is what the vmm is told of it.
 pub(super) fn plan(
@@ -38,10 +37,10 @@ pub(super) fn plan(
         } => {
             let image = fds.add(Source::Image(n, 0), path.display().to_string());
             arguments.push(format!("--blk-fd={}", image.0));
-            arguments.push(format!("--format={}", format_name(*format)));
+            arguments.push(format!("--format={}", format.name()));
             for (layer, format) in choices.chains[n].iter().enumerate().skip(1) {
                 let fd = fds.add(Source::Image(n, layer), format!("backing file {layer}"));
-                arguments.push(format!("--backing-fd={}:{}", format_name(*format), fd.0));
+                arguments.push(format!("--backing-fd={}:{}", format.name(), fd.0));
             }
             if let Some(path) = data_file {
                 let fd = fds.add(Source::DataFile(n), format!("data file {}", path.display()));
@@ -84,11 +83,4 @@ pub(super) fn plan(
         descriptors: fds.0,
         made,
     })
-}
-
-fn format_name(format: ImageFormat) -> &'static str {
-    match format {
-        ImageFormat::Raw => "raw",
-        ImageFormat::Qcow2 => "qcow2",
-    }
 }
