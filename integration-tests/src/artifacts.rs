@@ -31,6 +31,8 @@ pub enum Artifact {
     Vmm,
     /// The disk process.
     VhostUserBlk,
+    /// The disk process that dies or hangs where a test wants it to.
+    FaultyBlk,
     /// The NIC process.
     VhostUserNet,
     /// A block back end built on the crate `vhost-user-backend`, the second opinion.
@@ -45,11 +47,12 @@ pub enum Artifact {
 
 impl Artifact {
     /// Every artifact.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Bulkhead,
         Self::Supervisor,
         Self::Vmm,
         Self::VhostUserBlk,
+        Self::FaultyBlk,
         Self::VhostUserNet,
         Self::ReferenceBlk,
         Self::Floor,
@@ -65,6 +68,7 @@ impl Artifact {
             Self::Supervisor => "bulkhead-supervisor",
             Self::Vmm => "bulkhead-vmm",
             Self::VhostUserBlk => "vhost-user-blk",
+            Self::FaultyBlk => "vhost-user-blk-faults",
             Self::VhostUserNet => "vhost-user-net",
             Self::ReferenceBlk => "reference-blk",
             Self::Floor => "floor",
@@ -171,7 +175,7 @@ impl Artifacts {
         let mut built = BTreeMap::new();
         // One call a group: cargo unifies features within a call, and only the launcher may
         // link the launcher's part of the jail.
-        let groups: [(&str, &[&str]); 4] = [
+        let groups: [(&str, &[&str]); 5] = [
             (MUSL, &["-p", "jailer"]),
             (
                 MUSL,
@@ -193,6 +197,17 @@ impl Artifacts {
                     "floor",
                     "--bin",
                     "reference-blk",
+                ],
+            ),
+            (
+                MUSL,
+                &[
+                    "-p",
+                    "vhost-user-blk",
+                    "--features",
+                    "faults",
+                    "--bin",
+                    "vhost-user-blk-faults",
                 ],
             ),
             (BARE_METAL, &["-p", "tiny-guest"]),

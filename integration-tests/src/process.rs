@@ -37,10 +37,18 @@ impl Process {
     ///
     /// # Errors
     /// When it does not start.
-    pub fn start(mut command: Command) -> Result<Self> {
+    pub fn start(command: Command) -> Result<Self> {
+        Self::start_with_input(command, Stdio::null())
+    }
+
+    /// As [`Process::start`], with another stdin.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn start_with_input(mut command: Command, input: Stdio) -> Result<Self> {
         let stderr = tempfile::tempfile()?;
         let child = command
-            .stdin(Stdio::null())
+            .stdin(input)
             .stderr(stderr.try_clone()?)
             .spawn()
             .with_context(|| format!("cannot start {command:?}"))?;

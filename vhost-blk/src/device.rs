@@ -68,6 +68,7 @@ impl Program for BlkProgram {
     }
 
     fn open(options: Options, num_queues: u16) -> Result<Box<dyn Device>, Box<dyn Error + Send + Sync>> {
+        vhost_daemon::faults::arm(&options.serial);
         let image = open_image(&options)?;
         tracing::info!(image = image.describe(), "disk image is open");
         let rings = make_rings(&options, num_queues)?;

@@ -9,6 +9,7 @@ use crate::request::{Request, Status};
 use nix::errno::Errno;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use vhost_daemon::faults::{self, Step};
 use vhost_daemon::{Chain, QueueHandler, Ring, RingFault, Wait};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES};
 
@@ -65,8 +66,12 @@ impl BlkQueue {
             }
             Err(status) => return complete(chain, Err(status), ring),
         };
+        faults::point(Step::BeforeSubmit);
         match self.begin(transfer) {
-            None => Ok(()),
+            None => {
+                faults::point(Step::AfterSubmit);
+                Ok(())
+            }
             Some(transfer) => self.finish(transfer, ring),
         }
     }
@@ -103,6 +108,7 @@ impl BlkQueue {
             }
         };
         drop(slices);
+        faults::point(Step::AfterSubmit);
         complete(transfer.chain, outcome, ring)
     }
 
@@ -129,7 +135,10 @@ impl BlkQueue {
     fn act(&self, request: &Request, chain: &Chain) -> Result<(), Status> {
         match request {
             Request::In { .. } | Request::Out { .. } => Err(Status::UNSUPP),
-            Request::Flush => answer("flush", self.image.flush()),
+            Request::Flush => {
+                faults::point(Step::Flush);
+                answer("flush", self.image.flush())
+            }
             Request::GetId { length } => {
                 let mut id = self.serial.clone();
                 id.resize(*length, 0);

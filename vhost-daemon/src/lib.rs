@@ -21,6 +21,7 @@
 pub mod bucket;
 mod descriptors;
 pub mod device;
+pub mod faults;
 mod flags;
 mod janitor;
 mod limits;

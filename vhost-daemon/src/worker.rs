@@ -12,6 +12,7 @@
 
 mod lane;
 mod mailbox;
+mod watch;
 
 use crate::memory::GuestMemory;
 use crate::ring::{InflightQueue, RingFault, RingSetup};
@@ -24,6 +25,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
+use watch::{Pulse, Watch};
 
 /// Longest wait for a worker's answer. A drain waits for the slowest I/O of the host; longer than
 /// this, and the process gives up (the front end, whose own deadline is shorter, has done so).
@@ -97,6 +99,7 @@ pub(crate) struct Worker {
     commands: Sender<Command>,
     answers: Receiver<Answer>,
     wake: Arc<EventFd>,
+    watch: Watch,
 }
 
 impl Worker {
@@ -123,8 +126,11 @@ impl Worker {
         let wake = Arc::new(wake.map_err(|error| WorkerError::Spawn(error.into()))?);
         let (commands, inbox) = mailbox();
         let (outbox, answers) = mailbox();
-        let lane = Lane::new(index, handler, Arc::clone(&wake));
+        let pulse = Arc::<Pulse>::default();
+        let watch = Watch::new(Arc::clone(&pulse));
+        let lane = Lane::new(index, handler, Arc::clone(&wake), Arc::clone(&pulse));
         let body = move || {
+            pulse.start();
             let locked = lockdown_thread(role, mode);
             let confined = locked.is_ok();
             if outbox.send(Answer::LockedDown(locked)).is_ok() && confined {
@@ -141,11 +147,17 @@ impl Worker {
             commands,
             answers,
             wake,
+            watch,
         };
         match worker.answer()? {
             Answer::LockedDown(Err(error)) => Err(WorkerError::Lockdown(error)),
             _ => Ok(worker),
         }
+    }
+
+    /// Whether the thread uses a CPU and gets nowhere; asked from time to time.
+    pub(crate) fn spins(&mut self) -> bool {
+        self.watch.spins()
     }
 
     /// Starts the ring.

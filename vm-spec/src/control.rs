@@ -150,10 +150,13 @@ pub enum ToVmm {
     /// A new back end for the device in this slot; one fd attached: its connected socket. The
     /// sender has made sure that a dead predecessor no longer writes. Answered by
     /// [`FromVmm::Done`] once the guest is served again, or by [`FromVmm::Failed`]: another one
-    /// may then be tried.
+    /// may then be tried. May come before [`FromVmm::Running`]: a back end that is lost while the
+    /// machine is built is replaced too.
     ReplaceBackend {
         /// PCI device number.
         slot: u8,
+        /// Which back end of this device it is: the first is 0, each further one more.
+        generation: u32,
     },
     /// No back end will come any more for the device in this slot: tell the guest (NEEDS_RESET).
     /// Answered by [`FromVmm::Done`].
@@ -187,6 +190,12 @@ pub enum FromVmm {
     BackendLost {
         /// The device's id.
         device: String,
+        /// Which of its back ends ([`ToVmm::ReplaceBackend`]).
+        generation: u32,
+        /// In which way.
+        loss: Loss,
+        /// Requests that the guest had made available and not seen completed.
+        outstanding: u32,
         /// What happened, one line.
         reason: String,
     },
@@ -212,6 +221,17 @@ pub enum FromVmm {
     Ended(EndReason),
     /// Counters.
     Stats(VmStats),
+}
+
+/// How a back end was lost.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Loss {
+    /// Its socket was closed: most often its process has ended.
+    Closed,
+    /// It did not answer in time.
+    Silent,
+    /// It broke the protocol.
+    Broken,
 }
 
 /// How a guest ended.

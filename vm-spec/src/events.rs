@@ -28,6 +28,9 @@ pub struct VmEvent {
     /// Microseconds from the predecessor's death, as the supervisor heard of it, to the vmm's word
     /// that the guest is served again; 0 where nothing was replaced.
     pub took_us: u64,
+    /// For `restarted`: requests that the guest had under way when its predecessor was lost; 0
+    /// elsewhere.
+    pub outstanding: u32,
     /// Why, one line; may be empty.
     pub detail: String,
 }
@@ -61,6 +64,7 @@ mod tests {
             pid: 7,
             count: 1,
             took_us: 0,
+            outstanding: 0,
             detail: "line\nbreak".into(),
         };
         let line = serde_json::to_string(&event).unwrap();

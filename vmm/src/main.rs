@@ -89,7 +89,7 @@ fn run(control: &mut ControlSocket, arguments: &Arguments, started_ns: u64) -> R
             seccomp: arguments.seccomp,
         },
     )
-    .and_then(Build::build)
+    .and_then(|build| build.build(control))
     .and_then(|machine| Ok((machine.lock_down()?, machine)));
     let (locked, machine) = match built {
         Ok(built) => built,

@@ -16,24 +16,24 @@ const FLUSH_FEATURE: u64 = 1 << 9;
 const MULTI_QUEUE: u64 = 1 << 12;
 const DISCARD_FEATURE: u64 = 1 << 13;
 
-const READ: u32 = 0;
-const WRITE_OUT: u32 = 1;
-const FLUSH: u32 = 4;
-const DISCARD: u32 = 11;
+pub(crate) const READ: u32 = 0;
+pub(crate) const WRITE_OUT: u32 = 1;
+pub(crate) const FLUSH: u32 = 4;
+pub(crate) const DISCARD: u32 = 11;
 
-const SECTOR: u64 = 512;
+pub(crate) const SECTOR: u64 = 512;
 /// Bytes before a slot's data: request header at 0, status at 16, discard segment at 32.
-const HEADER: usize = 512;
+pub(crate) const HEADER: usize = 512;
 const MAX_QUEUES: usize = 4;
-const MAX_DEPTH: u64 = 64;
+pub(crate) const MAX_DEPTH: u64 = 64;
 /// Descriptors of one request.
 const CHAIN: u16 = 3;
 
 /// Kind, number and the slot's memory of a request that is done.
-type Completion<'a> = (u32, u64, &'a mut [u8]);
+pub(crate) type Completion<'a> = (u32, u64, &'a mut [u8]);
 
 /// One queue with its request slots; slot `n` owns descriptors `3 n` to `3 n + 2`.
-struct Slots {
+pub(crate) struct Slots {
     memory: &'static mut [u8],
     stride: usize,
     depth: u16,
@@ -52,12 +52,12 @@ impl Slots {
         })
     }
 
-    fn slot(&mut self, slot: u16) -> &mut [u8] {
+    pub(crate) fn slot(&mut self, slot: u16) -> &mut [u8] {
         let start = usize::from(slot) * self.stride;
         &mut self.memory[start..start + self.stride]
     }
 
-    fn free(&self) -> Option<u16> {
+    pub(crate) fn free(&self) -> Option<u16> {
         (0..self.depth).find(|slot| self.requests[usize::from(*slot)].is_none())
     }
 
@@ -65,8 +65,24 @@ impl Slots {
         self.requests.iter().any(Option::is_some)
     }
 
+    /// Writes the segment of a discard in `slot`: `count` sectors from `sector`.
+    pub(crate) fn describe_discard(&mut self, slot: u16, sector: u64, count: u32) {
+        let memory = self.slot(slot);
+        memory[32..40].copy_from_slice(&sector.to_le_bytes());
+        memory[40..44].copy_from_slice(&count.to_le_bytes());
+        memory[44..48].fill(0);
+    }
+
     /// Puts a request into `queue`. `size` bytes of data follow the header.
-    fn submit(&mut self, queue: &mut Queue, slot: u16, kind: u32, number: u64, sector: u64, size: u32) {
+    pub(crate) fn submit(
+        &mut self,
+        queue: &mut Queue,
+        slot: u16,
+        kind: u32,
+        number: u64,
+        sector: u64,
+        size: u32,
+    ) {
         let memory = self.slot(slot);
         memory[..4].copy_from_slice(&kind.to_le_bytes());
         memory[4..8].fill(0);
@@ -89,7 +105,7 @@ impl Slots {
     }
 
     /// Takes one completion: kind, number, and the slot's memory.
-    fn complete(&mut self, queue: &mut Queue) -> Result<Option<Completion<'_>>, Failure> {
+    pub(crate) fn complete(&mut self, queue: &mut Queue) -> Result<Option<Completion<'_>>, Failure> {
         let Some((head, _)) = queue.pop() else {
             return Ok(None);
         };
@@ -122,13 +138,13 @@ impl Work {
 }
 
 /// A disk with its queues.
-struct Disk {
+pub(crate) struct Disk {
     device: Device,
     queues: [Option<(Queue, Slots)>; MAX_QUEUES],
 }
 
 impl Disk {
-    fn new(parameters: Parameters<'_>, depth: u64, size: usize) -> Result<Self, Failure> {
+    pub(crate) fn new(parameters: Parameters<'_>, depth: u64, size: usize) -> Result<Self, Failure> {
         let mut wanted = FLUSH_FEATURE | MULTI_QUEUE | DISCARD_FEATURE;
         if parameters.number("event-idx", 1) == 1 {
             wanted |= EVENT_IDX;
@@ -153,7 +169,7 @@ impl Disk {
     }
 
     /// Sectors.
-    fn capacity(&self) -> u64 {
+    pub(crate) fn capacity(&self) -> u64 {
         let config = self.device.config;
         u64::from(config.read32(0)) | u64::from(config.read32(4)) << 32
     }
@@ -195,6 +211,33 @@ impl Disk {
         Ok(sum)
     }
 
+    /// The queues with their slots.
+    pub(crate) fn queues(&mut self) -> impl Iterator<Item = &mut (Queue, Slots)> {
+        self.queues.iter_mut().flatten()
+    }
+
+    /// Whether a request is under way.
+    pub(crate) fn busy(&self) -> bool {
+        self.queues.iter().flatten().any(|(_, slots)| slots.busy())
+    }
+
+    /// Whether the device discards.
+    pub(crate) fn can_discard(&self) -> bool {
+        self.device.features & DISCARD_FEATURE != 0
+    }
+
+    /// Halts until a queue has a used chain; returns at once where nothing is under way.
+    pub(crate) fn wait_used(&mut self) {
+        while self.busy() {
+            let seen = cpu::interrupts();
+            self.queues().for_each(|(queue, _)| queue.arm());
+            if self.queues.iter().flatten().any(|(queue, _)| queue.has_used()) {
+                return;
+            }
+            cpu::wait_for_interrupt(seen);
+        }
+    }
+
     /// Until a queue has a used chain.
     fn wait(&mut self, work: &Work) {
         loop {
@@ -214,7 +257,7 @@ impl Disk {
     }
 
     /// One request on the first queue, to its end.
-    fn one(&mut self, kind: u32, sector: u64, size: usize) -> Result<&mut [u8], Failure> {
+    pub(crate) fn one(&mut self, kind: u32, sector: u64, size: usize) -> Result<&mut [u8], Failure> {
         let Some((queue, slots)) = &mut self.queues[0] else {
             return Err("no queue");
         };
@@ -236,10 +279,9 @@ impl Disk {
     }
 
     fn discard(&mut self, sector: u64, count: u32) -> Result<(), Failure> {
-        let memory = self.data()?;
-        memory[32..40].copy_from_slice(&sector.to_le_bytes());
-        memory[40..44].copy_from_slice(&count.to_le_bytes());
-        memory[44..48].fill(0);
+        if let Some((_, slots)) = &mut self.queues[0] {
+            slots.describe_discard(0, sector, count);
+        }
         self.one(DISCARD, 0, 16).map(drop)
     }
 

@@ -31,6 +31,7 @@ mod queue;
 mod scenario;
 #[cfg(target_os = "none")]
 mod serial;
+mod storm;
 #[cfg(target_os = "none")]
 mod virtio;
 

@@ -1,6 +1,6 @@
 //! The scenarios, by name.
 
-use crate::{blk, cpu, net, parameters::Parameters, pci, serial, serial::line};
+use crate::{blk, cpu, net, parameters::Parameters, pci, serial, serial::line, storm};
 use guest_contract::machine;
 
 /// Why a scenario failed.
@@ -30,6 +30,7 @@ pub(crate) fn run(command_line: &str) -> ! {
         "blk" => blk::scenario(parameters),
         "msix-mask" => blk::mask_scenario(parameters),
         "reboot" => blk::reboot_scenario(parameters),
+        "storm" => storm::scenario(parameters),
         "net" => net::scenario(parameters),
         _ => Err("unknown scenario"),
     };

@@ -31,8 +31,13 @@ macro_rules! line {
 }
 pub(crate) use line;
 
-/// Waits, halted, for a byte from the console.
-pub(crate) fn wait_for_byte() -> u8 {
+/// Whether a byte came from the console since [`listen`], as its interrupt tells: no exit.
+pub(crate) fn heard() -> bool {
+    cpu::vector_interrupts(VECTORS - 1) != 0
+}
+
+/// Makes bytes from the console come by interrupt.
+pub(crate) fn listen() {
     // The I/O APIC's redirection entry: the last device vector, edge, to APIC 0.
     let io_apic = Address(IO_APIC);
     let entry = 0x10 + COM1_GSI * 2;
@@ -41,6 +46,11 @@ pub(crate) fn wait_for_byte() -> u8 {
         io_apic.write32(0x10, value);
     }
     cpu::out8(COM1 + 1, 1);
+}
+
+/// Waits, halted, for a byte from the console.
+pub(crate) fn wait_for_byte() -> u8 {
+    listen();
     loop {
         let seen = cpu::interrupts();
         if cpu::in8(COM1 + 5) & 1 != 0 {

@@ -5,6 +5,7 @@ use crate::{artifacts::Artifact, process::Process, suite::artifact};
 use anyhow::{Context, Result, ensure};
 use std::{
     fs,
+    io::Write,
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
     thread,
@@ -63,13 +64,22 @@ impl Run {
             .args(flags)
             .env("XDG_RUNTIME_DIR", folder.path())
             .stdout(Stdio::piped());
-        let mut process = Process::start(command)?;
+        let mut process = Process::start_with_input(command, Stdio::piped())?;
         let stdout = process.child().stdout.take().context("no stdout")?;
         Ok(Self {
             process,
             console: Console::new(stdout),
             folder,
         })
+    }
+
+    /// Types one byte on the console.
+    ///
+    /// # Errors
+    /// When nobody reads it any more.
+    pub fn press(&mut self, key: u8) -> Result<()> {
+        let input = self.process.child().stdin.as_mut().context("no stdin")?;
+        Ok(input.write_all(&[key])?)
     }
 
     /// The VM's run-time folder; gone once it is over.

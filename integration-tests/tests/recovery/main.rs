@@ -1,8 +1,10 @@
 //! A device's process dies, and the guest only waits: `bulkhead run` with the tiny guest, whose
 //! workload checks every block, while its disk process is killed again and again.
 
+mod forced;
 mod kills;
 mod limits;
+mod storm;
 mod victim;
 
 use std::process::ExitCode;
@@ -11,5 +13,6 @@ fn main() -> ExitCode {
     let mut tests = Vec::new();
     tests.extend(kills::tests());
     tests.extend(limits::tests());
+    tests.extend(forced::tests());
     integration_tests::suite::run(tests)
 }

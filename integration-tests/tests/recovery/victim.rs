@@ -15,7 +15,7 @@ use std::{
 };
 use vm_spec::{
     events::{EventKind, FILE_NAME, VmEvent},
-    run_state::{self, ProcessRole, RunState},
+    run_state::{self, ProcessRole, ProcessState, RunState},
 };
 
 /// Between two looks at the run-time folder.
@@ -24,6 +24,8 @@ const LOOK: Duration = Duration::from_millis(1);
 /// The device process of one VM, and its successors.
 pub(crate) struct Victim {
     role: ProcessRole,
+    /// Where there are several of the role.
+    name: Option<&'static str>,
     last: Option<i32>,
     /// Read also when the run-time folder is gone.
     events: Option<File>,
@@ -33,17 +35,51 @@ impl Victim {
     pub(crate) fn new(role: ProcessRole) -> Self {
         Self {
             role,
+            name: None,
             last: None,
             events: None,
         }
     }
 
+    /// The process of the disk `name`.
+    pub(crate) fn named(name: &'static str) -> Self {
+        Self {
+            name: Some(name),
+            ..Self::new(ProcessRole::Disk)
+        }
+    }
+
     fn pid(&self, run: &Run) -> Option<i32> {
-        let text = fs::read(run.run_folder().join(run_state::FILE_NAME)).ok()?;
-        let state: RunState = serde_json::from_slice(&text).ok()?;
-        state.first_instruction_ns?;
-        let process = state.processes.iter().find(|p| p.role == self.role)?;
-        Some(process.pid)
+        self.pid_in(&state(run).filter(|state| state.first_instruction_ns.is_some())?)
+    }
+
+    fn pid_in(&self, state: &RunState) -> Option<i32> {
+        let ours = |p: &&ProcessState| p.role == self.role && self.name.is_none_or(|name| p.name == name);
+        Some(state.processes.iter().find(ours)?.pid)
+    }
+
+    /// Kills the process `delay` after it is known, whether the guest runs by then or not.
+    pub(crate) fn strike_early(&mut self, run: &mut Run, delay: Duration) -> Result<()> {
+        let end = Instant::now() + Duration::from_secs(10);
+        let pid = loop {
+            if let Some(pid) = state(run).and_then(|state| self.pid_in(&state)) {
+                break pid;
+            }
+            ensure!(run.process.alive()?, "the VM ended: {}", run.process.stderr()?);
+            ensure!(Instant::now() < end, "no process");
+            thread::sleep(LOOK / 10);
+        };
+        thread::sleep(delay);
+        self.last = Some(pid);
+        match kill(Pid::from_raw(pid), Signal::SIGKILL) {
+            Ok(()) | Err(Errno::ESRCH) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Whether the guest has begun to run.
+    pub(crate) fn guest_runs(&self, run: &Run) -> bool {
+        self.pid(run).is_some()
     }
 
     /// Waits for a process that has not been killed yet, and sends it `signal`. False: the VM is
@@ -99,7 +135,10 @@ impl Victim {
         while run.process.alive()? {
             // No file: nothing has happened yet.
             let seen = self.events(run).unwrap_or_default();
-            let last = seen.iter().rfind(|event| event.event == EventKind::Restarted);
+            let ours = |event: &&VmEvent| {
+                event.event == EventKind::Restarted && self.name.is_none_or(|name| event.device == name)
+            };
+            let last = seen.iter().rfind(ours);
             if last.is_some_and(|event| Some(event.pid) != self.last && self.pid(run) == Some(event.pid)) {
                 return Ok(true);
             }
@@ -111,6 +150,30 @@ impl Victim {
             thread::sleep(LOOK);
         }
         Ok(false)
+    }
+
+    /// Waits until there were `count` events of this kind; the last one.
+    pub(crate) fn wait_count(
+        &mut self,
+        run: &Run,
+        kind: EventKind,
+        count: u64,
+        deadline: Duration,
+    ) -> Result<VmEvent> {
+        let end = Instant::now() + deadline;
+        loop {
+            let seen = self.events(run).unwrap_or_default();
+            let last = seen.iter().rfind(|event| event.event == kind);
+            if let Some(event) = last.filter(|event| event.count >= count) {
+                return Ok(event.clone());
+            }
+            ensure!(
+                Instant::now() < end,
+                "{:?} of {count} {kind:?} within {deadline:?}",
+                last.map(|event| event.count)
+            );
+            thread::sleep(10 * LOOK);
+        }
     }
 
     /// Waits for an event of this kind.
@@ -126,4 +189,9 @@ impl Victim {
             thread::sleep(LOOK);
         }
     }
+}
+
+fn state(run: &Run) -> Option<RunState> {
+    let text = fs::read(run.run_folder().join(run_state::FILE_NAME)).ok()?;
+    serde_json::from_slice(&text).ok()
 }

@@ -26,6 +26,10 @@ pub use verdict::{Verdict, syscall_name};
 #[cfg(feature = "launcher")]
 pub use witness::Witness;
 
+/// What a device process exits with that found a thread of its own spinning: it is not broken by its
+/// image or its host, and a successor may do better.
+pub const EXIT_HUNG: u8 = 75;
+
 /// Proof that this process has locked itself down. Only [`lockdown`] and [`lockdown_main`] make
 /// one.
 #[derive(Debug)]

@@ -4,12 +4,13 @@
 use super::outcome::Outcome;
 use super::recovery::Order;
 use super::{Phase, Process, Supervisor};
+use crate::sandbox::EXIT_HUNG;
 use crate::wire_fds::send_with_fd;
 use nix::time::{ClockId, clock_gettime};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
-use vm_spec::control::ToVmm;
+use vm_spec::control::{Loss, ToVmm};
 use vm_spec::events::{EventKind, MAX_DETAIL, VmEvent};
 use vm_spec::spec::OnDeviceDeath;
 use vm_spec::supervise::{ExitStatus, FromSupervisor};
@@ -24,7 +25,6 @@ impl Supervisor {
     /// Whether a device's process that ends now is to have a successor.
     pub(super) fn restarts_devices(&self) -> bool {
         self.on_device_death == OnDeviceDeath::Restart
-            && self.guest_runs
             && self.vmm.is_some()
             && self.outcome.is_none()
             && matches!(self.phase, Phase::Running | Phase::PoweringOff(_))
@@ -47,9 +47,7 @@ impl Supervisor {
             let hung = self.processes[index].recovery.is_hung(now);
             let order = self.processes[index].recovery.due(now);
             if hung {
-                let name = &self.processes[index].about.name;
-                self.say(&format!("{name}: {HUNG}: it is killed"));
-                self.note(index, EventKind::Hung, Duration::ZERO, HUNG);
+                self.condemned(index, EventKind::Hung, HUNG);
             }
             self.carry_out(index, order);
         }
@@ -61,23 +59,52 @@ impl Supervisor {
         let line = Outcome::of_process(&process.about, status)
             .line
             .unwrap_or_default();
+        let told = process.recovery.is_told();
         let order = process.recovery.ended(now, &line);
-        self.say(&line);
-        self.note(index, EventKind::Died, Duration::ZERO, &line);
+        if !told {
+            let event = match status {
+                ExitStatus::Code(EXIT_HUNG) => EventKind::Hung,
+                _ => EventKind::Died,
+            };
+            self.say(&line);
+            self.note(index, event, Duration::ZERO, &line);
+        }
         self.carry_out(index, order);
     }
 
     /// The vmm no longer talks to this device's back end.
-    pub(super) fn device_lost(&mut self, index: usize, reason: &str, now: Instant) {
-        // Most often its process has ended, and has been reaped or will be in a moment; if not,
-        // the vmm does not trust it any more, and killing costs nothing.
-        // The vmm tells a loss before it answers for the successor, so that one heard while a
-        // successor joins was its predecessor's.
+    pub(super) fn device_lost(
+        &mut self,
+        index: usize,
+        generation: u32,
+        loss: Loss,
+        reason: &str,
+        now: Instant,
+    ) {
         let process = &mut self.processes[index];
-        if process.alive && process.recovery.serves() {
-            let order = process.recovery.condemn(now, reason);
-            self.carry_out(index, order);
+        if !process.alive || !process.recovery.is_latest(generation) {
+            return;
         }
+        let order = process.recovery.condemn(now, reason);
+        let event = match loss {
+            // Most often its process has ended, and will be reaped in a moment: that says more.
+            // If not, the vmm does not trust it any more, and killing costs nothing.
+            Loss::Closed => None,
+            Loss::Silent => Some(EventKind::Hung),
+            Loss::Broken => Some(EventKind::Died),
+        };
+        if let Some(event) = event.filter(|_| order.is_some()) {
+            self.condemned(index, event, reason);
+        }
+        self.carry_out(index, order);
+    }
+
+    /// Says why a process is killed; that it ends then is no news.
+    fn condemned(&mut self, index: usize, event: EventKind, reason: &str) {
+        let name = &self.processes[index].about.name;
+        self.say(&format!("{name}: {reason}: it is killed"));
+        self.note(index, event, Duration::ZERO, reason);
+        self.processes[index].recovery.tell();
     }
 
     /// A device's process was stopped, or goes on.
@@ -100,11 +127,12 @@ impl Supervisor {
             // It sees its socket close, and ends.
             return;
         };
-        if !process.recovery.spawned(now, id) {
+        let Some(generation) = process.recovery.spawned(now, id) else {
             return;
-        }
+        };
         self.requests = id;
-        if let Err(error) = send_with_fd(vmm.as_fd(), id, ToVmm::ReplaceBackend { slot }, socket.as_fd()) {
+        let message = ToVmm::ReplaceBackend { slot, generation };
+        if let Err(error) = send_with_fd(vmm.as_fd(), id, message, socket.as_fd()) {
             let order = process.recovery.condemn(now, &error.to_string());
             self.carry_out(index, order);
         }
@@ -164,7 +192,12 @@ impl Supervisor {
     }
 
     fn note(&mut self, index: usize, event: EventKind, took: Duration, detail: &str) {
-        let Process { about, counters, .. } = &mut self.processes[index];
+        let Process {
+            about,
+            counters,
+            outstanding,
+            ..
+        } = &mut self.processes[index];
         let count = counters.entry(event).or_default();
         *count += 1;
         let event = VmEvent {
@@ -174,6 +207,10 @@ impl Supervisor {
             event,
             pid: about.pid,
             count: *count,
+            outstanding: match event {
+                EventKind::Restarted => *outstanding,
+                _ => 0,
+            },
             took_us: took.as_micros() as u64,
             detail: shortened(detail),
         };

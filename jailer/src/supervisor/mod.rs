@@ -9,6 +9,7 @@
 
 mod console;
 mod devices;
+mod hearing;
 mod logs;
 mod outcome;
 mod ready;
@@ -17,7 +18,6 @@ mod recovery;
 use crate::inherit;
 use crate::sandbox::{self, LockdownError, Locked, Role, SeccompMode};
 use crate::wire::{Received, TransferError, receive_message, send_message};
-use crate::wire_fds::receive_with_fds;
 use console::{Command, Console};
 use devices::Counters;
 use logs::{Log, LogPipe};
@@ -28,10 +28,9 @@ use recovery::Recovery;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
-use vm_spec::control::{FdNumber, FromVmm, ToVmm, exit_code};
-use vm_spec::run_state::ProcessRole;
+use vm_spec::control::{FdNumber, ToVmm, exit_code};
 use vm_spec::spec::OnDeviceDeath;
-use vm_spec::supervise::{ExitStatus, FromSupervisor, SupervisedProcess, SupervisorConfig, ToSupervisor};
+use vm_spec::supervise::{FromSupervisor, SupervisedProcess, SupervisorConfig, ToSupervisor};
 
 /// The spawner's first message comes within this time.
 const CONFIG_DEADLINE: Duration = Duration::from_secs(5);
@@ -114,6 +113,8 @@ struct Process {
     alive: bool,
     recovery: Recovery,
     counters: Counters,
+    /// Requests that the guest had under way when the latest back end was lost.
+    outstanding: u32,
 }
 
 struct Supervisor {
@@ -152,6 +153,7 @@ impl Supervisor {
                     alive: true,
                     recovery: Recovery::new(now),
                     counters: Counters::new(),
+                    outstanding: 0,
                 })
             })
             .collect::<Result<_, SupervisorError>>()?;
@@ -269,127 +271,6 @@ impl Supervisor {
             }
             // The spawner does not answer: leaving makes it end everything.
             Phase::Killing(_) => self.processes.iter_mut().for_each(|p| p.alive = false),
-        }
-    }
-
-    fn hear_spawner(&mut self, now: Instant) -> Result<(), SupervisorError> {
-        loop {
-            let (received, mut fds) = receive_with_fds(self.spawner.as_fd())?;
-            match received {
-                Received::Nothing => return Ok(()),
-                Received::End => return Err(SupervisorError::SpawnerGone),
-                Received::Message(_, ToSupervisor::Start(_)) => {}
-                Received::Message(_, ToSupervisor::PowerOff) => self.power_off(now),
-                Received::Message(_, ToSupervisor::Exited { process, status }) => {
-                    self.process_ended(process.into(), status, now);
-                }
-                Received::Message(_, ToSupervisor::Stopped { process, stopped }) => {
-                    self.device_stopped(process.into(), stopped, now);
-                }
-                Received::Message(_, ToSupervisor::Respawned { process, pid }) => {
-                    self.device_spawned(process.into(), pid, fds.pop(), now);
-                }
-                Received::Message(_, ToSupervisor::NotRespawned { process, why }) => {
-                    self.device_not_spawned(process.into(), &why, now);
-                }
-            }
-        }
-    }
-
-    fn process_ended(&mut self, index: usize, status: ExitStatus, now: Instant) {
-        // What the vmm said before this happened counts first.
-        self.hear_vmm(now);
-        let Some(process) = self.processes.get_mut(index) else {
-            return;
-        };
-        process.alive = false;
-        process.log.read(&self.log, now);
-        let is_device = process.about.role.is_device();
-        if is_device && self.restarts_devices() {
-            return self.device_ended(index, status, now);
-        }
-        if self.outcome.is_some() {
-            return;
-        }
-        let process = &self.processes[index];
-        let outcome = Outcome::of_process(&process.about, status);
-        if process.about.role == ProcessRole::Vmm {
-            self.conclude(outcome);
-            self.wind_down(now);
-        } else if status == ExitStatus::Code(0) {
-            self.suspicion
-                .get_or_insert((now + EXPLANATION_DEADLINE, outcome));
-        } else {
-            self.conclude(outcome);
-            self.stop_vmm(now);
-        }
-    }
-
-    fn hear_vmm(&mut self, now: Instant) {
-        while let Some(vmm) = &self.vmm {
-            match receive_message(vmm.as_fd()) {
-                Ok(Received::Nothing) => return,
-                Ok(Received::End) => self.vmm = None,
-                Ok(Received::Message(id, message)) => self.vmm_says(id, message, now),
-                Err(error) => {
-                    self.conclude(Outcome {
-                        code: exit_code::ERROR,
-                        line: Some(format!("the vmm broke the control protocol: {error}")),
-                    });
-                    self.vmm = None;
-                    self.wind_down(now);
-                }
-            }
-        }
-    }
-
-    fn vmm_says(&mut self, id: u64, message: FromVmm, now: Instant) {
-        match message {
-            FromVmm::Running {
-                started_ns,
-                first_instruction_ns,
-            } => {
-                self.guest_runs = true;
-                self.tell_spawner(FromSupervisor::Running {
-                    started_ns,
-                    first_instruction_ns,
-                });
-            }
-            FromVmm::BackendLost { device, reason } => {
-                match self.processes.iter().position(|p| p.about.name == device) {
-                    Some(index) if self.restarts_devices() => self.device_lost(index, &reason, now),
-                    // The end of a process of ours is told by whoever reaps it, with its cause.
-                    Some(_) => {}
-                    None => self.say(&format!("{device}: {reason}")),
-                }
-            }
-            FromVmm::DeviceFault { device, reason } => self.device_faulted(&device, &reason),
-            FromVmm::StartFailed { what, cause, hint } => {
-                let mut lines = what;
-                for (name, text) in [("cause", cause), ("hint", hint)] {
-                    if !text.is_empty() {
-                        lines.push_str(&format!("\n  {name}: {text}"));
-                    }
-                }
-                self.conclude(Outcome {
-                    code: exit_code::ERROR,
-                    line: Some(lines),
-                });
-                self.wind_down(now);
-            }
-            FromVmm::Ended(reason) => {
-                self.conclude(Outcome::of_guest(reason));
-                self.wind_down(now);
-            }
-            FromVmm::Failed(why) => {
-                if !self.device_answered(id, Err(&why), now) {
-                    self.say(&format!("the vmm refused a request: {why}"));
-                }
-            }
-            FromVmm::Done => {
-                self.device_answered(id, Ok(()), now);
-            }
-            FromVmm::Rebooted | FromVmm::Stats(_) => {}
         }
     }
 

@@ -1,11 +1,12 @@
 //! How a VM ended: the exit code, and the line that says why.
 
+use crate::sandbox::EXIT_HUNG;
 use vm_spec::control::{EndReason, exit_code};
 use vm_spec::run_state::ProcessRole;
 use vm_spec::supervise::{ExitStatus, SupervisedProcess};
 
 /// `SIGSYS` on x86-64: what a filter kills with.
-const SIGSYS: u8 = 31;
+pub(super) const SIGSYS: u8 = 31;
 
 /// An exit code and, where it is no success, what to tell.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -49,6 +50,7 @@ impl Outcome {
                  the call"
             ),
             ExitStatus::Signal(signal) => format!("was killed by signal {signal}"),
+            ExitStatus::Code(EXIT_HUNG) => "found that one of its threads spins, and gave up".to_owned(),
             ExitStatus::Code(code) => format!("exited with code {code}"),
         };
         let code = match (status, role) {

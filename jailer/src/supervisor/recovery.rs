@@ -24,6 +24,9 @@ const FIRST_DELAY: Duration = Duration::from_millis(10);
 const LONGEST_DELAY: Duration = Duration::from_secs(2);
 /// This many failures in a row, about 5 s, are the end of the device.
 const MOST_FAILURES: u32 = 11;
+/// More deaths than this, less one for each second that passes, are the end of a device whose
+/// processes live too long to count as failures and yet die again and again.
+const MOST_DEATHS: u32 = 600;
 /// The spawner answers within this time.
 const SPAWN_DEADLINE: Duration = Duration::from_secs(5);
 /// The vmm, whose own deadlines are shorter, says within this time whether a successor serves.
@@ -72,6 +75,14 @@ pub(super) struct Recovery {
     why: String,
     /// A stopped process has until then to go on.
     stopped: Option<Instant>,
+    /// See [`MOST_DEATHS`].
+    deaths: u32,
+    /// When one was forgiven last.
+    forgiven: Instant,
+    /// Which of the device's processes the vmm was given last.
+    generation: u32,
+    /// What is wrong with the process was told before it ended.
+    told: bool,
 }
 
 impl Recovery {
@@ -83,6 +94,10 @@ impl Recovery {
             ended: None,
             why: String::new(),
             stopped: None,
+            deaths: 0,
+            forgiven: now,
+            generation: 0,
+            told: false,
         }
     }
 
@@ -112,18 +127,18 @@ impl Recovery {
         if self.stage == Stage::Lost {
             return None;
         }
-        if self.stage == Stage::Serving {
-            let served = now.duration_since(self.since).as_millis() / HEALTHY.as_millis();
-            self.failures = self
-                .failures
-                .saturating_sub(u32::try_from(served).unwrap_or(u32::MAX));
-        }
+        self.forgive(now);
         // Its end says less than why it was killed.
         if !matches!(self.stage, Stage::Ending(_)) {
             why.clone_into(&mut self.why);
         }
         self.ended.get_or_insert(now);
         self.failures += 1;
+        self.deaths += 1;
+        if self.deaths > MOST_DEATHS {
+            let how = format!("its processes died {MOST_DEATHS} times more than seconds passed, the last: ");
+            return Some(self.lose(how));
+        }
         if self.failures > MOST_FAILURES {
             return Some(self.lose(format!("{} processes failed in a row, the last: ", self.failures)));
         }
@@ -155,19 +170,31 @@ impl Recovery {
         }
     }
 
-    /// The spawner made a process, and request `id` gives its socket to the vmm. False: nobody
-    /// waits for it.
-    pub(super) fn spawned(&mut self, now: Instant, id: u64) -> bool {
-        let wanted = matches!(self.stage, Stage::Spawning(_));
-        if wanted {
-            self.stage = Stage::Joining(now + JOIN_DEADLINE, id);
+    /// The spawner made a process, and request `id` gives its socket to the vmm as the device's
+    /// back end of the generation that is returned. `None`: nobody waits for it.
+    pub(super) fn spawned(&mut self, now: Instant, id: u64) -> Option<u32> {
+        if !matches!(self.stage, Stage::Spawning(_)) {
+            return None;
         }
-        wanted
+        self.stage = Stage::Joining(now + JOIN_DEADLINE, id);
+        self.generation = self.generation.wrapping_add(1);
+        self.told = false;
+        Some(self.generation)
     }
 
-    /// Whether it serves the guest, as far as is known.
-    pub(super) fn serves(&self) -> bool {
-        self.stage == Stage::Serving
+    /// Whether the vmm means the latest process.
+    pub(super) fn is_latest(&self, generation: u32) -> bool {
+        self.generation == generation
+    }
+
+    /// What is wrong with the process has been told: its end, which follows, is no news.
+    pub(super) fn tell(&mut self) {
+        self.told = true;
+    }
+
+    /// Whether [`Recovery::tell`] was called for this process.
+    pub(super) fn is_told(&self) -> bool {
+        self.told
     }
 
     /// Whether the vmm was asked, by request `id`, to use this process.
@@ -189,16 +216,26 @@ impl Recovery {
         if !matches!(self.stage, Stage::Serving | Stage::Joining(..)) {
             return None;
         }
+        self.forgive(now);
+        why.clone_into(&mut self.why);
+        self.ended.get_or_insert(now);
+        self.stage = Stage::Ending(now + KILL_DEADLINE);
+        Some(Order::Kill)
+    }
+
+    /// Time served, and time passed, make up for failures.
+    fn forgive(&mut self, now: Instant) {
         if self.stage == Stage::Serving {
             let served = now.duration_since(self.since).as_millis() / HEALTHY.as_millis();
             self.failures = self
                 .failures
                 .saturating_sub(u32::try_from(served).unwrap_or(u32::MAX));
         }
-        why.clone_into(&mut self.why);
-        self.ended.get_or_insert(now);
-        self.stage = Stage::Ending(now + KILL_DEADLINE);
-        Some(Order::Kill)
+        let seconds = now.duration_since(self.forgiven).as_secs();
+        self.forgiven += Duration::from_secs(seconds);
+        self.deaths = self
+            .deaths
+            .saturating_sub(u32::try_from(seconds).unwrap_or(u32::MAX));
     }
 
     fn lose(&mut self, how: String) -> Order {
@@ -215,7 +252,7 @@ mod tests {
 
     fn serve_one(recovery: &mut Recovery, now: Instant) {
         assert_eq!(recovery.due(now), Some(Order::Respawn));
-        assert!(recovery.spawned(now, 7));
+        assert_eq!(recovery.spawned(now, 7), Some(recovery.generation));
         assert!(recovery.joins_by(7) && !recovery.joins_by(6));
         recovery.joined(now);
     }
@@ -230,6 +267,29 @@ mod tests {
             assert_eq!(recovery.deadline(), Some(now));
             serve_one(&mut recovery, now);
         }
+    }
+
+    #[test]
+    fn processes_that_die_again_and_again_are_given_up_unless_they_last_a_second() {
+        let mut now = Instant::now();
+        let mut recovery = Recovery::new(now);
+        for _ in 0..10_000 {
+            now += Duration::from_secs(1);
+            assert_eq!(recovery.ended(now, "signal 9"), None);
+            serve_one(&mut recovery, now);
+        }
+        let mut deaths = 0;
+        let reason = loop {
+            now += HEALTHY;
+            deaths += 1;
+            match recovery.ended(now, "signal 9") {
+                Some(Order::GiveUp(reason)) => break reason,
+                other => assert_eq!(other, None),
+            }
+            serve_one(&mut recovery, now);
+        };
+        assert!((MOST_DEATHS..MOST_DEATHS + 60).contains(&deaths), "{deaths}");
+        assert!(reason.contains("600 times"), "{reason}");
     }
 
     #[test]
@@ -302,8 +362,8 @@ mod tests {
         let mut recovery = Recovery::new(now);
         recovery.ended(now, "signal 9");
         assert_eq!(recovery.due(now), Some(Order::Respawn));
-        assert!(recovery.spawned(now, 1));
-        assert!(!recovery.spawned(now, 2), "nobody waits for a second one");
+        assert_eq!(recovery.spawned(now, 1), Some(1));
+        assert_eq!(recovery.spawned(now, 2), None, "nobody waits for a second one");
         assert_eq!(recovery.condemn(now, "it lacks features"), Some(Order::Kill));
         assert_eq!(recovery.ended(now, "signal 9"), None);
         assert_eq!(recovery.due(now), None, "not at once this time");

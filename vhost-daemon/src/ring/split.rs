@@ -3,6 +3,7 @@
 use super::notify::Notifications;
 use super::walk::{DESCRIPTOR_SIZE, Walker};
 use super::{Chain, InflightQueue, RingFault};
+use crate::faults::{self, Step};
 use crate::memory::{GuestAddress, GuestMemory, Segment, Segments};
 use std::collections::VecDeque;
 use std::num::Wrapping;
@@ -220,9 +221,11 @@ impl Ring {
         self.budget -= 1;
         if !again {
             self.next_available += 1;
+            faults::point(Step::BeforeTake);
             if let Some(inflight) = &mut self.inflight {
                 inflight.take(head)?;
             }
+            faults::point(Step::AfterTake);
         }
         let (readable, writable) = self.spare.pop().unwrap_or_default();
         let walker = Walker {
@@ -276,11 +279,13 @@ impl Ring {
     /// Gives a chain back to the driver, with the number of bytes written to it, counted from its
     /// first writable byte (virtio 1.3, 2.7.8). The driver sees it at the next [`Ring::publish`].
     pub fn complete(&mut self, chain: Chain, written: u32) {
+        faults::point(Step::BeforeComplete);
         self.completed.push(UsedElement {
             head: chain.head,
             written,
         });
         self.release(chain);
+        faults::point(Step::AfterComplete);
     }
 
     /// The driver may make `head` available again: not before the used index says so.
@@ -313,12 +318,15 @@ impl Ring {
         if self.completed.is_empty() {
             return Ok(());
         }
+        faults::point(Step::BeforePublish);
         if let Some(inflight) = &mut self.inflight {
             for element in &self.completed {
                 inflight.link(element.head)?;
             }
         }
+        faults::point(Step::PublishLinked);
         self.write_used_elements()?;
+        faults::point(Step::PublishElements);
         store(
             &self.memory,
             &self.layout.used,
@@ -326,12 +334,14 @@ impl Ring {
             self.next_used.0,
             Ordering::Release,
         )?;
+        faults::point(Step::PublishIndex);
         if let Some(inflight) = &mut self.inflight {
             for element in &self.completed {
                 inflight.clear(element.head)?;
             }
             inflight.set_used_index(self.next_used.0)?;
         }
+        faults::point(Step::AfterPublish);
         while let Some(element) = self.completed.pop() {
             self.free_head(element.head);
         }

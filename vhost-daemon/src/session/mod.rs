@@ -17,6 +17,7 @@ use crate::Device;
 use crate::memory::{GuestMemory, MemoryError, Sealing};
 use crate::ring::{InflightRegion, RingFault};
 use crate::worker::{RingStart, Worker, WorkerError};
+use jailer::sandbox::{EXIT_HUNG, end};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -175,6 +176,17 @@ impl Session {
         })?;
         vring.running = true;
         Ok(())
+    }
+
+    /// A thread that spins can only be ended with its process; a successor goes on with what it
+    /// held.
+    fn end_if_a_queue_spins(&mut self) {
+        for (index, worker) in self.workers.iter_mut().enumerate() {
+            if worker.spins() {
+                tracing::error!(queue = index, "the queue's thread spins: the process ends");
+                end(EXIT_HUNG);
+            }
+        }
     }
 
     /// Drains and stops all rings.

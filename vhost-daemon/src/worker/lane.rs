@@ -1,7 +1,9 @@
 //! The loop of a queue's thread.
 
 use super::mailbox::{Gone, Receiver, Sender};
+use super::watch::Pulse;
 use super::{Answer, Command, QueueState, RingStart};
+use crate::faults::{self, Step};
 use crate::memory::GuestMemory;
 use crate::ring::{Ring, RingFault, RingSetup};
 use crate::{QueueHandler, Wait};
@@ -38,10 +40,16 @@ pub(super) struct Lane {
     running: Option<Running>,
     /// When a broken ring is worth a line again.
     next_warning: Option<Instant>,
+    pulse: Arc<Pulse>,
 }
 
 impl Lane {
-    pub(super) fn new(index: u16, handler: Box<dyn QueueHandler>, wake: Arc<EventFd>) -> Self {
+    pub(super) fn new(
+        index: u16,
+        handler: Box<dyn QueueHandler>,
+        wake: Arc<EventFd>,
+        pulse: Arc<Pulse>,
+    ) -> Self {
         Self {
             index,
             handler,
@@ -51,12 +59,14 @@ impl Lane {
             enabled: false,
             running: None,
             next_warning: None,
+            pulse,
         }
     }
 
     /// Serves until the session quits or is gone, then waits for the end of the process.
     pub(super) fn run(mut self, inbox: &Receiver<Command>, outbox: &Sender<Answer>) -> ! {
         loop {
+            self.pulse.beat();
             match inbox.try_receive() {
                 Ok(Some(Command::Quit)) | Err(Gone) => break,
                 Ok(Some(command)) => {
@@ -269,9 +279,11 @@ fn round(
 
 fn publish(ring: &mut Ring, call: Option<&OwnedFd>) -> Result<(), RingFault> {
     ring.publish()?;
+    faults::point(Step::BeforeNotify);
     if ring.needs_interrupt()? {
         signal(call);
     }
+    faults::point(Step::AfterNotify);
     Ok(())
 }
 

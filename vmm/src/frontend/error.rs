@@ -3,6 +3,7 @@
 use std::io;
 use std::time::Duration;
 use vhost::vhost_user::message::FrontendReq;
+use vm_spec::control::Loss;
 
 /// A failed exchange or negotiation.
 #[derive(Debug, thiserror::Error)]
@@ -111,6 +112,27 @@ pub enum ReplyProblem {
 }
 
 impl Error {
+    /// In which way this costs the back end; `None` where it does not.
+    #[must_use]
+    pub fn loss(&self) -> Option<Loss> {
+        match self {
+            Self::Gone(_) | Self::Closed | Self::Socket(_) | Self::Io { .. } | Self::NoBackend => {
+                Some(Loss::Closed)
+            }
+            Self::Timeout { .. } => Some(Loss::Silent),
+            Self::Unasked | Self::Reply { .. } | Self::Inflight(_) | Self::InflightIo(_) => {
+                Some(Loss::Broken)
+            }
+            Self::Refused(_)
+            | Self::NoVersion1
+            | Self::Successor(_)
+            | Self::Queues { .. }
+            | Self::Resource { .. }
+            | Self::Cancelled
+            | Self::Thread(_) => None,
+        }
+    }
+
     /// What a person can do about it; may be empty.
     #[must_use]
     pub fn hint(&self) -> &'static str {

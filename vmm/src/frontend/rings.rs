@@ -54,6 +54,7 @@ pub struct RingAddresses {
     descriptors: HostAddress,
     driver: HostAddress,
     device: HostAddress,
+    available_index: u64,
     used_index: u64,
 }
 
@@ -73,6 +74,7 @@ impl RingAddresses {
             descriptors: memory.translate(descriptors, 16 * entries, 16)?,
             driver: memory.translate(driver, 6 + 2 * entries, 2)?,
             device: memory.translate(device, 6 + 8 * entries, 4)?,
+            available_index: driver + 2,
             used_index: device + 2,
         })
     }
@@ -87,6 +89,12 @@ impl RingAddresses {
     #[must_use]
     pub fn areas(&self) -> [HostAddress; 3] {
         [self.descriptors, self.driver, self.device]
+    }
+
+    /// The available index as it is in guest memory now.
+    #[must_use]
+    pub fn available_index(&self, memory: &MemoryTable) -> Option<u16> {
+        memory.read_u16(self.available_index)
     }
 
     /// The used index as it is in guest memory now: where a back end that completes in order, or

@@ -331,6 +331,23 @@ impl Session {
         Ok(())
     }
 
+    /// Asks for a sign of life.
+    ///
+    /// # Errors
+    /// Any [`Error`]; [`Error::Timeout`] when none comes. A back end of someone else's may serve
+    /// messages and disk on one thread, so that a slow disk delays its answer.
+    pub fn ping(&mut self) -> Result<(), Error> {
+        self.begin();
+        let patience = match self.options.ours {
+            true => self.patience,
+            false => self.options.deadlines.drain,
+        };
+        let request = FrontendReq::GET_FEATURES;
+        let reply = self.ask(request, &[], patience)?;
+        no_fd(request, &reply)?;
+        u64_of(request, &reply).map(drop)
+    }
+
     /// The socket, to be polled while nothing is asked.
     #[must_use]
     pub fn socket(&self) -> BorrowedFd<'_> {

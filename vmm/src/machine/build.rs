@@ -1,13 +1,14 @@
 //! From a `VmConfig` to a machine that is ready to run. vCPUs are made, and back ends answer,
 //! while boot images are copied.
 
+use super::early::Early;
 use super::events::Events;
 use super::exits::Platform;
 use super::ports::Ports;
 use super::run::Machine;
 use super::vcpus::Vcpus;
 use crate::boot::{BootImages, Image};
-use crate::control::adopt_config;
+use crate::control::{ControlSocket, adopt_config};
 use crate::error::Error;
 use crate::frontend::{Deadlines, MemoryTable, RequestSockets};
 use crate::kvm::{EventRouter, InKernel, Irqchip, Vm, install_kick_handler};
@@ -15,13 +16,13 @@ use crate::memory::GuestRam;
 use crate::pci::PciBus;
 use crate::platform::{Gsi, Interrupts};
 use crate::serial::{Com1, ConsoleOutput};
-use crate::virtio::{Connecting, Device, DeviceParts};
+use crate::virtio::{Connecting, Device, DeviceError, DeviceParts, Successor};
 use jailer::sandbox::{Role, SeccompMode, lockdown_thread};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use vm_spec::control::{FdNumber, VmConfig};
+use vm_spec::control::{DeviceConfig, FdNumber, VmConfig};
 use vm_spec::machine;
 
 /// How this process is to behave, from its command line.
@@ -78,11 +79,12 @@ impl Build {
         })
     }
 
-    /// Builds everything up to, but not including, the main thread's lockdown.
+    /// Builds everything up to, but not including, the main thread's lockdown. On `control` a back
+    /// end that is lost meanwhile is replaced.
     ///
     /// # Errors
     /// What failed first.
-    pub fn build(mut self) -> Result<Machine, Error> {
+    pub fn build(mut self, control: &mut ControlSocket) -> Result<Machine, Error> {
         install_kick_handler()?;
         let config = &self.config;
         let ram = Arc::new(GuestRam::new(config.memory, config.huge_page_size)?);
@@ -92,7 +94,7 @@ impl Build {
         let events = Arc::new(Events::new().map_err(Error::system("make an eventfd"))?);
         let vcpus = Vcpus::spawn(&vm, &events, self.options.seccomp)?;
         let router = Arc::new(EventRouter::new(&vm)?);
-        let connecting = self.connect_devices(&ram, &router, &events)?;
+        let (connector, connecting) = self.connect_devices(&ram, &router, &events)?;
         let images = self.images()?;
         let entry = images.load(&ram, self.config.cpus)?;
         let com1 = self.com1(&router)?;
@@ -101,7 +103,9 @@ impl Build {
             .attach(Gsi(machine::GED_GSI), ports.interrupt())
             .map_err(Error::system("connect the event device's interrupt"))?;
         let mut pci = PciBus::new();
-        let devices = finish_devices(connecting, &mut pci)?;
+        let mut early = Early::new(control);
+        let devices = connector.finish(connecting, &mut pci, &mut early)?;
+        let early = early.unheard();
         vcpus.ready()?;
         Ok(Machine {
             vcpus,
@@ -115,6 +119,7 @@ impl Build {
             entry,
             restart_on_reboot: self.config.restart_on_reboot,
             seccomp: self.options.seccomp,
+            early,
         })
     }
 
@@ -146,51 +151,112 @@ impl Build {
         ram: &GuestRam,
         router: &Arc<EventRouter>,
         events: &Arc<Events>,
-    ) -> Result<Vec<Connecting>, Error> {
-        let devices = std::mem::take(&mut self.config.devices);
-        if devices.is_empty() {
-            return Ok(Vec::new());
-        }
+    ) -> Result<(Connector, Vec<Connecting>), Error> {
         let memory = MemoryTable::of(ram).map_err(Error::system("duplicate the memory's descriptor"))?;
-        let memory = Arc::new(memory);
-        let mut connecting = Vec::new();
-        for config in devices {
-            let device = config.id.clone();
-            let failed = |source| Error::Device {
-                device: device.clone(),
-                source: Box::new(source),
-            };
+        let devices = std::mem::take(&mut self.config.devices);
+        let mut requests = BTreeMap::new();
+        for config in &devices {
             let ours = self.descriptors.take(config.requests)?;
             let theirs = self.descriptors.take(config.requests_peer)?;
-            let events = events.clone();
-            let mode = self.options.seccomp;
-            let parts = DeviceParts {
-                socket: self.descriptors.take(config.socket)?,
-                requests: RequestSockets::new(ours, theirs).map_err(failed)?,
-                config,
-                memory: memory.clone(),
-                interrupts: router.clone(),
-                doorbells: router.clone(),
-                events: Arc::new(move |event| events.tell_device(event)),
-                deadlines: Deadlines::default(),
-                confine: Box::new(move || lockdown_thread(Role::Vmm, mode).map_err(io::Error::other)),
-            };
-            connecting.push(Device::connect(parts).map_err(|e| failed(e.cause))?);
+            let sockets = RequestSockets::new(ours, theirs).map_err(|source| Error::Device {
+                device: config.id.clone(),
+                source: Box::new(source),
+            })?;
+            requests.insert(config.slot, Arc::new(sockets));
         }
-        Ok(connecting)
+        let connector = Connector {
+            requests,
+            memory: Arc::new(memory),
+            router: router.clone(),
+            events: events.clone(),
+            seccomp: self.options.seccomp,
+        };
+        let connecting = devices
+            .into_iter()
+            .map(|config| {
+                let socket = self.descriptors.take(config.socket)?;
+                let first = Successor {
+                    socket,
+                    generation: 0,
+                };
+                connector.connect(config, first)
+            })
+            .collect::<Result<_, Error>>()?;
+        Ok((connector, connecting))
     }
 }
 
-fn finish_devices(connecting: Vec<Connecting>, pci: &mut PciBus) -> Result<Vec<Device>, Error> {
-    let mut devices = Vec::new();
-    for device in connecting {
-        let device = device.finish().map_err(|error| Error::Device {
-            device: error.device,
-            source: Box::new(error.cause),
-        })?;
-        pci.add(device.slot(), device.function())
-            .map_err(|taken| Error::Config(taken.to_string()))?;
-        devices.push(device);
+/// What every device is made with.
+struct Connector {
+    /// For the back ends' own requests, by slot; they outlive each back end.
+    requests: BTreeMap<u8, Arc<RequestSockets>>,
+    memory: Arc<MemoryTable>,
+    router: Arc<EventRouter>,
+    events: Arc<Events>,
+    seccomp: SeccompMode,
+}
+
+impl Connector {
+    fn connect(&self, config: DeviceConfig, back_end: Successor) -> Result<Connecting, Error> {
+        let events = self.events.clone();
+        let mode = self.seccomp;
+        let requests = self.requests.get(&config.slot).cloned();
+        let parts = DeviceParts {
+            requests: requests.ok_or_else(|| Error::Config(format!("{}: no such slot", config.id)))?,
+            socket: back_end.socket,
+            generation: back_end.generation,
+            config,
+            memory: self.memory.clone(),
+            interrupts: self.router.clone(),
+            doorbells: self.router.clone(),
+            events: Arc::new(move |event| events.tell_device(event)),
+            deadlines: Deadlines::default(),
+            confine: Box::new(move || lockdown_thread(Role::Vmm, mode).map_err(io::Error::other)),
+        };
+        Device::connect(parts).map_err(failed)
     }
-    Ok(devices)
+
+    fn finish(
+        &self,
+        connecting: Vec<Connecting>,
+        pci: &mut PciBus,
+        early: &mut Early<'_>,
+    ) -> Result<Vec<Device>, Error> {
+        let mut devices = Vec::new();
+        for device in connecting {
+            let device = self.finish_one(device, early)?;
+            pci.add(device.slot(), device.function())
+                .map_err(|taken| Error::Config(taken.to_string()))?;
+            devices.push(device);
+        }
+        Ok(devices)
+    }
+
+    /// Waits for a device's back end, and for others in its place where it is lost.
+    fn finish_one(&self, connecting: Connecting, early: &mut Early<'_>) -> Result<Device, Error> {
+        let config = connecting.config().clone();
+        let mut generation = 0;
+        let mut finished = connecting.finish();
+        loop {
+            let error = match finished {
+                Ok(device) => return Ok(device),
+                Err(error) => error,
+            };
+            let (id, next) = match error.cause.loss() {
+                Some(loss) if config.ours => early.replacement(&config, generation, loss, &error.cause)?,
+                _ => None,
+            }
+            .ok_or_else(|| failed(error))?;
+            generation = next.generation;
+            finished = self.connect(config.clone(), next)?.finish();
+            early.answer(id, finished.as_ref().map(drop))?;
+        }
+    }
+}
+
+fn failed(error: DeviceError) -> Error {
+    Error::Device {
+        device: error.device,
+        source: Box::new(error.cause),
+    }
 }

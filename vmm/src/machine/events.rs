@@ -1,11 +1,12 @@
 //! What vCPU and device threads tell the main thread. Bounded, and never blocks the teller.
 
-use crate::virtio::DeviceEvent;
+use crate::frontend::Error;
+use crate::virtio::{DeviceEvent, Done};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Most device events that wait; a back end that fails more often than we look loses the rest.
 const MAX_DEVICE_EVENTS: usize = 256;
@@ -25,10 +26,19 @@ pub enum GuestEvent {
     KvmFailure(String),
 }
 
+/// What a device's thread has to say.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum DeviceWord {
+    /// Something happened.
+    Event(DeviceEvent),
+    /// What became of the control request of this number.
+    Answer(u64, Result<(), String>),
+}
+
 /// The queue and its wake-up.
 pub struct Events {
     guest: Mutex<VecDeque<GuestEvent>>,
-    devices: Mutex<VecDeque<DeviceEvent>>,
+    devices: Mutex<VecDeque<DeviceWord>>,
     wake: EventFd,
 }
 
@@ -63,9 +73,22 @@ impl Events {
 
     /// From a device's thread.
     pub fn tell_device(&self, event: DeviceEvent) {
+        self.push(DeviceWord::Event(event));
+    }
+
+    /// What answers control request `id`, from a device's thread.
+    pub fn answer_to(self: &Arc<Self>, id: u64) -> Done {
+        let events = Arc::clone(self);
+        Box::new(move |result: Result<(), Error>| {
+            let result = result.map_err(|error| crate::error::chain(&error));
+            events.push(DeviceWord::Answer(id, result));
+        })
+    }
+
+    fn push(&self, word: DeviceWord) {
         let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
         if devices.len() < MAX_DEVICE_EVENTS {
-            devices.push_back(event);
+            devices.push_back(word);
         }
         drop(devices);
         self.signal();
@@ -79,8 +102,8 @@ impl Events {
             .pop_front()
     }
 
-    /// The next device event, if any.
-    pub fn take_device(&self) -> Option<DeviceEvent> {
+    /// The next word of a device, if any; each device's own come in order.
+    pub fn take_device(&self) -> Option<DeviceWord> {
         self.devices
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

@@ -7,6 +7,7 @@
 //! ```
 
 mod build;
+mod early;
 mod events;
 mod exits;
 mod ports;
@@ -14,6 +15,6 @@ mod run;
 mod vcpus;
 
 pub use build::{Build, Options};
-pub use events::{Events, GuestEvent};
+pub use events::{DeviceWord, Events, GuestEvent};
 pub use exits::{ExitCounters, Platform};
 pub use run::{Machine, monotonic_ns};

@@ -1,6 +1,6 @@
 //! The main thread's loop: control messages, guest and device events, console.
 
-use super::events::{Events, GuestEvent};
+use super::events::{DeviceWord, Events, GuestEvent};
 use super::exits::Platform;
 use super::vcpus::Vcpus;
 use crate::boot::BootImages;
@@ -8,14 +8,14 @@ use crate::control::{ControlSocket, Incoming};
 use crate::error::Error;
 use crate::kvm::{Entry, EventRouter, Irqchip, Vm};
 use crate::serial::Input;
-use crate::virtio::{Device, DeviceEvent};
+use crate::virtio::{Device, DeviceEvent, Successor};
 use jailer::sandbox::{Locked, Role, SeccompMode, lockdown_main};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use vm_spec::control::{EndReason, FromVmm, ToVmm, VmStats};
+use vm_spec::control::{EndReason, Envelope, FromVmm, ToVmm, VmStats};
 
 /// Longest that the console's reader may hold up the end.
 const CONSOLE_DRAIN: Duration = Duration::from_millis(500);
@@ -34,6 +34,8 @@ pub struct Machine {
     pub(super) entry: Entry,
     pub(super) restart_on_reboot: bool,
     pub(super) seccomp: SeccompMode,
+    /// Control messages that came while the machine was built.
+    pub(super) early: Vec<(Box<Envelope<ToVmm>>, Vec<OwnedFd>)>,
 }
 
 /// What the loop waits for, in the order in which it is polled.
@@ -76,6 +78,11 @@ impl Machine {
                 first_instruction_ns,
             },
         )?;
+        for (message, fds) in std::mem::take(&mut self.early) {
+            if let Some(reason) = self.obey(control, *message, fds)? {
+                return self.end(reason);
+            }
+        }
         let mut input = Input::Open;
         loop {
             let ready = self.wait(control, input)?;
@@ -154,11 +161,19 @@ impl Machine {
 
     /// Carries out one control message; `Some` when it ends the VM.
     fn serve(&mut self, control: &mut ControlSocket) -> Result<Option<EndReason>, Error> {
-        let (message, fds) = match control.receive()? {
-            Incoming::Message(message, fds) => (message, fds),
-            Incoming::Nothing => return Ok(None),
-            Incoming::Closed => return Ok(Some(EndReason::Stopped)),
-        };
+        match control.receive()? {
+            Incoming::Message(message, fds) => self.obey(control, *message, fds),
+            Incoming::Nothing => Ok(None),
+            Incoming::Closed => Ok(Some(EndReason::Stopped)),
+        }
+    }
+
+    fn obey(
+        &self,
+        control: &ControlSocket,
+        message: Envelope<ToVmm>,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Option<EndReason>, Error> {
         let reply = match message.body {
             ToVmm::Stop => return Ok(Some(EndReason::Stopped)),
             ToVmm::PowerButton => done(self.platform.ports.press_power_button()),
@@ -166,10 +181,13 @@ impl Machine {
                 exits: self.vcpus.exits(),
                 console_dropped: self.platform.com1.output().dropped(),
             }),
-            ToVmm::ReplaceBackend { slot } => match self.replace_backend(slot, fds) {
-                Ok(()) => FromVmm::Done,
-                Err(why) => FromVmm::Failed(why),
-            },
+            ToVmm::ReplaceBackend { slot, generation } => {
+                match self.replace_backend(message.id, slot, generation, fds) {
+                    // The device's thread answers.
+                    Ok(()) => return Ok(None),
+                    Err(why) => FromVmm::Failed(why),
+                }
+            }
             ToVmm::GiveUpBackend { slot, reason } => match self.device(slot) {
                 Ok(device) => {
                     device.give_up(&reason);
@@ -179,9 +197,6 @@ impl Machine {
             },
             ToVmm::Start(_) => FromVmm::Failed("the machine is running".into()),
         };
-        // What happened before the answer is told before it: a loss that is told later is the
-        // successor's.
-        self.report_devices(control)?;
         control.send(message.id, reply)?;
         Ok(None)
     }
@@ -193,29 +208,31 @@ impl Machine {
             .ok_or_else(|| format!("no device in slot {slot}"))
     }
 
-    fn replace_backend(&self, slot: u8, mut fds: Vec<OwnedFd>) -> Result<(), String> {
+    fn replace_backend(
+        &self,
+        id: u64,
+        slot: u8,
+        generation: u32,
+        mut fds: Vec<OwnedFd>,
+    ) -> Result<(), String> {
         let device = self.device(slot)?;
         match (fds.pop(), fds.is_empty()) {
-            (Some(socket), true) => device
-                .replace(socket)
-                .map_err(|error| format!("{error}: {}", error.cause)),
+            (Some(socket), true) => {
+                let successor = Successor { socket, generation };
+                device.replace(successor, self.events.answer_to(id));
+                Ok(())
+            }
             _ => Err("exactly one descriptor must come with this request".into()),
         }
     }
 
     fn report_devices(&self, control: &ControlSocket) -> Result<(), Error> {
-        while let Some(event) = self.events.take_device() {
-            let message = match event {
-                DeviceEvent::BackendLost { device, reason } => {
-                    tracing::info!(device, reason, "back end lost");
-                    FromVmm::BackendLost { device, reason }
-                }
-                DeviceEvent::NeedsReset { device, reason } => {
-                    tracing::info!(device, reason, "device needs a reset");
-                    FromVmm::DeviceFault { device, reason }
-                }
-            };
-            control.send(0, message)?;
+        while let Some(word) = self.events.take_device() {
+            match word {
+                DeviceWord::Event(event) => control.send(0, told(event))?,
+                DeviceWord::Answer(id, Ok(())) => control.send(id, FromVmm::Done)?,
+                DeviceWord::Answer(id, Err(why)) => control.send(id, FromVmm::Failed(why))?,
+            }
         }
         Ok(())
     }
@@ -256,6 +273,31 @@ impl Machine {
         self.platform.pci.reset();
         self.platform.com1.output().drain(Instant::now() + CONSOLE_DRAIN);
         Ok(reason)
+    }
+}
+
+fn told(event: DeviceEvent) -> FromVmm {
+    match event {
+        DeviceEvent::BackendLost {
+            device,
+            generation,
+            loss,
+            outstanding,
+            reason,
+        } => {
+            tracing::info!(device, reason, "back end lost");
+            FromVmm::BackendLost {
+                device,
+                generation,
+                loss,
+                outstanding,
+                reason,
+            }
+        }
+        DeviceEvent::NeedsReset { device, reason } => {
+            tracing::info!(device, reason, "device needs a reset");
+            FromVmm::DeviceFault { device, reason }
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use super::device_type::DeviceType;
 use super::doorbells::DoorbellSet;
 use super::function::VirtioFunction;
 use super::layout;
-use super::mailbox::{Answer, Command, Mailbox};
+use super::mailbox::{Answer, Command, Done, Mailbox, Successor};
 use super::registers::Registers;
 use super::transport::{Transport, lock};
 use super::worker::{self, Negotiated};
@@ -18,7 +18,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
-use vm_spec::control::DeviceConfig;
+use vm_spec::control::{DeviceConfig, Loss};
 use vm_spec::machine::{MMIO32_START, VIRTIO_BAR_SIZE};
 
 /// A device failed, and which.
@@ -40,6 +40,12 @@ pub enum DeviceEvent {
     BackendLost {
         /// The device's id.
         device: String,
+        /// Which of its back ends.
+        generation: u32,
+        /// In which way.
+        loss: Loss,
+        /// Requests that were available and not completed.
+        outstanding: u32,
         /// What happened, one line.
         reason: String,
     },
@@ -65,7 +71,9 @@ pub struct DeviceParts {
     /// Its connected vhost-user socket (the fd that `config.socket` names).
     pub socket: OwnedFd,
     /// The channel for the back end's own requests (`config.requests` and `requests_peer`).
-    pub requests: RequestSockets,
+    pub requests: Arc<RequestSockets>,
+    /// Which back end of the device that is: 0 unless one was lost before.
+    pub generation: u32,
     /// Guest RAM.
     pub memory: Arc<MemoryTable>,
     /// Interrupts.
@@ -152,10 +160,11 @@ impl Device {
                 deadlines: parts.deadlines,
                 cancel: Arc::clone(&cancel),
                 ours: parts.config.ours,
-                requests: Arc::new(parts.requests),
+                requests: parts.requests,
             },
             events: parts.events,
             mailbox: Arc::clone(&mailbox),
+            generation: parts.generation,
         };
         let (socket, confine) = (parts.socket, parts.confine);
         let thread = Builder::new()
@@ -228,11 +237,15 @@ impl Device {
     /// replayed, and the guest notices nothing. The old back end is drained first if it still
     /// answers. The caller has made sure that a dead one no longer writes.
     ///
-    /// # Errors
-    /// When the new back end fails or does not fit: a live old one goes on, and another one may
-    /// be tried.
-    pub fn replace(&self, socket: OwnedFd) -> Result<(), DeviceError> {
-        self.ask(|answer| Command::Replace(socket, answer))
+    /// Nobody waits: `done` is told on the device's thread. When the new back end fails or does
+    /// not fit, a live old one goes on, and another one may be tried.
+    pub fn replace(&self, successor: Successor, done: Done) {
+        // A command that finds no room is dropped with its socket, and `done` unheard: whoever
+        // asked for so many changes at once has a deadline.
+        self.worker
+            .transport
+            .mailbox
+            .command(Command::Replace(successor, done));
     }
 
     /// No back end will come any more: tells the guest (NEEDS_RESET).
@@ -252,6 +265,12 @@ impl Device {
 }
 
 impl Connecting {
+    /// The device's description.
+    #[must_use]
+    pub fn config(&self) -> &DeviceConfig {
+        &self.parts.config
+    }
+
     /// Waits for the negotiation (bounded by the deadlines) and builds the PCI function.
     ///
     /// # Errors

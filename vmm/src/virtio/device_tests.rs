@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use vhost::vhost_user::message::FrontendReq as Req;
+use vm_spec::control::Loss;
 
 const NEEDS_RESET: u8 = 0x40;
 
@@ -230,14 +231,10 @@ fn a_successor_takes_over_after_a_crash() {
         features: 1 << 32 | 1 << 30,
         ..script()
     });
-    let refused = rig.device.replace(socket).unwrap_err();
-    assert!(
-        matches!(refused.cause, Error::Successor(_)),
-        "{:?}",
-        refused.cause
-    );
+    let refused = rig.replace(socket).unwrap_err();
+    assert!(matches!(refused, Error::Successor(_)), "{refused:?}");
     let (heir, socket) = FakeBackend::start(script());
-    rig.device.replace(socket).unwrap();
+    rig.replace(socket).unwrap();
     assert_eq!(rig.status(), 15, "the guest sees nothing");
     assert_eq!(
         heir.look(Req::SET_VRING_BASE, 2, |seen| seen.payload.clone()),
@@ -281,13 +278,13 @@ fn a_live_back_end_is_drained_before_it_is_replaced() {
         features: 1 << 30,
         ..script()
     });
-    let refused = rig.device.replace(socket).unwrap_err();
-    assert!(matches!(refused.cause, Error::NoVersion1));
+    let refused = rig.replace(socket).unwrap_err();
+    assert!(matches!(refused, Error::NoVersion1));
     // The old one goes on from where it was drained.
     assert_eq!(rig.fake.look(Req::SET_VRING_BASE, 4, |seen| seen.payload[4]), 4);
     rig.fake.look(Req::SET_VRING_ENABLE, 4, |_| ());
     let (heir, socket) = FakeBackend::start(script());
-    rig.device.replace(socket).unwrap();
+    rig.replace(socket).unwrap();
     assert_eq!(heir.look(Req::SET_VRING_BASE, 2, |seen| seen.payload[4]), 4);
     assert!(rig.events.try_recv().is_err(), "nothing was lost");
 }
@@ -303,7 +300,7 @@ fn a_device_with_no_record_is_not_restarted_blindly() {
     rig.fake.kill();
     rig.event();
     let (_heir, socket) = FakeBackend::start(script());
-    assert!(rig.device.replace(socket).is_err());
+    assert!(rig.replace(socket).is_err());
     rig.device.give_up("no successor");
     assert!(matches!(rig.event(), DeviceEvent::NeedsReset { reason, .. } if reason == "no successor"));
     assert_eq!(rig.status() & NEEDS_RESET, NEEDS_RESET);
@@ -319,12 +316,13 @@ fn a_hung_back_end_costs_its_device_only() {
     let parts = DeviceParts {
         config: spec(),
         socket,
-        requests: requests(),
+        requests: Arc::new(requests()),
         memory: memory(),
         interrupts: Arc::new(FakeInterrupts::default()),
         doorbells: Arc::new(FakeDoorbells::default()),
         events: Arc::new(move |event| sink.lock().unwrap().push(event)),
         deadlines: hasty,
+        generation: 0,
         confine: Box::new(|| Ok(())),
     };
     let device = Device::new(parts).unwrap();
@@ -353,12 +351,13 @@ fn failures_to_connect_are_told_with_the_device() {
         let parts = DeviceParts {
             config: spec(),
             socket,
-            requests: requests(),
+            requests: Arc::new(requests()),
             memory: memory(),
             interrupts: Arc::new(FakeInterrupts::default()),
             doorbells: Arc::new(FakeDoorbells::default()),
             events: Arc::new(|_| ()),
             deadlines: deadlines(),
+            generation: 0,
             confine: Box::new(|| confine),
         };
         Device::new(parts).err().unwrap()
@@ -376,4 +375,50 @@ fn failures_to_connect_are_told_with_the_device() {
     assert!(matches!(error.cause, Error::Gone(_)));
     let error = connect(script(), Err(std::io::ErrorKind::PermissionDenied.into()));
     assert!(matches!(error.cause, Error::Resource { .. }));
+}
+
+/// Requests wait in queue 0: an available index ahead of the used index.
+fn leave_waiting(rig: &Rig) {
+    let memfd = File::from(rig.memory.memfd().try_clone_to_owned().unwrap());
+    memfd.write_all_at(&3u16.to_le_bytes(), 0x1_4002).unwrap();
+}
+
+#[test]
+fn a_back_end_without_progress_is_kicked_while_it_answers() {
+    let rig = Rig::new(script());
+    rig.drive();
+    let kick = rig.fake.fd(Req::SET_VRING_KICK, 1);
+    leave_waiting(&rig);
+    // The first is the handshake's; the answer to the second was the cause of the kick.
+    rig.fake.look(Req::GET_FEATURES, 3, |_| ());
+    let mut count = [0; 8];
+    (&kick).read_exact(&mut count).unwrap();
+    assert!(rig.events.try_recv().is_err(), "a slow disk is no hang");
+}
+
+#[test]
+fn a_back_end_without_progress_that_does_not_answer_is_lost() {
+    let mut asked = 0;
+    let silent = move || {
+        asked += 1;
+        if asked == 1 { Quirk::Normal } else { Quirk::Silent }
+    };
+    let rig = Rig::with_deadlines(
+        Script {
+            features: script().features,
+            config: script().config,
+            ..Script::quirk_at(Req::GET_FEATURES, silent)
+        },
+        Duration::from_millis(300),
+    );
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    leave_waiting(&rig);
+    let DeviceEvent::BackendLost {
+        loss, outstanding, ..
+    } = rig.event()
+    else {
+        panic!("not lost");
+    };
+    assert_eq!((loss, outstanding), (Loss::Silent, 3));
 }

@@ -24,11 +24,22 @@ pub(super) enum Command {
     /// Start drained rings again.
     Resume(Answer<()>),
     /// Go on with another back end.
-    Replace(OwnedFd, Answer<()>),
+    Replace(Successor, Done),
     /// Machine reset: as a driver's reset, whatever the driver did.
     Reset(Answer<()>),
     /// The device is lost for good.
     GiveUp(String),
+}
+
+/// Called on the device's thread with what became of a request; must not block.
+pub type Done = Box<dyn FnOnce(Result<(), Error>) + Send>;
+
+/// A back end that is to take over.
+pub struct Successor {
+    /// Its connected vhost-user socket.
+    pub socket: OwnedFd,
+    /// Which back end of the device it is (`ToVmm::ReplaceBackend`).
+    pub generation: u32,
 }
 
 /// DRIVER_OK.

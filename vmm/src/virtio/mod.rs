@@ -21,6 +21,7 @@ mod layout;
 mod limiter;
 mod mailbox;
 mod offer;
+mod pulse;
 mod queue;
 mod registers;
 mod successor;
@@ -35,6 +36,7 @@ mod function_tests;
 mod rig;
 
 pub use device::{Confine, Connecting, Device, DeviceError, DeviceEvent, DeviceParts, EventSink};
+pub use mailbox::{Done, Successor};
 
 /// Largest queue that the transport offers, in entries (queue_size of virtio 1.3, 4.1.4.3).
 pub const MAX_QUEUE_SIZE: u16 = 256;

@@ -1,11 +1,12 @@
 //! A device on a bus, with a scripted back end and a driver's first steps.
 
 use super::layout::{COMMON, DEVICE, TABLE};
-use super::{Device, DeviceEvent, DeviceParts};
-use crate::frontend::MemoryTable;
+use super::{Device, DeviceEvent, DeviceParts, Successor};
 use crate::frontend::fake_backend::{FakeBackend, Script, deadlines, memory, requests};
+use crate::frontend::{Deadlines, Error, MemoryTable};
 use crate::pci::PciBus;
 use crate::pci::fakes::{FakeDoorbells, FakeInterrupts};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -60,7 +61,16 @@ impl Rig {
         Self::with(spec(), script)
     }
 
+    /// A block device whose back end is given `step` for each answer.
+    pub(super) fn with_deadlines(script: Script, step: Duration) -> Self {
+        Self::build(spec(), script, Deadlines { step, ..deadlines() })
+    }
+
     pub(super) fn with(config: DeviceConfig, script: Script) -> Self {
+        Self::build(config, script, deadlines())
+    }
+
+    fn build(config: DeviceConfig, script: Script, deadlines: Deadlines) -> Self {
         let (fake, socket) = FakeBackend::start(script);
         let interrupts = Arc::new(FakeInterrupts::default());
         let doorbells = Arc::new(FakeDoorbells::default());
@@ -69,12 +79,13 @@ impl Rig {
         let device = Device::new(DeviceParts {
             config,
             socket,
-            requests: requests(),
+            requests: Arc::new(requests()),
             memory: memory.clone(),
             interrupts: interrupts.clone(),
             doorbells: doorbells.clone(),
             events: Arc::new(move |event| drop(sender.send(event))),
-            deadlines: deadlines(),
+            deadlines,
+            generation: 0,
             confine: Box::new(|| Ok(())),
         })
         .unwrap();
@@ -210,6 +221,18 @@ impl Rig {
             assert!(Instant::now() < deadline, "waited in vain for {what}");
             std::thread::yield_now();
         }
+    }
+
+    /// Hands the device another back end, and waits for what becomes of it.
+    pub(super) fn replace(&self, socket: OwnedFd) -> Result<(), Error> {
+        let (give, take) = channel();
+        let successor = Successor {
+            socket,
+            generation: 1,
+        };
+        self.device
+            .replace(successor, Box::new(move |result| drop(give.send(result))));
+        take.recv_timeout(Duration::from_secs(10)).unwrap()
     }
 
     pub(super) fn event(&self) -> DeviceEvent {

@@ -3,7 +3,7 @@
 
 use super::MAX_QUEUE_SIZE;
 use super::device_type::DeviceType;
-use super::mailbox::StartOrder;
+use super::mailbox::{StartOrder, Successor};
 use super::offer;
 use super::worker::{Phase, Worker};
 use crate::frontend::{Error, MemoryTable, Session};
@@ -13,12 +13,12 @@ use virtio_bindings::virtio_config::VIRTIO_F_IN_ORDER;
 impl Worker {
     /// See [`super::Device::replace`]. A live back end is drained first and kept until the
     /// successor has been found to fit; if it does not, the old one goes on.
-    pub(super) fn replace(&mut self, socket: OwnedFd) -> Result<(), Error> {
+    pub(super) fn replace(&mut self, successor: Successor) -> Result<(), Error> {
         if self.session.is_some() {
             // One that does not drain is lost, and has been reported as that.
             let _ = self.drain();
         }
-        let (session, config) = match self.prepare(socket) {
+        let (session, config) = match self.prepare(successor.socket) {
             Ok(ready) => ready,
             Err(error) => {
                 if self.session.is_some() {
@@ -28,6 +28,7 @@ impl Worker {
             }
         };
         self.session = Some(session);
+        self.generation = successor.generation;
         self.resume()?;
         if config != self.offer.config {
             self.offer.config = config;

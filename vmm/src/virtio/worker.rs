@@ -14,7 +14,9 @@ use super::device_type::DeviceType;
 use super::limiter::Limiter;
 use super::mailbox::{Command, ConfigWrite, Mail, Mailbox, StartOrder};
 use super::offer::{self, Offer};
+use super::pulse::Pulse;
 use super::transport::Transport;
+use crate::error::chain;
 use crate::frontend::{
     Error, InflightRegion, QueueState, Ring, RingEvents, Session, SessionOptions, new_event,
 };
@@ -24,7 +26,7 @@ use nix::sys::eventfd::EventFd;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender};
-use vm_spec::control::DeviceConfig;
+use vm_spec::control::{DeviceConfig, Loss};
 
 /// What the thread is given.
 pub(super) struct Context {
@@ -32,6 +34,8 @@ pub(super) struct Context {
     pub(super) options: SessionOptions,
     pub(super) events: EventSink,
     pub(super) mailbox: Arc<Mailbox>,
+    /// Of the first back end.
+    pub(super) generation: u32,
 }
 
 /// What negotiation found out.
@@ -61,6 +65,9 @@ pub(super) struct Worker {
     limiter: Limiter,
     /// No successor will come: a driver that starts the device is told at once.
     abandoned: bool,
+    /// Which back end the session is, or was, with.
+    pub(super) generation: u32,
+    pub(super) pulse: Pulse,
 }
 
 /// The thread's body.
@@ -89,6 +96,7 @@ pub(super) fn run(
     if give.send(confined.map(|()| negotiated)).is_err() {
         return;
     }
+    let generation = context.generation;
     // Hung up: the machine could not be built.
     let Ok(transport) = take.recv() else {
         return;
@@ -103,6 +111,8 @@ pub(super) fn run(
         phase: Phase::Idle,
         limiter: Limiter::new(),
         abandoned: false,
+        generation,
+        pulse: Pulse::new(),
     }
     .serve();
 }
@@ -139,6 +149,7 @@ impl Worker {
                 self.needs_reset("back end reported a broken ring (vring error eventfd)".to_owned());
             }
             self.look_at_session();
+            self.look_for_progress();
         }
     }
 
@@ -156,7 +167,11 @@ impl Worker {
                     .map(|fd| PollFd::new(fd, PollFlags::POLLIN)),
             );
         }
-        match poll(&mut fds, PollTimeout::NONE) {
+        let timeout = match self.phase {
+            Phase::Running(_) if self.session.is_some() => self.pulse.timeout(),
+            _ => PollTimeout::NONE,
+        };
+        match poll(&mut fds, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
             // Out of memory, at most: the mail is looked at in any case.
             Err(error) => tracing::warn!(%error, "poll failed"),
@@ -177,7 +192,7 @@ impl Worker {
             match command {
                 Command::Drain(answer) => drop(answer.send(self.drain())),
                 Command::Resume(answer) => drop(answer.send(self.resume())),
-                Command::Replace(socket, answer) => drop(answer.send(self.replace(socket))),
+                Command::Replace(successor, done) => done(self.replace(successor)),
                 Command::Reset(answer) => {
                     self.reset();
                     drop(answer.send(Ok(())));
@@ -213,7 +228,7 @@ impl Worker {
         step(session).inspect_err(|error| self.lose(error))
     }
 
-    fn lose(&mut self, error: &Error) {
+    pub(super) fn lose(&mut self, error: &Error) {
         if self.session.take().is_some() {
             self.report_lost(error);
         }
@@ -222,6 +237,10 @@ impl Worker {
     fn report_lost(&self, error: &Error) {
         (self.context.events)(DeviceEvent::BackendLost {
             device: self.context.spec.id.clone(),
+            generation: self.generation,
+            // Whatever it was, the session is over.
+            loss: error.loss().unwrap_or(Loss::Broken),
+            outstanding: self.outstanding(),
             reason: chain(error),
         });
     }
@@ -368,16 +387,4 @@ fn state_of(ring: &Ring) -> QueueState {
         index: ring.index,
         next_avail: ring.base,
     }
-}
-
-/// An error and its causes in one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        line.push_str(": ");
-        line.push_str(&next.to_string());
-        cause = next.source();
-    }
-    line
 }

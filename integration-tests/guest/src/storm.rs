@@ -1,0 +1,212 @@
+//! `storm`: random writes, reads, flushes and discards on all queues at full depth, until a byte
+//! comes on the console; then everything is read back. Each block carries its number and its
+//! generation, so that a write that was lost, doubled over a newer one, or went elsewhere is seen.
+
+use crate::{
+    blk::{self, DISCARD, Disk, FLUSH, HEADER, READ, SECTOR, WRITE_OUT},
+    cpu, memory,
+    parameters::Parameters,
+    scenario::Failure,
+    serial::{self, line},
+};
+use guest_contract::{Checksum, fill, holds, pattern_word};
+
+/// Bytes of a block; it starts at a multiple of [`STRIDE`].
+const SIZE: usize = 4096;
+/// Sectors from block to block: a qcow2 cluster, so that each block has one of its own.
+const STRIDE: u64 = 128;
+/// A request for this block is under way.
+const BUSY: u16 = 1 << 15;
+/// The block was discarded: it holds its generation, or zeros.
+const DISCARDED: u16 = 1 << 14;
+const GENERATION: u16 = DISCARDED - 1;
+
+/// What is known of every block.
+struct Blocks {
+    /// Two bytes each.
+    states: &'static mut [u8],
+    seed: u64,
+    random: u64,
+}
+
+impl Blocks {
+    fn count(&self) -> u64 {
+        self.states.len() as u64 / 2
+    }
+
+    fn state(&self, block: u64) -> u16 {
+        let at = block as usize * 2;
+        u16::from_le_bytes([self.states[at], self.states[at + 1]])
+    }
+
+    fn set(&mut self, block: u64, state: u16) {
+        let at = block as usize * 2;
+        self.states[at..at + 2].copy_from_slice(&state.to_le_bytes());
+    }
+
+    fn random(&mut self) -> u64 {
+        self.random += 1;
+        pattern_word(self.seed, self.random, 1)
+    }
+
+    /// A block without a request.
+    fn idle(&mut self) -> u64 {
+        loop {
+            let block = self.random() % self.count();
+            if self.state(block) & BUSY == 0 {
+                return block;
+            }
+        }
+    }
+
+    fn pattern(&self, generation: u16) -> u64 {
+        self.seed << 16 | u64::from(generation)
+    }
+
+    /// Whether `data` is what the block holds, or one of what it may hold.
+    fn fits(&self, block: u64, data: &[u8]) -> bool {
+        let state = self.state(block);
+        let generation = state & GENERATION;
+        let zeros = generation == 0 || state & DISCARDED != 0;
+        zeros && data.iter().all(|byte| *byte == 0)
+            || generation != 0 && holds(data, self.pattern(generation), block)
+    }
+}
+
+/// Counters.
+#[derive(Default)]
+struct Done {
+    writes: u64,
+    reads: u64,
+    flushes: u64,
+    discards: u64,
+}
+
+/// Runs the storm.
+pub(crate) fn scenario(parameters: Parameters<'_>) -> Result<(), Failure> {
+    let count = parameters.number("blocks", 8192);
+    let mut blocks = Blocks {
+        states: memory::pages(count as usize * 2)?
+            .get_mut(..count as usize * 2)
+            .ok_or("memory")?,
+        seed: parameters.number("seed", 1),
+        random: 0,
+    };
+    let depth = parameters.number("depth", blk::MAX_DEPTH);
+    let mut disk = Disk::new(parameters, depth, SIZE)?;
+    if count * STRIDE > disk.capacity() {
+        return Err("the disk is too small");
+    }
+    let discards = disk.can_discard();
+    let mut done = Done::default();
+    serial::listen();
+    line!("phase=work");
+    while !serial::heard() {
+        submit(&mut disk, &mut blocks, discards);
+        complete(&mut disk, &mut blocks, &mut done)?;
+    }
+    while disk.busy() {
+        complete(&mut disk, &mut blocks, &mut done)?;
+    }
+    disk.one(FLUSH, 0, 0)?;
+    let sum = read_back(&mut disk, &blocks)?;
+    line!("writes={}", done.writes);
+    line!("reads={}", done.reads);
+    line!("flushes={}", done.flushes);
+    line!("discards={}", done.discards);
+    line!("checksum={sum:016x}");
+    Ok(())
+}
+
+/// Fills every free slot.
+fn submit(disk: &mut Disk, blocks: &mut Blocks, discards: bool) {
+    for (queue, slots) in disk.queues() {
+        let mut submitted = false;
+        while let Some(slot) = slots.free() {
+            let dice = blocks.random() % 100;
+            submitted = true;
+            if dice < 2 {
+                slots.submit(queue, slot, FLUSH, 0, 0, 0);
+                continue;
+            }
+            let block = blocks.idle();
+            let (state, sector) = (blocks.state(block), block * STRIDE);
+            if dice < 50 {
+                let generation = (state & GENERATION) % (GENERATION - 1) + 1;
+                let pattern = blocks.pattern(generation);
+                fill(&mut slots.slot(slot)[HEADER..HEADER + SIZE], pattern, block);
+                blocks.set(block, BUSY | generation);
+                slots.submit(queue, slot, WRITE_OUT, block, sector, SIZE as u32);
+            } else if dice < 75 && discards {
+                blocks.set(block, state | BUSY | DISCARDED);
+                slots.describe_discard(slot, sector, STRIDE as u32);
+                slots.submit(queue, slot, DISCARD, block, 0, 16);
+            } else {
+                blocks.set(block, state | BUSY);
+                slots.submit(queue, slot, READ, block, sector, SIZE as u32);
+            }
+        }
+        if submitted {
+            queue.notify();
+        }
+    }
+}
+
+/// Waits for a completion and takes all that there are.
+fn complete(disk: &mut Disk, blocks: &mut Blocks, done: &mut Done) -> Result<(), Failure> {
+    disk.wait_used();
+    for (queue, slots) in disk.queues() {
+        while let Some((kind, block, memory)) = slots.complete(queue)? {
+            match kind {
+                FLUSH => {
+                    done.flushes += 1;
+                    continue;
+                }
+                WRITE_OUT => done.writes += 1,
+                DISCARD => done.discards += 1,
+                _ if blocks.fits(block, &memory[HEADER..HEADER + SIZE]) => done.reads += 1,
+                _ => {
+                    line!("block={block}");
+                    return Err("data differs");
+                }
+            }
+            let state = blocks.state(block);
+            blocks.set(block, state & !BUSY);
+        }
+    }
+    Ok(())
+}
+
+/// Reads every block; the sum of their checksums.
+fn read_back(disk: &mut Disk, blocks: &Blocks) -> Result<u64, Failure> {
+    let (mut next, mut read, mut sum) = (0, 0, 0_u64);
+    let start = cpu::time();
+    while read < blocks.count() {
+        for (queue, slots) in disk.queues() {
+            while next < blocks.count() {
+                let Some(slot) = slots.free() else { break };
+                slots.submit(queue, slot, READ, next, next * STRIDE, SIZE as u32);
+                next += 1;
+            }
+            queue.notify();
+        }
+        disk.wait_used();
+        for (queue, slots) in disk.queues() {
+            while let Some((_, block, memory)) = slots.complete(queue)? {
+                let data = &memory[HEADER..HEADER + SIZE];
+                if !blocks.fits(block, data) {
+                    line!("block={block}");
+                    return Err("data differs at the end");
+                }
+                let mut checksum = Checksum::default();
+                checksum.update(data);
+                sum = sum.wrapping_add(checksum.0);
+                read += 1;
+            }
+        }
+    }
+    line!("read_back={read} cycles={}", cpu::time() - start);
+    Ok(sum)
+}
+
+const _: () = assert!(SIZE as u64 <= STRIDE * SECTOR);

@@ -1,0 +1,99 @@
+//! Deaths at each step of a request, and hangs that are no death, forced by a build of the disk
+//! process that exists for tests only.
+
+use crate::storm::{Image, Stalls, Storm, faulty_binaries};
+use anyhow::{Context, Result, ensure};
+use integration_tests::{host::Host, suite::test_within, verify::FULL};
+use libtest_mimic::Trial;
+use std::{env, time::Duration};
+use vm_spec::events::EventKind;
+
+/// The steps by the names that `vhost_daemon::faults` gives them.
+const STEPS: [&str; 13] = [
+    "take-before",
+    "take-after",
+    "submit-before",
+    "submit-after",
+    "complete-before",
+    "complete-after",
+    "publish-before",
+    "publish-linked",
+    "publish-elements",
+    "publish-index",
+    "publish-after",
+    "notify-before",
+    "notify-after",
+];
+
+pub(crate) fn tests() -> Vec<Trial> {
+    let full = env::var_os(FULL).is_some();
+    let (kills, limit) = if full { (100, 300) } else { (10, 120) };
+    let limit = Duration::from_secs(limit);
+    let mut tests: Vec<_> = STEPS
+        .into_iter()
+        .map(|step| {
+            test_within(limit, format!("forced::dies_at_{step}"), move || {
+                dies(step, kills)
+            })
+        })
+        .collect();
+    tests.push(test_within(
+        limit,
+        "forced::a_queue_that_spins_is_replaced",
+        spins,
+    ));
+    tests.push(test_within(limit, "forced::a_slow_disk_is_no_hang", slow));
+    tests
+}
+
+/// Every process dies at `step`, from 60 ms of life on.
+fn dies(step: &str, kills: u64) -> Result<()> {
+    Host::need_kvm()?;
+    let bins = faulty_binaries()?;
+    let mut storm = Storm::start(Image::Qcow2, &format!("fault.{step}"), Some(bins.path()))?;
+    let limit = Duration::from_secs(5 + kills);
+    let reached = storm
+        .victim
+        .wait_count(&storm.run, EventKind::Died, kills, limit)
+        .with_context(|| storm.run.process.stderr().unwrap_or_default())?;
+    ensure!(
+        reached.detail.contains("signal 4"),
+        "not the death that was wanted: {reached:?}"
+    );
+    let calm = storm.calm()?;
+    let stalls = Stalls::of(calm.events.iter());
+    stalls.judge(step)?;
+    // On a busy host some die before they are joined.
+    ensure!(stalls.count() as u64 * 2 >= kills, "{:?}", calm.events);
+    Ok(())
+}
+
+/// The session's thread answers, the queue's does not: the process finds that itself.
+fn spins() -> Result<()> {
+    Host::need_kvm()?;
+    let bins = faulty_binaries()?;
+    let mut storm = Storm::start(Image::Raw, "fault.spin", Some(bins.path()))?;
+    let limit = Duration::from_secs(60);
+    let hung = storm.victim.wait_event(&storm.run, EventKind::Hung, limit)?;
+    ensure!(hung.detail.contains("spins"), "{hung:?}");
+    let restarted = storm.victim.wait_event(&storm.run, EventKind::Restarted, limit)?;
+    ensure!(restarted.pid != hung.pid, "{hung:?} {restarted:?}");
+    let calm = storm.calm()?;
+    let died = calm.events.iter().find(|event| event.event == EventKind::Died);
+    ensure!(died.is_none(), "a hung process is not one that died: {died:?}");
+    Ok(())
+}
+
+/// Flushes of 10 s: the guest waits for them, and nothing else happens.
+fn slow() -> Result<()> {
+    Host::need_kvm()?;
+    let bins = faulty_binaries()?;
+    let mut storm = Storm::start(Image::Raw, "fault.slow-flush", Some(bins.path()))?;
+    // The first flush comes within a moment, and takes 10 s.
+    std::thread::sleep(Duration::from_secs(13));
+    let events = storm.victim.events(&storm.run).unwrap_or_default();
+    ensure!(events.is_empty(), "{events:?}");
+    let calm = storm.calm()?;
+    ensure!(calm.events.is_empty(), "{:?}", calm.events);
+    Ok(())
+}

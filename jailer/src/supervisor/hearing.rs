@@ -1,0 +1,149 @@
+//! What the spawner and the vmm tell the supervisor.
+
+use super::outcome::{Outcome, SIGSYS};
+use super::{EXPLANATION_DEADLINE, Supervisor, SupervisorError};
+use crate::wire::{Received, receive_message};
+use crate::wire_fds::receive_with_fds;
+use std::os::fd::AsFd;
+use std::time::Instant;
+use vm_spec::control::{FromVmm, exit_code};
+use vm_spec::run_state::ProcessRole;
+use vm_spec::supervise::{ExitStatus, FromSupervisor, ToSupervisor};
+
+impl Supervisor {
+    pub(super) fn hear_spawner(&mut self, now: Instant) -> Result<(), SupervisorError> {
+        loop {
+            let (received, mut fds) = receive_with_fds(self.spawner.as_fd())?;
+            match received {
+                Received::Nothing => return Ok(()),
+                Received::End => return Err(SupervisorError::SpawnerGone),
+                Received::Message(_, ToSupervisor::Start(_)) => {}
+                Received::Message(_, ToSupervisor::PowerOff) => self.power_off(now),
+                Received::Message(_, ToSupervisor::Exited { process, status }) => {
+                    self.process_ended(process.into(), status, now);
+                }
+                Received::Message(_, ToSupervisor::Stopped { process, stopped }) => {
+                    self.device_stopped(process.into(), stopped, now);
+                }
+                Received::Message(_, ToSupervisor::Respawned { process, pid }) => {
+                    self.device_spawned(process.into(), pid, fds.pop(), now);
+                }
+                Received::Message(_, ToSupervisor::NotRespawned { process, why }) => {
+                    self.device_not_spawned(process.into(), &why, now);
+                }
+            }
+        }
+    }
+
+    fn process_ended(&mut self, index: usize, status: ExitStatus, now: Instant) {
+        // What the vmm said before this happened counts first.
+        self.hear_vmm(now);
+        let Some(process) = self.processes.get_mut(index) else {
+            return;
+        };
+        process.alive = false;
+        process.log.read(&self.log, now);
+        let is_device = process.about.role.is_device();
+        if is_device && self.restarts_devices() && (self.guest_runs || was_killed(status)) {
+            return self.device_ended(index, status, now);
+        }
+        if self.outcome.is_some() {
+            return;
+        }
+        let process = &self.processes[index];
+        let outcome = Outcome::of_process(&process.about, status);
+        if process.about.role == ProcessRole::Vmm {
+            self.conclude(outcome);
+            self.wind_down(now);
+        } else if status == ExitStatus::Code(0) {
+            self.suspicion
+                .get_or_insert((now + EXPLANATION_DEADLINE, outcome));
+        } else {
+            self.conclude(outcome);
+            self.stop_vmm(now);
+        }
+    }
+
+    pub(super) fn hear_vmm(&mut self, now: Instant) {
+        while let Some(vmm) = &self.vmm {
+            match receive_message(vmm.as_fd()) {
+                Ok(Received::Nothing) => return,
+                Ok(Received::End) => self.vmm = None,
+                Ok(Received::Message(id, message)) => self.vmm_says(id, message, now),
+                Err(error) => {
+                    self.conclude(Outcome {
+                        code: exit_code::ERROR,
+                        line: Some(format!("the vmm broke the control protocol: {error}")),
+                    });
+                    self.vmm = None;
+                    self.wind_down(now);
+                }
+            }
+        }
+    }
+
+    fn vmm_says(&mut self, id: u64, message: FromVmm, now: Instant) {
+        match message {
+            FromVmm::Running {
+                started_ns,
+                first_instruction_ns,
+            } => {
+                self.guest_runs = true;
+                self.tell_spawner(FromSupervisor::Running {
+                    started_ns,
+                    first_instruction_ns,
+                });
+            }
+            FromVmm::BackendLost {
+                device,
+                generation,
+                loss,
+                outstanding,
+                reason,
+            } => {
+                match self.processes.iter().position(|p| p.about.name == device) {
+                    Some(index) if self.restarts_devices() => {
+                        self.processes[index].outstanding = outstanding;
+                        self.device_lost(index, generation, loss, &reason, now);
+                    }
+                    // The end of a process of ours is told by whoever reaps it, with its cause.
+                    Some(_) => {}
+                    None => self.say(&format!("{device}: {reason}")),
+                }
+            }
+            FromVmm::DeviceFault { device, reason } => self.device_faulted(&device, &reason),
+            FromVmm::StartFailed { what, cause, hint } => {
+                let mut lines = what;
+                for (name, text) in [("cause", cause), ("hint", hint)] {
+                    if !text.is_empty() {
+                        lines.push_str(&format!("\n  {name}: {text}"));
+                    }
+                }
+                self.conclude(Outcome {
+                    code: exit_code::ERROR,
+                    line: Some(lines),
+                });
+                self.wind_down(now);
+            }
+            FromVmm::Ended(reason) => {
+                self.conclude(Outcome::of_guest(reason));
+                self.wind_down(now);
+            }
+            FromVmm::Failed(why) => {
+                if !self.device_answered(id, Err(&why), now) {
+                    self.say(&format!("the vmm refused a request: {why}"));
+                }
+            }
+            FromVmm::Done => {
+                self.device_answered(id, Ok(()), now);
+            }
+            FromVmm::Rebooted | FromVmm::Stats(_) => {}
+        }
+    }
+}
+
+/// A process that exits by itself before the guest runs cannot serve (its image is refused, say),
+/// nor can one that its filter stopped: another would do no better.
+fn was_killed(status: ExitStatus) -> bool {
+    matches!(status, ExitStatus::Signal(signal) if signal != SIGSYS)
+}

@@ -1,0 +1,144 @@
+//! Deaths and hangs at chosen moments, for tests. In a build without the feature `faults`, which
+//! is every build that is shipped, all of this is empty and the trigger does not exist.
+//!
+//! The name of a fault comes with the disk's serial number, which is its id in the VM's
+//! description: `fault.publish-index` dies between writing the used index and clearing the
+//! in-flight record, and so does each successor.
+
+/// The moments, in the order of a request's life.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Step {
+    /// A chain is to be taken.
+    BeforeTake,
+    /// It is recorded as in flight.
+    AfterTake,
+    /// Its I/O is to begin.
+    BeforeSubmit,
+    /// Its I/O is done, or has begun.
+    AfterSubmit,
+    /// It is to be completed.
+    BeforeComplete,
+    /// It waits to be published.
+    AfterComplete,
+    /// The batch is to be published.
+    BeforePublish,
+    /// The batch is linked in the in-flight record.
+    PublishLinked,
+    /// The used elements are written.
+    PublishElements,
+    /// The used index is written.
+    PublishIndex,
+    /// The in-flight record is clear.
+    AfterPublish,
+    /// The guest is to be interrupted, if it wants to be.
+    BeforeNotify,
+    /// It was.
+    AfterNotify,
+    /// A flush is to begin.
+    Flush,
+}
+
+#[cfg(not(feature = "faults"))]
+mod nothing {
+    /// Does nothing.
+    #[inline(always)]
+    pub fn point(_: super::Step) {}
+
+    /// Does nothing.
+    #[inline(always)]
+    pub fn arm(_: &[u8]) {}
+}
+
+#[cfg(not(feature = "faults"))]
+pub use nothing::{arm, point};
+
+#[cfg(feature = "faults")]
+mod armed {
+    #![expect(unsafe_code, reason = "the death of the process")]
+
+    use super::Step;
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::{Duration, Instant, SystemTime};
+
+    /// Every step that a process can die at, by name.
+    const DEATHS: [(&str, Step); 13] = [
+        ("take-before", Step::BeforeTake),
+        ("take-after", Step::AfterTake),
+        ("submit-before", Step::BeforeSubmit),
+        ("submit-after", Step::AfterSubmit),
+        ("complete-before", Step::BeforeComplete),
+        ("complete-after", Step::AfterComplete),
+        ("publish-before", Step::BeforePublish),
+        ("publish-linked", Step::PublishLinked),
+        ("publish-elements", Step::PublishElements),
+        ("publish-index", Step::PublishIndex),
+        ("publish-after", Step::AfterPublish),
+        ("notify-before", Step::BeforeNotify),
+        ("notify-after", Step::AfterNotify),
+    ];
+    /// A process lives at least this long, so that it counts as one that had served.
+    const LEAST_LIFE: Duration = Duration::from_millis(60);
+    /// At most so much longer, at random.
+    const MORE_LIFE: u32 = 40_000_000;
+
+    enum Fault {
+        /// Dies at the first such step after that time.
+        Die(Step, Instant),
+        /// A queue's thread spins from that time on.
+        Spin(Instant),
+        /// The first flush takes that long.
+        SlowFlush(Duration, AtomicBool),
+    }
+
+    static FAULT: OnceLock<Fault> = OnceLock::new();
+
+    /// Takes what `name`, a disk's serial number, asks for.
+    pub fn arm(name: &[u8]) {
+        let Some(name) = std::str::from_utf8(name)
+            .ok()
+            .and_then(|name| name.strip_prefix("fault."))
+        else {
+            return;
+        };
+        let now = Instant::now();
+        let random = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |d| d.subsec_nanos());
+        let life = LEAST_LIFE + Duration::from_nanos((random % MORE_LIFE).into());
+        let death = DEATHS.iter().find(|(step, _)| *step == name);
+        let fault = match (death, name) {
+            (Some((_, step)), _) => Fault::Die(*step, now + life),
+            (None, "spin") => Fault::Spin(now + Duration::from_secs(1)),
+            (None, "slow-flush") => Fault::SlowFlush(Duration::from_secs(10), AtomicBool::new(false)),
+            _ => return,
+        };
+        let _ = FAULT.set(fault);
+    }
+
+    /// Does what was asked for, if this is the moment.
+    pub fn point(step: Step) {
+        match FAULT.get() {
+            Some(Fault::Die(wanted, at)) if *wanted == step && Instant::now() >= *at => {
+                // SAFETY: an invalid instruction ends the process, at once: no handler is set.
+                unsafe { core::arch::asm!("ud2", options(noreturn)) }
+            }
+            Some(Fault::Spin(at)) if step == Step::BeforeSubmit && Instant::now() >= *at => loop {
+                std::hint::spin_loop();
+            },
+            Some(Fault::SlowFlush(time, done))
+                if step == Step::Flush && !done.swap(true, Ordering::Relaxed) =>
+            {
+                let end = Instant::now() + *time;
+                while let Some(left) = end.checked_duration_since(Instant::now()) {
+                    // The policy has no call to sleep with but this.
+                    let timeout =
+                        nix::poll::PollTimeout::try_from(left).unwrap_or(nix::poll::PollTimeout::MAX);
+                    let _ = nix::poll::poll(&mut [], timeout);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+#[cfg(feature = "faults")]
+pub use armed::{arm, point};

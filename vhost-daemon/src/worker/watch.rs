@@ -1,0 +1,123 @@
+//! What the session's thread sees of a queue's thread without its help: how often it went round
+//! its loop, and how much of a CPU it used. A thread that waits, for the guest or for a slow disk,
+//! uses none; one that uses a CPU for seconds within one round spins, and will not come back.
+
+use nix::time::{ClockId, clock_gettime};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Longest CPU time of one round. A round moves at most some hundred kilobytes, or inflates a few
+/// clusters: this is far above it on any host.
+const MOST_CPU: Duration = Duration::from_secs(4);
+
+/// Kept by the queue's thread.
+#[derive(Debug, Default)]
+pub(super) struct Pulse {
+    rounds: AtomicU64,
+    thread: AtomicI32,
+}
+
+impl Pulse {
+    /// Called on the queue's thread, before it is confined.
+    pub(super) fn start(&self) {
+        self.thread
+            .store(nix::unistd::gettid().as_raw(), Ordering::Release);
+    }
+
+    /// One more round.
+    pub(super) fn beat(&self) {
+        self.rounds.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Kept by the session.
+#[derive(Debug)]
+pub(super) struct Watch {
+    pulse: Arc<Pulse>,
+    /// Rounds, and CPU time, when this round was seen first.
+    seen: Option<(u64, Duration)>,
+}
+
+impl Watch {
+    pub(super) fn new(pulse: Arc<Pulse>) -> Self {
+        Self { pulse, seen: None }
+    }
+
+    /// Whether the thread has used [`MOST_CPU`] since a look that found it in the same round.
+    pub(super) fn spins(&mut self) -> bool {
+        let rounds = self.pulse.rounds.load(Ordering::Relaxed);
+        let Ok(cpu) = clock_gettime(cpu_clock(self.pulse.thread.load(Ordering::Acquire))) else {
+            return false;
+        };
+        let cpu = Duration::from(cpu);
+        match self.seen {
+            Some((before, at)) if before == rounds => cpu.saturating_sub(at) >= MOST_CPU,
+            _ => {
+                self.seen = Some((rounds, cpu));
+                false
+            }
+        }
+    }
+}
+
+/// The CPU time clock of a thread of this process (Linux: the complement of its id above three
+/// bits that say "of a thread" and "as the scheduler counts").
+fn cpu_clock(thread: i32) -> ClockId {
+    ClockId::from_raw((!thread << 3) | 6)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicBool;
+    use std::time::Instant;
+
+    fn wait(mut until: impl FnMut() -> bool) -> bool {
+        let end = Instant::now() + Duration::from_secs(60);
+        while Instant::now() < end {
+            if until() {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        false
+    }
+
+    #[test]
+    fn one_that_spins_is_told_from_one_that_waits_and_one_that_works() {
+        let pulses: [Arc<Pulse>; 3] = Default::default();
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let [spinner, waiter, worker] = &pulses;
+            scope.spawn(|| {
+                spinner.start();
+                while !stop.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
+            scope.spawn(|| {
+                waiter.start();
+                while !stop.load(Ordering::Relaxed) {
+                    std::thread::park_timeout(Duration::from_millis(10));
+                }
+            });
+            scope.spawn(|| {
+                worker.start();
+                while !stop.load(Ordering::Relaxed) {
+                    worker.beat();
+                }
+            });
+            let started = wait(|| pulses.iter().all(|p| p.thread.load(Ordering::Acquire) != 0));
+            let mut watches = pulses.each_ref().map(|pulse| Watch::new(Arc::clone(pulse)));
+            let [spins, waits, works] = &mut watches;
+            let mut wrong = false;
+            let found = wait(|| {
+                wrong |= waits.spins() || works.spins();
+                spins.spins()
+            });
+            stop.store(true, Ordering::Relaxed);
+            assert!(started && found && !wrong);
+        });
+    }
+}

@@ -1,0 +1,106 @@
+//! Whether a back end that runs makes progress. The vmm is not on the data path, so it looks from
+//! time to time at the indices in guest memory; where requests wait and none is completed it asks
+//! the back end for a sign of life. One that answers is waited for as long as it takes: a slow
+//! disk is no hang, and a thread that spins is found by the process itself when it is asked.
+
+use super::device_type::DeviceType;
+use super::worker::{Phase, Worker};
+use crate::frontend::{MemoryTable, Ring};
+use nix::poll::PollTimeout;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// Between two looks.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// What the looks found.
+pub(super) struct Pulse {
+    next: Instant,
+    /// The used index of each queue that had requests waiting at the latest look.
+    waiting: BTreeMap<u16, u16>,
+}
+
+impl Pulse {
+    pub(super) fn new() -> Self {
+        Self {
+            next: Instant::now() + PERIOD,
+            waiting: BTreeMap::new(),
+        }
+    }
+
+    /// Until the next look.
+    pub(super) fn timeout(&self) -> PollTimeout {
+        // One more millisecond, so that the time has come when poll returns.
+        let left = self.next.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+        PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+    }
+
+    fn due(&mut self) -> bool {
+        let now = Instant::now();
+        let due = now >= self.next;
+        if due {
+            self.next = now + PERIOD;
+        }
+        due
+    }
+
+    /// The queues whose requests waited at the latest look already, none of them completed since.
+    fn stalled<'r>(&mut self, rings: impl Iterator<Item = &'r Ring>, memory: &MemoryTable) -> Vec<&'r Ring> {
+        let before = std::mem::take(&mut self.waiting);
+        rings
+            .filter(|ring| {
+                let indices = (
+                    ring.addresses.available_index(memory),
+                    ring.addresses.used_index(memory),
+                );
+                let (Some(available), Some(used)) = indices else {
+                    return false;
+                };
+                if available != used {
+                    self.waiting.insert(ring.index, used);
+                }
+                available != used && before.get(&ring.index) == Some(&used)
+            })
+            .collect()
+    }
+}
+
+impl Worker {
+    /// Requests that the driver made available and has not seen completed.
+    pub(super) fn outstanding(&self) -> u32 {
+        let (Phase::Running(order) | Phase::Drained(order)) = &self.phase else {
+            return 0;
+        };
+        let memory = &self.transport.memory;
+        let waiting = |ring: &Ring| {
+            let available = ring.addresses.available_index(memory)?;
+            let used = ring.addresses.used_index(memory)?;
+            Some(u32::from(available.wrapping_sub(used)))
+        };
+        order.rings.iter().filter_map(waiting).sum()
+    }
+
+    /// Looks, where it is time to.
+    pub(super) fn look_for_progress(&mut self) {
+        if !self.pulse.due() {
+            return;
+        }
+        let (Phase::Running(order), Some(session)) = (&self.phase, &mut self.session) else {
+            return;
+        };
+        // Receive buffers wait for as long as nobody sends.
+        let is_net = DeviceType(self.context.spec.device_type) == DeviceType::NET;
+        let rings = order.rings.iter().filter(|ring| !is_net || ring.index % 2 == 1);
+        let stalled = self.pulse.stalled(rings, &self.transport.memory);
+        if stalled.is_empty() {
+            return;
+        }
+        match session.ping() {
+            // A kick that was lost, by whoever, costs a moment instead of the queue.
+            Ok(()) => stalled.iter().for_each(|ring| {
+                let _ = ring.events.kick.write(1);
+            }),
+            Err(error) => self.lose(&error),
+        }
+    }
+}
