@@ -4,7 +4,8 @@ use crate::cache::{Cache, Recipe, text};
 use crate::command::run;
 use crate::error::At;
 use crate::progress::Step;
-use crate::{Error, Result, sources};
+use crate::sources::{self, Backports};
+use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
@@ -12,7 +13,11 @@ use std::time::{Duration, SystemTime};
 /// Package lists older than this are fetched again.
 const LISTS_FRESH_FOR: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// apt, pointed at the sources of the machine's release plus its backports.
+/// The release whose own kernel is older than the one that guests boot.
+pub(crate) const KERNEL_FROM_BACKPORTS: &str = "bookworm";
+
+/// apt, pointed at the sources of the machine's release, plus its backports where the kernel comes
+/// from there.
 #[derive(Debug)]
 pub struct Apt {
     cache: Cache,
@@ -40,8 +45,13 @@ impl Apt {
     pub fn open(cache: &Cache) -> Result<Self> {
         let codename = codename(Path::new("/etc/os-release"))?;
         let machine = sources::machine_sources(Path::new("/etc/apt"));
-        let list =
-            sources::for_release(&machine, &codename).ok_or_else(|| Error::NoSource(codename.clone()))?;
+        let backports = if codename == KERNEL_FROM_BACKPORTS {
+            Backports::Added
+        } else {
+            Backports::LeftOut
+        };
+        let list = sources::for_release(&machine, &codename, backports)
+            .ok_or_else(|| Error::NoSource(codename.clone()))?;
         let folder = cache.root().join("apt").join(&codename);
         for part in ["state/lists/partial", "cache/archives/partial", "empty"] {
             let path = folder.join(part);

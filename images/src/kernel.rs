@@ -1,6 +1,6 @@
 //! Debian's kernels as their packages hold them: the bzImage, and the ELF from inside it.
 
-use crate::apt::Apt;
+use crate::apt::{Apt, KERNEL_FROM_BACKPORTS};
 use crate::bzimage::uncompressed_kernel;
 use crate::cache::{Cache, Recipe};
 use crate::error::At;
@@ -40,7 +40,7 @@ impl Kernel {
     /// # Errors
     /// [`Error::NoPackage`] where the release has no such kernel; any other for what fails.
     pub fn get(cache: &Cache, apt: &Apt, choice: KernelChoice) -> Result<Self> {
-        let old_release = apt.codename() == "bookworm";
+        let old_release = apt.codename() == KERNEL_FROM_BACKPORTS;
         let backports = format!("{}-backports", apt.codename());
         let meta = match (choice, old_release) {
             (KernelChoice::Default, true) => apt.find(META, Some(&backports))?,

@@ -34,12 +34,20 @@ pub(crate) fn machine_sources(etc_apt: &Path) -> Vec<Source> {
     sources
 }
 
+/// Whether a release's backports are used. Not every release has them, and apt fails on a suite
+/// that is not there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Backports {
+    Added,
+    LeftOut,
+}
+
 /// The sources for one release, in deb822 form: everything that has a suite of `codename` (its
-/// updates and security suites among them), and `codename-backports` from the same place as the
-/// main suite. `None` if the machine has no source of that release.
-pub(crate) fn for_release(sources: &[Source], codename: &str) -> Option<String> {
+/// updates and security suites among them), and, if asked for, `codename-backports` from the same
+/// place as the main suite. `None` if the machine has no source of that release.
+pub(crate) fn for_release(sources: &[Source], codename: &str, backports: Backports) -> Option<String> {
     let mut text = String::new();
-    let mut backports = None;
+    let mut main = None;
     for source in sources {
         let belongs = |suite: &&String| {
             let name = suite.split('/').next().unwrap_or(suite);
@@ -53,7 +61,7 @@ pub(crate) fn for_release(sources: &[Source], codename: &str) -> Option<String> 
             continue;
         }
         if suites.iter().any(|suite| suite == codename) {
-            backports.get_or_insert_with(|| Source {
+            main.get_or_insert_with(|| Source {
                 suites: vec![format!("{codename}-backports")],
                 ..source.clone()
             });
@@ -70,7 +78,11 @@ pub(crate) fn for_release(sources: &[Source], codename: &str) -> Option<String> 
             .paragraph();
         }
     }
-    Some(text + &backports?.paragraph())
+    let main = main?;
+    Some(match backports {
+        Backports::Added => text + &main.paragraph(),
+        Backports::LeftOut => text,
+    })
 }
 
 impl Source {
@@ -183,14 +195,19 @@ mod tests {
             one_line("deb http://mirror/security bookworm-security main").unwrap(),
             one_line("deb http://vendor/x other main").unwrap(),
         ];
-        let text = for_release(&sources, "bookworm").unwrap();
+        let text = for_release(&sources, "bookworm", Backports::Added).unwrap();
         assert!(
             text.contains("URIs: http://mirror/debian\nSuites: bookworm-backports\n"),
             "{text}"
         );
         assert!(text.contains("Suites: bookworm-security"));
         assert!(!text.contains("vendor"));
-        assert_eq!(for_release(&sources, "trixie"), None);
+        let own = for_release(&sources, "bookworm", Backports::LeftOut).unwrap();
+        assert!(
+            own.contains("Suites: bookworm\n") && !own.contains("backports"),
+            "{own}"
+        );
+        assert_eq!(for_release(&sources, "trixie", Backports::LeftOut), None);
     }
 
     #[test]
