@@ -97,7 +97,6 @@ fn installed(program: &str) -> bool {
 
 fn install(packages: &[&str]) -> anyhow::Result<()> {
     eprintln!("installing Debian packages: {}", packages.join(" "));
-    apt(&["update", "-q"])?;
     let mut arguments = vec!["install", "-y", "-q", "--no-install-recommends"];
     let suite = backports_suite();
     if let Some(suite) = suite
@@ -108,28 +107,37 @@ fn install(packages: &[&str]) -> anyhow::Result<()> {
         arguments.extend(["-t", suite]);
     }
     arguments.extend(packages);
-    apt(&arguments)
+    // One source of many may be gone while the others have what is needed.
+    if let Err(error) = apt(&["update", "-q"], &arguments) {
+        eprintln!("{error:#}");
+    }
+    apt(&arguments, &arguments)
 }
 
-fn apt(arguments: &[&str]) -> anyhow::Result<()> {
-    let mut command = if nix::unistd::geteuid().is_root() {
-        Command::new("apt-get")
-    } else {
-        let mut sudo = Command::new("sudo");
-        sudo.arg("apt-get");
-        sudo
-    };
-    command
+/// Runs apt-get as root. What fails says how to install by hand, by `install`.
+fn apt(arguments: &[&str], install: &[&str]) -> anyhow::Result<()> {
+    let root = nix::unistd::geteuid().is_root();
+    let by_hand = || format!("as root, run: apt-get update && apt-get {}", install.join(" "));
+    if !installed("apt-get") {
+        bail!("there is no apt-get: this needs Debian");
+    }
+    if !root && !installed("sudo") {
+        bail!("you are not root and there is no sudo: {}", by_hand());
+    }
+    let mut command = Command::new(if root { "apt-get" } else { "sudo" });
+    if !root {
+        command.arg("apt-get");
+    }
+    let status = command
         .args(arguments)
         .env("DEBIAN_FRONTEND", "noninteractive")
-        .stdout(Stdio::null());
-    let status = command
+        .stdout(Stdio::null())
         .status()
-        .context("cannot run apt-get: this needs Debian, and sudo if you are not root")?;
+        .context("cannot run apt-get")?;
     if status.success() {
         Ok(())
     } else {
-        bail!("apt-get {} failed ({status})", arguments.join(" "))
+        bail!("apt-get failed ({status}); {}", by_hand())
     }
 }
 
