@@ -2,11 +2,11 @@
 
 use std::io;
 
-/// Why the guest cannot be booted.
+/// Why the guest cannot be booted; messages begin with the field of the spec that is at fault.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// The file cannot be read.
-    #[error("cannot read the {file}")]
+    #[error("boot.{file}: cannot read the {file}")]
     Read {
         /// `kernel` or `initrd`.
         file: &'static str,
@@ -15,7 +15,7 @@ pub enum BootError {
         source: io::Error,
     },
     /// The file ends before something that its headers promise.
-    #[error("the {file} is truncated: bytes {offset} to {end} are needed, it has {size}")]
+    #[error("boot.{file}: the {file} is truncated: bytes {offset} to {end} are needed, it has {size}")]
     Truncated {
         /// `kernel` or `initrd`.
         file: &'static str,
@@ -27,25 +27,25 @@ pub enum BootError {
         size: u64,
     },
     /// Neither ELF nor bzImage.
-    #[error("the kernel is neither an ELF file nor a bzImage")]
+    #[error("boot.kernel: the kernel is neither an ELF file nor a bzImage")]
     Unknown,
     /// An ELF file that is no x86-64 executable.
-    #[error("the kernel's ELF header is not that of an x86-64 executable: {0}")]
+    #[error("boot.kernel: the kernel's ELF header is not that of an x86-64 executable: {0}")]
     Elf(&'static str),
     /// An ELF file without the PVH entry point.
-    #[error("the kernel's ELF file has no PVH entry point (XEN_ELFNOTE_PHYS32_ENTRY)")]
+    #[error("boot.kernel: the kernel's ELF file has no PVH entry point (XEN_ELFNOTE_PHYS32_ENTRY)")]
     NoPvhNote,
     /// An entry point outside what was loaded.
-    #[error("the kernel's entry point {0:#x} lies outside the kernel")]
+    #[error("boot.kernel: the kernel's entry point {0:#x} lies outside the kernel")]
     EntryOutside(u64),
     /// A bzImage of a form that cannot be booted.
-    #[error("the kernel's bzImage header cannot be booted: {0}")]
+    #[error("boot.kernel: the kernel's bzImage header cannot be booted: {0}")]
     BzImage(&'static str),
     /// A part of the kernel below 1 MiB, where boot data lies.
-    #[error("the kernel wants to be loaded at {0:#x}; addresses below 0x100000 hold boot data")]
+    #[error("boot.kernel: the kernel wants to be loaded at {0:#x}; addresses below 0x100000 hold boot data")]
     TooLow(u64),
     /// Guest memory ends before the kernel does.
-    #[error("the kernel needs guest memory up to {need:#x}, it ends at {end:#x}")]
+    #[error("memory: the kernel needs guest memory up to {need:#x}, it ends at {end:#x}")]
     MemoryTooSmall {
         /// End (exclusive) of what the kernel needs.
         need: u64,
@@ -53,7 +53,7 @@ pub enum BootError {
         end: u64,
     },
     /// The initrd does not fit beside the kernel.
-    #[error("the initrd is {size} bytes, guest memory has room for {room}")]
+    #[error("boot.initrd: the initrd is {size} bytes, guest memory has room for {room}")]
     InitrdTooLarge {
         /// Bytes of the file.
         size: u64,
@@ -61,10 +61,10 @@ pub enum BootError {
         room: u64,
     },
     /// The command line is too long.
-    #[error("the kernel command line is {0} bytes, at most 2047 are possible")]
+    #[error("boot.cmdline: the kernel command line is {0} bytes, at most 2047 are possible")]
     CmdlineTooLong(usize),
     /// The command line has a NUL inside.
-    #[error("the kernel command line contains a NUL byte")]
+    #[error("boot.cmdline: the kernel command line contains a NUL byte")]
     CmdlineNul,
     /// The ACPI tables outgrew their place.
     #[error("ACPI tables of {0} bytes do not fit their place")]

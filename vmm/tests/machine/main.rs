@@ -195,7 +195,10 @@ fn refusal(guest: Guest) -> (String, String, String) {
 
 fn no_kernel() -> Outcome {
     let (what, _, hint) = refusal(Guest::new(&[0; 8192]));
-    assert_eq!(what, "the kernel is neither an ELF file nor a bzImage");
+    assert_eq!(
+        what,
+        "boot.kernel: the kernel is neither an ELF file nor a bzImage"
+    );
     assert!(hint.contains("vmlinux"));
     let mut elf = Code::default().spin().elf();
     elf[0x108] = 0;
