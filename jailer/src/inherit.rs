@@ -14,11 +14,14 @@ static TAKEN: Mutex<Vec<i32>> = Mutex::new(Vec::new());
 /// Owns the inherited descriptor `number`, and makes it close at exec.
 ///
 /// # Errors
-/// When it is not open, is below 3, or was taken before.
+/// When it is not open or below 3 (EBADF), or was taken before (EBUSY).
 pub fn take(number: FdNumber) -> io::Result<OwnedFd> {
     let mut taken = TAKEN.lock().unwrap_or_else(|e| e.into_inner());
-    if number.0 < 3 || taken.contains(&number.0) {
+    if number.0 < 3 {
         return Err(Errno::EBADF.into());
+    }
+    if taken.contains(&number.0) {
+        return Err(Errno::EBUSY.into());
     }
     // SAFETY: the number is borrowed only to ask whether it is open.
     let borrowed = unsafe { BorrowedFd::borrow_raw(number.0) };

@@ -399,8 +399,15 @@ fn open_tap(device: &Device, tap: &Tap) -> Result<tap::Opened, Failure> {
                 .because(&e)
                 .hint(hint)
         }),
-        Tap::Inherited(fd) => tap::inherited(*fd)
-            .map_err(|e| Failure::host(format!("{field}.tap-fd: cannot use descriptor {fd}")).because(&e)),
+        Tap::Inherited(fd) => tap::inherited(*fd).map_err(|e| {
+            let hint = match &e {
+                tap::TapError::BusyDescriptor => "give each NIC a TAP of its own",
+                _ => "start bulkhead with an open TAP at this number (TUNSETIFF done)",
+            };
+            Failure::host(format!("{field}.tap-fd: cannot use descriptor {fd}"))
+                .because(&e)
+                .hint(hint)
+        }),
         Tap::Private(address, prefix) => {
             tap::private(field, *address, *prefix).map_err(|e| no_private_tap(field, &e))
         }

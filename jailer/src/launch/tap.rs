@@ -4,6 +4,7 @@
 
 use crate::sandbox::caps;
 use nix::errno::Errno;
+use nix::net::if_::if_nametoindex;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
@@ -14,13 +15,13 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::path::Path;
 use std::rc::Rc;
 
 /// The name of a TAP in a namespace of its own.
 pub(crate) const PRIVATE_NAME: &str = "tap0";
 
 nix::ioctl_write_ptr_bad!(tun_set_iff, libc::TUNSETIFF as libc::c_int, libc::ifreq);
+nix::ioctl_read_bad!(tun_get_iff, libc::TUNGETIFF as libc::c_int, libc::ifreq);
 nix::ioctl_write_ptr_bad!(set_address, libc::SIOCSIFADDR as libc::c_int, libc::ifreq);
 nix::ioctl_write_ptr_bad!(set_netmask, libc::SIOCSIFNETMASK as libc::c_int, libc::ifreq);
 nix::ioctl_write_ptr_bad!(set_flags, libc::SIOCSIFFLAGS as libc::c_int, libc::ifreq);
@@ -75,6 +76,10 @@ pub(crate) enum TapError {
     Namespace(String),
     #[error("it is not open")]
     NotOpen(#[source] io::Error),
+    #[error("it is busy: another NIC of this VM has it")]
+    BusyDescriptor,
+    #[error("it is no TAP with an interface")]
+    NoTap(#[source] Errno),
 }
 
 /// Attaches to the interface `name`, which must exist.
@@ -82,8 +87,9 @@ pub(crate) fn open_existing(name: &str) -> Result<Opened, TapError> {
     if name.is_empty() || name.len() > 15 || name.contains('/') || name.starts_with('.') {
         return Err(TapError::Name(name.to_owned()));
     }
-    // TUNSETIFF would make one that does not exist.
-    if !Path::new("/sys/class/net").join(name).exists() {
+    // TUNSETIFF would make one that does not exist. Not looked for in /sys, which may be mounted in
+    // another network namespace than ours.
+    if if_nametoindex(name).is_err() {
         return Err(TapError::Missing(name.to_owned()));
     }
     attach(name).map(Opened::Ready)
@@ -91,7 +97,14 @@ pub(crate) fn open_existing(name: &str) -> Result<Opened, TapError> {
 
 /// Takes over a TAP that whoever started us opened.
 pub(crate) fn inherited(fd: i32) -> Result<Opened, TapError> {
-    let fd = crate::inherit::take(vm_spec::control::FdNumber(fd)).map_err(TapError::NotOpen)?;
+    let busy = |e: &io::Error| e.raw_os_error() == Some(libc::EBUSY);
+    let fd = crate::inherit::take(vm_spec::control::FdNumber(fd)).map_err(|e| match busy(&e) {
+        true => TapError::BusyDescriptor,
+        false => TapError::NotOpen(e),
+    })?;
+    let mut about = request_for("");
+    // SAFETY: `about` is a live ifreq, which TUNGETIFF fills in.
+    unsafe { tun_get_iff(fd.as_raw_fd(), &raw mut about) }.map_err(TapError::NoTap)?;
     Ok(Opened::Ready(fd))
 }
 
