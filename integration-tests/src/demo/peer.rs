@@ -61,6 +61,12 @@ impl Peer {
         }
     }
 
+    /// The process in whose namespaces the TAP is.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
     /// Lets the page go to the guest.
     pub(super) fn answer(&mut self) -> anyhow::Result<()> {
         self.socket.write_all(&[GO]).context("the peer is gone")

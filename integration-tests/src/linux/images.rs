@@ -11,7 +11,13 @@ use std::path::{Path, PathBuf};
 /// The environment variable that names a file with [`Images`] as JSON, for places with no network.
 pub const IMAGES: &str = "BULKHEAD_TEST_IMAGES";
 const SCRIPT: &str = include_str!("init.sh");
-const MODULES: &[&str] = &["virtio_pci", "virtio_blk", "virtio_net", "af_packet"];
+const MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "af_packet",
+    "pvpanic_mmio",
+];
 
 /// One kernel with what it boots.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -25,4 +25,9 @@ if [ -n "$reboots" ]; then
     fi
 fi
 say end
+case "$(option guest.end)" in
+panic) echo c > /proc/sysrq-trigger ;;
+reboot) busybox reboot -f ;;
+shell) busybox setsid busybox cttyhack busybox sh ;;
+esac
 busybox poweroff -f

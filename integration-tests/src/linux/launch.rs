@@ -10,6 +10,7 @@ use crate::suite::artifact;
 use anyhow::{Context, ensure};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use vm_spec::size::ByteSize;
@@ -48,8 +49,33 @@ pub struct Launch {
     pub page: Option<String>,
     /// How often the guest reboots itself before it powers off.
     pub reboots: u32,
+    /// Further words of the kernel's command line.
+    pub words: &'static str,
+    /// Size of the pages behind its RAM in bytes.
+    pub huge_pages: Option<u64>,
+    /// Who runs it, if not this user; see [`Work::give_to`].
+    pub user: Option<u32>,
     /// How long it may take.
     pub deadline: Duration,
+}
+
+impl Launch {
+    /// By PVH, one CPU, 128 MiB, no device.
+    #[must_use]
+    pub fn small(deadline: Duration) -> Self {
+        Self {
+            loader: Loader::Pvh,
+            cpus: 1,
+            memory_mib: 128,
+            disk: None,
+            page: None,
+            reboots: 0,
+            words: "",
+            huge_pages: None,
+            user: None,
+            deadline,
+        }
+    }
 }
 
 /// What became of it.
@@ -80,17 +106,40 @@ impl Work {
     /// The file system's.
     pub fn new(kernel: &KernelImages) -> anyhow::Result<Self> {
         let folder = tempfile::Builder::new().prefix("linux-").tempdir()?;
-        let mut kernel = kernel.clone();
+        let mut work = Self {
+            folder,
+            kernel: kernel.clone(),
+        };
         if std::env::var_os(NESTED).is_some() {
-            for path in [&mut kernel.elf, &mut kernel.bzimage, &mut kernel.initrd] {
-                let copy = folder
-                    .path()
-                    .join(path.file_name().context("an image without a name")?);
+            work.copy_images()?;
+        }
+        Ok(work)
+    }
+
+    fn copy_images(&mut self) -> anyhow::Result<()> {
+        let kernel = &mut self.kernel;
+        for path in [&mut kernel.elf, &mut kernel.bzimage, &mut kernel.initrd] {
+            let name = path.file_name().context("an image without a name")?;
+            let copy = self.folder.path().join(name);
+            if *path != copy {
                 std::fs::copy(&*path, &copy)?;
                 *path = copy;
             }
         }
-        Ok(Self { folder, kernel })
+        Ok(())
+    }
+
+    /// Makes the folder, everything in it and the images a user's own, for [`Launch::user`].
+    ///
+    /// # Errors
+    /// Only root may.
+    pub fn give_to(&mut self, user: u32) -> anyhow::Result<()> {
+        self.copy_images()?;
+        chown(self.path(), Some(user), Some(user))?;
+        for entry in std::fs::read_dir(self.path())? {
+            chown(entry?.path(), Some(user), Some(user))?;
+        }
+        Ok(())
     }
 
     /// The folder.
@@ -116,15 +165,14 @@ impl Work {
             // bulkhead inherits the TAP under the number that the spec names.
             fcntl(&peer.tap, FcntlArg::F_SETFD(FdFlag::empty()))?;
         }
-        let spec = self.spec(launch, peer.as_ref());
-        let file = self.path().join("guest.toml");
-        std::fs::write(&file, toml::to_string(&spec)?)?;
+        let file = self.write_spec(launch, peer.as_ref())?;
         let bulkhead = artifact(Artifact::Bulkhead)?.to_string_lossy();
         let mut job = Job::new(&[&bulkhead, "run", &file.to_string_lossy()], launch.deadline);
         job.environment.insert(
             "XDG_RUNTIME_DIR".to_owned(),
             self.path().to_string_lossy().into_owned(),
         );
+        job.user = launch.user;
         let (mut console, mut stderr) = (Vec::new(), Vec::new());
         let ended = run_here(&job, &mut |stream, bytes| match stream {
             Stream::Out => console.extend_from_slice(bytes),
@@ -140,12 +188,22 @@ impl Work {
         })
     }
 
+    /// Writes the spec of a run, as a person would.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn write_spec(&self, launch: &Launch, peer: Option<&Peer>) -> anyhow::Result<PathBuf> {
+        let file = self.path().join("guest.toml");
+        std::fs::write(&file, toml::to_string(&self.spec(launch, peer))?)?;
+        Ok(file)
+    }
+
     fn spec(&self, launch: &Launch, peer: Option<&Peer>) -> VmSpec {
         let kernel = match launch.loader {
             Loader::Pvh => self.kernel.elf.clone(),
             Loader::BzImage => self.kernel.bzimage.clone(),
         };
-        let mut cmdline = "console=ttyS0 quiet mitigations=off panic=-1".to_owned();
+        let mut cmdline = format!("console=ttyS0 quiet mitigations=off panic=-1 {}", launch.words);
         if launch.reboots > 0 {
             cmdline += &format!(" guest.reboots={}", launch.reboots);
         }
@@ -158,7 +216,7 @@ impl Work {
             },
             cpus: launch.cpus,
             memory: ByteSize(launch.memory_mib << 20),
-            huge_pages: None,
+            huge_pages: launch.huge_pages.map(ByteSize),
             disks: launch.disk.iter().map(disk_spec).collect(),
             nets: peer
                 .map(|peer| net_spec(peer.tap.as_raw_fd()))

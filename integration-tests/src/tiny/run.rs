@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tempfile::TempDir;
-use vm_spec::run_state::{FILE_NAME, ProcessState, RunState};
+use vm_spec::run_state::{FILE_NAME, RunState};
 
 const NAME: &str = "test";
 /// Between two looks at the run-time folder.
@@ -63,6 +63,7 @@ impl Run {
             .args(["run", "--name", NAME])
             .args(flags)
             .env("XDG_RUNTIME_DIR", folder.path())
+            .env("TMPDIR", folder.path())
             .stdout(Stdio::piped());
         let mut process = Process::start_with_input(command, Stdio::piped())?;
         let stdout = process.child().stdout.take().context("no stdout")?;
@@ -80,6 +81,12 @@ impl Run {
     pub fn press(&mut self, key: u8) -> Result<()> {
         let input = self.process.child().stdin.as_mut().context("no stdin")?;
         Ok(input.write_all(&[key])?)
+    }
+
+    /// Where its run-time folder and temporary files are.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
     }
 
     /// The VM's run-time folder; gone once it is over.
@@ -125,46 +132,6 @@ impl Run {
         self.console.finish(deadline)?;
         Ok(status)
     }
-
-    /// Waits until no process and no file of the VM is left.
-    ///
-    /// # Errors
-    /// Naming what is left after `deadline`.
-    pub fn wait_gone(&mut self, state: &RunState, deadline: Duration) -> Result<()> {
-        let end = Instant::now() + deadline;
-        loop {
-            // Reaps the spawner: until then it is there, if only as a zombie.
-            self.process.alive()?;
-            let mut left: Vec<_> = state
-                .processes
-                .iter()
-                .filter(|process| runs(process))
-                .map(describe)
-                .collect();
-            if self.run_folder().exists() {
-                left.push(self.run_folder().display().to_string());
-            }
-            if left.is_empty() {
-                return Ok(());
-            }
-            ensure!(
-                Instant::now() < end,
-                "left after {deadline:?}: {}",
-                left.join(", ")
-            );
-            thread::sleep(LOOK);
-        }
-    }
-}
-
-fn describe(process: &ProcessState) -> String {
-    format!("process {} ({})", process.pid, process.name)
-}
-
-/// Whether the process is there and no zombie (one that init has yet to reap).
-fn runs(process: &ProcessState) -> bool {
-    let status = Path::new("/proc").join(process.pid.to_string()).join("status");
-    fs::read_to_string(status).is_ok_and(|status| !status.contains("State:\tZ"))
 }
 
 impl Drop for Run {

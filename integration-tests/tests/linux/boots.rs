@@ -98,8 +98,7 @@ fn boot(case: Case) -> Result<()> {
         memory_mib: case.memory_mib,
         disk: disk.as_ref().map(|(path, _)| Disk::Qcow2(path.clone())),
         page: page.clone(),
-        reboots: 0,
-        deadline: BOOT,
+        ..Launch::small(BOOT)
     };
     let ran = work.run(&launch)?;
     ran.expect_power_off()?;
@@ -153,15 +152,7 @@ fn every_pair() -> Result<()> {
 fn launches(count: u32) -> Result<()> {
     Host::need_linux_kvm()?;
     let work = Work::new(default_kernel()?)?;
-    let launch = Launch {
-        loader: Loader::Pvh,
-        cpus: 1,
-        memory_mib: 128,
-        disk: None,
-        page: None,
-        reboots: 0,
-        deadline: BOOT,
-    };
+    let launch = Launch::small(BOOT);
     for _ in 0..count {
         work.run(&launch)?.expect_power_off()?;
     }
@@ -173,13 +164,9 @@ fn reboots(count: u32) -> Result<()> {
     let work = Work::new(default_kernel()?)?;
     let (disk, sum) = pattern::make_disk(work.path())?;
     let launch = Launch {
-        loader: Loader::Pvh,
-        cpus: 1,
-        memory_mib: 128,
         disk: Some(Disk::Qcow2(disk.clone())),
-        page: None,
         reboots: count,
-        deadline: BOOT * (count + 1),
+        ..Launch::small(BOOT * (count + 1))
     };
     let ran = work.run(&launch)?;
     ran.expect_power_off()?;

@@ -1,6 +1,8 @@
 //! Debian's kernels as guests of `bulkhead run`: on hardware KVM, or in the nested runner.
 
 mod boots;
+mod ends;
+mod hosts;
 mod others;
 
 use anyhow::Result;
@@ -13,6 +15,8 @@ fn main() -> ExitCode {
     integration_tests::demo::peer::intercept();
     let mut tests = Vec::new();
     tests.extend(boots::tests());
+    tests.extend(ends::tests());
+    tests.extend(hosts::tests());
     tests.extend(others::tests());
     integration_tests::suite::run(tests)
 }

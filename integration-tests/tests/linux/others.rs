@@ -4,7 +4,7 @@ use crate::boots::BOOT;
 use crate::default_kernel;
 use anyhow::{Context, Result, ensure};
 use integration_tests::host::Host;
-use integration_tests::linux::{Disk, Launch, Loader, Work, pattern};
+use integration_tests::linux::{Disk, Launch, Work, pattern};
 use integration_tests::process::Process;
 use integration_tests::suite::test_within;
 use libtest_mimic::Trial;
@@ -32,13 +32,9 @@ fn storage_daemon() -> Result<()> {
     // One front end at a time: it is not connected to before bulkhead does, only looked for.
     wait_for(&socket)?;
     let launch = Launch {
-        loader: Loader::Pvh,
         cpus: 2,
-        memory_mib: 128,
         disk: Some(Disk::Socket(socket)),
-        page: None,
-        reboots: 0,
-        deadline: BOOT,
+        ..Launch::small(BOOT)
     };
     let ran = work.run(&launch)?;
     ran.expect_power_off()?;

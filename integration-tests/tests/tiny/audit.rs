@@ -1,10 +1,11 @@
 //! `bulkhead audit` on this host: as whoever runs the tests, and as a user who owns nothing.
 
-use super::jails::{Lent, NOBODY, Place, become_nobody};
+use super::jails::Place;
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     artifacts::{Artifact, workspace},
     host::Host,
+    lent::{Lent, NOBODY, become_nobody},
     suite::{Skip, artifact, test_within},
 };
 use libtest_mimic::Trial;

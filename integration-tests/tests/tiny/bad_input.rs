@@ -1,10 +1,11 @@
 //! Wrong input, one test each: what the message says, and which field it names.
 
-use super::jails::{Place, become_nobody};
+use super::jails::Place;
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
+    lent::{NOBODY, become_nobody},
     suite::{Skip, artifact, test},
     tiny::Run,
 };
@@ -28,6 +29,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     tests.push(test("bad_input::kvm_not_permitted", kvm_not_permitted));
     tests.push(test("bad_input::stock_kernel_on_software_kvm", stock_kernel));
     tests.push(test("bad_input::kernel_larger_than_memory", kernel_too_large));
+    tests.push(test("bad_input::unknown_key_in_a_file", unknown_key));
     let back_ends: [(&str, Conduct, &[&str]); 3] = [
         ("exits_at_once", drop, &["disk0", "closed"]),
         ("hangs_in_the_handshake", hang, &["disk0", "GET_FEATURES"]),
@@ -54,8 +56,8 @@ fn in_other_dev(script: &str, words: &[&str]) -> Result<()> {
     let become_nobody = become_nobody(&place.path("bulkhead"));
     chown(
         runtime.path(),
-        Some(Uid::from_raw(super::jails::NOBODY)),
-        Some(Gid::from_raw(super::jails::NOBODY)),
+        Some(Uid::from_raw(NOBODY)),
+        Some(Gid::from_raw(NOBODY)),
     )?;
     command
         .arg(become_nobody.get_program())
@@ -110,7 +112,21 @@ fn kernel_too_large() -> Result<()> {
     fs::write(&path, image)?;
     says(
         Run::with_flags(&[kernel(&path), "--memory=64M".to_owned()])?,
-        &["kernel needs guest memory", "more memory"],
+        &["bulkhead: memory: ", "kernel needs guest memory", "more memory"],
+    )
+}
+
+fn unknown_key() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("vm.toml");
+    fs::write(
+        &path,
+        "cpus = 1\n[boot]\nkernel = \"k\"\n\n[[disk]]\n  pth = \"x\"\n",
+    )?;
+    let place = format!("{}:6:3", path.display());
+    says(
+        Run::with_flags(&[path.display().to_string()])?,
+        &[&place, "unknown field `pth`", "did you mean 'path'?"],
     )
 }
 
@@ -172,7 +188,7 @@ fn flags_alone() -> Vec<Trial> {
                 flags.push("--memory=64M".to_owned());
                 Ok(flags)
             },
-            &["initrd is 268435456 bytes", "more memory"],
+            &["boot.initrd: ", "initrd is 268435456 bytes", "more memory"],
         ),
         (
             "backing_file_outside",
@@ -246,7 +262,7 @@ fn flags_alone() -> Vec<Trial> {
         (
             "memory_too_small",
             |_| with("--memory=1M".to_owned()),
-            &["memory"],
+            &["memory: 1M is not between 32M"],
         ),
         (
             "unknown_key",
@@ -275,7 +291,7 @@ fn refused(flags: fn(&Path) -> Result<Vec<String>>, words: &[&str]) -> Result<()
 }
 
 /// Refused, soon, with a message that names the field and the cause, and with no guest started.
-fn says(mut run: Run, words: &[&str]) -> Result<()> {
+pub(crate) fn says(mut run: Run, words: &[&str]) -> Result<()> {
     let status = run.wait(DEADLINE)?;
     let message = run.process.stderr()?;
     ensure!(!status.success(), "{status}: {message}");

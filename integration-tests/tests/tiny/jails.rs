@@ -1,23 +1,22 @@
 //! Every jailed process while its guest runs, seen from outside: started by whoever runs the
 //! tests, and by a user who owns nothing.
 
+use super::descriptors::exact;
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
+    lent::{Lent, NOBODY, become_nobody},
     suite::{Skip, artifact, test},
     tiny::Run,
 };
 use libtest_mimic::Trial;
 use nix::unistd::{Gid, Uid, chown};
 use std::{
-    collections::BTreeSet,
     fs::{self, File, Permissions},
-    io::Write,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
-    sync::{Mutex, MutexGuard, PoisonError},
+    process::Command,
     time::Duration,
 };
 use tempfile::TempDir;
@@ -25,10 +24,6 @@ use vm_spec::run_state::{ProcessRole, ProcessState};
 
 const DEADLINE: Duration = Duration::from_secs(20);
 const NAMESPACES: [&str; 7] = ["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"];
-/// A user that owns nothing here.
-pub(crate) const NOBODY: u32 = 54_321;
-/// Device nodes that a launcher opens.
-const DEVICES: [&str; 2] = ["/dev/kvm", "/dev/net/tun"];
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
@@ -58,7 +53,9 @@ fn as_self() -> Result<()> {
     Host::need_kvm()?;
     let folder = tempfile::tempdir()?;
     let flags = flags(folder.path(), artifact(Artifact::TinyGuest)?)?;
-    jails(Run::with_flags(&flags)?)
+    let bulkhead = || artifact(Artifact::Bulkhead).map(Command::new);
+    let printed = dry_run(bulkhead()?, &flags)?;
+    jails(Run::with_flags(&flags)?, &printed)
 }
 
 fn as_nobody() -> Result<()> {
@@ -75,17 +72,17 @@ fn as_nobody() -> Result<()> {
         Some(Uid::from_raw(NOBODY)),
         Some(Gid::from_raw(NOBODY)),
     )?;
-    jails(Run::by(become_nobody(&place.path("bulkhead")), runtime, &flags)?)
+    let bulkhead = || become_nobody(&place.path("bulkhead"));
+    let printed = dry_run(bulkhead(), &flags)?;
+    jails(Run::by(bulkhead(), runtime, &flags)?, &printed)
 }
 
-/// `program` as [`NOBODY`].
-pub(crate) fn become_nobody(program: &Path) -> Command {
-    let mut command = Command::new("setpriv");
-    command
-        .args([format!("--reuid={NOBODY}"), format!("--regid={NOBODY}")])
-        .arg("--clear-groups")
-        .arg(program);
-    command
+/// What `--dry-run` prints.
+fn dry_run(mut command: Command, flags: &[String]) -> Result<String> {
+    let output = command.args(["run", "--dry-run"]).args(flags).output()?;
+    let words = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{}: {words}", output.status);
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 /// A folder that everyone can read, with every artifact: cargo's may be closed.
@@ -108,66 +105,8 @@ impl Place {
     }
 }
 
-/// Access to the device nodes by ACL, taken back when dropped.
-pub(crate) struct Lent {
-    before: Vec<u8>,
-    _turn: MutexGuard<'static, ()>,
-}
-
-/// Tests that run at the same time must not take back each other's access.
-static LENDING: Mutex<()> = Mutex::new(());
-
-impl Lent {
-    pub(crate) fn to(user: u32) -> Result<Self> {
-        let devices: Vec<_> = DEVICES
-            .into_iter()
-            .filter(|device| Path::new(device).exists())
-            .collect();
-        // What a failed test left is still in order: its access was taken back.
-        let turn = LENDING.lock().unwrap_or_else(PoisonError::into_inner);
-        let getfacl = Command::new("getfacl")
-            .arg("--absolute-names")
-            .args(&devices)
-            .output();
-        let before = match getfacl {
-            Ok(output) if output.status.success() => output.stdout,
-            _ => bail!(Skip("the package acl is not installed".to_owned())),
-        };
-        let lent = Self { before, _turn: turn };
-        let entry = format!("u:{user}:rw");
-        let status = Command::new("setfacl")
-            .args(["-m", &entry])
-            .args(&devices)
-            .status()?;
-        ensure!(status.success(), "setfacl: {status}");
-        Ok(lent)
-    }
-}
-
-impl Drop for Lent {
-    fn drop(&mut self) {
-        let restore = || -> Result<()> {
-            let mut setfacl = Command::new("setfacl")
-                .arg("--restore=-")
-                .stdin(Stdio::piped())
-                .spawn()?;
-            setfacl
-                .stdin
-                .take()
-                .context("setfacl has no input")?
-                .write_all(&self.before)?;
-            let status = setfacl.wait()?;
-            ensure!(status.success(), "setfacl: {status}");
-            Ok(())
-        };
-        if let Err(error) = restore() {
-            eprintln!("cannot take back the access to {DEVICES:?}: {error:#}");
-        }
-    }
-}
-
 /// Each jailed process, as the kernel sees it while the guest runs.
-fn jails(mut run: Run) -> Result<()> {
+fn jails(mut run: Run, printed: &str) -> Result<()> {
     run.console
         .wait_line("ready=1", DEADLINE)
         .with_context(|| run.process.stderr().unwrap_or_default())?;
@@ -180,7 +119,8 @@ fn jails(mut run: Run) -> Result<()> {
         );
     }
     for process in jailed {
-        jail(process).with_context(|| format!("process {} ({})", process.pid, process.name))?;
+        let looked = jail(process).and_then(|()| exact(process, &state, printed));
+        looked.with_context(|| format!("process {} ({})", process.pid, process.name))?;
     }
     Ok(())
 }
@@ -196,6 +136,7 @@ fn jail(process: &ProcessState) -> Result<()> {
             "CapPrm:\t0000000000000000",
             "CapEff:\t0000000000000000",
             "CapAmb:\t0000000000000000",
+            "CapBnd:\t0000000000000000",
         ] {
             ensure!(
                 status.lines().any(|have| have == line),
@@ -212,39 +153,5 @@ fn jail(process: &ProcessState) -> Result<()> {
     }
     let root: Vec<_> = fs::read_dir(proc.join("root"))?.collect();
     ensure!(root.is_empty(), "its root holds {root:?}");
-    let given = |number: i32| process.fds.iter().any(|fd| fd.number == number);
-    let mut printed = BTreeSet::new();
-    let mut others = Vec::new();
-    for entry in fs::read_dir(proc.join("fd"))? {
-        let entry = entry?;
-        let number: i32 = entry.file_name().to_string_lossy().parse()?;
-        let target = fs::read_link(entry.path())?.to_string_lossy().into_owned();
-        if given(number) {
-            printed.insert(target);
-        } else {
-            others.push((number, target));
-        }
-    }
-    let per_device = if process.role == ProcessRole::Vmm { 2 } else { 1 };
-    // What it made itself after exec has no name in any file system, or is another descriptor of
-    // what it was given. Besides there is each device's request channel (SET_BACKEND_REQ_FD): the
-    // vmm has both ends, since locked down it makes no socket for a successor; the device
-    // process has been given one.
-    others.retain(|(_, target)| {
-        !target.starts_with("anon_inode:") && !target.starts_with("/memfd:") && !printed.contains(target)
-    });
-    let devices = process
-        .fds
-        .iter()
-        .filter(|fd| fd.what.starts_with("vhost-user socket"));
-    let channels = others
-        .iter()
-        .filter(|(_, target)| target.starts_with("socket:"))
-        .count();
-    let only_channels = channels == others.len() && channels <= per_device * devices.count();
-    ensure!(
-        others.is_empty() || only_channels,
-        "--dry-run does not print {others:?}"
-    );
     Ok(())
 }

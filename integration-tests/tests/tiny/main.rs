@@ -2,21 +2,28 @@
 
 mod audit;
 mod bad_input;
+mod descriptors;
 mod ends;
 mod fixture;
 mod jails;
 mod run;
+mod taps;
+mod terminal;
+mod traces;
 mod work;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    integration_tests::demo::peer::intercept();
     let mut tests = Vec::new();
     tests.extend(audit::tests());
     tests.extend(bad_input::tests());
     tests.extend(ends::tests());
     tests.extend(jails::tests());
     tests.extend(run::tests());
+    tests.extend(taps::tests());
+    tests.extend(terminal::tests());
     tests.extend(work::tests());
     integration_tests::suite::run(tests)
 }

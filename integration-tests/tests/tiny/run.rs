@@ -1,23 +1,34 @@
 //! `bulkhead run` with the tiny guest: exit codes, jails, and what is left behind.
 
+use super::{jails::Place, traces::Traces};
 use anyhow::{Context, Result, ensure};
 use integration_tests::{
     host::Host,
+    lent::{Lent, NOBODY, become_nobody},
     suite::{Skip, test},
     tiny::Run,
 };
 use libtest_mimic::Trial;
 use nix::{
     sys::signal::{Signal, kill},
-    unistd::Pid,
+    unistd::{Pid, Uid},
 };
-use std::{fs::File, path::Path, time::Duration};
+use std::{
+    fs::File,
+    os::unix::fs::chown,
+    path::Path,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
 use tempfile::TempDir;
 use vm_spec::{control::exit_code, run_state::ProcessRole, spec::OnDeviceDeath};
 
 const DEADLINE: Duration = Duration::from_secs(20);
 /// Nothing is left this long after a process was killed.
 const GONE: Duration = Duration::from_secs(2);
+/// Between two looks at what is left.
+const LOOK: Duration = Duration::from_millis(10);
 
 pub(crate) fn tests() -> Vec<Trial> {
     let codes = [
@@ -45,7 +56,11 @@ pub(crate) fn tests() -> Vec<Trial> {
         ("net_namespace", ProcessRole::NetNamespace),
     ];
     for (name, role) in roles {
-        tests.push(test(format!("run::kill_{name}"), move || killed(name, role)));
+        for who in [Who::Own, Who::Nobody] {
+            tests.push(test(format!("run::kill_{name}{}", who.suffix()), move || {
+                killed(name, role, who)
+            }));
+        }
     }
     tests.push(test("run::sigterm_leaves_nothing", sigterm));
     tests.push(test("run::20_launches", launches));
@@ -71,14 +86,33 @@ fn disk_flag(folder: &TempDir) -> Result<String> {
     Ok(format!("--disk=path={},format=raw", path.display()))
 }
 
-/// A halted guest with a disk, and a NIC where the host has TAPs.
-fn halted(folder: &TempDir) -> Result<Run> {
-    halted_with(folder, OnDeviceDeath::Restart)
+/// Whose VM it is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Who {
+    /// Of whoever runs the tests.
+    Own,
+    /// Of a user who owns nothing.
+    Nobody,
 }
 
-fn halted_with(folder: &TempDir, on_device_death: OnDeviceDeath) -> Result<Run> {
+impl Who {
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::Own => "",
+            Self::Nobody => "_unprivileged",
+        }
+    }
+}
+
+/// A halted guest with a disk, and a NIC where the host has TAPs.
+fn halted(place: &Place, on_device_death: OnDeviceDeath, who: Who) -> Result<Run> {
     Host::need_kvm()?;
-    let mut flags = vec![disk_flag(folder)?];
+    let mut flags = vec![
+        format!("--kernel={}", place.path("tiny-guest").display()),
+        "--memory=64M".to_owned(),
+        "--cmdline=scenario=hlt".to_owned(),
+        disk_flag(&place.folder)?,
+    ];
     if on_device_death == OnDeviceDeath::End {
         flags.push("--on-device-death=end".to_owned());
     }
@@ -86,45 +120,83 @@ fn halted_with(folder: &TempDir, on_device_death: OnDeviceDeath) -> Result<Run> 
         flags.push("--net=private=10.213.7.1/24".to_owned());
     }
     flags.push("--power-off-grace=1".to_owned());
-    let mut run = Run::tiny("scenario=hlt", &flags)?;
+    let (launcher, folder) = (place.path("bulkhead"), tempfile::tempdir()?);
+    let launcher = match who {
+        Who::Own => Command::new(launcher),
+        Who::Nobody => {
+            chown(folder.path(), Some(NOBODY), Some(NOBODY))?;
+            chown(place.path("disk"), Some(NOBODY), Some(NOBODY))?;
+            become_nobody(&launcher)
+        }
+    };
+    let mut run = Run::by(launcher, folder, &flags)?;
     run.console
         .wait_line("ready=1", DEADLINE)
         .with_context(|| run.process.stderr().unwrap_or_default())?;
     Ok(run)
 }
 
-fn killed(name: &str, role: ProcessRole) -> Result<()> {
-    let folder = tempfile::tempdir()?;
+fn killed(name: &str, role: ProcessRole, who: Who) -> Result<()> {
+    let _lent = match who {
+        Who::Own => None,
+        Who::Nobody if !Uid::effective().is_root() => {
+            return Err(Skip("only root can become another user".to_owned()).into());
+        }
+        Who::Nobody => Some(Lent::to(NOBODY)?),
+    };
+    let place = Place::make()?;
     // The tests of recovery are about what happens otherwise.
-    let mut run = halted_with(&folder, OnDeviceDeath::End)?;
+    let mut run = halted(&place, OnDeviceDeath::End, who)?;
     let state = run.state(DEADLINE)?;
     let Some(victim) = state.processes.iter().find(|process| process.role == role) else {
         return Err(Skip(format!("this VM has no {name}")).into());
     };
+    let traces = Traces::of(run.process.pid().as_raw(), run.folder())?;
+    ensure!(traces.processes() >= state.processes.len(), "{traces:?}");
+    // Were nothing found now, nothing found later would say nothing.
+    ensure!(traces.left()?.len() > traces.processes(), "{traces:?}");
     kill(Pid::from_raw(victim.pid), Signal::SIGKILL)?;
-    run.wait_gone(&state, GONE)
-        .with_context(|| format!("stderr: {}", run.process.stderr().unwrap_or_default()))?;
+    gone(&mut run, &traces)?;
     let words = run.process.stderr()?;
     let called = match role {
         ProcessRole::NetNamespace => "network namespace",
         _ => victim.name.as_str(),
     };
-    ensure!(
-        words.lines().any(|line| line.contains(called)),
-        "no line names the {called}: {words:?}"
-    );
+    let lines = words.lines().filter(|line| line.contains(called)).count();
+    ensure!(lines == 1, "{lines} lines name the {called}: {words:?}");
     let status = run.process.wait(DEADLINE)?;
     ensure!(!status.success(), "{status} after {name} was killed");
     Ok(())
 }
 
+/// Waits until nothing of the VM is left.
+fn gone(run: &mut Run, traces: &Traces) -> Result<()> {
+    let end = Instant::now() + GONE;
+    loop {
+        // Reaps the spawner: until then it is there, if only as a zombie.
+        run.process.alive()?;
+        let left = traces.left()?;
+        if left.is_empty() {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < end,
+            "left after {GONE:?}: {}; stderr: {}",
+            left.join(", "),
+            run.process.stderr()?
+        );
+        thread::sleep(LOOK);
+    }
+}
+
 fn sigterm() -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let mut run = halted(&folder)?;
-    let state = run.state(DEADLINE)?;
+    let place = Place::make()?;
+    let mut run = halted(&place, OnDeviceDeath::Restart, Who::Own)?;
+    run.state(DEADLINE)?;
+    let traces = Traces::of(run.process.pid().as_raw(), run.folder())?;
     run.process.signal(Signal::SIGTERM)?;
     run.process.wait(DEADLINE)?;
-    run.wait_gone(&state, GONE)
+    gone(&mut run, &traces)
 }
 
 fn launches() -> Result<()> {
