@@ -284,7 +284,7 @@ fn run(mut command: Command) -> Result<Vec<u8>, ArtifactError> {
 
 /// Adds the targets where rustup manages the toolchain; elsewhere cargo's own error names what
 /// is missing.
-fn ensure_targets() -> Result<(), ArtifactError> {
+pub(crate) fn ensure_targets() -> Result<(), ArtifactError> {
     let mut list = Command::new("rustup");
     list.current_dir(workspace())
         .args(["target", "list", "--installed"]);

@@ -11,11 +11,20 @@ struct Arguments {
     /// Run the whole matrices, and record the result in docs/verify-full.md.
     #[arg(long)]
     full: bool,
+    /// Install what the tests need, and run none.
+    #[arg(long, conflicts_with = "full")]
+    set_up: bool,
 }
 
 fn main() -> ExitCode {
     nested::agent::intercept();
-    match verify::run(Arguments::parse().full) {
+    let arguments = Arguments::parse();
+    let result = if arguments.set_up {
+        verify::set_up().map(|()| true)
+    } else {
+        verify::run(arguments.full)
+    };
+    match result {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {

@@ -4,6 +4,7 @@ mod cargo;
 mod libtest;
 mod licences;
 mod place;
+mod readme;
 mod report;
 
 pub use place::FULL;
@@ -17,6 +18,8 @@ use cargo::TestProgram;
 use libtest::Outcome;
 use place::Places;
 use report::Report;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
@@ -30,6 +33,15 @@ enum Needs {
     Kvm,
     /// A KVM that runs stock kernels.
     LinuxKvm,
+}
+
+/// Installs the packages that the tests need and the machine lacks.
+///
+/// # Errors
+/// Some cannot be installed.
+pub fn set_up() -> anyhow::Result<()> {
+    setup::install_missing(Purpose::Tests)?;
+    Ok(crate::artifacts::ensure_targets()?)
 }
 
 /// Runs everything and prints the closing line; whether all went well.
@@ -47,10 +59,12 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
             "; Linux guests run nested"
         }
     );
-    setup::install_missing(Purpose::Tests)?;
+    set_up()?;
     let binaries = tempfile::Builder::new()
         .prefix("bulkhead-verify-")
         .tempdir_in("/var/tmp")?;
+    // Some tests run as a user who owns nothing.
+    std::fs::set_permissions(binaries.path(), Permissions::from_mode(0o755))?;
     std::fs::copy("/proc/self/exe", binaries.path().join(place::AGENT_FILE))?;
     let mut report = Report::default();
     checks(&mut report);
@@ -59,6 +73,11 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
     Images::write(&binaries.path().join(place::IMAGES_FILE)).context("the test guests' images")?;
     let programs = cargo::build_tests()?;
     tests(&mut report, &programs, binaries.path(), host, full);
+    report.add_suite(
+        "README",
+        "cargo demo",
+        vec![("cargo demo".to_owned(), readme::demo())],
+    );
     let minutes = start.elapsed().as_secs().div_ceil(60);
     if full {
         let page = report.page(&today()?, &host.to_string(), minutes);

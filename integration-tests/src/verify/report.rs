@@ -97,6 +97,7 @@ impl Report {
             };
             let _ = writeln!(page, "- {suite}: {test}: {word}");
         }
+        page += "\nThe suite `integration-tests recovery` kills ten times as often under --full.\n";
         page += "\n## Failed and skipped\n\n```\n";
         page += &self.details();
         page + "```\n"
