@@ -4,6 +4,7 @@ pub mod artifacts;
 pub mod bench;
 pub mod demo;
 pub mod frontend_harness;
+pub mod fuzz;
 pub mod host;
 pub mod lent;
 pub mod linux;

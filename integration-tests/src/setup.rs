@@ -39,6 +39,9 @@ const TESTS: &[Need] = &[
     need("iasl", "acpica-tools"),
 ];
 
+/// What libFuzzer is compiled with.
+const FUZZING: &[Need] = &[need("c++", "g++")];
+
 /// What is installed for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Purpose {
@@ -48,6 +51,8 @@ pub enum Purpose {
     NestedDemo,
     /// Every test.
     Tests,
+    /// `cargo fuzz-all`.
+    Fuzzing,
 }
 
 /// Installs what is missing for `purpose`, and says so first. As an ordinary user it asks sudo.
@@ -55,18 +60,7 @@ pub enum Purpose {
 /// # Errors
 /// apt-get is missing, fails, or the packages do not have the programs.
 pub fn install_missing(purpose: Purpose) -> anyhow::Result<()> {
-    let mut needs = IMAGES.to_vec();
-    if purpose != Purpose::Demo {
-        needs.extend(EMULATION);
-    }
-    if purpose == Purpose::Tests {
-        needs.extend(TESTS);
-    }
-    needs.extend(if nix::unistd::geteuid().is_root() {
-        ROOT
-    } else {
-        ROOTLESS
-    });
+    let needs = needs(purpose);
     let mut packages: Vec<&str> = needs
         .iter()
         .filter(|need| !installed(need.program))
@@ -86,6 +80,21 @@ pub fn install_missing(purpose: Purpose) -> anyhow::Result<()> {
             need.package
         )
     })
+}
+
+fn needs(purpose: Purpose) -> Vec<Need> {
+    let mut needs = match purpose {
+        Purpose::Fuzzing => return FUZZING.to_vec(),
+        Purpose::Demo => IMAGES.to_vec(),
+        Purpose::NestedDemo => [IMAGES, EMULATION].concat(),
+        Purpose::Tests => [IMAGES, EMULATION, TESTS, FUZZING].concat(),
+    };
+    needs.extend(if nix::unistd::geteuid().is_root() {
+        ROOT
+    } else {
+        ROOTLESS
+    });
+    needs
 }
 
 fn installed(program: &str) -> bool {

@@ -15,3 +15,7 @@ pub mod sandbox;
 pub mod supervisor;
 pub mod wire;
 pub mod wire_fds;
+
+#[cfg(all(feature = "fuzzing", feature = "launcher"))]
+#[path = "../fuzz/mod.rs"]
+pub mod fuzz;

@@ -11,3 +11,7 @@ mod queue;
 mod request;
 
 pub use device::BlkProgram;
+
+#[cfg(feature = "fuzzing")]
+#[path = "../fuzz/mod.rs"]
+pub mod fuzz;

@@ -42,3 +42,7 @@ pub use ring::{Chain, Ring, RingFault};
 pub use run::{DaemonError, run};
 pub use session::{ServeError, SessionError};
 pub use worker::WorkerError;
+
+#[cfg(feature = "fuzzing")]
+#[path = "../fuzz/mod.rs"]
+pub mod fuzz;

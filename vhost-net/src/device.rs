@@ -97,8 +97,13 @@ struct Parts {
 
 impl NetDevice {
     fn open(options: Options, pairs: u16) -> Result<Self, OpenError> {
-        let guard = options.guard()?.map(Arc::new);
         let taps = open_taps(&options, pairs)?;
+        Self::on(options, taps)
+    }
+
+    /// A NIC on open TAPs, one for each pair.
+    pub(crate) fn on(options: Options, taps: Vec<Arc<Tap>>) -> Result<Self, OpenError> {
+        let guard = options.guard()?.map(Arc::new);
         let Some(first) = taps.first() else {
             return Err(OptionsError::Tap.into());
         };

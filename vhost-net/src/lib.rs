@@ -25,3 +25,7 @@ pub mod station;
 pub mod steering;
 pub mod tap;
 pub mod tx;
+
+#[cfg(feature = "fuzzing")]
+#[path = "../fuzz/mod.rs"]
+pub mod fuzz;

@@ -165,6 +165,15 @@ impl Tap {
         .prepared()
     }
 
+    /// A datagram socket in a TAP's place, whose every ioctl fails.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn from_socket(fd: OwnedFd) -> Self {
+        Self {
+            fd,
+            name: "fuzz".to_owned(),
+        }
+    }
+
     /// Header size and byte order as virtio 1.x has them, and no offload until a driver asks.
     fn prepared(self) -> Result<Self, TapError> {
         ioctl_int(self.fd.as_fd(), libc::TUNSETVNETHDRSZ, HEADER_SIZE as c_int)

@@ -11,3 +11,7 @@ pub mod run_state;
 pub mod size;
 pub mod spec;
 pub mod supervise;
+
+#[cfg(feature = "fuzzing")]
+#[path = "../fuzz/mod.rs"]
+pub mod fuzz;

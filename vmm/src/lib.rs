@@ -12,3 +12,7 @@ pub mod pci;
 pub mod platform;
 pub mod serial;
 pub mod virtio;
+
+#[cfg(feature = "fuzzing")]
+#[path = "../fuzz/mod.rs"]
+pub mod fuzz;

@@ -20,6 +20,8 @@ const ALLOWED: &[&str] = &[
     "Unicode-3.0",
     "Unlicense",
     "Zlib",
+    // libFuzzer's, beside another: tests only.
+    "NCSA",
     "0BSD",
 ];
 

@@ -1,6 +1,7 @@
 //! `cargo verify`: every check and every tier that this host can run, counted.
 
 mod cargo;
+mod fuzzing;
 mod libtest;
 mod licences;
 mod place;
@@ -78,6 +79,7 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
         "cargo demo",
         vec![("cargo demo".to_owned(), readme::demo())],
     );
+    report.add_suite("fuzz", "host", fuzzing::targets(full));
     let minutes = start.elapsed().as_secs().div_ceil(60);
     if full {
         let page = report.page(&today()?, &host.to_string(), minutes);
@@ -91,10 +93,11 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
 /// What needs no test program.
 fn checks(report: &mut Report) {
     type Check = fn() -> Outcome;
-    let checks: [(&str, Check); 6] = [
+    let checks: [(&str, Check); 7] = [
         ("formatting", cargo::formatting),
         ("clippy", cargo::clippy),
         ("clippy, bare metal", cargo::clippy_bare_metal),
+        ("clippy, fuzz targets", fuzzing::clippy),
         ("documentation examples", cargo::doc_tests),
         ("licences", licences::licences),
         ("advisories", licences::advisories),

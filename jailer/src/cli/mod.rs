@@ -6,6 +6,10 @@ mod flags;
 mod policy;
 mod spec_file;
 
+#[cfg(feature = "fuzzing")]
+#[path = "../../fuzz/cli.rs"]
+pub(crate) mod fuzz;
+
 use crate::audit;
 use crate::audit::wall::Wall;
 use crate::failure::Failure;

@@ -11,6 +11,8 @@ mod tests;
 mod vring;
 
 pub use serve::ServeError;
+#[cfg(feature = "fuzzing")]
+pub(crate) use serve::messages;
 pub(crate) use serve::{End, serve};
 
 use crate::Device;

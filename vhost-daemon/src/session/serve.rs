@@ -61,7 +61,7 @@ pub(crate) fn serve(
     end
 }
 
-pub(super) fn messages(
+pub(crate) fn messages(
     session: &Arc<Mutex<Session>>,
     config_source: Option<&OwnedFd>,
     socket: UnixStream,

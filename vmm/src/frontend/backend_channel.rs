@@ -36,7 +36,7 @@ impl RequestSockets {
     }
 
     /// The end for the back end.
-    pub(super) fn theirs(&self) -> BorrowedFd<'_> {
+    pub(crate) fn theirs(&self) -> BorrowedFd<'_> {
         self.theirs.as_fd()
     }
 }

@@ -42,6 +42,8 @@ pub(crate) enum Quirk {
     Raw(Vec<u8>),
     /// This payload in a proper reply.
     Payload(Vec<u8>),
+    /// This payload and these descriptors in a proper reply.
+    Answer(Vec<u8>, Vec<OwnedFd>),
     /// End of file.
     Close,
 }
@@ -211,6 +213,13 @@ fn serve(stream: &UnixStream, mut script: Script, log: &Log) -> std::io::Result<
                 answer
             }
             Quirk::Payload(payload) => Some((payload, None)),
+            Quirk::Answer(payload, fds) => {
+                let fds: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+                let message = [header.reply(payload.len()).as_bytes(), &payload].concat();
+                let sent = stream.send_with_fds(&[message.as_slice()], &fds);
+                sent.map_err(std::io::Error::from)?;
+                continue;
+            }
             Quirk::Raw(bytes) => {
                 (&*stream).write_all(&bytes)?;
                 continue;

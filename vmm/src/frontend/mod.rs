@@ -21,7 +21,8 @@ mod message;
 mod rings;
 mod session;
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
+#[cfg_attr(not(test), allow(dead_code, reason = "the tests use more of it"))]
 pub(crate) mod fake_backend;
 #[cfg(test)]
 mod session_tests;

@@ -343,3 +343,24 @@ fn rings_lie_inside_ram() {
         "the PCI hole is no RAM"
     );
 }
+
+#[test]
+fn descriptors_that_a_reply_must_not_bring_are_refused_and_closed() {
+    let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    for count in [1, 2, 5, 200] {
+        let fds = move || (0..count).map(|_| new_event().unwrap().as_fd().try_clone_to_owned().unwrap());
+        let script = Script::quirk_at(Req::GET_QUEUE_NUM, move || {
+            Quirk::Answer(vec![4, 0, 0, 0, 0, 0, 0, 0], fds().collect())
+        });
+        let (fake, session) = connect(script);
+        let refused = Error::Reply {
+            request: Req::GET_QUEUE_NUM,
+            problem: ReplyProblem::Fds,
+        };
+        let error = session.err().unwrap();
+        assert_eq!(error.to_string(), refused.to_string(), "{count} descriptors");
+        drop(fake);
+    }
+    // Other tests open a few at the same time, but not hundreds.
+    assert!(open() < 150, "{} descriptors are open", open());
+}

@@ -17,4 +17,6 @@ mod vcpus;
 pub use build::{Build, Options};
 pub use events::{DeviceWord, Events, GuestEvent};
 pub use exits::{ExitCounters, Platform};
+#[cfg(feature = "fuzzing")]
+pub(crate) use ports::Ports;
 pub use run::{Machine, monotonic_ns};

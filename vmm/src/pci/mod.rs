@@ -10,7 +10,8 @@ mod host_bridge;
 mod msix;
 mod vector;
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
+#[cfg_attr(not(test), allow(dead_code, reason = "the tests use more of it"))]
 pub(crate) mod fakes;
 #[cfg(test)]
 mod msix_tests;

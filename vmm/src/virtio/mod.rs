@@ -32,8 +32,9 @@ mod worker;
 mod device_tests;
 #[cfg(test)]
 mod function_tests;
-#[cfg(test)]
-mod rig;
+#[cfg(any(test, feature = "fuzzing"))]
+#[cfg_attr(not(test), allow(dead_code, reason = "the tests use more of it"))]
+pub(crate) mod rig;
 
 pub use device::{Confine, Connecting, Device, DeviceError, DeviceEvent, DeviceParts, EventSink};
 pub use mailbox::{Done, Successor};

@@ -13,22 +13,22 @@ use std::time::{Duration, Instant};
 use vm_spec::control::{DeviceConfig, FdNumber};
 use vm_spec::machine::{MMIO32_START, VIRTIO_BAR_SIZE};
 
-pub(super) const SLOT: u8 = 3;
-pub(super) const BAR: u64 = MMIO32_START + SLOT as u64 * VIRTIO_BAR_SIZE;
-pub(super) const CONFIG: u64 = (SLOT as u64) << 15;
+pub(crate) const SLOT: u8 = 3;
+pub(crate) const BAR: u64 = MMIO32_START + SLOT as u64 * VIRTIO_BAR_SIZE;
+pub(crate) const CONFIG: u64 = (SLOT as u64) << 15;
 
-pub(super) struct Rig {
-    pub(super) bus: PciBus,
-    pub(super) device: Device,
-    pub(super) fake: FakeBackend,
-    pub(super) interrupts: Arc<FakeInterrupts>,
-    pub(super) doorbells: Arc<FakeDoorbells>,
-    pub(super) memory: Arc<MemoryTable>,
-    pub(super) events: Receiver<DeviceEvent>,
+pub(crate) struct Rig {
+    pub(crate) bus: PciBus,
+    pub(crate) device: Device,
+    pub(crate) fake: FakeBackend,
+    pub(crate) interrupts: Arc<FakeInterrupts>,
+    pub(crate) doorbells: Arc<FakeDoorbells>,
+    pub(crate) memory: Arc<MemoryTable>,
+    pub(crate) events: Receiver<DeviceEvent>,
 }
 
 /// A block device of two queues.
-pub(super) fn spec() -> DeviceConfig {
+pub(crate) fn spec() -> DeviceConfig {
     DeviceConfig {
         id: "disk0".into(),
         slot: SLOT,
@@ -44,7 +44,7 @@ pub(super) fn spec() -> DeviceConfig {
 }
 
 /// A back end with VIRTIO_BLK_F_MQ, four queues and a configuration space of 60 bytes.
-pub(super) fn script() -> Script {
+pub(crate) fn script() -> Script {
     let script = Script::default();
     let mut config = vec![0; 60];
     config[0] = 8;
@@ -57,16 +57,16 @@ pub(super) fn script() -> Script {
 }
 
 impl Rig {
-    pub(super) fn new(script: Script) -> Self {
+    pub(crate) fn new(script: Script) -> Self {
         Self::with(spec(), script)
     }
 
     /// A block device whose back end is given `step` for each answer.
-    pub(super) fn with_deadlines(script: Script, step: Duration) -> Self {
+    pub(crate) fn with_deadlines(script: Script, step: Duration) -> Self {
         Self::build(spec(), script, Deadlines { step, ..deadlines() })
     }
 
-    pub(super) fn with(config: DeviceConfig, script: Script) -> Self {
+    pub(crate) fn with(config: DeviceConfig, script: Script) -> Self {
         Self::build(config, script, deadlines())
     }
 
@@ -102,44 +102,44 @@ impl Rig {
         }
     }
 
-    pub(super) fn set_command(&self, command: u16) {
+    pub(crate) fn set_command(&self, command: u16) {
         self.bus.ecam_write(CONFIG + 4, &command.to_le_bytes());
     }
 
-    pub(super) fn read<const N: usize>(&self, offset: u64) -> [u8; N] {
+    pub(crate) fn read<const N: usize>(&self, offset: u64) -> [u8; N] {
         let mut data = [0; N];
         assert!(self.bus.mmio_read(BAR + offset, &mut data));
         data
     }
 
-    pub(super) fn write(&self, offset: u64, data: &[u8]) {
+    pub(crate) fn write(&self, offset: u64, data: &[u8]) {
         assert!(self.bus.mmio_write(BAR + offset, data));
     }
 
-    pub(super) fn status(&self) -> u8 {
+    pub(crate) fn status(&self) -> u8 {
         self.read::<1>(COMMON.start + 20)[0]
     }
 
-    pub(super) fn set_status(&self, status: u8) {
+    pub(crate) fn set_status(&self, status: u8) {
         self.write(COMMON.start + 20, &[status]);
     }
 
-    pub(super) fn generation(&self) -> u8 {
+    pub(crate) fn generation(&self) -> u8 {
         self.read::<1>(COMMON.start + 21)[0]
     }
 
-    pub(super) fn config(&self, offset: u64) -> u8 {
+    pub(crate) fn config(&self, offset: u64) -> u8 {
         self.read::<1>(DEVICE.start + offset)[0]
     }
 
-    pub(super) fn accept_features(&self, features: u64) {
+    pub(crate) fn accept_features(&self, features: u64) {
         for (select, word) in [features as u32, (features >> 32) as u32].into_iter().enumerate() {
             self.write(8, &(select as u32).to_le_bytes());
             self.write(12, &word.to_le_bytes());
         }
     }
 
-    pub(super) fn offered(&self) -> u64 {
+    pub(crate) fn offered(&self) -> u64 {
         let word = |select: u32| {
             self.write(0, &select.to_le_bytes());
             u64::from(u32::from_le_bytes(self.read(4)))
@@ -147,7 +147,7 @@ impl Rig {
         word(0) | word(1) << 32
     }
 
-    pub(super) fn set_up_queue(&self, queue: u16, vector: u16) {
+    pub(crate) fn set_up_queue(&self, queue: u16, vector: u16) {
         let base = 0x1_0000 * (u64::from(queue) + 1);
         self.write(22, &queue.to_le_bytes());
         self.write(24, &64u16.to_le_bytes());
@@ -159,16 +159,16 @@ impl Rig {
     }
 
     /// Where the used index of `queue` lies.
-    pub(super) fn used_index(queue: u64) -> u64 {
+    pub(crate) fn used_index(queue: u64) -> u64 {
         0x1_0000 * (queue + 1) + 0x8002
     }
 
-    pub(super) fn queue_enabled(&self, queue: u16) -> bool {
+    pub(crate) fn queue_enabled(&self, queue: u16) -> bool {
         self.write(22, &queue.to_le_bytes());
         self.read::<2>(28) == [1, 0]
     }
 
-    pub(super) fn program_vector(&self, vector: u64) {
+    pub(crate) fn program_vector(&self, vector: u64) {
         let entry = TABLE.start + 16 * vector;
         self.write(entry, &0xFEE0_0000u64.to_le_bytes());
         self.write(entry + 8, &(0x40 + vector as u32).to_le_bytes());
@@ -176,14 +176,14 @@ impl Rig {
     }
 
     /// Enables MSI-X in the capability list.
-    pub(super) fn enable_msix(&self) {
+    pub(crate) fn enable_msix(&self) {
         let control = self.capability(0x11, None) + 2;
         self.bus
             .ecam_write(CONFIG + u64::from(control), &0x8000u16.to_le_bytes());
     }
 
     /// Where the capability `id` (of virtio type `kind`) lies.
-    pub(super) fn capability(&self, id: u8, kind: Option<u8>) -> u8 {
+    pub(crate) fn capability(&self, id: u8, kind: Option<u8>) -> u8 {
         let byte = |offset: u8| {
             let mut data = [0];
             self.bus.ecam_read(CONFIG + u64::from(offset), &mut data);
@@ -200,7 +200,7 @@ impl Rig {
     }
 
     /// From power-on to DRIVER_OK with both queues on vectors 1 and 2, configuration on 0.
-    pub(super) fn drive(&self) {
+    pub(crate) fn drive(&self) {
         self.set_command(6);
         self.enable_msix();
         (0..3).for_each(|vector| self.program_vector(vector));
@@ -215,7 +215,7 @@ impl Rig {
         self.set_status(15);
     }
 
-    pub(super) fn wait_for(&self, what: &str, mut done: impl FnMut(&Self) -> bool) {
+    pub(crate) fn wait_for(&self, what: &str, mut done: impl FnMut(&Self) -> bool) {
         let deadline = Instant::now() + Duration::from_secs(10);
         while !done(self) {
             assert!(Instant::now() < deadline, "waited in vain for {what}");
@@ -224,7 +224,7 @@ impl Rig {
     }
 
     /// Hands the device another back end, and waits for what becomes of it.
-    pub(super) fn replace(&self, socket: OwnedFd) -> Result<(), Error> {
+    pub(crate) fn replace(&self, socket: OwnedFd) -> Result<(), Error> {
         let (give, take) = channel();
         let successor = Successor {
             socket,
@@ -235,7 +235,7 @@ impl Rig {
         take.recv_timeout(Duration::from_secs(10)).unwrap()
     }
 
-    pub(super) fn event(&self) -> DeviceEvent {
+    pub(crate) fn event(&self) -> DeviceEvent {
         self.events.recv_timeout(Duration::from_secs(10)).unwrap()
     }
 }

@@ -75,7 +75,8 @@ fn is_sound(bytes: &[u8], checksum_at: usize) -> bool {
         .enumerate()
         .filter(|(at, _)| !(checksum_at..checksum_at + 4).contains(at))
         .fold(0_u32, |sum, (_, byte)| sum.wrapping_add(u32::from(*byte)));
-    !sum == be32(bytes, checksum_at)
+    // A fuzzer does not guess checksums.
+    cfg!(feature = "fuzzing") || !sum == be32(bytes, checksum_at)
 }
 
 fn capacity(footer: &[u8]) -> u64 {

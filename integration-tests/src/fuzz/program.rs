@@ -1,0 +1,181 @@
+//! The instrumented program: how it is built, and what is in it.
+
+use crate::artifacts::workspace;
+use anyhow::{Context, bail, ensure};
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// Instrumented and uninstrumented code do not share a target.
+const TRIPLE: &str = "x86_64-unknown-linux-gnu";
+/// What `-Zsanitizer` would pass on a nightly compiler: LLVM's pass, its counters and comparisons.
+const FLAGS: &[&str] = &[
+    "--cfg=fuzzing",
+    "-Cpasses=sancov-module",
+    "-Cllvm-args=-sanitizer-coverage-level=4",
+    "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
+    "-Cllvm-args=-sanitizer-coverage-pc-table",
+    "-Cllvm-args=-sanitizer-coverage-trace-compares",
+];
+/// Chooses the target in the program.
+pub(super) const CHOICE: &str = "FUZZ_TARGET";
+/// Most bytes of a target's corpus in the repository.
+const CORPUS_BUDGET: u64 = 16 << 10;
+
+/// A fuzz target.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Target {
+    /// Its name in the table.
+    pub name: String,
+    /// Its inputs in the repository.
+    pub corpus: PathBuf,
+    /// Inputs found on this machine.
+    pub found: PathBuf,
+}
+
+/// The built program.
+#[derive(Debug)]
+pub struct Program {
+    pub(super) path: PathBuf,
+    pub(super) folder: PathBuf,
+}
+
+impl Program {
+    /// Builds it; cargo speaks on standard error.
+    ///
+    /// # Errors
+    /// When it does not build.
+    pub fn build() -> anyhow::Result<Self> {
+        let format = ["--quiet", "--message-format=json-render-diagnostics"];
+        let output = cargo("build")?.args(format).stderr(Stdio::inherit()).output();
+        let output = output.context("cargo")?;
+        ensure!(output.status.success(), "the fuzz targets do not compile");
+        let path = output
+            .stdout
+            .split(|byte| *byte == b'\n')
+            .filter_map(|line| serde_json::from_slice::<Value>(line).ok())
+            .find_map(|message| message["executable"].as_str().map(PathBuf::from));
+        Ok(Self {
+            path: path.context("cargo names no program")?,
+            folder: folder()?,
+        })
+    }
+
+    /// Clippy on all that only fuzzing compiles.
+    ///
+    /// # Errors
+    /// What clippy says.
+    pub fn lint() -> anyhow::Result<()> {
+        let output = cargo("clippy")?.args(["--quiet", "--", "-Dwarnings"]).output();
+        let output = output.context("cargo clippy")?;
+        ensure!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(())
+    }
+
+    /// The targets in the program, or those `wanted`.
+    ///
+    /// # Errors
+    /// When one does not exist.
+    pub fn targets(&self, wanted: &[String]) -> anyhow::Result<Vec<Target>> {
+        let output = Command::new(&self.path).env_remove(CHOICE).output();
+        let list = String::from_utf8(output.context("the fuzz targets")?.stdout)?;
+        let targets: Vec<Target> = list
+            .lines()
+            .filter_map(|line| line.split_once(' '))
+            .map(|(name, krate)| Target {
+                name: name.to_owned(),
+                corpus: workspace().join(krate).join("fuzz/corpus").join(name),
+                found: self.folder.join("corpus").join(name),
+            })
+            .collect();
+        if wanted.is_empty() {
+            return Ok(targets);
+        }
+        let find = |name: &String| {
+            let target = targets.iter().find(|target| target.name == *name);
+            target.cloned().with_context(|| {
+                let names: Vec<&str> = targets.iter().map(|target| target.name.as_str()).collect();
+                format!("no fuzz target '{name}'; there are {}", names.join(", "))
+            })
+        };
+        wanted.iter().map(find).collect()
+    }
+
+    /// Replaces a target's corpus by few inputs of those known that reach as much as fits.
+    ///
+    /// # Errors
+    /// When libFuzzer fails, or files cannot be written.
+    pub fn minimise(&self, target: &Target) -> anyhow::Result<()> {
+        let best = tempfile::tempdir()?;
+        fs::create_dir_all(&target.corpus)?;
+        fs::create_dir_all(&target.found)?;
+        let output = Command::new(&self.path)
+            .env(CHOICE, &target.name)
+            .args(["-set_cover_merge=1", "-timeout=10"])
+            .args([best.path(), &target.corpus, &target.found])
+            .stdin(Stdio::null())
+            .output()
+            .context("libFuzzer")?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr);
+            let tail: Vec<&str> = said.lines().rev().take(8).collect();
+            bail!("{}: {}", target.name, tail.join("\n"));
+        }
+        let (count, bytes) = replace(&target.corpus, best.path())?;
+        eprintln!("{}: {count} inputs, {bytes} bytes", target.name);
+        Ok(())
+    }
+}
+
+/// Puts the shortest files of `best` in the place of those in `corpus`, until the budget is spent.
+fn replace(corpus: &Path, best: &Path) -> anyhow::Result<(usize, u64)> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(best)? {
+        let entry = entry?;
+        files.push((entry.metadata()?.len(), entry.path()));
+    }
+    files.sort();
+    for entry in fs::read_dir(corpus)? {
+        fs::remove_file(entry?.path())?;
+    }
+    let (mut count, mut bytes) = (0, 0);
+    for (length, path) in files {
+        if bytes + length > CORPUS_BUDGET {
+            break;
+        }
+        fs::copy(&path, corpus.join(path.file_name().unwrap_or_default()))?;
+        (count, bytes) = (count + 1, bytes + length);
+    }
+    Ok((count, bytes))
+}
+
+/// Where instrumented code is built, and what runs find is kept.
+fn folder() -> anyhow::Result<PathBuf> {
+    let folder = match std::env::var_os("CARGO_TARGET_DIR") {
+        Some(folder) => PathBuf::from(folder),
+        None => workspace().join("target"),
+    };
+    let folder = folder.join("fuzz-all");
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    Ok(folder)
+}
+
+fn cargo(command: &str) -> anyhow::Result<Command> {
+    let mut cargo = Command::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned()));
+    let arguments = ["--profile=fuzz", "--package=fuzz-targets", "--features=libfuzzer"];
+    cargo
+        .arg(command)
+        .args(arguments)
+        .args(["--target", TRIPLE])
+        .current_dir(workspace())
+        .env("CARGO_TARGET_DIR", folder()?)
+        .env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\x1f"))
+        .env_remove("RUSTFLAGS")
+        .stdin(Stdio::null());
+    Ok(cargo)
+}

@@ -1,0 +1,28 @@
+//! A request queue whose driver is the fuzzer.
+
+use super::file::MemoryFile;
+use crate::image::{Image, RawImage};
+use crate::queue::BlkQueue;
+use std::sync::{Arc, OnceLock};
+
+const CAPACITY: usize = 64 << 10;
+
+/// Requests of any framing and content, with the feature bits of the input's first byte.
+pub fn queue(input: &[u8]) {
+    // Queues share an image that is never freed.
+    static DISK: OnceLock<(Arc<MemoryFile>, RawImage)> = OnceLock::new();
+    let (file, image) = DISK.get_or_init(|| {
+        let file = Arc::new(MemoryFile::new(vec![0; CAPACITY]));
+        let image = RawImage::on(file.clone(), false).expect("a raw image");
+        (file, image)
+    });
+    let Some((features, input)) = input.split_first() else {
+        return;
+    };
+    file.lock().fill(7);
+    // FLUSH, DISCARD, WRITE_ZEROES.
+    let features = u64::from(features & 1) << 9 | u64::from(features >> 1 & 3) << 13;
+    let mut queue = BlkQueue::new(image as &'static dyn Image, b"serial".to_vec(), None);
+    vhost_daemon::fuzz::serve(&mut queue, features, input);
+    assert_eq!(file.lock().len(), CAPACITY, "a request changed the disk's size");
+}
