@@ -40,6 +40,9 @@ pub struct VmSpec {
     /// Seconds a guest has to power off after Ctrl-C or SIGTERM before it is killed.
     #[serde(default = "default_grace")]
     pub power_off_grace: u32,
+    /// What the VM may take of the host.
+    #[serde(default, skip_serializing_if = "LimitsSpec::is_default")]
+    pub limits: LimitsSpec,
     /// Folders, besides an image's own, below which backing files may lie.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub image_folders: Vec<PathBuf>,
@@ -196,6 +199,49 @@ pub struct VhostUserSpec {
     /// PCI device number, 1 to 31.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slot: Option<u8>,
+}
+
+/// What a VM may take of the host. All but `core-scheduling` need cgroup v2.
+#[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct LimitsSpec {
+    /// Memory of all its processes together: the guest's RAM, and 64M or more beside it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<ByteSize>,
+    /// CPU time of each process, in percent of one CPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_percent: Option<u32>,
+    /// Threads of each process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pids: Option<u32>,
+    /// Bytes that a disk's process may read, and write, of its image's block device in a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_bytes_per_second: Option<ByteSize>,
+    /// Reads, and writes, of the same in a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_operations_per_second: Option<u32>,
+    /// No other process of the host runs on a sibling of a core that this VM runs on.
+    #[serde(default)]
+    pub core_scheduling: bool,
+}
+
+impl LimitsSpec {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// The cgroup controllers that the limits need; none where nothing is limited.
+    pub fn controllers(&self) -> Vec<&'static str> {
+        let io = self.io_bytes_per_second.is_some() || self.io_operations_per_second.is_some();
+        let needed = [
+            ("memory", self.memory.is_some()),
+            ("cpu", self.cpu_percent.is_some()),
+            ("pids", self.pids.is_some()),
+            ("io", io),
+        ];
+        let needed = needed.into_iter().filter(|(_, needed)| *needed);
+        needed.map(|(controller, _)| controller).collect()
+    }
 }
 
 /// What a guest's reboot does.

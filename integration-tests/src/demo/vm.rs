@@ -119,6 +119,7 @@ fn spec(stage: &Stage, boot: BootSpec, overlay: &Path, tap: i32) -> VmSpec {
         on_device_death: vm_spec::spec::OnDeviceDeath::default(),
         on_reboot: OnReboot::Exit,
         power_off_grace: 10,
+        limits: vm_spec::spec::LimitsSpec::default(),
         image_folders: vec![stage.folder().to_owned()],
     }
 }

@@ -230,6 +230,7 @@ impl Work {
                 OnReboot::Exit
             },
             power_off_grace: 10,
+            limits: vm_spec::spec::LimitsSpec::default(),
             image_folders: Vec::new(),
         }
     }

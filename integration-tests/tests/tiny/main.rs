@@ -6,6 +6,7 @@ mod descriptors;
 mod ends;
 mod fixture;
 mod jails;
+mod limits;
 mod run;
 mod taps;
 mod terminal;
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
     tests.extend(bad_input::tests());
     tests.extend(ends::tests());
     tests.extend(jails::tests());
+    tests.extend(limits::tests());
     tests.extend(run::tests());
     tests.extend(taps::tests());
     tests.extend(terminal::tests());

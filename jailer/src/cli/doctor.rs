@@ -1,5 +1,7 @@
 //! `bulkhead doctor`: what this host lacks, and the command that mends it.
 
+use crate::sandbox::cgroup::Place;
+use crate::sandbox::landlock_level;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Uid;
@@ -53,6 +55,9 @@ pub(super) fn examine(json: bool) -> (String, u8) {
         kvm_kind(),
         user_namespaces(),
         landlock(),
+        cgroups(),
+        cpu(),
+        siblings(),
         tun(),
         run_time_folder(),
         huge_pages(),
@@ -187,16 +192,82 @@ fn namespaces_in_child() -> nix::Result<bool> {
 
 fn landlock() -> Finding {
     let name = "landlock";
-    let list = fs::read_to_string("/sys/kernel/security/lsm").unwrap_or_default();
-    if list.contains("landlock") {
-        Finding::good(name, "on")
+    let lack = match landlock_level() {
+        Some(level @ 6..) => return Finding::good(name, format!("level {level}")),
+        Some(level) => format!("level {level}: signals and abstract sockets are denied from 6 on"),
+        None => "none".to_owned(),
+    };
+    Finding::bad(
+        name,
+        Level::Note,
+        format!("{lack}; the empty root, namespaces and seccomp stand without it"),
+        "",
+    )
+}
+
+/// Whether a spec's limits could be kept; looks, and makes nothing.
+fn cgroups() -> Finding {
+    let name = "cgroup v2";
+    let lack = match Place::find("doctor").map(|place| place.missing()) {
+        Ok(missing) if missing.is_empty() => return Finding::good(name, "limits can be set"),
+        Ok(missing) => format!("no limits on {}", missing.join(", ")),
+        Err(error) => error.to_string(),
+    };
+    let mend = if Uid::effective().is_root() {
+        "boot with systemd.unified_cgroup_hierarchy=1, or cgroup_no_v1=all"
     } else {
-        Finding::bad(
+        "systemd-run --user --scope -p Delegate=yes bulkhead run ..."
+    };
+    Finding::bad(
+        name,
+        Level::Note,
+        format!("{lack}: [limits] in a spec cannot be kept"),
+        mend,
+    )
+}
+
+/// What the kernel says of each flaw that it knows of.
+fn cpu() -> Finding {
+    let name = "cpu mitigations";
+    let mut open = Vec::new();
+    for entry in fs::read_dir("/sys/devices/system/cpu/vulnerabilities")
+        .into_iter()
+        .flatten()
+    {
+        let Ok(entry) = entry else { continue };
+        let state = fs::read_to_string(entry.path()).unwrap_or_default();
+        if state.starts_with("Vulnerable") {
+            open.push(format!(
+                "{} ({})",
+                entry.file_name().to_string_lossy(),
+                state.trim()
+            ));
+        }
+    }
+    if open.is_empty() {
+        return Finding::good(name, "the kernel reports no open flaw");
+    }
+    open.sort();
+    Finding::bad(
+        name,
+        Level::Note,
+        format!("open: {}", open.join(", ")),
+        "update the kernel and microcode; boot without mitigations=off",
+    )
+}
+
+/// Siblings of one core share more than memory.
+fn siblings() -> Finding {
+    let name = "core siblings";
+    let smt = fs::read_to_string("/sys/devices/system/cpu/smt/active").unwrap_or_default();
+    match smt.trim() {
+        "1" => Finding::bad(
             name,
             Level::Note,
-            "not seen in /sys/kernel/security/lsm; the empty root and seccomp stand without it",
-            "",
-        )
+            "cores have siblings, which other guests may run on",
+            "core-scheduling = true in the spec's [limits], or echo off > /sys/devices/system/cpu/smt/control",
+        ),
+        _ => Finding::good(name, "none"),
     }
 }
 

@@ -10,7 +10,18 @@ use vm_spec::size::ByteSize;
 use vm_spec::spec::{BootSpec, DiskSpec, NetSpec, OnDeviceDeath, OnReboot, VhostUserSpec, VmSpec};
 
 /// Keys whose values are numbers or truth values; all others are text.
-const NOT_TEXT: [&str; 6] = ["read-only", "num-queues", "slot", "mtu", "tap-fd", "key-fd"];
+const NOT_TEXT: [&str; 10] = [
+    "read-only",
+    "num-queues",
+    "slot",
+    "mtu",
+    "tap-fd",
+    "key-fd",
+    "cpu-percent",
+    "pids",
+    "io-operations-per-second",
+    "core-scheduling",
+];
 
 /// The VM, in flags.
 #[derive(Args, Debug, Default)]
@@ -54,6 +65,9 @@ pub(super) struct VmFlags {
     /// Seconds a guest has to power off when asked
     #[arg(long, value_name = "SECONDS")]
     power_off_grace: Option<u32>,
+    /// memory=SIZE,cpu-percent=N,pids=N,io-bytes-per-second=SIZE,io-operations-per-second=N,core-scheduling=true
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    limits: Option<String>,
     /// A further folder that backing files may lie in
     #[arg(long = "image-folder", value_name = "FOLDER")]
     image_folders: Vec<PathBuf>,
@@ -105,6 +119,9 @@ impl VmFlags {
         spec.huge_pages = self.huge_pages.or(spec.huge_pages);
         spec.name = self.name.clone().or(spec.name);
         spec.image_folders.extend(self.image_folders.clone());
+        if let Some(text) = &self.limits {
+            spec.limits = list("--limits", text)?;
+        }
         for text in &self.disk {
             spec.disks.push(list::<DiskSpec>("--disk", text)?);
         }

@@ -6,6 +6,7 @@ use super::machine::{Backend, Device, Key, Tap};
 use super::qcow2;
 use super::tap;
 use crate::failure::Failure;
+use crate::sandbox::cgroup::disk_behind;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -415,6 +416,15 @@ fn open_tap(device: &Device, tap: &Tap) -> Result<tap::Opened, Failure> {
 }
 
 impl Inputs {
+    /// The disk that the image of `device` lies on, by major and minor number.
+    pub(crate) fn disk_of(&self, device: usize) -> Option<(u64, u64)> {
+        let Some(BackendInput::Images(images)) = self.backends.get(device) else {
+            return None;
+        };
+        let about = nix::sys::stat::fstat(&images.layers.first()?.file).ok()?;
+        disk_behind(about.st_dev)
+    }
+
     /// Waits for the TAPs that are being made, for who needs every descriptor at hand.
     pub(crate) fn settle(&mut self) -> Result<(), Failure> {
         self.settled = self.holders();

@@ -7,6 +7,7 @@
 mod inputs;
 mod kernel;
 mod machine;
+mod obituary;
 mod plan;
 pub(crate) mod probe;
 mod qcow2;
@@ -19,14 +20,17 @@ mod tap;
 mod terminal;
 
 use crate::failure::Failure;
-use crate::sandbox::{SeccompMode, Witness};
+use crate::sandbox::cgroup::{CgroupError, Groups, Place};
+use crate::sandbox::{SeccompMode, share_cores_within};
 use inputs::{BackendInput, Inputs};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Pid, getpid};
+use obituary::Obituary;
 use plan::{Choices, Plan};
 use reaper::Reaper;
 use run_dir::RunDir;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::time::Duration;
 use vm_spec::events::{self, VmEvent};
 use vm_spec::run_state::{self, ProcessRole, ProcessState, RunState};
@@ -83,16 +87,26 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
     let run_dir = run_dir::create(&name)?;
     let saved = terminal::save();
     let signals = supervise::block_signals().map_err(|e| Failure::host("cannot take signals").because(&e))?;
-    let reaper = Reaper::start(&run_dir, saved.as_ref())
+    let place = match spec.limits.controllers().is_empty() {
+        true => None,
+        false => Some(Place::find(&name).map_err(no_limits)?),
+    };
+    let reaper = Reaper::start(&run_dir, saved.as_ref(), place.as_ref())
         .map_err(|e| Failure::host("cannot start the reaper").because(&e))?;
     let result = (|| {
         let inputs = inputs::open(spec, &devices)?;
         // Until the end of this block: their namespaces end with these.
         let holders = inputs.holders();
         let plan = make_plan(spec, &name, &devices, options, &inputs, saved.is_some());
-        let binaries = spawn::Binaries::open(&plan)?;
-        let mut witness = Witness::begin();
-        spawn::leave_root(|uid, gid| run_dir.give_to(uid, gid))?;
+        let groups = make_groups(spec, place, &plan, &inputs, reaper.pid)?;
+        let binaries = spawn::Binaries::open(&plan, groups.clone())?;
+        let mut obituary = Obituary::begin(groups.clone());
+        spawn::leave_root(|uid, gid| {
+            if let Some(groups) = &groups {
+                groups.give_to(uid, gid).map_err(std::io::Error::other)?;
+            }
+            run_dir.give_to(uid, gid)
+        })?;
         nix::sys::prctl::set_no_new_privs()
             .map_err(|e| Failure::host("cannot give up new privileges").because(&e))?;
         if let Some(saved) = &saved {
@@ -123,7 +137,9 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
                         process.pid = pid.as_raw();
                     }
                 }
-                supervise::Event::Forbidden(pid) => return name_call(&mut witness, &state, pid),
+                supervise::Event::Signalled(pid, signal) => {
+                    return obituary.write(state.processes.iter().find(|p| p.pid == pid.as_raw()), signal);
+                }
                 supervise::Event::Happened(event) => return note(&run_dir, &event),
             }
             save_state(&run_dir, &state);
@@ -168,15 +184,45 @@ fn make_plan(
     plan::plan(spec, name, devices, &choices)
 }
 
-/// Says which call a process was killed for, where the kernel's log tells.
-fn name_call(witness: &mut Witness, state: &RunState, pid: Pid) {
-    let Some(process) = state.processes.iter().find(|p| p.pid == pid.as_raw()) else {
-        return;
-    };
-    let role = process.role.policy().and_then(|name| name.parse().ok());
-    if let Some(verdict) = role.and_then(|role| witness.testify(pid, role)) {
-        eprintln!("bulkhead: {} (pid {pid}): {verdict}", process.name);
+/// The VM's groups with its limits; `None` where the spec limits nothing.
+fn make_groups(
+    spec: &VmSpec,
+    place: Option<Place>,
+    plan: &Plan,
+    inputs: &Inputs,
+    reaper: Pid,
+) -> Result<Option<Rc<Groups>>, Failure> {
+    if spec.limits.core_scheduling {
+        share_cores_within().map_err(|e| {
+            Failure::host("limits.core-scheduling: the kernel refuses it")
+                .because(&e)
+                .hint("it needs a kernel with CONFIG_SCHED_CORE, and cores with siblings")
+        })?;
     }
+    let Some(place) = place else { return Ok(None) };
+    let processes = plan.workers.iter().chain([&plan.supervisor]);
+    let children: Vec<_> = processes
+        .map(|process| {
+            (
+                process.name.clone(),
+                process.image_device().and_then(|n| inputs.disk_of(n)),
+            )
+        })
+        .collect();
+    let groups = Groups::make(place, &spec.limits, &children, reaper).map_err(no_limits)?;
+    Ok(Some(Rc::new(groups)))
+}
+
+fn no_limits(error: CgroupError) -> Failure {
+    let hint = match error {
+        CgroupError::Shared(_) | CgroupError::File(..) => {
+            "systemd-run --user --scope -p Delegate=yes bulkhead run ... gives it a group of its own"
+        }
+        CgroupError::None | CgroupError::Controller { .. } => {
+            "bulkhead doctor says what the host offers; without [limits] none are needed"
+        }
+    };
+    Failure::host("limits: cannot be kept").because(&error).hint(hint)
 }
 
 /// As [`save_state`].

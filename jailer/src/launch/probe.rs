@@ -126,6 +126,7 @@ impl Stage {
             binary: self.binaries[process.binary].as_fd(),
             arguments: arguments(process, order).map_err(|e| failed(&e))?,
             descriptors,
+            cgroup: None,
         };
         let child = start_without(&program, order.removed)
             .and_then(crate::sandbox::child::Starting::finish)

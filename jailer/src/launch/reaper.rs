@@ -5,6 +5,7 @@
 
 use super::run_dir::RunDir;
 use super::terminal::{self, Saved};
+use crate::sandbox::cgroup::Place;
 use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::unistd::{ForkResult, Pid, fork, geteuid, getpid, pipe2, read, setsid, write};
@@ -26,7 +27,11 @@ impl Reaper {
     /// folder's lock may be open besides: everything else is opened after it.
     ///
     /// The calling process must have one thread only.
-    pub(crate) fn start(run_dir: &RunDir, saved: Option<&Saved>) -> nix::Result<Self> {
+    pub(crate) fn start(
+        run_dir: &RunDir,
+        saved: Option<&Saved>,
+        groups: Option<&Place>,
+    ) -> nix::Result<Self> {
         let (ours, theirs) = pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
         let spawner = getpid();
         // SAFETY: this process has one thread, so the child may do whatever the parent might.
@@ -37,7 +42,15 @@ impl Reaper {
             }),
             ForkResult::Child => {
                 drop(theirs);
-                reap(&ours, run_dir, saved, spawner);
+                reap(
+                    &ours,
+                    &Remains {
+                        run_dir,
+                        saved,
+                        groups,
+                        spawner,
+                    },
+                );
                 // SAFETY: ends the child without running what the parent registered.
                 unsafe { libc::_exit(0) }
             }
@@ -54,14 +67,14 @@ impl Reaper {
 
 /// The life of the reaper. Root's spawner soon is another user, who cannot remove what lies in
 /// root's folder should the reaper be killed: there a second one stands by.
-fn reap(pipe: &OwnedFd, run_dir: &RunDir, saved: Option<&Saved>, spawner: Pid) {
+fn reap(pipe: &OwnedFd, remains: &Remains<'_>) {
     let mut second = None;
     if geteuid().is_root() {
         // SAFETY: this process has one thread, so the child may do whatever the parent might.
         match unsafe { fork() } {
             Ok(ForkResult::Child) => {
-                wait(pipe, run_dir);
-                clean_up(run_dir, saved);
+                wait(pipe, remains.run_dir);
+                remains.clean_up();
                 return;
             }
             Ok(ForkResult::Parent { child }) => second = Some(child),
@@ -69,11 +82,12 @@ fn reap(pipe: &OwnedFd, run_dir: &RunDir, saved: Option<&Saved>, spawner: Pid) {
             Err(_) => {}
         }
     }
-    let in_order = wait(pipe, run_dir);
+    let in_order = wait(pipe, remains.run_dir);
     if !in_order {
+        let spawner = remains.spawner;
         eprintln!("bulkhead: the spawner (pid {spawner}) died: its VM was ended");
     }
-    clean_up(run_dir, saved);
+    remains.clean_up();
     if second.is_some() {
         // It holds the folder's lock too: the VM is over when both let go.
         let _ = nix::sys::wait::waitpid(second, None);
@@ -98,11 +112,24 @@ fn wait(pipe: &OwnedFd, run_dir: &RunDir) -> bool {
     }
 }
 
-fn clean_up(run_dir: &RunDir, saved: Option<&Saved>) {
-    if let Some(saved) = saved {
-        terminal::restore(saved);
+/// What is left behind when all processes are gone.
+struct Remains<'a> {
+    run_dir: &'a RunDir,
+    saved: Option<&'a Saved>,
+    groups: Option<&'a Place>,
+    spawner: Pid,
+}
+
+impl Remains<'_> {
+    fn clean_up(&self) {
+        if let Some(saved) = self.saved {
+            terminal::restore(saved);
+        }
+        if let Some(groups) = self.groups {
+            groups.remove(&[self.spawner, getpid()]);
+        }
+        self.run_dir.remove();
     }
-    run_dir.remove();
 }
 
 /// Standard output may be a pipe whose reader waits for its end.

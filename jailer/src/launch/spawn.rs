@@ -5,6 +5,7 @@ use super::plan::{Plan, ProcessPlan, Source};
 use super::respawn::Respawner;
 use super::tap::{Holder, Opened};
 use crate::failure::Failure;
+use crate::sandbox::cgroup::Groups;
 use crate::sandbox::child::{self, Child, Program, SpawnError, Starting, Step};
 use crate::wire::send_message;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -15,6 +16,7 @@ use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::rc::Rc;
 use vm_spec::control::ToVmm;
 use vm_spec::supervise::ToSupervisor;
 
@@ -34,11 +36,15 @@ pub(crate) struct Running {
 }
 
 /// Our binaries, opened.
-pub(crate) struct Binaries(BTreeMap<&'static str, (PathBuf, File)>);
+pub(crate) struct Binaries {
+    files: BTreeMap<&'static str, (PathBuf, File)>,
+    /// Where their processes are born, if they are limited.
+    groups: Option<Rc<Groups>>,
+}
 
 impl Binaries {
     /// Opens those that `plan` executes, beside our own (or in BULKHEAD_BIN_DIR).
-    pub(crate) fn open(plan: &Plan) -> Result<Self, Failure> {
+    pub(crate) fn open(plan: &Plan, groups: Option<Rc<Groups>>) -> Result<Self, Failure> {
         let folder = match std::env::var_os("BULKHEAD_BIN_DIR") {
             Some(folder) => PathBuf::from(folder),
             None => std::env::current_exe()
@@ -56,7 +62,7 @@ impl Binaries {
             })?;
             all.insert(process.binary, (path, file));
         }
-        Ok(Self(all))
+        Ok(Self { files: all, groups })
     }
 }
 
@@ -127,7 +133,7 @@ pub(crate) fn begin<'a>(
     lookup: &dyn Fn(Source) -> BorrowedFd<'a>,
     binaries: &'a Binaries,
 ) -> Result<Starting, Failure> {
-    let (_, binary) = &binaries.0[process.binary];
+    let (_, binary) = &binaries.files[process.binary];
     let arguments = [process.binary]
         .into_iter()
         .chain(process.arguments.iter().map(String::as_str))
@@ -138,6 +144,10 @@ pub(crate) fn begin<'a>(
         binary: binary.as_fd(),
         arguments,
         descriptors: process.descriptors.iter().map(|fd| lookup(fd.source)).collect(),
+        cgroup: binaries
+            .groups
+            .as_ref()
+            .and_then(|groups| groups.of(&process.name)),
     };
     child::start(&program).map_err(|e| not_started(process, e))
 }

@@ -47,8 +47,8 @@ pub(crate) enum Event {
     },
     /// A device's process has a successor.
     Respawned { predecessor: Pid, pid: Pid },
-    /// A process was killed for a system call that its policy does not allow.
-    Forbidden(Pid),
+    /// A process was ended by a signal.
+    Signalled(Pid, u8),
     /// To be written down.
     Happened(VmEvent),
 }
@@ -205,8 +205,8 @@ impl Spawner {
                     continue;
                 }
             };
-            if status == ExitStatus::Signal(Signal::SIGSYS as u8) {
-                on_event(Event::Forbidden(pid));
+            if let ExitStatus::Signal(signal) = status {
+                on_event(Event::Signalled(pid, signal));
             }
             if let Some(n) = self.workers.iter().position(|w| w.alive() == Some(pid)) {
                 self.workers[n].reaped = true;

@@ -31,6 +31,8 @@ pub struct Program<'a> {
     pub arguments: Vec<CString>,
     /// Its descriptors: the one at index N becomes N. It gets no other.
     pub descriptors: Vec<BorrowedFd<'a>>,
+    /// The cgroup (v2) that it is born in, by its folder; else the caller's.
+    pub cgroup: Option<BorrowedFd<'a>>,
 }
 
 /// A child that builds its jail.
@@ -61,6 +63,8 @@ pub enum Step {
     Network,
     /// A session of its own.
     Session,
+    /// A session keyring of its own.
+    Keyring,
     /// Its own host name.
     HostName,
     /// The empty root.
@@ -76,11 +80,12 @@ pub enum Step {
 }
 
 impl Step {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::DeathSignal,
         Self::IdMaps,
         Self::Network,
         Self::Session,
+        Self::Keyring,
         Self::HostName,
         Self::Root,
         Self::Descriptors,
@@ -95,6 +100,7 @@ impl Step {
             Self::IdMaps => "map its user in a user namespace",
             Self::Network => "enter a network namespace of its own",
             Self::Session => "start a session",
+            Self::Keyring => "start a session keyring",
             Self::HostName => "set its host name",
             Self::Root => "enter an empty root",
             Self::Descriptors => "arrange its file descriptors",
@@ -151,12 +157,18 @@ pub fn start_without(program: &Program<'_>, removed: Removed) -> Result<Starting
         | libc::CLONE_NEWCGROUP;
     let namespaces = if removed.has(Wall::Namespace) {
         0
+    } else if time_namespaces() {
+        namespaces | CLONE_NEWTIME
     } else {
         namespaces
     };
     // SAFETY: every field of clone_args may be zero.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
     args.flags = (namespaces | libc::CLONE_PIDFD) as u64;
+    if let Some(cgroup) = program.cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = cgroup.as_raw_fd() as u64;
+    }
     args.pidfd = (&raw mut pidfd) as u64;
     args.exit_signal = libc::SIGCHLD as u64;
     // SAFETY: without CLONE_VM the child runs on a copy of this stack and memory, as after fork;
@@ -178,6 +190,11 @@ pub fn start_without(program: &Program<'_>, removed: Removed) -> Result<Starting
         },
         report,
     })
+}
+
+/// Kernels before 5.6 have no time namespaces, and refuse the flag.
+fn time_namespaces() -> bool {
+    std::path::Path::new("/proc/self/ns/time").exists()
 }
 
 impl Starting {
@@ -216,6 +233,10 @@ impl Starting {
     }
 }
 
+/// `linux/sched.h`; in clone3 only, since clone takes its low byte for a signal.
+const CLONE_NEWTIME: i32 = 0x80;
+/// `linux/sched.h`.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 /// A step's number and an errno.
 const REPORT_LEN: usize = 5;
 /// Most open descriptors of a jailed process.
@@ -284,6 +305,7 @@ fn try_build(prepared: &mut Prepared) -> Result<std::convert::Infallible, (Step,
         mounts::enter_empty_root().map_err(at(Step::Root))?;
     }
     setsid().map_err(at(Step::Session))?;
+    join_new_keyring().map_err(at(Step::Keyring))?;
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     arrange(prepared).map_err(at(Step::Descriptors))?;
     if !prepared.removed.has(Wall::Limit) {
@@ -297,6 +319,17 @@ fn try_build(prepared: &mut Prepared) -> Result<std::convert::Infallible, (Step,
     }
     nix::sys::prctl::set_no_new_privs().map_err(at(Step::Capabilities))?;
     Err((Step::Execute, execute(prepared)))
+}
+
+/// The keys of the person's session stay theirs. A kernel without keyrings has none to share.
+fn join_new_keyring() -> nix::Result<()> {
+    const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
+    // SAFETY: no name is given, so no pointer is read: an anonymous keyring.
+    let joined = unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, 0) };
+    match Errno::result(joined) {
+        Err(Errno::ENOSYS) => Ok(()),
+        other => other.map(drop),
+    }
 }
 
 fn parent_is_gone(report: RawFd) -> bool {

@@ -5,7 +5,10 @@
 //! compile.
 
 pub mod caps;
+#[cfg(feature = "launcher")]
+pub mod cgroup;
 pub mod child;
+mod cpu;
 mod end;
 mod landlock;
 mod mounts;
@@ -19,7 +22,10 @@ mod verdict;
 mod witness;
 
 use crate::audit::wall::Wall;
+#[cfg(feature = "launcher")]
+pub use cpu::share_cores_within;
 pub use end::{end, end_on_panic};
+pub use landlock::landlock_level;
 pub use role::{ParseRoleError, Role, SeccompMode};
 pub use seccomp::{Rule, rules};
 pub use verdict::{Verdict, syscall_name};
@@ -106,6 +112,8 @@ pub fn lockdown_thread(role: Role, mode: SeccompMode) -> Result<(), LockdownErro
 fn confine() -> Result<(), LockdownError> {
     prepare_audit();
     nix::sys::prctl::set_dumpable(false).map_err(|e| LockdownError::Dumpable(e.into()))?;
+    cpu::keep_pages_apart();
+    tracing::debug!(landlock = landlock_level(), "locking down");
     if stands(Wall::Limit) {
         rlimit::limit_self()?;
     }

@@ -37,7 +37,10 @@ impl Mapping {
     /// When there is no address space or memory left.
     pub(super) fn new(file: &File, offset: u64, size: usize, align: usize) -> io::Result<Self> {
         let too_large = || io::Error::from_raw_os_error(libc::ENOMEM);
-        let reserved_size = size.checked_add(align).ok_or_else(too_large)?;
+        // A page of nothing on both sides: what runs off the end of RAM, or comes before its
+        // start, meets no other memory of this process.
+        let beside = align.checked_add(2 * PAGE).ok_or_else(too_large)?;
+        let reserved_size = size.checked_add(beside).ok_or_else(too_large)?;
         let offset = libc::off_t::try_from(offset).map_err(|_| too_large())?;
         // SAFETY: a fresh mapping of nothing, at an address that the kernel picks.
         let reserved = unsafe {
@@ -54,7 +57,7 @@ impl Mapping {
             return Err(io::Error::last_os_error());
         }
         let start = reserved.cast::<u8>();
-        let padding = start.align_offset(align);
+        let padding = PAGE + start.wrapping_add(PAGE).align_offset(align);
         let mapping = Self {
             reserved,
             reserved_size,
@@ -62,7 +65,7 @@ impl Mapping {
             size,
         };
         // SAFETY: replaces pages of the reservation above, which nothing else uses: `padding` is
-        // less than `align`, so that `size` bytes from there lie within it.
+        // less than a page and `align`, so that `size` bytes and a page from there lie within it.
         let mapped = unsafe {
             libc::mmap(
                 mapping.start.cast(),
@@ -157,6 +160,28 @@ mod tests {
         assert_eq!(mapping.start as usize % HUGE_PAGE, 0);
         // SAFETY: the first byte of the mapping.
         assert_eq!(unsafe { mapping.start.read_volatile() }, 7);
+    }
+
+    /// Whether this process can read a byte there; asking the kernel, which answers EFAULT.
+    fn is_readable(address: *const u8) -> bool {
+        let (read, write) = nix::unistd::pipe().unwrap();
+        // SAFETY: the kernel checks the address and copies one byte of it, if it can.
+        let written = unsafe { libc::write(write.as_raw_fd(), address.cast(), 1) };
+        drop(read);
+        written == 1
+    }
+
+    #[test]
+    fn a_page_of_nothing_lies_on_both_sides() {
+        for (size, align) in [(PAGE, PAGE), (2 << 20, HUGE_PAGE), (3 << 20, HUGE_PAGE)] {
+            let file = memfd(size as u64);
+            let mapping = Mapping::new(&file, 0, size, align).unwrap();
+            assert!(is_readable(mapping.start) && is_readable(mapping.start.wrapping_add(size - 1)));
+            assert!(!is_readable(mapping.start.wrapping_sub(1)));
+            assert!(!is_readable(mapping.start.wrapping_sub(PAGE)));
+            assert!(!is_readable(mapping.start.wrapping_add(size)));
+            assert!(!is_readable(mapping.start.wrapping_add(size + PAGE - 1)));
+        }
     }
 
     #[test]

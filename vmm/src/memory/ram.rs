@@ -202,6 +202,26 @@ mod tests {
         assert!(fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).is_err());
     }
 
+    /// SIGBUS is what a mapping gives behind its file's end. Whoever holds the memfd can cut no
+    /// byte off it; what it can do is punch holes, and they read as zeros.
+    #[test]
+    fn nobody_who_holds_the_memfd_can_cause_a_sigbus() {
+        let ram = GuestRam::new(machine::MIN_MEMORY, None).unwrap();
+        let at = GuestAddress(0x1000);
+        ram.memory().write_obj(7u64, at).unwrap();
+        let file = File::from(ram.memfd().try_clone_to_owned().unwrap());
+        let hole = nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE
+            | nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE;
+        let size = i64::try_from(machine::MIN_MEMORY).unwrap();
+        nix::fcntl::fallocate(&file, hole, 0, size).unwrap();
+        assert_eq!(ram.memory().read_obj::<u64>(at).unwrap(), 0);
+        for cut in [0, 0x1000, machine::MIN_MEMORY - 1] {
+            assert!(file.set_len(cut).is_err());
+        }
+        let collapse = nix::fcntl::FallocateFlags::FALLOC_FL_COLLAPSE_RANGE;
+        assert!(nix::fcntl::fallocate(&file, collapse, 0, 0x1000).is_err());
+    }
+
     #[test]
     fn five_gibibytes_are_two_regions_of_one_memfd() {
         let ram = GuestRam::new(5 << 30, None).unwrap();

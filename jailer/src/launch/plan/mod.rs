@@ -74,6 +74,14 @@ pub(crate) struct Descriptor {
 }
 
 impl ProcessPlan {
+    /// The device whose image it is given.
+    pub(crate) fn image_device(&self) -> Option<usize> {
+        self.descriptors.iter().find_map(|given| match given.source {
+            Source::Image(device, 0) => Some(device),
+            _ => None,
+        })
+    }
+
     pub(crate) fn fd_states(&self) -> Vec<FdState> {
         (0..)
             .zip(&self.descriptors)

@@ -1,6 +1,7 @@
 //! What `--dry-run` prints.
 
 use super::Plan;
+use crate::sandbox::landlock_level;
 use std::fmt::Write as _;
 use vm_spec::run_state::{FdLink, Kept, MadeFds};
 
@@ -8,11 +9,14 @@ impl Plan {
     /// Each process, with every descriptor that it holds.
     pub(crate) fn describe(&self) -> String {
         let mut out = format!("vm {}\n", self.name);
+        let landlock = landlock_level().map_or("no Landlock on this host".to_owned(), |level| {
+            format!("Landlock level {level}")
+        });
         for process in self.workers.iter().chain([&self.supervisor]) {
             let _ = writeln!(
                 out,
-                "process {}\n  execute {} {}\n  jail user, mount, pid, net, ipc, uts and cgroup \
-                 namespaces; empty read-only root; no capabilities\n  seccomp {} policy {}",
+                "process {}\n  execute {} {}\n  jail user, mount, pid, net, ipc, uts, cgroup and \
+                 time namespaces; empty read-only root; no capabilities; {landlock}\n  seccomp {} policy {}",
                 process.name,
                 process.binary,
                 process.arguments.join(" "),

@@ -1,0 +1,129 @@
+//! A VM's cgroups, where the host offers the controllers of version 2 (the nested tier's does).
+
+use anyhow::{Context, Result, bail, ensure};
+use integration_tests::{
+    host::Host,
+    suite::{Skip, test},
+    tiny::Run,
+};
+use libtest_mimic::Trial;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, Uid};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+use vm_spec::run_state::{ProcessRole, RunState};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+const TOP: &str = "/sys/fs/cgroup";
+
+pub(crate) fn tests() -> Vec<Trial> {
+    vec![
+        test("limits::are_on_each_process_and_gone_at_the_end", kept_and_gone),
+        test("limits::are_gone_after_a_kill_of_the_spawner", gone_after_a_kill),
+        test("limits::a_host_without_them_refuses", refused),
+    ]
+}
+
+fn offered() -> bool {
+    let controllers = fs::read_to_string(Path::new(TOP).join("cgroup.controllers")).unwrap_or_default();
+    let offers = |name| controllers.split_whitespace().any(|one| one == name);
+    Uid::effective().is_root() && ["memory", "cpu", "pids"].into_iter().all(offers)
+}
+
+fn start() -> Result<Run> {
+    Run::tiny(
+        "scenario=hlt",
+        &[
+            "--limits=memory=256M,cpu-percent=150,pids=40".to_owned(),
+            "--power-off-grace=1".to_owned(),
+        ],
+    )
+}
+
+/// A guest that runs, and its VM's group.
+fn running() -> Result<(Run, RunState, PathBuf)> {
+    Host::need_kvm()?;
+    if !offered() {
+        bail!(Skip(
+            "no cgroup v2 with memory, cpu and pids, or not root".to_owned()
+        ));
+    }
+    let mut run = start()?;
+    run.console
+        .wait_line("ready=1", DEADLINE)
+        .with_context(|| run.process.stderr().unwrap_or_default())?;
+    let state = run.state(DEADLINE)?;
+    let vmm = state
+        .processes
+        .iter()
+        .find(|process| process.role == ProcessRole::Vmm)
+        .context("no vmm")?;
+    let own = fs::read_to_string(format!("/proc/{}/cgroup", vmm.pid))?;
+    let own = own.lines().find_map(|line| line.strip_prefix("0::/"));
+    let own = Path::new(TOP).join(own.context("the vmm is in no group")?);
+    let group = own.parent().context("no group")?.to_owned();
+    ensure!(own.ends_with("vmm"), "the vmm is in {}", own.display());
+    Ok((run, state, group))
+}
+
+fn kept_and_gone() -> Result<()> {
+    let (mut run, state, group) = running()?;
+    let read = |file: &str| fs::read_to_string(group.join(file)).map(|text| text.trim().to_owned());
+    ensure!(read("memory.max")? == (256 << 20).to_string());
+    for process in state.processes.iter().filter(|process| process.jailed) {
+        let file = |name: &str| read(&format!("{}/{name}", process.name));
+        ensure!(file("pids.max")? == "40", "{}", process.name);
+        ensure!(file("cpu.max")? == "150000 100000", "{}", process.name);
+        ensure!(
+            file("cgroup.procs")? == process.pid.to_string(),
+            "{}",
+            process.name
+        );
+    }
+    // The guest's RAM is charged to the group, whoever touched it.
+    ensure!(read("memory.current")?.parse::<u64>()? > 1 << 20);
+    run.process.signal(Signal::SIGTERM)?;
+    run.wait(DEADLINE)?;
+    ensure!(!group.exists(), "{} is left behind", group.display());
+    Ok(())
+}
+
+fn gone_after_a_kill() -> Result<()> {
+    let (run, state, group) = running()?;
+    let spawner = state
+        .processes
+        .iter()
+        .find(|process| process.role == ProcessRole::Spawner);
+    kill(Pid::from_raw(spawner.context("no spawner")?.pid), Signal::SIGKILL)?;
+    is_gone(&group)?;
+    drop(run);
+    Ok(())
+}
+
+fn is_gone(group: &Path) -> Result<()> {
+    let end = Instant::now() + DEADLINE;
+    while group.exists() {
+        ensure!(Instant::now() < end, "{} is left behind", group.display());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// What cannot be kept is not left out.
+fn refused() -> Result<()> {
+    Host::need_kvm()?;
+    if offered() {
+        bail!(Skip("this host keeps limits".to_owned()));
+    }
+    let mut run = start()?;
+    let status = run.wait(DEADLINE)?;
+    let words = run.process.stderr()?;
+    ensure!(
+        !status.success() && words.contains("limits: cannot be kept"),
+        "{status}: {words}"
+    );
+    Ok(())
+}

@@ -1,0 +1,317 @@
+//! cgroup v2: stops a process that was broken into from taking the host's memory, CPUs, process
+//! numbers or disk bandwidth. A VM has a group with a child for each process.
+//!
+//! ```text
+//!   as root            /sys/fs/cgroup/bulkhead/NAME/{spawner,vmm,disk0,...}
+//!   delegated          OWN GROUP/bulkhead-NAME/{spawner,vmm,disk0,...}
+//!   memory.max on the VM's own group: shared RAM is charged to whoever touches it first
+//!   cpu.max, pids.max, io.max on each child but the spawner's
+//! ```
+//!
+//! A group with limits for its children can hold no process itself: the launcher moves into
+//! `spawner` first, the children are born in theirs, and at the end whoever removes the groups moves
+//! what is left back to where it came from.
+
+use nix::unistd::{Gid, Pid, Uid, chown, geteuid};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use vm_spec::spec::LimitsSpec;
+
+/// Where the launcher's own processes are.
+const SPAWNER: &str = "spawner";
+/// Microseconds that `cpu.max` counts in.
+const PERIOD: u64 = 100_000;
+
+/// Why a VM's limits cannot be kept.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// There is no hierarchy of version 2.
+    #[error("cgroup v2 is not mounted, or this process is not in it")]
+    None,
+    /// A controller is not offered where the groups would be made.
+    #[error("the controller '{name}' is not available in {}", folder.display())]
+    Controller {
+        /// The controller.
+        name: &'static str,
+        /// The group that lacks it.
+        folder: PathBuf,
+    },
+    /// The launcher's own group holds other processes or groups.
+    #[error("{} is shared with other processes", .0.display())]
+    Shared(PathBuf),
+    /// A file or folder of the hierarchy.
+    #[error("cannot use {}", .0.display())]
+    File(PathBuf, #[source] io::Error),
+}
+
+/// Where groups can be made.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Place {
+    /// The group that the launcher was started in.
+    origin: PathBuf,
+    /// The folder of the VM's group.
+    group: PathBuf,
+    /// The folders, outermost first, that must hand controllers down to the group.
+    above: Vec<PathBuf>,
+}
+
+impl Place {
+    /// Where the group of VM `name` goes: below `/sys/fs/cgroup/bulkhead` for root, below the
+    /// launcher's own group for a user, who has been given that.
+    ///
+    /// # Errors
+    /// [`CgroupError::None`].
+    pub fn find(name: &str) -> Result<Self, CgroupError> {
+        let read = |file: &str| fs::read_to_string(file).unwrap_or_default();
+        Self::of(
+            &read("/proc/self/mountinfo"),
+            &read("/proc/self/cgroup"),
+            geteuid().is_root(),
+            name,
+        )
+    }
+
+    fn of(mounts: &str, own: &str, root: bool, name: &str) -> Result<Self, CgroupError> {
+        // `36 35 98:0 /mnt1 /mount/point options - type source options` (proc(5)).
+        let top = mounts.lines().find_map(|line| {
+            let (before, after) = line.split_once(" - ")?;
+            (after.split(' ').next() == Some("cgroup2")).then(|| before.split(' ').nth(4))?
+        });
+        let own = own.lines().find_map(|line| line.strip_prefix("0::/"));
+        let (Some(top), Some(own)) = (top.map(Path::new), own) else {
+            return Err(CgroupError::None);
+        };
+        let origin = top.join(own);
+        Ok(if root {
+            let ours = top.join("bulkhead");
+            Self {
+                group: ours.join(name),
+                above: vec![top.to_owned(), ours],
+                origin,
+            }
+        } else {
+            Self {
+                group: origin.join(format!("bulkhead-{name}")),
+                above: vec![origin.clone()],
+                origin,
+            }
+        })
+    }
+
+    /// The controllers that are missing of those that limits may need.
+    pub fn missing(&self) -> Vec<&'static str> {
+        let outermost = self.above.first().unwrap_or(&self.origin);
+        let offered = fs::read_to_string(outermost.join("cgroup.controllers")).unwrap_or_default();
+        let mut all = vec!["memory", "cpu", "pids", "io"];
+        all.retain(|controller| !offered.split_whitespace().any(|one| one == *controller));
+        all
+    }
+
+    /// Removes the VM's groups, in which no process but ours may be left: `ours` are moved out.
+    /// What cannot be removed is left, and found by [`Groups::make`] of the same name.
+    pub fn remove(&self, ours: &[Pid]) {
+        if self.above.last() == Some(&self.origin) {
+            // It takes processes again once it hands nothing down.
+            let down = self.origin.join("cgroup.subtree_control");
+            for controller in fs::read_to_string(&down).unwrap_or_default().split_whitespace() {
+                let _ = fs::write(&down, format!("-{controller}"));
+            }
+        }
+        for pid in ours {
+            let _ = fs::write(self.origin.join("cgroup.procs"), pid.to_string());
+        }
+        for entry in fs::read_dir(&self.group).into_iter().flatten().flatten() {
+            if entry.path().is_dir() {
+                let _ = fs::remove_dir(entry.path());
+            }
+        }
+        let _ = fs::remove_dir(&self.group);
+        if let Some(ours) = self.above.get(1) {
+            // The last VM's takes the common folder along; with others in it, this fails.
+            let _ = fs::remove_dir(ours);
+        }
+    }
+}
+
+/// A VM's groups.
+#[derive(Debug)]
+pub struct Groups {
+    place: Place,
+    children: Vec<(String, File)>,
+}
+
+impl Groups {
+    /// Makes the groups with their limits, and moves the calling process and the reaper into the spawner's.
+    /// `children` are the processes' names, each with the block device that its image lies on.
+    ///
+    /// # Errors
+    /// Any [`CgroupError`]: a limit that cannot be kept is not left out.
+    pub fn make(
+        place: Place,
+        limits: &LimitsSpec,
+        children: &[(String, Option<(u64, u64)>)],
+        reaper: Pid,
+    ) -> Result<Self, CgroupError> {
+        let made = (|| {
+            for folder in place.above.iter().skip(1).chain([&place.group]) {
+                make_folder(folder)?;
+            }
+            let spawner = place.group.join(SPAWNER);
+            make_folder(&spawner)?;
+            for pid in [reaper, nix::unistd::getpid()] {
+                put(&spawner, "cgroup.procs", &pid.to_string())?;
+            }
+            for folder in place.above.iter().chain([&place.group]) {
+                hand_down(folder, limits)?;
+            }
+            if let Some(memory) = limits.memory {
+                put(&place.group, "memory.max", &memory.0.to_string())?;
+                // Else the limit would be on RAM only, and the disk would take the rest.
+                put_if_there(&place.group, "memory.swap.max", "0")?;
+            }
+            children
+                .iter()
+                .map(|(name, device)| make_child(&place.group.join(name), limits, *device))
+                .collect::<Result<Vec<_>, _>>()
+        })();
+        match made {
+            Ok(folders) => Ok(Self {
+                children: children
+                    .iter()
+                    .map(|(name, _)| name.clone())
+                    .zip(folders)
+                    .collect(),
+                place,
+            }),
+            Err(error) => {
+                place.remove(&[reaper, nix::unistd::getpid()]);
+                Err(error)
+            }
+        }
+    }
+
+    /// Lets the user that the launcher is about to become make processes in the groups; their
+    /// limits stay root's.
+    ///
+    /// # Errors
+    /// [`CgroupError::File`].
+    pub fn give_to(&self, uid: Uid, gid: Gid) -> Result<(), CgroupError> {
+        let spawner = self.place.group.join(SPAWNER);
+        let children = self.children.iter().map(|(name, _)| self.place.group.join(name));
+        for folder in children.chain([self.place.group.clone(), spawner]) {
+            let file = folder.join("cgroup.procs");
+            chown(&file, Some(uid), Some(gid)).map_err(|e| CgroupError::File(file, e.into()))?;
+        }
+        Ok(())
+    }
+
+    /// The folder of `name`'s group, for `Program::cgroup`.
+    pub fn of(&self, name: &str) -> Option<BorrowedFd<'_>> {
+        let child = self.children.iter().find(|(child, _)| child == name);
+        child.map(|(_, folder)| folder.as_fd())
+    }
+
+    /// How many processes of `name`'s group the kernel has killed for want of memory.
+    pub fn oom_kills(&self, name: &str) -> u64 {
+        let events = fs::read_to_string(self.place.group.join(name).join("memory.events"));
+        oom_kills(&events.unwrap_or_default())
+    }
+}
+
+fn oom_kills(events: &str) -> u64 {
+    let count = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    count.and_then(|count| count.parse().ok()).unwrap_or(0)
+}
+
+fn make_folder(folder: &Path) -> Result<(), CgroupError> {
+    match fs::create_dir(folder) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(CgroupError::File(folder.to_owned(), e)),
+        _ => Ok(()),
+    }
+}
+
+fn put(folder: &Path, file: &str, text: &str) -> Result<(), CgroupError> {
+    let path = folder.join(file);
+    // Never made anew: what the kernel does not offer must not look as if it were set.
+    let written = fs::OpenOptions::new()
+        .write(true)
+        .open(&path)
+        .and_then(|mut open| io::Write::write_all(&mut open, text.as_bytes()));
+    written.map_err(|e| CgroupError::File(path, e))
+}
+
+fn put_if_there(folder: &Path, file: &str, text: &str) -> Result<(), CgroupError> {
+    match folder.join(file).exists() {
+        true => put(folder, file, text),
+        false => Ok(()),
+    }
+}
+
+/// Lets the groups below `folder` have the controllers that `limits` need.
+fn hand_down(folder: &Path, limits: &LimitsSpec) -> Result<(), CgroupError> {
+    let offered = fs::read_to_string(folder.join("cgroup.controllers")).unwrap_or_default();
+    for controller in limits.controllers() {
+        if !offered.split_whitespace().any(|one| one == controller) {
+            return Err(CgroupError::Controller {
+                name: controller,
+                folder: folder.to_owned(),
+            });
+        }
+        match put(folder, "cgroup.subtree_control", &format!("+{controller}")) {
+            Err(CgroupError::File(_, e)) if e.raw_os_error() == Some(libc::EBUSY) => {
+                return Err(CgroupError::Shared(folder.to_owned()));
+            }
+            other => other?,
+        }
+    }
+    Ok(())
+}
+
+fn make_child(folder: &Path, limits: &LimitsSpec, device: Option<(u64, u64)>) -> Result<File, CgroupError> {
+    make_folder(folder)?;
+    if let Some(percent) = limits.cpu_percent {
+        let quota = u64::from(percent) * PERIOD / 100;
+        put(folder, "cpu.max", &format!("{quota} {PERIOD}"))?;
+    }
+    if let Some(pids) = limits.pids {
+        put(folder, "pids.max", &pids.to_string())?;
+    }
+    if let (Some((major, minor)), Some(line)) = (device, io_line(limits)) {
+        put(folder, "io.max", &format!("{major}:{minor}{line}"))?;
+    }
+    File::open(folder).map_err(|e| CgroupError::File(folder.to_owned(), e))
+}
+
+/// The limits of `io.max`, behind the device's number.
+fn io_line(limits: &LimitsSpec) -> Option<String> {
+    let mut line = String::new();
+    if let Some(bytes) = limits.io_bytes_per_second {
+        line.push_str(&format!(" rbps={0} wbps={0}", bytes.0));
+    }
+    if let Some(operations) = limits.io_operations_per_second {
+        line.push_str(&format!(" riops={operations} wiops={operations}"));
+    }
+    Some(line).filter(|line| !line.is_empty())
+}
+
+/// The whole disk that `device` (st_dev) is, or is a part of: `io.max` takes no partition. `None`:
+/// no disk is behind it, as with tmpfs.
+pub fn disk_behind(device: u64) -> Option<(u64, u64)> {
+    let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
+    let folder = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
+    if !folder.exists() {
+        return None;
+    }
+    if !folder.join("partition").exists() {
+        return Some((major, minor));
+    }
+    let text = fs::read_to_string(folder.join("../dev")).ok()?;
+    let (major, minor) = text.trim().split_once(':')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+#[cfg(test)]
+#[path = "cgroup_tests.rs"]
+mod tests;

@@ -1,0 +1,109 @@
+//! Against a folder with the files that the kernel would make. The kernel's own behaviour is tested
+//! where it offers the controllers (`limits::` of the tiny tests).
+
+use super::*;
+use vm_spec::size::ByteSize;
+
+const MOUNTS: &str = "22 28 0:20 / /sys rw - sysfs sysfs rw\n\
+    33 22 0:29 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n";
+
+fn limits() -> LimitsSpec {
+    LimitsSpec {
+        memory: Some(ByteSize(1 << 30)),
+        cpu_percent: Some(150),
+        pids: Some(64),
+        io_bytes_per_second: Some(ByteSize(10 << 20)),
+        ..LimitsSpec::default()
+    }
+}
+
+/// What the kernel makes in a new group.
+fn files(folder: &Path) {
+    fs::create_dir_all(folder).unwrap();
+    for file in [
+        "cgroup.procs",
+        "cgroup.subtree_control",
+        "memory.max",
+        "memory.swap.max",
+        "cpu.max",
+        "pids.max",
+        "io.max",
+    ] {
+        fs::write(folder.join(file), "").unwrap();
+    }
+    fs::write(folder.join("cgroup.controllers"), "cpuset cpu io memory pids\n").unwrap();
+}
+
+fn place(top: &Path) -> Place {
+    let mounts = MOUNTS.replace("/sys/fs/cgroup", &top.display().to_string());
+    Place::of(&mounts, "0::/user.slice\n", true, "web").unwrap()
+}
+
+#[test]
+fn root_and_users_have_their_places() {
+    let root = Place::of(MOUNTS, "1:x:/\n0::/user.slice/a.scope\n", true, "web").unwrap();
+    assert_eq!(root.group, Path::new("/sys/fs/cgroup/bulkhead/web"));
+    assert_eq!(root.origin, Path::new("/sys/fs/cgroup/user.slice/a.scope"));
+    let user = Place::of(MOUNTS, "0::/user.slice/a.scope\n", false, "web").unwrap();
+    assert_eq!(
+        user.group,
+        Path::new("/sys/fs/cgroup/user.slice/a.scope/bulkhead-web")
+    );
+    assert_eq!(user.above, [user.origin]);
+}
+
+#[test]
+fn a_host_with_version_1_has_no_place() {
+    let mounts = "33 22 0:29 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n";
+    assert!(matches!(
+        Place::of(mounts, "4:memory:/a\n", true, "web"),
+        Err(CgroupError::None)
+    ));
+}
+
+#[test]
+fn limits_are_on_the_group_and_on_each_child() {
+    let top = tempfile::tempdir().unwrap();
+    let place = place(top.path());
+    for folder in ["", "bulkhead", "bulkhead/web", "bulkhead/web/spawner"] {
+        files(&top.path().join(folder));
+    }
+    for child in ["vmm", "disk0"] {
+        files(&place.group.join(child));
+    }
+    let children = [("vmm".to_owned(), None), ("disk0".to_owned(), Some((259, 0)))];
+    let groups = Groups::make(place.clone(), &limits(), &children, nix::unistd::getpid()).unwrap();
+    let read = |path: &str| fs::read_to_string(place.group.join(path)).unwrap();
+    assert_eq!(read("spawner/cgroup.procs"), std::process::id().to_string());
+    assert_eq!(read("memory.max"), "1073741824");
+    assert_eq!(read("memory.swap.max"), "0");
+    for child in ["vmm", "disk0"] {
+        assert_eq!(read(&format!("{child}/cpu.max")), "150000 100000");
+        assert_eq!(read(&format!("{child}/pids.max")), "64");
+        assert!(groups.of(child).is_some());
+    }
+    assert_eq!(read("disk0/io.max"), "259:0 rbps=10485760 wbps=10485760");
+    assert_eq!(read("vmm/io.max"), "");
+    assert!(groups.of("net0").is_none());
+}
+
+#[test]
+fn a_limit_that_cannot_be_kept_is_an_error() {
+    let top = tempfile::tempdir().unwrap();
+    let place = place(top.path());
+    for folder in ["", "bulkhead", "bulkhead/web", "bulkhead/web/spawner"] {
+        files(&top.path().join(folder));
+    }
+    fs::write(top.path().join("cgroup.controllers"), "cpu pids\n").unwrap();
+    let error = Groups::make(place, &limits(), &[], nix::unistd::getpid()).unwrap_err();
+    assert!(
+        matches!(error, CgroupError::Controller { name: "memory", .. }),
+        "{error}"
+    );
+}
+
+#[test]
+fn kills_for_want_of_memory_are_counted() {
+    assert_eq!(oom_kills("low 0\nhigh 0\nmax 7\noom 2\noom_kill 3\n"), 3);
+    assert_eq!(oom_kills("oom_kill_x 9\n"), 0);
+}
