@@ -1,15 +1,18 @@
 //! The block device: features and configuration space (virtio 1.3, 5.2.3 and 5.2.4).
 
+use crate::control::{Control, Order};
+use crate::counters::{Counters, QueueCounters};
 use crate::image::{self, BlockFile, Format, Image, ImageError, OpenOptions, Passphrase, SECTOR};
 use crate::io::{CacheMode, DirectFile, IoMode, RestrictedRing};
 use crate::options::{Options, Place, USAGE};
 use crate::queue::BlkQueue;
 use crate::request::{MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_WRITE_ZEROES_SECTORS};
+use crate::settings::Settings;
 use jailer::sandbox::Role;
 use std::error::Error;
 use std::fs::File;
 use std::io::{self, Seek as _};
-use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use vhost_daemon::{ConfigError, Device, Program, QueueHandler, QueueLimits};
 use virtio_bindings::virtio_blk::*;
@@ -37,6 +40,9 @@ pub enum BlkError {
     /// The passphrase cannot be read.
     #[error("cannot read the passphrase from file descriptor {0}")]
     Key(RawFd, #[source] io::Error),
+    /// `--control-fd` is no descriptor of this process.
+    #[error("--control-fd")]
+    Control(#[source] io::Error),
     /// `--io=uring` on a host without it.
     #[error("the host refuses an io_uring (see kernel.io_uring_disabled); use --io=auto or --io=sync")]
     Uring(#[source] io::Error),
@@ -72,7 +78,22 @@ impl Program for BlkProgram {
         let image = open_image(&options)?;
         tracing::info!(image = image.describe(), "disk image is open");
         let rings = make_rings(&options, num_queues)?;
-        Ok(Box::new(BlkDevice::new(image, options.serial, num_queues, rings)))
+        let control = options.control.map(vhost_daemon::inherited).transpose();
+        let control = control.and_then(Control::new).map_err(BlkError::Control)?;
+        let settings = Settings {
+            serial: options.serial.into(),
+            limits: options.limits.limiter(),
+            on_error: options.on_error,
+        };
+        // Never freed: it lives as long as the process, and the queues' transfers refer to it.
+        let image: &'static Arc<dyn Image> = Box::leak(Box::new(image));
+        Ok(Box::new(BlkDevice {
+            image: &**image,
+            settings,
+            counters: Counters::new(num_queues),
+            rings,
+            control,
+        }))
     }
 }
 
@@ -197,25 +218,44 @@ struct Config {
 
 /// A disk.
 pub struct BlkDevice {
-    /// Never freed: it lives as long as the process, and the queues' transfers refer to it.
     image: &'static dyn Image,
-    serial: Vec<u8>,
-    num_queues: u16,
+    settings: Settings,
+    counters: Counters,
+    /// One for each queue, or none.
     rings: Vec<RestrictedRing>,
+    control: Control,
 }
 
 impl BlkDevice {
-    /// A disk with the contents of `image`, which answers GET_ID with `serial`. Each queue has one of
-    /// `rings`, if there are any.
-    fn new(image: Arc<dyn Image>, serial: Vec<u8>, num_queues: u16, rings: Vec<RestrictedRing>) -> Self {
-        let image: &'static Arc<dyn Image> = Box::leak(Box::new(image));
-        Self {
-            image: &**image,
-            serial,
-            num_queues,
-            rings,
-        }
+    fn num_queues(&self) -> u16 {
+        // As many as were asked for with a number of this type.
+        self.counters.queues().len() as u16
     }
+
+    fn obey(&mut self, order: &Order) {
+        let answer = match order {
+            Order::Metrics => format!("{}# EOF\n", self.counters.prometheus(self.image.capacity())),
+            Order::Size(capacity) => match self.image.grow(*capacity) {
+                Ok(()) => "ok\n".to_owned(),
+                Err(error) => refusal(&error),
+            },
+            Order::Unknown(line) => format!("error: {line:?} is no order: write size BYTES or metrics\n"),
+        };
+        self.control.answer(&answer);
+    }
+}
+
+/// One line with the causes.
+fn refusal(error: &ImageError) -> String {
+    let mut text = format!("error: {error}");
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text.push('\n');
+    text
 }
 
 impl Device for BlkDevice {
@@ -224,7 +264,7 @@ impl Device for BlkDevice {
             | (1 << VIRTIO_BLK_F_BLK_SIZE)
             | (1 << VIRTIO_BLK_F_FLUSH)
             | (1 << VIRTIO_BLK_F_TOPOLOGY);
-        if self.num_queues > 1 {
+        if self.num_queues() > 1 {
             features |= 1 << VIRTIO_BLK_F_MQ;
         }
         if self.image.read_only() {
@@ -239,6 +279,7 @@ impl Device for BlkDevice {
     fn set_features(&mut self, _features: u64) {}
 
     fn config(&self) -> Vec<u8> {
+        let optimal = self.image.optimal_io_size() / SECTOR;
         let discard_sectors = self.image.discard_granularity() / SECTOR;
         let config = Config {
             capacity: (self.image.capacity() / SECTOR).into(),
@@ -251,10 +292,10 @@ impl Device for BlkDevice {
             physical_block_exp: PHYSICAL_BLOCK_EXPONENT,
             alignment_offset: 0,
             min_io_size: (1 << PHYSICAL_BLOCK_EXPONENT).into(),
-            opt_io_size: 0.into(),
+            opt_io_size: u32::try_from(optimal).unwrap_or(0).into(),
             writeback: 0,
             unused0: 0,
-            num_queues: self.num_queues.into(),
+            num_queues: self.num_queues().into(),
             max_discard_sectors: MAX_DISCARD_SECTORS.into(),
             max_discard_seg: MAX_DISCARD_SEGMENTS.into(),
             discard_sector_alignment: u32::try_from(discard_sectors).unwrap_or(1).into(),
@@ -277,15 +318,33 @@ impl Device for BlkDevice {
 
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
         let mut rings = std::mem::take(&mut self.rings).into_iter();
-        let mut queue = |_| -> Box<dyn QueueHandler> {
-            Box::new(BlkQueue::new(self.image, self.serial.clone(), rings.next()))
+        let mut queue = |counters: &Arc<QueueCounters>| -> Box<dyn QueueHandler> {
+            Box::new(BlkQueue::new(
+                self.image,
+                self.settings.clone(),
+                Arc::clone(counters),
+                rings.next(),
+            ))
         };
-        (0..self.num_queues).map(&mut queue).collect()
+        self.counters.queues().iter().map(&mut queue).collect()
+    }
+
+    fn config_source(&self) -> Option<BorrowedFd<'_>> {
+        self.control.source()
+    }
+
+    fn config_changed(&mut self) -> bool {
+        let before = self.image.capacity();
+        for order in self.control.orders() {
+            self.obey(&order);
+        }
+        self.image.capacity() != before
     }
 
     fn reset(&mut self) {}
 
     fn flush(&mut self) -> io::Result<()> {
+        self.counters.log();
         self.image.close()
     }
 }

@@ -3,12 +3,16 @@
 //! Trust: the guest writes request headers and the image's contents; both are checked here and
 //! reach nothing but this image and the guest's own memory.
 
+mod control;
+mod counters;
 pub mod device;
 pub mod image;
 pub mod io;
 mod options;
+mod outcome;
 mod queue;
 mod request;
+mod settings;
 
 pub use device::BlkProgram;
 

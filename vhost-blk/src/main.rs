@@ -1,11 +1,11 @@
 //! `vhost-user-blk`: one disk image, one front end at a time.
 
+mod allocator;
+
 use std::process::ExitCode;
 
-/// Not the C library's: that one needs brk, mprotect and madvise, which the policy then allows
-/// to whoever takes the process over. Nothing on the path of a request allocates.
 #[global_allocator]
-static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+static ALLOCATOR: allocator::Heap = allocator::Heap::new();
 
 fn main() -> ExitCode {
     vhost_daemon::run::<vhost_blk::BlkProgram>()

@@ -2,6 +2,7 @@
 
 use crate::image::Format;
 use crate::io::{CacheMode, IoMode};
+use crate::settings::OnError;
 use lexopt::{Parser, ValueExt};
 use std::ffi::OsString;
 use std::fs::OpenOptions as FileOptions;
@@ -10,6 +11,7 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
+use vhost_daemon::Limits;
 
 /// Printed by `--help`.
 pub(crate) const USAGE: &str = "  --blk-file=PATH         the image
@@ -26,6 +28,11 @@ pub(crate) const USAGE: &str = "  --blk-file=PATH         the image
   --io=MODE               auto (default), sync or uring; auto takes io_uring for --cache=none
   --read-only             the guest cannot write
   --serial=TEXT           what GET_ID answers; at most 20 bytes
+  --limit=LIMITS          ops=N,bytes=SIZE a second, with bursts ops-burst=N,bytes-burst=SIZE; all
+                          queues together
+  --on-error=WHAT         when the host has no space or a disk fails: report (default) it to the
+                          guest, or stop the queue and try again until it succeeds
+  --control-fd=N          take orders from this socket, a line each: size BYTES, metrics
 ";
 
 /// Bytes of a disk's serial number (virtio 1.3, 5.2.6: VIRTIO_BLK_T_GET_ID).
@@ -83,6 +90,9 @@ pub struct Options {
     pub(crate) io: IoMode,
     pub(crate) read_only: bool,
     pub(crate) serial: Vec<u8>,
+    pub(crate) limits: Limits,
+    pub(crate) on_error: OnError,
+    pub(crate) control: Option<RawFd>,
 }
 
 impl Options {
@@ -109,6 +119,9 @@ impl Options {
             "io" => self.io = parser.value()?.parse()?,
             "read-only" => self.read_only = true,
             "serial" => self.serial = serial(parser.value()?)?,
+            "limit" => self.limits = parser.value()?.parse_with(|text| Limits::parse(text, "ops"))?,
+            "on-error" => self.on_error = parser.value()?.parse()?,
+            "control-fd" => self.control = Some(parser.value()?.parse()?),
             _ => return Ok(false),
         }
         Ok(true)
@@ -223,6 +236,8 @@ mod tests {
         for size in ["1K", "2000M", "18446744073709551615M", "M", ""] {
             assert!(message(&[&format!("--l2-cache-size={size}")]).contains("64K to 1024M"));
         }
+        assert!(message(&["--limit=packets=1"]).contains("ops-burst"));
+        assert!(message(&["--on-error=ignore"]).contains("report or stop"));
         assert!(message(&["--serial=123456789012345678901"]).contains("20 bytes"));
     }
 }

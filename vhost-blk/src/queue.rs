@@ -1,40 +1,70 @@
 //! One request queue: takes what is available, executes it, completes it.
 //!
 //! Requests that only move data, on a range that lies in one piece in the host's file, go through the
-//! ring where there is one; all others are done by calls before `process` returns.
+//! ring where there is one; all others are done by calls before `process` returns. What the host fails
+//! is completed with an error, or kept and tried again (`--on-error`).
 
+use crate::counters::{Operation, QueueCounters};
 use crate::image::{Image, Resolved};
 use crate::io::{Direction, RestrictedRing, Transfer};
+use crate::outcome::{Done, Failure};
 use crate::request::{Request, Status};
+use crate::settings::{OnError, Settings};
 use nix::errno::Errno;
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 use vhost_daemon::faults::{self, Step};
 use vhost_daemon::{Chain, QueueHandler, Ring, RingFault, Wait};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES};
 
 /// Bytes moved by calls before the driver hears of them: it prepares more while the next ones move.
 const MOST_UNPUBLISHED: usize = 256 << 10;
+/// Between two tries of what the host failed, under `--on-error=stop`.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// A request that the host failed, kept to be tried again.
+struct Parked {
+    chain: Chain,
+    taken: Instant,
+}
 
 /// The handler of one queue; all queues share the image, which lives as long as the process, so that
 /// transfers under way may refer to it.
 pub(crate) struct BlkQueue {
     image: &'static dyn Image,
-    serial: Vec<u8>,
+    settings: Settings,
+    counters: Arc<QueueCounters>,
     features: u64,
     uring: Option<RestrictedRing>,
     /// Bytes moved by calls in this round.
     moved: usize,
+    /// The end of the latest request done by calls, and so the start of the next.
+    clock: Instant,
+    parked: VecDeque<Parked>,
+    retry_at: Instant,
 }
 
 impl BlkQueue {
-    pub(crate) fn new(image: &'static dyn Image, serial: Vec<u8>, uring: Option<RestrictedRing>) -> Self {
+    pub(crate) fn new(
+        image: &'static dyn Image,
+        settings: Settings,
+        counters: Arc<QueueCounters>,
+        uring: Option<RestrictedRing>,
+    ) -> Self {
+        let now = Instant::now();
         Self {
             image,
-            serial,
+            settings,
+            counters,
             features: 0,
             uring,
             moved: 0,
+            clock: now,
+            parked: VecDeque::new(),
+            retry_at: now,
         }
     }
 
@@ -47,120 +77,111 @@ impl BlkQueue {
         if chain.writable_length() == 0 {
             return Err(RingFault::Request("a block request has no room for its status"));
         }
-        let transfer = |chain, direction, offset, length, skip| Transfer {
-            chain,
-            direction,
-            offset,
-            length,
-            skip,
-        };
-        let transfer = match Request::read(&chain, self.image.capacity()) {
-            Ok(Request::In { offset, length }) => transfer(chain, Direction::Read, offset, length, 0),
-            Ok(Request::Out { offset, length }) if !self.image.read_only() => {
-                transfer(chain, Direction::Write, offset, length, Request::HEADER_LENGTH)
+        let request = match Request::read(&chain, self.image.capacity()) {
+            Ok(request) => request,
+            Err(status) => {
+                self.settings.limits.passed(0);
+                let done = Done::new(Operation::Other, 0, Err(status.into()));
+                self.settle(chain, self.clock, &done, ring);
+                return Ok(());
             }
-            Ok(Request::Out { .. }) => return complete(chain, Err(Status::IOERR), ring),
-            Ok(request) => {
-                let outcome = self.act(&request, &chain);
-                return complete(chain, outcome, ring);
-            }
-            Err(status) => return complete(chain, Err(status), ring),
         };
+        self.settings.limits.passed(request.data_length());
         faults::point(Step::BeforeSubmit);
-        match self.begin(transfer) {
-            None => {
-                faults::point(Step::AfterSubmit);
-                Ok(())
-            }
-            Some(transfer) => self.finish(transfer, ring),
-        }
-    }
-
-    /// Begins a transfer through the ring; gives it back where it has to be done by calls.
-    fn begin(&mut self, transfer: Transfer) -> Option<Transfer> {
-        let durable_at_once =
-            transfer.direction == Direction::Write && self.features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
-        let Some(uring) = self.uring.as_mut().filter(|_| !durable_at_once) else {
-            return Some(transfer);
+        let Some(chain) = self.begin(chain, &request) else {
+            faults::point(Step::AfterSubmit);
+            return Ok(());
         };
-        let length = transfer.length as u64;
-        let resolved = match transfer.direction {
-            Direction::Read => self.image.resolve_read(transfer.offset, length),
-            Direction::Write => self.image.resolve_write(transfer.offset, length),
-        };
-        match resolved {
-            Ok(Resolved::Mapped(extent, guard)) if extent.len == length => {
-                uring.push(transfer, extent.file, extent.offset, guard).err()
-            }
-            _ => Some(transfer),
-        }
-    }
-
-    /// Does a whole transfer by calls.
-    fn finish(&mut self, transfer: Transfer, ring: &mut Ring) -> Result<(), RingFault> {
-        self.moved += transfer.length;
-        let slices = transfer.slices();
-        let outcome = match transfer.direction {
-            Direction::Read => answer("read", self.image.read(&slices, transfer.offset)),
-            Direction::Write => {
-                let written = answer("write", self.image.write(&slices, transfer.offset));
-                written.and_then(|()| self.write_through())
-            }
-        };
-        drop(slices);
+        let done = self.execute(&request, &chain);
         faults::point(Step::AfterSubmit);
-        complete(transfer.chain, outcome, ring)
-    }
-
-    /// Completes what the ring has ended.
-    fn reap(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
-        while let Some((transfer, moved)) = self.uring.as_mut().and_then(RestrictedRing::ended) {
-            match moved {
-                Ok(moved) if moved == transfer.length => complete(transfer.chain, Ok(()), ring)?,
-                // A short one, at the end of the file or by a signal; or one that is not aligned.
-                Ok(_) | Err(Errno::EAGAIN | Errno::EINTR | Errno::EINVAL) => self.finish(transfer, ring)?,
-                Err(error) => {
-                    let failed = answer("transfer", Err(error.into()));
-                    complete(transfer.chain, failed, ring)?;
-                }
-            }
-        }
+        self.moved += done.bytes;
+        self.conclude(chain, done, ring);
         Ok(())
     }
 
-    fn has_room(&self) -> bool {
-        self.uring.as_ref().is_none_or(RestrictedRing::has_room)
+    /// Begins a transfer through the ring; gives the chain back where it has to be done by calls.
+    fn begin(&mut self, chain: Chain, request: &Request) -> Option<Chain> {
+        let flush = self.negotiated(VIRTIO_BLK_F_FLUSH);
+        let Some(uring) = &mut self.uring else {
+            return Some(chain);
+        };
+        let (direction, offset, length, skip) = match *request {
+            Request::In { offset, length } => (Direction::Read, offset, length, 0),
+            Request::Out { offset, length } if flush => {
+                (Direction::Write, offset, length, Request::HEADER_LENGTH)
+            }
+            _ => return Some(chain),
+        };
+        let resolved = match direction {
+            Direction::Read => self.image.resolve_read(offset, length as u64),
+            Direction::Write => self.image.resolve_write(offset, length as u64),
+        };
+        let transfer = Transfer {
+            chain,
+            direction,
+            length,
+            skip,
+            taken: self.clock,
+        };
+        match resolved {
+            Ok(Resolved::Mapped(extent, guard)) if extent.len == length as u64 => {
+                let refused = uring.push(transfer, extent.file, extent.offset, guard).err();
+                refused.map(|transfer| transfer.chain)
+            }
+            _ => Some(transfer.chain),
+        }
     }
 
-    fn act(&self, request: &Request, chain: &Chain) -> Result<(), Status> {
+    /// Carries a request out by calls.
+    fn execute(&self, request: &Request, chain: &Chain) -> Done {
+        use Operation as O;
         match request {
-            Request::In { .. } | Request::Out { .. } => Err(Status::UNSUPP),
+            Request::In { offset, length } => {
+                let read = chain.with_writable(0, *length, |slices| self.image.read(slices, *offset));
+                Done::new(O::Read, *length, read.map_err(Failure::from))
+            }
+            Request::Out { offset, length } => {
+                let written = chain.with_readable(Request::HEADER_LENGTH, *length, |slices| {
+                    self.image.write(slices, *offset)
+                });
+                let written = written.and_then(|()| self.write_through());
+                Done::new(O::Write, *length, written.map_err(Failure::from))
+            }
             Request::Flush => {
                 faults::point(Step::Flush);
-                answer("flush", self.image.flush())
+                Done::new(O::Flush, 0, self.image.flush().map_err(Failure::from))
             }
             Request::GetId { length } => {
-                let mut id = self.serial.clone();
-                id.resize(*length, 0);
-                chain.write_at(0, &id);
-                Ok(())
+                let mut id = [0; crate::options::SERIAL_LENGTH];
+                let serial = &self.settings.serial;
+                id[..serial.len()].copy_from_slice(serial);
+                chain.write_at(0, &id[..*length]);
+                Done::new(O::Other, 0, Ok(()))
             }
+            Request::Discard(_) => Done::new(O::Discard, 0, self.clear(request)),
+            Request::WriteZeroes(_) => Done::new(O::WriteZeroes, 0, self.clear(request)),
+        }
+    }
+
+    /// DISCARD and WRITE_ZEROES.
+    fn clear(&self, request: &Request) -> Result<(), Failure> {
+        match request {
             Request::Discard(ranges) => {
                 self.check_offered(VIRTIO_BLK_F_DISCARD)?;
                 for range in ranges {
-                    answer("discard", self.image.discard(range.offset, range.length))?;
+                    self.image.discard(range.offset, range.length)?;
                 }
-                Ok(())
             }
             Request::WriteZeroes(ranges) => {
                 self.check_offered(VIRTIO_BLK_F_WRITE_ZEROES)?;
                 for range in ranges {
-                    let zeroed = self.image.write_zeroes(range.offset, range.length, range.unmap);
-                    answer("write zeroes", zeroed)?;
+                    self.image.write_zeroes(range.offset, range.length, range.unmap)?;
                 }
-                self.write_through()
+                self.write_through()?;
             }
+            _ => {}
         }
+        Ok(())
     }
 
     fn check_offered(&self, bit: u32) -> Result<(), Status> {
@@ -175,33 +196,129 @@ impl BlkQueue {
 
     /// A driver that did not accept FLUSH believes that a completed write is durable (virtio 1.3,
     /// 5.2.6.2).
-    fn write_through(&self) -> Result<(), Status> {
+    fn write_through(&self) -> io::Result<()> {
         if self.negotiated(VIRTIO_BLK_F_FLUSH) {
             Ok(())
         } else {
-            answer("flush", self.image.flush())
+            self.image.flush()
         }
     }
-}
 
-/// Writes the status, which is the chain's last writable byte whatever the framing (virtio 1.3, 5.2.6),
-/// and gives the chain back.
-fn complete(chain: Chain, outcome: Result<(), Status>, ring: &mut Ring) -> Result<(), RingFault> {
-    let length = chain.writable_length();
-    let status = outcome.err().unwrap_or(Status::OK);
-    chain.write_at(length.saturating_sub(1), &[status.0]);
-    // Below 2^32: the ring refuses longer chains.
-    ring.complete(chain, length as u32);
-    Ok(())
-}
+    /// Ends a request that was done by calls.
+    fn conclude(&mut self, chain: Chain, done: Done, ring: &mut Ring) {
+        let taken = std::mem::replace(&mut self.clock, Instant::now());
+        if self.is_to_wait(&done) {
+            self.park(chain, taken);
+        } else {
+            self.settle(chain, taken, &done, ring);
+        }
+    }
 
-/// The driver learns that it failed, the log why. A guest can cause this at will on a damaged image,
-/// so it is logged where few look.
-fn answer(what: &str, result: io::Result<()>) -> Result<(), Status> {
-    result.map_err(|error| {
-        tracing::debug!(what, error = &error as &dyn std::error::Error, "request failed");
-        Status::IOERR
-    })
+    /// A flush that failed may have dropped what it was to write: another one that succeeds would say
+    /// nothing. It is never tried again.
+    fn is_to_wait(&self, done: &Done) -> bool {
+        self.settings.on_error == OnError::Stop
+            && done.operation != Operation::Flush
+            && done.outcome.as_ref().is_err_and(Failure::may_pass)
+    }
+
+    fn park(&mut self, chain: Chain, taken: Instant) {
+        if self.parked.is_empty() {
+            tracing::warn!("the host fails a request: the queue stops until it succeeds");
+            self.retry_at = Instant::now() + RETRY;
+        }
+        self.parked.push_back(Parked { chain, taken });
+        self.counters.set_stopped(self.parked.len());
+    }
+
+    /// Tries what the host failed again, in order, as far as it succeeds.
+    fn retry(&mut self, ring: &mut Ring) {
+        if self.parked.is_empty() || Instant::now() < self.retry_at {
+            return;
+        }
+        self.clock = Instant::now();
+        while let Some(Parked { chain, taken }) = self.parked.pop_front() {
+            let done = self.again(&chain);
+            if self.is_to_wait(&done) {
+                self.parked.push_front(Parked { chain, taken });
+                break;
+            }
+            self.settle(chain, taken, &done, ring);
+        }
+        self.clock = Instant::now();
+        self.retry_at = self.clock + RETRY;
+        self.counters.set_stopped(self.parked.len());
+        if self.parked.is_empty() {
+            tracing::warn!("the host is able again: the queue goes on");
+        }
+    }
+
+    /// The driver may have changed the request meanwhile: it is read and checked as if it were new.
+    fn again(&self, chain: &Chain) -> Done {
+        match Request::read(chain, self.image.capacity()) {
+            Ok(request) => self.execute(&request, chain),
+            Err(status) => Done::new(Operation::Other, 0, Err(status.into())),
+        }
+    }
+
+    /// Writes the status, which is the chain's last writable byte whatever the framing (virtio 1.3,
+    /// 5.2.6), and gives the chain back.
+    fn settle(&self, chain: Chain, taken: Instant, done: &Done, ring: &mut Ring) {
+        let latency = self.clock.saturating_duration_since(taken);
+        let status = done
+            .outcome
+            .as_ref()
+            .map_or_else(Failure::status, |()| Status::OK);
+        let failed = status != Status::OK;
+        self.counters
+            .completed(done.operation, done.bytes, failed, latency);
+        let length = chain.writable_length();
+        chain.write_at(length.saturating_sub(1), &[status.0]);
+        // Below 2^32: the ring refuses longer chains.
+        ring.complete(chain, length as u32);
+    }
+
+    /// Completes what the ring has ended.
+    fn reap(&mut self, ring: &mut Ring) {
+        while let Some((transfer, moved)) = self.uring.as_mut().and_then(RestrictedRing::ended) {
+            let (operation, length) = (transfer.direction.into(), transfer.length);
+            let done = match moved {
+                Ok(moved) if moved == length => Done::new(operation, length, Ok(())),
+                // A short one, at the end of the file or by a signal; or one that is not aligned.
+                Ok(_) | Err(Errno::EAGAIN | Errno::EINTR | Errno::EINVAL) => {
+                    let done = self.again(&transfer.chain);
+                    self.clock = Instant::now();
+                    done
+                }
+                Err(error) => Done::new(operation, length, Err(io::Error::from(error).into())),
+            };
+            if self.is_to_wait(&done) {
+                self.park(transfer.chain, transfer.taken);
+            } else {
+                self.settle(transfer.chain, transfer.taken, &done, ring);
+            }
+        }
+    }
+
+    /// Takes chains until there are no more, or something says that it is enough; how long to pause
+    /// before the next.
+    fn take_all(&mut self, ring: &mut Ring) -> Result<Option<Duration>, RingFault> {
+        while self.has_room() && self.moved < MOST_UNPUBLISHED {
+            if !self.parked.is_empty() {
+                return Ok(Some(RETRY));
+            }
+            if let Some(pause) = self.settings.limits.wait(Instant::now) {
+                return Ok(Some(pause));
+            }
+            let Some(chain) = ring.pop()? else { break };
+            self.take(chain, ring)?;
+        }
+        Ok(None)
+    }
+
+    fn has_room(&self) -> bool {
+        self.uring.as_ref().is_none_or(RestrictedRing::has_room)
+    }
 }
 
 /// The ring itself fails: nothing that was begun can be told from what was not.
@@ -222,29 +339,42 @@ impl QueueHandler for BlkQueue {
         self.uring.as_ref().map(AsFd::as_fd)
     }
 
-    fn process(&mut self, ring: &mut Ring) -> Result<Wait, RingFault> {
-        self.moved = 0;
-        self.reap(ring)?;
-        while self.has_room() && self.moved < MOST_UNPUBLISHED {
-            let Some(chain) = ring.pop()? else { break };
-            self.take(chain, ring)?;
-        }
-        let Some(uring) = &mut self.uring else {
-            return Ok(Wait::AVAILABLE);
-        };
-        uring.submit().map_err(|error| lost(&error))?;
-        Ok(Wait {
-            available: uring.has_room(),
-            readable: uring.is_busy(),
-            writable: false,
-        })
+    fn is_ready(&mut self) -> bool {
+        self.uring.as_mut().is_some_and(RestrictedRing::has_ended)
     }
 
+    fn process(&mut self, ring: &mut Ring) -> Result<Wait, RingFault> {
+        self.moved = 0;
+        self.clock = Instant::now();
+        self.reap(ring);
+        self.retry(ring);
+        let pause = self.take_all(ring)?;
+        let mut wait = Wait {
+            available: pause.is_none(),
+            pause,
+            ..Wait::AVAILABLE
+        };
+        if let Some(uring) = &mut self.uring {
+            uring.submit().map_err(|error| lost(&error))?;
+            wait.available &= uring.has_room();
+            wait.readable = uring.is_busy();
+        }
+        Ok(wait)
+    }
+
+    /// What waits for the host is tried once more and then answered: the ring cannot stop before.
     fn drain(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
         while let Some(uring) = self.uring.as_mut().filter(|uring| uring.is_busy()) {
             uring.wait().map_err(|error| lost(&error))?;
-            self.reap(ring)?;
+            self.clock = Instant::now();
+            self.reap(ring);
         }
+        while let Some(Parked { chain, taken }) = self.parked.pop_front() {
+            let done = self.again(&chain);
+            self.clock = Instant::now();
+            self.settle(chain, taken, &done, ring);
+        }
+        self.counters.set_stopped(0);
         Ok(())
     }
 }

@@ -72,6 +72,14 @@ impl Request {
     /// Bytes of the header.
     pub(crate) const HEADER_LENGTH: usize = size_of::<Header>();
 
+    /// Bytes of data that it moves.
+    pub(crate) fn data_length(&self) -> usize {
+        match self {
+            Self::In { length, .. } | Self::Out { length, .. } => *length,
+            _ => 0,
+        }
+    }
+
     /// Reads and checks the request in `chain`, whose last writable byte is the status.
     ///
     /// # Errors

@@ -5,6 +5,7 @@ use jailer::sandbox::Role;
 use std::error::Error;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 /// A device process: its name, its flags, and how its device is opened.
 pub trait Program {
@@ -100,7 +101,8 @@ pub trait Device: Send {
     /// handler then lives on its own thread until the process ends.
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>>;
 
-    /// Readable when the configuration space may have changed (a link went down, a disk grew).
+    /// Readable when the configuration space may have changed (a link went down, a disk grew), or when
+    /// somebody asks the device for something. Asked for before each wait.
     fn config_source(&self) -> Option<BorrowedFd<'_>> {
         None
     }
@@ -141,9 +143,15 @@ pub trait QueueHandler: Send {
         None
     }
 
+    /// Whether [`QueueHandler::source`] has something, found without a call to the kernel: asked again and
+    /// again while busy polling.
+    fn is_ready(&mut self) -> bool {
+        false
+    }
+
     /// Takes what is available with [`Ring::pop`] and gives it back with [`Ring::complete`], now or
-    /// in a later call. Called at start, after a kick, when [`QueueHandler::source`] is ready, and
-    /// without a cause: it must look for itself. What was completed is published, and the guest
+    /// in a later call. Called at start, after a kick, when [`QueueHandler::source`] is ready, when
+    /// [`Wait::pause`] is over, and without a cause: it must look for itself. What was completed is published, and the guest
     /// interrupted at most once, after it returns (or at [`Ring::publish`]).
     ///
     /// # Errors
@@ -172,6 +180,8 @@ pub struct Wait {
     pub readable: bool,
     /// The handler's own fd is writable.
     pub writable: bool,
+    /// So much time has passed; whatever else is waited for ends the wait too.
+    pub pause: Option<Duration>,
 }
 
 impl Wait {
@@ -180,23 +190,27 @@ impl Wait {
         available: true,
         readable: false,
         writable: false,
+        pause: None,
     };
     /// There are buffers; the fd has nothing to read.
     pub const READABLE: Self = Self {
         available: false,
         readable: true,
         writable: false,
+        pause: None,
     };
     /// There are requests; the fd takes no more.
     pub const WRITABLE: Self = Self {
         available: false,
         readable: false,
         writable: true,
+        pause: None,
     };
     /// Either the driver or the fd.
     pub const AVAILABLE_OR_READABLE: Self = Self {
         available: true,
         readable: true,
         writable: false,
+        pause: None,
     };
 }

@@ -8,6 +8,7 @@ use std::ffi::OsString;
 use std::fmt::Write;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::time::Duration;
 use tracing_subscriber::filter::LevelFilter;
 
 /// Where the front end is.
@@ -34,6 +35,8 @@ pub(crate) struct Settings {
     pub(crate) connection: Connection,
     pub(crate) num_queues: u16,
     pub(crate) seccomp: SeccompMode,
+    /// `--poll-us`.
+    pub(crate) patience: Duration,
     pub(crate) log_level: LevelFilter,
     pub(crate) log_format: LogFormat,
 }
@@ -43,6 +46,8 @@ const SHARED_USAGE: &str =
   --fd=N                  a connected socket; serves it to its end
   --print-capabilities    print what this program can do as JSON, and exit
   --num-queues=N          request queues
+  --poll-us=N             after a request, look N microseconds for the next one before sleeping;
+                          0 (default) to 10000; costs a CPU
   --seccomp=MODE          enforce (default), log or off
   --log-level=LEVEL       error, warn (default), info, debug or trace
   --log-format=FORMAT     human (default) or json
@@ -74,7 +79,7 @@ pub(crate) fn parse<P: Program>(
     let mut connection: Option<Connection> = None;
     let mut num_queues = P::QUEUES.default;
     let (mut seccomp, mut log_format) = (SeccompMode::default(), LogFormat::default());
-    let mut log_level = LevelFilter::WARN;
+    let (mut patience, mut log_level) = (Duration::ZERO, LevelFilter::WARN);
     while let Some(argument) = parser.next()? {
         let Arg::Long(name) = argument else {
             return Err(argument.unexpected());
@@ -87,6 +92,7 @@ pub(crate) fn parse<P: Program>(
             "socket-path" => connect(&mut connection, Connection::Path(parser.value()?.into()))?,
             "fd" => connect(&mut connection, Connection::Fd(parser.value()?.parse()?))?,
             "num-queues" => num_queues = parser.value()?.parse_with(queues::<P>)?,
+            "poll-us" => patience = parser.value()?.parse_with(microseconds)?,
             "seccomp" => seccomp = parser.value()?.parse()?,
             "log-level" => log_level = parser.value()?.parse()?,
             "log-format" => log_format = parser.value()?.parse()?,
@@ -100,6 +106,7 @@ pub(crate) fn parse<P: Program>(
         connection,
         num_queues,
         seccomp,
+        patience,
         log_level,
         log_format,
     };
@@ -121,6 +128,15 @@ fn queues<P: Program>(text: &str) -> Result<u16, String> {
         let (first, most) = (limits.multiple, limits.most);
         format!("is not a multiple of {first} from {first} to {most}")
     })
+}
+
+/// Longest busy wait: the session waits for a worker that polls.
+const MOST_PATIENCE: u64 = 10_000;
+
+fn microseconds(text: &str) -> Result<Duration, String> {
+    let number = text.parse().ok().filter(|n| *n <= MOST_PATIENCE);
+    let number = number.ok_or_else(|| format!("is not a number from 0 to {MOST_PATIENCE}"))?;
+    Ok(Duration::from_micros(number))
 }
 
 #[cfg(test)]

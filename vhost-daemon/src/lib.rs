@@ -21,9 +21,9 @@
 pub mod bucket;
 mod descriptors;
 pub mod device;
+mod doorkeeper;
 pub mod faults;
 mod flags;
-mod janitor;
 mod limits;
 mod listener;
 mod log;
@@ -32,6 +32,7 @@ pub mod ring;
 mod run;
 mod session;
 mod signals;
+mod wait;
 mod worker;
 
 pub use bucket::SharedLimiter;

@@ -1,21 +1,19 @@
 //! `--socket-path`: a listening socket that a dead predecessor's does not block.
 
-use crate::janitor::Janitor;
+use crate::descriptors::receive;
+use crate::doorkeeper::Doorkeeper;
 use crate::signals::Termination;
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use crate::wait::{is_ready, wait};
+use nix::poll::{PollFd, PollFlags};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
-/// A bound socket and the path's janitor.
+/// A bound socket, in the hands of a doorkeeper.
 #[derive(Debug)]
-pub(crate) struct Listener {
-    socket: UnixListener,
-    _janitor: Janitor,
-}
+pub(crate) struct Listener(Doorkeeper);
 
 impl Listener {
     /// Listens on `path` until dropped. A socket that is there already is replaced if nobody listens
@@ -31,33 +29,27 @@ impl Listener {
             }
             other => other,
         };
-        let socket = socket?;
-        let janitor = Janitor::watch(path)?;
-        Ok(Self {
-            socket,
-            _janitor: janitor,
-        })
+        Doorkeeper::start(socket?, path).map(Self)
     }
 
     /// The next front end; `None` when the process is asked to end.
     pub(crate) fn accept(&self, termination: &Termination) -> io::Result<Option<UnixStream>> {
+        self.0.ask()?;
         loop {
             let mut fds = [
-                PollFd::new(self.socket.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.0.as_fd(), PollFlags::POLLIN),
                 PollFd::new(termination.as_fd(), PollFlags::POLLIN),
             ];
-            match poll(&mut fds, PollTimeout::NONE) {
-                Ok(_) => {}
-                Err(Errno::EINTR) => continue,
-                Err(error) => return Err(error.into()),
-            }
-            let [incoming, ending] = fds.map(|fd| fd.any().unwrap_or(false));
+            wait(&mut fds, None)?;
+            let [incoming, ending] = fds.map(|fd| is_ready(&fd));
             if ending {
                 termination.acknowledge();
                 return Ok(None);
             }
             if incoming {
-                return self.socket.accept().map(|(socket, _)| Some(socket));
+                let (_, mut fds) = receive(self.0.as_fd(), &mut [0])?;
+                let socket = fds.pop().ok_or(io::ErrorKind::ConnectionAborted)?;
+                return Ok(Some(UnixStream::from(socket)));
             }
         }
     }

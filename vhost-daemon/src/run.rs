@@ -126,18 +126,12 @@ fn start<P: Program>(settings: Settings, options: P::Options) -> Result<(), Daem
         },
     };
     let own_inflight = inflight(device.as_ref(), settings.num_queues).map_err(DaemonError::Inflight)?;
-    let config_source = device
-        .config_source()
-        .map(|fd| fd.try_clone_to_owned())
-        .transpose();
-    let config_source = config_source.map_err(|error| DaemonError::Open(error.into()))?;
-    let workers = Worker::spawn_all(device.as_mut(), P::ROLE, settings.seccomp)?;
+    let workers = Worker::spawn_all(device.as_mut(), P::ROLE, settings.seccomp, settings.patience)?;
     let session = Arc::new(Mutex::new(Session::new(device, workers, sealing, own_inflight)));
     // Each thread confined itself when it started; the main one is the last.
     let locked = lockdown_main(P::ROLE, settings.seccomp)?;
     let stage = Stage {
         session,
-        config_source,
         termination,
         locked,
     };
@@ -164,7 +158,6 @@ fn inflight(device: &dyn Device, queues: u16) -> io::Result<Option<(InflightRegi
 /// A confined process with its device.
 struct Stage {
     session: Arc<Mutex<Session>>,
-    config_source: Option<OwnedFd>,
     termination: Termination,
     locked: Locked,
 }
@@ -190,12 +183,6 @@ impl Stage {
     }
 
     fn serve(&self, socket: UnixStream) -> Result<End, ServeError> {
-        serve(
-            &self.locked,
-            &self.session,
-            self.config_source.as_ref(),
-            socket,
-            &self.termination,
-        )
+        serve(&self.locked, &self.session, socket, &self.termination)
     }
 }

@@ -20,7 +20,6 @@ use crate::{QueueHandler, device::Device};
 use jailer::sandbox::{LockdownError, Role, SeccompMode, lockdown_thread};
 use lane::Lane;
 use mailbox::{Receiver, Sender, mailbox};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -98,21 +97,22 @@ pub(crate) struct Worker {
     index: u16,
     commands: Sender<Command>,
     answers: Receiver<Answer>,
-    wake: Arc<EventFd>,
     watch: Watch,
 }
 
 impl Worker {
-    /// Makes a thread for each queue of `device`, each confined before it does anything else.
+    /// Makes a thread for each queue of `device`, each confined before it does anything else. Each
+    /// looks for more work for as long as `patience` before it sleeps.
     pub(crate) fn spawn_all(
         device: &mut dyn Device,
         role: Role,
         mode: SeccompMode,
+        patience: Duration,
     ) -> Result<Vec<Self>, WorkerError> {
         let handlers = device.take_handlers().into_iter();
         (0u16..)
             .zip(handlers)
-            .map(|(index, handler)| Self::spawn(index, handler, role, mode))
+            .map(|(index, handler)| Self::spawn(index, handler, role, mode, patience))
             .collect()
     }
 
@@ -121,20 +121,19 @@ impl Worker {
         handler: Box<dyn QueueHandler>,
         role: Role,
         mode: SeccompMode,
+        patience: Duration,
     ) -> Result<Self, WorkerError> {
-        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
-        let wake = Arc::new(wake.map_err(|error| WorkerError::Spawn(error.into()))?);
-        let (commands, inbox) = mailbox();
-        let (outbox, answers) = mailbox();
+        let (commands, inbox) = mailbox().map_err(WorkerError::Spawn)?;
+        let (outbox, answers) = mailbox().map_err(WorkerError::Spawn)?;
         let pulse = Arc::<Pulse>::default();
         let watch = Watch::new(Arc::clone(&pulse));
-        let lane = Lane::new(index, handler, Arc::clone(&wake), Arc::clone(&pulse));
+        let lane = Lane::new(index, handler, inbox, patience, Arc::clone(&pulse));
         let body = move || {
             pulse.start();
             let locked = lockdown_thread(role, mode);
             let confined = locked.is_ok();
             if outbox.send(Answer::LockedDown(locked)).is_ok() && confined {
-                lane.run(&inbox, &outbox);
+                lane.run(&outbox);
             }
         };
         let builder = std::thread::Builder::new().name(format!("queue{index}"));
@@ -146,7 +145,6 @@ impl Worker {
             index,
             commands,
             answers,
-            wake,
             watch,
         };
         match worker.answer()? {
@@ -202,8 +200,6 @@ impl Worker {
         if self.commands.send(command).is_err() {
             return Err(WorkerError::Hangs(self.index));
         }
-        // An eventfd at its limit wakes just as well.
-        let _ = self.wake.write(1);
         match self.answer()? {
             Answer::Faulted(fault) => Err(WorkerError::Ring {
                 index: self.index,
@@ -223,8 +219,7 @@ impl Drop for Worker {
     /// Lets the thread go. It is not waited for: it is idle, or hangs in I/O that outlasted its
     /// deadline, and then the end of the process is all that helps.
     fn drop(&mut self) {
-        if self.commands.send(Command::Quit).is_ok() {
-            let _ = self.wake.write(1);
-        }
+        // Gone already: nothing to let go.
+        let _ = self.commands.send(Command::Quit);
     }
 }

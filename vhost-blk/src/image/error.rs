@@ -86,18 +86,13 @@ impl ImageError {
         move |source| Self::Io { action, source }
     }
 
-    /// Whether the host said that it has no space left: the request may succeed later.
+    /// The errno of the system call that the host failed, where that is the cause.
     #[must_use]
-    pub fn is_no_space(&self) -> bool {
+    pub fn host_error(&self) -> Option<i32> {
         match self {
-            Self::Io { source, .. } => {
-                matches!(
-                    source.kind(),
-                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-                )
-            }
-            Self::Backing { source, .. } => source.is_no_space(),
-            _ => false,
+            Self::Io { source, .. } => source.raw_os_error(),
+            Self::Backing { source, .. } => source.host_error(),
+            _ => None,
         }
     }
 }

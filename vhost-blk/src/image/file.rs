@@ -19,6 +19,9 @@ use super::buffers::Buffers;
 /// Pieces handed to the kernel in one call; longer lists take several.
 const IOVECS_PER_CALL: usize = 64;
 
+/// A hole that any file system can make that makes any.
+const HOLE: u64 = 4096;
+
 /// Zeros written at a time where the file system cannot make holes.
 const ZERO_CHUNK: usize = 64 << 10;
 
@@ -77,6 +80,11 @@ pub trait BlockFile: Send + Sync {
     /// The barrier: everything written before is on stable storage when it returns (fdatasync).
     fn sync(&self) -> io::Result<()>;
 
+    /// Whether [`Self::discard_range`] gives space back. True where it cannot be told (a block device).
+    fn makes_holes(&self) -> bool {
+        true
+    }
+
     /// Whether parts past the length that the engine knows may hold old data (a block device).
     fn has_fixed_size(&self) -> bool {
         false
@@ -102,6 +110,7 @@ pub struct HostFile {
     file: File,
     /// Size of a block device, looked up once: finding it takes a system call that a jailed process lacks.
     fixed_size: Option<u64>,
+    makes_holes: bool,
 }
 
 impl HostFile {
@@ -124,7 +133,19 @@ impl HostFile {
                 ));
             }
         };
-        Ok(Self { file, fixed_size })
+        let mut host = Self {
+            file,
+            fixed_size,
+            makes_holes: true,
+        };
+        if fixed_size.is_none() {
+            // A hole behind the end changes nothing.
+            let end = host.size()?.next_multiple_of(HOLE);
+            host.makes_holes = host
+                .allocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, end, HOLE)
+                .unwrap_or(false);
+        }
+        Ok(host)
     }
 
     /// Runs `fallocate`; says whether this file system can.
@@ -275,6 +296,10 @@ impl BlockFile for HostFile {
 
     fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
+    }
+
+    fn makes_holes(&self) -> bool {
+        self.makes_holes
     }
 
     fn has_fixed_size(&self) -> bool {

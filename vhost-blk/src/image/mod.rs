@@ -145,8 +145,19 @@ impl Drop for IoGuard<'_> {
 /// A write that returns `Ok` has taken effect for every later call, also after this process is killed;
 /// only [`Image::flush`] makes it survive the host. The errors are [`ImageError`]s, wrapped.
 pub trait Image: Send + Sync {
-    /// Size of the disk in bytes; a multiple of 512; constant.
+    /// Size of the disk in bytes; a multiple of 512. Only [`Image::grow`] changes it.
     fn capacity(&self) -> u64;
+
+    /// Makes the disk `capacity` bytes long, which is more than it is; the new part reads as zeros.
+    ///
+    /// # Errors
+    /// [`ImageError::Refused`] where this image cannot, or not so far; `Io` when the host fails.
+    fn grow(&self, _capacity: u64) -> Result<(), ImageError> {
+        Err(ImageError::refused(
+            "size",
+            "this image cannot grow while it is in use",
+        ))
+    }
 
     /// Whether every write is refused (now: it may turn so when the image is found corrupt).
     fn read_only(&self) -> bool;
@@ -157,6 +168,12 @@ pub trait Image: Send + Sync {
 
     /// The unit in bytes that discards are best aligned to (a cluster); a multiple of 512.
     fn discard_granularity(&self) -> u64;
+
+    /// The request size in bytes that suits the image best (`opt_io_size`, virtio 1.3, 5.2.4); a multiple
+    /// of 512.
+    fn optimal_io_size(&self) -> u64 {
+        self.discard_granularity()
+    }
 
     /// Fills `buffers` from `offset`.
     ///

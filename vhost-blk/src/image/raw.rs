@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::VolatileSlice;
 
@@ -13,7 +14,7 @@ use super::{
 /// A raw image in a regular file or on a block device.
 pub struct RawImage {
     file: Arc<dyn BlockFile>,
-    capacity: u64,
+    capacity: AtomicU64,
     read_only: bool,
 }
 
@@ -50,7 +51,7 @@ impl RawImage {
             .ok_or_else(|| ImageError::refused("size", "the file's length overflows"))?;
         Ok(Self {
             file,
-            capacity,
+            capacity: AtomicU64::new(capacity),
             read_only,
         })
     }
@@ -59,7 +60,7 @@ impl RawImage {
         if self.read_only {
             return Err(ImageError::ReadOnly { corrupt: false });
         }
-        check_range(offset, len, self.capacity)
+        check_range(offset, len, self.capacity())
     }
 
     fn resolve(&self, offset: u64, len: u64) -> Resolved<'_> {
@@ -72,7 +73,27 @@ impl RawImage {
 
 impl Image for RawImage {
     fn capacity(&self) -> u64 {
-        self.capacity
+        self.capacity.load(Ordering::Acquire)
+    }
+
+    /// A file is made longer. A block device has grown already, as whoever says so has seen: finding its
+    /// size takes a system call that a confined process lacks.
+    fn grow(&self, capacity: u64) -> Result<(), ImageError> {
+        if self.read_only {
+            return Err(ImageError::ReadOnly { corrupt: false });
+        }
+        let now = self.capacity();
+        if !capacity.is_multiple_of(SECTOR) || capacity < now || i64::try_from(capacity).is_err() {
+            let reason = format!("{capacity} bytes is not a multiple of {SECTOR}, or less than now ({now})");
+            return Err(ImageError::refused("size", reason));
+        }
+        if !self.file.has_fixed_size() {
+            self.file
+                .grow_to(capacity)
+                .map_err(ImageError::io("make the raw image longer"))?;
+        }
+        self.capacity.store(capacity, Ordering::Release);
+        Ok(())
     }
 
     fn read_only(&self) -> bool {
@@ -80,7 +101,7 @@ impl Image for RawImage {
     }
 
     fn can_discard(&self) -> bool {
-        !self.read_only
+        !self.read_only && self.file.makes_holes()
     }
 
     fn discard_granularity(&self) -> u64 {
@@ -89,7 +110,7 @@ impl Image for RawImage {
 
     fn read(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
         let to = Buffers::new(buffers);
-        check_range(offset, to.len() as u64, self.capacity)?;
+        check_range(offset, to.len() as u64, self.capacity())?;
         self.file.read_buffers(to, offset)
     }
 
@@ -118,7 +139,7 @@ impl Image for RawImage {
     }
 
     fn resolve_read(&self, offset: u64, len: u64) -> io::Result<Resolved<'_>> {
-        check_range(offset, len, self.capacity)?;
+        check_range(offset, len, self.capacity())?;
         Ok(self.resolve(offset, len))
     }
 
@@ -130,7 +151,7 @@ impl Image for RawImage {
     fn describe(&self) -> String {
         format!(
             "raw, {} bytes{}",
-            self.capacity,
+            self.capacity(),
             if self.read_only { ", read-only" } else { "" }
         )
     }

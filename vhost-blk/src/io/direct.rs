@@ -150,6 +150,10 @@ impl BlockFile for DirectFile {
         self.plain.sync()
     }
 
+    fn makes_holes(&self) -> bool {
+        self.plain.makes_holes()
+    }
+
     fn has_fixed_size(&self) -> bool {
         self.plain.has_fixed_size()
     }

@@ -12,6 +12,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use nix::errno::Errno;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::time::Instant;
 use vhost_daemon::Chain;
 use vm_memory::VolatileSlice;
 
@@ -34,23 +35,23 @@ pub(crate) enum Direction {
 pub(crate) struct Transfer {
     pub(crate) chain: Chain,
     pub(crate) direction: Direction,
-    /// On the disk, in bytes.
-    pub(crate) offset: u64,
     /// In bytes.
     pub(crate) length: usize,
     /// Where the data starts in the chain's readable or writable part.
     pub(crate) skip: usize,
+    /// When the request was taken.
+    pub(crate) taken: Instant,
 }
 
 impl Transfer {
-    /// The guest memory that it moves from or to.
-    pub(crate) fn slices(&self) -> Vec<VolatileSlice<'_>> {
-        let mut slices = Vec::with_capacity(8);
+    /// Replaces `iovecs` by the guest memory that it moves from or to.
+    fn fill(&self, iovecs: &mut Vec<libc::iovec>) {
+        iovecs.clear();
+        let fill = |slices: &[VolatileSlice<'_>]| iovecs.extend(slices.iter().map(iovec));
         match self.direction {
-            Direction::Read => self.chain.writable_slices(self.skip, self.length, &mut slices),
-            Direction::Write => self.chain.readable_slices(self.skip, self.length, &mut slices),
+            Direction::Read => self.chain.with_writable(self.skip, self.length, fill),
+            Direction::Write => self.chain.with_readable(self.skip, self.length, fill),
         }
-        slices
     }
 }
 
@@ -59,14 +60,20 @@ struct Pending {
     transfer: Transfer,
     /// Keeps the host clusters from being reused.
     _guard: IoGuard<'static>,
-    /// Read by the kernel at submission, which may be later than the push.
-    _iovecs: Vec<libc::iovec>,
+}
+
+/// Room for one transfer.
+#[derive(Default)]
+struct Slot {
+    pending: Option<Pending>,
+    /// Read by the kernel at submission, which may be later than the push; kept for the next transfer.
+    iovecs: Vec<libc::iovec>,
 }
 
 /// The ring of one queue.
 pub(crate) struct RestrictedRing {
     ring: IoUring,
-    pending: Vec<Option<Pending>>,
+    slots: Vec<Slot>,
     free: Vec<u16>,
 }
 
@@ -89,7 +96,7 @@ impl RestrictedRing {
         ring.submitter().register_enable_rings()?;
         Ok(Self {
             ring,
-            pending: (0..DEPTH).map(|_| None).collect(),
+            slots: (0..DEPTH).map(|_| Slot::default()).collect(),
             free: (0..DEPTH).rev().collect(),
         })
     }
@@ -101,7 +108,7 @@ impl RestrictedRing {
 
     /// Whether transfers are under way.
     pub(crate) fn is_busy(&self) -> bool {
-        self.free.len() < self.pending.len()
+        self.free.len() < self.slots.len()
     }
 
     /// Queues `transfer` for the range at `at` of `file`; [`Self::submit`] begins it. Gives it back
@@ -113,26 +120,30 @@ impl RestrictedRing {
         at: u64,
         guard: IoGuard<'static>,
     ) -> Result<(), Transfer> {
-        let iovecs: Vec<libc::iovec> = transfer.slices().iter().map(iovec).collect();
-        let (Some(slot), true) = (self.free.last().copied(), iovecs.len() <= MAX_IOVECS) else {
+        let Some(number) = self.free.last().copied() else {
             return Err(transfer);
         };
+        let slot = &mut self.slots[usize::from(number)];
+        transfer.fill(&mut slot.iovecs);
+        let iovecs = &slot.iovecs;
+        if iovecs.len() > MAX_IOVECS {
+            return Err(transfer);
+        }
         let (fd, count) = (types::Fd(file.as_raw_fd()), iovecs.len() as u32);
         let entry = match transfer.direction {
             Direction::Read => opcode::Readv::new(fd, iovecs.as_ptr(), count).offset(at).build(),
             Direction::Write => opcode::Writev::new(fd, iovecs.as_ptr(), count).offset(at).build(),
         };
-        let entry: squeue::Entry = entry.user_data(slot.into());
-        // SAFETY: the entry points to `iovecs` and those to memory of the chain; both are kept in
-        // `pending` until the kernel says that the transfer has ended, also by `drop`.
+        let entry: squeue::Entry = entry.user_data(number.into());
+        // SAFETY: the entry points to `iovecs` and those to memory of the chain; both are kept in the slot
+        // until the kernel says that the transfer has ended, also by `drop`.
         if unsafe { self.ring.submission().push(&entry) }.is_err() {
             return Err(transfer);
         }
         self.free.pop();
-        self.pending[usize::from(slot)] = Some(Pending {
+        slot.pending = Some(Pending {
             transfer,
             _guard: guard,
-            _iovecs: iovecs,
         });
         Ok(())
     }
@@ -150,11 +161,16 @@ impl RestrictedRing {
         accept_busy(self.ring.submit_and_wait(1))
     }
 
+    /// Whether one has ended; asks the kernel nothing.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        !self.ring.completion().is_empty()
+    }
+
     /// A transfer that has ended, and the bytes that it moved.
     pub(crate) fn ended(&mut self) -> Option<(Transfer, Result<usize, Errno>)> {
         let entry = self.ring.completion().next()?;
         let slot = u16::try_from(entry.user_data()).ok()?;
-        let pending = self.pending.get_mut(usize::from(slot))?.take()?;
+        let pending = self.slots.get_mut(usize::from(slot))?.pending.take()?;
         self.free.push(slot);
         let moved = usize::try_from(entry.result()).map_err(|_| Errno::from_raw(-entry.result()));
         Some((pending.transfer, moved))
@@ -188,7 +204,7 @@ impl Drop for RestrictedRing {
     /// The kernel may still write to what is pending: it is never freed.
     fn drop(&mut self) {
         if self.is_busy() {
-            std::mem::forget(std::mem::take(&mut self.pending));
+            std::mem::forget(std::mem::take(&mut self.slots));
         }
     }
 }

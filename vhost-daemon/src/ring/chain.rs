@@ -65,4 +65,46 @@ impl Chain {
     pub fn writable_slices<'c>(&'c self, offset: usize, length: usize, slices: &mut Vec<VolatileSlice<'c>>) {
         slices.extend(self.writable.slices(&self.memory, offset, length));
     }
+
+    /// Calls `act` with the memory of `length` readable bytes from `offset` (fewer at the end), for I/O
+    /// that only reads it. Allocates nothing for few pieces.
+    pub fn with_readable<T>(
+        &self,
+        offset: usize,
+        length: usize,
+        act: impl FnOnce(&[VolatileSlice<'_>]) -> T,
+    ) -> T {
+        gather(self.readable.slices(&self.memory, offset, length), act)
+    }
+
+    /// As [`Self::with_readable`], of the writable bytes.
+    pub fn with_writable<T>(
+        &self,
+        offset: usize,
+        length: usize,
+        act: impl FnOnce(&[VolatileSlice<'_>]) -> T,
+    ) -> T {
+        gather(self.writable.slices(&self.memory, offset, length), act)
+    }
+}
+
+/// Pieces that need no allocation: what drivers send for a few pages.
+const FEW: usize = 16;
+
+fn gather<'m, T>(
+    mut slices: impl Iterator<Item = VolatileSlice<'m>>,
+    act: impl FnOnce(&[VolatileSlice<'m>]) -> T,
+) -> T {
+    let mut few: [VolatileSlice<'m>; FEW] = std::array::from_fn(|_| VolatileSlice::from(&mut [][..]));
+    let mut count = 0;
+    while count < FEW {
+        let Some(slice) = slices.next() else {
+            return act(&few[..count]);
+        };
+        few[count] = slice;
+        count += 1;
+    }
+    let mut all = few.to_vec();
+    all.extend(slices);
+    act(&all)
 }

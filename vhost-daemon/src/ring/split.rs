@@ -138,6 +138,8 @@ pub struct Ring {
     seen: Wrapping<u16>,
     /// The handler took chains and found too few: it waits for more than there are.
     wants_more: bool,
+    /// A chain was taken in this round.
+    took: bool,
     /// Chains that may still be taken before the worker looks after its other duties.
     budget: u16,
     spare: Vec<(Segments, Segments)>,
@@ -170,6 +172,7 @@ impl Ring {
             notifications: Notifications::new(setup.event_idx, used_index),
             seen: Wrapping(setup.base),
             wants_more: false,
+            took: false,
             budget: setup.size,
             spare: Vec::new(),
         };
@@ -218,6 +221,7 @@ impl Ring {
             return Err(RingFault::HeadTwice(head));
         }
         self.held_count += 1;
+        self.took = true;
         self.budget -= 1;
         if !again {
             self.next_available += 1;
@@ -372,19 +376,34 @@ impl Ring {
     /// Asks the driver for kicks; true if there is more to take already, which came without one.
     /// Where the handler put chains back, only one that came since counts.
     pub(crate) fn enable_kicks(&mut self) -> Result<bool, RingFault> {
-        let known = if self.wants_more {
+        self.notifications
+            .enable_kicks(&self.memory, &self.layout, self.known())?;
+        self.has_available()
+    }
+
+    /// The available index up to which the handler has looked.
+    fn known(&self) -> Wrapping<u16> {
+        if self.wants_more {
             self.seen
         } else {
             self.next_available
-        };
-        self.notifications
-            .enable_kicks(&self.memory, &self.layout, known)?;
-        Ok(!self.resubmit.is_empty() || self.available_index(Ordering::Acquire)? != known.0)
+        }
     }
 
     /// Tells the driver that kicks are not needed for now.
     fn disable_kicks(&mut self) -> Result<(), RingFault> {
         self.notifications.disable_kicks(&self.memory, &self.layout)
+    }
+
+    /// Whether there is a chain to take; what the handler put back counts once something came after it.
+    pub(crate) fn has_available(&self) -> Result<bool, RingFault> {
+        let known = self.known();
+        Ok(!self.resubmit.is_empty() || self.available_index(Ordering::Acquire)? != known.0)
+    }
+
+    /// The latest round took nothing.
+    pub(crate) fn was_idle(&self) -> bool {
+        !self.took
     }
 
     /// Allows another ring's worth of chains; false if the last allowance was used up, so that there
@@ -398,6 +417,7 @@ impl Ring {
     /// A new round of the handler: what it put back is there to be taken again.
     pub(crate) fn begin_round(&mut self) -> Result<(), RingFault> {
         self.wants_more = false;
+        self.took = false;
         self.disable_kicks()
     }
 

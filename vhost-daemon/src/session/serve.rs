@@ -3,9 +3,9 @@
 use super::direct::Next;
 use super::{Session, SessionError, direct};
 use crate::signals::Termination;
+use crate::wait::{self, is_ready};
 use jailer::sandbox::Locked;
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -15,8 +15,8 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 /// For the rest of a message after its first byte.
 const MESSAGE_DEADLINE: Duration = Duration::from_secs(2);
-/// Between two looks for it, in milliseconds.
-const MESSAGE_LOOK: u8 = 5;
+/// Between two looks for it.
+const MESSAGE_LOOK: Duration = Duration::from_millis(5);
 
 /// Why a session ended without an error.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -51,11 +51,10 @@ pub(crate) fn lock(session: &Mutex<Session>) -> MutexGuard<'_, Session> {
 pub(crate) fn serve(
     _locked: &Locked,
     session: &Arc<Mutex<Session>>,
-    config_source: Option<&OwnedFd>,
     socket: UnixStream,
     termination: &Termination,
 ) -> Result<End, ServeError> {
-    let end = messages(session, config_source, socket, termination);
+    let end = messages(session, socket, termination);
     // Whatever ended the session, no I/O may outlive it.
     lock(session).end()?;
     end
@@ -63,14 +62,19 @@ pub(crate) fn serve(
 
 pub(crate) fn messages(
     session: &Arc<Mutex<Session>>,
-    config_source: Option<&OwnedFd>,
     socket: UnixStream,
     termination: &Termination,
 ) -> Result<End, ServeError> {
     let watched = socket.try_clone()?;
     let mut handler = BackendReqHandler::from_stream(socket, Arc::clone(session));
     loop {
-        let ready = wait(&watched, termination, config_source)?;
+        // Asked for each time: a device may have nothing more to wait for.
+        let config_source = {
+            let session = lock(session);
+            let source = session.device.config_source();
+            source.map(|fd| fd.try_clone_to_owned()).transpose()?
+        };
+        let ready = wait(&watched, termination, config_source.as_ref())?;
         if ready.termination {
             termination.acknowledge();
             return Ok(End::Terminated);
@@ -128,11 +132,8 @@ fn whole_message(socket: &UnixStream, termination: &Termination) -> Result<Whole
             // POLLHUP is always told.
             PollFd::new(socket.as_fd(), PollFlags::empty()),
         ];
-        match poll(&mut fds, MESSAGE_LOOK) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(error) => return Err(io::Error::from(error).into()),
-        }
-        let [ended, hung_up] = fds.map(|fd| fd.any().unwrap_or(false));
+        wait::wait(&mut fds, Some(MESSAGE_LOOK))?;
+        let [ended, hung_up] = fds.map(|fd| is_ready(&fd));
         if ended {
             termination.acknowledge();
             return Ok(Whole::Terminated);
@@ -158,11 +159,8 @@ fn wait(socket: &UnixStream, termination: &Termination, config: Option<&OwnedFd>
         PollFd::new(termination.as_fd(), PollFlags::POLLIN),
     ];
     fds.extend(config.map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
-    match poll(&mut fds, PollTimeout::NONE) {
-        Ok(_) | Err(Errno::EINTR) => {}
-        Err(error) => return Err(error.into()),
-    }
-    let ready = |at: usize| fds.get(at).and_then(PollFd::any).unwrap_or(false);
+    wait::wait(&mut fds, None)?;
+    let ready = |at: usize| fds.get(at).is_some_and(is_ready);
     Ok(Ready {
         message: ready(0),
         termination: ready(1),

@@ -68,8 +68,7 @@ impl Front {
         let (socket, theirs) = UnixStream::pair().unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         let change = EventFd::new().unwrap();
-        let source = change.as_fd().try_clone_to_owned().unwrap();
-        let signal = source.try_clone().unwrap();
+        let signal = change.as_fd().try_clone_to_owned().unwrap();
         let resets = Arc::new(Mutex::new(0));
         let device = Box::new(Fake {
             change,
@@ -80,7 +79,7 @@ impl Front {
         let session = Arc::new(Mutex::new(session));
         let server = std::thread::spawn(move || {
             let termination = Termination::new().unwrap();
-            messages(&session, Some(&source), theirs, &termination).map_err(|error| error.to_string())
+            messages(&session, theirs, &termination).map_err(|error| error.to_string())
         });
         let mut front = Self {
             socket,

@@ -6,10 +6,9 @@ use super::{Answer, Command, QueueState, RingStart};
 use crate::faults::{self, Step};
 use crate::memory::GuestMemory;
 use crate::ring::{Ring, RingFault, RingSetup};
+use crate::wait::{is_ready, wait};
 use crate::{QueueHandler, Wait};
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::EventFd;
+use nix::poll::{PollFd, PollFlags};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -25,15 +24,36 @@ struct Running {
     wait: Wait,
     /// There is something to do that no fd tells of.
     pending: bool,
+    /// When the handler is to be called without another cause.
+    alarm: Option<Instant>,
     /// The driver broke the ring: nothing more is taken from it.
     broken: bool,
+}
+
+impl Running {
+    /// How long to sleep at most.
+    fn limit(&self) -> Option<Duration> {
+        if self.pending {
+            return Some(Duration::ZERO);
+        }
+        self.alarm
+            .map(|alarm| alarm.saturating_duration_since(Instant::now()))
+    }
+
+    /// Takes the causes that no fd tells of: whether there is one.
+    fn take_cause(&mut self) -> bool {
+        let rung = self.alarm.is_some_and(|alarm| alarm <= Instant::now());
+        std::mem::take(&mut self.pending) || rung
+    }
 }
 
 /// All that a queue's thread owns.
 pub(super) struct Lane {
     index: u16,
     handler: Box<dyn QueueHandler>,
-    wake: Arc<EventFd>,
+    inbox: Receiver<Command>,
+    /// How long to look for more work before sleeping.
+    patience: Duration,
     call: Option<OwnedFd>,
     error: Option<OwnedFd>,
     enabled: bool,
@@ -47,13 +67,15 @@ impl Lane {
     pub(super) fn new(
         index: u16,
         handler: Box<dyn QueueHandler>,
-        wake: Arc<EventFd>,
+        inbox: Receiver<Command>,
+        patience: Duration,
         pulse: Arc<Pulse>,
     ) -> Self {
         Self {
             index,
             handler,
-            wake,
+            inbox,
+            patience,
             call: None,
             error: None,
             enabled: false,
@@ -64,10 +86,10 @@ impl Lane {
     }
 
     /// Serves until the session quits or is gone, then waits for the end of the process.
-    pub(super) fn run(mut self, inbox: &Receiver<Command>, outbox: &Sender<Answer>) -> ! {
+    pub(super) fn run(mut self, outbox: &Sender<Answer>) -> ! {
         loop {
             self.pulse.beat();
-            match inbox.try_receive() {
+            match self.inbox.try_receive() {
                 Ok(Some(Command::Quit)) | Err(Gone) => break,
                 Ok(Some(command)) => {
                     let answer = self.obey(command);
@@ -137,6 +159,7 @@ impl Lane {
                     kick,
                     wait: Wait::AVAILABLE,
                     pending: true,
+                    alarm: None,
                     broken: false,
                 });
                 Answer::Done
@@ -193,39 +216,38 @@ impl Lane {
 
     /// Waits for a cause; true if the ring is to be served.
     fn wait(&mut self) -> bool {
-        let mut fds = vec![PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
-        let mut timeout = PollTimeout::NONE;
-        let mut kick_at = None;
+        // The first is the inbox; the kick and the handler's own, where they count, follow.
+        let mut fds: [PollFd<'_>; 3] =
+            std::array::from_fn(|_| PollFd::new(self.inbox.as_fd(), PollFlags::POLLIN));
+        let (mut count, mut kick_at, mut limit) = (1, None, None);
         if let Some(running) = self
             .running
             .as_ref()
             .filter(|running| self.enabled && !running.broken)
         {
-            if running.pending {
-                timeout = PollTimeout::ZERO;
-            }
+            limit = running.limit();
             if running.wait.available {
-                kick_at = Some(fds.len());
-                fds.push(PollFd::new(running.kick.as_fd(), PollFlags::POLLIN));
+                kick_at = Some(count);
+                fds[count] = PollFd::new(running.kick.as_fd(), PollFlags::POLLIN);
+                count += 1;
             }
             let mut interest = PollFlags::empty();
             interest.set(PollFlags::POLLIN, running.wait.readable);
             interest.set(PollFlags::POLLOUT, running.wait.writable);
             if let Some(source) = self.handler.source().filter(|_| !interest.is_empty()) {
-                fds.push(PollFd::new(source, interest));
+                fds[count] = PollFd::new(source, interest);
+                count += 1;
             }
         }
-        match poll(&mut fds, timeout) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(error) => tracing::error!(queue = self.index, %error, "cannot wait"),
+        let fds = &mut fds[..count];
+        if let Err(error) = wait(fds, limit) {
+            tracing::error!(queue = self.index, %error, "cannot wait");
         }
-        let ready = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
-        let woken = fds.first().is_some_and(ready);
-        let kicked = kick_at.and_then(|at| fds.get(at)).is_some_and(ready);
-        let served = fds.iter().skip(1).any(ready);
-        drop(fds);
+        let woken = fds.first().is_some_and(is_ready);
+        let kicked = kick_at.and_then(|at| fds.get(at)).is_some_and(is_ready);
+        let served = fds.iter().skip(1).any(is_ready);
         if woken {
-            let _ = self.wake.read();
+            self.inbox.acknowledge();
         }
         let Some(running) = &mut self.running else {
             return false;
@@ -234,13 +256,13 @@ impl Lane {
             // The count does not matter, and a kick taken away by another reader neither.
             let _ = nix::unistd::read(&running.kick, &mut [0; 8]);
         }
-        self.enabled && !running.broken && (served || std::mem::take(&mut running.pending))
+        self.enabled && !running.broken && (served || running.take_cause())
     }
 
     /// One round of the handler.
     fn serve(&mut self) {
         let Some(running) = &mut self.running else { return };
-        let round = round(self.handler.as_mut(), running, self.call.as_ref());
+        let round = round(self.handler.as_mut(), running, self.call.as_ref(), self.patience);
         if let Err(fault) = round {
             self.break_ring(&fault);
         }
@@ -266,15 +288,42 @@ fn round(
     handler: &mut dyn QueueHandler,
     running: &mut Running,
     call: Option<&OwnedFd>,
+    patience: Duration,
 ) -> Result<(), RingFault> {
     let ring = &mut running.ring;
     ring.begin_round()?;
     running.wait = handler.process(ring)?;
+    running.alarm = running.wait.pause.map(|pause| Instant::now() + pause);
     publish(ring, call)?;
     let had_budget = ring.renew_budget();
-    let more = running.wait.available && ring.enable_kicks()?;
-    running.pending = !had_budget || more;
+    if !had_budget || look(handler, ring, running.wait, patience)? {
+        running.pending = true;
+        return Ok(());
+    }
+    running.pending = running.wait.available && ring.enable_kicks()?;
     Ok(())
+}
+
+/// Looks for more work until `patience` is over: busy, so that the next request finds no sleeper.
+fn look(
+    handler: &mut dyn QueueHandler,
+    ring: &Ring,
+    wait: Wait,
+    patience: Duration,
+) -> Result<bool, RingFault> {
+    if patience.is_zero() || ring.was_idle() {
+        return Ok(false);
+    }
+    let end = Instant::now() + patience;
+    loop {
+        if (wait.available && ring.has_available()?) || (wait.readable && handler.is_ready()) {
+            return Ok(true);
+        }
+        if Instant::now() >= end {
+            return Ok(false);
+        }
+        std::hint::spin_loop();
+    }
 }
 
 fn publish(ring: &mut Ring, call: Option<&OwnedFd>) -> Result<(), RingFault> {

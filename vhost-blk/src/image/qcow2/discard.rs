@@ -89,7 +89,7 @@ impl Qcow2 {
         while at < guest.end {
             let span = self.slice_span(&self.lock(), at);
             let part = at..guest.end.min(at + span);
-            let mut meta = self.lock_idle(part.clone())?;
+            let mut meta = self.lock_idle(part.clone());
             self.prepare(&mut meta)?;
             at = if self.needs_no_table(&meta, at)? {
                 // Nothing is mapped here and nothing shows through: on to the next table.

@@ -4,8 +4,7 @@
 //! barrier if anything but zeros showed there before; the L2 entries; only then the request completes.
 
 use std::ops::Range;
-use std::sync::PoisonError;
-use std::time::Duration;
+use std::sync::{MutexGuard, PoisonError};
 
 use vm_memory::VolatileSlice;
 
@@ -13,8 +12,6 @@ use super::entry::{Cluster, Host};
 use super::{IoGuard, Meta, Qcow2, map};
 use crate::image::{Buffers, ImageError};
 
-/// How long a write waits for another one that allocates the same cluster.
-const ALLOCATION_DEADLINE: Duration = Duration::from_secs(30);
 /// Host clusters remembered as fresh; forgetting one costs a barrier, nothing else.
 const MOST_FRESH: usize = 64 << 10;
 
@@ -76,7 +73,7 @@ impl Qcow2 {
 
     fn next_step(&self, offset: u64, len: u64) -> Result<Step<'_>, ImageError> {
         let guest = self.geometry.cluster_of(offset);
-        let mut meta = self.lock_idle(guest..guest + 1)?;
+        let mut meta = self.lock_idle(guest..guest + 1);
         self.prepare(&mut meta)?;
         if let Some((host, len)) = self.in_place(&mut meta, offset, len)? {
             let guard = self.guard(&meta);
@@ -87,24 +84,13 @@ impl Qcow2 {
         Ok(Step::Allocate(job))
     }
 
-    /// Takes the lock once no allocation of these guest clusters is in flight.
-    pub(super) fn lock_idle(&self, guest: Range<u64>) -> Result<std::sync::MutexGuard<'_, Meta>, ImageError> {
-        let (meta, waited) = self
-            .allocated
-            .wait_timeout_while(self.lock(), ALLOCATION_DEADLINE, |meta| {
-                meta.busy
-                    .iter()
-                    .any(|range| range.start < guest.end && guest.start < range.end)
-            })
-            .unwrap_or_else(PoisonError::into_inner);
-        if waited.timed_out() {
-            let source = std::io::ErrorKind::TimedOut.into();
-            return Err(ImageError::Io {
-                action: "wait for another write to the same cluster",
-                source,
-            });
-        }
-        Ok(meta)
+    /// Takes the lock once no allocation of these guest clusters is in flight. It waits as long as that
+    /// one's I/O takes, which nothing could cut short either; whoever stops the queue has the deadline.
+    pub(super) fn lock_idle(&self, guest: Range<u64>) -> MutexGuard<'_, Meta> {
+        let overlaps = |range: &Range<u64>| range.start < guest.end && guest.start < range.end;
+        self.allocated
+            .wait_while(self.lock(), |meta| meta.busy.iter().any(overlaps))
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn plan(&self, meta: &mut Meta, offset: u64, len: u64) -> Result<Job, ImageError> {
