@@ -5,8 +5,8 @@ use anyhow::{Context, Result, ensure};
 use guest_contract::holds;
 use integration_tests::{
     frontend_harness::{
-        BASE, BlockDriver, Connection, DEADLINE, INDIRECT, Memory, NEXT, Options, Segment, Session, WRITE,
-        request, virtio,
+        BASE, BlockDriver, Connection, DEADLINE, INDIRECT, Memory, NEXT, Options, STATUS_IOERR, Segment,
+        Session, WRITE, request, virtio,
     },
     process::{Process, connect},
     suite::test,
@@ -18,7 +18,7 @@ type Break = fn(&mut Session) -> Result<()>;
 type Attack = fn(&mut Connection) -> Result<()>;
 
 pub(crate) fn tests() -> Vec<Trial> {
-    let rings: [(&str, Break); 11] = [
+    let rings: [(&str, Break); 13] = [
         ("head_out_of_range", |session| session.rings[1].offer(5000)),
         ("available_index_ahead", |session| {
             session.rings[1].set_available_index(9000)
@@ -45,6 +45,18 @@ pub(crate) fn tests() -> Vec<Trial> {
                 ],
             )
         }),
+        ("four_gib", |session| {
+            // Of 64 MiB each, all of it guest memory.
+            let whole = session.memory.size() as u32;
+            let mut long = vec![(BASE, whole, NEXT | WRITE, 0); 100];
+            for (index, descriptor) in (1..).zip(&mut long) {
+                descriptor.3 = index;
+            }
+            chain(session, &long)
+        }),
+        ("indirect_too_long", |session| {
+            chain(session, &[(DATA, 1025 * 16, INDIRECT, 0)])
+        }),
         ("no_status", |session| chain(session, &[(DATA, 16, 0, 0)])),
         ("writable_first", |session| {
             chain(session, &[(DATA, 512, WRITE | NEXT, 1), (DATA, 16, 0, 0)])
@@ -61,7 +73,7 @@ pub(crate) fn tests() -> Vec<Trial> {
             chain(session, &[(DATA, 16, INDIRECT, 0)])
         }),
     ];
-    let messages: [(&str, Attack); 12] = [
+    let messages: [(&str, Attack); 15] = [
         ("unknown_request", |socket| socket.tell(0x7FFF, &[0; 8], &[])),
         ("huge_message", |socket| {
             socket.send_raw(&header(request::SET_FEATURES, 1, u32::MAX), &[])
@@ -89,6 +101,16 @@ pub(crate) fn tests() -> Vec<Trial> {
         ("queue_9999", |socket| {
             socket.tell(request::SET_VRING_NUM, &pair(9999, 128), &[])
         }),
+        ("kick_of_queue_200", |socket| {
+            let file = tempfile::tempfile()?;
+            socket.tell(request::SET_VRING_KICK, &200_u64.to_le_bytes(), &[file.as_fd()])
+        }),
+        ("enable_queue_9999", |socket| {
+            socket.tell(request::SET_VRING_ENABLE, &pair(9999, 1), &[])
+        }),
+        ("base_of_queue_9999", |socket| {
+            socket.ask(request::GET_VRING_BASE, &pair(9999, 0), &[]).map(drop)
+        }),
         ("kick_that_is_no_eventfd", |socket| {
             let file = tempfile::tempfile()?;
             socket.tell(request::SET_VRING_KICK, &0_u64.to_le_bytes(), &[file.as_fd()])
@@ -101,6 +123,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         .into_iter()
         .map(|(name, damage)| test(format!("hostile::ring::{name}"), move || ring(damage)))
         .collect();
+    tests.push(test("hostile::ring::header_too_short", short_header));
     tests.extend(
         messages
             .into_iter()
@@ -149,7 +172,8 @@ fn ring(damage: Break) -> Result<()> {
     let (mut process, mut driver) = disk.drive(&options)?;
     damage(&mut driver.session)?;
     driver.session.rings[1].force_kick()?;
-    driver.session.rings[1].wait_signal(DEADLINE)?;
+    let marked = driver.session.rings[1].wait_signal(DEADLINE)?;
+    ensure!(marked, "the queue was not marked as broken");
     driver.done(0, &write_block(1, 0))?;
     ensure!(holds(&driver.done(0, &read_block(0))?, 1, 0), "data differs");
     ensure!(process.alive()?, "the process has gone: {}", process.stderr()?);
@@ -158,6 +182,33 @@ fn ring(damage: Break) -> Result<()> {
     drop(driver);
     let status = process.wait(DEADLINE)?;
     ensure!(status.success(), "{status}: {}", process.stderr()?);
+    Ok(())
+}
+
+/// A request that can be answered is: with an error.
+fn short_header() -> Result<()> {
+    const STATUS: u64 = DATA + 4096;
+    let disk = Disk::new(Kind::Raw)?;
+    let (mut process, mut driver) = disk.drive(&Options::default())?;
+    for length in [1, 15] {
+        driver.session.memory.write(STATUS, &[0xEE])?;
+        let segment = |address, length, writable| Segment {
+            address,
+            length,
+            writable,
+        };
+        let ring = &mut driver.session.rings[0];
+        ring.push(&[segment(DATA, length, false), segment(STATUS, 1, true)])?;
+        ring.force_kick()?;
+        ring.wait_used(DEADLINE)?;
+        let status = driver.session.memory.read(STATUS, 1)?[0];
+        ensure!(
+            status == STATUS_IOERR,
+            "a header of {length} bytes: status {status}"
+        );
+    }
+    driver.done(0, &write_block(1, 0))?;
+    ensure!(process.alive()?, "the process has gone: {}", process.stderr()?);
     Ok(())
 }
 

@@ -1,21 +1,25 @@
 //! The device processes over their sockets, with no VM: data, bad requests, bad rings, bad
 //! messages, restarts.
 
+mod behaviour;
 mod blk;
 mod fixture;
 mod hostile;
 mod life;
 mod net;
 mod recovery;
+mod space;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let mut tests = Vec::new();
+    tests.extend(behaviour::tests());
     tests.extend(blk::tests());
     tests.extend(hostile::tests());
     tests.extend(life::tests());
     tests.extend(net::tests());
     tests.extend(recovery::tests());
+    tests.extend(space::tests());
     integration_tests::suite::run(tests)
 }
