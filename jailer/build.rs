@@ -12,12 +12,13 @@ mod constants;
 mod policy;
 
 /// The roles, as `sandbox::Role` spells them, and their files.
-const ROLES: [(&str, &str); 6] = [
+const ROLES: [(&str, &str); 7] = [
     ("Disk", "disk"),
     ("Net", "net"),
     ("Vmm", "vmm"),
     ("Vcpu", "vcpu"),
     ("Supervisor", "supervisor"),
+    ("Image", "image"),
     ("Spawner", "spawner"),
 ];
 

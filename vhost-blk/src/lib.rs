@@ -13,6 +13,7 @@ mod outcome;
 mod queue;
 mod request;
 mod settings;
+pub mod tool;
 
 pub use device::BlkProgram;
 

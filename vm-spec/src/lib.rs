@@ -6,6 +6,7 @@
 
 pub mod control;
 pub mod events;
+pub mod image;
 pub mod machine;
 pub mod run_state;
 pub mod size;

@@ -3,6 +3,7 @@
 mod doctor;
 mod events;
 mod flags;
+mod image;
 mod policy;
 mod spec_file;
 
@@ -65,6 +66,11 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// Look at, make and change disk images, in a jail
+    Image {
+        #[command(subcommand)]
+        verb: image::ImageVerb,
+    },
     /// Look at the system call policies
     Policy {
         #[command(subcommand)]
@@ -81,7 +87,7 @@ enum Verb {
 enum PolicyVerb {
     /// Print every rule of a role, with its reason
     Show {
-        /// disk, net, vmm, vcpu, supervisor or spawner
+        /// disk, net, vmm, vcpu, supervisor, image or spawner
         role: Role,
         /// Print JSON
         #[arg(long)]
@@ -196,6 +202,11 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
                 json,
             };
             let (text, code) = audit::run(&options)?;
+            print(&text)?;
+            Ok(code)
+        }
+        Verb::Image { verb } => {
+            let (text, code) = image::carry_out(&verb)?;
             print(&text)?;
             Ok(code)
         }

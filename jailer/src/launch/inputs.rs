@@ -1,6 +1,7 @@
 //! Opening what the spec names. Everything is opened here, once, by the launcher; jailed
 //! processes get descriptors.
 
+use super::image::printable;
 use super::kernel::{self, Kernel};
 use super::machine::{Backend, Device, Key, Tap};
 use super::qcow2;
@@ -154,6 +155,11 @@ fn open_key(device: &Device, key: &Key) -> Result<OwnedFd, Failure> {
     }
 }
 
+/// The file behind `--key-file`.
+pub(crate) fn open_key_file(path: &Path) -> Result<File, Failure> {
+    open_file("--key-file", path)
+}
+
 fn copy_key(number: i32) -> io::Result<OwnedFd> {
     let source = File::from(crate::inherit::take(FdNumber(number))?);
     let mut copy = File::from(memfd_create(c"key", MFdFlags::MFD_CLOEXEC)?);
@@ -236,7 +242,6 @@ fn open_chain(
     while let Some(layer) = layers.last()
         && layer.format == ImageFormat::Qcow2
     {
-        let place = layer.path.clone();
         let Some(backing) = read_backing(&field, layer)? else {
             break;
         };
@@ -247,20 +252,7 @@ fn open_chain(
             )));
         }
         let wanted = lexical_join(&folder, Path::new(&backing.name));
-        let file = open_below(&allowed, &wanted).map_err(|e| {
-            let what = format!(
-                "{field}: cannot open the backing file '{}' of {}",
-                backing.name,
-                place.display()
-            );
-            match e {
-                BelowError::Outside => Failure::host(what)
-                    .cause("it lies outside the folders that images may lie in")
-                    .hint("name its folder in image-folders, or move it beside the image"),
-                BelowError::Open(e) => Failure::host(what).because(&e),
-            }
-        })?;
-        lock(&field, &wanted, &file, FlockArg::LockSharedNonblock)?;
+        let file = open_backing(&field, &allowed, &wanted, &backing.name, "image-folders")?;
         folder = wanted.parent().unwrap_or(Path::new("/")).to_owned();
         layers.push(Layer {
             format: backing.format,
@@ -269,6 +261,33 @@ fn open_chain(
         });
     }
     Ok(layers)
+}
+
+/// Opens a backing file that an image calls `name` at `wanted`, below one of `allowed`; `option` is how a
+/// person allows more.
+pub(crate) fn open_backing(
+    field: &str,
+    allowed: &[PathBuf],
+    wanted: &Path,
+    name: &str,
+    option: &str,
+) -> Result<File, Failure> {
+    let failed = || {
+        Failure::host(format!(
+            "{field}: cannot open the backing file '{}'",
+            printable(name)
+        ))
+    };
+    let file = open_below(allowed, wanted).map_err(|e| match e {
+        BelowError::Outside => failed()
+            .cause("it lies outside the folders that images may lie in")
+            .hint(format!(
+                "name its folder in {option}, or move it beside the image"
+            )),
+        BelowError::Open(e) => failed().because(&e),
+    })?;
+    lock(field, wanted, &file, FlockArg::LockSharedNonblock)?;
+    Ok(file)
 }
 
 fn read_backing(field: &str, layer: &Layer) -> Result<Option<qcow2::Backing>, Failure> {
@@ -295,7 +314,7 @@ fn read_backing(field: &str, layer: &Layer) -> Result<Option<qcow2::Backing>, Fa
     })
 }
 
-fn open_image(field: &str, path: &Path, read_only: bool) -> Result<File, Failure> {
+pub(crate) fn open_image(field: &str, path: &Path, read_only: bool) -> Result<File, Failure> {
     let failed = || Failure::host(format!("{field}: cannot open {}", path.display()));
     let file = OpenOptions::new()
         .read(true)
@@ -336,7 +355,7 @@ fn lock(field: &str, path: &Path, file: &File, how: FlockArg) -> Result<(), Fail
     }
 }
 
-fn folder_of(field: &str, path: &Path) -> Result<PathBuf, Failure> {
+pub(crate) fn folder_of(field: &str, path: &Path) -> Result<PathBuf, Failure> {
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
     parent.unwrap_or(Path::new(".")).canonicalize().map_err(|e| {
         Failure::host(format!("{field}: cannot find the folder of {}", path.display())).because(&e)
@@ -345,7 +364,7 @@ fn folder_of(field: &str, path: &Path) -> Result<PathBuf, Failure> {
 
 /// `name` seen from the absolute `folder`, with `.` and `..` resolved by text alone: links are
 /// not followed when it is opened either.
-fn lexical_join(folder: &Path, name: &Path) -> PathBuf {
+pub(crate) fn lexical_join(folder: &Path, name: &Path) -> PathBuf {
     let mut out = PathBuf::new();
     for part in folder.join(name).components() {
         match part {

@@ -4,6 +4,7 @@
 //!   machine (check) -> reaper -> inputs (open) -> plan -> spawn -> supervise
 //! ```
 
+pub(crate) mod image;
 mod inputs;
 mod kernel;
 mod machine;

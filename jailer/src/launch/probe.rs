@@ -100,7 +100,7 @@ impl Stage {
             Role::Supervisor => (&self.bare, "supervisor"),
             Role::Disk => (&self.full, "disk"),
             Role::Net => (&self.full, "net"),
-            Role::Spawner => return None,
+            Role::Image | Role::Spawner => return None,
         };
         let process = processes(&of.0).find(|process| process.role.policy() == Some(name));
         process.map(|process| (of, process))

@@ -45,13 +45,7 @@ pub(crate) struct Binaries {
 impl Binaries {
     /// Opens those that `plan` executes, beside our own (or in BULKHEAD_BIN_DIR).
     pub(crate) fn open(plan: &Plan, groups: Option<Rc<Groups>>) -> Result<Self, Failure> {
-        let folder = match std::env::var_os("BULKHEAD_BIN_DIR") {
-            Some(folder) => PathBuf::from(folder),
-            None => std::env::current_exe()
-                .ok()
-                .and_then(|path| path.parent().map(PathBuf::from))
-                .ok_or_else(|| Failure::host("cannot find the folder of this program"))?,
-        };
+        let folder = binary_folder()?;
         let mut all = BTreeMap::new();
         for process in plan.workers.iter().chain([&plan.supervisor]) {
             let path = folder.join(process.binary);
@@ -63,6 +57,17 @@ impl Binaries {
             all.insert(process.binary, (path, file));
         }
         Ok(Self { files: all, groups })
+    }
+}
+
+/// The folder of our own binary, or BULKHEAD_BIN_DIR.
+pub(crate) fn binary_folder() -> Result<PathBuf, Failure> {
+    match std::env::var_os("BULKHEAD_BIN_DIR") {
+        Some(folder) => Ok(PathBuf::from(folder)),
+        None => std::env::current_exe()
+            .ok()
+            .and_then(|path| path.parent().map(PathBuf::from))
+            .ok_or_else(|| Failure::host("cannot find the folder of this program")),
     }
 }
 

@@ -16,18 +16,21 @@ pub enum Role {
     Vcpu,
     /// bulkhead-supervisor.
     Supervisor,
+    /// bulkhead-image.
+    Image,
     /// `bulkhead run` once everything is spawned.
     Spawner,
 }
 
 impl Role {
     /// Every role.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Disk,
         Self::Net,
         Self::Vmm,
         Self::Vcpu,
         Self::Supervisor,
+        Self::Image,
         Self::Spawner,
     ];
 
@@ -39,6 +42,7 @@ impl Role {
             Self::Vmm => "vmm",
             Self::Vcpu => "vcpu",
             Self::Supervisor => "supervisor",
+            Self::Image => "image",
             Self::Spawner => "spawner",
         }
     }
@@ -67,7 +71,7 @@ impl FromStr for Role {
             .find(|role| role.name() == text)
             .ok_or_else(|| ParseRoleError {
                 given: text.to_owned(),
-                known: "disk, net, vmm, vcpu, supervisor, spawner",
+                known: "disk, net, vmm, vcpu, supervisor, image, spawner",
             })
     }
 }

@@ -8,7 +8,7 @@ mod error;
 mod file;
 mod lock;
 mod luks;
-mod qcow2;
+pub mod qcow2;
 mod raw;
 mod sparse;
 

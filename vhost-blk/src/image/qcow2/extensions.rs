@@ -6,6 +6,7 @@ const END: u32 = 0;
 const FEATURE_NAMES: u32 = 0x6803_f857;
 const BITMAPS: u32 = 0x2385_2875;
 const ENCRYPTION: u32 = 0x0537_be77;
+pub(super) const BACKING_FORMAT: u32 = 0xe279_2aca;
 const DATA_FILE: u32 = 0x4441_5441;
 
 /// Most bitmaps: bounds what invalidating them costs.
@@ -20,8 +21,10 @@ pub(super) struct Extensions {
     pub(super) encryption: Option<EncryptionHeader>,
     /// Type, bit and name.
     features: Vec<(u8, u8, String)>,
-    /// Whether a name for the external data file is given. The name itself is never used.
-    pub(super) names_data_file: bool,
+    /// The external data file's name: shown to people, never used.
+    pub(super) data_file: Option<String>,
+    /// The backing file's format: shown to people, never used.
+    pub(super) backing_format: Option<String>,
 }
 
 /// The bitmaps extension.
@@ -82,7 +85,8 @@ pub(super) fn parse(first: &[u8], start: u64, end: u64) -> Result<Extensions, Im
         match kind {
             FEATURE_NAMES => all.features = feature_names(data),
             BITMAPS => all.bitmaps = Some(bitmaps(data)?),
-            DATA_FILE => all.names_data_file = true,
+            DATA_FILE => all.data_file = Some(String::from_utf8_lossy(data).into_owned()),
+            BACKING_FORMAT => all.backing_format = Some(String::from_utf8_lossy(data).into_owned()),
             ENCRYPTION => all.encryption = Some(encryption(data)?),
             _ => {}
         }

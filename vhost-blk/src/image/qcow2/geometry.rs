@@ -86,6 +86,11 @@ impl Geometry {
         (first..=last).fold(0, |mask, index| mask | 1 << index)
     }
 
+    /// L1 entries that a disk of `size` bytes needs.
+    pub(super) fn l1_entries(&self, size: u64) -> u64 {
+        self.clusters_for(size).div_ceil(1 << self.l2_bits())
+    }
+
     /// Index into L1 of a guest cluster.
     pub(super) fn l1_index(&self, guest_cluster: u64) -> u64 {
         guest_cluster >> self.l2_bits()

@@ -4,7 +4,7 @@ use super::extensions::{self, Extensions};
 use super::geometry::Geometry;
 use crate::image::{BlockFile, ImageError};
 
-const MAGIC: u32 = u32::from_be_bytes(*b"QFI\xfb");
+pub(super) const MAGIC: u32 = u32::from_be_bytes(*b"QFI\xfb");
 /// Largest active L1 table in bytes: bounds what opening costs.
 pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
 /// Largest refcount table in bytes: bounds what opening costs.
@@ -12,8 +12,11 @@ pub(super) const MAX_REFTABLE_BYTES: u64 = 8 << 20;
 /// Most internal snapshots: bounds what opening costs.
 const MAX_SNAPSHOTS: u32 = 65_536;
 /// Longest backing file name in bytes.
-const MAX_BACKING_NAME: u32 = 1023;
+pub(super) const MAX_BACKING_NAME: u32 = 1023;
 
+pub(super) const BACKING_OFFSET: u64 = 8;
+pub(super) const SIZE_OFFSET: u64 = 24;
+pub(super) const SNAPSHOTS_OFFSET: u64 = 60;
 pub(super) const CRYPT_METHOD_OFFSET: u64 = 32;
 pub(super) const INCOMPATIBLE_OFFSET: u64 = 72;
 pub(super) const AUTOCLEAR_OFFSET: u64 = 88;
@@ -52,6 +55,7 @@ pub(super) struct Header {
     pub(super) snapshots: u32,
     pub(super) snapshots_offset: u64,
     pub(super) incompatible: u64,
+    pub(super) compatible: u64,
     pub(super) autoclear: u64,
     pub(super) compression: Compression,
     pub(super) extensions: Extensions,
@@ -132,6 +136,7 @@ impl Header {
             snapshots: fields.u32(60),
             snapshots_offset: fields.u64(64),
             incompatible,
+            compatible: if version == 3 { fields.u64(80) } else { 0 },
             autoclear: if version == 3 { fields.u64(88) } else { 0 },
             compression: compression(&fields, incompatible, header_length)?,
             extensions,
@@ -162,7 +167,7 @@ impl Header {
                 format!("{} entries are over 32 MiB", self.l1_size),
             ));
         }
-        let needed = geometry.clusters_for(self.size).div_ceil(1 << geometry.l2_bits());
+        let needed = geometry.l1_entries(self.size);
         if needed > u64::from(self.l1_size) {
             return Err(ImageError::refused(
                 "l1_size",
@@ -242,6 +247,61 @@ impl Header {
             ));
         }
         Ok(())
+    }
+
+    /// Refuses what a change of snapshots or size would have to bring up to date and does not.
+    pub(super) fn check_modifiable(&self) -> Result<(), ImageError> {
+        let refuse = |field, reason: &str| Err(ImageError::refused(field, reason.to_owned()));
+        if self.is_corrupt() {
+            return refuse(
+                "incompatible_features",
+                "the corrupt bit is set: repair the image first",
+            );
+        }
+        if self.is_dirty() {
+            return refuse(
+                "incompatible_features",
+                "the dirty bit is set: repair the image first",
+            );
+        }
+        if self.geometry.external_data {
+            return refuse(
+                "external data file",
+                "its image can have no snapshots and no other size",
+            );
+        }
+        if self.extensions.bitmaps.is_some() {
+            return refuse(
+                "bitmaps extension",
+                "bitmaps would no longer tell the truth; remove them first",
+            );
+        }
+        if self.autoclear != 0 {
+            return refuse(
+                "autoclear_features",
+                "a feature that is not known here would no longer be true",
+            );
+        }
+        Ok(())
+    }
+
+    /// Writes size and place of the active L1 table, and the disk's size, in one piece.
+    pub(super) fn publish_l1(
+        &self,
+        file: &dyn BlockFile,
+        size: u64,
+        l1_size: u32,
+        l1_offset: u64,
+    ) -> Result<(), ImageError> {
+        let mut fields = [0; 24];
+        file.read_at(&mut fields, SIZE_OFFSET)
+            .map_err(ImageError::io("read the header"))?;
+        fields[..8].copy_from_slice(&size.to_be_bytes());
+        fields[12..16].copy_from_slice(&l1_size.to_be_bytes());
+        fields[16..].copy_from_slice(&l1_offset.to_be_bytes());
+        file.write_at(&fields, SIZE_OFFSET)
+            .and_then(|()| file.sync())
+            .map_err(ImageError::io("write the header"))
     }
 
     pub(super) fn is_dirty(&self) -> bool {

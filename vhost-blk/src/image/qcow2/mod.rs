@@ -19,18 +19,22 @@
 mod alloc;
 mod bitmaps;
 mod cache;
+mod check;
 mod compressed;
+mod create;
 mod discard;
 mod entry;
 mod extensions;
 mod free;
 mod geometry;
 mod header;
+mod info;
 mod map;
 mod open;
 mod read;
 mod refcount;
 mod repair;
+mod snapshot;
 mod tables;
 mod write;
 
@@ -44,11 +48,15 @@ use vm_memory::VolatileSlice;
 
 use super::{BlockFile, Buffers, Extent, Image, ImageError, IoGuard, Resolved, check_range};
 use cache::Cache;
+pub use check::{Repair, check};
+pub use create::{CreateOptions, check_resizable, create, set_size};
 use entry::Compressed;
 use geometry::Geometry;
 use header::Compression;
+pub use info::info;
 use read::Piece;
 use refcount::Refcounts;
+pub use snapshot::{apply, delete, take};
 
 /// What a host cluster of the metadata is used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

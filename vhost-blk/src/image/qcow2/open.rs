@@ -84,7 +84,7 @@ impl Qcow2 {
     }
 }
 
-fn read_header(file: &dyn BlockFile) -> Result<(Header, u64), ImageError> {
+pub(super) fn read_header(file: &dyn BlockFile) -> Result<(Header, u64), ImageError> {
     let size = file
         .size()
         .map_err(ImageError::io("find the size of the image's file"))?;

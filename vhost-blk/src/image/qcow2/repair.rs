@@ -16,13 +16,29 @@ use crate::image::{BlockFile, ImageError};
 /// Most host clusters whose references can be counted (128 MiB of counters).
 const MOST_CLUSTERS: u64 = 64 << 20;
 
-/// References found.
-struct Counts {
-    counts: Vec<u16>,
+/// References found, by host cluster.
+pub(super) struct Counts {
+    pub(super) counts: Vec<u16>,
+}
+
+/// What becomes of a COPIED that says the wrong thing.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wrong {
+    Mend,
+    Count,
+}
+
+/// What a walk through the active tables found.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Walked {
+    /// Guest clusters with a host cluster.
+    pub(super) allocated: u64,
+    /// COPIED flags that say the wrong thing.
+    pub(super) wrong: u64,
 }
 
 impl Counts {
-    fn add(&mut self, clusters: Range<u64>, times: u16) -> Result<(), ImageError> {
+    pub(super) fn add(&mut self, clusters: Range<u64>, times: u16) -> Result<(), ImageError> {
         for cluster in clusters {
             let slot = usize::try_from(cluster)
                 .ok()
@@ -58,11 +74,35 @@ pub(super) fn rebuild(
 ) -> Result<(), ImageError> {
     let geometry = &header.geometry;
     let file_end = size.next_multiple_of(geometry.cluster_size());
+    let counts = count(file, header, tables, file_end)?;
+    let most = counts.counts.iter().copied().max().unwrap_or(0);
+    if u64::from(most) > geometry.max_refcount() {
+        return Err(ImageError::refused(
+            "refcount_order",
+            format!("too small for {most} references"),
+        ));
+    }
+    write_structure(file, geometry, counts.counts.clone(), file_end)?;
+    visit_copied(file, header, &counts, file_end, Wrong::Mend)?;
+    let features = header.incompatible & !DIRTY;
+    file.write_at(&features.to_be_bytes(), INCOMPATIBLE_OFFSET)
+        .and_then(|()| file.sync())
+        .map_err(ImageError::io("clear the dirty bit"))
+}
+
+/// Counts the references to each cluster, but for those to the refcount structure itself.
+pub(super) fn count(
+    file: &dyn BlockFile,
+    header: &Header,
+    tables: &[Table],
+    file_end: u64,
+) -> Result<Counts, ImageError> {
+    let geometry = &header.geometry;
     let clusters = geometry.cluster_of(file_end);
     if clusters > MOST_CLUSTERS {
         return Err(ImageError::refused(
-            "incompatible_features",
-            format!("the dirty bit is set and {clusters} clusters are too many to repair here"),
+            "refcounts",
+            format!("{clusters} clusters are too many to count the references to here"),
         ));
     }
     let mut counts = Counts {
@@ -83,19 +123,7 @@ pub(super) fn rebuild(
         count_l2(file, geometry, *table, *times, file_end, &mut counts)?;
     }
     count_bitmaps(file, header, &mut counts)?;
-    let most = counts.counts.iter().copied().max().unwrap_or(0);
-    if u64::from(most) > geometry.max_refcount() {
-        return Err(ImageError::refused(
-            "refcount_order",
-            format!("too small for {most} references"),
-        ));
-    }
-    write_structure(file, geometry, counts.counts.clone(), file_end)?;
-    fix_copied(file, header, &counts, file_end)?;
-    let features = header.incompatible & !DIRTY;
-    file.write_at(&features.to_be_bytes(), INCOMPATIBLE_OFFSET)
-        .and_then(|()| file.sync())
-        .map_err(ImageError::io("clear the dirty bit"))
+    Ok(counts)
 }
 
 fn read_words(file: &dyn BlockFile, offset: u64, len: usize) -> Result<Vec<u64>, ImageError> {
@@ -193,7 +221,7 @@ fn count_bitmaps(file: &dyn BlockFile, header: &Header, counts: &mut Counts) -> 
 }
 
 /// Writes blocks and table behind `file_end`, then points the header to them.
-fn write_structure(
+pub(super) fn write_structure(
     file: &dyn BlockFile,
     geometry: &Geometry,
     mut counts: Vec<u16>,
@@ -256,14 +284,16 @@ pub(super) fn block_of_ones(geometry: &Geometry, counted: u64) -> Vec<u8> {
     block(geometry, (0..counted).map(|_| 1))
 }
 
-/// Makes COPIED in the active tables say whether the refcount is one.
-fn fix_copied(
+/// Looks at COPIED in the active tables: does it say whether the refcount is one?
+pub(super) fn visit_copied(
     file: &dyn BlockFile,
     header: &Header,
     counts: &Counts,
     file_end: u64,
-) -> Result<(), ImageError> {
+    wrong: Wrong,
+) -> Result<Walked, ImageError> {
     let geometry = &header.geometry;
+    let mut walked = Walked::default();
     let l1 = read_words(file, header.l1_offset, header.l1_size as usize * 8)?;
     for (index, raw) in l1.into_iter().enumerate() {
         let Some(entry) = L1Entry::decode(raw, geometry, file_end)? else {
@@ -271,41 +301,56 @@ fn fix_copied(
         };
         let copied = counts.of(entry.table, geometry) == 1;
         if copied != entry.copied {
-            let raw = L1Entry { copied, ..entry }.encode();
-            file.write_at(&raw.to_be_bytes(), header.l1_offset + index as u64 * 8)
-                .map_err(ImageError::io("write the L1 table"))?;
+            walked.wrong += 1;
+            if wrong == Wrong::Mend {
+                let raw = L1Entry { copied, ..entry }.encode();
+                file.write_at(&raw.to_be_bytes(), header.l1_offset + index as u64 * 8)
+                    .map_err(ImageError::io("write the L1 table"))?;
+            }
         }
         if !geometry.external_data {
-            fix_copied_in(file, geometry, entry.table, counts, file_end)?;
+            visit_copied_in(
+                file,
+                geometry,
+                entry.table,
+                counts,
+                file_end,
+                (wrong, &mut walked),
+            )?;
         }
     }
-    file.sync().map_err(ImageError::io("flush the mapping"))
+    if wrong == Wrong::Mend {
+        file.sync().map_err(ImageError::io("flush the mapping"))?;
+    }
+    Ok(walked)
 }
 
-fn fix_copied_in(
+fn visit_copied_in(
     file: &dyn BlockFile,
     geometry: &Geometry,
     table: u64,
     counts: &Counts,
     file_end: u64,
+    (wrong, walked): (Wrong, &mut Walked),
 ) -> Result<(), ImageError> {
     let mut bytes = vec![0; geometry.cluster_bytes()];
     file.read_at(&mut bytes, table)
         .map_err(ImageError::io("read an L2 table"))?;
-    let mut changed = false;
+    let before = walked.wrong;
     for entry in bytes.chunks_exact_mut(geometry.l2_entry_size() as usize) {
         let mut parts = words(entry);
         let (raw, bitmap) = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
         drop(parts);
-        if let Host::Plain { offset, copied } = Cluster::decode(raw, bitmap, 0, geometry, file_end)?.host {
-            let right = counts.of(offset, geometry) == 1;
-            if right != copied {
-                entry[..8].copy_from_slice(&(raw ^ COPIED).to_be_bytes());
-                changed = true;
-            }
+        let host = Cluster::decode(raw, bitmap, 0, geometry, file_end)?.host;
+        walked.allocated += u64::from(host != Host::None);
+        if let Host::Plain { offset, copied } = host
+            && copied != (counts.of(offset, geometry) == 1)
+        {
+            entry[..8].copy_from_slice(&(raw ^ COPIED).to_be_bytes());
+            walked.wrong += 1;
         }
     }
-    if changed {
+    if walked.wrong != before && wrong == Wrong::Mend {
         file.write_at(&bytes, table)
             .map_err(ImageError::io("write an L2 table"))?;
     }

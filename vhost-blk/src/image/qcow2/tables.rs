@@ -5,7 +5,7 @@ use super::header::{Header, MAX_L1_BYTES};
 use crate::image::{BlockFile, ImageError};
 
 /// Bytes of a snapshot table entry before its variable part.
-const SNAPSHOT_FIXED: usize = 40;
+pub(super) const SNAPSHOT_FIXED: usize = 40;
 /// Most bytes of a snapshot table: bounds what opening costs.
 const MAX_SNAPSHOT_TABLE: u64 = 64 << 20;
 /// Most bytes of a snapshot's extra data.
@@ -118,53 +118,92 @@ fn check_apart(tables: &[Table], geometry: &Geometry, file_size: u64) -> Result<
     Ok(())
 }
 
-/// Reads the snapshot table; returns it and each snapshot's L1 table.
+/// Reads the snapshot table's places; returns it and each snapshot's L1 table.
 pub(super) fn snapshots(header: &Header, file: &dyn BlockFile, size: u64) -> Result<Vec<Table>, ImageError> {
-    let geometry = &header.geometry;
     let mut tables = of(header);
     if header.snapshots == 0 {
         return Ok(tables);
     }
     tables.retain(|table| table.name != "snapshots_offset");
-    let mut position = header.snapshots_offset;
-    for _ in 0..header.snapshots {
-        let mut entry = [0; SNAPSHOT_FIXED];
-        file.read_at(&mut entry, position)
-            .map_err(ImageError::io("read the snapshot table"))?;
-        let word = |at: usize| u32::from_be_bytes([entry[at], entry[at + 1], entry[at + 2], entry[at + 3]]);
-        let offset = u64::from(word(0)) << 32 | u64::from(word(4));
-        let (entries, names, extra) = (word(8), word(12), word(36));
-        if extra > MAX_SNAPSHOT_EXTRA {
-            return Err(ImageError::refused(
-                "snapshot table",
-                format!("extra data of {extra} bytes is over 1024"),
-            ));
-        }
-        if u64::from(entries) * 8 > MAX_L1_BYTES {
-            return Err(ImageError::refused(
-                "snapshot l1_size",
-                format!("{entries} entries are over 32 MiB"),
-            ));
-        }
-        let variable = u64::from(extra) + u64::from(names >> 16) + u64::from(names & 0xffff);
-        position += (SNAPSHOT_FIXED as u64 + variable).next_multiple_of(8);
-        if position - header.snapshots_offset > MAX_SNAPSHOT_TABLE {
-            return Err(ImageError::refused("snapshot table", "it is over 64 MiB"));
-        }
-        if entries > 0 {
-            let table = Table {
+    let mut end = header.snapshots_offset;
+    for entry in snapshot_entries(header, file) {
+        let entry = entry?;
+        end = entry.end;
+        if entry.l1_size > 0 {
+            tables.push(Table {
                 name: "snapshot l1_table_offset",
-                offset,
-                len: u64::from(entries) * 8,
-            };
-            tables.push(table);
+                offset: entry.l1_offset,
+                len: u64::from(entry.l1_size) * 8,
+            });
         }
     }
     tables.push(Table {
         name: "snapshots_offset",
         offset: header.snapshots_offset,
-        len: position - header.snapshots_offset,
+        len: end - header.snapshots_offset,
     });
-    check_apart(&tables, geometry, size)?;
+    check_apart(&tables, &header.geometry, size)?;
     Ok(tables)
+}
+
+/// An entry of the snapshot table, its sizes checked.
+pub(super) struct SnapshotEntry {
+    /// The fixed part as it is in the file.
+    pub(super) fixed: [u8; SNAPSHOT_FIXED],
+    pub(super) start: u64,
+    /// Where the next entry starts.
+    pub(super) end: u64,
+    pub(super) l1_offset: u64,
+    pub(super) l1_size: u32,
+    pub(super) extra_len: u32,
+    pub(super) id_len: u16,
+    pub(super) name_len: u16,
+}
+
+/// The entries of the snapshot table, up to the first that is refused.
+pub(super) fn snapshot_entries<'a>(
+    header: &'a Header,
+    file: &'a dyn BlockFile,
+) -> impl Iterator<Item = Result<SnapshotEntry, ImageError>> + use<'a> {
+    let mut position = header.snapshots_offset;
+    (0..header.snapshots).map(move |_| {
+        let entry = snapshot_entry(file, position)?;
+        position = entry.end;
+        if position - header.snapshots_offset > MAX_SNAPSHOT_TABLE {
+            return Err(ImageError::refused("snapshot table", "it is over 64 MiB"));
+        }
+        Ok(entry)
+    })
+}
+
+fn snapshot_entry(file: &dyn BlockFile, start: u64) -> Result<SnapshotEntry, ImageError> {
+    let mut fixed = [0; SNAPSHOT_FIXED];
+    file.read_at(&mut fixed, start)
+        .map_err(ImageError::io("read the snapshot table"))?;
+    let word = |at: usize| u32::from_be_bytes([fixed[at], fixed[at + 1], fixed[at + 2], fixed[at + 3]]);
+    let (l1_size, names, extra_len) = (word(8), word(12), word(36));
+    if extra_len > MAX_SNAPSHOT_EXTRA {
+        return Err(ImageError::refused(
+            "snapshot table",
+            format!("extra data of {extra_len} bytes is over 1024"),
+        ));
+    }
+    if u64::from(l1_size) * 8 > MAX_L1_BYTES {
+        return Err(ImageError::refused(
+            "snapshot l1_size",
+            format!("{l1_size} entries are over 32 MiB"),
+        ));
+    }
+    let (id_len, name_len) = ((names >> 16) as u16, names as u16);
+    let variable = u64::from(extra_len) + u64::from(id_len) + u64::from(name_len);
+    Ok(SnapshotEntry {
+        fixed,
+        start,
+        end: start + (SNAPSHOT_FIXED as u64 + variable).next_multiple_of(8),
+        l1_offset: u64::from(word(0)) << 32 | u64::from(word(4)),
+        l1_size,
+        extra_len,
+        id_len,
+        name_len,
+    })
 }

@@ -1,0 +1,570 @@
+//! `bulkhead image`: what people know from qemu-img, with the parsing in a jail.
+
+use crate::failure::Failure;
+use crate::launch::image::{Access, Described, Opened, Setting, printable};
+use crate::sandbox::SeccompMode;
+use clap::{Args, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Map, Value, json};
+use std::fmt::Write as _;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use vm_spec::image::{CheckResult, FromImageTool};
+use vm_spec::size::ByteSize;
+use vm_spec::spec::ImageFormat;
+
+/// `check`'s exit codes, which are qemu-img's.
+const CORRUPT: u8 = 2;
+const LEAKS: u8 = 3;
+
+/// `bulkhead image`'s verbs.
+#[derive(Subcommand, Debug)]
+pub(super) enum ImageVerb {
+    /// Say what an image is
+    Info {
+        #[command(flatten)]
+        image: ImageArgs,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Check a qcow2 image; exits 0 if it is sound, 2 if it is corrupt, 3 if it leaks space only
+    Check {
+        #[command(flatten)]
+        image: ImageArgs,
+        /// Count the references anew if they are wrong
+        #[arg(long, short)]
+        repair: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make an empty raw or qcow2 image
+    Create {
+        #[command(flatten)]
+        image: ImageArgs,
+        /// Size of the disk, such as 20G (default: the backing file's)
+        size: Option<ByteSize>,
+        /// The image that shows through where nothing was written, as the new image is to name it
+        #[arg(long, short, value_name = "FILE", requires = "backing_format")]
+        backing: Option<PathBuf>,
+        /// Format of the backing file
+        #[arg(long, short = 'F', value_name = "FORMAT", value_parser = parse_format)]
+        backing_format: Option<ImageFormat>,
+        #[command(flatten)]
+        shape: Shape,
+        /// Let QEMU write refcounts late
+        #[arg(long)]
+        lazy_refcounts: bool,
+    },
+    /// Copy a disk into a new image
+    Convert {
+        #[command(flatten)]
+        image: ImageArgs,
+        /// The new image
+        target: PathBuf,
+        /// The new image's format: raw or qcow2 (default: by its name)
+        #[arg(long, short = 'O', value_name = "FORMAT", value_parser = parse_format)]
+        output_format: Option<ImageFormat>,
+        #[command(flatten)]
+        shape: Shape,
+    },
+    /// List, take, apply or delete internal snapshots of a qcow2 image
+    Snapshot {
+        #[command(flatten)]
+        image: ImageArgs,
+        #[command(flatten)]
+        action: SnapshotAction,
+    },
+    /// Make a disk larger, or smaller with --shrink
+    Resize {
+        #[command(flatten)]
+        image: ImageArgs,
+        /// The new size, or +SIZE or -SIZE for a change
+        #[arg(allow_hyphen_values = true)]
+        size: String,
+        /// Allow what lies behind the new end to be lost
+        #[arg(long)]
+        shrink: bool,
+    },
+}
+
+/// The image, and how to open it.
+#[derive(Args, Debug)]
+pub(super) struct ImageArgs {
+    /// The image
+    file: PathBuf,
+    /// Its format: raw, qcow2, vmdk, vdi, vhdx or vhd (default: by its name; never by its content)
+    #[arg(long, short, value_name = "FORMAT", value_parser = parse_format)]
+    format: Option<ImageFormat>,
+    /// Folder that backing files may lie in, beside the image's own
+    #[arg(long, value_name = "FOLDER")]
+    image_folder: Vec<PathBuf>,
+    /// File with the passphrase of an encrypted image, taken whole
+    #[arg(long, value_name = "FILE")]
+    key_file: Option<PathBuf>,
+    /// What becomes of a system call that no policy allows: enforce, log or off
+    #[arg(long, value_name = "MODE", default_value_t = SeccompMode::Enforce)]
+    seccomp: SeccompMode,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct Shape {
+    /// Bytes of a qcow2 cluster: a power of two from 512 to 2M
+    #[arg(long, value_name = "SIZE")]
+    cluster_size: Option<ByteSize>,
+}
+
+impl Shape {
+    fn flag(&self) -> Result<Option<String>, Failure> {
+        let Some(size) = self.cluster_size else {
+            return Ok(None);
+        };
+        let bytes = size.0;
+        if !bytes.is_power_of_two() {
+            return Err(Failure::usage(format!(
+                "--cluster-size: {bytes} is no power of two"
+            )));
+        }
+        Ok(Some(format!("--cluster-bits={}", bytes.trailing_zeros())))
+    }
+}
+
+#[derive(Args, Debug)]
+#[group(required = true, multiple = false)]
+pub(super) struct SnapshotAction {
+    /// List them
+    #[arg(long, short)]
+    list: bool,
+    /// Take one with this name
+    #[arg(long, short, value_name = "NAME")]
+    create: Option<String>,
+    /// Make the disk what it was when this one, by id or name, was taken
+    #[arg(long, short, value_name = "SNAPSHOT")]
+    apply: Option<String>,
+    /// Delete this one, by id or name
+    #[arg(long, short, value_name = "SNAPSHOT")]
+    delete: Option<String>,
+}
+
+fn parse_format(text: &str) -> Result<ImageFormat, String> {
+    ImageFormat::named(text).ok_or_else(|| {
+        let known = ImageFormat::ALL.map(ImageFormat::name).join(", ");
+        format!("expected one of {known}")
+    })
+}
+
+/// What a person called the file; the content is never looked at.
+fn format_of(path: &Path, given: Option<ImageFormat>) -> Result<ImageFormat, Failure> {
+    let by_name = || match path.extension().and_then(|name| name.to_str()) {
+        Some("img") => Some(ImageFormat::Raw),
+        Some(name) => ImageFormat::named(name),
+        None => None,
+    };
+    given.or_else(by_name).ok_or_else(|| {
+        Failure::usage(format!("the format of {} is not given", path.display()))
+            .cause("it is never guessed from what is in the file")
+            .hint("add --format=raw, --format=qcow2 or another (--help lists them)")
+    })
+}
+
+impl ImageArgs {
+    fn format(&self) -> Result<ImageFormat, Failure> {
+        format_of(&self.file, self.format)
+    }
+
+    fn setting(&self) -> Setting {
+        Setting {
+            folders: self.image_folder.clone(),
+            key_file: self.key_file.clone(),
+            seccomp: self.seccomp,
+        }
+    }
+
+    fn alone(&self, access: Access) -> Result<Opened, Failure> {
+        Opened::alone(&self.file, self.format()?, access)
+    }
+
+    fn chain(&self, access: Access) -> Result<Opened, Failure> {
+        Opened::chain(&self.setting(), &self.file, self.format()?, access)
+    }
+}
+
+/// Carries a verb out; the text to print and the exit code.
+pub(super) fn carry_out(verb: &ImageVerb) -> Result<(String, u8), Failure> {
+    match verb {
+        ImageVerb::Info { image, json } => info(image, *json).map(|text| (text, 0)),
+        ImageVerb::Check { image, repair, json } => check(image, *repair, *json),
+        ImageVerb::Create {
+            image,
+            size,
+            backing,
+            backing_format,
+            shape,
+            lazy_refcounts,
+        } => {
+            let mut flags: Vec<String> = shape.flag()?.into_iter().collect();
+            flags.extend(size.map(|size| format!("--size={}", size.0)));
+            if *lazy_refcounts {
+                flags.push("--lazy-refcounts".into());
+            }
+            let backing = backing.as_deref().zip(*backing_format);
+            create(image, backing, flags)
+        }
+        ImageVerb::Convert {
+            image,
+            target,
+            output_format,
+            shape,
+        } => convert(image, target, *output_format, shape),
+        ImageVerb::Snapshot { image, action } => snapshot(image, action),
+        ImageVerb::Resize { image, size, shrink } => resize(image, size, *shrink),
+    }
+}
+
+fn info(image: &ImageArgs, as_json: bool) -> Result<String, Failure> {
+    let format = image.format()?;
+    let found = image.alone(Access::Read)?.describe(&image.setting())?;
+    let used = std::fs::metadata(&image.file).map_or(0, |metadata| metadata.blocks() * 512);
+    Ok(if as_json {
+        format!("{:#}\n", info_json(&image.file, format, &found, used))
+    } else {
+        info_text(&image.file, format, &found, used)
+    })
+}
+
+/// The names are those of `qemu-img info --output=json`.
+fn info_json(path: &Path, format: ImageFormat, found: &Described, used: u64) -> Value {
+    let mut all = Map::new();
+    let mut put = |name: &str, value: Value| all.insert(name.to_owned(), value);
+    put("filename", json!(path.display().to_string()));
+    put("format", json!(qemu_name(format)));
+    put("virtual-size", json!(found.info.virtual_size));
+    put("actual-size", json!(used));
+    put(
+        "dirty-flag",
+        json!(found.info.qcow2.as_ref().is_some_and(|q| q.dirty)),
+    );
+    if let Some(qcow2) = &found.info.qcow2 {
+        put("cluster-size", json!(qcow2.cluster_size));
+        if qcow2.encrypted {
+            put("encrypted", json!(true));
+        }
+        if let Some(name) = &qcow2.backing_file {
+            put("backing-filename", json!(name));
+        }
+        if let Some(name) = &qcow2.backing_format {
+            put("backing-filename-format", json!(name));
+        }
+        let mut data = json!({ "compat": compat(qcow2.version), "refcount-bits": qcow2.refcount_bits,
+            "compression-type": qcow2.compression });
+        if qcow2.version >= 3 {
+            data["lazy-refcounts"] = json!(qcow2.lazy_refcounts);
+            data["corrupt"] = json!(qcow2.corrupt);
+            data["extended-l2"] = json!(qcow2.extended_l2);
+        }
+        if let Some(raw) = qcow2.data_file_raw {
+            data["data-file"] = json!(qcow2.data_file);
+            data["data-file-raw"] = json!(raw);
+        }
+        put("format-specific", json!({ "type": "qcow2", "data": data }));
+    }
+    let snapshots = found.snapshots.iter().map(|snapshot| {
+        json!({
+            "id": snapshot.id, "name": snapshot.name, "vm-state-size": snapshot.vm_state_size,
+            "date-sec": snapshot.date_sec, "date-nsec": snapshot.date_nsec,
+            "vm-clock-sec": snapshot.vm_clock_nsec / 1_000_000_000,
+            "vm-clock-nsec": snapshot.vm_clock_nsec % 1_000_000_000,
+        })
+    });
+    let snapshots: Vec<_> = snapshots.collect();
+    if !snapshots.is_empty() {
+        put("snapshots", json!(snapshots));
+    }
+    Value::Object(all)
+}
+
+/// QEMU's name of a format.
+fn qemu_name(format: ImageFormat) -> &'static str {
+    match format {
+        ImageFormat::Vhd => "vpc",
+        other => other.name(),
+    }
+}
+
+fn compat(version: u32) -> &'static str {
+    if version == 2 { "0.10" } else { "1.1" }
+}
+
+fn info_text(path: &Path, format: ImageFormat, found: &Described, used: u64) -> String {
+    let mut out = String::new();
+    let mut line = |name: &str, value: String| {
+        let _ = writeln!(out, "{name}: {value}");
+    };
+    line("image", path.display().to_string());
+    line("file format", qemu_name(format).into());
+    line(
+        "virtual size",
+        format!(
+            "{} ({} bytes)",
+            ByteSize(found.info.virtual_size),
+            found.info.virtual_size
+        ),
+    );
+    line("disk size", format!("{used} bytes"));
+    if let Some(qcow2) = &found.info.qcow2 {
+        line("cluster_size", qcow2.cluster_size.to_string());
+        if let Some(name) = &qcow2.backing_file {
+            line("backing file", printable(name));
+        }
+        if let Some(name) = &qcow2.backing_format {
+            line("backing file format", printable(name));
+        }
+        line("compat", compat(qcow2.version).into());
+        line("compression type", qcow2.compression.clone());
+        line("lazy refcounts", qcow2.lazy_refcounts.to_string());
+        line("refcount bits", qcow2.refcount_bits.to_string());
+        line("extended l2", qcow2.extended_l2.to_string());
+        line("encrypted", qcow2.encrypted.to_string());
+        line("dirty", qcow2.dirty.to_string());
+        line("corrupt", qcow2.corrupt.to_string());
+        if let Some(raw) = qcow2.data_file_raw {
+            let name = qcow2.data_file.as_deref().unwrap_or("not named");
+            line("data file", printable(name));
+            line("data file raw", raw.to_string());
+        }
+    }
+    if !found.snapshots.is_empty() {
+        out.push_str(&snapshot_text(found));
+    }
+    out
+}
+
+fn snapshot_text(found: &Described) -> String {
+    let mut out = String::from("snapshots:\n  id  date (UTC)           vm state  name\n");
+    for snapshot in &found.snapshots {
+        let _ = writeln!(
+            out,
+            "  {:<3} {}  {:>8}  {}",
+            printable(&snapshot.id),
+            date(snapshot.date_sec),
+            snapshot.vm_state_size,
+            printable(&snapshot.name),
+        );
+    }
+    out
+}
+
+/// Year, month, day and time of a second since 1970 in UTC (days to date as in the Gregorian calendar's
+/// cycle of 400 years, which starts with March).
+fn date(seconds: u32) -> String {
+    let days = i64::from(seconds / 86_400) + 719_468;
+    let (cycle, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let (day, month) = (day - (153 * month + 2) / 5 + 1, (month + 2) % 12 + 1);
+    let year = year + cycle * 400 + i64::from(month <= 2);
+    let time = seconds % 86_400;
+    format!(
+        "{year}-{month:02}-{day:02} {:02}:{:02}:{:02}",
+        time / 3600,
+        time / 60 % 60,
+        time % 60
+    )
+}
+
+fn check(image: &ImageArgs, repair: bool, as_json: bool) -> Result<(String, u8), Failure> {
+    let access = if repair { Access::Write } else { Access::Read };
+    let flags: Vec<String> = repair.then(|| "--repair".to_owned()).into_iter().collect();
+    let mut result = None;
+    let opened = image.alone(access)?;
+    opened.run(&image.setting(), "check", &flags, None, &mut |message| {
+        if let FromImageTool::Checked(found) = message {
+            result = Some(found);
+        }
+    })?;
+    let result = result.ok_or_else(|| Failure::host("the image tool gave no answer"))?;
+    let code = match &result {
+        CheckResult { corruptions: 1.., .. } => CORRUPT,
+        CheckResult { leaks: 1.., .. } => LEAKS,
+        _ => 0,
+    };
+    let text = if as_json {
+        let broken = result.broken.as_deref();
+        format!(
+            "{:#}\n",
+            json!({
+                "filename": image.file.display().to_string(), "format": image.format()?.name(),
+                "check-errors": 0, "leaks": result.leaks, "corruptions": result.corruptions,
+                "leaks-fixed": result.leaks_fixed, "corruptions-fixed": result.corruptions_fixed,
+                "total-clusters": result.total_clusters, "allocated-clusters": result.allocated_clusters,
+                "image-end-offset": result.image_end_offset, "broken": broken,
+            })
+        )
+    } else {
+        check_text(&result)
+    };
+    Ok((text, code))
+}
+
+fn check_text(result: &CheckResult) -> String {
+    let mut out = String::new();
+    if result.leaks_fixed + result.corruptions_fixed > 0 {
+        let _ = writeln!(
+            out,
+            "mended: {} leaked clusters, {} errors",
+            result.leaks_fixed, result.corruptions_fixed
+        );
+    }
+    if let Some(broken) = &result.broken {
+        let _ = writeln!(out, "{}", printable(broken));
+    }
+    let _ = match (result.corruptions, result.leaks) {
+        (0, 0) => writeln!(out, "no errors were found on the image"),
+        (0, leaks) => writeln!(out, "{leaks} leaked clusters: space is lost, data is not"),
+        (errors, leaks) => writeln!(out, "{errors} errors, {leaks} leaked clusters: data may be lost"),
+    };
+    let _ = writeln!(
+        out,
+        "{} of {} clusters are allocated; the image ends at {}",
+        result.allocated_clusters, result.total_clusters, result.image_end_offset
+    );
+    out
+}
+
+fn create(
+    image: &ImageArgs,
+    backing: Option<(&Path, ImageFormat)>,
+    mut flags: Vec<String>,
+) -> Result<(String, u8), Failure> {
+    let format = image.format()?;
+    if backing.is_some() && format != ImageFormat::Qcow2 {
+        return Err(Failure::usage("--backing: only a qcow2 image has a backing file"));
+    }
+    let below = backing
+        .map(|(name, format)| {
+            let text = name
+                .to_str()
+                .ok_or_else(|| Failure::usage("--backing: the name is not UTF-8"))?;
+            flags.push(format!("--backing-name={}:{text}", format.name()));
+            // As whoever opens the new image will see the name.
+            let folder = image.file.parent().unwrap_or(Path::new(""));
+            Opened::chain(&image.setting(), &folder.join(name), format, Access::Read)
+        })
+        .transpose()?;
+    if below.is_none() && !flags.iter().any(|flag| flag.starts_with("--size=")) {
+        return Err(Failure::usage("neither a size nor a backing file is given"));
+    }
+    let new = Opened::new_file(&image.file, format)?;
+    let all = match below {
+        Some(below) => new.on(below),
+        None => new,
+    };
+    let made = all.run(&image.setting(), "create", &flags, None, &mut |_| {});
+    made.inspect_err(|_| all.discard()).map(|()| (String::new(), 0))
+}
+
+fn convert(
+    image: &ImageArgs,
+    target: &Path,
+    format: Option<ImageFormat>,
+    shape: &Shape,
+) -> Result<(String, u8), Failure> {
+    let format = format_of(target, format)?;
+    let flags: Vec<String> = shape.flag()?.into_iter().collect();
+    let source = image.chain(Access::Read)?;
+    let new = Opened::new_file(target, format)?;
+    let bar = ProgressBar::new(0);
+    if let Ok(style) = ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}") {
+        bar.set_style(style);
+    }
+    let converted = source.run(&image.setting(), "convert", &flags, Some(&new), &mut |message| {
+        if let FromImageTool::Progress { done, total } = message {
+            bar.set_length(total);
+            bar.set_position(done);
+        }
+    });
+    bar.finish_and_clear();
+    converted
+        .inspect_err(|_| new.discard())
+        .map(|()| (String::new(), 0))
+}
+
+fn snapshot(image: &ImageArgs, action: &SnapshotAction) -> Result<(String, u8), Failure> {
+    let given = [
+        ("take", &action.create),
+        ("apply", &action.apply),
+        ("delete", &action.delete),
+    ];
+    for (flag, name) in given {
+        if let Some(name) = name {
+            let opened = image.alone(Access::Write)?;
+            opened.run(
+                &image.setting(),
+                "snapshot",
+                &[format!("--{flag}={name}")],
+                None,
+                &mut |_| {},
+            )?;
+            return Ok((String::new(), 0));
+        }
+    }
+    let found = image.alone(Access::Read)?.describe(&image.setting())?;
+    Ok((snapshot_text(&found), 0))
+}
+
+fn resize(image: &ImageArgs, size: &str, shrink: bool) -> Result<(String, u8), Failure> {
+    let bad = || Failure::usage(format!("{size} is no size")).hint("write 20G, +5G or -5G");
+    let (sign, digits) = match size.strip_prefix(['+', '-']) {
+        Some(rest) => (&size[..1], rest),
+        None => ("", size),
+    };
+    let amount = digits.parse::<ByteSize>().map_err(|e| bad().because(&e))?.0;
+    let opened = image.chain(Access::Write)?;
+    let new = match sign {
+        "" => amount,
+        sign => {
+            let now = image.alone_again(&opened)?;
+            let changed = if sign == "+" {
+                now.checked_add(amount)
+            } else {
+                now.checked_sub(amount)
+            };
+            changed.ok_or_else(bad)?
+        }
+    };
+    let mut flags = vec![format!("--size={new}")];
+    flags.extend(shrink.then(|| "--shrink".to_owned()));
+    opened.run(&image.setting(), "resize", &flags, None, &mut |_| {})?;
+    Ok((String::new(), 0))
+}
+
+impl ImageArgs {
+    /// Size of the disk that is open already.
+    fn alone_again(&self, opened: &Opened) -> Result<u64, Failure> {
+        Ok(opened.describe(&self.setting())?.info.virtual_size)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        assert_eq!(date(0), "1970-01-01 00:00:00");
+        assert_eq!(date(951_782_399), "2000-02-28 23:59:59");
+        assert_eq!(date(951_782_400), "2000-02-29 00:00:00");
+        assert_eq!(date(u32::MAX), "2106-02-07 06:28:15");
+    }
+
+    #[test]
+    fn a_format_is_taken_from_the_name_alone() {
+        let of = |name: &str| format_of(Path::new(name), None);
+        assert_eq!(of("a.img").unwrap(), ImageFormat::Raw);
+        assert_eq!(of("a.vpc").unwrap(), ImageFormat::Vhd);
+        assert!(of("a").unwrap_err().to_string().contains("never guessed"));
+        assert!(of("a.tar").is_err());
+    }
+}

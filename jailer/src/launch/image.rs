@@ -1,0 +1,315 @@
+//! `bulkhead image`: opens every file, and has a jailed process look at what is in them.
+//!
+//! This process, which can open paths, parses nothing of an image: names of backing files come from the
+//! jailed tool as text, and are opened only where images may lie.
+
+use super::inputs::{folder_of, lexical_join, open_backing, open_image};
+use super::spawn::{binary_folder, pair};
+use crate::failure::Failure;
+use crate::sandbox::SeccompMode;
+use crate::sandbox::child::{Child, Program, Starting, start};
+use crate::wire::{Received, receive_message};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::SockType;
+use nix::sys::wait::{WaitStatus, waitpid};
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use vm_spec::image::{FromImageTool, ImageInfo, MAX_SNAPSHOTS, SnapshotInfo};
+use vm_spec::spec::ImageFormat;
+
+const BINARY: &str = "bulkhead-image";
+/// How long the tool may be silent: it counts the references of a large image without a word.
+const PATIENCE_MS: i32 = 600_000;
+/// Longest chain that is resolved; the engine's own bound.
+const LONGEST_CHAIN: usize = 16;
+
+/// What all verbs share.
+#[derive(Debug)]
+pub(crate) struct Setting {
+    /// Folders that backing files may lie in, beside each image's own.
+    pub(crate) folders: Vec<PathBuf>,
+    pub(crate) key_file: Option<PathBuf>,
+    pub(crate) seccomp: SeccompMode,
+}
+
+/// An image and the layers below it, opened.
+pub(crate) struct Opened {
+    path: PathBuf,
+    layers: Vec<(ImageFormat, File)>,
+    read_only: bool,
+}
+
+/// What `info` says.
+pub(crate) struct Described {
+    pub(crate) info: ImageInfo,
+    pub(crate) snapshots: Vec<SnapshotInfo>,
+}
+
+/// Whether an image is opened for writing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Access {
+    Read,
+    Write,
+}
+
+impl Opened {
+    /// The image alone.
+    pub(crate) fn alone(path: &Path, format: ImageFormat, access: Access) -> Result<Self, Failure> {
+        let read_only = access == Access::Read;
+        Ok(Self {
+            path: path.to_owned(),
+            layers: vec![(format, open_image("image", path, read_only)?)],
+            read_only,
+        })
+    }
+
+    /// A new, empty file.
+    pub(crate) fn new_file(path: &Path, format: ImageFormat) -> Result<Self, Failure> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(path);
+        let file = file.map_err(|e| {
+            Failure::host(format!("image: cannot make {}", path.display()))
+                .because(&e)
+                .hint("a file that is there is never overwritten: remove it first, or take another name")
+        })?;
+        Ok(Self {
+            path: path.to_owned(),
+            layers: vec![(format, file)],
+            read_only: false,
+        })
+    }
+
+    /// The image with all that lies below it, each named by the one above and opened only where images
+    /// may lie.
+    pub(crate) fn chain(
+        setting: &Setting,
+        path: &Path,
+        format: ImageFormat,
+        access: Access,
+    ) -> Result<Self, Failure> {
+        let mut all = Self::alone(path, format, access)?;
+        let mut folder = folder_of("image", path)?;
+        let mut allowed = vec![folder.clone()];
+        for folder in &setting.folders {
+            allowed.push(folder.canonicalize().map_err(|e| {
+                Failure::host(format!("--image-folder: cannot use {}", folder.display())).because(&e)
+            })?);
+        }
+        while let Some((ImageFormat::Qcow2, file)) = all.layers.last() {
+            let layer = Self {
+                path: all.path.clone(),
+                layers: vec![(
+                    ImageFormat::Qcow2,
+                    file.try_clone()
+                        .map_err(|e| Failure::host("image: no descriptor").because(&e))?,
+                )],
+                read_only: true,
+            };
+            let Some(qcow2) = layer.describe(setting)?.info.qcow2 else {
+                break;
+            };
+            let Some(name) = qcow2.backing_file else { break };
+            if all.layers.len() == LONGEST_CHAIN {
+                return Err(Failure::host(format!(
+                    "image: the chain of {} has more than {LONGEST_CHAIN} layers",
+                    path.display()
+                )));
+            }
+            let format = qcow2.backing_format.as_deref().and_then(ImageFormat::named);
+            let format = format.ok_or_else(|| {
+                Failure::host(format!(
+                    "image: the format of the backing file {name:?} is not named or known"
+                ))
+                .hint("name it in the image: qemu-img rebase -u -b BASE -F FORMAT IMAGE")
+            })?;
+            let wanted = lexical_join(&folder, Path::new(&name));
+            let file = open_backing("image", &allowed, &wanted, &name, "--image-folder")?;
+            folder = wanted.parent().unwrap_or(Path::new("/")).to_owned();
+            all.layers.push((format, file));
+        }
+        Ok(all)
+    }
+
+    /// Lays this image on `below`: only the tool's `create` has use for it.
+    pub(crate) fn on(mut self, below: Self) -> Self {
+        self.layers.extend(below.layers);
+        self
+    }
+
+    /// Removes the file; for one that [`Self::new_file`] made and that came to nothing.
+    pub(crate) fn discard(&self) {
+        // What cannot be removed stays; the failure that led here is what the person is told.
+        let _ = std::fs::remove_file(&self.path);
+    }
+
+    /// What the image says about itself.
+    pub(crate) fn describe(&self, setting: &Setting) -> Result<Described, Failure> {
+        let mut info = None;
+        let mut snapshots = Vec::new();
+        self.run(setting, "info", &[], None, &mut |message| match message {
+            FromImageTool::Info(found) => info = Some(*found),
+            FromImageTool::Snapshot(found) if snapshots.len() < MAX_SNAPSHOTS => snapshots.push(found),
+            _ => {}
+        })?;
+        let info = info.ok_or_else(|| Failure::host("the image tool gave no answer"))?;
+        Ok(Described { info, snapshots })
+    }
+
+    /// Has the jailed tool do `verb`; `target` is a second image, which it writes.
+    pub(crate) fn run(
+        &self,
+        setting: &Setting,
+        verb: &str,
+        flags: &[String],
+        target: Option<&Self>,
+        on_message: &mut dyn FnMut(FromImageTool),
+    ) -> Result<(), Failure> {
+        let failed = |e: &dyn std::error::Error| Failure::host("cannot start the image tool").because(e);
+        let null = File::open("/dev/null").map_err(|e| failed(&e))?;
+        let stderr = std::io::stderr();
+        let (ours, theirs) = pair(SockType::SeqPacket).map_err(|e| failed(&e))?;
+        let key = setting
+            .key_file
+            .as_deref()
+            .map(super::inputs::open_key_file)
+            .transpose()?;
+        let mut fds = vec![null.as_fd(), stderr.as_fd(), stderr.as_fd(), theirs.as_fd()];
+        let mut arguments = vec![verb.to_owned(), "--control-fd=3".to_owned()];
+        for (depth, (format, file)) in self.layers.iter().enumerate() {
+            let (number, format) = (fds.len(), format.name());
+            fds.push(file.as_fd());
+            match depth {
+                0 => arguments.extend([format!("--image-fd={number}"), format!("--format={format}")]),
+                _ => arguments.push(format!("--backing-fd={format}:{number}")),
+            }
+        }
+        if let Some((format, file)) = target.and_then(|target| target.layers.first()) {
+            arguments.push(format!("--target-fd={}", fds.len()));
+            arguments.push(format!("--target-format={}", format.name()));
+            fds.push(file.as_fd());
+        }
+        if let Some(key) = &key {
+            arguments.push(format!("--key-fd={}", fds.len()));
+            fds.push(key.as_fd());
+        }
+        if self.read_only {
+            arguments.push("--read-only".to_owned());
+        }
+        arguments.push(format!("--seccomp={}", setting.seccomp));
+        arguments.extend_from_slice(flags);
+        let arguments = [BINARY.to_owned()]
+            .into_iter()
+            .chain(arguments)
+            .map(CString::new)
+            .collect::<Result<_, _>>()
+            .map_err(|e| Failure::usage("a name with a zero byte").because(&e))?;
+        let binary = open_binary()?;
+        let program = Program {
+            binary: binary.as_fd(),
+            arguments,
+            descriptors: fds,
+            cgroup: None,
+        };
+        let child = start(&program)
+            .and_then(Starting::finish)
+            .map_err(|e| failed(&e).hint("bulkhead doctor tells what is missing"))?;
+        drop(theirs);
+        let outcome = listen(&ours, on_message);
+        finish(&child, ours);
+        outcome.map_err(|problem| match problem {
+            Problem::Told(why) => {
+                Failure::host(format!("{}: {verb}", self.path.display())).cause(printable(&why))
+            }
+            Problem::Lost(why) => Failure::host(format!("{}: the image tool was lost", self.path.display()))
+                .cause(why)
+                .hint("with --seccomp=log the kernel's log names a system call that was stopped"),
+        })
+    }
+}
+
+fn open_binary() -> Result<File, Failure> {
+    let path = binary_folder()?.join(BINARY);
+    File::open(&path).map_err(|e| {
+        Failure::host(format!("cannot open {}", path.display()))
+            .because(&e)
+            .hint("install all of Bulkhead's binaries in one folder")
+    })
+}
+
+enum Problem {
+    Told(String),
+    Lost(String),
+}
+
+/// Reads messages to the last one.
+fn listen(socket: &OwnedFd, on_message: &mut dyn FnMut(FromImageTool)) -> Result<(), Problem> {
+    let lost = |e: &dyn std::error::Error| Problem::Lost(crate::failure::chain(e));
+    loop {
+        match receive_message(socket.as_fd()).map_err(|e| lost(&e))? {
+            Received::Message(_, FromImageTool::Done) => return Ok(()),
+            Received::Message(_, FromImageTool::Failed(why)) => return Err(Problem::Told(why)),
+            Received::Message(_, message) => on_message(message),
+            Received::End => return Err(Problem::Lost("it ended without an answer".into())),
+            Received::Nothing => {
+                let mut ready = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+                let patience = PollTimeout::try_from(PATIENCE_MS).unwrap_or(PollTimeout::MAX);
+                match poll(&mut ready, patience) {
+                    Ok(0) => return Err(Problem::Lost("it has been silent for ten minutes".into())),
+                    Ok(_) | Err(Errno::EINTR) => {}
+                    Err(e) => return Err(lost(&e)),
+                }
+            }
+        }
+    }
+}
+
+/// Ends the tool, if it has not ended yet, and reaps it.
+fn finish(child: &Child, socket: OwnedFd) {
+    let mut ended = [PollFd::new(child.pidfd.as_fd(), PollFlags::POLLIN)];
+    drop(socket);
+    // It has nothing left to do but to exit; if it does not, or was given up, it is killed.
+    if !matches!(poll(&mut ended, PollTimeout::from(2000_u16)), Ok(1)) {
+        let _ = nix::sys::signal::kill(child.pid, nix::sys::signal::Signal::SIGKILL);
+    }
+    if let Ok(WaitStatus::Signaled(_, signal, _)) = waitpid(child.pid, None) {
+        tracing::debug!(%signal, fd = child.pidfd.as_raw_fd(), "the image tool was ended");
+    }
+}
+
+/// A text from an image: on one line, without what a terminal would obey.
+pub(crate) fn printable(text: &str) -> String {
+    text.chars()
+        .flat_map(|c| {
+            let plain = !c.is_control() && !is_directional(c);
+            let (kept, escaped) = if plain {
+                (Some(c), None)
+            } else {
+                (None, Some(c.escape_default()))
+            };
+            kept.into_iter().chain(escaped.into_iter().flatten())
+        })
+        .collect()
+}
+
+/// Marks that change the order in which a terminal shows what follows.
+fn is_directional(c: char) -> bool {
+    matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::printable;
+
+    #[test]
+    fn a_name_cannot_drive_the_terminal() {
+        assert_eq!(printable("a\x1b[2Jb\nc"), "a\\u{1b}[2Jb\\nc");
+        assert_eq!(printable("x\u{202e}y"), "x\\u{202e}y");
+        assert_eq!(printable("bäckup 1"), "bäckup 1");
+    }
+}

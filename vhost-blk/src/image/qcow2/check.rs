@@ -1,0 +1,138 @@
+//! Comparing the refcounts with the references, as `qemu-img check` does.
+
+use vm_spec::image::CheckResult;
+
+use super::geometry::Geometry;
+use super::header::{DIRTY, Header, INCOMPATIBLE_OFFSET};
+use super::refcount::Refcounts;
+use super::repair::{self, Counts, Wrong};
+use super::tables;
+use crate::image::{BlockFile, ImageError};
+
+/// What to do about what is found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Repair {
+    /// Nothing.
+    No,
+    /// Count anew.
+    Refcounts,
+}
+
+/// Checks the image in `file`, which nobody uses meanwhile.
+///
+/// # Errors
+/// When the header is refused or the host fails; what contradicts itself behind the header is part of the
+/// result.
+pub fn check(file: &dyn BlockFile, repair: Repair) -> Result<CheckResult, ImageError> {
+    let (header, size) = super::open::read_header(file)?;
+    let mut result = match compare(file, &header, size) {
+        Err(error @ ImageError::Corrupt { .. }) => {
+            return Ok(CheckResult {
+                corruptions: 1,
+                broken: Some(error.to_string()),
+                total_clusters: header.geometry.clusters_for(header.size),
+                ..CheckResult::default()
+            });
+        }
+        other => other?,
+    };
+    let wrong = result.leaks + result.corruptions > 0 || header.is_dirty();
+    if repair == Repair::No || !wrong {
+        return Ok(result);
+    }
+    (result.leaks_fixed, result.corruptions_fixed) = (result.leaks, result.corruptions);
+    mark_dirty(file, &header)?;
+    count_anew(file)?;
+    let (header, size) = super::open::read_header(file)?;
+    let after = compare(file, &header, size)?;
+    Ok(CheckResult {
+        leaks_fixed: result.leaks_fixed.saturating_sub(after.leaks),
+        corruptions_fixed: result.corruptions_fixed.saturating_sub(after.corruptions),
+        ..after
+    })
+}
+
+/// Sets the dirty bit, durably: from here on the refcounts may lie, and whoever opens the image for writing
+/// counts anew.
+pub(super) fn mark_dirty(file: &dyn BlockFile, header: &Header) -> Result<(), ImageError> {
+    if header.geometry.version < 3 {
+        return Err(ImageError::refused(
+            "version",
+            "2 has no dirty bit, without which this cannot be done safely; convert the image first",
+        ));
+    }
+    file.write_at(&(header.incompatible | DIRTY).to_be_bytes(), INCOMPATIBLE_OFFSET)
+        .and_then(|()| file.sync())
+        .map_err(ImageError::io("set the dirty bit"))
+}
+
+/// Writes a table at `place`, the file's end, and waits until it is durable; the end behind it.
+pub(super) fn append(
+    file: &dyn BlockFile,
+    geometry: &Geometry,
+    table: &[u8],
+    place: u64,
+) -> Result<u64, ImageError> {
+    let end = place + geometry.offset_of(geometry.clusters_for(table.len() as u64));
+    file.grow_to(end)
+        .and_then(|()| file.write_at(table, place))
+        .and_then(|()| file.sync())
+        .map_err(ImageError::io("write a table"))?;
+    Ok(end)
+}
+
+/// Counts anew and clears the dirty bit.
+pub(super) fn count_anew(file: &dyn BlockFile) -> Result<(), ImageError> {
+    let (header, size) = super::open::read_header(file)?;
+    let tables = tables::snapshots(&header, file, size)?;
+    repair::rebuild(file, &header, &tables, size)
+}
+
+fn compare(file: &dyn BlockFile, header: &Header, size: u64) -> Result<CheckResult, ImageError> {
+    let geometry = &header.geometry;
+    let file_end = size.next_multiple_of(geometry.cluster_size());
+    let tables = tables::snapshots(header, file, size)?;
+    let mut refcounts = Refcounts::load(
+        file,
+        geometry,
+        header.reftable_offset,
+        header.reftable_clusters,
+        file_end,
+    )?;
+    let mut counts = repair::count(file, header, &tables, file_end)?;
+    add_refcount_structure(&mut counts, geometry, header, &refcounts)?;
+    let walked = repair::visit_copied(file, header, &counts, file_end, Wrong::Count)?;
+    let mut result = CheckResult {
+        corruptions: walked.wrong,
+        total_clusters: geometry.clusters_for(header.size),
+        allocated_clusters: walked.allocated,
+        ..CheckResult::default()
+    };
+    for (cluster, expected) in (0..).zip(&counts.counts) {
+        let found = refcounts.get(file, geometry, cluster)?;
+        if found > 0 {
+            result.image_end_offset = geometry.offset_of(cluster + 1);
+        }
+        match found.cmp(&u64::from(*expected)) {
+            std::cmp::Ordering::Less => result.corruptions += 1,
+            std::cmp::Ordering::Greater => result.leaks += 1,
+            std::cmp::Ordering::Equal => {}
+        }
+    }
+    Ok(result)
+}
+
+fn add_refcount_structure(
+    counts: &mut Counts,
+    geometry: &Geometry,
+    header: &Header,
+    refcounts: &Refcounts,
+) -> Result<(), ImageError> {
+    let table = geometry.cluster_of(header.reftable_offset);
+    counts.add(table..table + u64::from(header.reftable_clusters), 1)?;
+    for block in refcounts.table.iter().filter(|block| **block != 0) {
+        let block = geometry.cluster_of(*block);
+        counts.add(block..block + 1, 1)?;
+    }
+    Ok(())
+}

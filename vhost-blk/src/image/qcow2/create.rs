@@ -1,0 +1,168 @@
+//! Making an empty image: header, L1 table, refcounts.
+
+use super::check::count_anew;
+use super::extensions;
+use super::geometry::Geometry;
+use super::header::{MAGIC, MAX_BACKING_NAME, MAX_L1_BYTES};
+use super::repair::write_structure;
+use crate::image::{BlockFile, Format, ImageError, SECTOR};
+
+/// Bytes of the header, up to compression_type and its padding.
+const HEADER_LENGTH: u32 = 112;
+
+/// What to make; always version 3.
+#[derive(Clone, Debug)]
+pub struct CreateOptions {
+    /// Disk size in bytes; a multiple of 512.
+    pub size: u64,
+    /// log2 of the cluster size, 9 to 21.
+    pub cluster_bits: u32,
+    /// Compatible bit 0.
+    pub lazy_refcounts: bool,
+    /// Name and format of a backing file, as whoever opens the image is to find it.
+    pub backing: Option<(String, Format)>,
+}
+
+impl CreateOptions {
+    /// An image with QEMU's defaults.
+    #[must_use]
+    pub fn of_size(size: u64) -> Self {
+        Self {
+            size,
+            cluster_bits: 16,
+            lazy_refcounts: false,
+            backing: None,
+        }
+    }
+}
+
+/// Writes an empty image to `file`, which is empty.
+///
+/// # Errors
+/// [`ImageError::Refused`] names the option that is not acceptable; nothing has been written then.
+pub fn create(file: &dyn BlockFile, options: &CreateOptions) -> Result<(), ImageError> {
+    if !(9..=21).contains(&options.cluster_bits) {
+        return Err(ImageError::refused(
+            "cluster_bits",
+            format!("{} is outside 9 to 21", options.cluster_bits),
+        ));
+    }
+    if !options.size.is_multiple_of(SECTOR) || i64::try_from(options.size).is_err() {
+        return Err(ImageError::refused(
+            "size",
+            format!("{} is no multiple of 512 below 2^63", options.size),
+        ));
+    }
+    let geometry = Geometry {
+        cluster_bits: options.cluster_bits,
+        extended_l2: false,
+        external_data: false,
+        encrypted: false,
+        refcount_order: 4,
+        version: 3,
+    };
+    let l1_size = geometry.l1_entries(options.size);
+    if l1_size * 8 > MAX_L1_BYTES {
+        return Err(ImageError::refused(
+            "size",
+            "the L1 table would be over 32 MiB; take larger clusters",
+        ));
+    }
+    let first = first_cluster(&geometry, l1_size as u32, options)?;
+    let clusters = 1 + geometry.clusters_for(l1_size * 8).max(1);
+    let end = geometry.offset_of(clusters);
+    file.write_at(&first, 0)
+        .and_then(|()| file.grow_to(end))
+        .map_err(ImageError::io("write the header"))?;
+    write_structure(file, &geometry, vec![1; clusters as usize], end)?;
+    // Read back by the eyes of whoever opens it.
+    super::open::read_header(file).map(drop)
+}
+
+fn first_cluster(geometry: &Geometry, l1_size: u32, options: &CreateOptions) -> Result<Vec<u8>, ImageError> {
+    let mut first = vec![0; HEADER_LENGTH as usize];
+    let mut put = |at: usize, bytes: &[u8]| first[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, &MAGIC.to_be_bytes());
+    put(4, &geometry.version.to_be_bytes());
+    put(20, &geometry.cluster_bits.to_be_bytes());
+    put(24, &options.size.to_be_bytes());
+    put(36, &l1_size.to_be_bytes());
+    put(40, &geometry.cluster_size().to_be_bytes());
+    put(80, &u64::from(options.lazy_refcounts).to_be_bytes());
+    put(96, &geometry.refcount_order.to_be_bytes());
+    put(100, &HEADER_LENGTH.to_be_bytes());
+    if let Some((name, format)) = &options.backing {
+        let kind = format.to_string();
+        // QEMU's name for the format.
+        let kind = if *format == Format::Vhd { "vpc" } else { &kind };
+        first.extend(extensions::BACKING_FORMAT.to_be_bytes());
+        first.extend((kind.len() as u32).to_be_bytes());
+        first.extend(kind.as_bytes());
+        first.resize(first.len().next_multiple_of(8) + 8, 0);
+        let (offset, length) = (first.len() as u64, name.len() as u32);
+        first[8..16].copy_from_slice(&offset.to_be_bytes());
+        first[16..20].copy_from_slice(&length.to_be_bytes());
+        first.extend(name.as_bytes());
+        if length == 0 || length > MAX_BACKING_NAME || first.len() > geometry.cluster_bytes() {
+            return Err(ImageError::refused(
+                "backing_file_size",
+                format!("a name of {length} bytes is empty, over 1023 or does not fit the first cluster"),
+            ));
+        }
+    }
+    Ok(first)
+}
+
+/// Whether [`set_size`] can do it; reads only.
+///
+/// # Errors
+/// [`ImageError::Refused`] where the image's features or limits exclude it.
+pub fn check_resizable(file: &dyn BlockFile, size: u64) -> Result<(), ImageError> {
+    let (header, _) = super::open::read_header(file)?;
+    let geometry = &header.geometry;
+    header.check_modifiable()?;
+    if geometry.version < 3 && header.snapshots > 0 {
+        return Err(ImageError::refused(
+            "nb_snapshots",
+            "snapshots of version 2 do not say their disk's size",
+        ));
+    }
+    if !size.is_multiple_of(SECTOR) || i64::try_from(size).is_err() {
+        return Err(ImageError::refused(
+            "size",
+            format!("{size} is no multiple of 512 below 2^63"),
+        ));
+    }
+    let l1_size = geometry.l1_entries(size);
+    if l1_size * 8 > MAX_L1_BYTES {
+        return Err(ImageError::refused("size", "the L1 table would be over 32 MiB"));
+    }
+    Ok(())
+}
+
+/// Makes the disk larger or, after its end was cleared, smaller.
+///
+/// # Errors
+/// As [`check_resizable`]; nothing has been written then.
+pub fn set_size(file: &dyn BlockFile, size: u64) -> Result<(), ImageError> {
+    check_resizable(file, size)?;
+    let (header, file_size) = super::open::read_header(file)?;
+    let geometry = &header.geometry;
+    let l1_size = geometry.l1_entries(size);
+    let write_size = ImageError::io("write the header");
+    if l1_size <= u64::from(header.l1_size) {
+        return file
+            .write_at(&size.to_be_bytes(), super::header::SIZE_OFFSET)
+            .and_then(|()| file.sync())
+            .map_err(write_size);
+    }
+    super::check::mark_dirty(file, &header)?;
+    let mut l1 = vec![0; header.l1_size as usize * 8];
+    file.read_at(&mut l1, header.l1_offset)
+        .map_err(ImageError::io("read the L1 table"))?;
+    l1.resize(l1_size as usize * 8, 0);
+    let place = file_size.next_multiple_of(geometry.cluster_size());
+    super::check::append(file, geometry, &l1, place)?;
+    header.publish_l1(file, size, l1_size as u32, place)?;
+    count_anew(file)
+}

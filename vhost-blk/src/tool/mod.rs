@@ -1,0 +1,259 @@
+//! The image tool: one job on one image, in a jail, reported over a socket.
+//!
+//! `bulkhead image` opens every file and starts this process, which locks itself down before it reads the
+//! first byte of an image.
+
+mod arguments;
+mod convert;
+
+use std::error::Error;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jailer::sandbox::{Locked, Role, lockdown};
+use jailer::wire::{TransferError, send_message};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vm_spec::image::{FromImageTool, ImageInfo};
+
+use crate::image::qcow2;
+use crate::image::{self, BlockFile, Format, HostFile, Image, ImageError, OpenOptions, Passphrase, lock};
+use arguments::{Arguments, Job, Snapshot};
+
+/// How long the launcher may leave its socket full.
+const PATIENCE_MS: u16 = 60_000;
+
+/// Why a job failed.
+#[derive(Debug, thiserror::Error)]
+enum ToolError {
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error("cannot {0}")]
+    Io(&'static str, #[source] io::Error),
+    #[error("cannot report to the launcher")]
+    Report(#[from] TransferError),
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Where reports go.
+struct Reports(OwnedFd);
+
+impl Reports {
+    fn send(&self, message: FromImageTool) -> Result<(), ToolError> {
+        loop {
+            match send_message(self.0.as_fd(), 0, message.clone()) {
+                Err(TransferError::Socket(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let mut ready = [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)];
+                    if poll(&mut ready, PollTimeout::from(PATIENCE_MS))
+                        .map_err(io::Error::from)
+                        .map_err(TransferError::Socket)?
+                        == 0
+                    {
+                        return Err(TransferError::Socket(io::ErrorKind::TimedOut.into()).into());
+                    }
+                }
+                sent => return Ok(sent?),
+            }
+        }
+    }
+}
+
+/// Runs the command line.
+pub fn main() -> ExitCode {
+    let mut arguments = match Arguments::parse(lexopt::Parser::from_env()) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            eprintln!("bulkhead-image is started by `bulkhead image`: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    let prepared = arguments.take_descriptors();
+    let locked = match lockdown(Role::Image, arguments.seccomp) {
+        Ok(locked) => locked,
+        Err(error) => {
+            eprintln!("{}", chain(&error));
+            return ExitCode::FAILURE;
+        }
+    };
+    let (reports, files) = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            eprintln!("{}", chain(&error));
+            return ExitCode::FAILURE;
+        }
+    };
+    let last = match carry_out(locked, arguments.job, files, &reports) {
+        Ok(()) => FromImageTool::Done,
+        Err(error) => FromImageTool::Failed(chain(&error)),
+    };
+    match reports.send(last) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+/// The job's files, opened by the launcher.
+struct Files {
+    image: OwnedFd,
+    format: Format,
+    backing: Vec<(Format, OwnedFd)>,
+    options: OpenOptions,
+    /// What `convert` writes.
+    target: Option<OwnedFd>,
+}
+
+impl Files {
+    /// The image's file alone, locked.
+    fn file(self) -> Result<HostFile, ToolError> {
+        lock(self.image.as_fd(), self.options.read_only)?;
+        HostFile::new(self.image).map_err(|error| ToolError::Io("use the image's file", error))
+    }
+
+    fn qcow2_file(self, verb: &str) -> Result<HostFile, ToolError> {
+        if self.format != Format::Qcow2 {
+            return Err(ToolError::Refused(format!(
+                "a {} image has no {verb}",
+                self.format
+            )));
+        }
+        self.file()
+    }
+
+    fn open(self) -> Result<Arc<dyn Image>, ToolError> {
+        Ok(image::open(self.image, self.format, self.backing, &self.options)?)
+    }
+}
+
+fn carry_out(_: Locked, job: Job, files: Files, reports: &Reports) -> Result<(), ToolError> {
+    match job {
+        Job::Info => info(files, reports),
+        Job::Check(repair) => {
+            let result = qcow2::check(&files.qcow2_file("refcounts to check")?, repair)?;
+            reports.send(FromImageTool::Checked(result))
+        }
+        Job::Create(options) => create(files, options),
+        Job::Convert(format, cluster_bits) => convert::convert(files, format, cluster_bits, reports),
+        Job::Snapshot(snapshot) => change_snapshots(&files.qcow2_file("snapshots")?, &snapshot),
+        Job::Resize { size, shrink } => resize(files, size, shrink),
+    }
+}
+
+fn info(files: Files, reports: &Reports) -> Result<(), ToolError> {
+    if files.format == Format::Qcow2 {
+        let (info, snapshots) = qcow2::info(&files.file()?)?;
+        reports.send(FromImageTool::Info(Box::new(info)))?;
+        return snapshots
+            .into_iter()
+            .try_for_each(|snapshot| reports.send(FromImageTool::Snapshot(snapshot)));
+    }
+    let file = files.image.try_clone();
+    let file_size = file
+        .and_then(HostFile::new)
+        .and_then(|file| file.size())
+        .map_err(|error| ToolError::Io("find the size of the image's file", error))?;
+    let info = ImageInfo {
+        virtual_size: files.open()?.capacity(),
+        file_size,
+        qcow2: None,
+    };
+    reports.send(FromImageTool::Info(Box::new(info)))
+}
+
+/// Without a size, that of the backing file.
+fn create(mut files: Files, mut options: arguments::Create) -> Result<(), ToolError> {
+    if options.size.is_none() {
+        let layers = std::mem::take(&mut files.backing);
+        let mut layers = layers.into_iter();
+        let (format, top) = layers
+            .next()
+            .ok_or_else(|| ToolError::Refused("neither a size nor a backing file was given".into()))?;
+        let read_only = OpenOptions {
+            read_only: true,
+            ..files.options.clone()
+        };
+        options.size = Some(image::open(top, format, layers.collect(), &read_only)?.capacity());
+    }
+    let format = files.format;
+    let file = files.file()?;
+    make(&file, format, &options.into_qcow2())
+}
+
+/// Writes an empty disk to an empty file.
+fn make(file: &dyn BlockFile, format: Format, options: &qcow2::CreateOptions) -> Result<(), ToolError> {
+    let failed = |error| ToolError::Io("make the image", error);
+    match format {
+        Format::Raw => file.grow_to(options.size).map_err(failed)?,
+        Format::Qcow2 => qcow2::create(file, options)?,
+        other => return Err(ToolError::Refused(format!("{other} images can only be read"))),
+    }
+    file.sync().map_err(failed)
+}
+
+fn change_snapshots(file: &HostFile, snapshot: &Snapshot) -> Result<(), ToolError> {
+    match snapshot {
+        Snapshot::Take(name) => {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            qcow2::take(file, name, now.unwrap_or(Duration::ZERO))?;
+        }
+        Snapshot::Apply(name) => qcow2::apply(file, name)?,
+        Snapshot::Delete(name) => qcow2::delete(file, name)?,
+    }
+    Ok(())
+}
+
+fn resize(files: Files, size: u64, shrink: bool) -> Result<(), ToolError> {
+    let failed = |error| ToolError::Io("resize the image", error);
+    let format = files.format;
+    let plain = HostFile::new(files.image.try_clone().map_err(failed)?).map_err(failed)?;
+    let image = files.open()?;
+    let old = image.capacity();
+    if size < old && !shrink {
+        return Err(ToolError::Refused(format!(
+            "{size} bytes are fewer than the disk's {old}: what lies behind is lost; say so with --shrink"
+        )));
+    }
+    if format == Format::Raw {
+        drop(image);
+        let cut = if size < old {
+            plain.cut_to(size)
+        } else {
+            plain.grow_to(size)
+        };
+        return cut.and_then(|()| plain.sync()).map_err(failed);
+    }
+    if format != Format::Qcow2 {
+        return Err(ToolError::Refused(format!("{format} images can only be read")));
+    }
+    qcow2::check_resizable(&plain, size)?;
+    if size < old {
+        // What comes back when the disk grows again reads as zeros.
+        image.write_zeroes(size, old - size, true).map_err(failed)?;
+        image.flush().map_err(failed)?;
+    }
+    image.close().map_err(failed)?;
+    drop(image);
+    qcow2::set_size(&plain, size)?;
+    Ok(())
+}
+
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        text.push_str(": ");
+        text.push_str(&source.to_string());
+        next = source.source();
+    }
+    text
+}
+
+/// The passphrase in an inherited descriptor.
+fn passphrase(number: i32) -> Result<Arc<Passphrase>, ToolError> {
+    vhost_daemon::inherited(number)
+        .and_then(|fd| Passphrase::read(std::fs::File::from(fd)))
+        .map(Arc::new)
+        .map_err(|error| ToolError::Io("read the passphrase", error))
+}
