@@ -6,6 +6,7 @@ pub mod demo;
 pub mod frontend_harness;
 pub mod fuzz;
 pub mod host;
+pub mod install;
 pub mod lent;
 pub mod linux;
 pub mod nested;

@@ -116,23 +116,22 @@ fn install(packages: &[&str]) -> anyhow::Result<()> {
         arguments.extend(["-t", suite]);
     }
     arguments.extend(packages);
-    // One source of many may be gone while the others have what is needed.
-    if let Err(error) = apt(&["update", "-q"], &arguments) {
-        eprintln!("{error:#}");
-    }
-    apt(&arguments, &arguments)
-}
-
-/// Runs apt-get as root. What fails says how to install by hand, by `install`.
-fn apt(arguments: &[&str], install: &[&str]) -> anyhow::Result<()> {
+    let by_hand = format!("as root, run: apt-get update && apt-get {}", arguments.join(" "));
     let root = nix::unistd::geteuid().is_root();
-    let by_hand = || format!("as root, run: apt-get update && apt-get {}", install.join(" "));
     if !installed("apt-get") {
         bail!("there is no apt-get: this needs Debian");
     }
     if !root && !installed("sudo") {
-        bail!("you are not root and there is no sudo: {}", by_hand());
+        bail!("you are not root and there is no sudo: {by_hand}");
     }
+    // One source of many may be gone while the others have what is needed.
+    if let Err(error) = apt(root, &["update", "-q"]) {
+        eprintln!("{error:#}");
+    }
+    apt(root, &arguments).context(by_hand)
+}
+
+fn apt(root: bool, arguments: &[&str]) -> anyhow::Result<()> {
     let mut command = Command::new(if root { "apt-get" } else { "sudo" });
     if !root {
         command.arg("apt-get");
@@ -146,7 +145,7 @@ fn apt(arguments: &[&str], install: &[&str]) -> anyhow::Result<()> {
     if status.success() {
         Ok(())
     } else {
-        bail!("apt-get failed ({status}); {}", by_hand())
+        bail!("apt-get {} failed ({status})", arguments.join(" "))
     }
 }
 

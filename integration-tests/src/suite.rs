@@ -67,16 +67,21 @@ pub fn run(tests: Vec<Trial>) -> ExitCode {
     libtest_mimic::run(&Arguments::from_args(), tests).exit_code()
 }
 
-/// Where `artifact` is; the first call builds all of them unless `BULKHEAD_BIN_DIR` says where.
+/// Where `artifact` is.
 ///
 /// # Errors
-/// When it is missing.
+/// When it is missing; as [`artifacts`].
 pub fn artifact(artifact: Artifact) -> Result<&'static Path> {
+    Ok(artifacts()?.path(artifact)?)
+}
+
+/// All of them; the first call builds them unless `BULKHEAD_BIN_DIR` says where they are.
+///
+/// # Errors
+/// They cannot be built.
+pub fn artifacts() -> Result<&'static Artifacts> {
     static ARTIFACTS: OnceLock<Result<Artifacts, String>> = OnceLock::new();
     let artifacts =
         ARTIFACTS.get_or_init(|| Artifacts::locate().map_err(|error| format!("{:#}", anyhow!(error))));
-    match artifacts {
-        Ok(artifacts) => Ok(artifacts.path(artifact)?),
-        Err(error) => Err(anyhow!(error.clone())),
-    }
+    artifacts.as_ref().map_err(|error| anyhow!(error.clone()))
 }

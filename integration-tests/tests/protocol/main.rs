@@ -1,10 +1,11 @@
 //! The device processes over their sockets, with no VM: data, bad requests, bad rings, bad
-//! messages, restarts.
+//! messages, restarts; and that they work where they are installed.
 
 mod behaviour;
 mod blk;
 mod fixture;
 mod hostile;
+mod install;
 mod life;
 mod net;
 mod recovery;
@@ -17,6 +18,7 @@ fn main() -> ExitCode {
     tests.extend(behaviour::tests());
     tests.extend(blk::tests());
     tests.extend(hostile::tests());
+    tests.extend(install::tests());
     tests.extend(life::tests());
     tests.extend(net::tests());
     tests.extend(recovery::tests());
