@@ -37,6 +37,7 @@ const TESTS: &[Need] = &[
     need("qemu-storage-daemon", "qemu-utils"),
     need("busybox", "busybox-static"),
     need("iasl", "acpica-tools"),
+    need("passt", "passt"),
 ];
 
 /// What libFuzzer is compiled with.

@@ -1,5 +1,6 @@
 //! The network device: features, configuration space, and its queues (virtio 1.3, 5.1).
 
+use crate::capture::Capture;
 use crate::control::ControlQueue;
 use crate::counters::Counters;
 use crate::guard::Guard;
@@ -15,7 +16,7 @@ use crate::tx::TransmitQueue;
 use jailer::sandbox::Role;
 use std::error::Error;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
 use vhost_daemon::device::QueueLimits;
 use vhost_daemon::{ConfigError, Device, Program, QueueHandler, SharedLimiter};
@@ -40,6 +41,9 @@ pub enum OpenError {
     /// `--tap-fd` names no fd that this process was given.
     #[error("--tap-fd")]
     Fd(#[source] io::Error),
+    /// `--pcap-fd` names no file that can be written.
+    #[error("--pcap-fd")]
+    Pcap(#[source] io::Error),
     /// `--link-fd` names nothing that can be waited for.
     #[error("--link-fd")]
     Link(#[source] io::Error),
@@ -54,7 +58,7 @@ pub struct NetProgram;
 impl Program for NetProgram {
     const NAME: &'static str = "vhost-user-net";
     const KIND: &'static str = "net";
-    const CAPABILITIES: &'static [&'static str] = &["tap-name", "tap-fd", "link-fd"];
+    const CAPABILITIES: &'static [&'static str] = &["tap-name", "tap-fd", "link-fd", "pcap-fd"];
     const ROLE: Role = Role::Net;
     const USAGE: &'static str = crate::options::USAGE;
     const QUEUES: QueueLimits = QueueLimits {
@@ -144,7 +148,14 @@ impl NetDevice {
     }
 }
 
+fn open_capture(fd: RawFd) -> Result<Arc<Capture>, OpenError> {
+    let file = vhost_daemon::inherited(fd).map_err(OpenError::Pcap)?;
+    let capture = Capture::new(file).map_err(|error| OpenError::Pcap(error.into()))?;
+    Ok(Arc::new(capture))
+}
+
 fn open_taps(options: &Options, pairs: u16) -> Result<Vec<Arc<Tap>>, OpenError> {
+    let capture = options.pcap_fd.map(open_capture).transpose()?;
     let taps = match (&options.tap_name, options.tap_fds.as_slice()) {
         (Some(name), []) => Tap::open(name, usize::from(pairs))?,
         (None, fds) if fds.len() == usize::from(pairs) => fds
@@ -154,7 +165,11 @@ fn open_taps(options: &Options, pairs: u16) -> Result<Vec<Arc<Tap>>, OpenError> 
         (None, [_, ..]) => return Err(OptionsError::TapFds(2 * pairs, pairs).into()),
         _ => return Err(OptionsError::Tap.into()),
     };
-    Ok(taps.into_iter().map(Arc::new).collect())
+    let with_capture = |mut tap: Tap| {
+        tap.set_capture(capture.clone());
+        Arc::new(tap)
+    };
+    Ok(taps.into_iter().map(with_capture).collect())
 }
 
 /// Receive and transmit queues in turn, then the control queue, as virtio 1.3, 5.1.2 numbers them.

@@ -10,6 +10,7 @@
 //! its rings are checked by `vhost-daemon`. Only [`tap`] talks to the kernel about the interface.
 
 pub mod buffers;
+pub mod capture;
 pub mod control;
 pub mod counters;
 pub mod device;

@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "TUN ioctls, and I/O between the TAP and guest memory")]
 
 use crate::buffers::FrameBuffers;
+use crate::capture::Capture;
 use crate::filter::TapFilter;
 use crate::header::HEADER_SIZE;
 use crate::offload::TunOffload;
@@ -14,6 +15,7 @@ use nix::sys::stat::Mode;
 use std::ffi::c_int;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 /// Longest interface name, the final zero not counted (IFNAMSIZ - 1).
 pub const MAX_NAME: usize = libc::IFNAMSIZ - 1;
@@ -86,6 +88,7 @@ pub enum QueueState {
 /// One queue of an open TAP.
 #[derive(Debug)]
 pub struct Tap {
+    capture: Option<Arc<Capture>>,
     fd: OwnedFd,
     name: String,
 }
@@ -136,6 +139,7 @@ impl Tap {
             other => TapError::Ioctl("TUNSETIFF", other.into()),
         })?;
         Self {
+            capture: None,
             fd,
             name: name.to_owned(),
         }
@@ -159,6 +163,7 @@ impl Tap {
             .and_then(|now| fcntl(&fd, FcntlArg::F_SETFL(now | OFlag::O_NONBLOCK)));
         nonblocking.map_err(|error| TapError::Ioctl("F_SETFL", error.into()))?;
         Self {
+            capture: None,
             fd,
             name: request.name(),
         }
@@ -251,6 +256,11 @@ impl Tap {
         Ok(ioctl_int(self.fd.as_fd(), TUNSETCARRIER, on.into())?)
     }
 
+    /// Copies what crosses from now on to `capture`.
+    pub fn set_capture(&mut self, capture: Option<Arc<Capture>>) {
+        self.capture = capture;
+    }
+
     /// The interface's name at the time it was opened.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -267,7 +277,11 @@ impl Tap {
         // SAFETY: each iovec covers memory that `buffers` borrows and that may change at any
         // time: guest memory, or a private buffer borrowed exclusively.
         let read = unsafe { libc::readv(self.fd.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as c_int) };
-        Errno::result(read).map(|n| n as usize).map_err(Into::into)
+        let length = Errno::result(read)? as usize;
+        if let Some(capture) = &self.capture {
+            capture.record(buffers, length);
+        }
+        Ok(length)
     }
 
     /// Writes one frame with its header straight from `buffers`.
@@ -279,7 +293,11 @@ impl Tap {
         let iovecs = buffers.iovecs();
         // SAFETY: each iovec covers memory that `buffers` borrows; the kernel only reads it.
         let written = unsafe { libc::writev(self.fd.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as c_int) };
-        Errno::result(written).map(drop).map_err(Into::into)
+        Errno::result(written)?;
+        if let Some(capture) = &self.capture {
+            capture.record(buffers, buffers.length());
+        }
+        Ok(())
     }
 }
 

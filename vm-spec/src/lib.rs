@@ -8,6 +8,7 @@ pub mod control;
 pub mod events;
 pub mod image;
 pub mod machine;
+pub mod net;
 pub mod run_state;
 pub mod size;
 pub mod spec;

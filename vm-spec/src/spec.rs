@@ -1,5 +1,6 @@
 //! What a person writes: `SPEC.toml`, flags and JSON are three spellings of [`VmSpec`].
 
+use crate::net::NetSpec;
 use crate::size::ByteSize;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -142,37 +143,6 @@ pub struct DiskSpec {
     /// Request queues, 1 to 32; default one per vCPU, at most 4.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub num_queues: Option<u16>,
-    /// PCI device number, 1 to 31.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub slot: Option<u8>,
-}
-
-/// A network interface: exactly one of `tap`, `tap-fd`, `private`, `vhost-user`.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct NetSpec {
-    /// Name in messages; default `net0`, `net1` and so on.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub id: Option<String>,
-    /// An existing TAP, by name.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tap: Option<String>,
-    /// An existing TAP, by inherited file descriptor.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tap_fd: Option<i32>,
-    /// A TAP that the launcher makes in a network namespace of its own, without root; the value
-    /// is the host side's address, such as `10.0.0.1/24`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub private: Option<String>,
-    /// Socket of a vhost-user-net back end.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub vhost_user: Option<PathBuf>,
-    /// MAC address; default: locally administered, derived from the VM's name and the NIC's id.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mac: Option<String>,
-    /// Maximum transmission unit offered to the guest, 68 to 65535.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mtu: Option<u16>,
     /// PCI device number, 1 to 31.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slot: Option<u8>,

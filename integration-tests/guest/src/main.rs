@@ -16,10 +16,11 @@ mod boot;
 #[cfg(target_os = "none")]
 mod cpu;
 #[cfg(target_os = "none")]
+mod internet;
+#[cfg(target_os = "none")]
 mod memory;
 #[cfg(target_os = "none")]
 mod mmio;
-#[cfg(target_os = "none")]
 mod net;
 #[cfg(target_os = "none")]
 mod parameters;

@@ -17,22 +17,22 @@ const NETWORK_DEVICE: u16 = 1;
 const MAC_FEATURE: u64 = 1 << 5;
 /// struct virtio_net_hdr_v1.
 const HEADER: usize = 12;
-const BUFFER: usize = 2048;
+pub(crate) const BUFFER: usize = 2048;
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 const RECEIVE_BUFFERS: u16 = 128;
 
 /// A NIC; buffer `n` of each queue is descriptor `n`.
-struct Nic {
+pub(crate) struct Nic {
     queues: [Queue; 2],
     received: &'static mut [u8],
     sent: &'static mut [u8],
     sending: [bool; 256],
-    mac: [u8; 6],
+    pub(crate) mac: [u8; 6],
 }
 
 impl Nic {
-    fn new(parameters: Parameters<'_>) -> Result<Self, Failure> {
+    pub(crate) fn new(parameters: Parameters<'_>) -> Result<Self, Failure> {
         let function = Function::find(NETWORK_DEVICE, parameters.number("nic", 0))?;
         let device = Device::new(function, MAC_FEATURE | EVENT_IDX)?;
         let mac = core::array::from_fn(|at| device.config.read8(at as u64));
@@ -57,19 +57,35 @@ impl Nic {
 
     /// Sends test frame `number`; returns its pattern's checksum.
     fn send(&mut self, number: u64) -> Result<u64, Failure> {
+        let mut frame = [0; FRAME_LENGTH];
+        write_frame(&mut frame, [0xFF; 6], self.mac, GUEST_FRAMES, number);
+        self.send_frame(&frame)?;
+        Ok(pattern_checksum(&frame))
+    }
+
+    /// Sends a whole frame, which fits a buffer.
+    pub(crate) fn send_frame(&mut self, frame: &[u8]) -> Result<(), Failure> {
         let size = usize::from(self.queues[TRANSMIT].size());
         let free = self.sending[..size].iter().position(|busy| !busy);
         let index = free.ok_or("the device keeps every transmit buffer")?;
         self.sending[index] = true;
-        let mut frame = [0; FRAME_LENGTH];
-        write_frame(&mut frame, [0xFF; 6], self.mac, GUEST_FRAMES, number);
         let buffer = &mut self.sent[index * BUFFER..(index + 1) * BUFFER];
         buffer[..HEADER].fill(0);
-        buffer[HEADER..HEADER + FRAME_LENGTH].copy_from_slice(&frame);
-        let place = (buffer.as_ptr() as u64, (HEADER + FRAME_LENGTH) as u32);
+        buffer[HEADER..HEADER + frame.len()].copy_from_slice(frame);
+        let place = (buffer.as_ptr() as u64, (HEADER + frame.len()) as u32);
         self.queues[TRANSMIT].describe(index as u16, place, 0, 0);
         self.queues[TRANSMIT].submit(index as u16);
-        Ok(pattern_checksum(&frame))
+        Ok(())
+    }
+
+    /// Tells the device of the frames sent, and waits for one to come.
+    pub(crate) fn turn(&mut self) {
+        self.queues[RECEIVE].notify();
+        self.queues[TRANSMIT].notify();
+        // Transmit completions are reclaimed when there is something to send: no interrupt.
+        self.queues[TRANSMIT].disarm();
+        wait_any(core::slice::from_mut(&mut self.queues[RECEIVE]));
+        self.reclaim();
     }
 
     fn reclaim(&mut self) {
@@ -80,17 +96,36 @@ impl Nic {
         }
     }
 
+    /// Waits until every frame was sent.
+    pub(crate) fn flush(&mut self) {
+        self.queues[TRANSMIT].notify();
+        self.reclaim();
+        while self.sending.contains(&true) {
+            wait_any(core::slice::from_mut(&mut self.queues[TRANSMIT]));
+            self.reclaim();
+        }
+    }
+
     /// Takes one frame: its number and checksum, where it is the host's echo.
     fn receive(&mut self) -> Option<Option<(u64, u64)>> {
+        let mut bytes = [0; BUFFER];
+        let length = self.receive_frame(&mut bytes)?;
+        let frame = &bytes[..length];
+        Some(frame_number(frame, HOST_FRAMES).map(|number| (number, pattern_checksum(frame))))
+    }
+
+    /// Takes one frame, of any kind, into `bytes`; its length.
+    pub(crate) fn receive_frame(&mut self, bytes: &mut [u8; BUFFER]) -> Option<usize> {
         let (index, length) = self.queues[RECEIVE].pop()?;
         let start = usize::from(index) * BUFFER;
         let frame = self
             .received
             .get(start + HEADER..(start + length as usize).min(start + BUFFER));
         let frame = frame.unwrap_or(&[]);
-        let echo = frame_number(frame, HOST_FRAMES).map(|number| (number, pattern_checksum(frame)));
+        bytes[..frame.len()].copy_from_slice(frame);
+        let length = frame.len();
         self.queues[RECEIVE].submit(index);
-        Some(echo)
+        Some(length)
     }
 }
 
@@ -152,5 +187,31 @@ pub(crate) fn scenario(parameters: Parameters<'_>) -> Result<(), Failure> {
     if numbers != packets * packets.saturating_sub(1) / 2 {
         return Err("a frame came twice or not at all");
     }
+    Ok(())
+}
+
+/// `net-echo`: answers `packets` frames of another guest's scenario `net` as the host would.
+pub(crate) fn echo_scenario(parameters: Parameters<'_>) -> Result<(), Failure> {
+    let packets = parameters.number("packets", 10_000);
+    let mut nic = Nic::new(parameters)?;
+    line!("ready=1");
+    let (mut echoed, mut bytes) = (0, [0; BUFFER]);
+    while echoed < packets {
+        nic.turn();
+        while let Some(length) = nic.receive_frame(&mut bytes) {
+            let Some(number) = frame_number(&bytes[..length], GUEST_FRAMES) else {
+                continue;
+            };
+            let mut to = [0; 6];
+            to.copy_from_slice(&bytes[6..12]);
+            let mut frame = [0; FRAME_LENGTH];
+            write_frame(&mut frame, to, nic.mac, HOST_FRAMES, number);
+            nic.send_frame(&frame)?;
+            echoed += 1;
+        }
+    }
+    // The last answers have left when the device says so.
+    nic.flush();
+    line!("echoed={echoed}");
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! The scenarios, by name.
 
-use crate::{blk, cpu, net, parameters::Parameters, pci, serial, serial::line, storm};
+use crate::{blk, cpu, internet, net, parameters::Parameters, pci, serial, serial::line, storm};
 use guest_contract::machine;
 
 /// Why a scenario failed.
@@ -32,6 +32,8 @@ pub(crate) fn run(command_line: &str) -> ! {
         "reboot" => blk::reboot_scenario(parameters),
         "storm" => storm::scenario(parameters),
         "net" => net::scenario(parameters),
+        "net-echo" => net::echo_scenario(parameters),
+        "net-user" => internet::scenario(parameters),
         _ => Err("unknown scenario"),
     };
     match result {

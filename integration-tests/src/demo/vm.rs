@@ -15,9 +15,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
+use vm_spec::net::NetSpec;
 use vm_spec::run_state::{self, RunState};
 use vm_spec::size::ByteSize;
-use vm_spec::spec::{BootSpec, DiskSpec, ImageFormat, NetSpec, OnReboot, VmSpec};
+use vm_spec::spec::{BootSpec, DiskSpec, ImageFormat, OnReboot, VmSpec};
 
 /// The VM's name.
 const NAME: &str = "demo";
@@ -98,14 +99,8 @@ fn spec(stage: &Stage, boot: BootSpec, overlay: &Path, tap: i32) -> VmSpec {
         ..DiskSpec::default()
     };
     let net = NetSpec {
-        id: None,
-        tap: None,
-        tap_fd: Some(tap),
-        private: None,
-        vhost_user: None,
-        mac: None,
-        mtu: None,
-        slot: None,
+        tap_fd: vec![tap],
+        ..NetSpec::default()
     };
     VmSpec {
         name: Some(NAME.to_owned()),

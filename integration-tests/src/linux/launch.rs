@@ -13,8 +13,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use vm_spec::net::NetSpec;
 use vm_spec::size::ByteSize;
-use vm_spec::spec::{BootSpec, DiskSpec, ImageFormat, NetSpec, OnReboot, VmSpec};
+use vm_spec::spec::{BootSpec, DiskSpec, ImageFormat, OnReboot, VmSpec};
 
 /// How the kernel is started.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -283,13 +284,7 @@ fn disk_spec(disk: &Disk) -> DiskSpec {
 
 fn net_spec(tap: i32) -> NetSpec {
     NetSpec {
-        id: None,
-        tap: None,
-        tap_fd: Some(tap),
-        private: None,
-        vhost_user: None,
-        mac: None,
-        mtu: None,
-        slot: None,
+        tap_fd: vec![tap],
+        ..NetSpec::default()
     }
 }

@@ -7,6 +7,7 @@ mod ends;
 mod fixture;
 mod jails;
 mod limits;
+mod net;
 mod run;
 mod taps;
 mod terminal;
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
     tests.extend(ends::tests());
     tests.extend(jails::tests());
     tests.extend(limits::tests());
+    tests.extend(net::tests());
     tests.extend(run::tests());
     tests.extend(taps::tests());
     tests.extend(terminal::tests());

@@ -170,7 +170,7 @@ fn killed(name: &str, role: ProcessRole, who: Who) -> Result<()> {
 }
 
 /// Waits until nothing of the VM is left.
-fn gone(run: &mut Run, traces: &Traces) -> Result<()> {
+pub(crate) fn gone(run: &mut Run, traces: &Traces) -> Result<()> {
     let end = Instant::now() + GONE;
     loop {
         // Reaps the spawner: until then it is there, if only as a zombie.

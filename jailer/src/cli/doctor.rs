@@ -1,5 +1,7 @@
 //! `bulkhead doctor`: what this host lacks, and the command that mends it.
 
+mod net;
+
 use crate::sandbox::cgroup::Place;
 use crate::sandbox::landlock_level;
 use nix::sched::{CloneFlags, unshare};
@@ -59,6 +61,9 @@ pub(super) fn examine(json: bool) -> (String, u8) {
         cpu(),
         siblings(),
         tun(),
+        net::private_bridge(),
+        net::passt(),
+        net::host_bridge(),
         run_time_folder(),
         huge_pages(),
     ];
@@ -277,7 +282,7 @@ fn tun() -> Finding {
         Err(e) => Finding::bad(
             "tun",
             Level::Note,
-            format!("/dev/net/tun: {e}: no NIC but vhost-user="),
+            format!("/dev/net/tun: {e}: no NIC but user (with a passt that has vhost-user) and vhost-user="),
             "sudo modprobe tun && sudo chmod 0666 /dev/net/tun",
         ),
     }

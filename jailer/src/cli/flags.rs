@@ -6,11 +6,12 @@ use crate::failure::Failure;
 use clap::Args;
 use serde::de::DeserializeOwned;
 use std::path::PathBuf;
+use vm_spec::net::NetSpec;
 use vm_spec::size::ByteSize;
-use vm_spec::spec::{BootSpec, DiskSpec, NetSpec, OnDeviceDeath, OnReboot, VhostUserSpec, VmSpec};
+use vm_spec::spec::{BootSpec, DiskSpec, OnDeviceDeath, OnReboot, VhostUserSpec, VmSpec};
 
 /// Keys whose values are numbers or truth values; all others are text.
-const NOT_TEXT: [&str; 10] = [
+const NOT_TEXT: [&str; 13] = [
     "read-only",
     "num-queues",
     "slot",
@@ -21,7 +22,12 @@ const NOT_TEXT: [&str; 10] = [
     "pids",
     "io-operations-per-second",
     "core-scheduling",
+    "user",
+    "guard",
+    "queues",
 ];
+/// Keys that may be given again, for a list.
+const LISTS: [&str; 3] = ["tap-fd", "publish", "ip"];
 
 /// The VM, in flags.
 #[derive(Args, Debug, Default)]
@@ -47,7 +53,9 @@ pub(super) struct VmFlags {
     /// path=FILE,format=raw|qcow2[,readonly] or vhost-user=SOCKET [,id=][,slot=][,num-queues=]
     #[arg(long, value_name = "KEY=VALUE,...")]
     disk: Vec<String>,
-    /// tap=NAME, tap-fd=N, private=ADDRESS/PREFIX or vhost-user=SOCKET [,mac=][,mtu=][,id=][,slot=]
+    /// user[,publish=HOST:GUEST], tap=NAME, tap-fd=N, bridge=NAME, isolated=NAME,
+    /// private=ADDRESS/PREFIX or vhost-user=SOCKET [,mac=][,ip=][,guard=on|off][,mtu=][,queues=]
+    /// [,{receive,transmit}-{packets,bytes}[-burst]=][,pcap=FILE][,id=][,slot=]
     #[arg(long, value_name = "KEY=VALUE,...")]
     net: Vec<String>,
     /// type=NAME,socket=SOCKET [,num-queues=][,config=HEX][,id=][,slot=]
@@ -166,8 +174,15 @@ fn list<T: DeserializeOwned>(flag: &str, text: &str) -> Result<T, Failure> {
                 other => toml::Value::String(other.to_owned()),
             },
         };
-        if table.insert(key.to_owned(), value).is_some() {
-            return Err(Failure::usage(format!("{flag} {text}: '{key}' is given twice")));
+        match table.get_mut(key) {
+            None if LISTS.contains(&key) => {
+                table.insert(key.to_owned(), toml::Value::Array(vec![value]));
+            }
+            None => {
+                table.insert(key.to_owned(), value);
+            }
+            Some(toml::Value::Array(list)) => list.push(value),
+            Some(_) => return Err(Failure::usage(format!("{flag} {text}: '{key}' is given twice"))),
         }
     }
     toml::Value::Table(table)
@@ -210,6 +225,14 @@ mod tests {
         assert_eq!(disk.data_file, Some("b".into()));
         let net: NetSpec = list("--net", "tap=0,mtu=1400").unwrap();
         assert_eq!((net.tap.as_deref(), net.mtu), (Some("0"), Some(1400)));
+        let net: NetSpec = list("--net", "user,publish=8080:80,publish=53:53/udp,guard=off").unwrap();
+        assert_eq!((net.user, net.guard), (true, Some(false)));
+        assert_eq!(net.publish, ["8080:80", "53:53/udp"]);
+        let net: NetSpec = list("--net", "tap-fd=5,tap-fd=6,queues=2,receive-bytes=1M").unwrap();
+        assert_eq!(
+            (net.tap_fd, net.receive_bytes),
+            (vec![5, 6], Some(ByteSize(1 << 20)))
+        );
     }
 
     #[test]

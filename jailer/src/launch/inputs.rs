@@ -3,9 +3,9 @@
 
 use super::image::printable;
 use super::kernel::{self, Kernel};
-use super::machine::{Backend, Device, Key, Tap};
+use super::machine::{Backend, Device, Key};
+use super::net::{self, Nic};
 use super::qcow2;
-use super::tap;
 use crate::failure::Failure;
 use crate::sandbox::cgroup::disk_behind;
 use nix::errno::Errno;
@@ -34,20 +34,16 @@ pub(crate) struct Inputs {
     /// One for each device, in order.
     pub(crate) backends: Vec<BackendInput>,
     /// The holders of TAPs that were waited for.
-    settled: Vec<tap::Holder>,
-}
-
-/// What a private TAP that could not be made is reported as.
-pub(crate) fn no_private_tap(field: &str, error: &tap::TapError) -> Failure {
-    Failure::host(format!("{field}.private: cannot make a TAP"))
-        .because(error)
-        .hint("bulkhead doctor tells what is missing")
+    settled: Vec<net::Holder>,
 }
 
 /// What a device's back end works on.
 pub(crate) enum BackendInput {
     Images(Images),
-    Tap(tap::Opened),
+    Net {
+        tap: net::Opened,
+        pcap: Option<OwnedFd>,
+    },
     /// Connected to someone else's back end.
     Socket(OwnedFd),
 }
@@ -74,7 +70,7 @@ pub(crate) fn open(spec: &VmSpec, devices: &[Device]) -> Result<Inputs, Failure>
     let mut backends: Vec<Option<BackendInput>> = devices
         .iter()
         .map(|device| match &device.backend {
-            Backend::Net { tap, .. } => open_tap(device, tap).map(|tap| Some(BackendInput::Tap(tap))),
+            Backend::Net(nic) => open_net(device, nic).map(Some),
             _ => Ok(None),
         })
         .collect::<Result<_, _>>()?;
@@ -126,7 +122,10 @@ fn open_backend(spec: &VmSpec, device: &Device) -> Result<Option<BackendInput>, 
                 .transpose()?
                 .map(OwnedFd::from),
         }))),
-        Backend::Net { .. } => Ok(None),
+        Backend::Net(_) => Ok(None),
+        Backend::Passt { passt, publish, mtu } => {
+            net::serve(&device.field, passt, publish, *mtu).map(|socket| Some(BackendInput::Socket(socket)))
+        }
         Backend::External(socket) => match UnixStream::connect(socket) {
             Ok(stream) => Ok(Some(BackendInput::Socket(stream.into()))),
             Err(e) => Err(Failure::host(format!(
@@ -165,6 +164,17 @@ fn copy_key(number: i32) -> io::Result<OwnedFd> {
     let mut copy = File::from(memfd_create(c"key", MFdFlags::MFD_CLOEXEC)?);
     io::copy(&mut source.take(LONGEST_KEY), &mut copy)?;
     Ok(copy.into())
+}
+
+fn open_net(device: &Device, nic: &Nic) -> Result<BackendInput, Failure> {
+    let pcap = nic
+        .pcap
+        .as_deref()
+        .map(|path| net::open_pcap(&device.field, path));
+    Ok(BackendInput::Net {
+        pcap: pcap.transpose()?.map(OwnedFd::from),
+        tap: net::open(device, nic)?,
+    })
 }
 
 fn open_kvm() -> Result<OwnedFd, Failure> {
@@ -404,36 +414,6 @@ fn open_below(allowed: &[PathBuf], path: &Path) -> Result<File, BelowError> {
     }
 }
 
-fn open_tap(device: &Device, tap: &Tap) -> Result<tap::Opened, Failure> {
-    let field = &device.field;
-    match tap {
-        Tap::Name(name) => tap::open_existing(name).map_err(|e| {
-            let hint = match &e {
-                tap::TapError::Missing(_) => {
-                    "make it: sudo ip tuntap add NAME mode tap user \"$USER\"; or use private="
-                }
-                tap::TapError::Busy(_) => "another VM uses it: stop that, or give another TAP",
-                _ => "allow /dev/net/tun, or make the TAP with user \"$USER\"",
-            };
-            Failure::host(format!("{field}.tap: cannot use the TAP '{name}'"))
-                .because(&e)
-                .hint(hint)
-        }),
-        Tap::Inherited(fd) => tap::inherited(*fd).map_err(|e| {
-            let hint = match &e {
-                tap::TapError::BusyDescriptor => "give each NIC a TAP of its own",
-                _ => "start bulkhead with an open TAP at this number (TUNSETIFF done)",
-            };
-            Failure::host(format!("{field}.tap-fd: cannot use descriptor {fd}"))
-                .because(&e)
-                .hint(hint)
-        }),
-        Tap::Private(address, prefix) => {
-            tap::private(field, *address, *prefix).map_err(|e| no_private_tap(field, &e))
-        }
-    }
-}
-
 impl Inputs {
     /// The disk that the image of `device` lies on, by major and minor number.
     pub(crate) fn disk_of(&self, device: usize) -> Option<(u64, u64)> {
@@ -448,20 +428,23 @@ impl Inputs {
     pub(crate) fn settle(&mut self) -> Result<(), Failure> {
         self.settled = self.holders();
         for backend in &mut self.backends {
-            if let BackendInput::Tap(tap) = backend
-                && let tap::Opened::Private(holder) = tap
+            if let BackendInput::Net { tap, .. } = backend
+                && let net::Opened::Making(holder) = tap
             {
-                let fd = holder.receive().map_err(|e| no_private_tap(&holder.field, &e))?;
-                *tap = tap::Opened::Ready(fd);
+                let taps = holder.receive().map_err(|e| net::not_made(&holder.field, &e))?;
+                *tap = net::Opened::Ready(taps);
             }
         }
         Ok(())
     }
 
-    /// The processes that hold network namespaces.
-    pub(crate) fn holders(&self) -> Vec<tap::Holder> {
+    /// The processes that hold what TAPs need.
+    pub(crate) fn holders(&self) -> Vec<net::Holder> {
         let holder = |backend: &BackendInput| match backend {
-            BackendInput::Tap(tap::Opened::Private(holder)) => Some(holder.share()),
+            BackendInput::Net {
+                tap: net::Opened::Making(holder),
+                ..
+            } => Some(holder.share()),
             _ => None,
         };
         self.backends.iter().filter_map(holder).collect()

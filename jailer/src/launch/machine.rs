@@ -1,19 +1,13 @@
 //! From what a person wrote to what is meant: defaults filled in, alternatives told apart, every
 //! field checked. Pure: nothing is opened here.
 
+use super::net::{self, Nic, Passt, Publish};
 use crate::failure::Failure;
-use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use vm_spec::machine::{FIRST_SLOT, LAST_SLOT, MAX_CPUS, MAX_MEMORY, MIN_MEMORY};
 use vm_spec::size::ByteSize;
-use vm_spec::spec::{DiskSpec, ImageFormat, NetSpec, VhostUserSpec, VmSpec};
+use vm_spec::spec::{DiskSpec, ImageFormat, VhostUserSpec, VmSpec};
 
-/// VIRTIO_NET_F_MTU (virtio 1.3, 5.1.3).
-const NET_F_MTU: u64 = 1 << 3;
-/// VIRTIO_NET_F_MAC.
-const NET_F_MAC: u64 = 1 << 5;
-/// VIRTIO_NET_F_STATUS.
-const NET_F_STATUS: u64 = 1 << 16;
 /// Longest kernel command line in bytes (x86 COMMAND_LINE_SIZE less the end).
 const LONGEST_CMDLINE: usize = 2047;
 
@@ -32,6 +26,13 @@ pub(crate) struct Device {
     pub(crate) backend: Backend,
 }
 
+impl Device {
+    /// A process of ours serves it.
+    pub(crate) fn is_ours(&self) -> bool {
+        matches!(self.backend, Backend::Disk { .. } | Backend::Net(_))
+    }
+}
+
 /// Who serves a device.
 #[derive(Clone, PartialEq, Debug)]
 pub(crate) enum Backend {
@@ -44,7 +45,13 @@ pub(crate) enum Backend {
         data_file: Option<PathBuf>,
     },
     /// vhost-user-net, which we start.
-    Net { tap: Tap, mac: Mac, mtu: Option<u16> },
+    Net(Nic),
+    /// passt, which serves a NIC's queues itself.
+    Passt {
+        passt: Passt,
+        publish: Vec<Publish>,
+        mtu: Option<u16>,
+    },
     /// Someone else, at this socket.
     External(PathBuf),
 }
@@ -56,26 +63,6 @@ pub(crate) enum Key {
     Inherited(i32),
 }
 
-/// Where a TAP comes from.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Tap {
-    Name(String),
-    Inherited(i32),
-    /// Made in a network namespace of its own; the host side has this address.
-    Private(Ipv4Addr, u8),
-}
-
-/// A MAC address.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Mac(pub(crate) [u8; 6]);
-
-impl std::fmt::Display for Mac {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
-    }
-}
-
 /// The name and the devices of a sound spec.
 pub(crate) fn check(spec: &VmSpec, default_name: &str) -> Result<(String, Vec<Device>), Failure> {
     let name = spec.name.clone().unwrap_or_else(|| default_name.to_owned());
@@ -85,8 +72,8 @@ pub(crate) fn check(spec: &VmSpec, default_name: &str) -> Result<(String, Vec<De
     for (n, disk) in spec.disks.iter().enumerate() {
         devices.push(check_disk(spec, n, disk)?);
     }
-    for (n, net) in spec.nets.iter().enumerate() {
-        devices.push(check_net(&name, n, net)?);
+    for (n, nic) in spec.nets.iter().enumerate() {
+        devices.push(net::check(&name, n, nic)?);
     }
     for (n, other) in spec.vhost_user.iter().enumerate() {
         devices.push(check_vhost_user(n, other)?);
@@ -147,7 +134,7 @@ fn check_machine(spec: &VmSpec) -> Result<(), Failure> {
 }
 
 /// Names become file names and prefixes of log lines.
-fn check_name(field: &str, name: &str) -> Result<(), Failure> {
+pub(super) fn check_name(field: &str, name: &str) -> Result<(), Failure> {
     let sound = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     if name.is_empty() || name.len() > 64 || name.starts_with('.') || !name.chars().all(sound) {
         return Err(Failure::usage(format!("{field}: '{name}' is no name"))
@@ -215,68 +202,6 @@ fn check_disk(spec: &VmSpec, n: usize, disk: &DiskSpec) -> Result<Device, Failur
         config_features: 0,
         backend,
     })
-}
-
-fn check_net(vm: &str, n: usize, net: &NetSpec) -> Result<Device, Failure> {
-    let field = format!("net[{n}]");
-    let id = net.id.clone().unwrap_or(format!("net{n}"));
-    let mac = match &net.mac {
-        None => derived_mac(vm, &id),
-        Some(text) => parse_mac(text).ok_or_else(|| {
-            Failure::usage(format!("{field}.mac: '{text}' is no unicast MAC address"))
-                .hint("write six bytes such as 02:00:00:00:00:01")
-        })?,
-    };
-    if let Some(mtu) = net.mtu.filter(|mtu| *mtu < 68) {
-        return Err(Failure::usage(format!("{field}.mtu: {mtu} is below 68")));
-    }
-    let tap = match (&net.tap, net.tap_fd, &net.private, &net.vhost_user) {
-        (Some(name), None, None, None) => Some(Tap::Name(name.clone())),
-        (None, Some(fd), None, None) => Some(Tap::Inherited(fd)),
-        (None, None, Some(address), None) => Some(parse_private(&field, address)?),
-        (None, None, None, Some(_)) => None,
-        _ => {
-            return Err(Failure::usage(format!(
-                "{field}: give exactly one of tap, tap-fd, private and vhost-user"
-            )));
-        }
-    };
-    let backend = match (tap, &net.vhost_user) {
-        (Some(tap), _) => Backend::Net {
-            tap,
-            mac,
-            mtu: net.mtu,
-        },
-        (None, Some(socket)) => Backend::External(socket.clone()),
-        (None, None) => return Err(Failure::usage(format!("{field}: no back end"))),
-    };
-    // struct virtio_net_config: mac, status (link up), max_virtqueue_pairs, mtu.
-    let mut config = mac.0.to_vec();
-    for value in [1u16, 1, net.mtu.unwrap_or(0)] {
-        config.extend(value.to_le_bytes());
-    }
-    Ok(Device {
-        id,
-        field,
-        slot: net.slot.unwrap_or(0),
-        device_type: 1,
-        num_queues: None,
-        config,
-        config_features: NET_F_MAC | NET_F_STATUS | net.mtu.map_or(0, |_| NET_F_MTU),
-        backend,
-    })
-}
-
-fn parse_private(field: &str, text: &str) -> Result<Tap, Failure> {
-    text.split_once('/')
-        .and_then(|(address, prefix)| {
-            let prefix = prefix.parse().ok().filter(|p| (1..=30).contains(p))?;
-            Some(Tap::Private(address.parse().ok()?, prefix))
-        })
-        .ok_or_else(|| {
-            Failure::usage(format!("{field}.private: '{text}' is no address with a prefix"))
-                .hint("write the host side's IPv4 address, such as 10.0.0.1/24")
-        })
 }
 
 fn check_vhost_user(n: usize, other: &VhostUserSpec) -> Result<Device, Failure> {
@@ -372,29 +297,6 @@ fn device_type(text: &str) -> Option<u16> {
         number => number.parse().ok().filter(|n| (1..=63).contains(n))?,
     };
     Some(by_name)
-}
-
-fn parse_mac(text: &str) -> Option<Mac> {
-    let mut bytes = [0; 6];
-    let mut parts = text.split(':');
-    for byte in &mut bytes {
-        let part = parts.next().filter(|p| p.len() == 2)?;
-        *byte = u8::from_str_radix(part, 16).ok()?;
-    }
-    let unicast = bytes[0] & 1 == 0 && bytes != [0; 6];
-    (parts.next().is_none() && unicast).then_some(Mac(bytes))
-}
-
-/// Locally administered, the same at each start (FNV-1a over both names).
-fn derived_mac(vm: &str, id: &str) -> Mac {
-    let hash = [vm.as_bytes(), b"/", id.as_bytes()]
-        .concat()
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
-        });
-    let [a, b, c, d, e, ..] = hash.to_le_bytes();
-    Mac([0x02, a, b, c, d, e])
 }
 
 fn parse_hex(text: &str) -> Option<Vec<u8>> {

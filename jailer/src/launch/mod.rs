@@ -8,6 +8,7 @@ pub(crate) mod image;
 mod inputs;
 mod kernel;
 mod machine;
+pub(crate) mod net;
 mod obituary;
 mod plan;
 pub(crate) mod probe;
@@ -17,7 +18,6 @@ mod respawn;
 mod run_dir;
 pub(crate) mod spawn;
 mod supervise;
-mod tap;
 mod terminal;
 
 use crate::failure::Failure;
@@ -69,7 +69,8 @@ pub fn run_folder(name: &str) -> Result<PathBuf, Failure> {
 /// # Errors
 /// Any [`Failure`] that [`run`] would have met before it starts a process.
 pub fn dry_run(spec: &VmSpec, options: &Options) -> Result<String, Failure> {
-    let (name, devices) = machine::check(spec, &default_name())?;
+    let (name, mut devices) = machine::check(spec, &default_name())?;
+    net::choose_servers(&mut devices);
     let mut inputs = inputs::open(spec, &devices)?;
     inputs.settle()?;
     let plan = make_plan(spec, &name, &devices, options, &inputs, false);
@@ -81,7 +82,8 @@ pub fn dry_run(spec: &VmSpec, options: &Options) -> Result<String, Failure> {
 /// # Errors
 /// A [`Failure`] when it could not be started.
 pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Failure> {
-    let (name, devices) = machine::check(spec, &default_name())?;
+    let (name, mut devices) = machine::check(spec, &default_name())?;
+    net::choose_servers(&mut devices);
     if let Some(warning) = options.seccomp.warning() {
         eprintln!("bulkhead: warning: --seccomp={}: {warning}", options.seccomp);
     }
@@ -247,7 +249,7 @@ fn describe(
     plan: &Plan,
     running: &spawn::Running,
     reaper: &Reaper,
-    holders: &[tap::Holder],
+    holders: &[net::Holder],
     launched_ns: u64,
 ) -> RunState {
     let unjailed = |name: &str, role, pid: Pid| ProcessState {

@@ -199,7 +199,7 @@ impl Wires {
         };
         for Descriptor { source, .. } in &process.descriptors {
             let fd = match (source, tap) {
-                (Source::Tap(_), Some(tap)) => tap.try_clone()?,
+                (Source::Tap(..), Some(tap)) => tap.try_clone()?,
                 _ => wires.open(plan, inputs, *source)?,
             };
             wires.given.push(fd);

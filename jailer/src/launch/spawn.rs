@@ -1,9 +1,9 @@
 //! Carrying a plan out: sockets and pipes, the vmm's first message, and the processes.
 
-use super::inputs::{self, BackendInput, Inputs};
+use super::inputs::{BackendInput, Inputs};
+use super::net::{self, Holder, Opened};
 use super::plan::{Plan, ProcessPlan, Source};
 use super::respawn::Respawner;
-use super::tap::{Holder, Opened};
 use crate::failure::Failure;
 use crate::sandbox::cgroup::Groups;
 use crate::sandbox::child::{self, Child, Program, SpawnError, Starting, Step};
@@ -177,7 +177,7 @@ struct Wires {
     table: BTreeMap<Source, OwnedFd>,
     spawner: OwnedFd,
     /// The TAPs that are being made, by device.
-    private_taps: Vec<(usize, Holder)>,
+    coming_taps: Vec<(usize, Holder)>,
 }
 
 impl Wires {
@@ -187,7 +187,7 @@ impl Wires {
 
     fn make(plan: &Plan, inputs: Inputs) -> std::io::Result<Self> {
         let mut table = BTreeMap::new();
-        let mut private_taps = Vec::new();
+        let mut coming_taps = Vec::new();
         let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
         table.insert(Source::Null, null.into());
         table.insert(Source::Stderr, std::io::stderr().as_fd().try_clone_to_owned()?);
@@ -221,10 +221,13 @@ impl Wires {
                     table.insert(Source::FrontEnd(n), socket);
                     continue;
                 }
-                BackendInput::Tap(Opened::Ready(tap)) => {
-                    table.insert(Source::Tap(n), tap);
+                BackendInput::Net { tap, pcap } => {
+                    table.extend(pcap.map(|file| (Source::Pcap(n), file)));
+                    match tap {
+                        Opened::Ready(taps) => table.extend(tap_sources(n, taps)),
+                        Opened::Making(holder) => coming_taps.push((n, holder)),
+                    }
                 }
-                BackendInput::Tap(Opened::Private(holder)) => private_taps.push((n, holder)),
                 BackendInput::Images(images) => {
                     for (m, layer) in images.layers.into_iter().enumerate() {
                         table.insert(Source::Image(n, m), layer.file);
@@ -240,20 +243,24 @@ impl Wires {
         Ok(Self {
             table,
             spawner,
-            private_taps,
+            coming_taps,
         })
     }
 
     /// Waits for the TAPs that are being made.
     fn receive_taps(&mut self) -> Result<(), Failure> {
-        for (n, holder) in std::mem::take(&mut self.private_taps) {
-            let tap = holder
-                .receive()
-                .map_err(|e| inputs::no_private_tap(&holder.field, &e))?;
-            self.table.insert(Source::Tap(n), tap);
+        for (n, holder) in std::mem::take(&mut self.coming_taps) {
+            let taps = holder.receive().map_err(|e| net::not_made(&holder.field, &e))?;
+            self.table.extend(tap_sources(n, taps));
         }
         Ok(())
     }
+}
+
+/// The descriptors of device `n`'s TAP.
+fn tap_sources(n: usize, taps: Vec<OwnedFd>) -> impl Iterator<Item = (Source, OwnedFd)> {
+    let number = move |(queue, tap)| (Source::Tap(n, queue), tap);
+    taps.into_iter().enumerate().map(number)
 }
 
 pub(crate) fn pair(kind: SockType) -> nix::Result<(OwnedFd, OwnedFd)> {

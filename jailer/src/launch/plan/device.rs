@@ -2,6 +2,7 @@
 
 use super::{Choices, Kept, ProcessPlan, Source, Table, another, any, exactly};
 use crate::launch::machine::{Backend, Device};
+use crate::launch::net::Nic;
 use vm_spec::control::DeviceConfig;
 use vm_spec::run_state::ProcessRole;
 
@@ -27,7 +28,7 @@ pub(super) fn plan(
         any("anon_inode:[eventfd]", "doorbells, interrupts, wake-ups"),
     ];
     let (role, binary) = match &device.backend {
-        Backend::External(_) => return None,
+        Backend::External(_) | Backend::Passt { .. } => return None,
         Backend::Disk {
             path,
             format,
@@ -60,11 +61,8 @@ pub(super) fn plan(
             made.push(exactly(1, "/memfd:inflight", "in-flight region"));
             (ProcessRole::Disk, "vhost-user-blk")
         }
-        Backend::Net { mac, mtu, .. } => {
-            let tap = fds.add(Source::Tap(n), "TAP");
-            arguments.push(format!("--tap-fd={}", tap.0));
-            arguments.push(format!("--mac={mac}"));
-            arguments.extend(mtu.map(|mtu| format!("--mtu={mtu}")));
+        Backend::Net(nic) => {
+            arguments.extend(plan_nic(n, nic, &mut fds));
             made.push(any("anon_inode:[eventpoll]", "waiting"));
             made.push(any(
                 "anon_inode:[timerfd]",
@@ -83,4 +81,20 @@ pub(super) fn plan(
         descriptors: fds.0,
         made,
     })
+}
+
+fn plan_nic(n: usize, nic: &Nic, fds: &mut Table) -> Vec<String> {
+    let mut arguments = vec![format!("--mac={}", nic.mac)];
+    for queue in 0..usize::from(nic.queues) {
+        let tap = fds.add(Source::Tap(n, queue), "TAP");
+        arguments.push(format!("--tap-fd={}", tap.0));
+    }
+    arguments.push(format!("--num-queues={}", 2 * nic.queues));
+    arguments.extend(nic.mtu.map(|mtu| format!("--mtu={mtu}")));
+    if let Some(path) = &nic.pcap {
+        let pcap = fds.add(Source::Pcap(n), path.display().to_string());
+        arguments.push(format!("--pcap-fd={}", pcap.0));
+    }
+    arguments.extend(nic.flags.iter().cloned());
+    arguments
 }

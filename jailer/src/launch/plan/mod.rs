@@ -49,7 +49,10 @@ pub(crate) enum Source {
     Key(usize),
     /// The external data file of a device's image.
     DataFile(usize),
-    Tap(usize),
+    /// A queue of a NIC's TAP.
+    Tap(usize, usize),
+    /// A NIC's capture.
+    Pcap(usize),
 }
 
 /// One process.

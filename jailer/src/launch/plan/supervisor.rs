@@ -1,7 +1,7 @@
 //! The supervisor's process, and its first message.
 
 use super::{Choices, ProcessPlan, Source, Table};
-use crate::launch::machine::{Backend, Device};
+use crate::launch::machine::Device;
 use vm_spec::run_state::{Kept, ProcessRole};
 use vm_spec::spec::VmSpec;
 use vm_spec::supervise::{SupervisedProcess, SupervisorConfig};
@@ -22,9 +22,7 @@ pub(super) fn plan(
         .then(|| fds.add_until(Kept::UntilEndOfFile, Source::Input, "standard input of bulkhead"));
     let output = Some(fds.add(Source::Output, "standard output of bulkhead"));
     // The vmm is no device; a device of someone else's has no process of ours.
-    let ours = devices
-        .iter()
-        .filter(|d| !matches!(d.backend, Backend::External(_)));
+    let ours = devices.iter().filter(|device| device.is_ours());
     let slots = [None].into_iter().chain(ours.map(|device| Some(device.slot)));
     let processes = workers
         .iter()

@@ -39,7 +39,7 @@ pub(super) fn plan(spec: &VmSpec, devices: &[Device], choices: &Choices<'_>) -> 
             num_queues: device.num_queues,
             config: device.config.clone(),
             config_features: device.config_features,
-            ours: !matches!(device.backend, Backend::External(_)),
+            ours: device.is_ours(),
         })
         .collect();
     let vm = VmConfig {
@@ -70,7 +70,7 @@ pub(super) fn plan(spec: &VmSpec, devices: &[Device], choices: &Choices<'_>) -> 
 
 fn made(spec: &VmSpec, devices: &[Device]) -> Vec<MadeFds> {
     let disks = |device: &&Device| matches!(device.backend, Backend::Disk { .. });
-    let others = |device: &&Device| matches!(device.backend, Backend::External(_));
+    let others = |device: &&Device| !device.is_ours();
     let count = |which: &dyn Fn(&&Device) -> bool| devices.iter().filter(which).count() as u32;
     let copies = u32::from(!devices.is_empty());
     let mut made = vec![

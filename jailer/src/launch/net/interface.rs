@@ -1,0 +1,233 @@
+//! TAP interfaces and bridges (`linux/if_tun.h`, `linux/sockios.h`), in the network namespace of
+//! the caller.
+#![expect(unsafe_code, reason = "ioctls on TUN and sockets")]
+
+use super::NetError;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::{AsRawFd, OwnedFd};
+use vm_spec::control::FdNumber;
+
+/// `linux/sockios.h`.
+const SIOCBRADDBR: libc::c_ulong = 0x89a0;
+const SIOCBRADDIF: libc::c_ulong = 0x89a2;
+/// Longest name without its end.
+const LONGEST_NAME: usize = libc::IFNAMSIZ - 1;
+/// The kernel puts a number in its place.
+const BRIDGED_NAME: &str = "bulkhead%d";
+
+nix::ioctl_readwrite_bad!(tun_set_iff, libc::TUNSETIFF as libc::c_int, libc::ifreq);
+nix::ioctl_read_bad!(tun_get_iff, libc::TUNGETIFF as libc::c_int, libc::ifreq);
+nix::ioctl_write_int_bad!(tun_set_offload, libc::TUNSETOFFLOAD as libc::c_int);
+nix::ioctl_write_ptr_bad!(set_address, libc::SIOCSIFADDR as libc::c_int, libc::ifreq);
+nix::ioctl_write_ptr_bad!(set_netmask, libc::SIOCSIFNETMASK as libc::c_int, libc::ifreq);
+nix::ioctl_write_ptr_bad!(set_flags, libc::SIOCSIFFLAGS as libc::c_int, libc::ifreq);
+nix::ioctl_write_ptr_bad!(set_mtu, libc::SIOCSIFMTU as libc::c_int, libc::ifreq);
+nix::ioctl_write_ptr_bad!(add_port, SIOCBRADDIF as libc::c_int, libc::ifreq);
+nix::ioctl_write_ptr_bad!(add_bridge, SIOCBRADDBR as libc::c_int, libc::c_char);
+
+/// Attaches `queues` descriptors to the interface `name`, which must exist.
+pub(super) fn open_existing(name: &str, queues: u16) -> Result<Vec<OwnedFd>, NetError> {
+    check_name(name)?;
+    // TUNSETIFF would make one that does not exist.
+    if !exists(name) {
+        return Err(NetError::Missing(name.to_owned()));
+    }
+    attach(name, queues).map(|(_, taps)| taps)
+}
+
+/// Makes a TAP and adds it to the bridge `bridge`.
+pub(super) fn open_on_bridge(bridge: &str, queues: u16, mtu: Option<u16>) -> Result<Vec<OwnedFd>, NetError> {
+    check_name(bridge)?;
+    if !exists(bridge) {
+        return Err(NetError::Missing(bridge.to_owned()));
+    }
+    let (name, taps) = attach(BRIDGED_NAME, queues)?;
+    let interfaces = Interfaces::open()?;
+    if let Some(mtu) = mtu {
+        interfaces.set_mtu(&name, mtu)?;
+    }
+    interfaces.add_port(bridge, &name)?;
+    interfaces.up(&name)?;
+    Ok(taps)
+}
+
+/// Takes over descriptors of a TAP that whoever started us opened.
+pub(super) fn inherited(numbers: &[i32]) -> Result<Vec<OwnedFd>, NetError> {
+    numbers.iter().map(|number| take(*number)).collect()
+}
+
+fn take(number: i32) -> Result<OwnedFd, NetError> {
+    let busy = |e: &io::Error| e.raw_os_error() == Some(libc::EBUSY);
+    let fd = crate::inherit::take(FdNumber(number)).map_err(|e| match busy(&e) {
+        true => NetError::BusyDescriptor,
+        false => NetError::NotOpen(e),
+    })?;
+    let mut about = request_for("");
+    // SAFETY: `about` is a live ifreq, which TUNGETIFF fills in.
+    unsafe { tun_get_iff(fd.as_raw_fd(), &raw mut about) }.map_err(|e| NetError::NoTap(e.into()))?;
+    Ok(fd)
+}
+
+fn check_name(name: &str) -> Result<(), NetError> {
+    let bad = name.is_empty() || name.len() > LONGEST_NAME || name.starts_with('.');
+    if bad || name.contains(['/', '%']) {
+        return Err(NetError::Name(name.to_owned()));
+    }
+    Ok(())
+}
+
+/// Not looked for in /sys, which may be mounted in another network namespace than ours.
+fn exists(name: &str) -> bool {
+    nix::net::if_::if_nametoindex(name).is_ok()
+}
+
+/// Opens `queues` descriptors of the TAP `name`, which is made where there is none; its name is
+/// returned, as the kernel may have filled in a number.
+pub(super) fn attach(name: &str, queues: u16) -> Result<(String, Vec<OwnedFd>), NetError> {
+    let (name, first) = attach_one(name, queues > 1)?;
+    let mut taps = vec![first];
+    for _ in 1..queues {
+        taps.push(attach_one(&name, true)?.1);
+    }
+    Ok((name, taps))
+}
+
+fn attach_one(name: &str, multi_queue: bool) -> Result<(String, OwnedFd), NetError> {
+    let tun = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .map_err(NetError::Device)?;
+    let mut request = request_for(name);
+    let more = if multi_queue { libc::IFF_MULTI_QUEUE } else { 0 };
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: `request` is a live ifreq, which TUNSETIFF reads and writes.
+    match unsafe { tun_set_iff(tun.as_raw_fd(), &raw mut request) } {
+        Ok(_) => {}
+        Err(Errno::EBUSY) => return Err(NetError::Busy(name.to_owned())),
+        Err(Errno::EPERM) => return Err(NetError::NotPermitted),
+        Err(e) => return Err(NetError::Attach(e.into())),
+    }
+    nonblocking(&tun).map_err(NetError::Attach)?;
+    let bytes = request.ifr_name.iter().take_while(|c| **c != 0);
+    let name = bytes.map(|c| char::from(*c as u8)).collect();
+    Ok((name, tun.into()))
+}
+
+/// Lets the kernel hand over what `tap` sends with checksums still to be made and TCP segments
+/// still to be cut.
+pub(super) fn take_unfinished_tcp(tap: &OwnedFd) -> Result<(), NetError> {
+    let offload = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
+    // SAFETY: TUNSETOFFLOAD takes its argument by value.
+    let done = unsafe { tun_set_offload(tap.as_raw_fd(), offload as libc::c_int) };
+    done.map(drop)
+        .map_err(|e| NetError::Make("set offloads", e.into()))
+}
+
+fn nonblocking(file: &File) -> io::Result<()> {
+    fcntl(file, FcntlArg::F_SETFL(OFlag::O_RDWR | OFlag::O_NONBLOCK))?;
+    Ok(())
+}
+
+/// An ifreq for `name`, which is shorter than IFNAMSIZ.
+fn request_for(name: &str) -> libc::ifreq {
+    // SAFETY: every field of ifreq may be zero.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name[..LONGEST_NAME].iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request
+}
+
+/// A socket by which interfaces are configured.
+pub(super) struct Interfaces(OwnedFd);
+
+impl Interfaces {
+    pub(super) fn open() -> Result<Self, NetError> {
+        let kind = SockType::Datagram;
+        socket(AddressFamily::Inet, kind, SockFlag::SOCK_CLOEXEC, None)
+            .map(Self)
+            .map_err(|e| NetError::Make("open a socket", e.into()))
+    }
+
+    /// Gives `name` an IPv4 address.
+    pub(super) fn set_address(&self, name: &str, address: Ipv4Addr, prefix: u8) -> Result<(), NetError> {
+        let fd = self.0.as_raw_fd();
+        let mask = Ipv4Addr::from_bits(u32::MAX << (32 - u32::from(prefix)));
+        let mut request = request_for(name);
+        request.ifr_ifru.ifru_addr = socket_address(address);
+        // SAFETY: `request` is a live ifreq with an address in it.
+        let set = unsafe { set_address(fd, &raw const request) };
+        set.map_err(|e| NetError::Make("set the TAP's address", e.into()))?;
+        request.ifr_ifru.ifru_addr = socket_address(mask);
+        // SAFETY: as above.
+        let set = unsafe { set_netmask(fd, &raw const request) };
+        set.map(drop)
+            .map_err(|e| NetError::Make("set the TAP's netmask", e.into()))
+    }
+
+    pub(super) fn set_mtu(&self, name: &str, mtu: u16) -> Result<(), NetError> {
+        let mut request = request_for(name);
+        request.ifr_ifru.ifru_mtu = mtu.into();
+        // SAFETY: `request` is a live ifreq with an MTU in it.
+        let set = unsafe { set_mtu(self.0.as_raw_fd(), &raw const request) };
+        set.map(drop).map_err(|e| NetError::Make("set the MTU", e.into()))
+    }
+
+    pub(super) fn up(&self, name: &str) -> Result<(), NetError> {
+        let mut request = request_for(name);
+        request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+        // SAFETY: `request` is a live ifreq with flags in it.
+        let set = unsafe { set_flags(self.0.as_raw_fd(), &raw const request) };
+        set.map(drop)
+            .map_err(|e| NetError::Make("bring an interface up", e.into()))
+    }
+
+    pub(super) fn make_bridge(&self, name: &str) -> Result<(), NetError> {
+        let request = request_for(name);
+        // SAFETY: SIOCBRADDBR reads a name of IFNAMSIZ bytes with its end.
+        let made = unsafe { add_bridge(self.0.as_raw_fd(), request.ifr_name.as_ptr()) };
+        made.map(drop)
+            .map_err(|e| NetError::Make("make a bridge (is the module 'bridge' loaded?)", e.into()))
+    }
+
+    pub(super) fn add_port(&self, bridge: &str, port: &str) -> Result<(), NetError> {
+        let failed = |e: Errno| match e {
+            Errno::EPERM => NetError::NotPermitted,
+            Errno::EOPNOTSUPP => NetError::NoBridge(bridge.to_owned()),
+            e => NetError::Make("add the TAP to the bridge", e.into()),
+        };
+        let index = nix::net::if_::if_nametoindex(port).map_err(failed)?;
+        let mut request = request_for(bridge);
+        request.ifr_ifru.ifru_ifindex = index as libc::c_int;
+        // SAFETY: `request` is a live ifreq with an interface's index in it.
+        let added = unsafe { add_port(self.0.as_raw_fd(), &raw const request) };
+        added.map(drop).map_err(failed)
+    }
+}
+
+/// Keeps IPv6 out of this network namespace: its bridge is a wire, and no station.
+pub(super) fn disable_ipv6() {
+    for which in ["all", "default"] {
+        // A kernel without IPv6 has no such file.
+        let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{which}/disable_ipv6"), "1");
+    }
+}
+
+/// A sockaddr_in as a sockaddr: family, port 0, address.
+fn socket_address(address: Ipv4Addr) -> libc::sockaddr {
+    let mut data = [0; 14];
+    for (to, from) in data[2..6].iter_mut().zip(address.octets()) {
+        *to = from as libc::c_char;
+    }
+    libc::sockaddr {
+        sa_family: libc::AF_INET as libc::sa_family_t,
+        sa_data: data,
+    }
+}

@@ -1,0 +1,199 @@
+//! Network interfaces: what a [`NetSpec`](vm_spec::net::NetSpec) asks for, and the TAPs that it
+//! needs.
+//!
+//! | mode | TAP | beside the VM's own processes |
+//! |---|---|---|
+//! | `tap`, `tap-fd` | existing | |
+//! | `bridge` | made here, in the host's namespace | |
+//! | `private` | made in a namespace of its own | its holder |
+//! | `user` | the same, bridged to another that the relay reads | the relay; passt |
+//! | `isolated` | made in the segment's namespace | a member; the segment's keeper |
+//!
+//! None is persistent: each goes with its last descriptor.
+
+mod holder;
+mod interface;
+mod isolated;
+mod passt;
+mod private;
+mod relay;
+mod settings;
+mod user;
+
+pub(crate) use holder::Holder;
+pub(crate) use passt::Passt;
+pub(crate) use settings::{Nic, Publish, Wire, check};
+pub(crate) use user::serve;
+
+use super::machine::{Backend, Device};
+use crate::failure::Failure;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+/// A NIC's TAP that can be given to its device process: a descriptor for each pair of queues.
+pub(crate) enum Opened {
+    /// An open one.
+    Ready(Vec<OwnedFd>),
+    /// One that its holder is making: half a millisecond in which others start.
+    Making(Holder),
+}
+
+/// Why there is no TAP.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NetError {
+    #[error("there is no interface '{0}'")]
+    Missing(String),
+    #[error("'{0}' is no bridge")]
+    NoBridge(String),
+    #[error("the interface '{0}' is busy")]
+    Busy(String),
+    #[error("this needs CAP_NET_ADMIN in the host's network namespace")]
+    NotPermitted,
+    #[error("'{0}' is no interface name: at most 15 characters, and no '/'")]
+    Name(String),
+    #[error("cannot open /dev/net/tun")]
+    Device(#[source] io::Error),
+    #[error("cannot attach to the interface")]
+    Attach(#[source] io::Error),
+    #[error("cannot {0}")]
+    Make(&'static str, #[source] io::Error),
+    #[error("{0}")]
+    Holder(String),
+    #[error("it is not open")]
+    NotOpen(#[source] io::Error),
+    #[error("it is busy: another NIC of this VM has it")]
+    BusyDescriptor,
+    #[error("it is no TAP with an interface")]
+    NoTap(#[source] io::Error),
+}
+
+/// Opens a NIC's TAP, or starts its making.
+pub(crate) fn open(device: &Device, nic: &Nic) -> Result<Opened, Failure> {
+    let field = &device.field;
+    let queues = nic.queues;
+    match &nic.wire {
+        Wire::Name(name) => interface::open_existing(name, queues)
+            .map(Opened::Ready)
+            .map_err(|e| no_existing_tap(field, name, &e)),
+        Wire::Inherited(fds) => interface::inherited(fds).map(Opened::Ready).map_err(|e| {
+            let hint = match &e {
+                NetError::BusyDescriptor => "give each NIC a TAP of its own",
+                _ => "start bulkhead with an open TAP at this number (TUNSETIFF done)",
+            };
+            let numbers: Vec<String> = fds.iter().map(i32::to_string).collect();
+            Failure::host(format!(
+                "{field}.tap-fd: cannot use descriptor {}",
+                numbers.join(", ")
+            ))
+            .because(&e)
+            .hint(hint)
+        }),
+        Wire::Bridge(bridge) => interface::open_on_bridge(bridge, queues, nic.mtu)
+            .map(Opened::Ready)
+            .map_err(|e| {
+                let hint = match &e {
+                    NetError::NotPermitted => {
+                        "run as root, or grant it: sudo setcap cap_net_admin+ep bulkhead; user, \
+                         private and isolated need no root"
+                    }
+                    NetError::Device(_) => "sudo chmod 0666 /dev/net/tun, or run as root",
+                    _ => "make it: sudo ip link add BRIDGE type bridge && sudo ip link set BRIDGE up",
+                };
+                Failure::host(format!("{field}.bridge: cannot add a TAP to '{bridge}'"))
+                    .because(&e)
+                    .hint(hint)
+            }),
+        Wire::Private(address, prefix) => private::start(field, nic, *address, *prefix)
+            .map(Opened::Making)
+            .map_err(|e| not_made(&format!("{field}.private"), &e)),
+        Wire::User(publish) => user::start(field, nic, publish).map(Opened::Making),
+        Wire::Isolated(name) => isolated::start(field, nic, name)
+            .map(Opened::Making)
+            .map_err(|e| not_made(&format!("{field}.isolated"), &e)),
+    }
+}
+
+/// Where passt itself serves the NIC's queues, says so in `devices`.
+pub(crate) fn choose_servers(devices: &mut [Device]) {
+    for device in devices {
+        if let Backend::Net(nic) = &device.backend
+            && let Wire::User(publish) = &nic.wire
+            && nic.asks_nothing_of_us()
+            && let Some(passt) = Passt::find()
+            && passt.has_vhost_user()
+        {
+            device.backend = Backend::Passt {
+                passt,
+                publish: publish.clone(),
+                mtu: nic.mtu,
+            };
+        }
+    }
+}
+
+/// Whether a TAP and a bridge can be made in a namespace of one's own.
+///
+/// # Errors
+/// What cannot be made.
+pub(crate) fn try_private_bridge() -> Result<(), NetError> {
+    let holder = Holder::start("doctor", |post| {
+        holder::enter_namespace()?;
+        let interfaces = interface::Interfaces::open()?;
+        let (name, taps) = interface::attach("try", 1)?;
+        interfaces.make_bridge("bridge")?;
+        interfaces.add_port("bridge", &name)?;
+        post.give(&taps)
+    })?;
+    holder.receive().map(drop)
+}
+
+/// Whether this process may add interfaces to the host's bridges.
+pub(crate) fn may_change_host_network() -> bool {
+    /// `linux/capability.h`.
+    const CAP_NET_ADMIN: u32 = 12;
+    crate::sandbox::caps::effective().is_ok_and(|set| set & (1 << CAP_NET_ADMIN) != 0)
+}
+
+/// What a TAP that could not be made is reported as.
+pub(crate) fn not_made(field: &str, error: &NetError) -> Failure {
+    Failure::host(format!("{field}: cannot make a TAP"))
+        .because(error)
+        .hint("bulkhead doctor tells what is missing")
+}
+
+fn no_existing_tap(field: &str, name: &str, error: &NetError) -> Failure {
+    let hint = match error {
+        NetError::Missing(_) => {
+            "make it: sudo ip tuntap add NAME mode tap user \"$USER\"; or use user, which needs none"
+        }
+        NetError::Busy(_) => "another VM uses it: stop that, or give another TAP",
+        _ => {
+            "allow /dev/net/tun, or make the TAP with user \"$USER\" (with several queues: and \
+             multi_queue)"
+        }
+    };
+    Failure::host(format!("{field}.tap: cannot use the TAP '{name}'"))
+        .because(error)
+        .hint(hint)
+}
+
+/// Opens the file of a capture, empty.
+pub(crate) fn open_pcap(field: &str, path: &Path) -> Result<File, Failure> {
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW)
+        .mode(0o600)
+        .open(path)
+        .and_then(|file| {
+            if !file.metadata()?.is_file() {
+                return Err(io::Error::other("it is not a regular file"));
+            }
+            file.set_len(0)?;
+            Ok(file)
+        })
+        .map_err(|e| Failure::host(format!("{field}.pcap: cannot write {}", path.display())).because(&e))
+}

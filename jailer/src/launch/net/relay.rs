@@ -1,0 +1,212 @@
+//! Carries frames between a TAP and passt's stream, in which each follows its length (4 bytes, in
+//! network order). It looks at lengths only.
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::uio::readv;
+use nix::unistd::write;
+use std::io::{self, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+/// The virtio-net header that a TAP puts before a frame (`TUNSETVNETHDRSZ`'s default).
+const HEADER: usize = 10;
+/// Bytes of a length.
+const LENGTH: usize = 4;
+/// The longest frame: an IP packet behind an Ethernet header with a tag.
+const LONGEST: usize = 65535 + 18;
+/// Bytes on their way in one direction.
+const BUFFER: usize = 4 * (LENGTH + LONGEST);
+/// A passt that is gone is an error, and no signal.
+const SEND: MsgFlags = MsgFlags::MSG_DONTWAIT.union(MsgFlags::MSG_NOSIGNAL);
+
+/// Relays until `lifeline` is closed. A passt that is gone leaves the guest without a network.
+pub(super) fn run(tap: &OwnedFd, stream: &OwnedFd, lifeline: &OwnedFd) {
+    let mut relay = Relay {
+        tap,
+        stream,
+        outgoing: Outgoing::new(),
+        incoming: Incoming::new(),
+        alive: true,
+    };
+    while relay.wait(lifeline) {
+        if let Err(error) = relay.turn() {
+            eprintln!("bulkhead: passt is gone, the guest's network with it: {error}");
+            relay.alive = false;
+        }
+    }
+}
+
+struct Relay<'a> {
+    tap: &'a OwnedFd,
+    stream: &'a OwnedFd,
+    outgoing: Outgoing,
+    incoming: Incoming,
+    /// passt is there.
+    alive: bool,
+}
+
+impl Relay<'_> {
+    /// Waits for a cause; false when the launcher is gone.
+    fn wait(&self, lifeline: &OwnedFd) -> bool {
+        let mut fds = vec![PollFd::new(lifeline.as_fd(), PollFlags::POLLIN)];
+        if self.alive {
+            let mut tap = PollFlags::empty();
+            let mut stream = PollFlags::empty();
+            tap.set(PollFlags::POLLIN, self.outgoing.is_empty());
+            stream.set(PollFlags::POLLOUT, !self.outgoing.is_empty());
+            stream.set(PollFlags::POLLIN, !self.incoming.has_frame());
+            tap.set(PollFlags::POLLOUT, self.incoming.has_frame());
+            fds.push(PollFd::new(self.tap.as_fd(), tap));
+            fds.push(PollFd::new(self.stream.as_fd(), stream));
+        }
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => !fds.first().is_some_and(|fd| fd.any().unwrap_or(false)),
+            Err(_) => false,
+        }
+    }
+
+    fn turn(&mut self) -> io::Result<()> {
+        self.outgoing.fill(self.tap)?;
+        self.outgoing.empty_into(self.stream)?;
+        self.incoming.fill(self.stream)?;
+        self.incoming.empty_into(self.tap)
+    }
+}
+
+/// Frames from the TAP, with their lengths.
+struct Outgoing {
+    bytes: Vec<u8>,
+    /// The stream has taken this many.
+    sent: usize,
+    end: usize,
+}
+
+impl Outgoing {
+    fn new() -> Self {
+        Self {
+            bytes: vec![0; BUFFER],
+            sent: 0,
+            end: 0,
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.sent == self.end
+    }
+
+    /// Reads frames while there is room, if everything before them is gone.
+    fn fill(&mut self, tap: &OwnedFd) -> io::Result<()> {
+        if !self.is_empty() {
+            return Ok(());
+        }
+        (self.sent, self.end) = (0, 0);
+        let mut header = [0; HEADER];
+        while BUFFER - self.end >= LENGTH + LONGEST {
+            let (length, frame) = self.bytes[self.end..].split_at_mut(LENGTH);
+            let mut parts = [IoSliceMut::new(&mut header), IoSliceMut::new(frame)];
+            let Some(count) = quiet(readv(tap, &mut parts))? else {
+                break;
+            };
+            let count = count.saturating_sub(HEADER);
+            length.copy_from_slice(&(count as u32).to_be_bytes());
+            self.end += LENGTH + count;
+        }
+        Ok(())
+    }
+
+    fn empty_into(&mut self, stream: &OwnedFd) -> io::Result<()> {
+        let fd = stream.as_raw_fd();
+        while !self.is_empty() {
+            match quiet(send(fd, &self.bytes[self.sent..self.end], SEND))? {
+                Some(count) => self.sent += count,
+                None => break,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What came over the stream, in whatever pieces.
+struct Incoming {
+    /// Room for a TAP's header lies before the first byte.
+    bytes: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+impl Incoming {
+    fn new() -> Self {
+        Self {
+            bytes: vec![0; HEADER + BUFFER],
+            start: HEADER,
+            end: HEADER,
+        }
+    }
+
+    /// The next frame's length, where its first bytes are here.
+    fn length(&self) -> Option<usize> {
+        let bytes = self.bytes.get(self.start..self.end)?.first_chunk()?;
+        Some(u32::from_be_bytes(*bytes) as usize)
+    }
+
+    fn has_frame(&self) -> bool {
+        self.length()
+            .is_some_and(|length| self.end - self.start >= LENGTH + length)
+    }
+
+    fn fill(&mut self, stream: &OwnedFd) -> io::Result<()> {
+        if self.has_frame() {
+            return Ok(());
+        }
+        self.bytes.copy_within(self.start..self.end, HEADER);
+        self.end -= self.start - HEADER;
+        self.start = HEADER;
+        match quiet(recv(
+            stream.as_raw_fd(),
+            &mut self.bytes[self.end..],
+            MsgFlags::MSG_DONTWAIT,
+        ))? {
+            Some(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Some(count) => {
+                self.end += count;
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn empty_into(&mut self, tap: &OwnedFd) -> io::Result<()> {
+        while let Some(length) = self.length() {
+            if length > LONGEST {
+                return Err(io::Error::other("a frame that is too long"));
+            }
+            let frame = self.start + LENGTH;
+            if self.end - self.start < LENGTH + length {
+                break;
+            }
+            // A header of zeros: a whole frame with its checksums. What lies there is done with.
+            let header = frame - HEADER;
+            self.bytes[header..frame].fill(0);
+            match write(tap, &self.bytes[header..frame + length]) {
+                Err(Errno::EAGAIN) => {
+                    let again = (length as u32).to_be_bytes();
+                    self.bytes[self.start..frame].copy_from_slice(&again);
+                    break;
+                }
+                // A frame that the kernel does not take (too short, or the interface is down).
+                Ok(_) | Err(_) => self.start = frame + length,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `None`: nothing can be done now.
+fn quiet(result: nix::Result<usize>) -> io::Result<Option<usize>> {
+    match result {
+        Ok(count) => Ok(Some(count)),
+        Err(Errno::EAGAIN | Errno::EINTR) => Ok(None),
+        Err(e) => Err(e.into()),
+    }
+}

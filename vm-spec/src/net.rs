@@ -1,0 +1,104 @@
+//! A network interface, as a person writes it.
+
+use crate::size::ByteSize;
+use serde::{Deserialize, Deserializer, Serialize};
+use std::path::PathBuf;
+
+/// A network interface: exactly one of `tap`, `tap-fd`, `bridge`, `user`, `isolated`, `private`,
+/// `vhost-user`.
+#[derive(Clone, PartialEq, Default, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct NetSpec {
+    /// Name in messages; default `net0`, `net1` and so on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// An existing TAP, by name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
+    /// An existing TAP, by inherited file descriptor: one for each pair of queues.
+    #[serde(deserialize_with = "one_or_more", skip_serializing_if = "Vec::is_empty")]
+    pub tap_fd: Vec<i32>,
+    /// A bridge of the host, to which the launcher adds a TAP that it makes; needs CAP_NET_ADMIN.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bridge: Option<String>,
+    /// Outbound connections, DHCP and DNS by passt, without root.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub user: bool,
+    /// Ports of the host that lead to the guest, with `user`:
+    /// `[ADDRESS:]HOST-PORT:GUEST-PORT[/tcp|/udp]`.
+    #[serde(deserialize_with = "one_or_more", skip_serializing_if = "Vec::is_empty")]
+    pub publish: Vec<String>,
+    /// A segment of this name, which all VMs of this user that name it share, and nobody else.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub isolated: Option<String>,
+    /// A TAP that the launcher makes in a network namespace of its own, without root; the value
+    /// is the host side's address, such as `10.0.0.1/24`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub private: Option<String>,
+    /// Socket of a vhost-user-net back end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vhost_user: Option<PathBuf>,
+    /// MAC address; default: locally administered, derived from the VM's name and the NIC's id.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+    /// Addresses or prefixes, IPv4 or IPv6, that the guest may use; default: any.
+    #[serde(deserialize_with = "one_or_more", skip_serializing_if = "Vec::is_empty")]
+    pub ip: Vec<String>,
+    /// Refuse frames from other addresses than the guest's; default: true.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guard: Option<bool>,
+    /// Maximum transmission unit offered to the guest, 68 to 65535.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+    /// Pairs of queues, 1 to 8; default 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
+    /// Most packets a second to the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub receive_packets: Option<ByteSize>,
+    /// Packets that may come at once; default a tenth of a second's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub receive_packets_burst: Option<ByteSize>,
+    /// Most bytes a second to the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub receive_bytes: Option<ByteSize>,
+    /// Bytes that may come at once; default a tenth of a second's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub receive_bytes_burst: Option<ByteSize>,
+    /// Most packets a second from the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub transmit_packets: Option<ByteSize>,
+    /// Packets that may go at once; default a tenth of a second's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub transmit_packets_burst: Option<ByteSize>,
+    /// Most bytes a second from the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub transmit_bytes: Option<ByteSize>,
+    /// Bytes that may go at once; default a tenth of a second's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub transmit_bytes_burst: Option<ByteSize>,
+    /// A file for a capture of the guest's frames (pcap); an existing one is emptied.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pcap: Option<PathBuf>,
+    /// PCI device number, 1 to 31.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slot: Option<u8>,
+}
+
+/// A list, or its only item.
+fn one_or_more<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "a value of the key's type, or a list of such")]
+    enum OneOrMore<T> {
+        One(T),
+        More(Vec<T>),
+    }
+    Ok(match OneOrMore::deserialize(deserializer)? {
+        OneOrMore::One(one) => vec![one],
+        OneOrMore::More(more) => more,
+    })
+}
