@@ -145,11 +145,16 @@ pub(crate) struct Disk {
 
 impl Disk {
     pub(crate) fn new(parameters: Parameters<'_>, depth: u64, size: usize) -> Result<Self, Failure> {
+        Self::at(parameters.number("disk", 0), parameters, depth, size)
+    }
+
+    /// Disk `number` of those on the bus.
+    fn at(number: u64, parameters: Parameters<'_>, depth: u64, size: usize) -> Result<Self, Failure> {
         let mut wanted = FLUSH_FEATURE | MULTI_QUEUE | DISCARD_FEATURE;
         if parameters.number("event-idx", 1) == 1 {
             wanted |= EVENT_IDX;
         }
-        let function = Function::find(BLOCK_DEVICE, parameters.number("disk", 0))?;
+        let function = Function::find(BLOCK_DEVICE, number)?;
         let device = Device::new(function, wanted)?;
         let count = parameters.number("queues", 1).clamp(1, MAX_QUEUES as u64) as u16;
         if count > device.num_queues() {
@@ -303,6 +308,10 @@ pub(crate) fn scenario(parameters: Parameters<'_>) -> Result<(), Failure> {
         polled: parameters.text("mode") == Some("poll"),
         depth: parameters.number("depth", 32),
     };
+    match parameters.number("neighbour", 0) {
+        0 => {}
+        number => leave_waiting(number, parameters)?,
+    }
     let mut disk = Disk::new(parameters, work.depth, work.size)?;
     line!("capacity={}", disk.capacity());
     if work.requests * work.sectors() > disk.capacity() {
@@ -326,6 +335,18 @@ pub(crate) fn scenario(parameters: Parameters<'_>) -> Result<(), Failure> {
     }
     if parameters.number("discard", 0) == 1 {
         discard_half(&mut disk, &work)?;
+    }
+    Ok(())
+}
+
+/// Drives another disk, with a request under way of which nothing is expected.
+/// The queue's memory is never given back. Not inlined: a disk takes a good part of the stack.
+#[inline(never)]
+fn leave_waiting(number: u64, parameters: Parameters<'_>) -> Result<(), Failure> {
+    let mut disk = Disk::at(number, parameters, 1, SECTOR as usize)?;
+    for (queue, slots) in disk.queues() {
+        slots.submit(queue, 0, READ, 0, 0, SECTOR as u32);
+        queue.notify();
     }
     Ok(())
 }

@@ -2,10 +2,12 @@
 
 mod console;
 mod echo;
+mod liar;
 mod run;
 mod vmm;
 
 pub use console::Console;
 pub use echo::{Echo, Tap};
+pub use liar::{Liar, Lie};
 pub use run::Run;
 pub use vmm::{Device, Ended, Vm, VmOptions};

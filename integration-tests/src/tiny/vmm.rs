@@ -100,6 +100,10 @@ pub struct Ended {
     pub console: Console,
     /// Reboots that were reported.
     pub reboots: usize,
+    /// Why devices were lost, in order.
+    pub lost: Vec<String>,
+    /// What the process logged.
+    pub log: String,
 }
 
 /// A running vmm.
@@ -113,6 +117,7 @@ pub struct Vm {
     control: OwnedFd,
     next_id: u64,
     reboots: usize,
+    lost: Vec<String>,
 }
 
 const CONTROL: i32 = 3;
@@ -175,6 +180,7 @@ impl Vm {
             control,
             next_id: 1,
             reboots: 0,
+            lost: Vec::new(),
         };
         vm.send(ToVmm::Start(Box::new(VmConfig {
             machine_version: MACHINE_VERSION,
@@ -252,9 +258,30 @@ impl Vm {
             match message.body {
                 FromVmm::Stats(stats) if message.id == id => return Ok(stats),
                 FromVmm::Running { .. } => {}
+                FromVmm::BackendLost { device, reason, .. } | FromVmm::DeviceFault { device, reason } => {
+                    self.lost.push(format!("{device}: {reason}"));
+                }
                 other => bail!("no counters but {other:?}"),
             }
         }
+    }
+
+    /// Waits until a device is lost.
+    ///
+    /// # Errors
+    /// When none is before `deadline` has passed.
+    pub fn wait_lost(&mut self, deadline: Duration) -> Result<()> {
+        let end = Instant::now() + deadline;
+        while self.lost.is_empty() {
+            match self.receive(end.saturating_duration_since(Instant::now()))?.body {
+                FromVmm::BackendLost { device, reason, .. } | FromVmm::DeviceFault { device, reason } => {
+                    self.lost.push(format!("{device}: {reason}"));
+                }
+                FromVmm::Running { .. } => {}
+                other => bail!("{other:?}"),
+            }
+        }
+        Ok(())
     }
 
     /// Types `text` on the console.
@@ -282,6 +309,9 @@ impl Vm {
             match self.receive(left())?.body {
                 FromVmm::Ended(reason) => break reason,
                 FromVmm::Rebooted => self.reboots += 1,
+                FromVmm::BackendLost { device, reason, .. } | FromVmm::DeviceFault { device, reason } => {
+                    self.lost.push(format!("{device}: {reason}"));
+                }
                 FromVmm::Running { .. } => {}
                 other => bail!("{other:?}"),
             }
@@ -292,6 +322,8 @@ impl Vm {
             reason,
             console: self.console,
             reboots: self.reboots,
+            lost: self.lost,
+            log: self.process.stderr()?,
         })
     }
 }

@@ -5,6 +5,7 @@ mod bad_input;
 mod descriptors;
 mod ends;
 mod fixture;
+mod hostile;
 mod jails;
 mod limits;
 mod net;
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
     tests.extend(audit::tests());
     tests.extend(bad_input::tests());
     tests.extend(ends::tests());
+    tests.extend(hostile::tests());
     tests.extend(jails::tests());
     tests.extend(limits::tests());
     tests.extend(net::tests());
