@@ -17,6 +17,16 @@ pub const BIN_DIR: &str = "BULKHEAD_BIN_DIR";
 /// `release` builds with that profile; unset or `dev` with cargo's default.
 pub const PROFILE: &str = "BULKHEAD_PROFILE";
 
+/// Where there is no compiler: the folder with the audit's probes.
+pub const PROBES: &str = "BULKHEAD_PROBES_DIR";
+/// The programs that have a form with attacks in it.
+pub const PROBE_NAMES: [&str; 4] = [
+    "bulkhead-vmm",
+    "bulkhead-supervisor",
+    "vhost-user-blk",
+    "vhost-user-net",
+];
+
 const MUSL: &str = "x86_64-unknown-linux-musl";
 const BARE_METAL: &str = "x86_64-unknown-none";
 
@@ -253,6 +263,25 @@ impl Artifacts {
         }
         Ok(())
     }
+}
+
+/// Builds each role's program with the audit's attacks in it, below `target`, and returns their
+/// folder. A folder of their own: nothing may take them for what is shipped.
+///
+/// # Errors
+/// [`ArtifactError::Failed`] with cargo's own message on stderr.
+pub fn build_probes(target: &Path) -> Result<PathBuf, ArtifactError> {
+    let mut command = Command::new(cargo());
+    command
+        .current_dir(workspace())
+        .args(["build", "--quiet", "--target", MUSL])
+        .args(["-p", "jailer", "-p", "bulkhead-vmm"])
+        .args(["-p", "vhost-user-blk", "-p", "vhost-user-net"])
+        .args(["--no-default-features", "--features", "jailer/probe"])
+        .arg("--target-dir")
+        .arg(target);
+    run(command)?;
+    Ok(target.join(MUSL).join("debug"))
 }
 
 /// The workspace's folder, as it was when this was compiled.

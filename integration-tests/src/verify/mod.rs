@@ -10,7 +10,7 @@ mod report;
 
 pub use place::FULL;
 
-use crate::artifacts::{Artifacts, Profile, workspace};
+use crate::artifacts::{self, Artifacts, PROBE_NAMES, Profile, workspace};
 use crate::host::Host;
 use crate::linux::Images;
 use crate::setup::{self, Purpose};
@@ -18,7 +18,7 @@ use anyhow::Context;
 use cargo::TestProgram;
 use libtest::Outcome;
 use place::Places;
-use report::Report;
+use report::{FULL_ONLY, Report};
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -42,7 +42,7 @@ enum Needs {
 /// Some cannot be installed.
 pub fn set_up() -> anyhow::Result<()> {
     setup::install_missing(Purpose::Tests)?;
-    Ok(crate::artifacts::ensure_targets()?)
+    Ok(artifacts::ensure_targets()?)
 }
 
 /// Runs everything and prints the closing line; whether all went well.
@@ -71,6 +71,7 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
     checks(&mut report);
     eprintln!("verify: building the release binaries and the tests");
     Artifacts::build(Profile::Release)?.copy_to(binaries.path())?;
+    stage_probes(&binaries.path().join(place::PROBES_FOLDER)).context("the audit's probes")?;
     Images::write(&binaries.path().join(place::IMAGES_FILE)).context("the test guests' images")?;
     let programs = cargo::build_tests()?;
     tests(&mut report, &programs, binaries.path(), host, full);
@@ -88,6 +89,22 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
     let count = report.count();
     println!("\n{}verify: {minutes} minutes\n{count}", report.details());
     Ok(count.failed == 0)
+}
+
+/// Builds the audit's probes and copies them to `folder`, which the nested runner sees.
+fn stage_probes(folder: &Path) -> anyhow::Result<()> {
+    // This program is in target/debug: the same place where the audit would build them itself.
+    let program = std::env::current_exe()?;
+    let target = program
+        .ancestors()
+        .nth(2)
+        .context("a program outside a target folder")?;
+    let built = artifacts::build_probes(&target.join("tmp/probes"))?;
+    std::fs::create_dir(folder)?;
+    for name in PROBE_NAMES {
+        std::fs::copy(built.join(name), folder.join(name))?;
+    }
+    Ok(())
 }
 
 /// What needs no test program.
@@ -127,6 +144,23 @@ fn tests(report: &mut Report, programs: &[TestProgram], binaries: &Path, host: H
     }
     if !host.runs_linux() {
         retry_nested(report, programs, &mut places);
+    }
+    if full && host == Host::Software {
+        audit_nested(report, programs, &mut places);
+    }
+}
+
+/// The walls once more on a kernel with all that Debian's has. Elsewhere the tier itself runs on it.
+fn audit_nested(report: &mut Report, programs: &[TestProgram], places: &mut Places) {
+    for program in programs
+        .iter()
+        .filter(|program| program.tier && program.target == "tiny")
+    {
+        let outcomes = places.nested(program, &["--test-threads=1", "audit::"]);
+        let named = outcomes
+            .into_iter()
+            .map(|(test, outcome)| (format!("{test}, nested {FULL_ONLY}"), outcome));
+        report.add_suite(&program.suite, "nested", named.collect());
     }
 }
 

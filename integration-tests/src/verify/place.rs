@@ -2,7 +2,7 @@
 
 use super::cargo::TestProgram;
 use super::libtest::{self, Outcome};
-use crate::artifacts::BIN_DIR;
+use crate::artifacts::{BIN_DIR, PROBES};
 use crate::linux::IMAGES;
 use crate::nested::{Ended, Job, Nested, Options, Stream};
 use std::path::{Path, PathBuf};
@@ -12,6 +12,8 @@ use std::time::Duration;
 pub const FULL: &str = "BULKHEAD_FULL";
 /// The list of the test guests' images, in the folder with everything under test.
 pub(super) const IMAGES_FILE: &str = "test-images.json";
+/// The audit's probes, in the same folder.
+pub(super) const PROBES_FOLDER: &str = "probes";
 /// A copy of this program in the same folder: building the tests replaces the original.
 pub(super) const AGENT_FILE: &str = "nested-agent";
 /// How long one test program may take.
@@ -85,6 +87,10 @@ impl Places {
         job.environment.insert(
             "CARGO_MANIFEST_DIR".to_owned(),
             program.folder.to_string_lossy().into_owned(),
+        );
+        job.environment.insert(
+            PROBES.to_owned(),
+            self.binaries.join(PROBES_FOLDER).to_string_lossy().into_owned(),
         );
         let images = self.binaries.join(IMAGES_FILE);
         job.environment

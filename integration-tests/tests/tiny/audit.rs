@@ -3,7 +3,7 @@
 use super::jails::Place;
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
-    artifacts::{Artifact, workspace},
+    artifacts::{Artifact, PROBE_NAMES, PROBES, build_probes},
     host::Host,
     lent::{Lent, NOBODY, become_nobody},
     suite::{Skip, artifact, test_within},
@@ -18,15 +18,7 @@ use std::{
     time::Duration,
 };
 
-/// Where there is no compiler: the folder with the probes.
-const PROBES: &str = "BULKHEAD_PROBES_DIR";
 const ROLES: [&str; 5] = ["vmm", "vcpu", "disk", "net", "supervisor"];
-const BINARIES: [&str; 4] = [
-    "bulkhead-vmm",
-    "bulkhead-supervisor",
-    "vhost-user-blk",
-    "vhost-user-net",
-];
 /// The first call builds the probes.
 const DEADLINE: Duration = Duration::from_secs(600);
 
@@ -43,36 +35,14 @@ pub(crate) fn tests() -> Vec<Trial> {
     ]
 }
 
-/// Builds each role's binary with the attacks, as docs/isolation-tests.md says.
+/// Each role's binary with the attacks, as docs/isolation-tests.md says: found in a folder, or built.
 fn probes() -> Result<PathBuf> {
-    if let Some(folder) = env::var_os(PROBES) {
-        return Ok(folder.into());
+    match env::var_os(PROBES) {
+        Some(folder) => Ok(folder.into()),
+        None => Ok(build_probes(
+            &Path::new(env!("CARGO_TARGET_TMPDIR")).join("probes"),
+        )?),
     }
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("probes");
-    let status = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-        .current_dir(workspace())
-        .args(["build", "--quiet", "--target", "x86_64-unknown-linux-musl"])
-        .args([
-            "-p",
-            "jailer",
-            "-p",
-            "bulkhead-vmm",
-            "-p",
-            "vhost-user-blk",
-            "-p",
-            "vhost-user-net",
-        ])
-        .args([
-            "--no-default-features",
-            "--features",
-            "jailer/probe",
-            "--target-dir",
-        ])
-        .arg(&target)
-        .status()
-        .context("cargo")?;
-    ensure!(status.success(), "the probes do not build: {status}");
-    Ok(target.join("x86_64-unknown-linux-musl/debug"))
 }
 
 /// The exit code and the report.
@@ -140,7 +110,7 @@ fn as_nobody() -> Result<()> {
     let place = Place::make()?;
     let folder = place.path("probes");
     fs::create_dir(&folder)?;
-    for name in BINARIES {
+    for name in PROBE_NAMES {
         fs::copy(built.join(name), folder.join(name))?;
     }
     all_held(&audit(become_nobody(&place.path("bulkhead")), &folder, &[])?)
