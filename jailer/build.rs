@@ -48,6 +48,14 @@ fn main() {
     for (variant, file) in ROLES {
         let _ = writeln!(out, "        Role::{variant} => &{}_RULES,", file.to_uppercase());
     }
+    out.push_str("    }\n}\npub(super) fn opcodes(role: Role) -> &'static [Opcode] {\n    match role {\n");
+    for (variant, file) in ROLES {
+        let _ = writeln!(
+            out,
+            "        Role::{variant} => &{}_OPCODES,",
+            file.to_uppercase()
+        );
+    }
     out.push_str("    }\n}\n");
     let target = Path::new(&env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("policies.rs");
     fs::write(target, out).expect("OUT_DIR can be written");
@@ -84,6 +92,21 @@ fn compile(file: &str) -> Result<String, policy::PolicyError> {
             out,
             "    Rule {{ syscall: {:?}, condition: {:?}, reason: {:?}, place: {:?} }},",
             rule.syscall, rule.condition, rule.reason, rule.place
+        );
+    }
+    out.push_str("];\n");
+    let opcodes = policy::load_opcodes(Path::new("policy"), file)?;
+    let _ = writeln!(
+        out,
+        "static {}_OPCODES: [Opcode; {}] = [",
+        file.to_uppercase(),
+        opcodes.len()
+    );
+    for opcode in &opcodes {
+        let _ = writeln!(
+            out,
+            "    Opcode {{ name: {:?}, number: {}, reason: {:?}, place: {:?} }},",
+            opcode.name, opcode.number, opcode.reason, opcode.place
         );
     }
     out.push_str("];\n");

@@ -48,7 +48,10 @@ const FROM_LIBC: [(&str, u64); 52] = libc_constants! {
     MREMAP_MAYMOVE O_CLOEXEC SIGKILL
 };
 
-const BY_HAND: [(&str, u64); 61] = [
+const BY_HAND: [(&str, u64); 63] = [
+    // enum io_uring_op.
+    ("IORING_OP_READV", 1),
+    ("IORING_OP_WRITEV", 2),
     // All of FUTEX_*'s flags off: FUTEX_PRIVATE_FLAG (128) and FUTEX_CLOCK_REALTIME (256).
     ("FUTEX_CMD_MASK", 0xFFFF_FE7F),
     // musl keeps 32 to 34 to itself.

@@ -88,6 +88,9 @@ pub(crate) fn parse(
         if code.is_empty() {
             continue;
         }
+        if code.starts_with(OPCODE) {
+            continue;
+        }
         if let Some(name) = code.strip_prefix("include ") {
             rules.extend(include(name.trim())?);
             continue;
@@ -100,6 +103,52 @@ pub(crate) fn parse(
     }
     check_overlap(&rules)?;
     Ok(rules)
+}
+
+/// What the role's ring may be asked for: a filter does not see it.
+pub(crate) struct Opcode {
+    pub(crate) name: String,
+    pub(crate) number: u8,
+    pub(crate) reason: String,
+    /// `FILE:LINE`.
+    pub(crate) place: String,
+}
+
+/// A line that names an opcode begins so.
+const OPCODE: &str = "io_uring ";
+
+/// The opcodes in `FOLDER/NAME.policy`.
+pub(crate) fn load_opcodes(folder: &Path, name: &str) -> Result<Vec<Opcode>, PolicyError> {
+    let path = folder.join(name).with_extension("policy");
+    let text = fs::read_to_string(&path).map_err(|e| PolicyError {
+        place: path.display().to_string(),
+        message: e.to_string(),
+    })?;
+    let mut opcodes = Vec::new();
+    for (index, line) in text.lines().enumerate() {
+        let (code, reason) = line.split_once('#').unwrap_or((line, ""));
+        let Some(name) = code.trim().strip_prefix(OPCODE) else {
+            continue;
+        };
+        let (name, reason) = (name.trim(), reason.trim());
+        let place = format!(
+            "{}.policy:{}",
+            path.file_stem().unwrap_or_default().display(),
+            index + 1
+        );
+        let number = constants::lookup(name).and_then(|number| u8::try_from(number).ok());
+        let (Some(number), false) = (number, reason.is_empty()) else {
+            let message = format!("'{name}' is not in build/constants.rs, or gives no reason");
+            return Err(PolicyError { place, message });
+        };
+        opcodes.push(Opcode {
+            name: name.to_owned(),
+            number,
+            reason: reason.to_owned(),
+            place,
+        });
+    }
+    Ok(opcodes)
 }
 
 fn parse_rule(code: &str, reason: &str, place: &str) -> Result<Rule, String> {

@@ -2,6 +2,7 @@
 
 use super::blk_cases::{Case, Content, Place, all};
 use super::blk_driver::Limit;
+use super::blk_floor::{self, Floor};
 use super::blk_peer::{Contender, Format, Peer, Programs, Turn};
 use crate::artifacts::{Artifact, Artifacts, BIN_DIR, Profile};
 use anyhow::{Context, Result, ensure};
@@ -68,8 +69,10 @@ pub fn run(settings: &Settings) -> Result<()> {
     };
     let size = settings.size << 20;
     ensure!(size.is_power_of_two(), "--size is not a power of two");
-    println!("| case | ours | baseline | ratio | goal | CPU us/op | CPU ratio | goal | RssAnon KiB |");
-    println!("|---|---|---|---|---|---|---|---|---|");
+    println!(
+        "| case | ours | baseline | ratio | goal | CPU us/op | CPU ratio | goal | floor | idle KiB | private KiB |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|---|---|");
     for case in all(size, 64 << 30) {
         if case.name.contains(&settings.only) {
             let line = measure(settings, &programs, &case).with_context(|| case.name.clone())?;
@@ -92,6 +95,7 @@ fn measure(settings: &Settings, programs: &Programs, case: &Case) -> Result<Stri
         Peer::start(programs, contender, &image, folder.path(), case.work)
     };
     let mut ours = start(case.contender, "ours")?;
+    let idle = ours.idle_memory()?;
     let mut baseline = start(case.baseline, "baseline")?;
     let limit = match case.content {
         Content::Full => Limit::Time(Duration::from_millis(settings.turn)),
@@ -100,6 +104,11 @@ fn measure(settings: &Settings, programs: &Programs, case: &Case) -> Result<Stri
     ours.turn(limit)?;
     baseline.turn(limit)?;
     let mut turns: Vec<(Turn, Turn)> = Vec::new();
+    let mut floors = Floors::default();
+    let bare = |queues| -> Result<Floor> {
+        let time = Duration::from_millis(settings.turn);
+        blk_floor::measure(&folder.path().join("ours"), &case.work, queues, time)
+    };
     for round in 0..settings.rounds {
         // Who begins changes, so that neither always finds the other's caches.
         turns.push(if round % 2 == 0 {
@@ -109,8 +118,43 @@ fn measure(settings: &Settings, programs: &Programs, case: &Case) -> Result<Stri
             let first = baseline.turn(limit)?;
             (ours.turn(limit)?, first)
         });
+        if case.has_floor() {
+            floors.ours.push(bare(case.contender.queues)?);
+            if case.contender.queues != case.baseline.queues {
+                floors.baseline.push(bare(case.baseline.queues)?);
+            }
+        }
     }
-    Ok(line(case, &turns, ours.memory()?))
+    Ok(line(case, &turns, &floors, [idle, ours.memory()?]))
+}
+
+/// Bare loops in turn with the contenders; none where the image is not simply the file.
+#[derive(Default)]
+struct Floors {
+    ours: Vec<Floor>,
+    /// Where the baseline is ours with another number of queues.
+    baseline: Vec<Floor>,
+}
+
+impl std::fmt::Display for Floors {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.ours.is_empty() {
+            return Ok(());
+        }
+        let of = |value: fn(&Floor) -> f64| median(self.ours.iter().map(value).collect());
+        write!(
+            f,
+            "{:.0}, {:.2} us",
+            of(|floor| floor.rate),
+            of(|floor| floor.cost)
+        )?;
+        if !self.baseline.is_empty() {
+            let pairs = self.ours.iter().zip(&self.baseline);
+            let ratio = median(pairs.map(|(many, one)| many.rate / one.rate).collect());
+            write!(f, ", {ratio:.2} of one thread")?;
+        }
+        Ok(())
+    }
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -118,7 +162,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-fn line(case: &Case, turns: &[(Turn, Turn)], memory: u64) -> String {
+fn line(case: &Case, turns: &[(Turn, Turn)], floors: &Floors, [idle, private]: [u64; 2]) -> String {
     let of = |value: fn(&(Turn, Turn)) -> f64| median(turns.iter().map(value).collect());
     let ratio = of(|(ours, baseline)| ours.rate() / baseline.rate());
     let cpu = of(|(ours, baseline)| ours.cost() / baseline.cost());
@@ -127,7 +171,7 @@ fn line(case: &Case, turns: &[(Turn, Turn)], memory: u64) -> String {
         .cpu_goal
         .map_or_else(String::new, |goal| format!("at most {goal}{}", mark(cpu <= goal)));
     format!(
-        "| {} | {:.0} | {:.0} | {ratio:.2} | at least {}{} | {:.2} / {:.2} | {cpu:.2} | {cpu_goal} | {memory} |",
+        "| {} | {:.0} | {:.0} | {ratio:.2} | at least {}{} | {:.2} / {:.2} | {cpu:.2} | {cpu_goal} | {floors} | {idle} | {private} |",
         case.name,
         of(|(ours, _)| ours.rate()),
         of(|(_, baseline)| baseline.rate()),

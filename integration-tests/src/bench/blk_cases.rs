@@ -34,6 +34,16 @@ pub(super) struct Case {
     pub(super) cpu_goal: Option<f64>,
 }
 
+impl Case {
+    /// A bare loop over the file does the same work.
+    pub(super) fn has_floor(&self) -> bool {
+        self.contender.format == Format::Raw
+            && !self.contender.direct
+            && self.content == Content::Full
+            && self.work.flush_every == 0
+    }
+}
+
 const BLOCK: u64 = 4096;
 /// CPU time an operation beside qemu-storage-daemon.
 const CPU_GOAL: f64 = 0.6;
@@ -98,6 +108,16 @@ pub(super) fn all(size: u64, large: u64) -> Vec<Case> {
             ..against_qemu(String::new(), Format::Raw, work, 1.7)
         });
     }
+    cases.push(Case {
+        name: "qcow2 of 4 TiB, first writes, tmpfs".to_owned(),
+        content: Content::Empty,
+        ..against_qemu(
+            String::new(),
+            Format::Qcow2,
+            work(Operation::Write, Pattern::Clusters, BLOCK, 32, 4 << 40),
+            1.5,
+        )
+    });
     allocating(&mut cases, large);
     direct(&mut cases, size);
     cases

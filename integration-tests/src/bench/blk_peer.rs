@@ -2,7 +2,7 @@
 
 use super::blk_driver::{Lane, Limit, Work};
 use crate::{
-    frontend_harness::{DEADLINE, Options, Session, virtio},
+    frontend_harness::{DEADLINE, MEMORY_NAME, Options, Session, virtio},
     process::{Process, connect},
 };
 use anyhow::{Context, Result, anyhow, ensure};
@@ -175,6 +175,24 @@ impl Peer {
             sum += first.parse::<u64>()?;
         }
         Ok(Duration::from_nanos(sum))
+    }
+
+    /// Its share of resident memory (PSS) without the guest's RAM, in KiB.
+    pub(super) fn idle_memory(&self) -> Result<u64> {
+        let text = fs::read_to_string(format!("/proc/{}/smaps", self.process.pid()))?;
+        let (mut sum, mut counts) = (0, true);
+        for line in text.lines() {
+            let mut words = line.split_whitespace();
+            match words.next() {
+                Some("Pss:") if counts => {
+                    sum += words.next().context("empty Pss")?.parse::<u64>()?;
+                }
+                // A mapping's first line: addresses, rights, offset, device, inode, name.
+                Some(word) if !word.ends_with(':') => counts = !line.contains(MEMORY_NAME),
+                _ => {}
+            }
+        }
+        Ok(sum)
     }
 
     /// Resident memory that is the process's own, in KiB.

@@ -4,6 +4,7 @@
 pub mod blk;
 mod blk_cases;
 mod blk_driver;
+mod blk_floor;
 mod blk_peer;
 pub mod boot;
 pub mod net;

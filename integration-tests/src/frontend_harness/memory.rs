@@ -12,6 +12,9 @@ use std::{
 };
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
+/// The memfd's name, as mappings of it show.
+pub const MEMORY_NAME: &str = "guest-ram";
+
 /// Where guest memory starts. Not 0, and other than [`USER_BASE`]: a back end that takes one kind
 /// of address for another misses.
 pub const BASE: u64 = 0x10_0000;
@@ -47,7 +50,7 @@ impl Memory {
     }
 
     fn with_seals(size: u64, seals: SealFlag) -> Result<Self> {
-        let fd = memfd_create(c"guest-ram", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)
+        let fd = memfd_create(MEMORY_NAME, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)
             .context("memfd_create")?;
         let file = File::from(fd);
         file.set_len(size)?;

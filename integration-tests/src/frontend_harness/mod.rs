@@ -22,7 +22,7 @@ mod wire;
 pub use blk::{
     BlockDriver, BlockRequest, Completion, SECTOR, SLOT_DATA, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP,
 };
-pub use memory::{BASE, Memory};
+pub use memory::{BASE, MEMORY_NAME, Memory};
 pub use net::NetDriver;
 pub use ring::{INDIRECT, NEXT, Ring, Segment, WRITE};
 pub use session::{Inflight, Options, Session, protocol, virtio};

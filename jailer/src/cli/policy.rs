@@ -1,6 +1,6 @@
 //! `bulkhead policy show ROLE`.
 
-use crate::sandbox::{Role, rules};
+use crate::sandbox::{Role, opcodes, rules};
 use std::fmt::Write as _;
 
 /// The rules of a role as text, or as JSON.
@@ -18,8 +18,19 @@ pub(super) fn show(role: Role, json: bool) -> String {
                 })
             })
             .collect();
+        let opcodes: Vec<_> = opcodes(role)
+            .iter()
+            .map(|opcode| {
+                serde_json::json!({
+                    "opcode": opcode.name,
+                    "reason": opcode.reason,
+                    "place": opcode.place,
+                })
+            })
+            .collect();
         let all = serde_json::json!({
             "role": role.name(),
+            "io_uring": opcodes,
             "otherwise": "kill-process",
             "rules": rules,
         });
@@ -37,6 +48,16 @@ pub(super) fn show(role: Role, json: bool) -> String {
             "{code:<width$}  # {} ({})",
             rule.reason,
             rule.place,
+            width = width.unwrap_or(0)
+        );
+    }
+    for opcode in opcodes(role) {
+        let code = format!("io_uring {}", opcode.name);
+        let _ = writeln!(
+            out,
+            "{code:<width$}  # {} ({})",
+            opcode.reason,
+            opcode.place,
             width = width.unwrap_or(0)
         );
     }

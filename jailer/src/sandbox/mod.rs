@@ -27,7 +27,7 @@ pub use cpu::share_cores_within;
 pub use end::{end, end_on_panic};
 pub use landlock::landlock_level;
 pub use role::{ParseRoleError, Role, SeccompMode};
-pub use seccomp::{Rule, rules};
+pub use seccomp::{Opcode, Rule, opcodes, rules};
 pub use verdict::{Verdict, syscall_name};
 #[cfg(feature = "launcher")]
 pub use witness::Witness;

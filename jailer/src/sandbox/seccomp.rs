@@ -17,6 +17,19 @@ pub struct Rule {
     pub place: &'static str,
 }
 
+/// What a role's io_uring may be asked for: a filter does not see it, so the ring is restricted to it.
+#[derive(Clone, Copy, Debug)]
+pub struct Opcode {
+    /// As `enum io_uring_op` spells it.
+    pub name: &'static str,
+    /// Its number there.
+    pub number: u8,
+    /// Why it is allowed.
+    pub reason: &'static str,
+    /// `FILE:LINE` in `jailer/policy`.
+    pub place: &'static str,
+}
+
 /// A role's programs.
 struct Compiled {
     enforce: &'static [sock_filter],
@@ -25,7 +38,7 @@ struct Compiled {
 }
 
 mod compiled {
-    use super::{Compiled, Rule};
+    use super::{Compiled, Opcode, Rule};
     use crate::sandbox::Role;
     use seccompiler::sock_filter;
 
@@ -35,6 +48,12 @@ mod compiled {
 /// The rules of `role`, in the order of its policy file.
 pub fn rules(role: Role) -> &'static [Rule] {
     compiled::rules(role)
+}
+
+/// What a ring of a role's may be asked for; empty where it has none.
+#[must_use]
+pub fn opcodes(role: Role) -> &'static [Opcode] {
+    compiled::opcodes(role)
 }
 
 /// Which threads a filter is installed on.

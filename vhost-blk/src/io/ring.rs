@@ -1,7 +1,7 @@
 //! An io_uring that can read and write files and nothing else.
 //!
 //! seccomp does not see what a ring is asked to do: OPENAT through a plain ring opens files under a
-//! filter that forbids it. So the ring is made disabled, restricted to two opcodes without flags, and
+//! filter that forbids it. So the ring is made disabled, restricted to the policy's opcodes without flags, and
 //! only then enabled, before the process is confined; it cannot be changed afterwards, and no other
 //! can be made.
 #![expect(unsafe_code, reason = "hands guest memory to the kernel by pointer")]
@@ -9,6 +9,7 @@
 use crate::image::IoGuard;
 use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
+use jailer::sandbox::{Role, opcodes};
 use nix::errno::Errno;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -88,10 +89,8 @@ impl RestrictedRing {
     /// Where the host has no io_uring, or forbids it.
     pub(crate) fn new() -> io::Result<Self> {
         let ring = IoUring::builder().setup_r_disabled().build(DEPTH.into())?;
-        let mut allowed = [
-            Restriction::sqe_op(opcode::Readv::CODE),
-            Restriction::sqe_op(opcode::Writev::CODE),
-        ];
+        let allowed = opcodes(Role::Disk).iter();
+        let mut allowed: Vec<_> = allowed.map(|opcode| Restriction::sqe_op(opcode.number)).collect();
         ring.submitter().register_restrictions(&mut allowed)?;
         ring.submitter().register_enable_rings()?;
         Ok(Self {
@@ -218,6 +217,12 @@ mod tests {
         unsafe { ring.ring.submission().push(entry) }.unwrap();
         ring.ring.submit_and_wait(1).unwrap();
         ring.ring.completion().next().unwrap().result()
+    }
+
+    #[test]
+    fn the_policy_names_what_is_used_and_no_more() {
+        let named: Vec<u8> = opcodes(Role::Disk).iter().map(|opcode| opcode.number).collect();
+        assert_eq!(named, [opcode::Readv::CODE, opcode::Writev::CODE]);
     }
 
     #[test]
