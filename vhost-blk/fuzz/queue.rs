@@ -3,7 +3,9 @@
 use super::file::MemoryFile;
 use crate::image::{Image, RawImage};
 use crate::queue::BlkQueue;
+use crate::settings::{OnError, Settings};
 use std::sync::{Arc, OnceLock};
+use vhost_daemon::bucket::SharedLimiter;
 
 const CAPACITY: usize = 64 << 10;
 
@@ -22,7 +24,12 @@ pub fn queue(input: &[u8]) {
     file.lock().fill(7);
     // FLUSH, DISCARD, WRITE_ZEROES.
     let features = u64::from(features & 1) << 9 | u64::from(features >> 1 & 3) << 13;
-    let mut queue = BlkQueue::new(image as &'static dyn Image, b"serial".to_vec(), None);
+    let settings = Settings {
+        serial: Arc::from(&b"serial"[..]),
+        limits: SharedLimiter::default(),
+        on_error: OnError::Report,
+    };
+    let mut queue = BlkQueue::new(image as &'static dyn Image, settings, Arc::default(), None);
     vhost_daemon::fuzz::serve(&mut queue, features, input);
     assert_eq!(file.lock().len(), CAPACITY, "a request changed the disk's size");
 }

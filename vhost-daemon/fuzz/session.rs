@@ -72,7 +72,8 @@ impl Device for Fake {
 fn shared() -> &'static Arc<Mutex<Session>> {
     static SESSION: OnceLock<Arc<Mutex<Session>>> = OnceLock::new();
     SESSION.get_or_init(|| {
-        let workers = Worker::spawn_all(&mut Fake, Role::Disk, SeccompMode::Off).expect("workers");
+        let workers =
+            Worker::spawn_all(&mut Fake, Role::Disk, SeccompMode::Off, Duration::ZERO).expect("workers");
         let region = InflightRegion::create(QUEUES as u16, 64).expect("a region");
         let session = Session::new(Box::new(Fake), workers, Sealing::Required, Some(region));
         Arc::new(Mutex::new(session))
@@ -96,7 +97,7 @@ pub fn session(input: &[u8]) {
     let session = Arc::clone(shared());
     let server = std::thread::spawn(move || {
         let termination = Termination::new().expect("a signalfd");
-        let _ = messages(&session, None, back, &termination);
+        let _ = messages(&session, back, &termination);
         let mut session = session.lock().expect("no panic");
         session.end().expect("a session winds down");
     });

@@ -176,6 +176,7 @@ impl Tap {
         Self {
             fd,
             name: "fuzz".to_owned(),
+            capture: None,
         }
     }
 

@@ -21,7 +21,9 @@ const FLAGS: &[&str] = &[
 /// Chooses the target in the program.
 pub(super) const CHOICE: &str = "FUZZ_TARGET";
 /// Most bytes of a target's corpus in the repository.
-const CORPUS_BUDGET: u64 = 16 << 10;
+const CORPUS_BYTES: u64 = 8 << 10;
+/// Most inputs in it.
+const CORPUS_INPUTS: usize = 24;
 
 /// A fuzz target.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -132,21 +134,22 @@ impl Program {
     }
 }
 
-/// Puts the shortest files of `best` in the place of those in `corpus`, until the budget is spent.
+/// Puts files of `best` in the place of those in `corpus`: as many as the repository is to hold, the
+/// longest that fit first, since they reach the most.
 fn replace(corpus: &Path, best: &Path) -> anyhow::Result<(usize, u64)> {
     let mut files = Vec::new();
     for entry in fs::read_dir(best)? {
         let entry = entry?;
         files.push((entry.metadata()?.len(), entry.path()));
     }
-    files.sort();
+    files.sort_by(|one, other| other.cmp(one));
     for entry in fs::read_dir(corpus)? {
         fs::remove_file(entry?.path())?;
     }
     let (mut count, mut bytes) = (0, 0);
     for (length, path) in files {
-        if bytes + length > CORPUS_BUDGET {
-            break;
+        if bytes + length > CORPUS_BYTES || count == CORPUS_INPUTS {
+            continue;
         }
         fs::copy(&path, corpus.join(path.file_name().unwrap_or_default()))?;
         (count, bytes) = (count + 1, bytes + length);
