@@ -52,6 +52,23 @@ impl Host {
         }
     }
 
+    /// Goes on only where guests run and TAPs can be made.
+    ///
+    /// # Errors
+    /// [`Skip`] elsewhere.
+    pub fn need_tun() -> Result<()> {
+        Self::need_kvm()?;
+        if File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/net/tun")
+            .is_err()
+        {
+            bail!(Skip("/dev/net/tun cannot be opened here".to_owned()));
+        }
+        Ok(())
+    }
+
     /// Goes on only where stock kernels run.
     ///
     /// # Errors

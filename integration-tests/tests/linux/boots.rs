@@ -11,6 +11,9 @@ use std::time::Duration;
 /// For one boot on an emulated processor that others use too.
 pub(crate) const BOOT: Duration = Duration::from_secs(120);
 
+/// After a guest's deadline, for the test to say what was on its console.
+pub(crate) const GRACE: Duration = Duration::from_secs(20);
+
 /// One point of the matrix.
 #[derive(Clone, Copy)]
 struct Case {
@@ -79,7 +82,7 @@ fn matrix(bits: u8) -> Trial {
         word(case.nic, ", NIC"),
         word(!PAIRWISE.contains(&bits), " (full)"),
     );
-    test_within(BOOT, name, move || boot(case))
+    test_within(BOOT + GRACE, name, move || boot(case))
 }
 
 fn boot(case: Case) -> Result<()> {

@@ -1,6 +1,6 @@
 //! How Linux guests end, and what the exit code says of it; a person at the console.
 
-use crate::boots::BOOT;
+use crate::boots::{BOOT, GRACE};
 use crate::default_kernel;
 use anyhow::{Result, ensure};
 use integration_tests::artifacts::Artifact;
@@ -20,14 +20,14 @@ const LEAVE: Duration = Duration::from_secs(40);
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        test_within(BOOT, "a kernel that panics", || {
+        test_within(BOOT + GRACE, "a kernel that panics", || {
             ends("guest.end=panic", exit_code::PANIC, "kernel panicked")
         }),
-        test_within(BOOT, "a kernel that reboots", || {
+        test_within(BOOT + GRACE, "a kernel that reboots", || {
             ends("guest.end=reboot", exit_code::RESET, "the guest reset")
         }),
         // No fault tells it from a crash: it ends as one.
-        test_within(BOOT, "a kernel that reboots by a triple fault", || {
+        test_within(BOOT + GRACE, "a kernel that reboots by a triple fault", || {
             ends(
                 "reboot=t guest.end=reboot",
                 exit_code::TRIPLE_FAULT,

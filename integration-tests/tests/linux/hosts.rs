@@ -1,6 +1,6 @@
 //! What the host offers: huge pages, and no privileges.
 
-use crate::boots::BOOT;
+use crate::boots::{BOOT, GRACE};
 use crate::default_kernel;
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::host::Host;
@@ -20,8 +20,8 @@ const LOOK: Duration = Duration::from_millis(20);
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        test_within(BOOT, "RAM of huge pages", huge_pages),
-        test_within(BOOT, "an unprivileged user's guest", unprivileged),
+        test_within(BOOT + GRACE, "RAM of huge pages", huge_pages),
+        test_within(BOOT + GRACE, "an unprivileged user's guest", unprivileged),
     ]
 }
 

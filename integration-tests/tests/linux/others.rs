@@ -1,6 +1,6 @@
 //! Our vmm with a back end that is not ours.
 
-use crate::boots::BOOT;
+use crate::boots::{BOOT, GRACE};
 use crate::default_kernel;
 use anyhow::{Context, Result, ensure};
 use integration_tests::host::Host;
@@ -12,7 +12,11 @@ use std::process::Command;
 use std::time::Duration;
 
 pub(crate) fn tests() -> Vec<Trial> {
-    vec![test_within(BOOT, "a disk of qemu-storage-daemon", storage_daemon)]
+    vec![test_within(
+        BOOT + GRACE,
+        "a disk of qemu-storage-daemon",
+        storage_daemon,
+    )]
 }
 
 fn storage_daemon() -> Result<()> {

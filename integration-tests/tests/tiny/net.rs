@@ -51,14 +51,6 @@ pub(crate) fn tests() -> Vec<Trial> {
     ]
 }
 
-fn need_tun() -> Result<()> {
-    Host::need_kvm()?;
-    if !Path::new("/dev/net/tun").exists() {
-        bail!(Skip("no /dev/net/tun".to_owned()));
-    }
-    Ok(())
-}
-
 /// A name that no other run of this test uses.
 fn segment(name: &str) -> String {
     format!("{name}-{}", std::process::id())
@@ -96,7 +88,7 @@ fn expect_ok(run: &mut Run) -> Result<()> {
 
 /// Two VMs hear each other; a third, on another segment, hears neither and is not heard.
 fn isolated() -> Result<()> {
-    need_tun()?;
+    Host::need_tun()?;
     let folder = tempfile::tempdir()?;
     let capture = folder.path().join("pcap");
     let (lab, other) = (segment("lab"), segment("other"));
@@ -136,7 +128,7 @@ fn isolated() -> Result<()> {
 
 /// A VM ends rather than stay on a segment that no other could join.
 fn keeper_killed() -> Result<()> {
-    need_tun()?;
+    Host::need_tun()?;
     let name = segment("keeper");
     let mut run = started("scenario=hlt", &format!("isolated={name}"), "ready=1")?;
     let state = run.state(DEADLINE)?;
@@ -165,7 +157,7 @@ fn keeper_beside(member: i32) -> Result<i32> {
 
 /// DHCP, a datagram out and back, and a published port, as a user who owns nothing.
 fn user() -> Result<()> {
-    need_tun()?;
+    Host::need_tun()?;
     need_passt()?;
     let peer = UdpSocket::bind("127.0.0.1:0")?;
     peer.set_read_timeout(Some(DEADLINE))?;
@@ -234,7 +226,7 @@ fn need_passt() -> Result<()> {
 }
 
 fn without_passt() -> Result<()> {
-    need_tun()?;
+    Host::need_tun()?;
     let mut command = Command::new(artifact(Artifact::Bulkhead)?);
     command.env("PATH", "/nowhere");
     let kernel = artifact(Artifact::TinyGuest)?;
@@ -252,7 +244,7 @@ fn without_passt() -> Result<()> {
 
 /// A TAP joins the bridge, and leaves it with the VM, however that ends.
 fn bridge() -> Result<()> {
-    need_tun()?;
+    Host::need_tun()?;
     if !Uid::effective().is_root() {
         bail!(Skip("a bridge of the host needs root".to_owned()));
     }
@@ -302,7 +294,7 @@ fn bridge() -> Result<()> {
 /// A rate of 1000 packets a second, after a burst of 100, holds within a tenth here; the bucket's
 /// own tests hold it to 2 %.
 fn limits() -> Result<()> {
-    need_tun()?;
+    Host::need_tun()?;
     let name = segment("limits");
     let mut answering = started(
         "scenario=net-echo packets=1100",

@@ -1,13 +1,13 @@
 //! TAPs that cannot be had: what the message says, and which field it names.
 
 use super::bad_input::says;
-use anyhow::{Result, bail};
+use anyhow::Result;
 use integration_tests::{
     artifacts::Artifact,
     demo::peer::Peer,
     host::Host,
     process::inherit_at,
-    suite::{Skip, artifact, test},
+    suite::{artifact, test},
     tiny::Run,
 };
 use libtest_mimic::Trial;
@@ -26,19 +26,6 @@ pub(crate) fn tests() -> Vec<Trial> {
     ]
 }
 
-fn need_tun() -> Result<()> {
-    Host::need_kvm()?;
-    if File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun")
-        .is_err()
-    {
-        bail!(Skip("/dev/net/tun cannot be opened here".to_owned()));
-    }
-    Ok(())
-}
-
 /// The launcher in the network namespace of a process that holds the TAP `tap0`.
 fn beside(peer: &Peer, tap: &str, words: &[&str]) -> Result<()> {
     let mut command = Command::new("nsenter");
@@ -51,20 +38,20 @@ fn beside(peer: &Peer, tap: &str, words: &[&str]) -> Result<()> {
 }
 
 fn busy_by_name() -> Result<()> {
-    need_tun()?;
+    Host::need_tun()?;
     let words = ["net[0].tap: ", "'tap0'", "is busy", "another VM uses it"];
     beside(&Peer::start("")?, "tap0", &words)
 }
 
 fn missing() -> Result<()> {
-    need_tun()?;
+    Host::need_tun()?;
     let words = ["net[0].tap: ", "no interface 'tap7'", "ip tuntap add"];
     beside(&Peer::start("")?, "tap7", &words)
 }
 
 /// Two NICs on one TAP would each take the other's frames.
 fn busy_by_fd() -> Result<()> {
-    need_tun()?;
+    Host::need_tun()?;
     let peer = Peer::start("")?;
     let words = ["net[1].tap-fd: ", "descriptor 9", "is busy", "a TAP of its own"];
     inheriting(Some(peer.tap.try_clone()?), 2, &words)
@@ -74,7 +61,7 @@ fn no_tap() -> Result<()> {
     Host::need_kvm()?;
     let words = ["net[0].tap-fd: ", "descriptor 9", "no TAP", "TUNSETIFF"];
     inheriting(Some(File::open(Path::new("/dev/null"))?.into()), 1, &words)?;
-    need_tun()?;
+    Host::need_tun()?;
     // Open, but attached to no interface yet.
     let tun = File::options().read(true).write(true).open("/dev/net/tun")?;
     inheriting(Some(tun.into()), 1, &words)
