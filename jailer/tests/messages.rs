@@ -64,7 +64,7 @@ fn wrong_fields_are_named() {
         ),
         (
             &["--net", "mac=02:00:00:00:00:01"],
-            "net[0]: give exactly one of tap",
+            "net[0]: give exactly one of user",
         ),
         (&["--net", "tap=t,mac=01:00:00:00:00:01"], "net[0].mac:"),
         (

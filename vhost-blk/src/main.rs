@@ -1,11 +1,10 @@
 //! `vhost-user-blk`: one disk image, one front end at a time.
 
-mod allocator;
-
 use std::process::ExitCode;
+use vhost_daemon::allocator::Heap;
 
 #[global_allocator]
-static ALLOCATOR: allocator::Heap = allocator::Heap::new();
+static ALLOCATOR: Heap = Heap::new();
 
 fn main() -> ExitCode {
     vhost_daemon::run::<vhost_blk::BlkProgram>()

@@ -18,6 +18,7 @@
 //! front end is more trusted than this process, yet its messages are checked in `session`, since
 //! one that is wrong would break memory safety here.
 
+pub mod allocator;
 pub mod bucket;
 mod descriptors;
 pub mod device;

@@ -2,6 +2,10 @@
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;
+use vhost_daemon::allocator::Heap;
+
+#[global_allocator]
+static ALLOCATOR: Heap = Heap::new();
 
 fn main() -> ExitCode {
     vhost_daemon::run::<vhost_net::device::NetProgram>()

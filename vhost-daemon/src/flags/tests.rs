@@ -72,7 +72,7 @@ fn usage_errors_name_the_flag_and_what_it_takes() {
         (&["--fd=3", "--num-queues=10"], "multiple of 2 from 2 to 8"),
         (&["--fd=3", "--num-queues=0"], "multiple of 2 from 2 to 8"),
         (&["--fd=three"], "three"),
-        (&["--seccomp=maybe"], "enforce, log, off"),
+        (&["--seccomp=maybe"], "enforce, trap, log, off"),
         (&["--log-format=xml"], "human, json"),
         (&["--no-such-flag"], "--no-such-flag"),
         (&["stray"], "stray"),

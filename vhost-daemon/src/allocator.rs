@@ -1,4 +1,4 @@
-//! The process's allocator: dlmalloc on pages of its own. The C library's would need brk, mprotect and
+//! A device process's allocator: dlmalloc on pages of its own. The C library's would need brk, mprotect and
 //! madvise, and dlmalloc's own pages mremap: calls that the policy would then allow to whoever takes the
 //! process over.
 #![expect(unsafe_code, reason = "an allocator: hands out raw memory")]
@@ -55,10 +55,18 @@ unsafe impl dlmalloc::Allocator for Pages {
 }
 
 /// One heap for all threads. Nothing on the path of a request allocates, so one lock does.
-pub(crate) struct Heap(Mutex<Dlmalloc<Pages>>);
+pub struct Heap(Mutex<Dlmalloc<Pages>>);
+
+impl Default for Heap {
+    fn default() -> Self {
+        Self::new()
+    }
+}
 
 impl Heap {
-    pub(crate) const fn new() -> Self {
+    /// An empty heap, for a program's `#[global_allocator]`.
+    #[must_use]
+    pub const fn new() -> Self {
         Self(Mutex::new(Dlmalloc::new_with_allocator(Pages)))
     }
 
@@ -93,6 +101,11 @@ unsafe impl GlobalAlloc for Heap {
 
 #[cfg(test)]
 mod tests {
+    use super::Heap;
+
+    #[global_allocator]
+    static ALLOCATOR: Heap = Heap::new();
+
     /// This program's tests run on the heap above.
     #[test]
     fn blocks_grow_and_shrink_with_their_content() {
