@@ -41,6 +41,8 @@ pub enum Artifact {
     Vmm,
     /// The disk process.
     VhostUserBlk,
+    /// The jailed half of `bulkhead image`.
+    ImageTool,
     /// The disk process that dies or hangs where a test wants it to.
     FaultyBlk,
     /// The NIC process.
@@ -57,11 +59,12 @@ pub enum Artifact {
 
 impl Artifact {
     /// Every artifact.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Bulkhead,
         Self::Supervisor,
         Self::Vmm,
         Self::VhostUserBlk,
+        Self::ImageTool,
         Self::FaultyBlk,
         Self::VhostUserNet,
         Self::ReferenceBlk,
@@ -78,6 +81,7 @@ impl Artifact {
             Self::Supervisor => "bulkhead-supervisor",
             Self::Vmm => "bulkhead-vmm",
             Self::VhostUserBlk => "vhost-user-blk",
+            Self::ImageTool => "bulkhead-image",
             Self::FaultyBlk => "vhost-user-blk-faults",
             Self::VhostUserNet => "vhost-user-net",
             Self::ReferenceBlk => "reference-blk",

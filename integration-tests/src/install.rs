@@ -9,12 +9,13 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 /// All of them in one folder: the launcher finds the others beside its own file.
-const PROGRAMS: [Artifact; 5] = [
+const PROGRAMS: [Artifact; 6] = [
     Artifact::Bulkhead,
     Artifact::Supervisor,
     Artifact::Vmm,
     Artifact::VhostUserBlk,
     Artifact::VhostUserNet,
+    Artifact::ImageTool,
 ];
 const PROGRAM_FOLDER: &str = "libexec/bulkhead";
 /// Where QEMU's interoperability specification has them (docs/interop/vhost-user.json).

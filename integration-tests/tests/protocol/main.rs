@@ -5,6 +5,7 @@ mod behaviour;
 mod blk;
 mod fixture;
 mod hostile;
+mod image;
 mod install;
 mod life;
 mod net;
@@ -18,6 +19,7 @@ fn main() -> ExitCode {
     tests.extend(behaviour::tests());
     tests.extend(blk::tests());
     tests.extend(hostile::tests());
+    tests.extend(image::tests());
     tests.extend(install::tests());
     tests.extend(life::tests());
     tests.extend(net::tests());

@@ -61,7 +61,7 @@ pub fn create(file: &dyn BlockFile, options: &CreateOptions) -> Result<(), Image
         refcount_order: 4,
         version: 3,
     };
-    let l1_size = geometry.l1_entries(options.size);
+    let l1_size = geometry.l1_entries(options.size).max(1);
     if l1_size * 8 > MAX_L1_BYTES {
         return Err(ImageError::refused(
             "size",
@@ -69,7 +69,7 @@ pub fn create(file: &dyn BlockFile, options: &CreateOptions) -> Result<(), Image
         ));
     }
     let first = first_cluster(&geometry, l1_size as u32, options)?;
-    let clusters = 1 + geometry.clusters_for(l1_size * 8).max(1);
+    let clusters = 1 + geometry.clusters_for(l1_size * 8);
     let end = geometry.offset_of(clusters);
     file.write_at(&first, 0)
         .and_then(|()| file.grow_to(end))

@@ -1,0 +1,535 @@
+//! `bulkhead image` against qemu-img: fields, verdicts, content.
+
+use anyhow::{Context, Result, ensure};
+use integration_tests::{
+    artifacts::Artifact,
+    suite::{Skip, artifact, test},
+};
+use libtest_mimic::Trial;
+use serde_json::Value;
+use std::{
+    fs,
+    os::unix::fs::FileExt,
+    path::Path,
+    process::{Command, Output},
+};
+use tempfile::TempDir;
+
+pub(crate) fn tests() -> Vec<Trial> {
+    vec![
+        test("image::info_is_qemus", info),
+        test("image::check_is_qemus", check),
+        test("image::created_images_are_sound", create),
+        test("image::converted_disks_are_identical", convert),
+        test("image::snapshots_are_qemus", snapshots),
+        test("image::disks_grow_and_shrink", resize),
+        test("image::encrypted_images_need_their_key", encrypted),
+        test("image::nothing_is_opened_by_an_images_word", outside),
+        test("image::failures_leave_no_file", failures),
+    ]
+}
+
+/// Runs `bulkhead image` in `folder`.
+fn image(folder: &TempDir, args: &[&str]) -> Result<Output> {
+    let program = artifact(Artifact::Bulkhead)?;
+    let tool = artifact(Artifact::ImageTool)?;
+    let bin = tool.parent().context("the tool has a folder")?;
+    Command::new(program)
+        .env("BULKHEAD_BIN_DIR", bin)
+        .current_dir(folder.path())
+        .arg("image")
+        .args(args)
+        .output()
+        .context("bulkhead image")
+}
+
+/// As [`image`], which must succeed; its standard output.
+fn succeeds(folder: &TempDir, args: &[&str]) -> Result<String> {
+    let output = image(folder, args)?;
+    ensure!(output.status.success(), "{args:?}: {output:?}");
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// As [`image`], which must fail with these words.
+fn fails(folder: &TempDir, args: &[&str], words: &[&str]) -> Result<()> {
+    let output = image(folder, args)?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success(), "{args:?} succeeded");
+    for word in words {
+        ensure!(said.contains(word), "{args:?} does not say {word:?}: {said}");
+    }
+    Ok(())
+}
+
+fn tool(folder: &TempDir, program: &str, args: &[&str]) -> Result<Output> {
+    let output = Command::new(program)
+        .current_dir(folder.path())
+        .args(args)
+        .output();
+    output.map_err(|_| Skip(format!("{program} is not installed")).into())
+}
+
+fn qemu_img(folder: &TempDir, args: &[&str]) -> Result<String> {
+    let output = tool(folder, "qemu-img", args)?;
+    ensure!(output.status.success(), "qemu-img {args:?}: {output:?}");
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+fn write(folder: &TempDir, file: &str, command: &str) -> Result<()> {
+    let output = tool(folder, "qemu-io", &["-c", command, file])?;
+    ensure!(output.status.success(), "qemu-io {command}: {output:?}");
+    Ok(())
+}
+
+fn patch(folder: &TempDir, file: &str, offset: u64, bytes: &[u8]) -> Result<()> {
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(folder.path().join(file))?;
+    Ok(file.write_all_at(bytes, offset)?)
+}
+
+fn json(text: &str) -> Result<Value> {
+    Ok(serde_json::from_str(text)?)
+}
+
+/// The fields of the second, where the first has them too, are equal; `must` are in both.
+fn agree(ours: &Value, theirs: &Value, must: &[&str]) -> Result<()> {
+    for name in must {
+        let (ours, theirs) = (&ours[name], &theirs[name]);
+        ensure!(
+            !ours.is_null() && ours == theirs,
+            "{name}: {ours}, qemu-img says {theirs}"
+        );
+    }
+    Ok(())
+}
+
+fn info() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let shared = ["virtual-size", "format", "filename", "dirty-flag", "actual-size"];
+    qemu_img(&folder, &["create", "-f", "raw", "base.img", "4M"])?;
+    for options in [
+        "compat=0.10",
+        "cluster_size=4k,lazy_refcounts=on",
+        "compression_type=zstd,refcount_bits=1",
+        "extended_l2=on,backing_file=base.img,backing_fmt=raw",
+    ] {
+        qemu_img(
+            &folder,
+            &["create", "-q", "-f", "qcow2", "-o", options, "a.qcow2", "4M"],
+        )?;
+        if !options.contains("refcount_bits=1") {
+            qemu_img(&folder, &["snapshot", "-c", "first \u{e4}", "a.qcow2"])?;
+        }
+        let ours = json(&succeeds(&folder, &["info", "--json", "a.qcow2"])?)?;
+        let mut theirs = json(&qemu_img(&folder, &["info", "--output=json", "a.qcow2"])?)?;
+        agree(&ours, &theirs, &[&shared[..], &["cluster-size"]].concat())?;
+        let (ours_data, theirs_data) = (
+            &ours["format-specific"]["data"],
+            &theirs["format-specific"]["data"],
+        );
+        ensure!(ours_data == theirs_data, "{ours_data}: {theirs_data}");
+        // What qemu-img records of a VM's execution is not ours to show.
+        for snapshot in theirs["snapshots"].as_array_mut().into_iter().flatten() {
+            snapshot.as_object_mut().map(|fields| fields.remove("icount"));
+        }
+        for name in ["backing-filename", "backing-filename-format", "snapshots"] {
+            ensure!(
+                ours[name] == theirs[name],
+                "{name}: {} {}",
+                ours[name],
+                theirs[name]
+            );
+        }
+    }
+    for format in ["raw", "vmdk", "vdi", "vhdx", "vpc"] {
+        let name = format!("b.{format}");
+        qemu_img(&folder, &["create", "-q", "-f", format, &name, "4M"])?;
+        let ours = json(&succeeds(&folder, &["info", "--json", &name])?)?;
+        let theirs = json(&qemu_img(
+            &folder,
+            &["info", "--output=json", "-f", format, &name],
+        )?)?;
+        agree(&ours, &theirs, &shared)?;
+    }
+    fails(
+        &folder,
+        &["info", "a"],
+        &["the format of a is not given", "never guessed"],
+    )?;
+    fails(
+        &folder,
+        &["info", "--format=qcow2", "base.img"],
+        &["magic", "not a qcow2 image"],
+    )
+}
+
+fn check() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let fields = [
+        "leaks",
+        "corruptions",
+        "check-errors",
+        "image-end-offset",
+        "total-clusters",
+        "allocated-clusters",
+    ];
+    let compare = |code: i32| -> Result<()> {
+        let output = image(&folder, &["check", "--json", "a.qcow2"])?;
+        let theirs = tool(&folder, "qemu-img", &["check", "--output=json", "a.qcow2"])?;
+        ensure!(
+            output.status.code() == Some(code) && theirs.status.code() == Some(code),
+            "{output:?} {theirs:?}"
+        );
+        let ours = json(str::from_utf8(&output.stdout)?)?;
+        let mut theirs = json(str::from_utf8(&theirs.stdout)?)?;
+        // qemu-img leaves out what is 0.
+        for name in fields {
+            if theirs[name].is_null() {
+                theirs[name] = 0.into();
+            }
+        }
+        agree(&ours, &theirs, &fields)
+    };
+    qemu_img(&folder, &["create", "-q", "-f", "qcow2", "a.qcow2", "8M"])?;
+    write(&folder, "a.qcow2", "write -P 3 1M 1M")?;
+    compare(0)?;
+    let bytes = fs::read(folder.path().join("a.qcow2"))?;
+    let word = |at: usize| {
+        bytes
+            .get(at..at + 8)
+            .and_then(|b| b.try_into().ok())
+            .map_or(0, u64::from_be_bytes)
+    };
+    let block = word(usize::try_from(word(48))?);
+    // A cluster too many counted once, then one too few.
+    patch(&folder, "a.qcow2", block + 2 * 200, &[0, 1])?;
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(folder.path().join("a.qcow2"))?;
+    file.set_len(201 << 16)?;
+    compare(3)?;
+    succeeds(&folder, &["check", "--repair", "a.qcow2"])?;
+    compare(0)?;
+    let bytes = fs::read(folder.path().join("a.qcow2"))?;
+    let word = |at: usize| {
+        bytes
+            .get(at..at + 8)
+            .and_then(|b| b.try_into().ok())
+            .map_or(0, u64::from_be_bytes)
+    };
+    let block = word(usize::try_from(word(48))?);
+    patch(&folder, "a.qcow2", block + 2 * 5, &[0, 0])?;
+    let output = image(&folder, &["check", "a.qcow2"])?;
+    ensure!(output.status.code() == Some(2), "{output:?}");
+    succeeds(&folder, &["check", "--repair", "a.qcow2"])?;
+    compare(0)?;
+    fails(
+        &folder,
+        &["check", "--format=raw", "a.qcow2"],
+        &["a raw image has no refcounts"],
+    )
+}
+
+fn create() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for (size, cluster) in [
+        ("1", "64K"),
+        ("100", "512"),
+        ("5G", "4K"),
+        ("4096G", "2M"),
+        ("0", "64K"),
+    ] {
+        let bytes = if size == "1" {
+            "512".to_owned()
+        } else {
+            size.replace("100", "100K")
+        };
+        succeeds(&folder, &["create", "--cluster-size", cluster, "a.qcow2", &bytes])?;
+        qemu_img(&folder, &["check", "-q", "a.qcow2"])?;
+        let theirs = json(&qemu_img(&folder, &["info", "--output=json", "a.qcow2"])?)?;
+        let ours = json(&succeeds(&folder, &["info", "--json", "a.qcow2"])?)?;
+        agree(&ours, &theirs, &["virtual-size", "cluster-size"])?;
+        fails(&folder, &["create", "a.qcow2", "1M"], &["never overwritten"])?;
+        fs::remove_file(folder.path().join("a.qcow2"))?;
+    }
+    succeeds(&folder, &["create", "base.img", "3M"])?;
+    ensure!(fs::metadata(folder.path().join("base.img"))?.len() == 3 << 20);
+    write(&folder, "base.img", "write -P 9 1M 1M")?;
+    succeeds(
+        &folder,
+        &[
+            "create",
+            "-b",
+            "base.img",
+            "-F",
+            "raw",
+            "--lazy-refcounts",
+            "top.qcow2",
+        ],
+    )?;
+    qemu_img(&folder, &["check", "-q", "top.qcow2"])?;
+    qemu_img(
+        &folder,
+        &["compare", "-f", "qcow2", "-F", "raw", "top.qcow2", "base.img"],
+    )?;
+    write(&folder, "top.qcow2", "write -P 1 0 3M")?;
+    qemu_img(&folder, &["check", "-q", "top.qcow2"])?;
+    fails(
+        &folder,
+        &["create", "--cluster-size=3000", "x.qcow2", "1M"],
+        &["no power of two"],
+    )?;
+    fails(&folder, &["create", "x.vmdk", "1M"], &["can only be read"])
+}
+
+fn convert() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    succeeds(&folder, &["create", "base.img", "6M"])?;
+    write(&folder, "base.img", "write -P 9 1M 100k")?;
+    qemu_img(
+        &folder,
+        &[
+            "create", "-q", "-f", "qcow2", "-b", "base.img", "-F", "raw", "a.qcow2",
+        ],
+    )?;
+    write(&folder, "a.qcow2", "write -P 4 3000k 1M")?;
+    for (format, name) in [("qcow2", "b.qcow2"), ("raw", "b.img")] {
+        succeeds(&folder, &["convert", "a.qcow2", name])?;
+        qemu_img(
+            &folder,
+            &["compare", "-f", "qcow2", "-F", format, "a.qcow2", name],
+        )?;
+    }
+    qemu_img(&folder, &["check", "-q", "b.qcow2"])?;
+    let info = json(&succeeds(&folder, &["info", "--json", "b.img"])?)?;
+    ensure!(
+        info["actual-size"].as_u64().is_some_and(|used| used < 2 << 20),
+        "zeros take space: {info}"
+    );
+    let sources: [(&str, &[&str]); 6] = [
+        ("vmdk", &[]),
+        ("vmdk", &["-o", "subformat=streamOptimized"]),
+        ("vdi", &[]),
+        ("vhdx", &[]),
+        ("vpc", &["-o", "force_size=on"]),
+        ("qcow2", &["-c", "-o", "compression_type=zstd"]),
+    ];
+    for (format, options) in sources {
+        let source = format!("c.{format}");
+        let base = ["convert", "-f", "raw", "-O", format];
+        qemu_img(&folder, &[&base[..], options, &["b.img", &source]].concat())?;
+        succeeds(&folder, &["convert", &source, "d.qcow2"])?;
+        qemu_img(
+            &folder,
+            &["compare", "-f", "raw", "-F", "qcow2", "b.img", "d.qcow2"],
+        )?;
+        qemu_img(&folder, &["check", "-q", "d.qcow2"])?;
+        fs::remove_file(folder.path().join("d.qcow2"))?;
+    }
+    Ok(())
+}
+
+fn snapshots() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let sound = || qemu_img(&folder, &["check", "-q", "a.qcow2"]);
+    let same = |name: &str| qemu_img(&folder, &["compare", "-f", "qcow2", "-F", "raw", "a.qcow2", name]);
+    succeeds(&folder, &["create", "a.qcow2", "4M"])?;
+    for (value, name) in [("1", "one"), ("2", "two"), ("3", "three")] {
+        write(&folder, "a.qcow2", &format!("write -P {value} {value}00k 300k"))?;
+        qemu_img(
+            &folder,
+            &["convert", "-O", "raw", "a.qcow2", &format!("{name}.img")],
+        )?;
+        succeeds(&folder, &["snapshot", "--create", name, "a.qcow2"])?;
+        sound()?;
+    }
+    let ours = json(&succeeds(&folder, &["info", "--json", "a.qcow2"])?)?;
+    let theirs = json(&qemu_img(&folder, &["info", "--output=json", "a.qcow2"])?)?;
+    agree(&ours, &theirs, &["snapshots"])?;
+    let list = succeeds(&folder, &["snapshot", "--list", "a.qcow2"])?;
+    ensure!(
+        ["one", "two", "three"].iter().all(|name| list.contains(name)),
+        "{list}"
+    );
+    write(&folder, "a.qcow2", "write -P 7 0 4M")?;
+    succeeds(&folder, &["snapshot", "--apply", "one", "a.qcow2"])?;
+    sound()?;
+    same("one.img")?;
+    succeeds(&folder, &["snapshot", "--delete", "2", "a.qcow2"])?;
+    sound()?;
+    // qemu-img applies what is left.
+    qemu_img(&folder, &["snapshot", "-a", "three", "a.qcow2"])?;
+    same("three.img")?;
+    write(&folder, "a.qcow2", "write -P 8 0 4M")?;
+    succeeds(&folder, &["snapshot", "--delete", "three", "a.qcow2"])?;
+    succeeds(&folder, &["snapshot", "--apply", "one", "a.qcow2"])?;
+    succeeds(&folder, &["snapshot", "--delete", "one", "a.qcow2"])?;
+    sound()?;
+    same("one.img")?;
+    fails(
+        &folder,
+        &["snapshot", "--apply", "gone", "a.qcow2"],
+        &["snapshot name", "there is no"],
+    )?;
+    qemu_img(
+        &folder,
+        &[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            "compat=0.10",
+            "old.qcow2",
+            "1M",
+        ],
+    )?;
+    fails(
+        &folder,
+        &["snapshot", "--create", "x", "old.qcow2"],
+        &["version", "dirty bit"],
+    )
+}
+
+fn resize() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for name in ["a.qcow2", "a.img"] {
+        let format = if name == "a.img" { "raw" } else { "qcow2" };
+        succeeds(&folder, &["create", name, "2M"])?;
+        write(&folder, name, "write -P 5 0 2M")?;
+        // Past what the first L1 table maps.
+        succeeds(&folder, &["resize", name, "+3G"])?;
+        let size = json(&qemu_img(
+            &folder,
+            &["info", "--output=json", "-f", format, name],
+        )?)?;
+        ensure!(size["virtual-size"] == (3_u64 << 30) + (2 << 20), "{size}");
+        write(&folder, name, "read -P 5 0 2M")?;
+        write(&folder, name, "read -P 0 2M 8M")?;
+        write(&folder, name, "write -P 6 2G 1M")?;
+        fails(&folder, &["resize", name, "1M"], &["fewer than", "--shrink"])?;
+        succeeds(&folder, &["resize", "--shrink", name, "1000K"])?;
+        succeeds(&folder, &["resize", name, "3M"])?;
+        write(&folder, name, "read -P 5 0 1000k")?;
+        write(&folder, name, "read -P 0 1000k 2072k")?;
+        if format == "qcow2" {
+            qemu_img(&folder, &["check", "-q", name])?;
+        }
+        fails(
+            &folder,
+            &["resize", "--shrink", name, "1000"],
+            &["multiple of 512"],
+        )
+        .or_else(|error| if format == "raw" { Ok(()) } else { Err(error) })?;
+    }
+    Ok(())
+}
+
+fn encrypted() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    fs::write(folder.path().join("key"), "secret")?;
+    let secret = ["--object", "secret,id=s,file=key"];
+    let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1";
+    let create = ["create", "-q", "-f", "qcow2"];
+    qemu_img(
+        &folder,
+        &[&create[..], &secret, &["-o", options, "a.qcow2", "2M"]].concat(),
+    )?;
+    let source = "driver=qcow2,file.filename=a.qcow2,encrypt.key-secret=s";
+    let io = ["--image-opts", source, "-c", "write -P 7 1M 64k"];
+    let output = tool(&folder, "qemu-io", &[&secret[..], &io].concat())?;
+    ensure!(output.status.success(), "{output:?}");
+    let info = json(&succeeds(&folder, &["info", "--json", "a.qcow2"])?)?;
+    ensure!(info["encrypted"] == true, "{info}");
+    fails(
+        &folder,
+        &["convert", "a.qcow2", "b.img"],
+        &["crypt_method", "no passphrase"],
+    )?;
+    succeeds(&folder, &["convert", "--key-file", "key", "a.qcow2", "b.img"])?;
+    write(&folder, "b.img", "read -P 7 1M 64k")?;
+    fs::write(folder.path().join("key"), "wrong")?;
+    fails(
+        &folder,
+        &["convert", "--key-file", "key", "a.qcow2", "c.img"],
+        &["passphrase", "opens none"],
+    )
+}
+
+fn outside() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let elsewhere = tempfile::tempdir()?;
+    let base = elsewhere.path().join("base.img");
+    fs::write(&base, vec![7; 1 << 20])?;
+    let name = base.to_str().context("temporary paths are UTF-8")?;
+    qemu_img(
+        &folder,
+        &["create", "-q", "-f", "qcow2", "-b", name, "-F", "raw", "a.qcow2"],
+    )?;
+    fails(
+        &folder,
+        &["convert", "a.qcow2", "b.img"],
+        &["lies outside", "--image-folder"],
+    )?;
+    ensure!(!folder.path().join("b.img").exists());
+    let allowed = elsewhere.path().to_str().context("temporary paths are UTF-8")?;
+    succeeds(
+        &folder,
+        &["convert", "--image-folder", allowed, "a.qcow2", "b.img"],
+    )?;
+    ensure!(fs::read(folder.path().join("b.img"))? == vec![7; 1 << 20]);
+    // Names that QEMU would take for more than a file's are files that are not there.
+    let front = fs::read(folder.path().join("a.qcow2"))?;
+    let at = u64::from_be_bytes(*front[8..].first_chunk().context("a header")?);
+    for hostile in [
+        "json:{\"file.filename\":\"/etc/passwd\"}",
+        "nbd:unix:/tmp/x",
+        "../../etc/passwd",
+    ] {
+        patch(&folder, "a.qcow2", at, hostile.as_bytes())?;
+        patch(
+            &folder,
+            "a.qcow2",
+            16,
+            &u32::try_from(hostile.len())?.to_be_bytes(),
+        )?;
+        fails(
+            &folder,
+            &["convert", "a.qcow2", "c.img"],
+            &["cannot open the backing file"],
+        )?;
+        ensure!(!folder.path().join("c.img").exists());
+    }
+    Ok(())
+}
+
+fn failures() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let exists = |name: &str| Path::new(&folder.path().join(name)).exists();
+    succeeds(&folder, &["create", "a.qcow2", "1M"])?;
+    write(&folder, "a.qcow2", "write -P 1 0 512")?;
+    let bytes = fs::read(folder.path().join("a.qcow2"))?;
+    let l1 = u64::from_be_bytes(*bytes[40..].first_chunk().context("a header")?);
+    let entry = u64::from_be_bytes(*bytes[usize::try_from(l1)?..].first_chunk().context("a table")?);
+    patch(
+        &folder,
+        "a.qcow2",
+        entry & !(1 << 63),
+        &(1_u64 << 50).to_be_bytes(),
+    )?;
+    let before = fs::read(folder.path().join("a.qcow2"))?;
+    fails(
+        &folder,
+        &["convert", "a.qcow2", "b.img"],
+        &["L2 entry", "past the file's end"],
+    )?;
+    ensure!(!exists("b.img"), "a half-made image was left");
+    let output = image(&folder, &["check", "a.qcow2"])?;
+    ensure!(output.status.code() == Some(2), "{output:?}");
+    ensure!(
+        fs::read(folder.path().join("a.qcow2"))? == before,
+        "the image was changed"
+    );
+    Ok(())
+}
