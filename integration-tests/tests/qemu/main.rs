@@ -85,7 +85,8 @@ fn start_blk(disk: &Path, socket: &Path) -> Result<Process> {
     let base = disk.with_file_name("base.qcow2");
     command
         .arg(format!("--backing=qcow2:{}", base.display()))
-        .arg("--num-queues=2");
+        .arg("--num-queues=2")
+        .args(["--on-error=stop", "--poll-us=50", "--limit=ops=50K,bytes=1G"]);
     let mut process = Process::start(command)?;
     match wait_for(socket) {
         Ok(()) => Ok(process),
