@@ -118,7 +118,10 @@ fn run_qemu(kernel: &KernelImages, blk: &Path, net: Option<&Path>) -> Result<Str
         "-initrd",
         &text(&kernel.initrd),
     ]);
-    add(&["-append", "console=ttyS0 quiet mitigations=off panic=-1"]);
+    add(&[
+        "-append",
+        "console=ttyS0 quiet mitigations=off no_timer_check panic=-1",
+    ]);
     let words: Vec<&str> = argv.iter().map(String::as_str).collect();
     let (mut console, mut stderr) = (Vec::new(), Vec::new());
     let ended = run_here(&Job::new(&words, BOOT), &mut |stream, bytes| match stream {

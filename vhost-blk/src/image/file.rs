@@ -156,15 +156,15 @@ impl HostFile {
         let (Ok(start), Ok(count)) = (i64::try_from(offset), i64::try_from(len)) else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
-        match nix::fcntl::fallocate(
-            &self.file,
-            mode | FallocateFlags::FALLOC_FL_KEEP_SIZE,
-            start,
-            count,
-        ) {
-            Ok(()) => Ok(true),
-            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(false),
-            Err(error) => Err(error.into()),
+        let mode = mode | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        loop {
+            return match nix::fcntl::fallocate(&self.file, mode, start, count) {
+                Ok(()) => Ok(true),
+                // An end in the ring interrupts other calls of its thread.
+                Err(Errno::EINTR) => continue,
+                Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(false),
+                Err(error) => Err(error.into()),
+            };
         }
     }
 
