@@ -1,0 +1,205 @@
+//! Snapshots, sizes and repairs of an image at rest, cut off by a crash at every point: what is left opens,
+//! is sound after that, and shows the disk as it was or as it was to be.
+
+mod support;
+
+use std::time::Duration;
+
+use support::recorder::Recorder;
+use support::{
+    Random, Scratch, assert_same, check_clean, contents, create, open, patch, qemu_contents, qemu_img, text,
+    write,
+};
+use vhost_blk::image::qcow2::{self, CreateOptions, Repair};
+use vhost_blk::image::{BlockFile, Format, HostFile, ImageError, OpenOptions};
+
+const SIZE: usize = 1 << 20;
+
+/// Runs `change` and replays each prefix of what it wrote; `after` is the disk it makes.
+fn crash_everywhere(start: &[u8], change: &dyn Fn(&dyn BlockFile) -> Result<(), ImageError>, after: &[u8]) {
+    let scratch = Scratch::new();
+    let path = scratch.path("top");
+    std::fs::write(&path, start).expect("writes");
+    let before = qemu_contents(&path, &[]);
+    let recorder = Recorder::new(start.to_vec());
+    change(&recorder).expect("changes the image");
+    let total = recorder.position();
+    assert!(total > 4);
+    for count in 0..=total {
+        for seed in 0..3 {
+            let mut random = Random::new(seed * 1000 + count as u64);
+            std::fs::write(&path, recorder.after_host_crash(count, &mut random)).expect("writes");
+            drop(open(&[(&path, Format::Qcow2)]));
+            support::check_leaks_at_most(&path).unwrap_or_else(|found| panic!("after {count}: {found}"));
+            let found = qemu_contents(&path, &[]);
+            assert!(
+                found == before || found == after,
+                "after {count} of {total}: another disk"
+            );
+        }
+    }
+    std::fs::write(&path, recorder.after_process_death(total)).expect("writes");
+    check_clean(&path);
+    assert_same(&qemu_contents(&path, &[]), after, "in the end");
+}
+
+/// An image with a snapshot of an older disk; its bytes and both disks.
+fn image_with_snapshot() -> (Vec<u8>, Vec<u8>, Vec<u8>) {
+    let scratch = Scratch::new();
+    let path = scratch.path("top");
+    create(&path, "cluster_size=4k", &SIZE.to_string());
+    let image = open(&[(&path, Format::Qcow2)]);
+    write(&*image, 8192, &[1; 100 << 10]).expect("writes");
+    drop(image);
+    let old = qemu_contents(&path, &[]);
+    qemu_img(&["snapshot", "-c", "one", text(&path)]);
+    let image = open(&[(&path, Format::Qcow2)]);
+    write(&*image, 64 << 10, &[2; 100 << 10]).expect("writes");
+    drop(image);
+    (contents(&path), old, qemu_contents(&path, &[]))
+}
+
+fn snapshots_are_taken_applied_and_deleted_whole() {
+    let (start, old, now) = image_with_snapshot();
+    crash_everywhere(
+        &start,
+        &|file| qcow2::take(file, "two", Duration::from_secs(1)),
+        &now,
+    );
+    crash_everywhere(&start, &|file| qcow2::apply(file, "one"), &old);
+    crash_everywhere(&start, &|file| qcow2::delete(file, "one"), &now);
+}
+
+fn disks_grow_whole() {
+    let (start, _, now) = image_with_snapshot();
+    // 512 entries of 4 KiB map 2 MiB: a larger L1 table is needed.
+    let mut after = now;
+    after.resize(5 << 20, 0);
+    crash_everywhere(&start, &|file| qcow2::set_size(file, 5 << 20), &after);
+}
+
+fn repairs_count_anew() {
+    let (start, _, now) = image_with_snapshot();
+    let word = |at: usize| u64::from_be_bytes(start[at..at + 8].try_into().expect("eight bytes"));
+    let block = word(word(48) as usize) as usize;
+    let mut broken = start.clone();
+    broken[block + 20..block + 60].fill(0);
+    let check = |file: &dyn BlockFile, repair| qcow2::check(file, repair);
+    let recorder = Recorder::new(broken.clone());
+    let found = check(&recorder, Repair::No).expect("checks");
+    assert!(found.corruptions > 0, "{found:?}");
+    assert_eq!(recorder.position(), 0, "a check wrote");
+    check(&recorder, Repair::Refcounts).expect("repairs");
+    let scratch = Scratch::new();
+    let path = scratch.path("top");
+    for count in 0..=recorder.position() {
+        let mut random = Random::new(count as u64);
+        std::fs::write(&path, recorder.after_host_crash(count, &mut random)).expect("writes");
+        let file = HostFile::new(support::fd(&path, true)).expect("is a file");
+        check(&file, Repair::Refcounts).expect("repairs again");
+        check_clean(&path);
+        assert_same(&qemu_contents(&path, &[]), &now, "the repaired disk");
+    }
+}
+
+fn what_excludes_a_change_is_named_and_nothing_is_written() {
+    let scratch = Scratch::new();
+    let path = scratch.path("top");
+    let refused = |field: &str, change: &dyn Fn(&dyn BlockFile) -> Result<(), ImageError>| {
+        let recorder = Recorder::new(contents(&path));
+        match change(&recorder) {
+            Err(ImageError::Refused { field: found, reason }) => assert_eq!(found, field, "{reason}"),
+            other => panic!("{field}: {other:?}"),
+        }
+        assert_eq!(recorder.position(), 0, "{field}: it wrote");
+    };
+    let take = |file: &dyn BlockFile| qcow2::take(file, "x", Duration::ZERO);
+    create(&path, "compat=0.10", "1M");
+    refused("version", &take);
+    create(&path, "", "1M");
+    refused("snapshot name", &|file| qcow2::take(file, "", Duration::ZERO));
+    refused("snapshot name", &|file| {
+        qcow2::take(file, &"x".repeat(256), Duration::ZERO)
+    });
+    refused("snapshot name", &|file| qcow2::apply(file, "x"));
+    refused("snapshot name", &|file| qcow2::delete(file, "x"));
+    refused("size", &|file| qcow2::set_size(file, 1000));
+    refused("size", &|file| qcow2::set_size(file, 1 << 60));
+    for (at, value, field) in [
+        (79, 1, "incompatible_features"),
+        (79, 2, "incompatible_features"),
+        (95, 4, "autoclear_features"),
+    ] {
+        patch(&path, at, &[value]);
+        refused(field, &take);
+        patch(&path, at, &[0]);
+    }
+    qemu_img(&["bitmap", "--add", text(&path), "b"]);
+    refused("bitmaps extension", &take);
+    let data = scratch.path("data");
+    create(&path, &format!("data_file={}", text(&data)), "1M");
+    refused("external data file", &take);
+    std::fs::write(&path, b"").expect("writes");
+    let make = |size, cluster_bits| {
+        move |file: &dyn BlockFile| {
+            let options = CreateOptions {
+                cluster_bits,
+                ..CreateOptions::of_size(size)
+            };
+            qcow2::create(file, &options)
+        }
+    };
+    refused("size", &make(1 << 50, 9));
+    refused("size", &make(1000, 16));
+    refused("size", &make(1 << 63, 16));
+    refused("cluster_bits", &make(1 << 20, 8));
+    refused("cluster_bits", &make(1 << 20, 22));
+}
+
+/// Kilobytes of this process that are in memory.
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("reads");
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS:"))
+        .expect("is there");
+    line.split_whitespace()
+        .nth(1)
+        .and_then(|word| word.parse().ok())
+        .expect("a number")
+}
+
+fn a_large_disk_takes_the_cache_and_no_more() {
+    const TABLES: u64 = 4096;
+    let scratch = Scratch::new();
+    let path = scratch.path("top");
+    create(&path, "", "4T");
+    let options = OpenOptions {
+        l2_cache_size: 64 << 10,
+        ..OpenOptions::default()
+    };
+    let image = support::open_with(&[(&path, Format::Qcow2)], &options).expect("opens");
+    let before = resident();
+    // Each in an L2 table of its own, of which 4 KiB would be kept: 16 MiB without a bound.
+    for table in 0..TABLES {
+        write(&*image, table << 29, &[7; 512]).expect("writes");
+    }
+    for table in 0..TABLES {
+        assert_eq!(support::read(&*image, table << 29, 512).expect("reads"), [7; 512]);
+    }
+    let grown = resident().saturating_sub(before);
+    assert!(grown < 6 << 10, "{grown} KiB more than before");
+    drop(image);
+    check_clean(&path);
+}
+
+suite! {
+    with_qemu_img: [
+        snapshots_are_taken_applied_and_deleted_whole,
+        disks_grow_whole,
+        repairs_count_anew,
+        what_excludes_a_change_is_named_and_nothing_is_written,
+        a_large_disk_takes_the_cache_and_no_more,
+    ],
+    alone: [],
+}
