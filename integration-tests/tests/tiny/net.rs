@@ -287,6 +287,29 @@ fn bridge() -> Result<()> {
         .wait_line("ready=1", DEADLINE)
         .with_context(|| run.process.stderr().unwrap_or_default())?;
     ensure!(ports()? == 2, "{} TAPs on the bridge", ports()?);
+    // The host's end of a link that is down has no carrier.
+    let link = |order: &str| -> Result<()> {
+        let mut command = Command::new(artifact(Artifact::Bulkhead)?);
+        command.args(["link", "test", "net1", order]);
+        let output = command.env("XDG_RUNTIME_DIR", run.folder()).output()?;
+        ensure!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(())
+    };
+    let carriers = || -> Result<usize> {
+        let mut command = inside(Path::new("ip"));
+        let output = command.args(["-o", "link", "show", "master", "wire"]).output()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        Ok(text.lines().filter(|line| !line.contains("NO-CARRIER")).count())
+    };
+    ensure!(carriers()? == 2, "a link is down from the start");
+    link("down")?;
+    wait_until("a link goes down", || Ok(carriers()? == 1))?;
+    link("up")?;
+    wait_until("the link comes up", || Ok(carriers()? == 2))?;
     run.process.signal(Signal::SIGKILL)?;
     wait_until("the TAPs go with the VM", || Ok(ports()? == 0))
 }

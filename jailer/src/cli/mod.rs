@@ -14,6 +14,7 @@ pub(crate) mod fuzz;
 use crate::audit;
 use crate::audit::wall::Wall;
 use crate::failure::Failure;
+use crate::launch::net::link::{self, Order};
 use crate::launch::{self, Options};
 use crate::sandbox::{Role, SeccompMode};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
@@ -40,6 +41,15 @@ enum Verb {
         /// Go on until the VM is over
         #[arg(long, short)]
         follow: bool,
+    },
+    /// Take a NIC's link down or up while the VM runs
+    Link {
+        /// The VM's name
+        vm: String,
+        /// The NIC's id, such as net0
+        nic: String,
+        /// What to do
+        order: Order,
     },
     /// Say what this host lacks, and the command that mends it
     Doctor {
@@ -182,6 +192,7 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
         Verb::Run(args) if args.dry_run => print(&launch::dry_run(&args.spec()?, &args.options())?),
         Verb::Run(args) => launch::run(&args.spec()?, &args.options(), launched_ns),
         Verb::Events { vm, follow } => events::show(&vm, follow),
+        Verb::Link { vm, nic, order } => link::order(&vm, &nic, order),
         Verb::Doctor { json } => {
             let (text, code) = doctor::examine(json);
             print(&text)?;

@@ -6,6 +6,7 @@ use super::kernel::{self, Kernel};
 use super::machine::{Backend, Device, Key};
 use super::net::{self, Nic};
 use super::qcow2;
+use super::run_dir::RunDir;
 use crate::failure::Failure;
 use crate::sandbox::cgroup::disk_behind;
 use nix::errno::Errno;
@@ -43,6 +44,8 @@ pub(crate) enum BackendInput {
     Net {
         tap: net::Opened,
         pcap: Option<OwnedFd>,
+        /// Where orders for its link come from; made once there is a run-time folder.
+        link: Option<OwnedFd>,
     },
     /// Connected to someone else's back end.
     Socket(OwnedFd),
@@ -173,6 +176,7 @@ fn open_net(device: &Device, nic: &Nic) -> Result<BackendInput, Failure> {
         .map(|path| net::open_pcap(&device.field, path));
     Ok(BackendInput::Net {
         pcap: pcap.transpose()?.map(OwnedFd::from),
+        link: None,
         tap: net::open(device, nic)?,
     })
 }
@@ -415,6 +419,18 @@ fn open_below(allowed: &[PathBuf], path: &Path) -> Result<File, BelowError> {
 }
 
 impl Inputs {
+    /// Makes the pipes for orders to NICs' links.
+    pub(crate) fn make_links(&mut self, run_dir: &RunDir, devices: &[Device]) -> Result<(), Failure> {
+        for (backend, device) in self.backends.iter_mut().zip(devices) {
+            if let BackendInput::Net { link, .. } = backend {
+                *link = Some(net::link::make(run_dir, &device.id).map_err(|e| {
+                    Failure::host(format!("{}: cannot make a pipe for its link", device.field)).because(&e)
+                })?);
+            }
+        }
+        Ok(())
+    }
+
     /// The disk that the image of `device` lies on, by major and minor number.
     pub(crate) fn disk_of(&self, device: usize) -> Option<(u64, u64)> {
         let Some(BackendInput::Images(images)) = self.backends.get(device) else {

@@ -97,7 +97,8 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
     let reaper = Reaper::start(&run_dir, saved.as_ref(), place.as_ref())
         .map_err(|e| Failure::host("cannot start the reaper").because(&e))?;
     let result = (|| {
-        let inputs = inputs::open(spec, &devices)?;
+        let mut inputs = inputs::open(spec, &devices)?;
+        inputs.make_links(&run_dir, &devices)?;
         // Until the end of this block: their namespaces end with these.
         let holders = inputs.holders();
         let plan = make_plan(spec, &name, &devices, options, &inputs, saved.is_some());

@@ -112,6 +112,15 @@ fn remove(path: &Path) {
     for file in FILES {
         let _ = fs::remove_file(path.join(file));
     }
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry
+            .file_name()
+            .as_encoded_bytes()
+            .ends_with(RunDir::LINK.as_bytes())
+        {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
     let _ = fs::remove_dir(path);
     // The last VM's folder takes its parent along; with others in it, this fails.
     if let Some(parent) = path.parent() {
@@ -120,6 +129,9 @@ fn remove(path: &Path) {
 }
 
 impl RunDir {
+    /// What the names of NICs' pipes end in.
+    pub(crate) const LINK: &str = ".link";
+
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }

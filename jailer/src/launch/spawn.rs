@@ -221,7 +221,8 @@ impl Wires {
                     table.insert(Source::FrontEnd(n), socket);
                     continue;
                 }
-                BackendInput::Net { tap, pcap } => {
+                BackendInput::Net { tap, pcap, link } => {
+                    table.extend(link.map(|fd| (Source::Link(n), fd)));
                     table.extend(pcap.map(|file| (Source::Pcap(n), file)));
                     match tap {
                         Opened::Ready(taps) => table.extend(tap_sources(n, taps)),

@@ -14,6 +14,7 @@
 mod holder;
 mod interface;
 mod isolated;
+pub(crate) mod link;
 mod passt;
 mod private;
 mod relay;

@@ -91,6 +91,8 @@ fn plan_nic(n: usize, nic: &Nic, fds: &mut Table) -> Vec<String> {
     }
     arguments.push(format!("--num-queues={}", 2 * nic.queues));
     arguments.extend(nic.mtu.map(|mtu| format!("--mtu={mtu}")));
+    let link = fds.add(Source::Link(n), "pipe with orders for the link");
+    arguments.push(format!("--link-fd={}", link.0));
     if let Some(path) = &nic.pcap {
         let pcap = fds.add(Source::Pcap(n), path.display().to_string());
         arguments.push(format!("--pcap-fd={}", pcap.0));

@@ -51,6 +51,8 @@ pub(crate) enum Source {
     DataFile(usize),
     /// A queue of a NIC's TAP.
     Tap(usize, usize),
+    /// Orders for a NIC's link.
+    Link(usize),
     /// A NIC's capture.
     Pcap(usize),
 }

@@ -1,0 +1,70 @@
+//! Orders for a running VM's links: a pipe for each NIC in the run-time folder, which its device
+//! process reads.
+
+use crate::failure::Failure;
+use crate::launch::run_dir::RunDir;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+
+/// What [`order`] asks for, as the device process reads it (`--link-fd`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub(crate) enum Order {
+    /// The guest sees no carrier, and no frame passes
+    Down,
+    /// Frames pass again
+    Up,
+    /// The guest tells the network where it is
+    Announce,
+}
+
+impl Order {
+    fn byte(self) -> u8 {
+        match self {
+            Self::Down => b'0',
+            Self::Up => b'1',
+            Self::Announce => b'a',
+        }
+    }
+}
+
+/// Makes the pipe of the NIC `id`, open both ways: its reader never sees its end.
+pub(crate) fn make(run_dir: &RunDir, id: &str) -> io::Result<OwnedFd> {
+    let path = run_dir.path().join(format!("{id}{}", RunDir::LINK));
+    mkfifo(&path, Mode::from_bits_truncate(0o600))?;
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
+    Ok(options.open(&path)?.into())
+}
+
+/// Gives an order to the NIC `id` of the running VM `vm`.
+///
+/// # Errors
+/// A [`Failure`] when there is no such VM or NIC, or its process does not take orders.
+pub(crate) fn order(vm: &str, id: &str, order: Order) -> Result<u8, Failure> {
+    let folder = crate::launch::run_folder(vm)?;
+    crate::launch::machine::check_name("nic", id)?;
+    let open = || {
+        let mut options = OpenOptions::new();
+        let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
+        let file = options
+            .write(true)
+            .custom_flags(flags)
+            .open(folder.join(format!("{id}{}", RunDir::LINK)))?;
+        match file.metadata()?.file_type().is_fifo() {
+            true => Ok(file),
+            false => Err(io::Error::other("it is no pipe")),
+        }
+    };
+    open()
+        .and_then(|mut pipe| pipe.write_all(&[order.byte()]))
+        .map_err(|e| {
+            Failure::host(format!("cannot give an order to the NIC '{id}' of the VM '{vm}'"))
+                .because(&e)
+                .hint("only NICs that vhost-user-net serves take orders: see state.json")
+        })?;
+    Ok(0)
+}
