@@ -21,6 +21,7 @@ mod internet;
 mod memory;
 #[cfg(target_os = "none")]
 mod mmio;
+#[cfg(target_os = "none")]
 mod net;
 #[cfg(target_os = "none")]
 mod parameters;
@@ -32,6 +33,7 @@ mod queue;
 mod scenario;
 #[cfg(target_os = "none")]
 mod serial;
+#[cfg(target_os = "none")]
 mod storm;
 #[cfg(target_os = "none")]
 mod virtio;
