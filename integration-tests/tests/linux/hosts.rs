@@ -32,7 +32,7 @@ fn need_root(why: &str) -> Result<()> {
     Ok(())
 }
 
-/// All of a guest's RAM is huge pages while it runs.
+/// A guest's RAM is huge pages while it runs: as many as it has touched.
 fn huge_pages() -> Result<()> {
     Host::need_linux_kvm()?;
     need_root("only root can set huge pages aside")?;
@@ -60,10 +60,10 @@ fn huge_pages() -> Result<()> {
         anyhow::Ok((ran?, most??))
     })?;
     ran.expect_power_off()?;
+    let used = most - before;
     ensure!(
-        most == before + pages,
-        "{} huge pages were in use, not {pages}",
-        most - before
+        (pages / 4..=pages).contains(&used),
+        "{used} huge pages were in use, of {pages}"
     );
     ensure!(in_use()? == before, "huge pages are still in use");
     Ok(())
