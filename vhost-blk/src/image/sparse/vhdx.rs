@@ -12,55 +12,19 @@ const MOST_ENTRIES: u64 = 2047;
 const MOST_METADATA: u64 = 1 << 30;
 
 /// A GUID as it lies in the file.
-const fn guid(a: u32, b: u16, c: u16, d: [u8; 8]) -> [u8; 16] {
-    let (a, b, c) = (a.to_le_bytes(), b.to_le_bytes(), c.to_le_bytes());
-    [
-        a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7],
-    ]
+const fn guid(text: u128) -> [u8; 16] {
+    let [a, b, c, d, e, f, g, h, tail @ ..] = text.to_be_bytes();
+    let [i, j, k, l, m, n, o, p] = tail;
+    [d, c, b, a, f, e, h, g, i, j, k, l, m, n, o, p]
 }
 
-const BAT: [u8; 16] = guid(
-    0x2dc2_7766,
-    0xf623,
-    0x4200,
-    [0x9d, 0x64, 0x11, 0x5e, 0x9b, 0xfd, 0x4a, 0x08],
-);
-const METADATA: [u8; 16] = guid(
-    0x8b7c_a206,
-    0x4790,
-    0x4b9a,
-    [0xb8, 0xfe, 0x57, 0x5f, 0x05, 0x0f, 0x88, 0x6e],
-);
-const PARAMETERS: [u8; 16] = guid(
-    0xcaa1_6737,
-    0xfa36,
-    0x4d43,
-    [0xb3, 0xb6, 0x33, 0xf0, 0xaa, 0x44, 0xe7, 0x6b],
-);
-const DISK_SIZE: [u8; 16] = guid(
-    0x2fa5_4224,
-    0xcd1b,
-    0x4876,
-    [0xb2, 0x11, 0x5d, 0xbe, 0xd8, 0x3b, 0xf4, 0xb8],
-);
-const SECTOR_SIZE: [u8; 16] = guid(
-    0x8141_bf1d,
-    0xa96f,
-    0x4709,
-    [0xba, 0x47, 0xf2, 0x33, 0xa8, 0xfa, 0xab, 0x5f],
-);
-const PHYSICAL: [u8; 16] = guid(
-    0xcda3_48c7,
-    0x445d,
-    0x4471,
-    [0x9c, 0xc9, 0xe9, 0x88, 0x52, 0x51, 0xc5, 0x56],
-);
-const DISK_ID: [u8; 16] = guid(
-    0xbeca_12ab,
-    0xb2e6,
-    0x4523,
-    [0x93, 0xef, 0xc3, 0x09, 0xe0, 0x00, 0xc7, 0x46],
-);
+const BAT: [u8; 16] = guid(0x2dc27766_f623_4200_9d64_115e9bfd4a08);
+const METADATA: [u8; 16] = guid(0x8b7ca206_4790_4b9a_b8fe_575f050f886e);
+const PARAMETERS: [u8; 16] = guid(0xcaa16737_fa36_4d43_b3b6_33f0aa44e76b);
+const DISK_SIZE: [u8; 16] = guid(0x2fa54224_cd1b_4876_b211_5dbed83bf4b8);
+const SECTOR_SIZE: [u8; 16] = guid(0x8141bf1d_a96f_4709_ba47_f233a8faab5f);
+const PHYSICAL: [u8; 16] = guid(0xcda348c7_445d_4471_9cc9_e9885251c556);
+const DISK_ID: [u8; 16] = guid(0xbeca12ab_b2e6_4523_93ef_c309e000c746);
 
 /// A part of the file, inside its length: offset and length.
 type Region = (u64, u64);
