@@ -40,3 +40,9 @@ pub unsafe fn close_range(first: u32, last: u32) {
     // kernels before 5.9, where the descriptors stay until exit.
     unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
 }
+
+/// Owns what accept4 has just returned.
+pub(crate) fn accepted(number: i32) -> OwnedFd {
+    // SAFETY: the kernel made it a moment ago, for the caller, who names it once.
+    unsafe { OwnedFd::from_raw_fd(number) }
+}

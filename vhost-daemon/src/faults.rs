@@ -2,7 +2,7 @@
 //! is every build that is shipped, all of this is empty and the trigger does not exist.
 //!
 //! The name of a fault comes with the disk's serial number, which is its id in the VM's
-//! description: `fault.publish-index` dies between writing the used index and clearing the
+//! description: `bad.publish-index` dies between writing the used index and clearing the
 //! in-flight record, and so does each successor.
 
 /// The moments, in the order of a request's life.
@@ -78,15 +78,15 @@ mod armed {
         ("notify-after", Step::AfterNotify),
     ];
     /// A process lives at least this long, so that it counts as one that had served.
-    const LEAST_LIFE: Duration = Duration::from_millis(60);
+    const LEAST_LIFE: Duration = Duration::from_millis(150);
     /// At most so much longer, at random.
-    const MORE_LIFE: u32 = 40_000_000;
+    const MORE_LIFE: u32 = 100_000_000;
 
     enum Fault {
         /// Dies at the first such step after that time.
         Die(Step, Instant),
-        /// A queue's thread spins from that time on.
-        Spin(Instant),
+        /// One queue's thread spins from that time on.
+        Spin(Instant, AtomicBool),
         /// The first flush takes that long.
         SlowFlush(Duration, AtomicBool),
     }
@@ -97,7 +97,7 @@ mod armed {
     pub fn arm(name: &[u8]) {
         let Some(name) = std::str::from_utf8(name)
             .ok()
-            .and_then(|name| name.strip_prefix("fault."))
+            .and_then(|name| name.strip_prefix("bad."))
         else {
             return;
         };
@@ -107,7 +107,7 @@ mod armed {
         let death = DEATHS.iter().find(|(step, _)| *step == name);
         let fault = match (death, name) {
             (Some((_, step)), _) => Fault::Die(*step, now + life),
-            (None, "spin") => Fault::Spin(now + Duration::from_secs(1)),
+            (None, "spin") => Fault::Spin(now + Duration::from_secs(1), AtomicBool::new(false)),
             (None, "slow-flush") => Fault::SlowFlush(Duration::from_secs(10), AtomicBool::new(false)),
             _ => return,
         };
@@ -121,9 +121,15 @@ mod armed {
                 // SAFETY: an invalid instruction ends the process, at once: no handler is set.
                 unsafe { core::arch::asm!("ud2", options(noreturn)) }
             }
-            Some(Fault::Spin(at)) if step == Step::BeforeSubmit && Instant::now() >= *at => loop {
-                std::hint::spin_loop();
-            },
+            Some(Fault::Spin(at, begun))
+                if step == Step::BeforeSubmit
+                    && Instant::now() >= *at
+                    && !begun.swap(true, Ordering::Relaxed) =>
+            {
+                loop {
+                    std::hint::spin_loop();
+                }
+            }
             Some(Fault::SlowFlush(time, done))
                 if step == Step::Flush && !done.swap(true, Ordering::Relaxed) =>
             {

@@ -158,6 +158,12 @@ pub enum ToVmm {
         /// Which back end of this device it is: the first is 0, each further one more.
         generation: u32,
     },
+    /// Drain the device in this slot and let go of its back end, for another to take over. Answered
+    /// by [`FromVmm::Done`] once nothing is in flight, or by [`FromVmm::Failed`].
+    ReleaseBackend {
+        /// PCI device number.
+        slot: u8,
+    },
     /// No back end will come any more for the device in this slot: tell the guest (NEEDS_RESET).
     /// Answered by [`FromVmm::Done`].
     GiveUpBackend {

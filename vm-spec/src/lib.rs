@@ -4,6 +4,7 @@
 //! links it without linking any code that parses what a guest wrote.
 #![forbid(unsafe_code)]
 
+pub mod client;
 pub mod control;
 pub mod events;
 pub mod image;

@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 pub struct SupervisorConfig {
     /// Control socket to the vmm.
     pub vmm: FdNumber,
+    /// Where clients connect ([`crate::client`]): listening, non-blocking.
+    pub clients: FdNumber,
     /// The console: stream socket to the vmm.
     pub console: FdNumber,
     /// Where console input comes from; absent: nowhere.
@@ -93,6 +95,15 @@ pub enum ToSupervisor {
     PowerOff,
 }
 
+/// Which binary a process is made from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Build {
+    /// What served last.
+    Current,
+    /// What came with [`FromSupervisor::Candidate`].
+    Candidate,
+}
+
 /// From the supervisor to the spawner.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum FromSupervisor {
@@ -106,6 +117,18 @@ pub enum FromSupervisor {
     /// Start a device's process again, in a fresh jail, with the same image or TAP. Refused while
     /// its predecessor is not reaped: an image is never open in two of them.
     Respawn {
+        /// Its place in [`SupervisorConfig::processes`].
+        process: u16,
+        /// From which binary.
+        build: Build,
+    },
+    /// Keep another build of a device's process; one fd attached: the binary.
+    Candidate {
+        /// Its place in [`SupervisorConfig::processes`].
+        process: u16,
+    },
+    /// The candidate serves: from now on it is the current build.
+    Adopt {
         /// Its place in [`SupervisorConfig::processes`].
         process: u16,
     },

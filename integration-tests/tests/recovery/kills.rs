@@ -40,7 +40,7 @@ pub(crate) fn tests() -> Vec<Trial> {
 }
 
 /// Moments (a SplitMix64 sequence).
-struct Moments(u64);
+pub(crate) struct Moments(u64);
 
 impl Moments {
     fn new() -> Self {
@@ -50,10 +50,21 @@ impl Moments {
         Self(seed)
     }
 
-    /// From 10 to 190 ms.
-    fn wait(&mut self) {
+    /// A sequence of its own for each `number`.
+    pub(crate) fn of(number: u64) -> Self {
+        let Self(seed) = Self::new();
+        Self(seed.wrapping_add(number << 32))
+    }
+
+    /// A number below `limit`.
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
         self.0 = self.0.wrapping_add(1);
-        let micros = guest_contract::pattern_word(self.0, 0, 0) % 180_000;
+        guest_contract::pattern_word(self.0, 0, 0) % limit
+    }
+
+    /// From 10 to 190 ms.
+    pub(crate) fn wait(&mut self) {
+        let micros = self.below(180_000);
         thread::sleep(Duration::from_micros(10_000 + micros));
     }
 }

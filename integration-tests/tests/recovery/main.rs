@@ -5,6 +5,8 @@ mod forced;
 mod kills;
 mod limits;
 mod storm;
+mod stress;
+mod upgrade;
 mod victim;
 
 use std::process::ExitCode;
@@ -14,5 +16,7 @@ fn main() -> ExitCode {
     tests.extend(kills::tests());
     tests.extend(limits::tests());
     tests.extend(forced::tests());
+    tests.extend(upgrade::tests());
+    tests.extend(stress::tests());
     integration_tests::suite::run(tests)
 }

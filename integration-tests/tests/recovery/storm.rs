@@ -52,10 +52,10 @@ impl Image {
         Ok(())
     }
 
-    /// `qemu-img check`, then the sum of all blocks' checksums as QEMU reads them.
-    fn examine(self, path: &Path) -> Result<u64> {
-        let raw = match self {
-            Self::Raw => path.to_owned(),
+    /// `qemu-img check`.
+    fn check(self, path: &Path) -> Result<()> {
+        match self {
+            Self::Raw => Ok(()),
             Self::Qcow2 => {
                 let mut check = Command::new("qemu-img");
                 let output = check.args(["check", "-f", "qcow2"]).arg(path).output()?;
@@ -67,6 +67,17 @@ impl Image {
                     "{}: {words}",
                     output.status
                 );
+                Ok(())
+            }
+        }
+    }
+
+    /// `qemu-img check`, then the sum of all blocks' checksums as QEMU reads them.
+    fn examine(self, path: &Path) -> Result<u64> {
+        self.check(path)?;
+        let raw = match self {
+            Self::Raw => path.to_owned(),
+            Self::Qcow2 => {
                 let raw = path.with_extension("raw");
                 let to = raw.display().to_string();
                 qemu_img(&["convert", "-f", "qcow2", "-O", "raw"], path, &[&to])?;
@@ -155,6 +166,12 @@ impl Storm {
 
     fn path(&self) -> PathBuf {
         self.folder.path().join("disk")
+    }
+
+    /// Looks at the image of a VM that was ended: as after a power failure, nothing is known of
+    /// what it holds, but it is sound.
+    pub(crate) fn check_image(&self) -> Result<()> {
+        self.image.check(&self.path())
     }
 
     /// Lets the guest finish and compares everything.

@@ -82,6 +82,11 @@ impl Victim {
         self.pid(run).is_some()
     }
 
+    /// The process that serves now may be one that [`Victim::strike`] has not seen.
+    pub(crate) fn forget(&mut self) {
+        self.last = None;
+    }
+
     /// Waits for a process that has not been killed yet, and sends it `signal`. False: the VM is
     /// over.
     pub(crate) fn strike(&mut self, run: &mut Run, signal: Signal, deadline: Duration) -> Result<bool> {
@@ -96,12 +101,12 @@ impl Victim {
             match self.pid(run) {
                 Some(pid) if self.last != Some(pid) => {
                     self.last = Some(pid);
-                    return match kill(Pid::from_raw(pid), signal) {
-                        Ok(()) => Ok(true),
-                        // The VM ended in this moment.
-                        Err(Errno::ESRCH) => Ok(false),
-                        Err(error) => Err(error.into()),
-                    };
+                    match kill(Pid::from_raw(pid), signal) {
+                        Ok(()) => return Ok(true),
+                        // The VM ended in this moment, or what was written down is out of date.
+                        Err(Errno::ESRCH) => {}
+                        Err(error) => return Err(error.into()),
+                    }
                 }
                 _ => {}
             }

@@ -6,6 +6,7 @@ mod flags;
 mod image;
 mod policy;
 mod spec_file;
+mod upgrade;
 
 #[cfg(feature = "fuzzing")]
 #[path = "../../fuzz/cli.rs"]
@@ -50,6 +51,16 @@ enum Verb {
         nic: String,
         /// What to do
         order: Order,
+    },
+    /// Replace a running VM's device processes by another build, while its guest works
+    Upgrade {
+        /// The VM's name
+        vm: String,
+        /// The device (default: all that the binary's name says it is for)
+        device: Option<String>,
+        /// The new build
+        #[arg(long, value_name = "FILE")]
+        binary: PathBuf,
     },
     /// Say what this host lacks, and the command that mends it
     Doctor {
@@ -193,6 +204,7 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
         Verb::Run(args) => launch::run(&args.spec()?, &args.options(), launched_ns),
         Verb::Events { vm, follow } => events::show(&vm, follow),
         Verb::Link { vm, nic, order } => link::order(&vm, &nic, order),
+        Verb::Upgrade { vm, device, binary } => print(&upgrade::upgrade(&vm, device.as_deref(), &binary)?),
         Verb::Doctor { json } => {
             let (text, code) = doctor::examine(json);
             print(&text)?;

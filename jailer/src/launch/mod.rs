@@ -64,6 +64,14 @@ pub fn run_folder(name: &str) -> Result<PathBuf, Failure> {
     })
 }
 
+/// Connects to the supervisor of the VM whose run-time folder `folder` is.
+///
+/// # Errors
+/// When nobody listens there.
+pub fn connect_to(folder: &std::path::Path) -> std::io::Result<std::os::fd::OwnedFd> {
+    run_dir::connect_to(folder)
+}
+
 /// What `bulkhead run --dry-run` prints. Opens everything, runs nothing.
 ///
 /// # Errors
@@ -102,6 +110,9 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
         // Until the end of this block: their namespaces end with these.
         let holders = inputs.holders();
         let plan = make_plan(spec, &name, &devices, options, &inputs, saved.is_some());
+        let clients = run_dir
+            .listen()
+            .map_err(|e| Failure::host("cannot make the VM's control socket").because(&e))?;
         let groups = make_groups(spec, place, &plan, &inputs, reaper.pid)?;
         let binaries = spawn::Binaries::open(&plan, groups.clone())?;
         let mut obituary = Obituary::begin(groups.clone());
@@ -116,7 +127,7 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
         if let Some(saved) = &saved {
             terminal::make_raw(saved);
         }
-        let running = spawn::spawn(&plan, inputs, binaries)?;
+        let running = spawn::spawn(&plan, inputs, binaries, clients)?;
         let mut state = describe(&plan, &running, &reaper, &holders, launched_ns);
         save_state(&run_dir, &state);
         let guards = holders

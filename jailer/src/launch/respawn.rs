@@ -12,8 +12,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::SockType;
 use nix::unistd::Pid;
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
+use vm_spec::supervise::Build;
 
 /// A successor has built its jail and executes its binary within this time, or is killed.
 const JAIL_DEADLINE: Duration = Duration::from_secs(2);
@@ -24,6 +25,9 @@ pub(crate) struct Respawner {
     processes: Vec<Option<ProcessPlan>>,
     kept: BTreeMap<Source, OwnedFd>,
     binaries: Binaries,
+    /// Other builds, by place: those that serve instead, and those that are to be tried.
+    adopted: BTreeMap<usize, OwnedFd>,
+    candidates: BTreeMap<usize, OwnedFd>,
 }
 
 /// A successor that builds its jail.
@@ -50,14 +54,40 @@ impl Respawner {
             kept: table.into_iter().filter(|(source, _)| wanted(source)).collect(),
             processes,
             binaries,
+            adopted: BTreeMap::new(),
+            candidates: BTreeMap::new(),
         }
     }
 
-    /// Starts a process in the place of `process`, which has been reaped.
+    /// Keeps another build of `process`, instead of the last that was kept for it.
+    pub(crate) fn keep_candidate(&mut self, process: usize, binary: OwnedFd) {
+        if self.processes.get(process).is_some_and(Option::is_some) {
+            self.candidates.insert(process, binary);
+        }
+    }
+
+    /// The candidate serves.
+    pub(crate) fn adopt(&mut self, process: usize) {
+        if let Some(binary) = self.candidates.remove(&process) {
+            self.adopted.insert(process, binary);
+        }
+    }
+
+    fn binary(&self, process: usize, build: Build, plan: &ProcessPlan) -> Option<BorrowedFd<'_>> {
+        match build {
+            Build::Candidate => self.candidates.get(&process).map(AsFd::as_fd),
+            Build::Current => match self.adopted.get(&process) {
+                Some(binary) => Some(binary.as_fd()),
+                None => Some(self.binaries.of(plan)),
+            },
+        }
+    }
+
+    /// Starts a process of `build` in the place of `process`, which has been reaped.
     ///
     /// # Errors
     /// A [`Failure`] when there is no such device process or it cannot be made.
-    pub(crate) fn start(&self, process: usize) -> Result<Successor, Failure> {
+    pub(crate) fn start(&self, process: usize, build: Build) -> Result<Successor, Failure> {
         let Some(Some(plan)) = self.processes.get(process) else {
             return Err(Failure::host(format!("process {process} has no successor")));
         };
@@ -67,7 +97,10 @@ impl Respawner {
             Source::BackEnd(_) => theirs.as_fd(),
             other => self.kept[&other].as_fd(),
         };
-        let starting = begin(plan, &lookup, &self.binaries)?;
+        let binary = self
+            .binary(process, build, plan)
+            .ok_or_else(|| Failure::host(format!("{}: there is no other build", plan.name)))?;
+        let starting = begin(plan, &lookup, &self.binaries, binary)?;
         Ok(Successor { socket, starting })
     }
 }

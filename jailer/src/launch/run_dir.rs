@@ -3,20 +3,27 @@
 
 use crate::failure::Failure;
 use nix::fcntl::{Flock, FlockArg, OFlag, openat, renameat};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, geteuid};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use vm_spec::client;
 use vm_spec::events::{self, VmEvent};
 use vm_spec::run_state::{self, RunState};
 
 /// Another start or sweep of the same name is waited out this many times.
 const ATTEMPTS: usize = 8;
 /// The files that a run-time folder may hold.
-const FILES: [&str; 3] = [run_state::FILE_NAME, "state.json.new", events::FILE_NAME];
+const FILES: [&str; 4] = [
+    run_state::FILE_NAME,
+    "state.json.new",
+    events::FILE_NAME,
+    client::SOCKET_NAME,
+];
 
 /// A locked run-time folder. The lock is the folder's own, and ends with its last holder.
 pub(crate) struct RunDir {
@@ -36,6 +43,21 @@ fn parent() -> PathBuf {
 pub(crate) fn find(name: &str) -> Option<PathBuf> {
     let sound = !name.is_empty() && !name.starts_with('.') && !name.contains('/');
     Some(parent().join(name)).filter(|path| sound && path.is_dir())
+}
+
+/// The control socket in the folder that is open as `folder`: a run-time folder's own path may be
+/// longer than an address holds.
+fn socket_address(folder: i32) -> nix::Result<UnixAddr> {
+    UnixAddr::new(format!("/proc/self/fd/{folder}/{}", client::SOCKET_NAME).as_str())
+}
+
+/// Connects to the supervisor of the VM whose folder `path` is.
+pub(crate) fn connect_to(path: &Path) -> io::Result<OwnedFd> {
+    let folder = File::open(path)?;
+    let kind = SockType::SeqPacket;
+    let socket = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None)?;
+    connect(socket.as_raw_fd(), &socket_address(folder.as_raw_fd())?)?;
+    Ok(socket)
 }
 
 /// Makes and locks the folder of VM `name`, after sweeping those of VMs that are gone.
@@ -144,7 +166,7 @@ impl RunDir {
     /// Writes `state.json` anew, whole. Goes by the folder's descriptor: its path may lead
     /// through folders that are closed to who we are by now.
     pub(crate) fn write_state(&self, state: &RunState) -> io::Result<()> {
-        let [name, new, _] = FILES;
+        let [name, new, ..] = FILES;
         let text = serde_json::to_vec_pretty(state)?;
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC | OFlag::O_CLOEXEC;
         let file = openat(&*self.lock, new, flags, Mode::from_bits_truncate(0o600))?;
@@ -168,6 +190,15 @@ impl RunDir {
             file.write_all(&line)?;
         }
         Ok(())
+    }
+
+    /// Makes the socket that other commands connect to.
+    pub(crate) fn listen(&self) -> io::Result<OwnedFd> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let listener = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+        bind(listener.as_raw_fd(), &socket_address(self.lock.as_raw_fd())?)?;
+        listen(&listener, Backlog::new(8)?)?;
+        Ok(listener)
     }
 
     /// The number of the descriptor that holds the lock.

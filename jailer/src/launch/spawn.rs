@@ -58,6 +58,11 @@ impl Binaries {
         }
         Ok(Self { files: all, groups })
     }
+
+    /// The one that `process` executes.
+    pub(crate) fn of(&self, process: &ProcessPlan) -> BorrowedFd<'_> {
+        self.files[process.binary].1.as_fd()
+    }
 }
 
 /// The folder of our own binary, or BULKHEAD_BIN_DIR.
@@ -89,9 +94,15 @@ pub(crate) fn leave_root(give: impl FnOnce(Uid, Gid) -> std::io::Result<()>) -> 
 }
 
 /// Makes every process. The supervisor's first message comes last, when it can tell the others' ids.
-pub(crate) fn spawn(plan: &Plan, inputs: Inputs, binaries: Binaries) -> Result<Running, Failure> {
+pub(crate) fn spawn(
+    plan: &Plan,
+    inputs: Inputs,
+    binaries: Binaries,
+    clients: OwnedFd,
+) -> Result<Running, Failure> {
     let mut fds = Wires::make(plan, inputs)
         .map_err(|e| Failure::host("cannot make the sockets between the processes").because(&e))?;
+    fds.table.insert(Source::Clients, clients);
     let first = ToVmm::Start(Box::new(plan.vm.clone()));
     send_message(fds.get(Source::VmmControl).as_fd(), 1, first)
         .map_err(|e| Failure::host("cannot write the vmm's first message").because(&e))?;
@@ -101,7 +112,14 @@ pub(crate) fn spawn(plan: &Plan, inputs: Inputs, binaries: Binaries) -> Result<R
         .workers
         .split_first()
         .ok_or_else(|| Failure::host("the plan has no vmm"))?;
-    let start = |process, fds: &Wires| begin(process, &|source| fds.get(source).as_fd(), &binaries);
+    let start = |process, fds: &Wires| {
+        begin(
+            process,
+            &|source| fds.get(source).as_fd(),
+            &binaries,
+            binaries.of(process),
+        )
+    };
     let mut starting = vec![(vmm, start(vmm, &fds)?)];
     let supervisor = start(&plan.supervisor, &fds)?;
     fds.receive_taps()?;
@@ -137,8 +155,8 @@ pub(crate) fn begin<'a>(
     process: &ProcessPlan,
     lookup: &dyn Fn(Source) -> BorrowedFd<'a>,
     binaries: &'a Binaries,
+    binary: BorrowedFd<'a>,
 ) -> Result<Starting, Failure> {
-    let (_, binary) = &binaries.files[process.binary];
     let arguments = [process.binary]
         .into_iter()
         .chain(process.arguments.iter().map(String::as_str))
@@ -146,7 +164,7 @@ pub(crate) fn begin<'a>(
         .collect::<Result<_, _>>()
         .map_err(|e| Failure::usage(format!("{}: zero byte", process.name)).because(&e))?;
     let program = Program {
-        binary: binary.as_fd(),
+        binary,
         arguments,
         descriptors: process.descriptors.iter().map(|fd| lookup(fd.source)).collect(),
         cgroup: binaries

@@ -4,8 +4,8 @@
 use super::respawn::Respawner;
 use super::spawn::Running;
 use crate::failure::Failure;
-use crate::wire::{Received, receive_message, send_message};
-use crate::wire_fds::send_with_fd;
+use crate::wire::{Received, send_message};
+use crate::wire_fds::{receive_with_fds, send_with_fd};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, kill};
@@ -16,7 +16,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 use vm_spec::control::exit_code;
 use vm_spec::events::VmEvent;
-use vm_spec::supervise::{ExitStatus, FromSupervisor, ToSupervisor};
+use vm_spec::supervise::{Build, ExitStatus, FromSupervisor, ToSupervisor};
 
 /// The supervisor, which keeps the deadlines, has this long beyond the guest's grace; then the
 /// spawner ends everything without it.
@@ -144,9 +144,9 @@ impl Spawner {
 
     fn hear_supervisor(&mut self, on_event: &mut dyn FnMut(Event)) {
         while let Some(control) = &self.control {
-            match receive_message(control.as_fd()) {
-                Ok(Received::Nothing) => return,
-                Ok(Received::Message(_, message)) => match message {
+            match receive_with_fds(control.as_fd()) {
+                Ok((Received::Nothing, _)) => return,
+                Ok((Received::Message(_, message), mut fds)) => match message {
                     FromSupervisor::Running {
                         started_ns,
                         first_instruction_ns,
@@ -154,7 +154,13 @@ impl Spawner {
                         started_ns,
                         first_instruction_ns,
                     }),
-                    FromSupervisor::Respawn { process } => self.respawn(process, on_event),
+                    FromSupervisor::Respawn { process, build } => self.respawn(process, build, on_event),
+                    FromSupervisor::Candidate { process } => {
+                        if let Some(binary) = fds.pop() {
+                            self.respawner.keep_candidate(process.into(), binary);
+                        }
+                    }
+                    FromSupervisor::Adopt { process } => self.respawner.adopt(process.into()),
                     FromSupervisor::Kill { process } => self.kill_one(process),
                     FromSupervisor::Event(event) => on_event(Event::Happened(event)),
                     FromSupervisor::KillAll => self.kill_all(),
@@ -163,7 +169,7 @@ impl Spawner {
                     }
                 },
                 // Its death is heard as a signal; a supervisor that breaks the protocol is ended.
-                Ok(Received::End) => self.control = None,
+                Ok((Received::End, _)) => self.control = None,
                 Err(error) => {
                     eprintln!("bulkhead: the supervisor broke the control protocol: {error}");
                     self.control = None;
@@ -256,10 +262,10 @@ impl Spawner {
 
     /// Starts the successor of a device's process that was reaped. The socket goes to the
     /// supervisor at once: what the vmm writes waits in it while the jail is built.
-    fn respawn(&mut self, process: u16, on_event: &mut dyn FnMut(Event)) {
+    fn respawn(&mut self, process: u16, build: Build, on_event: &mut dyn FnMut(Event)) {
         let place = usize::from(process);
         let started = match self.workers.get(place) {
-            Some(worker) if worker.reaped && !self.ending => self.respawner.start(place),
+            Some(worker) if worker.reaped && !self.ending => self.respawner.start(place, build),
             _ => Err(Failure::host("it still runs, or the VM ends")),
         };
         let successor = match started {

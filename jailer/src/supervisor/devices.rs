@@ -59,6 +59,10 @@ impl Supervisor {
         let line = Outcome::of_process(&process.about, status)
             .line
             .unwrap_or_default();
+        // It saw its socket closed before the vmm's word that it had closed it came here.
+        if status == ExitStatus::Code(0) && process.recovery.is_releasing() {
+            process.recovery.released(now);
+        }
         let told = process.recovery.is_told();
         let order = process.recovery.ended(now, &line);
         if !told {
@@ -69,6 +73,7 @@ impl Supervisor {
             self.say(&line);
             self.note(index, event, Duration::ZERO, &line);
         }
+        self.candidate_failed(index, &line, now);
         self.carry_out(index, order);
     }
 
@@ -143,24 +148,32 @@ impl Supervisor {
         if let Some(process) = self.processes.get_mut(index) {
             let order = process.recovery.ended(now, why);
             self.say(why);
+            self.candidate_failed(index, why, now);
             self.carry_out(index, order);
         }
     }
 
     /// The vmm answered request `id`. False: it was no device's.
     pub(super) fn device_answered(&mut self, id: u64, answer: Result<(), &str>, now: Instant) -> bool {
+        if let Some(index) = self.processes.iter().position(|p| p.recovery.releases_by(id)) {
+            self.device_released(index, answer, now);
+            return true;
+        }
         let Some(index) = self.processes.iter().position(|p| p.recovery.joins_by(id)) else {
             return false;
         };
         match answer {
             Ok(()) => {
                 let took = self.processes[index].recovery.joined(now);
-                self.note(index, EventKind::Restarted, took, "");
+                if !self.candidate_joined(index, now) {
+                    self.note(index, EventKind::Restarted, took, "");
+                }
             }
             Err(why) => {
                 let name = &self.processes[index].about.name;
                 self.say(&format!("{name}: the new process cannot take over: {why}"));
                 let order = self.processes[index].recovery.condemn(now, why);
+                self.candidate_failed(index, why, now);
                 self.carry_out(index, order);
             }
         }
@@ -175,12 +188,15 @@ impl Supervisor {
         }
     }
 
-    fn carry_out(&mut self, index: usize, order: Option<Order>) {
+    pub(super) fn carry_out(&mut self, index: usize, order: Option<Order>) {
         // The index fits: a VM has at most 32 devices.
         let process = index as u16;
         match order {
             None => {}
-            Some(Order::Respawn) => self.tell_spawner(FromSupervisor::Respawn { process }),
+            Some(Order::Respawn) => {
+                let build = self.next_build(index);
+                self.tell_spawner(FromSupervisor::Respawn { process, build });
+            }
             Some(Order::Kill) => self.tell_spawner(FromSupervisor::Kill { process }),
             Some(Order::GiveUp(reason)) => {
                 if let Some(slot) = self.processes[index].about.slot {
@@ -191,7 +207,7 @@ impl Supervisor {
         }
     }
 
-    fn note(&mut self, index: usize, event: EventKind, took: Duration, detail: &str) {
+    pub(super) fn note(&mut self, index: usize, event: EventKind, took: Duration, detail: &str) {
         let Process {
             about,
             counters,

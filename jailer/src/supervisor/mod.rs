@@ -7,6 +7,7 @@
 //!      +------------------- Ended(reason) ----------------+    (all exited, or killed)
 //! ```
 
+mod clients;
 mod console;
 mod devices;
 mod hearing;
@@ -14,10 +15,13 @@ mod logs;
 mod outcome;
 mod ready;
 mod recovery;
+mod upgrade;
 
 use crate::inherit;
 use crate::sandbox::{self, LockdownError, Locked, Role, SeccompMode};
 use crate::wire::{Received, TransferError, receive_message, send_message};
+use clients::Clients;
+pub use clients::MOST_CLIENTS;
 use console::{Command, Console};
 use devices::Counters;
 use logs::{Log, LogPipe};
@@ -28,6 +32,7 @@ use recovery::Recovery;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
+use upgrade::Upgrade;
 use vm_spec::control::{FdNumber, ToVmm, exit_code};
 use vm_spec::spec::OnDeviceDeath;
 use vm_spec::supervise::{FromSupervisor, SupervisedProcess, SupervisorConfig, ToSupervisor};
@@ -115,12 +120,14 @@ struct Process {
     counters: Counters,
     /// Requests that the guest had under way when the latest back end was lost.
     outstanding: u32,
+    upgrade: Option<Upgrade>,
 }
 
 struct Supervisor {
     spawner: OwnedFd,
     vmm: Option<OwnedFd>,
     console: Console,
+    clients: Clients,
     processes: Vec<Process>,
     log: Log,
     grace: Duration,
@@ -154,6 +161,7 @@ impl Supervisor {
                     recovery: Recovery::new(now),
                     counters: Counters::new(),
                     outstanding: 0,
+                    upgrade: None,
                 })
             })
             .collect::<Result<_, SupervisorError>>()?;
@@ -161,6 +169,7 @@ impl Supervisor {
             spawner,
             vmm: Some(take(config.vmm)?),
             console,
+            clients: Clients::new(take(config.clients)?),
             processes,
             log: Log {
                 json: config.log_json,
@@ -177,13 +186,14 @@ impl Supervisor {
 
     fn serve(mut self, _locked: &Locked) -> Result<(), SupervisorError> {
         while self.processes.iter().any(|p| p.alive) {
-            let deadlines = [self.deadline(), self.devices_deadline()];
+            let deadlines = [self.deadline(), self.devices_deadline(), self.clients.deadline()];
             self.wait(deadlines.into_iter().flatten().min())?;
             let now = Instant::now();
             // The vmm first: its own account of the end comes before what the end of its sockets
             // does to the devices.
             self.hear_vmm(now);
             self.hear_spawner(now)?;
+            self.hear_clients(now);
             self.judge_devices(now);
             self.judge_deadlines(now);
         }

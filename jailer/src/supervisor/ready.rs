@@ -25,6 +25,7 @@ impl Ready {
             (of.console.output(), PollFlags::POLLOUT),
         ];
         wanted.extend(of.processes.iter().map(|p| (p.log.pipe(), PollFlags::POLLIN)));
+        wanted.extend(of.clients.sockets().map(|fd| (Some(fd), PollFlags::POLLIN)));
         // What has nothing to wait for is left out; `places` keeps the order.
         let mut fds = Vec::with_capacity(wanted.len());
         let places: Vec<Option<usize>> = wanted
@@ -47,7 +48,7 @@ impl Ready {
             guest_writable: ready(&places[3]),
             input: ready(&places[4]),
             output: ready(&places[5]),
-            logs: places[6..].iter().map(ready).collect(),
+            logs: places[6..6 + of.processes.len()].iter().map(ready).collect(),
         })
     }
 }

@@ -31,6 +31,8 @@ const MOST_DEATHS: u32 = 600;
 const SPAWN_DEADLINE: Duration = Duration::from_secs(5);
 /// The vmm, whose own deadlines are shorter, says within this time whether a successor serves.
 const JOIN_DEADLINE: Duration = Duration::from_secs(40);
+/// The vmm lets go of a process within this time: its drain deadline, and some.
+const RELEASE_DEADLINE: Duration = Duration::from_secs(35);
 /// A process that is stopped for this long, as by a debugger, is hung.
 const STOP_DEADLINE: Duration = Duration::from_secs(2);
 /// SIGKILL ends a process within this time, unless the kernel holds it (state D).
@@ -40,6 +42,8 @@ const KILL_DEADLINE: Duration = Duration::from_secs(10);
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Stage {
     Serving,
+    /// The vmm was asked, by this request, to let go of it.
+    Releasing(Instant, u64),
     /// It ended; the next is started at that time.
     Waiting(Instant),
     /// The spawner was asked for the next.
@@ -83,6 +87,8 @@ pub(super) struct Recovery {
     generation: u32,
     /// What is wrong with the process was told before it ended.
     told: bool,
+    /// Its end is no failure.
+    planned: bool,
 }
 
 impl Recovery {
@@ -98,6 +104,7 @@ impl Recovery {
             forgiven: now,
             generation: 0,
             told: false,
+            planned: false,
         }
     }
 
@@ -106,7 +113,9 @@ impl Recovery {
         match self.stage {
             Stage::Lost => None,
             Stage::Serving => self.stopped,
-            Stage::Joining(at, _) => Some(self.stopped.map_or(at, |stop| stop.min(at))),
+            Stage::Joining(at, _) | Stage::Releasing(at, _) => {
+                Some(self.stopped.map_or(at, |stop| stop.min(at)))
+            }
             Stage::Waiting(at) | Stage::Spawning(at) | Stage::Ending(at) => Some(at),
         }
     }
@@ -118,7 +127,7 @@ impl Recovery {
 
     /// Whether what [`Recovery::due`] answers next is for a process that stays stopped.
     pub(super) fn is_hung(&self, now: Instant) -> bool {
-        matches!(self.stage, Stage::Serving | Stage::Joining(..)) && self.stopped.is_some_and(|at| now >= at)
+        self.is_of_use() && self.stopped.is_some_and(|at| now >= at)
     }
 
     /// The process was reaped, or none could be made.
@@ -133,6 +142,10 @@ impl Recovery {
             why.clone_into(&mut self.why);
         }
         self.ended.get_or_insert(now);
+        if std::mem::take(&mut self.planned) {
+            self.stage = Stage::Waiting(now);
+            return None;
+        }
         self.failures += 1;
         self.deaths += 1;
         if self.deaths > MOST_DEATHS {
@@ -164,6 +177,7 @@ impl Recovery {
                 Some(Order::Respawn)
             }
             Stage::Spawning(_) => self.ended(now, "the spawner did not answer in time"),
+            Stage::Releasing(..) => self.condemn(now, "the vmm did not let go of it in time"),
             Stage::Joining(..) => self.condemn(now, "the vmm could not use it in time"),
             Stage::Ending(_) => Some(self.lose("its process does not end when killed: ".to_owned())),
             Stage::Serving | Stage::Lost => None,
@@ -213,7 +227,7 @@ impl Recovery {
 
     /// The process is of no use: it is to be killed. Nothing, where it has ended or is ending.
     pub(super) fn condemn(&mut self, now: Instant, why: &str) -> Option<Order> {
-        if !matches!(self.stage, Stage::Serving | Stage::Joining(..)) {
+        if !self.is_of_use() {
             return None;
         }
         self.forgive(now);
@@ -221,6 +235,48 @@ impl Recovery {
         self.ended.get_or_insert(now);
         self.stage = Stage::Ending(now + KILL_DEADLINE);
         Some(Order::Kill)
+    }
+
+    fn is_of_use(&self) -> bool {
+        matches!(
+            self.stage,
+            Stage::Serving | Stage::Releasing(..) | Stage::Joining(..)
+        )
+    }
+
+    /// The vmm is asked, by request `id`, to let go of the process. False: it does not serve.
+    pub(super) fn release(&mut self, now: Instant, id: u64) -> bool {
+        let serves = self.stage == Stage::Serving && self.stopped.is_none();
+        if serves {
+            self.forgive(now);
+            self.stage = Stage::Releasing(now + RELEASE_DEADLINE, id);
+        }
+        serves
+    }
+
+    /// Undoes [`Recovery::release`].
+    pub(super) fn keep(&mut self, now: Instant) {
+        if matches!(self.stage, Stage::Releasing(..)) {
+            self.stage = Stage::Serving;
+            self.since = now;
+        }
+    }
+
+    /// Whether the vmm was asked, by request `id`, to let go of this process.
+    pub(super) fn releases_by(&self, id: u64) -> bool {
+        matches!(self.stage, Stage::Releasing(_, wanted) if wanted == id)
+    }
+
+    /// Whether the vmm was asked to let go of the process.
+    pub(super) fn is_releasing(&self) -> bool {
+        matches!(self.stage, Stage::Releasing(..))
+    }
+
+    /// The vmm has let go: the process is to end, which is no failure, and the next to start.
+    pub(super) fn released(&mut self, now: Instant) -> Option<Order> {
+        self.planned = true;
+        self.told = true;
+        self.condemn(now, "it was replaced by another build")
     }
 
     /// Time served, and time passed, make up for failures.
@@ -354,6 +410,23 @@ mod tests {
         assert!(!recovery.is_hung(now + STOP_DEADLINE));
         assert_eq!(recovery.ended(now + STOP_DEADLINE, "signal 9"), None);
         assert_eq!(recovery.due(now + STOP_DEADLINE), Some(Order::Respawn));
+    }
+
+    #[test]
+    fn a_process_that_is_upgraded_has_not_failed() {
+        let now = Instant::now();
+        let mut recovery = Recovery::new(now);
+        for id in 0..1000 {
+            assert!(recovery.release(now, id) && recovery.releases_by(id));
+            assert!(!recovery.release(now, id), "one at a time");
+            assert_eq!(recovery.released(now), Some(Order::Kill));
+            assert!(recovery.is_told());
+            assert_eq!(recovery.ended(now, "signal 9"), None);
+            serve_one(&mut recovery, now);
+        }
+        // One that the vmm does not let go of is killed all the same.
+        assert!(recovery.release(now, 7));
+        assert_eq!(recovery.due(now + RELEASE_DEADLINE), Some(Order::Kill));
     }
 
     #[test]

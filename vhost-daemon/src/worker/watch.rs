@@ -9,7 +9,7 @@ use std::time::Duration;
 
 /// Longest CPU time of one round. A round moves at most some hundred kilobytes, or inflates a few
 /// clusters: this is far above it on any host.
-const MOST_CPU: Duration = Duration::from_secs(4);
+const MOST_CPU: Duration = Duration::from_secs(2);
 
 /// Kept by the queue's thread.
 #[derive(Debug, Default)]

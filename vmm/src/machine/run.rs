@@ -188,6 +188,13 @@ impl Machine {
                     Err(why) => FromVmm::Failed(why),
                 }
             }
+            ToVmm::ReleaseBackend { slot } => match self.device(slot) {
+                Ok(device) => {
+                    device.release(self.events.answer_to(message.id));
+                    return Ok(None);
+                }
+                Err(why) => FromVmm::Failed(why),
+            },
             ToVmm::GiveUpBackend { slot, reason } => match self.device(slot) {
                 Ok(device) => {
                     device.give_up(&reason);

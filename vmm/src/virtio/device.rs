@@ -248,6 +248,12 @@ impl Device {
             .command(Command::Replace(successor, done));
     }
 
+    /// Drains the device and lets go of its back end, for [`Device::replace`]. `done` is told on the
+    /// device's thread.
+    pub fn release(&self, done: Done) {
+        self.worker.transport.mailbox.command(Command::Release(done));
+    }
+
     /// No back end will come any more: tells the guest (NEEDS_RESET).
     pub fn give_up(&self, reason: &str) {
         self.worker

@@ -25,6 +25,8 @@ pub(super) enum Command {
     Resume(Answer<()>),
     /// Go on with another back end.
     Replace(Successor, Done),
+    /// Drain, and let go of the back end.
+    Release(Done),
     /// Machine reset: as a driver's reset, whatever the driver did.
     Reset(Answer<()>),
     /// The device is lost for good.

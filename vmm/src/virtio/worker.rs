@@ -193,6 +193,11 @@ impl Worker {
                 Command::Drain(answer) => drop(answer.send(self.drain())),
                 Command::Resume(answer) => drop(answer.send(self.resume())),
                 Command::Replace(successor, done) => done(self.replace(successor)),
+                Command::Release(done) => {
+                    let drained = self.drain();
+                    self.session = None;
+                    done(drained.map(drop));
+                }
                 Command::Reset(answer) => {
                     self.reset();
                     drop(answer.send(Ok(())));

@@ -33,6 +33,8 @@ pub(crate) enum Source {
     /// The supervisor's and the vmm's ends of the console.
     ConsolePerson,
     ConsoleGuest,
+    /// Where other commands of the VM's owner connect.
+    Clients,
     Kvm,
     Kernel,
     Initrd,

@@ -1,8 +1,9 @@
 //! The supervisor's process, and its first message.
 
-use super::{Choices, ProcessPlan, Source, Table};
+use super::{Choices, ProcessPlan, Source, Table, exactly};
 use crate::launch::machine::Device;
-use vm_spec::run_state::{Kept, ProcessRole};
+use crate::supervisor::MOST_CLIENTS;
+use vm_spec::run_state::{Kept, MadeFds, ProcessRole};
 use vm_spec::spec::VmSpec;
 use vm_spec::supervise::{SupervisedProcess, SupervisorConfig};
 
@@ -16,6 +17,7 @@ pub(super) fn plan(
     let mut fds = Table::new(Source::Stderr);
     fds.add(Source::SpawnerControl, "control socket to the spawner");
     let vmm = fds.add(Source::VmmControl, "control socket to the vmm");
+    let clients = fds.add(Source::Clients, "control socket of the VM (listens)");
     let console = fds.add(Source::ConsolePerson, "console socket to the vmm");
     let input = choices
         .has_input
@@ -41,6 +43,7 @@ pub(super) fn plan(
         .collect();
     let config = SupervisorConfig {
         vmm,
+        clients,
         console,
         input,
         output,
@@ -56,7 +59,10 @@ pub(super) fn plan(
         binary: "bulkhead-supervisor",
         arguments: vec![format!("--seccomp={}", choices.seccomp)],
         descriptors: fds.0,
-        made: Vec::new(),
+        made: vec![MadeFds {
+            least: 0,
+            ..exactly(MOST_CLIENTS, "socket:[", "other commands of the VM's owner")
+        }],
     };
     (process, config)
 }

@@ -1,0 +1,200 @@
+//! Random faults over all processes of four VMs at a time, for a given time.
+
+use crate::{
+    kills::Moments,
+    storm::{Image, Stalls, Storm},
+    upgrade::upgrade,
+};
+use anyhow::{Context, Result, anyhow, ensure};
+use integration_tests::{
+    artifacts::Artifact,
+    host::Host,
+    suite::{artifact, test_within},
+    verify::FULL,
+};
+use libtest_mimic::Trial;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use std::{
+    env, fs,
+    sync::Mutex,
+    thread,
+    time::{Duration, Instant},
+};
+use vm_spec::{
+    events::{EventKind, VmEvent},
+    run_state::ProcessRole,
+};
+
+/// Seconds; unset: half an hour for all tests, a moment for the quick ones.
+const SECONDS: &str = "BULKHEAD_STRESS_SECONDS";
+const VMS: u64 = 4;
+/// Faults of a VM's devices before it is let finish, and all of its disk compared.
+const FAULTS: u32 = 25;
+/// A busy host takes its time.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) fn tests() -> Vec<Trial> {
+    let given = env::var(SECONDS).ok().and_then(|text| text.parse().ok());
+    let usual = if env::var_os(FULL).is_some() { 1800 } else { 20 };
+    let time = Duration::from_secs(given.unwrap_or(usual));
+    let limit = time + Duration::from_secs(300);
+    vec![test_within(limit, "stress::faults_everywhere", move || {
+        stress(time)
+    })]
+}
+
+#[derive(Default)]
+struct Tally {
+    finished: u32,
+    kills: u32,
+    stops: u32,
+    upgrades: u32,
+    /// VMs ended by the death of a process that is not replaced: its name, and how long the rest took.
+    ended: Vec<(ProcessRole, Duration)>,
+    events: Vec<VmEvent>,
+}
+
+fn stress(time: Duration) -> Result<()> {
+    Host::need_kvm()?;
+    let end = Instant::now() + time;
+    let tally = Mutex::new(Tally::default());
+    thread::scope(|scope| {
+        let vms: Vec<_> = (0..VMS)
+            .map(|number| {
+                let tally = &tally;
+                scope.spawn(move || {
+                    let mut moments = Moments::of(number);
+                    while Instant::now() < end {
+                        one(&mut moments, tally).with_context(|| format!("VM {number}"))?;
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        vms.into_iter()
+            .map(|vm| vm.join().map_err(|_| anyhow!("a thread panicked"))?)
+            .collect::<Result<Vec<()>>>()
+    })?;
+    let tally = tally.into_inner().map_err(|_| anyhow!("a thread panicked"))?;
+    println!(
+        "{time:?}: {} VMs compared to the last block, {} kills, {} stops, {} upgrades",
+        tally.finished, tally.kills, tally.stops, tally.upgrades
+    );
+    for role in [ProcessRole::Vmm, ProcessRole::Supervisor, ProcessRole::Spawner] {
+        let took = tally
+            .ended
+            .iter()
+            .filter(|(of, _)| *of == role)
+            .map(|(_, took)| *took);
+        let (count, longest) = took.fold((0, Duration::ZERO), |(n, most), took| (n + 1, most.max(took)));
+        println!("{count} VMs ended with their {role:?}; all was gone after at most {longest:?}");
+    }
+    let count = |kind| tally.events.iter().filter(|event| event.event == kind).count();
+    ensure!(count(EventKind::NeedsReset) == 0, "a device was given up");
+    println!(
+        "events: {} died, {} hung, {} restarted, {} upgraded",
+        count(EventKind::Died),
+        count(EventKind::Hung),
+        count(EventKind::Restarted),
+        count(EventKind::Upgraded)
+    );
+    Stalls::of(tally.events.iter()).judge("stress")
+}
+
+/// One VM, from its start to its end.
+fn one(moments: &mut Moments, tally: &Mutex<Tally>) -> Result<()> {
+    let image = [Image::Raw, Image::Qcow2][moments.below(2) as usize];
+    let mut storm = Storm::start(image, "disk0", None)?;
+    let mut build = 0;
+    for _ in 0..FAULTS {
+        moments.wait();
+        let mut now = tally_of(tally)?;
+        match moments.below(100) {
+            0..70 => {
+                now.kills += 1;
+                drop(now);
+                strike(&mut storm, Signal::SIGKILL)?;
+            }
+            70..75 => {
+                now.stops += 1;
+                drop(now);
+                strike(&mut storm, Signal::SIGSTOP)?;
+            }
+            75..98 => {
+                now.upgrades += 1;
+                drop(now);
+                build += 1;
+                let builds = [Artifact::VhostUserBlk, Artifact::FaultyBlk];
+                let output = upgrade(&storm, &["disk0"], artifact(builds[build % 2])?)?;
+                let said = String::from_utf8_lossy(&output.stderr).into_owned();
+                ensure!(output.status.success(), "{said}");
+            }
+            _ => {
+                drop(now);
+                return end(storm, moments, tally);
+            }
+        }
+    }
+    let calm = storm.calm()?;
+    let mut now = tally_of(tally)?;
+    now.finished += 1;
+    now.events.extend(calm.events);
+    Ok(())
+}
+
+fn tally_of(tally: &Mutex<Tally>) -> Result<std::sync::MutexGuard<'_, Tally>> {
+    tally.lock().map_err(|_| anyhow!("a thread panicked"))
+}
+
+fn strike(storm: &mut Storm, signal: Signal) -> Result<()> {
+    let Storm { run, victim, .. } = storm;
+    victim.forget();
+    ensure!(
+        victim.strike(run, signal, PATIENCE)?,
+        "the VM ended: {}",
+        run.process.stderr()?
+    );
+    ensure!(victim.wait_restarted(run, PATIENCE)?, "the VM ended");
+    Ok(())
+}
+
+/// Kills a process that is not replaced: the VM ends, nothing of it is left, its image is sound.
+fn end(mut storm: Storm, moments: &mut Moments, tally: &Mutex<Tally>) -> Result<()> {
+    let roles = [ProcessRole::Vmm, ProcessRole::Supervisor, ProcessRole::Spawner];
+    let role = roles[moments.below(3) as usize];
+    let state = storm.run.state(PATIENCE)?;
+    let process = state.processes.iter().find(|process| process.role == role);
+    let pid = process.context("no such process")?.pid;
+    // What happened until now.
+    let events = storm.victim.events(&storm.run).unwrap_or_default();
+    let began = Instant::now();
+    kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+    loop {
+        // Reaps the spawner: until then it is there, if only as a zombie.
+        storm.run.process.alive()?;
+        let left: Vec<_> = state
+            .processes
+            .iter()
+            .filter(|process| runs(process.pid))
+            .collect();
+        if left.is_empty() && !storm.run.run_folder().exists() {
+            break;
+        }
+        ensure!(began.elapsed() < PATIENCE, "left: {left:?}");
+        thread::sleep(Duration::from_millis(2));
+    }
+    let took = began.elapsed();
+    storm.check_image()?;
+    let mut now = tally_of(tally)?;
+    now.ended.push((role, took));
+    now.events.extend(events);
+    Ok(())
+}
+
+/// Whether the process is there and no zombie (one that init has yet to reap).
+fn runs(pid: i32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/status")).is_ok_and(|status| !status.contains("State:\tZ"))
+}

@@ -1,0 +1,146 @@
+//! `bulkhead upgrade VM [DEVICE] --binary NEW`: running device processes are replaced by another
+//! build, while the guest works.
+
+use crate::failure::Failure;
+use crate::launch;
+use crate::wire::{Received, send_message};
+use crate::wire_fds::{receive_with_fds, send_with_fd};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+use vm_spec::client::{Answer, Request};
+use vm_spec::run_state::{self, ProcessRole, RunState};
+
+/// For the supervisor to say hello.
+const HELLO_DEADLINE: Duration = Duration::from_secs(5);
+/// For one device: its drain, the new build's start, and the old one's if that fails.
+const UPGRADE_DEADLINE: Duration = Duration::from_secs(120);
+
+/// Upgrades one device, or all that the binary, by its file's name, is for; what happened, a line
+/// for each.
+///
+/// # Errors
+/// A [`Failure`] when no such VM or device runs, or a new process does not serve (then the old
+/// build does).
+pub(super) fn upgrade(vm: &str, device: Option<&str>, binary: &Path) -> Result<String, Failure> {
+    let folder = launch::run_folder(vm)?;
+    let state = read_state(vm, &folder)?;
+    let file = File::open(binary)
+        .map_err(|e| Failure::usage(format!("--binary: cannot open {}", binary.display())).because(&e))?;
+    let names = match device {
+        Some(name) => vec![name.to_owned()],
+        None => suitable(&state, binary)?,
+    };
+    let mut connection = Connection::open(vm, &folder)?;
+    let mut out = String::new();
+    for name in names {
+        let before = state.processes.iter().find(|process| process.name == name);
+        let before = before.map_or(0, |process| process.pid);
+        match connection.ask(
+            Request::Upgrade { device: name.clone() },
+            Some(&file),
+            UPGRADE_DEADLINE,
+        )? {
+            Answer::Upgraded { pid, took_us } => {
+                let (ms, us) = (took_us / 1000, took_us % 1000);
+                // Writing to a String cannot fail.
+                let _ = writeln!(
+                    out,
+                    "{name}: pid {before} -> {pid}, the guest waited {ms}.{us:03} ms"
+                );
+            }
+            Answer::Failed(why) => {
+                return Err(Failure::host(format!("{name} was not upgraded"))
+                    .cause(why)
+                    .hint("the build that served before serves on"));
+            }
+            Answer::Hello => return Err(Failure::host("the supervisor gave no answer to the request")),
+        }
+    }
+    Ok(out)
+}
+
+fn read_state(vm: &str, folder: &Path) -> Result<RunState, Failure> {
+    let failed = |e: &dyn std::error::Error| {
+        Failure::host(format!("cannot read the state of the VM '{vm}'")).because(e)
+    };
+    let text = fs::read(folder.join(run_state::FILE_NAME)).map_err(|e| failed(&e))?;
+    serde_json::from_slice(&text).map_err(|e| failed(&e))
+}
+
+/// The devices whose processes are of the kind that the file's name says.
+fn suitable(state: &RunState, binary: &Path) -> Result<Vec<String>, Failure> {
+    let name = binary.file_name().unwrap_or_default().to_string_lossy();
+    let role = [
+        ("vhost-user-blk", ProcessRole::Disk),
+        ("vhost-user-net", ProcessRole::Net),
+    ]
+    .into_iter()
+    .find_map(|(prefix, role)| name.starts_with(prefix).then_some(role))
+    .ok_or_else(|| {
+        Failure::usage(format!("--binary: '{name}' does not say which devices it is for"))
+            .hint("name the device: bulkhead upgrade VM DEVICE --binary FILE")
+    })?;
+    let names: Vec<_> = state
+        .processes
+        .iter()
+        .filter(|process| process.role == role)
+        .map(|process| process.name.clone())
+        .collect();
+    if names.is_empty() {
+        return Err(Failure::usage("the VM has no device that this binary is for"));
+    }
+    Ok(names)
+}
+
+/// To a VM's supervisor.
+struct Connection {
+    socket: OwnedFd,
+    requests: u64,
+}
+
+impl Connection {
+    fn open(vm: &str, folder: &Path) -> Result<Self, Failure> {
+        let socket = launch::connect_to(folder)
+            .map_err(|e| Failure::host(format!("cannot reach the supervisor of '{vm}'")).because(&e))?;
+        let mut connection = Self { socket, requests: 0 };
+        match connection.ask(Request::Hello, None, HELLO_DEADLINE)? {
+            Answer::Hello => Ok(connection),
+            _ => Err(Failure::host("the supervisor does not speak this protocol")),
+        }
+    }
+
+    fn ask(&mut self, request: Request, file: Option<&File>, limit: Duration) -> Result<Answer, Failure> {
+        self.requests += 1;
+        let socket = self.socket.as_fd();
+        let sent = match file {
+            Some(file) => send_with_fd(socket, self.requests, request, file.as_fd()),
+            None => send_message(socket, self.requests, request),
+        };
+        let failed = |e: &dyn std::error::Error| Failure::host("cannot talk to the supervisor").because(e);
+        sent.map_err(|e| failed(&e))?;
+        let deadline = Instant::now() + limit;
+        loop {
+            match receive_with_fds(socket).map_err(|e| failed(&e))? {
+                (Received::Message(id, answer), _) if id == self.requests => return Ok(answer),
+                (Received::Message(..), _) => {}
+                (Received::End, _) => return Err(Failure::host("the VM ended")),
+                (Received::Nothing, _) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Err(Failure::host(format!("no answer within {limit:?}")));
+                    }
+                    let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+                    let mut ready = [PollFd::new(socket, PollFlags::POLLIN)];
+                    match poll(&mut ready, timeout) {
+                        Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                        Err(e) => return Err(failed(&e)),
+                    }
+                }
+            }
+        }
+    }
+}

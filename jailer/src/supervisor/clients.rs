@@ -1,0 +1,149 @@
+//! The control socket: other commands of the VM's owner ask for changes to the running VM. Few at
+//! a time, each with a deadline, and nobody is waited for.
+
+use super::Supervisor;
+use crate::wire::{Received, send_message};
+use crate::wire_fds::receive_with_fds;
+use nix::sys::socket::{SockFlag, accept4};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+use vm_spec::client::{Answer, Request};
+
+/// Most clients at a time; another one is turned away.
+pub const MOST_CLIENTS: u32 = 8;
+/// A client that asks for nothing for this long is turned away.
+const IDLE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// One connection.
+pub(super) struct Client {
+    socket: OwnedFd,
+    greeted: bool,
+    /// Since when nothing is under way for it.
+    idle: Option<Instant>,
+    /// So that an answer finds it, whoever came and went meanwhile.
+    number: u64,
+}
+
+/// Who waits for an answer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Asker {
+    client: u64,
+    request: u64,
+}
+
+/// All of them, and where more come from.
+pub(super) struct Clients {
+    listener: OwnedFd,
+    all: Vec<Client>,
+    count: u64,
+}
+
+impl Clients {
+    pub(super) fn new(listener: OwnedFd) -> Self {
+        Self {
+            listener,
+            all: Vec::new(),
+            count: 0,
+        }
+    }
+
+    /// What to wait for.
+    pub(super) fn sockets(&self) -> impl Iterator<Item = &OwnedFd> {
+        [&self.listener]
+            .into_iter()
+            .chain(self.all.iter().map(|client| &client.socket))
+    }
+
+    /// When the next one has been idle for too long.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let idle = self.all.iter().filter_map(|client| client.idle);
+        idle.min().map(|since| since + IDLE_DEADLINE)
+    }
+
+    /// Lets new ones in and idle ones go.
+    fn look(&mut self, now: Instant) {
+        self.all
+            .retain(|client| client.idle.is_none_or(|since| now < since + IDLE_DEADLINE));
+        while let Ok(socket) = accept(&self.listener) {
+            if self.all.len() < MOST_CLIENTS as usize {
+                self.count += 1;
+                self.all.push(Client {
+                    socket,
+                    greeted: false,
+                    idle: Some(now),
+                    number: self.count,
+                });
+            }
+        }
+    }
+
+    /// One request, with its descriptor.
+    fn next(&mut self) -> Option<(Asker, Request, Option<OwnedFd>)> {
+        let mut at = 0;
+        while let Some(client) = self.all.get_mut(at) {
+            match receive_with_fds(client.socket.as_fd()) {
+                Ok((Received::Message(request, body), mut fds)) => {
+                    client.idle = None;
+                    let asker = Asker {
+                        client: client.number,
+                        request,
+                    };
+                    return Some((asker, body, fds.pop()));
+                }
+                Ok((Received::Nothing, _)) => at += 1,
+                Ok((Received::End, _)) | Err(_) => drop(self.all.remove(at)),
+            }
+        }
+        None
+    }
+
+    /// Whether the client has said hello, now or before.
+    fn greet(&mut self, asker: Asker, request: &Request) -> bool {
+        let client = self.all.iter_mut().find(|client| client.number == asker.client);
+        client.is_some_and(|client| {
+            client.greeted |= *request == Request::Hello;
+            client.greeted
+        })
+    }
+
+    /// Answers; a client that is gone or does not read is forgotten.
+    pub(super) fn answer(&mut self, asker: Asker, answer: Answer, now: Instant) {
+        let Some(at) = self.all.iter().position(|c| c.number == asker.client) else {
+            return;
+        };
+        self.all[at].idle = Some(now);
+        if send_message(self.all[at].socket.as_fd(), asker.request, answer).is_err() {
+            self.all.remove(at);
+        }
+    }
+}
+
+fn accept(listener: &OwnedFd) -> nix::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    accept4(listener.as_raw_fd(), flags).map(crate::inherit::accepted)
+}
+
+impl Supervisor {
+    /// Serves clients.
+    pub(super) fn hear_clients(&mut self, now: Instant) {
+        self.clients.look(now);
+        while let Some((asker, request, fd)) = self.clients.next() {
+            let greeted = self.clients.greet(asker, &request);
+            let refused = match (request, fd) {
+                _ if !greeted => "say hello first".to_owned(),
+                (Request::Hello, _) => {
+                    self.clients.answer(asker, Answer::Hello, now);
+                    continue;
+                }
+                (Request::Upgrade { device }, Some(binary)) => {
+                    match self.upgrade(&device, &binary, asker, now) {
+                        Ok(()) => continue,
+                        Err(why) => why,
+                    }
+                }
+                (Request::Upgrade { .. }, None) => "no binary came with the request".to_owned(),
+            };
+            self.clients.answer(asker, Answer::Failed(refused), now);
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! The control protocol: what another command says to a running VM's supervisor, on the
+//! SOCK_SEQPACKET socket [`SOCKET_NAME`] in the VM's run-time folder. Transport and envelope are
+//! as in [`crate::control`]: the envelope carries the version, and the request's number, which the
+//! answer repeats.
+
+use serde::{Deserialize, Serialize};
+
+/// The socket's name in the run-time folder.
+pub const SOCKET_NAME: &str = "control.sock";
+
+/// From a client.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// The first message. Answered by [`Answer::Hello`].
+    Hello,
+    /// Replace a running device process by another build of it; one fd attached: the binary.
+    /// Answered by [`Answer::Upgraded`] or [`Answer::Failed`], when the guest is served again.
+    Upgrade {
+        /// The device's id.
+        device: String,
+    },
+}
+
+/// From the supervisor.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Answer {
+    /// The protocol is spoken.
+    Hello,
+    /// The new build serves.
+    Upgraded {
+        /// Its process id, in the spawner's process id namespace.
+        pid: i32,
+        /// Microseconds for which the guest was not served.
+        took_us: u64,
+    },
+    /// It was not done; for an upgrade: the old build serves, or will in a moment.
+    Failed(
+        /// Why, one line.
+        String,
+    ),
+}
