@@ -59,6 +59,7 @@ fn start_probe(binary: &Path, argument: &str) -> Probe {
         ],
         descriptors: vec![read_in.as_fd(), write_out.as_fd(), write_out.as_fd()],
         cgroup: None,
+        address_space: 1 << 30,
     };
     let child = start(&program)
         .expect("clone")

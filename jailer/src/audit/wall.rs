@@ -18,17 +18,20 @@ pub enum Wall {
     Seal,
     /// Resource limits.
     Limit,
+    /// The cgroup with its limits, where the host keeps them.
+    Cgroup,
 }
 
 impl Wall {
     /// Every wall.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Seccomp,
         Self::Namespace,
         Self::Landlock,
         Self::Capability,
         Self::Seal,
         Self::Limit,
+        Self::Cgroup,
     ];
 
     /// Its name in reports and flags.
@@ -40,6 +43,7 @@ impl Wall {
             Self::Capability => "capability",
             Self::Seal => "seal",
             Self::Limit => "limit",
+            Self::Cgroup => "cgroup",
         }
     }
 }
@@ -52,7 +56,7 @@ impl fmt::Display for Wall {
 
 /// A text that names no wall.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("'{0}' is none of seccomp, namespace, landlock, capability, seal, limit")]
+#[error("'{0}' is none of seccomp, namespace, landlock, capability, seal, limit, cgroup")]
 pub struct ParseWallError(String);
 
 impl FromStr for Wall {

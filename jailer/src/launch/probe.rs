@@ -3,7 +3,7 @@
 
 use super::inputs::{self, BackendInput, Inputs};
 use super::plan::{Descriptor, Plan, ProcessPlan, Source};
-use super::spawn::pair;
+use super::spawn::{address_space, pair};
 use super::{Options, machine, make_plan};
 use crate::audit::nic;
 use crate::audit::order::Order;
@@ -127,6 +127,7 @@ impl Stage {
             arguments: arguments(process, order).map_err(|e| failed(&e))?,
             descriptors,
             cgroup: None,
+            address_space: address_space(process.role, of.0.vm.memory),
         };
         let child = start_without(&program, order.removed)
             .and_then(crate::sandbox::child::Starting::finish)

@@ -18,6 +18,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::rc::Rc;
 use vm_spec::control::ToVmm;
+use vm_spec::run_state::ProcessRole;
 use vm_spec::supervise::ToSupervisor;
 
 /// Root becomes this user plus its process id for the time of a VM: one user for each VM, in a
@@ -40,6 +41,7 @@ pub(crate) struct Binaries {
     files: BTreeMap<&'static str, (PathBuf, File)>,
     /// Where their processes are born, if they are limited.
     groups: Option<Rc<Groups>>,
+    guest_memory: u64,
 }
 
 impl Binaries {
@@ -56,7 +58,11 @@ impl Binaries {
             })?;
             all.insert(process.binary, (path, file));
         }
-        Ok(Self { files: all, groups })
+        Ok(Self {
+            files: all,
+            groups,
+            guest_memory: plan.vm.memory,
+        })
     }
 
     /// The one that `process` executes.
@@ -171,8 +177,21 @@ pub(crate) fn begin<'a>(
             .groups
             .as_ref()
             .and_then(|groups| groups.of(&process.name)),
+        address_space: address_space(process.role, binaries.guest_memory),
     };
     child::start(&program).map_err(|e| not_started(process, e))
+}
+
+/// What a process may map: the guest's memory, a device process twice, since a front end's new table
+/// comes before the old one goes, and room for itself.
+pub(crate) fn address_space(role: ProcessRole, guest_memory: u64) -> u64 {
+    const ROOM: u64 = 4 << 30;
+    let tables = match role {
+        ProcessRole::Vmm => 1,
+        role if role.is_device() => 2,
+        _ => 0,
+    };
+    guest_memory.saturating_mul(tables).saturating_add(ROOM)
 }
 
 fn not_started(process: &ProcessPlan, error: SpawnError) -> Failure {

@@ -33,6 +33,8 @@ pub struct Program<'a> {
     pub descriptors: Vec<BorrowedFd<'a>>,
     /// The cgroup (v2) that it is born in, by its folder; else the caller's.
     pub cgroup: Option<BorrowedFd<'a>>,
+    /// Most bytes of address space (RLIMIT_AS).
+    pub address_space: u64,
 }
 
 /// A child that builds its jail.
@@ -252,6 +254,7 @@ struct Prepared {
     binary: RawFd,
     report: RawFd,
     removed: Removed,
+    address_space: u64,
 }
 
 impl Prepared {
@@ -270,6 +273,7 @@ impl Prepared {
             binary: program.binary.as_raw_fd(),
             report,
             removed,
+            address_space: program.address_space,
         }
     }
 }
@@ -311,6 +315,8 @@ fn try_build(prepared: &mut Prepared) -> Result<std::convert::Infallible, (Step,
     if !prepared.removed.has(Wall::Limit) {
         setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(at(Step::Limits))?;
         setrlimit(Resource::RLIMIT_NOFILE, MAX_OPEN_FILES, MAX_OPEN_FILES).map_err(at(Step::Limits))?;
+        let most = prepared.address_space;
+        setrlimit(Resource::RLIMIT_AS, most, most).map_err(at(Step::Limits))?;
     }
     nix::sys::signal::sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)
         .map_err(at(Step::Execute))?;

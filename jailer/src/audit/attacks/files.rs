@@ -3,7 +3,7 @@
 use super::{Attempt, Outcome, address, below, call, through_at, try_call};
 use crate::audit::order::Order;
 use libc as l;
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 
 const HERE: usize = l::AT_FDCWD as usize;
 
@@ -67,9 +67,31 @@ pub(super) const ALL: &[(&str, Attempt)] = &[
             [address(&below(o, "new")), (l::S_IFIFO | 0o600) as usize, 0],
         )
     }),
+    ("exhaust-disk", |o| {
+        let flags = (l::O_CREAT | l::O_WRONLY) as usize;
+        let file = call(l::SYS_open, [address(&below(o, "new")), flags, 0o600])?;
+        try_call(l::SYS_fallocate, [file, 0, 0, 16 << 20])
+    }),
+    ("leave-cgroup", |_| {
+        in_cgroups("cgroup.procs", |path| {
+            let file = call(l::SYS_open, [address(path), l::O_WRONLY as usize])?;
+            // Process 0 is whoever writes.
+            try_call(l::SYS_write, [file, c"0".as_ptr() as usize, 1])
+        })
+    }),
+    ("read-cgroup", |o| {
+        let path = CString::new(format!("/proc/{}/cgroup", o.victim)).unwrap_or_default();
+        open(&path, l::O_RDONLY)
+    }),
+    ("change-cgroup", |_| {
+        in_cgroups("bulkhead-audit", |path| {
+            call(l::SYS_mkdir, [address(path), 0o700])?;
+            try_call(l::SYS_rmdir, [address(path)])
+        })
+    }),
     ("proc-self", |_| open(c"/proc/self/status", l::O_RDONLY)),
     ("proc-victim-memory", |o| {
-        let path = std::ffi::CString::new(format!("/proc/{}/mem", o.victim)).unwrap_or_default();
+        let path = CString::new(format!("/proc/{}/mem", o.victim)).unwrap_or_default();
         open(&path, l::O_RDONLY)
     }),
     ("proc-self-exe", |_| {
@@ -110,6 +132,19 @@ pub(super) const ALL: &[(&str, Attempt)] = &[
 
 fn open(path: &CStr, flags: i32) -> Outcome {
     try_call(l::SYS_open, [path.as_ptr() as usize, flags as usize])
+}
+
+/// Where hierarchies of either version are mounted; the first that lets `attack` through counts.
+fn in_cgroups(name: &str, attack: impl Fn(&CString) -> Outcome) -> Outcome {
+    let mut outcome = Err(l::ENOENT);
+    for folder in ["", "unified/", "memory/", "pids/"] {
+        let path = CString::new(format!("/sys/fs/cgroup/{folder}{name}")).unwrap_or_default();
+        outcome = attack(&path);
+        if outcome.is_ok() {
+            break;
+        }
+    }
+    outcome
 }
 
 fn openat2(o: &Order) -> Outcome {

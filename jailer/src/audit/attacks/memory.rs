@@ -12,6 +12,11 @@ const READ_EXEC: usize = (l::PROT_READ | l::PROT_EXEC) as usize;
 const OF_ITS_OWN: usize = (l::MAP_PRIVATE | l::MAP_ANONYMOUS) as usize;
 /// More descriptors than any jailed process may have.
 const ENOUGH: usize = 4000;
+/// More processes than a jailed one may make.
+const MANY: usize = 200;
+/// Address space in pieces: more than any jailed process may have. None is touched.
+const PIECE: usize = 64 << 20;
+const PIECES: usize = 512;
 
 pub(super) const ALL: &[(&str, Attempt)] = &[
     ("map-writable-code", |_| {
@@ -63,6 +68,8 @@ pub(super) const ALL: &[(&str, Attempt)] = &[
         }
         Ok(())
     }),
+    ("exhaust-pids", exhaust_pids),
+    ("exhaust-memory", exhaust_memory),
     ("raise-fds", |_| raise(l::RLIMIT_NOFILE as usize, 1 << 19)),
     ("raise-core", |_| raise(l::RLIMIT_CORE as usize, 1 << 20)),
     ("realtime", |_| {
@@ -97,6 +104,37 @@ pub(super) const ALL: &[(&str, Attempt)] = &[
 
 fn memory() -> usize {
     MEMORY.load(Ordering::Relaxed) as usize
+}
+
+/// Makes children that wait, and ends them.
+fn exhaust_pids(_: &Order) -> Outcome {
+    let mut children = [0; MANY];
+    let mut outcome = Ok(());
+    for child in &mut children {
+        match call(l::SYS_fork, []) {
+            // It is ended below.
+            Ok(0) => loop {
+                let _ = try_call(l::SYS_pause, []);
+            },
+            Ok(pid) => *child = pid,
+            Err(errno) => {
+                outcome = Err(errno);
+                break;
+            }
+        }
+    }
+    for child in children.into_iter().filter(|child| *child != 0) {
+        let _ = try_call(l::SYS_kill, [child, l::SIGKILL as usize]);
+        let _ = try_call(l::SYS_wait4, [child, 0, 0, 0]);
+    }
+    outcome
+}
+
+fn exhaust_memory(_: &Order) -> Outcome {
+    for _ in 0..PIECES {
+        call(l::SYS_mmap, [0, PIECE, READ_WRITE, OF_ITS_OWN, NOWHERE, 0])?;
+    }
+    Ok(())
 }
 
 fn raise(resource: usize, to: u64) -> Outcome {

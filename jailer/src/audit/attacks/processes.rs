@@ -44,6 +44,14 @@ pub(super) const ALL: &[(&str, Attempt)] = &[
         )
     }),
     ("execute", execute),
+    ("execute-memfd", |_| {
+        let fd = call(l::SYS_memfd_create, [c"program".as_ptr() as usize, 0])?;
+        let script = b"#!/bin/sh\nexit 42\n";
+        try_call(l::SYS_write, [fd, script.as_ptr() as usize, script.len()])?;
+        let none = [0usize];
+        let (path, none) = (c"".as_ptr() as usize, none.as_ptr() as usize);
+        try_call(l::SYS_execveat, [fd, path, none, none, l::AT_EMPTY_PATH as usize])
+    }),
     ("fork", |_| make_process(|| call(l::SYS_fork, []))),
     ("vfork-by-clone", |_| {
         make_process(|| {

@@ -1,8 +1,9 @@
 //! Sockets of every kind.
 
-use super::{Attempt, Outcome, below, call, try_call};
+use super::{Attempt, MEMORY, Outcome, below, call, try_call};
 use crate::audit::order::Order;
 use libc as l;
+use std::sync::atomic::Ordering;
 
 pub(super) const ALL: &[(&str, Attempt)] = &[
     ("connect-inet", |o| {
@@ -23,6 +24,7 @@ pub(super) const ALL: &[(&str, Attempt)] = &[
     ("connect-abstract", |o| {
         connect_unix(format!("\0{}", Order::abstract_name(o.port)).as_bytes())
     }),
+    ("send-fd", send_fd),
     ("netlink", |_| socket(l::AF_NETLINK, l::SOCK_RAW).map(drop)),
     ("vsock", |_| socket(l::AF_VSOCK, l::SOCK_STREAM).map(drop)),
     ("packet", |_| socket(l::AF_PACKET, l::SOCK_RAW).map(drop)),
@@ -65,4 +67,22 @@ fn connect_unix(path: &[u8]) -> Outcome {
     let socket = socket(l::AF_UNIX, l::SOCK_STREAM)?;
     let name = [&(l::AF_UNIX as u16).to_ne_bytes(), path].concat();
     named(l::SYS_connect, socket, &name)
+}
+
+/// The sealed memory, to the audit's own listener.
+fn send_fd(o: &Order) -> Outcome {
+    let socket = socket(l::AF_UNIX, l::SOCK_STREAM)?;
+    let path = below(o, "socket");
+    let name = [&(l::AF_UNIX as u16).to_ne_bytes(), path.as_bytes_with_nul()].concat();
+    named(l::SYS_connect, socket, &name)?;
+    // struct cmsghdr: length, level and kind, then the descriptor.
+    let kind = u64::from(l::SOL_SOCKET as u32) | u64::from(l::SCM_RIGHTS as u32) << 32;
+    let control = [20u64, kind, MEMORY.load(Ordering::Relaxed) as u64];
+    let byte = [b"x".as_ptr() as usize, 1];
+    // struct msghdr: name, its length, parts, their count, control, its length, flags.
+    let message = [0, 0, byte.as_ptr() as usize, 1, control.as_ptr() as usize, 24, 0];
+    try_call(
+        l::SYS_sendmsg,
+        [socket, message.as_ptr() as usize, l::MSG_NOSIGNAL as usize],
+    )
 }
