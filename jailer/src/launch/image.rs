@@ -20,6 +20,8 @@ use std::path::{Path, PathBuf};
 use vm_spec::image::{FromImageTool, ImageInfo, MAX_SNAPSHOTS, SnapshotInfo};
 use vm_spec::spec::ImageFormat;
 
+/// Most that the tool may map: it holds tables and a few clusters, never an image.
+const ADDRESS_SPACE: u64 = 4 << 30;
 const BINARY: &str = "bulkhead-image";
 /// How long the tool may be silent: it counts the references of a large image without a word.
 const PATIENCE_MS: i32 = 600_000;
@@ -215,6 +217,7 @@ impl Opened {
             arguments,
             descriptors: fds,
             cgroup: None,
+            address_space: ADDRESS_SPACE,
         };
         let child = start(&program)
             .and_then(Starting::finish)
