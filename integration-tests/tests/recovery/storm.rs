@@ -64,8 +64,9 @@ impl Image {
                 // with any writer of qcow2; nothing else may be wrong.
                 ensure!(
                     matches!(output.status.code(), Some(0 | 3)) && !words.contains("ERROR"),
-                    "{}: {words}",
-                    output.status
+                    "qemu-img check: {}: {words}{}",
+                    output.status,
+                    String::from_utf8_lossy(&output.stderr)
                 );
                 Ok(())
             }
