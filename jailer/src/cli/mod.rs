@@ -19,6 +19,7 @@ use crate::launch::net::link::{self, Order};
 use crate::launch::{self, Options};
 use crate::sandbox::{Role, SeccompMode};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
 use vm_spec::spec::VmSpec;
@@ -29,6 +30,21 @@ use vm_spec::spec::VmSpec;
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
+}
+
+/// [`Cli`] for someone who types `run`: building every other verb's arguments takes longer than all
+/// else that happens before the vmm is started.
+#[derive(Parser, Debug)]
+#[command(name = "bulkhead", version, max_term_width = 100)]
+struct RunCli {
+    #[command(subcommand)]
+    verb: RunVerb,
+}
+
+#[derive(Subcommand, Debug)]
+enum RunVerb {
+    /// Run a VM to its end, with its console on this terminal (Ctrl-A x leaves)
+    Run(Box<RunArgs>),
 }
 
 #[derive(Subcommand, Debug)]
@@ -181,20 +197,29 @@ impl RunArgs {
 /// Runs the command line and returns the exit code.
 pub fn main() -> u8 {
     let launched_ns = launch::monotonic_ns();
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let verb = match parse(std::env::args_os().collect()) {
+        Ok(verb) => verb,
         Err(error) => {
             // Help and version are no errors, and clap knows where each goes.
             let _ = error.print();
             return u8::try_from(error.exit_code()).unwrap_or(vm_spec::control::exit_code::USAGE);
         }
     };
-    match carry_out(cli.verb, launched_ns) {
+    match carry_out(verb, launched_ns) {
         Ok(code) => code,
         Err(failure) => {
             eprintln!("{failure}");
             failure.code()
         }
+    }
+}
+
+fn parse(arguments: Vec<OsString>) -> Result<Verb, clap::Error> {
+    if arguments.get(1).is_some_and(|verb| verb == "run") {
+        let RunVerb::Run(run) = RunCli::try_parse_from(arguments)?.verb;
+        Ok(Verb::Run(run))
+    } else {
+        Ok(Cli::try_parse_from(arguments)?.verb)
     }
 }
 
@@ -261,6 +286,23 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn run_is_parsed_alone_as_among_all_verbs() {
+        for line in [
+            "bulkhead run --kernel k -vv --disk path=a,format=raw",
+            "bulkhead run --kernl k",
+            "bulkhead run a b",
+            "bulkhead run --version",
+            "bulkhead run --help",
+        ] {
+            let arguments: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            let among = Cli::try_parse_from(&arguments).map(|cli| format!("{:?}", cli.verb));
+            let alone = parse(arguments).map(|verb| format!("{verb:?}"));
+            let text = |error: clap::Error| error.to_string();
+            assert_eq!(alone.map_err(text), among.map_err(text), "{line}");
+        }
     }
 
     #[test]
