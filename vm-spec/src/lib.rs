@@ -6,6 +6,7 @@
 
 pub mod client;
 pub mod control;
+pub mod disk;
 pub mod events;
 pub mod image;
 pub mod machine;

@@ -1,5 +1,6 @@
 //! What a person writes: `SPEC.toml`, flags and JSON are three spellings of [`VmSpec`].
 
+use crate::disk::DiskSpec;
 use crate::net::NetSpec;
 use crate::size::ByteSize;
 use serde::{Deserialize, Serialize};
@@ -110,42 +111,6 @@ impl ImageFormat {
         let name = if name == "vpc" { "vhd" } else { name };
         Self::ALL.into_iter().find(|format| format.name() == name)
     }
-}
-
-/// A disk: an image that our own process serves, or a socket that anyone serves.
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct DiskSpec {
-    /// Name in messages; default `disk0`, `disk1` and so on.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub id: Option<String>,
-    /// The image. Excludes `vhost-user`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub path: Option<PathBuf>,
-    /// The image's format; required with `path`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub format: Option<ImageFormat>,
-    /// File with the passphrase of an encrypted image, taken whole: a newline at its end counts.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub key_file: Option<PathBuf>,
-    /// The same, by inherited file descriptor; it may be a pipe. Excludes `key-file`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub key_fd: Option<i32>,
-    /// The image's external data file; the name that the image has for it is never used.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub data_file: Option<PathBuf>,
-    /// Socket of a vhost-user-blk back end. Excludes `path`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub vhost_user: Option<PathBuf>,
-    /// The guest cannot write.
-    #[serde(default)]
-    pub read_only: bool,
-    /// Request queues, 1 to 32; default one per vCPU, at most 4.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub num_queues: Option<u16>,
-    /// PCI device number, 1 to 31.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub slot: Option<u8>,
 }
 
 /// A vhost-user back end of any type.

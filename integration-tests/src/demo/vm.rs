@@ -15,10 +15,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
+use vm_spec::disk::DiskSpec;
 use vm_spec::net::NetSpec;
 use vm_spec::run_state::{self, RunState};
 use vm_spec::size::ByteSize;
-use vm_spec::spec::{BootSpec, DiskSpec, ImageFormat, OnReboot, VmSpec};
+use vm_spec::spec::{BootSpec, ImageFormat, OnReboot, VmSpec};
 
 /// The VM's name.
 const NAME: &str = "demo";

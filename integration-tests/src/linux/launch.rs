@@ -13,9 +13,10 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use vm_spec::disk::DiskSpec;
 use vm_spec::net::NetSpec;
 use vm_spec::size::ByteSize;
-use vm_spec::spec::{BootSpec, DiskSpec, ImageFormat, OnReboot, VmSpec};
+use vm_spec::spec::{BootSpec, ImageFormat, OnReboot, VmSpec};
 
 /// How the kernel is started.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -14,7 +14,7 @@ use libtest_mimic::Trial;
 use nix::unistd::{Gid, Uid, chown};
 use std::{
     fs::{self, File, Permissions},
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -33,20 +33,37 @@ pub(crate) fn tests() -> Vec<Trial> {
 }
 
 fn flags(folder: &Path, kernel: &Path) -> Result<Vec<String>> {
-    let disk = folder.join("disk");
-    File::create(&disk)?.set_len(16 << 20)?;
-    fs::set_permissions(&disk, Permissions::from_mode(0o666))?;
+    let make = |name| -> Result<PathBuf> {
+        let disk = folder.join(name);
+        File::create(&disk)?.set_len(16 << 20)?;
+        fs::set_permissions(&disk, Permissions::from_mode(0o666))?;
+        Ok(disk)
+    };
+    let (disk, second) = (make("disk")?, make("second")?);
     let mut flags = vec![
         format!("--kernel={}", kernel.display()),
         "--memory=64M".to_owned(),
         "--cmdline=scenario=hlt".to_owned(),
         format!("--disk=path={},format=raw", disk.display()),
+        format!(
+            "--disk=path={},format=raw,serial=second,l2-cache-size=64K,poll-us=50,on-error=stop,\
+             ops=50K,bytes=1G,queues=2{}",
+            second.display(),
+            if takes_direct(&second) { ",cache=none" } else { "" }
+        ),
         "--power-off-grace=1".to_owned(),
     ];
     if Path::new("/dev/net/tun").exists() {
         flags.push("--net=private=10.213.8.1/24".to_owned());
     }
     Ok(flags)
+}
+
+/// Not every file system does.
+fn takes_direct(path: &Path) -> bool {
+    let mut options = File::options();
+    options.read(true).custom_flags(nix::libc::O_DIRECT);
+    options.open(path).is_ok()
 }
 
 fn as_self() -> Result<()> {

@@ -6,12 +6,13 @@ use crate::failure::Failure;
 use clap::Args;
 use serde::de::DeserializeOwned;
 use std::path::PathBuf;
+use vm_spec::disk::DiskSpec;
 use vm_spec::net::NetSpec;
 use vm_spec::size::ByteSize;
-use vm_spec::spec::{BootSpec, DiskSpec, OnDeviceDeath, OnReboot, VhostUserSpec, VmSpec};
+use vm_spec::spec::{BootSpec, OnDeviceDeath, OnReboot, VhostUserSpec, VmSpec};
 
 /// Keys whose values are numbers or truth values; all others are text.
-const NOT_TEXT: [&str; 13] = [
+const NOT_TEXT: [&str; 14] = [
     "read-only",
     "num-queues",
     "slot",
@@ -25,6 +26,7 @@ const NOT_TEXT: [&str; 13] = [
     "user",
     "guard",
     "queues",
+    "poll-us",
 ];
 /// Keys that may be given again, for a list.
 const LISTS: [&str; 3] = ["tap-fd", "publish", "ip"];
@@ -50,7 +52,9 @@ pub(super) struct VmFlags {
     /// Back memory with pages of this size: 2M or 1G
     #[arg(long, value_name = "SIZE")]
     huge_pages: Option<ByteSize>,
-    /// path=FILE,format=raw|qcow2[,readonly] or vhost-user=SOCKET [,id=][,slot=][,num-queues=]
+    /// path=FILE,format=raw|qcow2[,readonly][,cache=writeback|none][,l2-cache-size=SIZE][,serial=]
+    /// [,poll-us=][,on-error=report|stop][,{ops,bytes}[-burst]=][,data-file=][,key-file=|,key-fd=]
+    /// or vhost-user=SOCKET; [,id=][,slot=][,queues=]
     #[arg(long, value_name = "KEY=VALUE,...")]
     disk: Vec<String>,
     /// user[,publish=HOST:GUEST], tap=NAME, tap-fd=N, bridge=NAME, isolated=NAME,
@@ -211,6 +215,7 @@ fn split(text: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_spec::disk::CacheMode;
     use vm_spec::spec::ImageFormat;
 
     #[test]
@@ -223,6 +228,15 @@ mod tests {
         let disk: DiskSpec = list("--disk", "path=a,format=qcow2,key-fd=7,data-file=b").unwrap();
         assert_eq!((disk.key_fd, disk.key_file), (Some(7), None));
         assert_eq!(disk.data_file, Some("b".into()));
+        let text =
+            "path=a,format=raw,cache=none,l2-cache-size=1M,poll-us=50,serial=7,ops=50K,bytes=1G,queues=2";
+        let disk: DiskSpec = list("--disk", text).unwrap();
+        assert_eq!((disk.cache, disk.poll_us), (Some(CacheMode::None), Some(50)));
+        assert_eq!((disk.serial.as_deref(), disk.queues), (Some("7"), Some(2)));
+        assert_eq!(
+            (disk.ops, disk.l2_cache_size),
+            (Some(ByteSize(50 << 10)), Some(ByteSize(1 << 20)))
+        );
         let net: NetSpec = list("--net", "tap=0,mtu=1400").unwrap();
         assert_eq!((net.tap.as_deref(), net.mtu), (Some("0"), Some(1400)));
         let net: NetSpec = list("--net", "user,publish=8080:80,publish=53:53/udp,guard=off").unwrap();
@@ -244,6 +258,8 @@ mod tests {
         assert!(wrong("path=/a,path=/b").contains("'path' is given twice"));
         assert!(wrong("path=/a,format=dmg").contains("dmg"));
         assert!(wrong("path=/a,slot=x").contains("invalid type"));
+        assert!(wrong("path=/a,cache=non").contains("did you mean 'none'?"));
+        assert!(wrong("path=/a,poll-us=20000").contains("longer than 10000"));
     }
 
     #[test]

@@ -2,7 +2,8 @@
 
 use crate::failure::Failure;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use vm_spec::disk::DiskSpec;
 use vm_spec::spec::VmSpec;
 
 /// Longest spec file in bytes.
@@ -29,13 +30,23 @@ fn resolve_paths(spec: &mut VmSpec, folder: &Path) {
     let paths = [Some(&mut spec.boot.kernel), spec.boot.initrd.as_mut()]
         .into_iter()
         .flatten()
-        .chain(disks.flat_map(|d| d.path.iter_mut().chain(&mut d.vhost_user)))
-        .chain(nets.filter_map(|n| n.vhost_user.as_mut()))
+        .chain(disks.flat_map(disk_paths))
+        .chain(nets.flat_map(|n| n.vhost_user.iter_mut().chain(&mut n.pcap)))
         .chain(spec.vhost_user.iter_mut().map(|v| &mut v.socket))
         .chain(&mut spec.image_folders);
     for path in paths {
         *path = folder.join(&*path);
     }
+}
+
+fn disk_paths(disk: &mut DiskSpec) -> impl Iterator<Item = &mut PathBuf> {
+    let named = [
+        &mut disk.path,
+        &mut disk.vhost_user,
+        &mut disk.key_file,
+        &mut disk.data_file,
+    ];
+    named.into_iter().flatten()
 }
 
 /// Reads a spec's text; `name` is the file's, for messages.
@@ -108,6 +119,29 @@ mod tests {
     }
 
     #[test]
+    fn a_disks_keys_and_values_are_checked_in_place() {
+        let wrong = |line: &str| {
+            let text = format!("[boot]\nkernel = \"k\"\n[[disk]]\npath = \"d\"\n{line}\n");
+            parse("vm.toml", &text).unwrap_err().to_string()
+        };
+        let cases = [
+            ("l2-cache = \"1M\"", "5:1", "did you mean 'l2-cache-size'?"),
+            ("cache = \"writebak\"", "5:9", "did you mean 'writeback'?"),
+            ("on-error = \"stopp\"", "5:12", "did you mean 'stop'?"),
+            ("l2-cache-size = \"1K\"", "5:17", "1K is not between 64K and 1G"),
+            ("serial = \"123456789012345678901\"", "5:10", "21 bytes"),
+            ("poll-us = 10001", "5:11", "longer than 10000"),
+            ("ops = \"many\"", "5:7", "'many' is not a size"),
+            ("queues = \"2\"", "5:10", "invalid type"),
+        ];
+        for (line, place, words) in cases {
+            let message = wrong(line);
+            assert!(message.contains(&format!("vm.toml:{place}")), "{line}: {message}");
+            assert!(message.contains(words), "{line}: {message}");
+        }
+    }
+
+    #[test]
     fn a_far_off_key_gets_no_guess() {
         let message = parse("v", "bananas = 1\n").unwrap_err().to_string();
         assert!(!message.contains("did you mean"), "{message}");
@@ -115,9 +149,15 @@ mod tests {
 
     #[test]
     fn paths_are_relative_to_the_spec() {
-        let mut spec = parse("v", "[boot]\nkernel = \"k\"\ninitrd = \"/i\"\n").unwrap();
+        let disk = "[[disk]]\npath = \"d\"\nkey-file = \"k\"\ndata-file = \"/f\"\n";
+        let text = format!("[boot]\nkernel = \"k\"\ninitrd = \"/i\"\n{disk}");
+        let mut spec = parse("v", &text).unwrap();
         resolve_paths(&mut spec, Path::new("/vm"));
         assert_eq!(spec.boot.kernel, Path::new("/vm/k"));
         assert_eq!(spec.boot.initrd.as_deref(), Some(Path::new("/i")));
+        let disk = &spec.disks[0];
+        assert_eq!(disk.path.as_deref(), Some(Path::new("/vm/d")));
+        assert_eq!(disk.key_file.as_deref(), Some(Path::new("/vm/k")));
+        assert_eq!(disk.data_file.as_deref(), Some(Path::new("/f")));
     }
 }

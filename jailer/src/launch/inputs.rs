@@ -1,9 +1,10 @@
 //! Opening what the spec names. Everything is opened here, once, by the launcher; jailed
 //! processes get descriptors.
 
+use super::disk::{Disk, Key};
 use super::image::printable;
 use super::kernel::{self, Kernel};
-use super::machine::{Backend, Device, Key};
+use super::machine::{Backend, Device};
 use super::net::{self, Nic};
 use super::qcow2;
 use super::run_dir::RunDir;
@@ -14,7 +15,7 @@ use nix::fcntl::{Flock, FlockArg, OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Component, Path, PathBuf};
@@ -58,6 +59,8 @@ pub(crate) struct Images {
     /// A file that holds the passphrase, so that a successor can read it again.
     pub(crate) key: Option<OwnedFd>,
     pub(crate) data_file: Option<OwnedFd>,
+    /// The image once more, past the page cache.
+    pub(crate) direct: Option<OwnedFd>,
 }
 
 /// One image of a chain.
@@ -110,21 +113,7 @@ pub(crate) fn open(spec: &VmSpec, devices: &[Device]) -> Result<Inputs, Failure>
 /// What a device that is no NIC of ours works on.
 fn open_backend(spec: &VmSpec, device: &Device) -> Result<Option<BackendInput>, Failure> {
     match &device.backend {
-        Backend::Disk {
-            path,
-            format,
-            read_only,
-            key,
-            data_file,
-        } => Ok(Some(BackendInput::Images(Images {
-            layers: open_chain(spec, device, path, *format, *read_only)?,
-            key: key.as_ref().map(|key| open_key(device, key)).transpose()?,
-            data_file: data_file
-                .as_ref()
-                .map(|path| open_image(&format!("{}.data-file", device.field), path, *read_only))
-                .transpose()?
-                .map(OwnedFd::from),
-        }))),
+        Backend::Disk(disk) => open_disk(spec, device, disk).map(|images| Some(BackendInput::Images(images))),
         Backend::Net(_) => Ok(None),
         Backend::Passt { passt, publish, mtu } => {
             net::serve(&device.field, passt, publish, *mtu).map(|socket| Some(BackendInput::Socket(socket)))
@@ -140,6 +129,42 @@ fn open_backend(spec: &VmSpec, device: &Device) -> Result<Option<BackendInput>, 
             .hint("start the back end first, with this socket path")),
         },
     }
+}
+
+fn open_disk(spec: &VmSpec, device: &Device, disk: &Disk) -> Result<Images, Failure> {
+    let layers = open_chain(spec, device, &disk.path, disk.format, disk.read_only)?;
+    let direct = match layers.first() {
+        Some(top) if disk.past_cache => Some(open_direct(device, disk, &top.file)?),
+        _ => None,
+    };
+    let data_file = disk.data_file.as_ref();
+    let data_file =
+        data_file.map(|path| open_image(&format!("{}.data-file", device.field), path, disk.read_only));
+    Ok(Images {
+        layers,
+        key: disk.key.as_ref().map(|key| open_key(device, key)).transpose()?,
+        data_file: data_file.transpose()?.map(OwnedFd::from),
+        direct,
+    })
+}
+
+/// By the open descriptor, not by its path, which may lead elsewhere by now.
+fn open_direct(device: &Device, disk: &Disk, image: &OwnedFd) -> Result<OwnedFd, Failure> {
+    OpenOptions::new()
+        .read(true)
+        .write(!disk.read_only)
+        .custom_flags(libc::O_DIRECT)
+        .open(format!("/proc/self/fd/{}", image.as_raw_fd()))
+        .map(OwnedFd::from)
+        .map_err(|e| {
+            Failure::host(format!(
+                "{}.cache: cannot open {} past the page cache",
+                device.field,
+                disk.path.display()
+            ))
+            .because(&e)
+            .hint("leave cache=none out: not every file system has O_DIRECT")
+        })
 }
 
 /// A file is passed on as it is; what comes through an inherited descriptor, which may be a pipe, is

@@ -1,12 +1,13 @@
 //! From what a person wrote to what is meant: defaults filled in, alternatives told apart, every
 //! field checked. Pure: nothing is opened here.
 
+use super::disk::{self, Disk};
 use super::net::{self, Nic, Passt, Publish};
 use crate::failure::Failure;
 use std::path::PathBuf;
 use vm_spec::machine::{FIRST_SLOT, LAST_SLOT, MAX_CPUS, MAX_MEMORY, MIN_MEMORY};
 use vm_spec::size::ByteSize;
-use vm_spec::spec::{DiskSpec, ImageFormat, VhostUserSpec, VmSpec};
+use vm_spec::spec::{VhostUserSpec, VmSpec};
 
 /// Longest kernel command line in bytes (x86 COMMAND_LINE_SIZE less the end).
 const LONGEST_CMDLINE: usize = 2047;
@@ -29,7 +30,7 @@ pub(crate) struct Device {
 impl Device {
     /// A process of ours serves it.
     pub(crate) fn is_ours(&self) -> bool {
-        matches!(self.backend, Backend::Disk { .. } | Backend::Net(_))
+        matches!(self.backend, Backend::Disk(_) | Backend::Net(_))
     }
 }
 
@@ -37,13 +38,7 @@ impl Device {
 #[derive(Clone, PartialEq, Debug)]
 pub(crate) enum Backend {
     /// vhost-user-blk, which we start.
-    Disk {
-        path: PathBuf,
-        format: ImageFormat,
-        read_only: bool,
-        key: Option<Key>,
-        data_file: Option<PathBuf>,
-    },
+    Disk(Disk),
     /// vhost-user-net, which we start.
     Net(Nic),
     /// passt, which serves a NIC's queues itself.
@@ -56,13 +51,6 @@ pub(crate) enum Backend {
     External(PathBuf),
 }
 
-/// Where the passphrase of an encrypted image comes from.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Key {
-    File(PathBuf),
-    Inherited(i32),
-}
-
 /// The name and the devices of a sound spec.
 pub(crate) fn check(spec: &VmSpec, default_name: &str) -> Result<(String, Vec<Device>), Failure> {
     let name = spec.name.clone().unwrap_or_else(|| default_name.to_owned());
@@ -70,7 +58,7 @@ pub(crate) fn check(spec: &VmSpec, default_name: &str) -> Result<(String, Vec<De
     check_machine(spec)?;
     let mut devices = Vec::new();
     for (n, disk) in spec.disks.iter().enumerate() {
-        devices.push(check_disk(spec, n, disk)?);
+        devices.push(disk::check(spec.cpus, n, disk)?);
     }
     for (n, nic) in spec.nets.iter().enumerate() {
         devices.push(net::check(&name, n, nic)?);
@@ -143,70 +131,34 @@ pub(super) fn check_name(field: &str, name: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-fn check_queues(field: &str, queues: Option<u16>) -> Result<(), Failure> {
+/// `field` is the key's name.
+pub(super) fn check_queues(field: &str, queues: Option<u16>) -> Result<(), Failure> {
     match queues {
-        Some(n) if !(1..=32).contains(&n) => Err(Failure::usage(format!(
-            "{field}.num-queues: {n} is not between 1 and 32"
-        ))),
+        Some(n) if !(1..=32).contains(&n) => {
+            Err(Failure::usage(format!("{field}: {n} is not between 1 and 32")))
+        }
         _ => Ok(()),
     }
 }
 
-fn check_disk(spec: &VmSpec, n: usize, disk: &DiskSpec) -> Result<Device, Failure> {
-    let field = format!("disk[{n}]");
-    check_queues(&field, disk.num_queues)?;
-    let backend = match (&disk.path, &disk.vhost_user) {
-        (Some(path), None) => Backend::Disk {
-            path: path.clone(),
-            format: disk.format.ok_or_else(|| {
-                Failure::usage(format!("{field}.format: is missing"))
-                    .cause("a format is never guessed: the guest writes what would be guessed from")
-                    .hint("add format=raw or format=qcow2; vmdk, vdi, vhdx and vhd can be read")
-            })?,
-            read_only: disk.read_only,
-            key: match (&disk.key_file, disk.key_fd) {
-                (Some(_), Some(_)) => {
-                    return Err(Failure::usage(format!("{field}.key-fd: excludes key-file")));
-                }
-                (Some(file), None) => Some(Key::File(file.clone())),
-                (None, number) => number.map(Key::Inherited),
-            },
-            data_file: disk.data_file.clone(),
-        },
-        (None, Some(_)) if disk.key_file.is_some() || disk.key_fd.is_some() || disk.data_file.is_some() => {
-            return Err(Failure::usage(format!(
-                "{field}: key-file, key-fd and data-file go with path, not with vhost-user"
-            )));
+/// A rate and its burst; `field` is the rate's key.
+pub(super) fn check_limit(
+    field: &str,
+    rate: Option<ByteSize>,
+    burst: Option<ByteSize>,
+) -> Result<(), Failure> {
+    match (rate, burst) {
+        (None, Some(_)) => Err(Failure::usage(format!("{field}-burst: needs {field}"))),
+        (Some(ByteSize(0)), _) | (_, Some(ByteSize(0))) => {
+            Err(Failure::usage(format!("{field}: must be at least 1")))
         }
-        (None, Some(socket)) => Backend::External(socket.clone()),
-        (None, None) => {
-            return Err(Failure::usage(format!(
-                "{field}: neither path nor vhost-user is given"
-            )));
-        }
-        (Some(_), Some(_)) => {
-            return Err(Failure::usage(format!("{field}.vhost-user: excludes path")));
-        }
-    };
-    let ours = matches!(backend, Backend::Disk { .. });
-    Ok(Device {
-        id: disk.id.clone().unwrap_or(format!("disk{n}")),
-        field,
-        slot: disk.slot.unwrap_or(0),
-        device_type: 2,
-        num_queues: match disk.num_queues {
-            None if ours => Some(u16::from(spec.cpus).min(4)),
-            given => given,
-        },
-        config: Vec::new(),
-        config_features: 0,
-        backend,
-    })
+        _ => Ok(()),
+    }
 }
 
 fn check_vhost_user(n: usize, other: &VhostUserSpec) -> Result<Device, Failure> {
     let field = format!("vhost-user[{n}]");
-    check_queues(&field, other.num_queues)?;
+    check_queues(&format!("{field}.num-queues"), other.num_queues)?;
     let device_type = device_type(&other.device_type).ok_or_else(|| {
         Failure::usage(format!(
             "{field}.type: '{}' is no virtio device type",

@@ -4,6 +4,7 @@
 //!   machine (check) -> reaper -> inputs (open) -> plan -> spawn -> supervise
 //! ```
 
+mod disk;
 pub(crate) mod image;
 mod inputs;
 mod kernel;

@@ -220,7 +220,7 @@ impl Wires {
                 _ => null(),
             },
             // No probe needs what is in them.
-            Source::Key(_) | Source::DataFile(_) => null(),
+            Source::DirectImage(_) | Source::Key(_) | Source::DataFile(_) => null(),
             Source::LogRead(_) => {
                 let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
                 self.held.push(write);

@@ -272,6 +272,7 @@ impl Wires {
                     }
                     table.extend(images.key.map(|fd| (Source::Key(n), fd)));
                     table.extend(images.data_file.map(|fd| (Source::DataFile(n), fd)));
+                    table.extend(images.direct.map(|fd| (Source::DirectImage(n), fd)));
                 }
             }
             let (front, back) = pair(SockType::Stream)?;

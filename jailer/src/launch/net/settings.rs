@@ -1,11 +1,10 @@
 //! From a [`NetSpec`] to what is meant: alternatives told apart, every key checked. Pure.
 
-use super::super::machine::{Backend, Device};
+use super::super::machine::{Backend, Device, check_limit};
 use crate::failure::Failure;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use vm_spec::net::NetSpec;
-use vm_spec::size::ByteSize;
 
 /// VIRTIO_NET_F_MTU (virtio 1.3, 5.1.3).
 const NET_F_MTU: u64 = 1 << 3;
@@ -267,16 +266,6 @@ fn check_flags(field: &str, net: &NetSpec) -> Result<Vec<String>, Failure> {
     Ok(flags)
 }
 
-fn check_limit(field: &str, rate: Option<ByteSize>, burst: Option<ByteSize>) -> Result<(), Failure> {
-    match (rate, burst) {
-        (None, Some(_)) => Err(Failure::usage(format!("{field}-burst: needs {field}"))),
-        (Some(ByteSize(0)), _) | (_, Some(ByteSize(0))) => {
-            Err(Failure::usage(format!("{field}: must be at least 1")))
-        }
-        _ => Ok(()),
-    }
-}
-
 fn is_prefix(text: &str) -> bool {
     let (address, bits) = match text.split_once('/') {
         None => (text, None),
@@ -327,6 +316,7 @@ fn derived_mac(vm: &str, id: &str) -> Mac {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_spec::size::ByteSize;
 
     fn nic(net: &NetSpec) -> Nic {
         match check("vm", 0, net).unwrap().backend {

@@ -1,10 +1,12 @@
 //! The process of a device of ours.
 
 use super::{Choices, Kept, ProcessPlan, Source, Table, another, any, exactly};
+use crate::launch::disk::Disk;
 use crate::launch::machine::{Backend, Device};
 use crate::launch::net::Nic;
 use vm_spec::control::DeviceConfig;
-use vm_spec::run_state::ProcessRole;
+use vm_spec::run_state::{MadeFds, ProcessRole};
+use vm_spec::spec::ImageFormat;
 
 /// The process of device `n`, which logs to pipe `log`; `peer` is what the vmm is told of it.
 pub(super) fn plan(
@@ -29,36 +31,16 @@ pub(super) fn plan(
     ];
     let (role, binary) = match &device.backend {
         Backend::External(_) | Backend::Passt { .. } => return None,
-        Backend::Disk {
-            path,
-            format,
-            read_only,
-            key,
-            data_file,
-        } => {
-            let image = fds.add(Source::Image(n, 0), path.display().to_string());
-            arguments.push(format!("--blk-fd={}", image.0));
-            arguments.push(format!("--format={}", format.name()));
-            for (layer, format) in choices.chains[n].iter().enumerate().skip(1) {
-                let fd = fds.add(Source::Image(n, layer), format!("backing file {layer}"));
-                arguments.push(format!("--backing-fd={}:{}", format.name(), fd.0));
-            }
-            if let Some(path) = data_file {
-                let fd = fds.add(Source::DataFile(n), format!("data file {}", path.display()));
-                arguments.push(format!("--data-file-fd={}", fd.0));
-            }
-            if key.is_some() {
-                let fd = fds.add_until(Kept::UntilLockdown, Source::Key(n), "passphrase of the image");
-                arguments.push(format!("--key-fd={}", fd.0));
-            }
-            if *read_only {
-                arguments.push("--read-only".into());
-            }
+        Backend::Disk(disk) => {
+            arguments.extend(plan_disk(n, disk, &choices.chains[n], &mut fds));
             arguments.extend(device.num_queues.map(|q| format!("--num-queues={q}")));
-            // VIRTIO_BLK_T_GET_ID answers at most 20 bytes.
-            let serial: String = device.id.chars().take(20).collect();
-            arguments.push(format!("--serial={serial}"));
             made.push(exactly(1, "/memfd:inflight", "in-flight region"));
+            if disk.past_cache {
+                made.push(MadeFds {
+                    most: device.num_queues.map(u32::from),
+                    ..exactly(0, "anon_inode:[io_uring]", "a queue's restricted ring")
+                });
+            }
             (ProcessRole::Disk, "vhost-user-blk")
         }
         Backend::Net(nic) => {
@@ -81,6 +63,38 @@ pub(super) fn plan(
         descriptors: fds.0,
         made,
     })
+}
+
+/// `formats` are those of the image chain, the top first.
+fn plan_disk(n: usize, disk: &Disk, formats: &[ImageFormat], fds: &mut Table) -> Vec<String> {
+    let image = fds.add(Source::Image(n, 0), disk.path.display().to_string());
+    let mut arguments = vec![
+        format!("--blk-fd={}", image.0),
+        format!("--format={}", disk.format.name()),
+    ];
+    if disk.past_cache {
+        let what = format!("{}, past the page cache", disk.path.display());
+        let direct = fds.add(Source::DirectImage(n), what);
+        arguments.push(format!("--blk-direct-fd={}", direct.0));
+        arguments.push("--cache=none".into());
+    }
+    for (layer, format) in formats.iter().enumerate().skip(1) {
+        let fd = fds.add(Source::Image(n, layer), format!("backing file {layer}"));
+        arguments.push(format!("--backing-fd={}:{}", format.name(), fd.0));
+    }
+    if let Some(path) = &disk.data_file {
+        let fd = fds.add(Source::DataFile(n), format!("data file {}", path.display()));
+        arguments.push(format!("--data-file-fd={}", fd.0));
+    }
+    if disk.key.is_some() {
+        let fd = fds.add_until(Kept::UntilLockdown, Source::Key(n), "passphrase of the image");
+        arguments.push(format!("--key-fd={}", fd.0));
+    }
+    if disk.read_only {
+        arguments.push("--read-only".into());
+    }
+    arguments.extend(disk.flags.iter().cloned());
+    arguments
 }
 
 fn plan_nic(n: usize, nic: &Nic, fds: &mut Table) -> Vec<String> {

@@ -47,6 +47,8 @@ pub(crate) enum Source {
     RequestsPeer(usize),
     /// A layer of a device's image chain, the top first.
     Image(usize, usize),
+    /// A device's image once more, past the page cache.
+    DirectImage(usize),
     /// The passphrase of a device's image.
     Key(usize),
     /// The external data file of a device's image.

@@ -69,7 +69,7 @@ pub(super) fn plan(spec: &VmSpec, devices: &[Device], choices: &Choices<'_>) -> 
 }
 
 fn made(spec: &VmSpec, devices: &[Device]) -> Vec<MadeFds> {
-    let disks = |device: &&Device| matches!(device.backend, Backend::Disk { .. });
+    let disks = |device: &&Device| matches!(device.backend, Backend::Disk(_));
     let others = |device: &&Device| !device.is_ours();
     let count = |which: &dyn Fn(&&Device) -> bool| devices.iter().filter(which).count() as u32;
     let copies = u32::from(!devices.is_empty());
