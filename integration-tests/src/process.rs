@@ -8,7 +8,7 @@ use nix::{
     unistd::Pid,
 };
 use std::{
-    fs::File,
+    fs::{self, File},
     os::{
         fd::{AsRawFd, FromRawFd, OwnedFd},
         unix::{fs::FileExt, net::UnixStream, process::CommandExt},
@@ -128,6 +128,38 @@ impl Drop for Process {
         // Both fail only where the child is gone already.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// A process as `/proc` lists it, that no later one is mistaken for.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Listed {
+    /// Its process id.
+    pub pid: i32,
+    /// In clock ticks since boot (`proc_pid_stat(5)`, field 22).
+    pub started: u64,
+    /// Its parent's process id.
+    pub parent: i32,
+}
+
+impl Listed {
+    /// The process `pid`, unless it is over: gone, or a zombie that its parent has yet to reap.
+    ///
+    /// A process whose first thread alone is a zombie is not over: the other threads still hold
+    /// its memory, its files and their locks.
+    #[must_use]
+    pub fn find(pid: i32) -> Option<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name before may hold anything, blanks and parentheses too.
+        let (_, rest) = stat.rsplit_once(") ")?;
+        let fields: Vec<&str> = rest.split(' ').collect();
+        let number = |at: usize| fields.get(at)?.parse::<u64>().ok();
+        (*fields.first()? != "Z" || number(17)? > 1).then_some(())?;
+        Some(Self {
+            pid,
+            started: number(19)?,
+            parent: number(1)?.try_into().ok()?,
+        })
     }
 }
 

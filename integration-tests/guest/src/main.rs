@@ -16,6 +16,8 @@ mod boot;
 #[cfg(target_os = "none")]
 mod cpu;
 #[cfg(target_os = "none")]
+mod flushed;
+#[cfg(target_os = "none")]
 mod internet;
 #[cfg(target_os = "none")]
 mod memory;

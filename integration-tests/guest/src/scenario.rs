@@ -1,6 +1,6 @@
 //! The scenarios, by name.
 
-use crate::{blk, cpu, internet, net, parameters::Parameters, pci, serial, serial::line, storm};
+use crate::{blk, cpu, flushed, internet, net, parameters::Parameters, pci, serial, serial::line, storm};
 use guest_contract::machine;
 
 /// Why a scenario failed.
@@ -30,6 +30,7 @@ pub(crate) fn run(command_line: &str) -> ! {
         "blk" => blk::scenario(parameters),
         "msix-mask" => blk::mask_scenario(parameters),
         "reboot" => blk::reboot_scenario(parameters),
+        "flushed" => flushed::scenario(parameters),
         "storm" => storm::scenario(parameters),
         "net" => net::scenario(parameters),
         "net-echo" => net::echo_scenario(parameters),

@@ -86,11 +86,8 @@ fn under_load(image: Image, kills: usize) -> Result<()> {
         for _ in 0..kills.div_ceil(ROUNDS) {
             moments.wait();
             let before = storm.image_blocks()?;
-            ensure!(
-                storm.victim.strike(&mut storm.run, Signal::SIGKILL, SUCCESSOR)?,
-                "the VM ended: {}",
-                storm.run.process.stderr()?
-            );
+            let hit = storm.victim.strike(&mut storm.run, Signal::SIGKILL, SUCCESSOR)?;
+            ensure!(hit, "the VM ended: {}", storm.last_words()?);
             struck += 1;
             // Every fifth successor is killed as soon as it is there, most often as it negotiates.
             if struck % 5 == 0 {

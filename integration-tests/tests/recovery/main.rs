@@ -1,6 +1,7 @@
 //! A device's process dies, and the guest only waits: `bulkhead run` with the tiny guest, whose
 //! workload checks every block, while its disk process is killed again and again.
 
+mod durable;
 mod forced;
 mod kills;
 mod limits;
@@ -15,6 +16,7 @@ fn main() -> ExitCode {
     let mut tests = Vec::new();
     tests.extend(kills::tests());
     tests.extend(limits::tests());
+    tests.extend(durable::tests());
     tests.extend(forced::tests());
     tests.extend(upgrade::tests());
     tests.extend(stress::tests());

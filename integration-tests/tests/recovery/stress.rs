@@ -1,6 +1,7 @@
 //! Random faults over all processes of four VMs at a time, for a given time.
 
 use crate::{
+    durable,
     kills::Moments,
     storm::{Image, Stalls, Storm},
     upgrade::upgrade,
@@ -13,12 +14,9 @@ use integration_tests::{
     verify::FULL,
 };
 use libtest_mimic::Trial;
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::sys::signal::Signal;
 use std::{
-    env, fs,
+    env,
     sync::Mutex,
     thread,
     time::{Duration, Instant},
@@ -150,14 +148,10 @@ fn tally_of(tally: &Mutex<Tally>) -> Result<std::sync::MutexGuard<'_, Tally>> {
 }
 
 fn strike(storm: &mut Storm, signal: Signal) -> Result<()> {
-    let Storm { run, victim, .. } = storm;
+    let Storm { run, victim, .. } = &mut *storm;
     victim.forget();
-    ensure!(
-        victim.strike(run, signal, PATIENCE)?,
-        "the VM ended: {}",
-        run.process.stderr()?
-    );
-    ensure!(victim.wait_restarted(run, PATIENCE)?, "the VM ended");
+    let lives = victim.strike(run, signal, PATIENCE)? && victim.wait_restarted(run, PATIENCE)?;
+    ensure!(lives, "the VM ended: {}", storm.last_words()?);
     Ok(())
 }
 
@@ -166,35 +160,13 @@ fn end(mut storm: Storm, moments: &mut Moments, tally: &Mutex<Tally>) -> Result<
     let roles = [ProcessRole::Vmm, ProcessRole::Supervisor, ProcessRole::Spawner];
     let role = roles[moments.below(3) as usize];
     let state = storm.run.state(PATIENCE)?;
-    let process = state.processes.iter().find(|process| process.role == role);
-    let pid = process.context("no such process")?.pid;
     // What happened until now.
     let events = storm.victim.events(&storm.run).unwrap_or_default();
-    let began = Instant::now();
-    kill(Pid::from_raw(pid), Signal::SIGKILL)?;
-    loop {
-        // Reaps the spawner: until then it is there, if only as a zombie.
-        storm.run.process.alive()?;
-        let left: Vec<_> = state
-            .processes
-            .iter()
-            .filter(|process| runs(process.pid))
-            .collect();
-        if left.is_empty() && !storm.run.run_folder().exists() {
-            break;
-        }
-        ensure!(began.elapsed() < PATIENCE, "left: {left:?}");
-        thread::sleep(Duration::from_millis(2));
-    }
-    let took = began.elapsed();
+    durable::strike(&state, role)?;
+    let took = durable::wait_gone(&mut storm.run, &state, PATIENCE)?;
     storm.check_image()?;
     let mut now = tally_of(tally)?;
     now.ended.push((role, took));
     now.events.extend(events);
     Ok(())
-}
-
-/// Whether the process is there and no zombie (one that init has yet to reap).
-fn runs(pid: i32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/status")).is_ok_and(|status| !status.contains("State:\tZ"))
 }

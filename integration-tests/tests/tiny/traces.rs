@@ -1,6 +1,7 @@
 //! What a running VM has on the host, and what of it is left.
 
 use anyhow::Result;
+use integration_tests::process::Listed;
 use std::{
     collections::BTreeSet,
     fs,
@@ -10,19 +11,10 @@ use std::{
 /// Namespaces in which something of the host could stay behind: mounts, TAPs, sockets.
 const NAMESPACES: [&str; 4] = ["mnt", "net", "pid", "cgroup"];
 
-/// A process that no later one is mistaken for.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
-struct Process {
-    pid: i32,
-    /// In clock ticks since boot (`proc_pid_stat(5)`, field 22).
-    started: u64,
-    parent: i32,
-}
-
 /// Everything that a VM's processes have of their own.
 #[derive(Debug)]
 pub(crate) struct Traces {
-    processes: BTreeSet<Process>,
+    processes: BTreeSet<Listed>,
     /// What `/proc/PID/ns/*` links to, where it is not our own.
     namespaces: BTreeSet<PathBuf>,
     cgroups: BTreeSet<PathBuf>,
@@ -34,7 +26,7 @@ impl Traces {
     /// Of `spawner` and all below it.
     pub(crate) fn of(spawner: i32, folder: &Path) -> Result<Self> {
         let all = processes()?;
-        let mut tree: BTreeSet<Process> = all.iter().filter(|one| one.pid == spawner).cloned().collect();
+        let mut tree: BTreeSet<Listed> = all.iter().filter(|one| one.pid == spawner).cloned().collect();
         loop {
             let below: Vec<_> = all
                 .iter()
@@ -102,25 +94,12 @@ impl Traces {
     }
 }
 
-/// Every process that is no zombie (one that its parent has yet to reap).
-fn processes() -> Result<Vec<Process>> {
+/// Every process that runs.
+fn processes() -> Result<Vec<Listed>> {
     let entries = fs::read_dir("/proc")?.flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_string_lossy().parse().ok());
     // Those that end meanwhile are left out.
-    Ok(pids.filter_map(process).collect())
-}
-
-fn process(pid: i32) -> Option<Process> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name before may hold anything, blanks and parentheses too.
-    let (_, rest) = stat.rsplit_once(") ")?;
-    let fields: Vec<&str> = rest.split(' ').collect();
-    (*fields.first()? != "Z").then_some(())?;
-    Some(Process {
-        pid,
-        parent: fields.get(1)?.parse().ok()?,
-        started: fields.get(19)?.parse().ok()?,
-    })
+    Ok(pids.filter_map(Listed::find).collect())
 }
 
 fn namespaces(pid: &str) -> BTreeSet<PathBuf> {
