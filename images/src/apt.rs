@@ -172,6 +172,15 @@ impl Apt {
     }
 }
 
+/// The machine's sources of its release and that release's backports, as a deb822 file for apt;
+/// `None` where the machine has no source of its release.
+#[must_use]
+pub fn sources_with_backports() -> Option<String> {
+    let codename = codename(Path::new("/etc/os-release")).ok()?;
+    let machine = sources::machine_sources(Path::new("/etc/apt"));
+    sources::for_release(&machine, &codename, Backports::Added)
+}
+
 /// The release's code name from os-release.
 fn codename(os_release: &Path) -> Result<String> {
     let content = std::fs::read_to_string(os_release).at("read", os_release)?;

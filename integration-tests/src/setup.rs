@@ -1,8 +1,12 @@
 //! Installs the Debian packages that a command needs and the machine lacks.
 
 use anyhow::{Context, bail};
+use images::apt::sources_with_backports;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use tempfile::TempDir;
 
 /// A program and the package that has it.
 #[derive(Clone, Copy, Debug)]
@@ -107,17 +111,29 @@ fn installed(program: &str) -> bool {
 
 fn install(packages: &[&str]) -> anyhow::Result<()> {
     eprintln!("installing Debian packages: {}", packages.join(" "));
-    let mut arguments = vec!["install", "-y", "-q", "--no-install-recommends"];
-    let suite = backports_suite();
-    if let Some(suite) = suite
-        .as_deref()
-        .filter(|_| packages.iter().any(|package| package.starts_with("qemu-")))
-    {
-        eprintln!("from {suite}, where the installed qemu-utils comes from");
-        arguments.extend(["-t", suite]);
-    }
-    arguments.extend(packages);
-    let by_hand = format!("as root, run: apt-get update && apt-get {}", arguments.join(" "));
+    let backports = match backports_suite() {
+        Some(suite) if packages.iter().any(|package| package.starts_with("qemu-")) => {
+            eprintln!("from {suite}, where the installed qemu-utils comes from");
+            Some(Backports::new(suite)?)
+        }
+        _ => None,
+    };
+    let options = backports.as_ref().map_or_else(Vec::new, Backports::options);
+    let with = |rest: &[&str]| -> Vec<String> {
+        let rest = rest.iter().map(|argument| (*argument).to_owned());
+        options.iter().cloned().chain(rest).collect()
+    };
+    let mut install = with(&["install", "-y", "-q", "--no-install-recommends"]);
+    install.extend(packages.iter().map(|package| (*package).to_owned()));
+    let by_hand = match &backports {
+        None => format!("apt-get install {}", packages.join(" ")),
+        Some(from) => format!(
+            "apt-get install -t {} {} (with that suite among apt's sources)",
+            from.suite,
+            packages.join(" ")
+        ),
+    };
+    let by_hand = format!("as root, run: apt-get update && {by_hand}");
     let root = nix::unistd::geteuid().is_root();
     if !installed("apt-get") {
         bail!("there is no apt-get: this needs Debian");
@@ -126,13 +142,44 @@ fn install(packages: &[&str]) -> anyhow::Result<()> {
         bail!("you are not root and there is no sudo: {by_hand}");
     }
     // One source of many may be gone while the others have what is needed.
-    if let Err(error) = apt(root, &["update", "-q"]) {
+    if let Err(error) = apt(root, &with(&["update", "-q"])) {
         eprintln!("{error:#}");
     }
-    apt(root, &arguments).context(by_hand)
+    apt(root, &install).context(by_hand)
 }
 
-fn apt(root: bool, arguments: &[&str]) -> anyhow::Result<()> {
+/// Sources of the release with its backports, for one call of apt: the machine's own need not
+/// name that suite, and are left as they are.
+struct Backports {
+    suite: String,
+    folder: TempDir,
+}
+
+impl Backports {
+    fn new(suite: String) -> anyhow::Result<Self> {
+        let sources = sources_with_backports().context("apt has no source of this Debian release")?;
+        let folder = tempfile::tempdir()?;
+        std::fs::write(folder.path().join("bulkhead.sources"), sources)?;
+        // apt reads it as a user of its own.
+        std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755))?;
+        Ok(Self { suite, folder })
+    }
+
+    fn options(&self) -> Vec<String> {
+        let folder = self.folder.path().display();
+        [
+            format!("Dir::Etc::SourceParts={folder}"),
+            "Dir::Etc::SourceList=/dev/null".to_owned(),
+            // The lists of sources that this call does not name stay.
+            "APT::Get::List-Cleanup=0".to_owned(),
+            format!("APT::Default-Release={}", self.suite),
+        ]
+        .map(|option| format!("-o{option}"))
+        .to_vec()
+    }
+}
+
+fn apt(root: bool, arguments: &[String]) -> anyhow::Result<()> {
     let mut command = Command::new(if root { "apt-get" } else { "sudo" });
     if !root {
         command.arg("apt-get");
