@@ -90,8 +90,8 @@ fn run(control: &mut ControlSocket, arguments: &Arguments, started_ns: u64) -> R
         },
     )
     .and_then(|build| build.build(control))
-    .and_then(|machine| Ok((machine.lock_down()?, machine)));
-    let (locked, machine) = match built {
+    .and_then(|machine| Ok((machine.lock_down_and_start()?, machine)));
+    let (started, machine) = match built {
         Ok(built) => built,
         Err(error) => {
             let told = control.send(
@@ -111,7 +111,7 @@ fn run(control: &mut ControlSocket, arguments: &Arguments, started_ns: u64) -> R
     // The end of the process takes it apart: threads that ended by themselves, and descriptors
     // that were closed one by one, would take time and calls.
     let mut machine = ManuallyDrop::new(machine);
-    match machine.run(control, started_ns, locked) {
+    match machine.run(control, started_ns, &started) {
         Ok(reason) => report_end(control, reason),
         Err(error) => {
             report_end(control, EndReason::KvmError)?;

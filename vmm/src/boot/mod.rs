@@ -16,7 +16,7 @@ pub use error::BootError;
 pub use image::Image;
 
 use crate::kvm::Entry;
-use crate::memory::{GuestRam, layout};
+use crate::memory::{GuestRam, HUGE_PAGE, layout};
 use vm_memory::{Bytes, GuestAddress};
 
 /// What the guest boots; kept open, so that a reboot loads it again.
@@ -34,9 +34,9 @@ const BOOT_ROOM: u64 = 16 << 20;
 const BOOT_SHARE: u64 = 16;
 
 /// Huge pages for where Linux allocates while it boots: behind the kernel and below the top of low
-/// RAM, where the page structures lie.
-fn place_huge_pages(ram: &GuestRam, kernel_end: u64) {
-    if ram.is_used() {
+/// RAM, where the page structures lie. A kernel smaller than a huge page is no Linux.
+fn place_huge_pages(ram: &GuestRam, kernel: &Image, kernel_end: u64) {
+    if ram.is_used() || kernel.size() < HUGE_PAGE as u64 {
         return;
     }
     let room = BOOT_ROOM.min(ram.size() / BOOT_SHARE);
@@ -74,13 +74,13 @@ impl BootImages {
         paging::write_gdt(ram)?;
         if magic == elf::MAGIC {
             let kernel = elf::load(&self.kernel, ram)?;
-            place_huge_pages(ram, kernel.end);
+            place_huge_pages(ram, &self.kernel, kernel.end);
             let initrd = self.load_initrd(ram, kernel.end, u64::MAX)?;
             pvh::write_start_info(ram, initrd, rsdp)?;
             Ok(kernel.entry)
         } else {
             let kernel = bzimage::load(&self.kernel, ram, self.cmdline.len())?;
-            place_huge_pages(ram, kernel.end);
+            place_huge_pages(ram, &self.kernel, kernel.end);
             let initrd = self.load_initrd(ram, kernel.end, kernel.initrd_max)?;
             kernel.write_zero_page(ram, initrd, rsdp)?;
             paging::write_identity_map(ram)?;

@@ -38,22 +38,18 @@ pub struct EventRouter {
 }
 
 impl EventRouter {
-    /// A router with the I/O APIC's pins; GSI n is pin n.
-    ///
-    /// # Errors
-    /// [`Error::Kvm`] when KVM refuses the table.
-    pub fn new(vm: &Vm) -> Result<Self, Error> {
-        let router = Self {
+    /// A router over the routes that KVM made with its interrupt controllers: GSI n is pin n. They
+    /// are replaced as a whole with the first MSI route; until then the legacy PIC has its pins
+    /// too, all of them masked. (Setting the same routes again would wait for every processor.)
+    #[must_use]
+    pub fn new(vm: &Vm) -> Self {
+        Self {
             vm: vm.fd().clone(),
             table: Mutex::new(Table {
                 next: machine::FIRST_MSI_GSI,
                 msi: BTreeMap::new(),
             }),
-        };
-        router
-            .commit(&BTreeMap::new())
-            .map_err(Error::system("set the interrupt routes"))?;
-        Ok(router)
+        }
     }
 
     /// Resets the interrupt controllers. MSI routes are their owners' to reset.

@@ -12,7 +12,8 @@ use crate::memory::GuestRam;
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
 
 /// Where KVM keeps three pages of its own on Intel hosts: above the I/O APIC, below the flash
 /// area, in no window of ours.
@@ -23,13 +24,22 @@ pub struct Vm {
     fd: Arc<VmFd>,
     // The slots point into this mapping: it must outlive the VM.
     ram: Arc<GuestRam>,
-    cpuid: CpuId,
+    cpuid: Mutex<Cpuid>,
     cpus: u8,
+}
+
+/// The CPUID that all vCPUs share. Where the host is virtual itself, each leaf that KVM looks up is
+/// an exit to its own host: that takes as long as all else, and goes on beside the loading of the
+/// kernel. Not beside the calls above: they wait for other processors to leave the kernel.
+enum Cpuid {
+    Coming(JoinHandle<Result<CpuId, Error>>),
+    Known(CpuId),
+    Failed,
 }
 
 impl Vm {
     /// Makes the VM: slots first, then the irqchip (the other order costs several milliseconds).
-    /// `/dev/kvm` is closed when this returns.
+    /// `/dev/kvm` is closed once there is a vCPU.
     ///
     /// # Errors
     /// [`Error::Kvm`] naming the step, [`Error::Config`] for a KVM that lacks what is needed.
@@ -48,15 +58,11 @@ impl Vm {
         fd.set_tss_address(TSS_ADDRESS)
             .map_err(Error::kvm("place the task state segment"))?;
         irqchip.create(&fd)?;
-        let mut cpuid = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(Error::kvm("read the supported CPUID"))?;
-        let deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
-        cpuid::for_guest(&mut cpuid, cpus, deadline_timer)?;
+        let cpuid = Cpuid::ask(kvm, cpus)?;
         Ok(Self {
             fd: Arc::new(fd),
             ram,
-            cpuid,
+            cpuid: Mutex::new(cpuid),
             cpus,
         })
     }
@@ -87,10 +93,42 @@ impl Vm {
             .fd
             .create_vcpu(u64::from(index))
             .map_err(Error::kvm("create a vCPU"))?;
-        let mut cpuid = self.cpuid.clone();
+        let mut cpuid = self.cpuid.lock().unwrap_or_else(PoisonError::into_inner).wait()?;
         cpuid::for_vcpu(&mut cpuid, index);
         fd.set_cpuid2(&cpuid).map_err(Error::kvm("set a vCPU's CPUID"))?;
         Vcpu::new(fd, index)
+    }
+}
+
+impl Cpuid {
+    /// The thread that asks is joined before the first vCPU's is confined.
+    fn ask(kvm: Kvm, cpus: u8) -> Result<Self, Error> {
+        thread::Builder::new()
+            .name("cpuid".to_owned())
+            .spawn(move || {
+                let mut cpuid = kvm
+                    .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+                    .map_err(Error::kvm("read the supported CPUID"))?;
+                let deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
+                cpuid::for_guest(&mut cpuid, cpus, deadline_timer)?;
+                Ok(cpuid)
+            })
+            .map(Self::Coming)
+            .map_err(Error::system("start the thread that asks for CPUID"))
+    }
+
+    fn wait(&mut self) -> Result<CpuId, Error> {
+        let known = match std::mem::replace(self, Self::Failed) {
+            Self::Coming(asking) => asking.join().unwrap_or_else(|_| Err(Self::unknown()))?,
+            Self::Known(cpuid) => cpuid,
+            Self::Failed => return Err(Self::unknown()),
+        };
+        *self = Self::Known(known.clone());
+        Ok(known)
+    }
+
+    fn unknown() -> Error {
+        Error::Config("the host's CPUID is not known".into())
     }
 }
 

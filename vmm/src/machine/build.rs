@@ -93,7 +93,7 @@ impl Build {
         let vm = Arc::new(Vm::new(kvm, ram.clone(), config.cpus, irqchip.as_ref())?);
         let events = Arc::new(Events::new().map_err(Error::system("make an eventfd"))?);
         let vcpus = Vcpus::spawn(&vm, &events, self.options.seccomp)?;
-        let router = Arc::new(EventRouter::new(&vm)?);
+        let router = Arc::new(EventRouter::new(&vm));
         let (connector, connecting) = self.connect_devices(&ram, &router, &events)?;
         let images = self.images()?;
         let entry = images.load(&ram, self.config.cpus)?;
@@ -106,7 +106,6 @@ impl Build {
         let mut early = Early::new(control);
         let devices = connector.finish(connecting, &mut pci, &mut early)?;
         let early = early.unheard();
-        vcpus.ready()?;
         Ok(Machine {
             vcpus,
             devices,

@@ -19,4 +19,4 @@ pub use events::{DeviceWord, Events, GuestEvent};
 pub use exits::{ExitCounters, Platform};
 #[cfg(feature = "fuzzing")]
 pub(crate) use ports::Ports;
-pub use run::{Machine, monotonic_ns};
+pub use run::{Machine, Started, monotonic_ns};

@@ -38,6 +38,12 @@ pub struct Machine {
     pub(super) early: Vec<(Box<Envelope<ToVmm>>, Vec<OwnedFd>)>,
 }
 
+/// Proof that this process is confined, and its guest runs.
+pub struct Started {
+    _locked: Locked,
+    first_instruction_ns: u64,
+}
+
 /// What the loop waits for, in the order in which it is polled.
 #[derive(Clone, Copy, Default)]
 struct Ready {
@@ -48,15 +54,23 @@ struct Ready {
 }
 
 impl Machine {
-    /// The main thread's last step before [`Machine::run`].
+    /// Confines the main thread and lets the guest go, which it does once all vCPUs are made and
+    /// confined as well: nobody waits for word of that first.
     ///
     /// # Errors
-    /// [`Error::Lockdown`].
-    pub fn lock_down(&self) -> Result<Locked, Error> {
-        lockdown_main(Role::Vmm, self.seccomp).map_err(|e| Error::Lockdown(Box::new(e)))
+    /// [`Error::Lockdown`]; what a vCPU's thread met; [`Error::VcpuTimeout`].
+    pub fn lock_down_and_start(&self) -> Result<Started, Error> {
+        let locked = lockdown_main(Role::Vmm, self.seccomp).map_err(|e| Error::Lockdown(Box::new(e)))?;
+        let ordered_ns = monotonic_ns();
+        self.start();
+        let first_instruction_ns = ordered_ns.max(self.vcpus.ready()?);
+        Ok(Started {
+            _locked: locked,
+            first_instruction_ns,
+        })
     }
 
-    /// Runs the guest to its end and reports everything but the end, which it returns.
+    /// Serves the running guest to its end and reports everything but the end, which it returns.
     /// `started_ns` is when the process began to build.
     ///
     /// # Errors
@@ -65,12 +79,11 @@ impl Machine {
         &mut self,
         control: &mut ControlSocket,
         started_ns: u64,
-        _locked: Locked,
+        started: &Started,
     ) -> Result<EndReason, Error> {
-        // Read before each start: the guest writes from the next moment on.
-        let mut written = self.platform.com1.output().written();
-        let first_instruction_ns = monotonic_ns();
-        self.start();
+        // Nothing was, when the guest started.
+        let mut written = 0;
+        let first_instruction_ns = started.first_instruction_ns;
         control.send(
             0,
             FromVmm::Running {
@@ -106,6 +119,7 @@ impl Machine {
                         Some(reason) => return self.end(reason),
                         None => {
                             self.reset()?;
+                            // Read before the start: the guest writes from the next moment on.
                             written = self.platform.com1.output().written();
                             self.start();
                             input = Input::Open;

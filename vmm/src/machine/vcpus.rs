@@ -1,8 +1,10 @@
 //! vCPU threads and the orders they follow. A thread makes its vCPU, confines itself, and then
-//! holds, resets or runs as ordered; each order but `Run` and `Quit` is answered.
+//! holds, resets or runs as ordered, once all others are that far; each order but `Run` and `Quit`
+//! is answered.
 
 use super::events::{Events, GuestEvent};
 use super::exits::{ExitCounters, Platform};
+use super::run::monotonic_ns;
 use crate::error::Error;
 use crate::kvm::{Entry, Kicker, Vcpu, Vm};
 use jailer::sandbox::{Role, SeccompMode, lockdown_thread};
@@ -25,6 +27,10 @@ struct State {
     order: Order,
     number: u64,
     answers: usize,
+    /// Threads that have not yet made and confined their vCPU: until then no order is followed.
+    starting: usize,
+    /// When the last of them was that far.
+    ready_ns: u64,
     failure: Option<Error>,
     kickers: Vec<Arc<Kicker>>,
 }
@@ -58,9 +64,24 @@ impl Gate {
     fn next(&self, seen: u64) -> (u64, Order) {
         let state = self
             .changed
-            .wait_while(self.lock(), |state| state.number == seen)
+            .wait_while(self.lock(), |state| state.number == seen || state.starting > 0)
             .unwrap_or_else(PoisonError::into_inner);
         (state.number, state.order.clone())
+    }
+
+    /// A vCPU exists and its thread is confined.
+    fn started(&self) {
+        let mut state = self.lock();
+        state.starting -= 1;
+        if state.starting == 0 {
+            state.ready_ns = monotonic_ns();
+            self.changed.notify_all();
+        }
+    }
+
+    fn fail(&self, error: Error) {
+        self.lock().failure.get_or_insert(error);
+        self.changed.notify_all();
     }
 
     fn answer(&self, result: Result<(), Error>) {
@@ -85,6 +106,8 @@ impl Vcpus {
                 order: Order::Hold,
                 number: 0,
                 answers: 0,
+                starting: usize::from(vm.cpus()),
+                ready_ns: 0,
                 failure: None,
                 kickers: Vec::new(),
             }),
@@ -115,15 +138,17 @@ impl Vcpus {
         Ok(vcpus)
     }
 
-    /// Waits until every vCPU exists and its thread is confined.
+    /// Waits until every vCPU exists and its thread is confined, and says when that was
+    /// (CLOCK_MONOTONIC, nanoseconds).
     ///
     /// # Errors
     /// The first thread's failure, or [`Error::VcpuTimeout`].
-    pub(super) fn ready(&self) -> Result<(), Error> {
-        self.wait("start")
+    pub(super) fn ready(&self) -> Result<u64, Error> {
+        self.wait("start", |state| state.starting)?;
+        Ok(self.gate.lock().ready_ns)
     }
 
-    /// Enters the guest: the boot CPU at `entry`, the others wait for INIT.
+    /// Enters the guest, once all vCPUs are ready: the boot CPU at `entry`, the others wait for INIT.
     pub(super) fn enter(&self, entry: Entry, platform: Arc<Platform>) {
         self.order(Order::Run(entry, platform));
     }
@@ -134,7 +159,7 @@ impl Vcpus {
     /// [`Error::VcpuTimeout`].
     pub(super) fn hold(&self) -> Result<(), Error> {
         self.order(Order::Hold);
-        self.wait("stop")
+        self.wait_for_answers("stop")
     }
 
     /// Brings every vCPU to power-on state; they must hold.
@@ -143,7 +168,7 @@ impl Vcpus {
     /// KVM's refusal, or [`Error::VcpuTimeout`].
     pub(super) fn reset(&self) -> Result<(), Error> {
         self.order(Order::Reset);
-        self.wait("reset")
+        self.wait_for_answers("reset")
     }
 
     /// Exits to user space of all vCPUs together, by reason.
@@ -159,18 +184,23 @@ impl Vcpus {
         state.order = order;
         state.number += 1;
         state.answers = 0;
-        state.failure = None;
         self.gate.changed.notify_all();
         state.kickers.iter().for_each(|kicker| kicker.kick());
     }
 
-    fn wait(&self, what: &'static str) -> Result<(), Error> {
+    fn wait_for_answers(&self, what: &'static str) -> Result<(), Error> {
+        let all = self.threads.len();
+        self.wait(what, |state| all.saturating_sub(state.answers))
+    }
+
+    /// Waits until `missing` says that no thread is.
+    fn wait(&self, what: &'static str, missing: impl Fn(&State) -> usize) -> Result<(), Error> {
         let deadline = Instant::now() + ANSWER;
         let mut state = self.gate.lock();
-        while state.answers < self.threads.len() && state.failure.is_none() {
+        while missing(&state) > 0 && state.failure.is_none() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let cpu = state.answers as u8;
+                let cpu = (self.threads.len() - missing(&state)) as u8;
                 return Err(Error::VcpuTimeout { cpu, what });
             }
             (state, _) = self
@@ -201,9 +231,9 @@ impl Thread {
     fn run(self, vm: &Vm, seccomp: SeccompMode) {
         let mut vcpu = match self.start(vm, seccomp) {
             Ok(vcpu) => vcpu,
-            Err(error) => return self.gate.answer(Err(error)),
+            Err(error) => return self.gate.fail(error),
         };
-        self.gate.answer(Ok(()));
+        self.gate.started();
         let mut seen = 0;
         loop {
             let (number, order) = self.gate.next(seen);
