@@ -12,7 +12,7 @@ mod constants;
 mod policy;
 
 /// The roles, as `sandbox::Role` spells them, and their files.
-const ROLES: [(&str, &str); 7] = [
+const ROLES: [(&str, &str); 9] = [
     ("Disk", "disk"),
     ("Net", "net"),
     ("Vmm", "vmm"),
@@ -20,6 +20,8 @@ const ROLES: [(&str, &str); 7] = [
     ("Supervisor", "supervisor"),
     ("Image", "image"),
     ("Spawner", "spawner"),
+    ("Startup", "startup"),
+    ("StartupRing", "startup-ring"),
 ];
 
 fn main() {
@@ -38,7 +40,7 @@ fn main() {
     }
     out.push_str("pub(super) fn compiled(role: Role) -> Compiled {\n    match role {\n");
     for (variant, file) in ROLES {
-        let name = file.to_uppercase();
+        let name = constant(file);
         let _ = writeln!(
             out,
             "        Role::{variant} => Compiled {{ enforce: &{name}_ENFORCE, trap: &{name}_TRAP, log: &{name}_LOG }},"
@@ -46,19 +48,20 @@ fn main() {
     }
     out.push_str("    }\n}\npub(super) fn rules(role: Role) -> &'static [Rule] {\n    match role {\n");
     for (variant, file) in ROLES {
-        let _ = writeln!(out, "        Role::{variant} => &{}_RULES,", file.to_uppercase());
+        let _ = writeln!(out, "        Role::{variant} => &{}_RULES,", constant(file));
     }
     out.push_str("    }\n}\npub(super) fn opcodes(role: Role) -> &'static [Opcode] {\n    match role {\n");
     for (variant, file) in ROLES {
-        let _ = writeln!(
-            out,
-            "        Role::{variant} => &{}_OPCODES,",
-            file.to_uppercase()
-        );
+        let _ = writeln!(out, "        Role::{variant} => &{}_OPCODES,", constant(file));
     }
     out.push_str("    }\n}\n");
     let target = Path::new(&env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("policies.rs");
     fs::write(target, out).expect("OUT_DIR can be written");
+}
+
+/// The name of what a policy becomes, without its kind.
+fn constant(file: &str) -> String {
+    file.to_uppercase().replace('-', "_")
 }
 
 fn compile(file: &str) -> Result<String, policy::PolicyError> {
@@ -69,7 +72,7 @@ fn compile(file: &str) -> Result<String, policy::PolicyError> {
         let _ = writeln!(
             out,
             "static {}_{kind}: [sock_filter; {}] = [",
-            file.to_uppercase(),
+            constant(file),
             program.len()
         );
         for i in &program {
@@ -84,7 +87,7 @@ fn compile(file: &str) -> Result<String, policy::PolicyError> {
     let _ = writeln!(
         out,
         "static {}_RULES: [Rule; {}] = [",
-        file.to_uppercase(),
+        constant(file),
         rules.len()
     );
     for rule in &rules {
@@ -99,7 +102,7 @@ fn compile(file: &str) -> Result<String, policy::PolicyError> {
     let _ = writeln!(
         out,
         "static {}_OPCODES: [Opcode; {}] = [",
-        file.to_uppercase(),
+        constant(file),
         opcodes.len()
     );
     for opcode in &opcodes {

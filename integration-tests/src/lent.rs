@@ -89,9 +89,15 @@ impl Drop for Lent {
 /// `program` as [`NOBODY`].
 #[must_use]
 pub fn become_nobody(program: &Path) -> Command {
+    become_user(NOBODY, NOBODY, program)
+}
+
+/// `program` as another user, in one group.
+#[must_use]
+pub fn become_user(user: u32, group: u32, program: &Path) -> Command {
     let mut command = Command::new("setpriv");
     command
-        .args([format!("--reuid={NOBODY}"), format!("--regid={NOBODY}")])
+        .args([format!("--reuid={user}"), format!("--regid={group}")])
         .arg("--clear-groups")
         .arg(program);
     command

@@ -31,7 +31,7 @@ macro_rules! libc_constants {
     ($($name:ident)*) => { [$((stringify!($name), libc::$name as u64)),*] };
 }
 
-const FROM_LIBC: [(&str, u64); 52] = libc_constants! {
+const FROM_LIBC: [(&str, u64); 58] = libc_constants! {
     PROT_NONE PROT_READ PROT_WRITE PROT_EXEC
     MAP_SHARED MAP_PRIVATE MAP_FIXED MAP_ANONYMOUS
     MADV_DONTNEED MADV_FREE MADV_REMOVE MADV_POPULATE_READ MADV_POPULATE_WRITE MADV_HUGEPAGE
@@ -45,10 +45,12 @@ const FROM_LIBC: [(&str, u64); 52] = libc_constants! {
     PR_SET_NAME PR_SET_VMA
     CLOCK_MONOTONIC CLOCK_REALTIME
     TCGETS TCSETS TIOCGWINSZ
-    MREMAP_MAYMOVE O_CLOEXEC SIGKILL
+    MREMAP_MAYMOVE O_CLOEXEC SIGKILL AT_EMPTY_PATH
+    PR_SET_DUMPABLE PR_SET_NO_NEW_PRIVS PR_CAP_AMBIENT PR_CAP_AMBIENT_CLEAR_ALL
+    SECCOMP_SET_MODE_FILTER
 };
 
-const BY_HAND: [(&str, u64); 63] = [
+const BY_HAND: [(&str, u64); 69] = [
     // enum io_uring_op.
     ("IORING_OP_READV", 1),
     ("IORING_OP_WRITEV", 2),
@@ -56,6 +58,12 @@ const BY_HAND: [(&str, u64); 63] = [
     ("FUTEX_CMD_MASK", 0xFFFF_FE7F),
     // musl keeps 32 to 34 to itself.
     ("SIGRTMIN", 35),
+    // enum io_uring_register_op.
+    ("IORING_REGISTER_RESTRICTIONS", 11),
+    ("IORING_REGISTER_ENABLE_RINGS", 12),
+    ("ARCH_SET_FS", 0x1002),
+    ("PR_SET_MEMORY_MERGE", 67),
+    ("MADV_COLLAPSE", 25),
     ("FIONBIO", 0x5421),
     ("FIONREAD", 0x541B),
     ("TUNSETIFF", iow(b'T', 202, 4)),
@@ -64,6 +72,7 @@ const BY_HAND: [(&str, u64); 63] = [
     ("TUNSETTXFILTER", iow(b'T', 209, 4)),
     ("TUNGETIFF", ior(b'T', 210, 4)),
     ("TUNSETVNETHDRSZ", iow(b'T', 216, 4)),
+    ("TUNSETVNETLE", iow(b'T', 220, 4)),
     ("TUNSETQUEUE", iow(b'T', 217, 4)),
     ("TUNSETCARRIER", iow(b'T', 226, 4)),
     ("BLKGETSIZE64", ior(0x12, 114, 8)),

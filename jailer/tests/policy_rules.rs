@@ -123,12 +123,41 @@ fn check(role: Role) {
         }
     }
     for absent in [
-        "socket", "openat2", "execve", "ptrace", "mount", "unshare", "bpf", "clone3",
+        "socket",
+        "openat2",
+        "execve",
+        "ptrace",
+        "mount",
+        "unshare",
+        "bpf",
+        "clone3",
+        "keyctl",
+        "perf_event_open",
+        "init_module",
     ] {
         assert!(
             is_stopped(&program, self::number(absent), &[NOTHING; 6]),
             "{role}: {absent}"
         );
+    }
+}
+
+/// A call must pass both filters of a process.
+#[test]
+fn what_a_role_may_call_its_start_may_call_too() {
+    let start = load(Path::new("policy"), Role::Startup.name()).expect("it was built");
+    for role in Role::ALL {
+        if role == Role::Spawner {
+            continue;
+        }
+        let rules = load(Path::new("policy"), role.name()).expect("it was built");
+        let missing: Vec<_> = rules
+            .iter()
+            .filter(|rule| !allowed(&start, &rule.syscall, &right(rule)))
+            .map(|rule| &rule.place)
+            .filter(|place| !place.starts_with("startup-ring"))
+            .collect();
+        assert!(missing.is_empty(), "{role}: {missing:?}");
     }
 }
 

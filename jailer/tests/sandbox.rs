@@ -4,7 +4,7 @@
 //! of this test that becomes one.
 
 use jailer::sandbox::child::{Child, Program, start};
-use jailer::sandbox::{Role, Witness};
+use jailer::sandbox::{Role, SeccompMode, Witness};
 use nix::sys::wait::{WaitStatus, waitpid};
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -60,6 +60,13 @@ fn start_probe(binary: &Path, argument: &str) -> Probe {
         descriptors: vec![read_in.as_fd(), write_out.as_fd(), write_out.as_fd()],
         cgroup: None,
         address_space: 1 << 30,
+        startup: Role::Startup,
+        seccomp: match argument {
+            "look" => SeccompMode::Off,
+            "trapped" => SeccompMode::Trap,
+            _ => SeccompMode::Enforce,
+        },
+        identity: None,
     };
     let child = start(&program)
         .expect("clone")
@@ -97,7 +104,7 @@ impl Probe {
 }
 
 fn check_jail(binary: &Path) {
-    let mut probe = start_probe(binary, "wait");
+    let mut probe = start_probe(binary, "look");
     let report = probe.report();
     for expected in [
         "root-entries=0",
@@ -126,6 +133,15 @@ fn check_jail(binary: &Path) {
     drop(probe);
     assert_eq!(waitpid(pid, None), Ok(WaitStatus::Exited(pid, 0)));
 
+    let mut probe = start_probe(binary, "wait");
+    probe.report();
+    assert_eq!(
+        probe.status("Seccomp_filters"),
+        "2",
+        "of its start, and its role's"
+    );
+    drop(probe);
+    check_killed_early(binary);
     check_forbidden(binary);
     check_last_words(
         binary,
@@ -134,6 +150,18 @@ fn check_jail(binary: &Path) {
         "getppid (110): supervisor.policy has no rule for it",
     );
     check_last_words(binary, "panic", 101, "probe: panicked at");
+}
+
+/// Before its lockdown, too, a process is under a filter.
+fn check_killed_early(binary: &Path) {
+    let probe = start_probe(binary, "early");
+    let pid = probe.child.pid;
+    let stopped = waitpid(pid, None);
+    let sigsys = nix::sys::signal::Signal::SIGSYS;
+    assert!(
+        matches!(stopped, Ok(WaitStatus::Signaled(_, signal, _)) if signal == sigsys),
+        "{stopped:?}"
+    );
 }
 
 /// The call kills, and the kernel's log, where it can be read, names it.

@@ -19,6 +19,9 @@ pub struct RunState {
     pub version: u16,
     /// The VM's name.
     pub name: String,
+    /// Whose ids its processes have outside.
+    #[serde(default)]
+    pub identity: Identity,
     /// Every process, the spawner first.
     pub processes: Vec<ProcessState>,
     /// When the launcher started.
@@ -37,6 +40,19 @@ pub struct RunState {
     /// The exit code that `bulkhead run` ends with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<u8>,
+}
+
+/// Who a VM's processes are outside their user namespaces.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Identity {
+    /// All the user who started the VM.
+    #[default]
+    Own,
+    /// Each a user and group of its own, of the subordinate ids of the user who started the VM.
+    Subordinate,
+    /// Each a user and group of its own, of a range that root's VM has for itself.
+    Range,
 }
 
 /// What a process does.
@@ -88,6 +104,9 @@ pub struct ProcessState {
     pub role: ProcessRole,
     /// Its process id in the launcher's namespace.
     pub pid: i32,
+    /// Its user and group id outside, if they are its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<u32>,
     /// Whether it runs in a jail of its own namespaces.
     pub jailed: bool,
     /// The file descriptors it was executed with; empty where nothing was executed.

@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-const ROLES: [&str; 5] = ["vmm", "vcpu", "disk", "net", "supervisor"];
+const ROLES: [&str; 6] = ["vmm", "vcpu", "disk", "net", "supervisor", "startup"];
 /// The first call builds the probes.
 const DEADLINE: Duration = Duration::from_secs(600);
 

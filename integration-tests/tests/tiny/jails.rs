@@ -6,13 +6,14 @@ use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
-    lent::{Lent, NOBODY, become_nobody},
+    lent::{Lent, NOBODY, become_user},
     suite::{Skip, artifact, test},
     tiny::Run,
 };
 use libtest_mimic::Trial;
-use nix::unistd::{Gid, Uid, chown};
+use nix::unistd::{Gid, Uid, User, chown};
 use std::{
+    collections::BTreeSet,
     fs::{self, File, Permissions},
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
@@ -20,7 +21,7 @@ use std::{
     time::Duration,
 };
 use tempfile::TempDir;
-use vm_spec::run_state::{ProcessRole, ProcessState};
+use vm_spec::run_state::{Identity, ProcessRole, ProcessState, RunState};
 
 const DEADLINE: Duration = Duration::from_secs(20);
 const NAMESPACES: [&str; 7] = ["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"];
@@ -29,6 +30,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("jails::own_user", as_self),
         test("jails::unprivileged_user", as_nobody),
+        test("jails::user_with_subordinate_ids", with_subordinate_ids),
     ]
 }
 
@@ -72,26 +74,48 @@ fn as_self() -> Result<()> {
     let flags = flags(folder.path(), artifact(Artifact::TinyGuest)?)?;
     let bulkhead = || artifact(Artifact::Bulkhead).map(Command::new);
     let printed = dry_run(bulkhead()?, &flags)?;
-    jails(Run::with_flags(&flags)?, &printed)
+    let expected = match Uid::effective().is_root() {
+        true => Some(Identity::Range),
+        // They may have subordinate ids, or not.
+        false => None,
+    };
+    jails(Run::with_flags(&flags)?, &printed, expected)
 }
 
 fn as_nobody() -> Result<()> {
+    as_another(NOBODY, NOBODY, Identity::Own)
+}
+
+/// As the first user of this host who has a range.
+fn with_subordinate_ids() -> Result<()> {
+    let ranges = fs::read_to_string("/etc/subuid").unwrap_or_default();
+    let mut owners = ranges.lines().filter_map(|line| line.split(':').next());
+    let owner = owners.find_map(|name| User::from_name(name).ok().flatten());
+    let (Some(owner), true) = (owner, Path::new("/usr/bin/newuidmap").exists()) else {
+        bail!(Skip(
+            "nobody has subordinate ids, or newuidmap is not installed".to_owned()
+        ));
+    };
+    as_another(owner.uid.as_raw(), owner.gid.as_raw(), Identity::Subordinate)
+}
+
+fn as_another(user: u32, group: u32, expected: Identity) -> Result<()> {
     Host::need_kvm()?;
     if !Uid::effective().is_root() {
         bail!(Skip("only root can become another user".to_owned()));
     }
-    let _lent = Lent::to(NOBODY)?;
+    let _lent = Lent::to(user)?;
     let place = Place::make()?;
     let flags = flags(place.folder.path(), &place.path("tiny-guest"))?;
     let runtime = tempfile::tempdir()?;
     chown(
         runtime.path(),
-        Some(Uid::from_raw(NOBODY)),
-        Some(Gid::from_raw(NOBODY)),
+        Some(Uid::from_raw(user)),
+        Some(Gid::from_raw(group)),
     )?;
-    let bulkhead = || become_nobody(&place.path("bulkhead"));
+    let bulkhead = || become_user(user, group, &place.path("bulkhead"));
     let printed = dry_run(bulkhead(), &flags)?;
-    jails(Run::by(bulkhead(), runtime, &flags)?, &printed)
+    jails(Run::by(bulkhead(), runtime, &flags)?, &printed, Some(expected))
 }
 
 /// What `--dry-run` prints.
@@ -123,7 +147,7 @@ impl Place {
 }
 
 /// Each jailed process, as the kernel sees it while the guest runs.
-fn jails(mut run: Run, printed: &str) -> Result<()> {
+fn jails(mut run: Run, printed: &str, expected: Option<Identity>) -> Result<()> {
     run.console
         .wait_line("ready=1", DEADLINE)
         .with_context(|| run.process.stderr().unwrap_or_default())?;
@@ -135,9 +159,43 @@ fn jails(mut run: Run, printed: &str) -> Result<()> {
             "no jailed {role:?}"
         );
     }
+    ensure!(
+        expected.is_none_or(|expected| expected == state.identity),
+        "{:?}",
+        state.identity
+    );
+    identities(&state, &jailed)?;
     for process in jailed {
         let looked = jail(process).and_then(|()| exact(process, &state, printed));
         looked.with_context(|| format!("process {} ({})", process.pid, process.name))?;
+    }
+    Ok(())
+}
+
+/// Each process is who the state says it is, and nobody else; ids of their own are their own.
+fn identities(state: &RunState, jailed: &[&ProcessState]) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    for process in jailed {
+        let words = |file: &str| -> Result<Vec<String>> {
+            let text = fs::read_to_string(format!("/proc/{}/{file}", process.pid))?;
+            Ok(text.split_whitespace().map(str::to_owned).collect())
+        };
+        let (uids, gids) = (words("uid_map")?, words("gid_map")?);
+        for map in [&uids, &gids] {
+            ensure!(map.len() == 3 && map[0] == "0" && map[2] == "1", "{map:?}");
+        }
+        let own = state.identity != Identity::Own;
+        ensure!(process.id.is_some() == own, "{process:?}");
+        if let Some(id) = process.id {
+            ensure!(uids[1] == id.to_string(), "{uids:?}, not {id}");
+        }
+        let others = seen.iter().any(|(uid, gid)| *uid == uids[1] || *gid == gids[1]);
+        ensure!(
+            own != others || seen.is_empty(),
+            "{}: {uids:?} {gids:?}",
+            process.name
+        );
+        seen.insert((uids[1].clone(), gids[1].clone()));
     }
     Ok(())
 }
@@ -148,6 +206,8 @@ fn jail(process: &ProcessState) -> Result<()> {
         let status = fs::read_to_string(task?.path().join("status"))?;
         for line in [
             "Seccomp:\t2",
+            // Of its start and of its role.
+            "Seccomp_filters:\t2",
             "NoNewPrivs:\t1",
             "CapInh:\t0000000000000000",
             "CapPrm:\t0000000000000000",

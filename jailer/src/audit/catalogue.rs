@@ -75,6 +75,7 @@ pub const ATTACKS: &[Attack] = attacks! {
         Capability "proc-victim-memory"   "open another process's memory in /proc"
         Capability "proc-self-exe"        "read the link /proc/self/exe"
         Capability "sysfs"                "open a folder of /sys"
+        Capability "list-processes"       "open the folder of process 1 in /proc"
     }
     "process" {
         Landlock   "signal"               "signal another process"
@@ -122,6 +123,7 @@ pub const ATTACKS: &[Attack] = attacks! {
         Capability "new-mount-api"        "make a file system by fsopen"
         Capability "clone-mounts"         "copy the mount tree by open_tree"
         Capability "chroot"               "change the root"
+        Capability "chroot-escape"        "leave a changed root by a folder's descriptor"
     }
     "device" {
         Capability "make-device"          "make a device node"
@@ -135,6 +137,8 @@ pub const ATTACKS: &[Attack] = attacks! {
         Capability "io-uring-unlink"      "remove a host file through an io_uring"
         Capability "io-uring-mkdir"       "make a folder through an io_uring"
         Capability "io-uring-socket"      "make a socket through an io_uring"
+        Capability "io-uring-rename"      "rename a host file through an io_uring"
+        Capability "io-uring-link"        "make a symbolic link on the host through an io_uring"
     }
     "kernel" {
         Capability "userfaultfd"          "make a userfaultfd"

@@ -16,11 +16,12 @@ pub fn stands(wall: Wall) -> bool {
 }
 
 /// Called before anything of the process is confined: what an attack needs that confined code
-/// could not make. Idempotent.
+/// could not make. An order for a process that starts is carried out here. Idempotent.
 pub fn prepare() {
     if let Some(order) = ORDER.as_ref() {
         attacks::prepare(order);
     }
+    act(Role::Startup);
 }
 
 /// Called as the last step of a lockdown: with an order for `role`, tries its attack, reports and

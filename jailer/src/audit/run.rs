@@ -7,8 +7,8 @@ use super::report::{Cell, Outcome, Report};
 use super::targets::{Targets, Victim};
 use super::wall::{Removed, Wall};
 use crate::failure::Failure;
+use crate::launch::identity::{Identities, Settled};
 use crate::launch::probe::{Probe, Stage};
-use crate::launch::spawn::leave_root;
 use crate::sandbox::Role;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -56,10 +56,10 @@ pub fn run(options: &Options) -> Result<(String, u8), Failure> {
     let mut roles = stage.roles();
     roles.retain(|role| options.role.is_none_or(|wanted| wanted == *role));
     let attacks = chosen(options)?;
-    let bare = Pass::new(&stage, &targets, Removed::ALL)?.all(&roles, &attacks)?;
-    leave_root(|uid, gid| targets.give_to(uid, gid))?;
+    let bare = Pass::new(&stage, &targets, Removed::ALL, Settled::Own)?.all(&roles, &attacks)?;
+    let identity = Identities::begin(&stage.binaries())?.enter(|uid, gid| targets.give_to(uid, gid))?;
     let removed = options.without.map_or(Removed::NONE, Removed::only);
-    let jailed = Pass::new(&stage, &targets, removed)?.all(&roles, &attacks)?;
+    let jailed = Pass::new(&stage, &targets, removed, identity)?.all(&roles, &attacks)?;
     let cells = jailed
         .into_iter()
         .zip(bare)
@@ -110,16 +110,23 @@ struct Pass<'a> {
     stage: &'a Stage,
     targets: &'a Targets,
     removed: Removed,
+    identity: Settled,
     victim: Victim,
 }
 
 impl<'a> Pass<'a> {
-    fn new(stage: &'a Stage, targets: &'a Targets, removed: Removed) -> Result<Self, Failure> {
+    fn new(
+        stage: &'a Stage,
+        targets: &'a Targets,
+        removed: Removed,
+        identity: Settled,
+    ) -> Result<Self, Failure> {
         let victim = Victim::start().map_err(|e| Failure::host("cannot make a process").because(&e))?;
         Ok(Self {
             stage,
             targets,
             removed,
+            identity,
             victim,
         })
     }
@@ -146,7 +153,9 @@ impl<'a> Pass<'a> {
         self.targets.renew().map_err(|e| failed(&e))?;
         let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|e| failed(&e))?;
         let mut order = self.targets.order(role, attack.name, self.removed, &self.victim);
-        let mut probe = self.stage.start(&mut order, &write, &self.targets.terminal)?;
+        let mut probe = self
+            .stage
+            .start(&mut order, &write, &self.targets.terminal, self.identity.of(0))?;
         drop(write);
         let report = listen(&read).map_err(|e| failed(&e))?;
         // It has ended, or it hangs; whatever it did, it must not outlive its report.

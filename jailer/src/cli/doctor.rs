@@ -2,6 +2,8 @@
 
 mod net;
 
+use crate::launch::identity;
+use crate::launch::spawn::installed;
 use crate::sandbox::cgroup::Place;
 use crate::sandbox::landlock_level;
 use nix::sched::{CloneFlags, unshare};
@@ -56,6 +58,7 @@ pub(super) fn examine(json: bool) -> (String, u8) {
         kvm(),
         kvm_kind(),
         user_namespaces(),
+        identity(),
         landlock(),
         cgroups(),
         cpu(),
@@ -164,6 +167,22 @@ fn user_namespaces() -> Finding {
             } else {
                 "sudo sysctl user.max_user_namespaces=15000 kernel.unprivileged_userns_clone=1"
             },
+        ),
+    }
+}
+
+/// Whom a VM's processes would be.
+fn identity() -> Finding {
+    let name = "identity";
+    let words = identity::describe(&installed());
+    match words.starts_with("each process") {
+        true => Finding::good(name, words),
+        false => Finding::bad(
+            name,
+            Level::Note,
+            words,
+            "sudo apt-get install uidmap && sudo usermod --add-subuids 100000-165535 --add-subgids \
+             100000-165535 \"$USER\"",
         ),
     }
 }

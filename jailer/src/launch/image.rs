@@ -6,8 +6,8 @@
 use super::inputs::{folder_of, lexical_join, open_backing, open_image};
 use super::spawn::{binary_folder, pair};
 use crate::failure::Failure;
-use crate::sandbox::SeccompMode;
 use crate::sandbox::child::{Child, Program, Starting, start};
+use crate::sandbox::{Role, SeccompMode};
 use crate::wire::{Received, receive_message};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -218,6 +218,9 @@ impl Opened {
             descriptors: fds,
             cgroup: None,
             address_space: ADDRESS_SPACE,
+            startup: Role::Startup,
+            seccomp: setting.seccomp,
+            identity: None,
         };
         let child = start(&program)
             .and_then(Starting::finish)

@@ -5,6 +5,7 @@
 //! ```
 
 mod disk;
+pub(crate) mod identity;
 pub(crate) mod image;
 mod inputs;
 mod kernel;
@@ -24,6 +25,7 @@ mod terminal;
 use crate::failure::Failure;
 use crate::sandbox::cgroup::{CgroupError, Groups, Place};
 use crate::sandbox::{SeccompMode, share_cores_within};
+use identity::{Identities, Settled};
 use inputs::{BackendInput, Inputs};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Pid, getpid};
@@ -83,7 +85,8 @@ pub fn dry_run(spec: &VmSpec, options: &Options) -> Result<String, Failure> {
     let mut inputs = inputs::open(spec, &devices)?;
     inputs.settle()?;
     let plan = make_plan(spec, &name, &devices, options, &inputs, false);
-    Ok(plan.describe())
+    let identity = identity::describe(&spawn::installed());
+    Ok(plan.describe(&identity))
 }
 
 /// Runs a VM to its end and returns the exit code. The calling process must have one thread.
@@ -96,6 +99,8 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
     if let Some(warning) = options.seccomp.warning() {
         eprintln!("bulkhead: warning: --seccomp={}: {warning}", options.seccomp);
     }
+    // As early as can be: a user's range takes longer to get than all that comes before its use.
+    let identities = Identities::begin(&spawn::installed())?;
     let run_dir = run_dir::create(&name)?;
     let saved = terminal::save();
     let signals = supervise::block_signals().map_err(|e| Failure::host("cannot take signals").because(&e))?;
@@ -115,21 +120,22 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
             .listen()
             .map_err(|e| Failure::host("cannot make the VM's control socket").because(&e))?;
         let groups = make_groups(spec, place, &plan, &inputs, reaper.pid)?;
-        let binaries = spawn::Binaries::open(&plan, groups.clone())?;
+        let mut binaries = spawn::Binaries::open(&plan, groups.clone())?;
         let mut obituary = Obituary::begin(groups.clone());
-        spawn::leave_root(|uid, gid| {
+        let identity = identities.enter(|uid, gid| {
             if let Some(groups) = &groups {
                 groups.give_to(uid, gid).map_err(std::io::Error::other)?;
             }
             run_dir.give_to(uid, gid)
         })?;
+        binaries.run_as(identity);
         nix::sys::prctl::set_no_new_privs()
             .map_err(|e| Failure::host("cannot give up new privileges").because(&e))?;
         if let Some(saved) = &saved {
             terminal::make_raw(saved);
         }
         let running = spawn::spawn(&plan, inputs, binaries, clients)?;
-        let mut state = describe(&plan, &running, &reaper, &holders, launched_ns);
+        let mut state = describe(&plan, &running, &reaper, &holders, identity, launched_ns);
         save_state(&run_dir, &state);
         let guards = holders
             .iter()
@@ -263,12 +269,14 @@ fn describe(
     running: &spawn::Running,
     reaper: &Reaper,
     holders: &[net::Holder],
+    identity: Settled,
     launched_ns: u64,
 ) -> RunState {
     let unjailed = |name: &str, role, pid: Pid| ProcessState {
         name: name.to_owned(),
         role,
         pid: pid.as_raw(),
+        id: None,
         jailed: false,
         fds: Vec::new(),
         made: Vec::new(),
@@ -281,11 +289,15 @@ fn describe(
         processes.push(unjailed("netns", ProcessRole::NetNamespace, holder.pid));
     }
     let jailed = plan.workers.iter().zip(&running.workers);
-    for (process, child) in jailed.chain([(&plan.supervisor, &running.supervisor)]) {
+    for (place, (process, child)) in jailed
+        .chain([(&plan.supervisor, &running.supervisor)])
+        .enumerate()
+    {
         processes.push(ProcessState {
             name: process.name.clone(),
             role: process.role,
             pid: child.pid.as_raw(),
+            id: identity.outside(place),
             jailed: true,
             fds: process.fd_states(),
             made: process.made.clone(),
@@ -294,6 +306,7 @@ fn describe(
     RunState {
         version: run_state::VERSION,
         name: plan.name.clone(),
+        identity: identity.kind(),
         processes,
         launched_ns,
         spawned_ns: monotonic_ns(),

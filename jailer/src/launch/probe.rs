@@ -22,7 +22,7 @@ use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, IntoRawFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use vm_spec::control::ToVmm;
 use vm_spec::spec::VmSpec;
 use vm_spec::supervise::ToSupervisor;
@@ -33,7 +33,7 @@ pub(crate) struct Stage {
     bare: (Plan, Inputs),
     full: (Plan, Inputs),
     tap: Option<OwnedFd>,
-    binaries: BTreeMap<&'static str, File>,
+    binaries: BTreeMap<&'static str, (PathBuf, File)>,
 }
 
 /// A probe at work, with the far ends of its sockets.
@@ -77,7 +77,7 @@ impl Stage {
                     .because(&e)
                     .hint("docs/isolation-tests.md says how probes are built; --probes=FOLDER names theirs")
             })?;
-            opened.insert(process.binary, file);
+            opened.insert(process.binary, (path, file));
         }
         Ok(Self {
             bare,
@@ -87,9 +87,21 @@ impl Stage {
         })
     }
 
+    /// The probes.
+    pub(crate) fn binaries(&self) -> Vec<PathBuf> {
+        self.binaries.values().map(|(path, _)| path.clone()).collect()
+    }
+
     /// The roles that there is a process for.
     pub(crate) fn roles(&self) -> Vec<Role> {
-        let mut roles = vec![Role::Vmm, Role::Vcpu, Role::Disk, Role::Net, Role::Supervisor];
+        let mut roles = vec![
+            Role::Vmm,
+            Role::Vcpu,
+            Role::Disk,
+            Role::Net,
+            Role::Supervisor,
+            Role::Startup,
+        ];
         roles.retain(|role| self.process(*role).is_some());
         roles
     }
@@ -98,21 +110,23 @@ impl Stage {
         let (of, name) = match role {
             Role::Vmm | Role::Vcpu => (&self.bare, "vmm"),
             Role::Supervisor => (&self.bare, "supervisor"),
-            Role::Disk => (&self.full, "disk"),
+            // All start under the same filter.
+            Role::Disk | Role::Startup => (&self.full, "disk"),
             Role::Net => (&self.full, "net"),
-            Role::Image | Role::Spawner => return None,
+            Role::Image | Role::Spawner | Role::StartupRing => return None,
         };
         let process = processes(&of.0).find(|process| process.role.policy() == Some(name));
         process.map(|process| (of, process))
     }
 
     /// Spawns the process of `order.role`, with `report` and `terminal` as its last descriptors;
-    /// `order.report` is set to their place.
+    /// `order.report` is set to their place. It becomes `identity`.
     pub(crate) fn start(
         &self,
         order: &mut Order,
         report: &OwnedFd,
         terminal: &OwnedFd,
+        identity: Option<u32>,
     ) -> Result<Probe, Failure> {
         let failed = |e: &dyn std::error::Error| Failure::host("cannot start a probe").because(e);
         let (of, process) = self
@@ -123,11 +137,14 @@ impl Stage {
         let mut descriptors: Vec<_> = wires.given.iter().map(AsFd::as_fd).collect();
         descriptors.extend([report.as_fd(), terminal.as_fd()]);
         let program = Program {
-            binary: self.binaries[process.binary].as_fd(),
+            binary: self.binaries[process.binary].1.as_fd(),
             arguments: arguments(process, order).map_err(|e| failed(&e))?,
             descriptors,
             cgroup: None,
             address_space: address_space(process.role, of.0.vm.memory),
+            startup: process.startup,
+            seccomp: SeccompMode::Enforce,
+            identity,
         };
         let child = start_without(&program, order.removed)
             .and_then(crate::sandbox::child::Starting::finish)

@@ -100,7 +100,7 @@ impl Respawner {
         let binary = self
             .binary(process, build, plan)
             .ok_or_else(|| Failure::host(format!("{}: there is no other build", plan.name)))?;
-        let starting = begin(plan, &lookup, &self.binaries, binary)?;
+        let starting = begin(process, plan, &lookup, &self.binaries, binary)?;
         Ok(Successor { socket, starting })
     }
 }

@@ -1,16 +1,18 @@
 //! Carrying a plan out: sockets and pipes, the vmm's first message, and the processes.
 
+use super::identity::Settled;
 use super::inputs::{BackendInput, Inputs};
 use super::net::{self, Holder, Opened};
 use super::plan::{Plan, ProcessPlan, Source};
 use super::respawn::Respawner;
 use crate::failure::Failure;
+use crate::sandbox::SeccompMode;
 use crate::sandbox::cgroup::Groups;
 use crate::sandbox::child::{self, Child, Program, SpawnError, Starting, Step};
 use crate::wire::send_message;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use nix::unistd::{Gid, Uid, getpid, pipe2, setgroups, setresgid, setresuid};
+use nix::unistd::pipe2;
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
@@ -20,10 +22,6 @@ use std::rc::Rc;
 use vm_spec::control::ToVmm;
 use vm_spec::run_state::ProcessRole;
 use vm_spec::supervise::ToSupervisor;
-
-/// Root becomes this user plus its process id for the time of a VM: one user for each VM, in a
-/// range that no distribution gives to people or containers (systemd's documented UID ranges).
-const VM_UIDS: u32 = 0x7000_0000;
 
 /// A VM's processes, running.
 pub(crate) struct Running {
@@ -42,11 +40,15 @@ pub(crate) struct Binaries {
     /// Where their processes are born, if they are limited.
     groups: Option<Rc<Groups>>,
     guest_memory: u64,
+    seccomp: SeccompMode,
+    /// Who their processes become.
+    identity: Settled,
 }
 
 impl Binaries {
     /// Opens those that `plan` executes, beside our own (or in BULKHEAD_BIN_DIR).
     pub(crate) fn open(plan: &Plan, groups: Option<Rc<Groups>>) -> Result<Self, Failure> {
+        let identity = Settled::Own;
         let folder = binary_folder()?;
         let mut all = BTreeMap::new();
         for process in plan.workers.iter().chain([&plan.supervisor]) {
@@ -62,7 +64,14 @@ impl Binaries {
             files: all,
             groups,
             guest_memory: plan.vm.memory,
+            seccomp: plan.seccomp,
+            identity,
         })
+    }
+
+    /// From here on each of their processes becomes who `identity` says.
+    pub(crate) fn run_as(&mut self, identity: Settled) {
+        self.identity = identity;
     }
 
     /// The one that `process` executes.
@@ -82,21 +91,17 @@ pub(crate) fn binary_folder() -> Result<PathBuf, Failure> {
     }
 }
 
-/// Root gives up what it is before anything runs: another user, no groups, no way back. The
-/// user's processes are then jailed exactly as anyone else's. Returns the user.
-pub(crate) fn leave_root(give: impl FnOnce(Uid, Gid) -> std::io::Result<()>) -> Result<(), Failure> {
-    if !Uid::effective().is_root() {
-        return Ok(());
-    }
-    let id = VM_UIDS + getpid().as_raw().unsigned_abs();
-    let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
-    let failed = |e: &dyn std::error::Error| Failure::host("cannot leave root").because(e);
-    give(uid, gid).map_err(|e| failed(&e))?;
-    setgroups(&[]).map_err(|e| failed(&e))?;
-    setresgid(gid, gid, gid).map_err(|e| failed(&e))?;
-    setresuid(uid, uid, uid).map_err(|e| failed(&e))?;
-    // The kernel made us non-dumpable, which would keep us from writing our children's id maps.
-    nix::sys::prctl::set_dumpable(true).map_err(|e| failed(&e))
+/// Our binaries that a VM may need, as far as they are installed.
+pub(crate) fn installed() -> Vec<PathBuf> {
+    let names = [
+        "bulkhead-vmm",
+        "bulkhead-supervisor",
+        "vhost-user-blk",
+        "vhost-user-net",
+    ];
+    let folder = binary_folder().unwrap_or_default();
+    let paths = names.into_iter().map(|name| folder.join(name));
+    paths.filter(|path| path.exists()).collect()
 }
 
 /// Makes every process. The supervisor's first message comes last, when it can tell the others' ids.
@@ -118,19 +123,20 @@ pub(crate) fn spawn(
         .workers
         .split_first()
         .ok_or_else(|| Failure::host("the plan has no vmm"))?;
-    let start = |process, fds: &Wires| {
+    let start = |place, process, fds: &Wires| {
         begin(
+            place,
             process,
             &|source| fds.get(source).as_fd(),
             &binaries,
             binaries.of(process),
         )
     };
-    let mut starting = vec![(vmm, start(vmm, &fds)?)];
-    let supervisor = start(&plan.supervisor, &fds)?;
+    let mut starting = vec![(vmm, start(0, vmm, &fds)?)];
+    let supervisor = start(plan.workers.len(), &plan.supervisor, &fds)?;
     fds.receive_taps()?;
-    for device in devices {
-        starting.push((device, start(device, &fds)?));
+    for (place, device) in (1..).zip(devices) {
+        starting.push((device, start(place, device, &fds)?));
     }
     let mut supervision = plan.supervision.clone();
     for (process, (_, child)) in supervision.processes.iter_mut().zip(&starting) {
@@ -156,8 +162,10 @@ pub(crate) fn spawn(
     })
 }
 
-/// Starts `process` with the descriptors that `lookup` finds.
+/// Starts `process`, which is at `place` among the workers or behind them, with the descriptors that
+/// `lookup` finds.
 pub(crate) fn begin<'a>(
+    place: usize,
     process: &ProcessPlan,
     lookup: &dyn Fn(Source) -> BorrowedFd<'a>,
     binaries: &'a Binaries,
@@ -178,6 +186,9 @@ pub(crate) fn begin<'a>(
             .as_ref()
             .and_then(|groups| groups.of(&process.name)),
         address_space: address_space(process.role, binaries.guest_memory),
+        startup: process.startup,
+        seccomp: binaries.seccomp,
+        identity: binaries.identity.of(place),
     };
     child::start(&program).map_err(|e| not_started(process, e))
 }
@@ -196,7 +207,7 @@ pub(crate) fn address_space(role: ProcessRole, guest_memory: u64) -> u64 {
 
 fn not_started(process: &ProcessPlan, error: SpawnError) -> Failure {
     let hint = match &error {
-        SpawnError::Clone(_) | SpawnError::Child(Step::IdMaps | Step::Root, _) => {
+        SpawnError::Clone(_) | SpawnError::Child(Step::Namespaces | Step::IdMaps | Step::Root, _) => {
             "this needs user namespaces: bulkhead doctor tells what is missing"
         }
         SpawnError::Child(Step::Execute, _) => {

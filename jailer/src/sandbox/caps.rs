@@ -45,13 +45,27 @@ pub fn drop_all() -> io::Result<()> {
     unsafe {
         libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
     }
+    keep_only(0)
+}
+
+/// Gives up every capability of the calling thread but those in `kept`, a bit each; nothing is
+/// inherited. Async-signal-safe.
+///
+/// # Errors
+/// When the kernel refuses: some of `kept` are not there.
+pub fn keep_only(kept: u64) -> io::Result<()> {
     let header = Header {
         version: VERSION_3,
         pid: 0,
     };
-    let none = [Data::default(); 2];
+    let half = |bits: u64| Data {
+        effective: bits as u32,
+        permitted: bits as u32,
+        inheritable: 0,
+    };
+    let data = [half(kept), half(kept >> 32)];
     // SAFETY: both pointers are to live values of the layouts that version 3 prescribes.
-    let rc = unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) };
+    let rc = unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) };
     if rc == 0 {
         Ok(())
     } else {

@@ -10,14 +10,14 @@
 //! The children build their jails at the same time, since nobody waits between two `start`s.
 #![expect(unsafe_code, reason = "clone3, execveat and descriptor surgery between them")]
 
-use super::userns::IdMaps;
-use super::{caps, mounts};
+use super::userns::{IdMaps, become_id};
+use super::{Role, SeccompMode, caps, mounts, seccomp};
 use crate::audit::wall::{Removed, Wall};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
-use nix::unistd::{Pid, getegid, geteuid, pipe2, setsid};
+use nix::unistd::{Gid, Pid, Uid, getegid, geteuid, pipe2, setsid};
 use std::ffi::CString;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -35,6 +35,13 @@ pub struct Program<'a> {
     pub cgroup: Option<BorrowedFd<'a>>,
     /// Most bytes of address space (RLIMIT_AS).
     pub address_space: u64,
+    /// Whose filter it starts under: [`Role::Startup`] or [`Role::StartupRing`].
+    pub startup: Role,
+    /// What becomes of calls that this filter forbids.
+    pub seccomp: SeccompMode,
+    /// The user and group that it is, by an id of the caller's namespace, in which the caller may be
+    /// anyone; `None`: the caller's own.
+    pub identity: Option<u32>,
 }
 
 /// A child that builds its jail.
@@ -59,6 +66,10 @@ pub struct Child {
 pub enum Step {
     /// Binding its life to the spawner's.
     DeathSignal = 1,
+    /// Becoming a user of its own.
+    Identity,
+    /// Namespaces of its own.
+    Namespaces,
     /// Writing its id maps.
     IdMaps,
     /// A network namespace of its own.
@@ -77,13 +88,17 @@ pub enum Step {
     Limits,
     /// Its capabilities.
     Capabilities,
+    /// The filter of its start.
+    Filter,
     /// Executing the binary.
     Execute,
 }
 
 impl Step {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 14] = [
         Self::DeathSignal,
+        Self::Identity,
+        Self::Namespaces,
         Self::IdMaps,
         Self::Network,
         Self::Session,
@@ -93,12 +108,15 @@ impl Step {
         Self::Descriptors,
         Self::Limits,
         Self::Capabilities,
+        Self::Filter,
         Self::Execute,
     ];
 
     fn what(self) -> &'static str {
         match self {
             Self::DeathSignal => "tie itself to its parent",
+            Self::Identity => "become a user of its own",
+            Self::Namespaces => "enter namespaces of its own",
             Self::IdMaps => "map its user in a user namespace",
             Self::Network => "enter a network namespace of its own",
             Self::Session => "start a session",
@@ -108,6 +126,7 @@ impl Step {
             Self::Descriptors => "arrange its file descriptors",
             Self::Limits => "set its resource limits",
             Self::Capabilities => "drop its capabilities",
+            Self::Filter => "install the system call filter of its start",
             Self::Execute => "execute its binary",
         }
     }
@@ -132,7 +151,7 @@ pub enum SpawnError {
 
 /// Clones a child that builds its jail and executes `program`; it may still fail, which
 /// [`Starting::finish`] tells. Neither ids nor any privilege of the caller are in the child's
-/// user namespace: the caller's effective user and group become its user and group 0.
+/// user namespace: the user and group that it is outside are its user and group 0, and the only ones.
 ///
 /// The calling process must have one thread only, so that the child inherits no held lock.
 ///
@@ -151,19 +170,16 @@ pub fn start_without(program: &Program<'_>, removed: Removed) -> Result<Starting
         pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| SpawnError::Pipe(e.into()))?;
     let mut prepared = Prepared::new(program, child_report.as_raw_fd(), removed);
     let mut pidfd: RawFd = -1;
-    let namespaces = libc::CLONE_NEWUSER
-        | libc::CLONE_NEWNS
-        | libc::CLONE_NEWPID
-        | libc::CLONE_NEWIPC
-        | libc::CLONE_NEWUTS
-        | libc::CLONE_NEWCGROUP;
-    let namespaces = if removed.has(Wall::Namespace) {
-        0
-    } else if time_namespaces() {
-        namespaces | CLONE_NEWTIME
-    } else {
-        namespaces
-    };
+    let mut namespaces = libc::CLONE_NEWPID;
+    if program.identity.is_none() {
+        namespaces |= OWNED.bits();
+    }
+    if time_namespaces() {
+        namespaces |= CLONE_NEWTIME;
+    }
+    if removed.has(Wall::Namespace) {
+        namespaces = 0;
+    }
     // SAFETY: every field of clone_args may be zero.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
     args.flags = (namespaces | libc::CLONE_PIDFD) as u64;
@@ -235,6 +251,13 @@ impl Starting {
     }
 }
 
+/// The namespaces whose owner is the user that the child is. A child that becomes another user does so
+/// first; pid and time namespaces are made with it, by the caller's right.
+const OWNED: CloneFlags = CloneFlags::CLONE_NEWUSER
+    .union(CloneFlags::CLONE_NEWNS)
+    .union(CloneFlags::CLONE_NEWIPC)
+    .union(CloneFlags::CLONE_NEWUTS)
+    .union(CloneFlags::CLONE_NEWCGROUP);
 /// `linux/sched.h`; in clone3 only, since clone takes its low byte for a signal.
 const CLONE_NEWTIME: i32 = 0x80;
 /// `linux/sched.h`.
@@ -242,7 +265,10 @@ const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 /// A step's number and an errno.
 const REPORT_LEN: usize = 5;
 /// Most open descriptors of a jailed process.
-const MAX_OPEN_FILES: u64 = 1024;
+const MAX_OPEN_FILES: u64 = 1023;
+/// The binary's number at exec, which `startup.policy` names: with [`MAX_OPEN_FILES`] no descriptor
+/// gets it again, so that nothing can be executed once more.
+const BINARY: RawFd = MAX_OPEN_FILES as RawFd;
 
 /// All that the child needs, allocated before the clone.
 struct Prepared {
@@ -255,6 +281,9 @@ struct Prepared {
     report: RawFd,
     removed: Removed,
     address_space: u64,
+    startup: Role,
+    seccomp: SeccompMode,
+    identity: Option<u32>,
 }
 
 impl Prepared {
@@ -265,8 +294,13 @@ impl Prepared {
             .map(|a| a.as_ptr())
             .chain([ptr::null()])
             .collect();
+        let (uid, gid) = match program.identity {
+            Some(id) => (Uid::from_raw(id), Gid::from_raw(id)),
+            None => (geteuid(), getegid()),
+        };
         Self {
-            maps: IdMaps::new(geteuid(), getegid()),
+            maps: IdMaps::new(uid, gid),
+            identity: program.identity,
             argv,
             _arguments: arguments,
             descriptors: program.descriptors.iter().map(|fd| fd.as_raw_fd()).collect(),
@@ -274,6 +308,12 @@ impl Prepared {
             report,
             removed,
             address_space: program.address_space,
+            startup: program.startup,
+            seccomp: if removed.has(Wall::Seccomp) {
+                SeccompMode::Off
+            } else {
+                program.seccomp
+            },
         }
     }
 }
@@ -296,12 +336,19 @@ fn build_and_execute(prepared: &mut Prepared) -> ! {
 
 fn try_build(prepared: &mut Prepared) -> Result<std::convert::Infallible, (Step, Errno)> {
     let at = |step: Step| move |errno: Errno| (step, errno);
+    // Another user's process forgets its death signal.
+    if let Some(id) = prepared.identity {
+        become_id(id).map_err(at(Step::Identity))?;
+    }
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(at(Step::DeathSignal))?;
     // A parent that died before this line sends no signal: nobody reads the report then.
     if parent_is_gone(prepared.report) {
         return Err((Step::DeathSignal, Errno::ESRCH));
     }
     if !prepared.removed.has(Wall::Namespace) {
+        if prepared.identity.is_some() {
+            unshare(OWNED).map_err(at(Step::Namespaces))?;
+        }
         prepared.maps.write_own().map_err(at(Step::IdMaps))?;
         // The costliest namespace by far; made here, the children make theirs at the same time.
         unshare(CloneFlags::CLONE_NEWNET).map_err(at(Step::Network))?;
@@ -324,6 +371,8 @@ fn try_build(prepared: &mut Prepared) -> Result<std::convert::Infallible, (Step,
         caps::drop_all().map_err(|e| (Step::Capabilities, last_errno(&e)))?;
     }
     nix::sys::prctl::set_no_new_privs().map_err(at(Step::Capabilities))?;
+    seccomp::install_before_exec(prepared.startup, prepared.seccomp)
+        .map_err(|_| (Step::Filter, Errno::last()))?;
     Err((Step::Execute, execute(prepared)))
 }
 
@@ -357,6 +406,10 @@ fn last_errno(error: &io::Error) -> Errno {
 /// report's among them.
 fn arrange(prepared: &mut Prepared) -> nix::Result<()> {
     let count = prepared.descriptors.len() as RawFd;
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if soft <= MAX_OPEN_FILES {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    }
     // First all out of the way, so that no target is a source that is still needed.
     for fd in &mut prepared.descriptors {
         *fd = duplicate_above(*fd, count)?;
@@ -367,6 +420,11 @@ fn arrange(prepared: &mut Prepared) -> nix::Result<()> {
         // SAFETY: this process has one thread and drops no Rust descriptor from here to its end.
         Errno::result(unsafe { libc::dup2(*fd, target) })?;
     }
+    if prepared.report == BINARY {
+        prepared.report = duplicate_above(prepared.report, count)?;
+    }
+    // SAFETY: as above; what may have been there is in its place by now.
+    Errno::result(unsafe { libc::dup3(prepared.binary, BINARY, libc::O_CLOEXEC) })?;
     // SAFETY: as above; closing waits for the exec, so that the report can still be written.
     let rc = unsafe {
         libc::syscall(
@@ -392,7 +450,7 @@ fn execute(prepared: &Prepared) -> Errno {
     unsafe {
         libc::syscall(
             libc::SYS_execveat,
-            prepared.binary,
+            BINARY,
             c"".as_ptr(),
             prepared.argv.as_ptr(),
             no_environment.as_ptr(),

@@ -4,6 +4,8 @@
 //! [`lockdown`] returns the token that serving loops take, so that serving unconfined does not
 //! compile.
 
+#[cfg(feature = "launcher")]
+mod anchor;
 pub mod caps;
 #[cfg(feature = "launcher")]
 pub mod cgroup;
@@ -22,6 +24,8 @@ mod verdict;
 mod witness;
 
 use crate::audit::wall::Wall;
+#[cfg(feature = "launcher")]
+pub use anchor::Anchor;
 #[cfg(feature = "launcher")]
 pub use cpu::share_cores_within;
 pub use end::{end, end_on_panic};

@@ -5,7 +5,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// Most open descriptors: 32 devices or queues with a kick, a call and an error eventfd each, and
 /// room to spare. A peer that sends more by SCM_RIGHTS has them discarded by the kernel.
-const MAX_OPEN_FILES: u64 = 1024;
+const MAX_OPEN_FILES: u64 = 1023;
 
 pub(super) fn limit_self() -> Result<(), LockdownError> {
     lower(Resource::RLIMIT_CORE, "RLIMIT_CORE", 0)?;

@@ -20,11 +20,15 @@ pub enum Role {
     Image,
     /// `bulkhead run` once everything is spawned.
     Spawner,
+    /// Any jailed process from before its exec to its own lockdown.
+    Startup,
+    /// The same, of a disk process that makes a ring for what goes past the page cache.
+    StartupRing,
 }
 
 impl Role {
     /// Every role.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::Disk,
         Self::Net,
         Self::Vmm,
@@ -32,6 +36,8 @@ impl Role {
         Self::Supervisor,
         Self::Image,
         Self::Spawner,
+        Self::Startup,
+        Self::StartupRing,
     ];
 
     /// The name in policies' file names and on command lines.
@@ -44,6 +50,8 @@ impl Role {
             Self::Supervisor => "supervisor",
             Self::Image => "image",
             Self::Spawner => "spawner",
+            Self::Startup => "startup",
+            Self::StartupRing => "startup-ring",
         }
     }
 }
@@ -71,7 +79,7 @@ impl FromStr for Role {
             .find(|role| role.name() == text)
             .ok_or_else(|| ParseRoleError {
                 given: text.to_owned(),
-                known: "disk, net, vmm, vcpu, supervisor, image, spawner",
+                known: "disk, net, vmm, vcpu, supervisor, image, spawner, startup, startup-ring",
             })
     }
 }

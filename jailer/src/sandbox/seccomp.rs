@@ -64,6 +64,19 @@ pub(super) enum Threads {
     Calling,
 }
 
+/// Puts the calling process, which is about to execute a program, under the filter of `role` for its
+/// start. Async-signal-safe.
+pub(super) fn install_before_exec(role: Role, mode: SeccompMode) -> Result<(), seccompiler::Error> {
+    let programs = compiled::compiled(role);
+    match mode {
+        SeccompMode::Enforce => seccompiler::apply_filter(programs.enforce),
+        // Later, under both filters, the stricter answer would win over the handler.
+        SeccompMode::Trap => seccompiler::apply_filter(programs.trap),
+        SeccompMode::Log => seccompiler::apply_filter(programs.log),
+        SeccompMode::Off => Ok(()),
+    }
+}
+
 pub(super) fn install(role: Role, mode: SeccompMode, threads: Threads) -> Result<(), LockdownError> {
     let programs = compiled::compiled(role);
     let program = match mode {

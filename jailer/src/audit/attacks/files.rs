@@ -103,6 +103,7 @@ pub(super) const ALL: &[(&str, Attempt)] = &[
         )
     }),
     ("sysfs", |_| open(c"/sys/kernel", l::O_DIRECTORY)),
+    ("list-processes", |_| open(c"/proc/1", l::O_DIRECTORY)),
     ("mount", mount),
     ("new-mount-api", |_| {
         try_call(l::SYS_fsopen, [c"tmpfs".as_ptr() as usize, 0])
@@ -118,6 +119,13 @@ pub(super) const ALL: &[(&str, Attempt)] = &[
             l::SYS_mknod,
             [address(&below(o, "new")), (l::S_IFCHR | 0o600) as usize, 0x103],
         )
+    }),
+    ("chroot-escape", |o| {
+        let root = call(l::SYS_open, [c"/".as_ptr() as usize, l::O_DIRECTORY as usize])?;
+        call(l::SYS_chroot, [address(&below(o, "folder"))])?;
+        call(l::SYS_fchdir, [root])?;
+        // Relative to where the changed root is not.
+        try_call(l::SYS_open, [c"proc".as_ptr() as usize, l::O_DIRECTORY as usize])
     }),
     ("open-kvm", |_| open(c"/dev/kvm", l::O_RDWR)),
     ("open-null", |_| open(c"/dev/null", l::O_RDWR)),

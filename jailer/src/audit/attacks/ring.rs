@@ -41,6 +41,27 @@ pub(super) const ALL: &[(&str, Attempt)] = &[
             ..Entry::default()
         })
     }),
+    // Both take the second path where `offset` is.
+    ("io-uring-rename", |o| {
+        let to = below(o, "new");
+        submit(&Entry {
+            opcode: 35,
+            fd: l::AT_FDCWD,
+            address: address(&below(o, "secret")),
+            length: l::AT_FDCWD as u32,
+            offset: address(&to) as u64,
+        })
+    }),
+    ("io-uring-link", |o| {
+        let to = below(o, "new");
+        submit(&Entry {
+            opcode: 38,
+            fd: l::AT_FDCWD,
+            address: address(&below(o, "secret")),
+            offset: address(&to) as u64,
+            ..Entry::default()
+        })
+    }),
     ("io-uring-socket", |_| {
         // fd is the family, `offset` the type.
         submit(&Entry {

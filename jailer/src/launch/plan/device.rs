@@ -4,6 +4,7 @@ use super::{Choices, Kept, ProcessPlan, Source, Table, another, any, exactly};
 use crate::launch::disk::Disk;
 use crate::launch::machine::{Backend, Device};
 use crate::launch::net::Nic;
+use crate::sandbox::Role;
 use vm_spec::control::DeviceConfig;
 use vm_spec::run_state::{MadeFds, ProcessRole};
 use vm_spec::spec::ImageFormat;
@@ -29,6 +30,7 @@ pub(super) fn plan(
         exactly(1, "anon_inode:[signalfd]", "the signal to end"),
         any("anon_inode:[eventfd]", "doorbells, interrupts, wake-ups"),
     ];
+    let mut startup = Role::Startup;
     let (role, binary) = match &device.backend {
         Backend::External(_) | Backend::Passt { .. } => return None,
         Backend::Disk(disk) => {
@@ -36,6 +38,7 @@ pub(super) fn plan(
             arguments.extend(device.num_queues.map(|q| format!("--num-queues={q}")));
             made.push(exactly(1, "/memfd:inflight", "in-flight region"));
             if disk.past_cache {
+                startup = Role::StartupRing;
                 made.push(MadeFds {
                     most: device.num_queues.map(u32::from),
                     ..exactly(0, "anon_inode:[io_uring]", "a queue's restricted ring")
@@ -59,6 +62,7 @@ pub(super) fn plan(
         name: device.id.clone(),
         role,
         binary,
+        startup,
         arguments,
         descriptors: fds.0,
         made,

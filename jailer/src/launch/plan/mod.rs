@@ -7,7 +7,7 @@ mod supervisor;
 mod vmm;
 
 use super::machine::Device;
-use crate::sandbox::SeccompMode;
+use crate::sandbox::{Role, SeccompMode};
 use vm_spec::control::{FdNumber, VmConfig};
 use vm_spec::run_state::{FdLink, FdState, Kept, MadeFds, ProcessRole};
 use vm_spec::spec::{ImageFormat, VmSpec};
@@ -67,6 +67,8 @@ pub(crate) struct ProcessPlan {
     pub(crate) name: String,
     pub(crate) role: ProcessRole,
     pub(crate) binary: &'static str,
+    /// Whose system call filter it starts under.
+    pub(crate) startup: Role,
     pub(crate) arguments: Vec<String>,
     /// The one at index N becomes descriptor N.
     pub(crate) descriptors: Vec<Descriptor>,

@@ -6,9 +6,9 @@ use std::fmt::Write as _;
 use vm_spec::run_state::{FdLink, Kept, MadeFds};
 
 impl Plan {
-    /// Each process, with every descriptor that it holds.
-    pub(crate) fn describe(&self) -> String {
-        let mut out = format!("vm {}\n", self.name);
+    /// Each process, with every descriptor that it holds; `identity` says who they are.
+    pub(crate) fn describe(&self, identity: &str) -> String {
+        let mut out = format!("vm {}\nidentity {identity}\n", self.name);
         let landlock = landlock_level().map_or("no Landlock on this host".to_owned(), |level| {
             format!("Landlock level {level}")
         });
@@ -16,12 +16,13 @@ impl Plan {
             let _ = writeln!(
                 out,
                 "process {}\n  execute {} {}\n  jail user, mount, pid, net, ipc, uts, cgroup and \
-                 time namespaces; empty read-only root; no capabilities; {landlock}\n  seccomp {} policy {}",
+                 time namespaces; empty read-only root; no capabilities; {landlock}\n  seccomp {} policy {}, until lockdown {}",
                 process.name,
                 process.binary,
                 process.arguments.join(" "),
                 self.seccomp,
                 process.role.policy().unwrap_or("none"),
+                process.startup,
             );
             for (number, fd) in process.descriptors.iter().enumerate() {
                 let kept = match fd.kept {

@@ -2,6 +2,7 @@
 
 use super::{Choices, ProcessPlan, Source, Table, any, exactly};
 use crate::launch::machine::{Backend, Device};
+use crate::sandbox::Role;
 use vm_spec::control::{DeviceConfig, VmConfig};
 use vm_spec::machine::MACHINE_VERSION;
 use vm_spec::run_state::{Kept, MadeFds, ProcessRole};
@@ -61,6 +62,7 @@ pub(super) fn plan(spec: &VmSpec, devices: &[Device], choices: &Choices<'_>) -> 
         name: "vmm".into(),
         role: ProcessRole::Vmm,
         binary: "bulkhead-vmm",
+        startup: Role::Startup,
         arguments,
         descriptors: fds.0,
         made,

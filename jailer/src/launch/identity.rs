@@ -1,0 +1,245 @@
+//! Who a VM's processes are outside their namespaces: stops one that was broken into from touching
+//! another, or another VM's, by the right of being the same user.
+//!
+//! Where a range of ids is to be had, the spawner enters a user namespace of the VM's own, which has
+//! that range and nothing else, and in it makes each process another user. Root has ranges; a user has
+//! them by `/etc/subuid` and `/etc/subgid`, through newuidmap and newgidmap, which run while the
+//! launcher opens files. Else every process is the user.
+
+use crate::failure::Failure;
+use crate::sandbox::{Anchor, caps};
+use nix::unistd::{Gid, Uid, User, getgid, getpid, getuid, setgroups};
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use vm_spec::run_state::Identity;
+
+/// Root's ranges begin here, one for each process id: no distribution gives these ids to people or to
+/// containers (systemd's documented UID ranges).
+const ROOT_RANGES: u32 = 0x7000_0000;
+/// Ids of a VM: the spawner's, the vmm's, the supervisor's, 32 devices'. With the largest process id,
+/// 2^22, ranges end at 2^31.
+const IDS: u32 = 64;
+/// `CAP_KILL`, `CAP_SETGID`, `CAP_SETUID` and `CAP_SYS_ADMIN` within the VM's own user namespace: what
+/// it takes to make, and to end, processes of other users in it.
+const KEPT: u64 = 1 << 5 | 1 << 6 | 1 << 7 | 1 << 21;
+
+/// What there is to be had, and what is under way to have it.
+pub(crate) enum Identities {
+    /// Every process is the launcher's user; why.
+    Own(&'static str),
+    /// The namespace waits for its maps, which root writes itself.
+    Range { anchor: Anchor, first: u32 },
+    /// The namespace's maps are being written.
+    Subordinate {
+        anchor: Anchor,
+        helpers: [Child; 2],
+        first: (u32, u32),
+    },
+}
+
+/// Who the spawner's children will be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Settled {
+    /// The spawner's user.
+    Own,
+    /// Of the spawner's own namespace, in which id 1 is `first + 1` outside, or for a user's
+    /// subordinate ids `first`.
+    Each { kind: Identity, first: u32 },
+}
+
+impl Settled {
+    /// The id that the process at `place` (the workers in the plan's order, then the supervisor)
+    /// becomes.
+    pub(crate) fn of(self, place: usize) -> Option<u32> {
+        match self {
+            Self::Own => None,
+            Self::Each { .. } => u32::try_from(place + 1).ok().filter(|id| *id < IDS),
+        }
+    }
+
+    /// The same id, as others see it.
+    pub(crate) fn outside(self, place: usize) -> Option<u32> {
+        match self {
+            Self::Own => None,
+            Self::Each { first, .. } => self.of(place).map(|id| first + id - 1),
+        }
+    }
+
+    pub(crate) fn kind(self) -> Identity {
+        match self {
+            Self::Own => Identity::Own,
+            Self::Each { kind, .. } => kind,
+        }
+    }
+}
+
+/// In words, what [`Identities::begin`] would find; `binaries` are those that will be executed.
+pub(crate) fn describe(binaries: &[PathBuf]) -> String {
+    if getuid().is_root() {
+        return format!("each process a user of its own, of {IDS} that no one else has");
+    }
+    match subordinate(binaries) {
+        Ok((first, _)) => format!("each process a user of its own, of the subordinate ids from {first} on"),
+        Err(why) => format!("every process is this user ({}): {why}", getuid()),
+    }
+}
+
+impl Identities {
+    /// Looks for ids, and begins to have them mapped. The calling process must have one thread.
+    pub(crate) fn begin(binaries: &[PathBuf]) -> Result<Self, Failure> {
+        let failed = |e: io::Error| {
+            Failure::host("cannot make the VM's user namespace")
+                .because(&e)
+                .hint("bulkhead doctor tells what is missing")
+        };
+        if getuid().is_root() {
+            let first = ROOT_RANGES + getpid().as_raw().unsigned_abs() * IDS;
+            let anchor = Anchor::start().map_err(failed)?;
+            for map in ["gid_map", "uid_map"] {
+                let path = format!("/proc/{}/{map}", anchor.pid());
+                fs::write(path, format!("0 {first} {IDS}")).map_err(failed)?;
+            }
+            return Ok(Self::Range { anchor, first });
+        }
+        let first = match subordinate(binaries) {
+            Ok(first) => first,
+            Err(why) => return Ok(Self::Own(why)),
+        };
+        let anchor = Anchor::start().map_err(failed)?;
+        let help = |program: &str, own: u32, first: u32| {
+            let pid = anchor.pid().to_string();
+            let (own, first, count) = (own.to_string(), first.to_string(), (IDS - 1).to_string());
+            let map = [&pid, "0", &own, "1", "1", &first, &count];
+            Command::new(program).args(map).stdin(Stdio::null()).spawn()
+        };
+        let helpers = help("newuidmap", getuid().as_raw(), first.0)
+            .and_then(|uids| Ok([uids, help("newgidmap", getgid().as_raw(), first.1)?]));
+        match helpers {
+            Ok(helpers) => Ok(Self::Subordinate {
+                anchor,
+                helpers,
+                first,
+            }),
+            Err(_) => Ok(Self::Own("newuidmap cannot be run")),
+        }
+    }
+
+    /// Gives up root, or enters the user's own range: for good. `give` is told who the spawner is about
+    /// to become, if that is another than it was.
+    ///
+    /// # Errors
+    /// A [`Failure`] when root cannot be left.
+    pub(crate) fn enter(self, give: impl FnOnce(Uid, Gid) -> io::Result<()>) -> Result<Settled, Failure> {
+        match self {
+            Self::Own(why) => {
+                tracing::debug!(why, "every process is this user");
+                Ok(Settled::Own)
+            }
+            Self::Range { anchor, first } => {
+                let failed = |e: &dyn std::error::Error| Failure::host("cannot leave root").because(e);
+                give(Uid::from_raw(first), Gid::from_raw(first)).map_err(|e| failed(&e))?;
+                setgroups(&[]).map_err(|e| failed(&e))?;
+                anchor.enter().map_err(|e| failed(&e))?;
+                caps::keep_only(KEPT).map_err(|e| failed(&e))?;
+                let (kind, first) = (Identity::Range, first + 1);
+                Ok(Settled::Each { kind, first })
+            }
+            Self::Subordinate {
+                anchor,
+                helpers,
+                first: (first, _),
+            } => {
+                for mut helper in helpers {
+                    // What is wrong it has said itself.
+                    if !helper.wait().is_ok_and(|status| status.success()) {
+                        eprintln!("bulkhead: no subordinate ids: every process is this user");
+                        return Ok(Settled::Own);
+                    }
+                }
+                let failed = |e: &dyn std::error::Error| {
+                    Failure::host("cannot enter the namespace of the subordinate ids").because(e)
+                };
+                anchor.enter().map_err(|e| failed(&e))?;
+                caps::keep_only(KEPT).map_err(|e| failed(&e))?;
+                let kind = Identity::Subordinate;
+                Ok(Settled::Each { kind, first })
+            }
+        }
+    }
+}
+
+/// The first of [`IDS`] less one subordinate user and group ids of this user, or why there are none.
+/// VMs of one user at the same time have, by their process ids, others each, as far as there are enough.
+fn subordinate(binaries: &[PathBuf]) -> Result<(u32, u32), &'static str> {
+    let read = |file: &str| fs::read_to_string(file).unwrap_or_default();
+    let (users, groups) = (read("/etc/subuid"), read("/etc/subgid"));
+    if users.is_empty() || groups.is_empty() {
+        return Err("there are no subordinate ids (/etc/subuid, /etc/subgid)");
+    }
+    let uid = getuid();
+    let name = User::from_uid(uid).ok().flatten().map(|user| user.name);
+    let owners = [uid.to_string(), name.unwrap_or_default()];
+    let turn = getpid().as_raw().unsigned_abs();
+    let (Some(user), Some(group)) = (first_of(&users, &owners, turn), first_of(&groups, &owners, turn))
+    else {
+        return Err("it has no range of subordinate ids (/etc/subuid, /etc/subgid)");
+    };
+    if !["newuidmap", "newgidmap"].into_iter().all(in_path) {
+        return Err("newuidmap and newgidmap are not installed");
+    }
+    // Another user must be able to execute them.
+    let open = |path: &PathBuf| fs::metadata(path).is_ok_and(|about| about.permissions().mode() & 1 == 1);
+    if !binaries.iter().all(open) {
+        return Err("other users may not execute Bulkhead's binaries");
+    }
+    Ok((user, group))
+}
+
+/// The range of a VM in a file of lines `NAME:FIRST:COUNT`.
+fn first_of(text: &str, owners: &[String; 2], turn: u32) -> Option<u32> {
+    text.lines().find_map(|line| {
+        let mut parts = line.split(':');
+        let owner = parts.next()?;
+        let (first, count): (u32, u32) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+        let ranges = count / (IDS - 1);
+        let ours = !owner.is_empty() && owners.iter().any(|known| known == owner) && ranges > 0;
+        ours.then(|| first.checked_add(turn % ranges * (IDS - 1)))?
+    })
+}
+
+fn in_path(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder: PathBuf| Path::new(&folder).join(program).is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_the_owners_and_whole() {
+        let owners = ["1000".to_owned(), "ann".to_owned()];
+        let of = |text, turn| first_of(text, &owners, turn);
+        assert_eq!(of("bob:1:65536\nann:100000:65536\n", 0), Some(100_000));
+        assert_eq!(of("1000:5000:126\n", 1), Some(5063));
+        assert_eq!(of("1000:5000:126\n", 2), Some(5000));
+        assert_eq!(of("ann:5000:62\n", 0), None, "too few");
+        assert_eq!(of("annie:1:65536\n:1:65536\nann:x:9\n", 0), None);
+        assert_eq!(of("ann:4294967295:65536\n", 3), None, "beyond the last id");
+    }
+
+    #[test]
+    fn each_process_is_another() {
+        let each = Settled::Each {
+            kind: Identity::Range,
+            first: 1000,
+        };
+        assert_eq!((each.of(0), each.outside(0)), (Some(1), Some(1000)));
+        assert_eq!((each.of(33), each.outside(33)), (Some(34), Some(1033)));
+        assert_eq!(each.of(63), None, "the range is over");
+        assert_eq!((Settled::Own.of(0), Settled::Own.outside(0)), (None, None));
+    }
+}
