@@ -136,9 +136,7 @@ mod armed {
                 let end = Instant::now() + *time;
                 while let Some(left) = end.checked_duration_since(Instant::now()) {
                     // The policy has no call to sleep with but this.
-                    let timeout =
-                        nix::poll::PollTimeout::try_from(left).unwrap_or(nix::poll::PollTimeout::MAX);
-                    let _ = nix::poll::poll(&mut [], timeout);
+                    let _ = nix::poll::ppoll(&mut [], Some(left.into()), None);
                 }
             }
             _ => {}

@@ -26,6 +26,9 @@ const IDS: u32 = 64;
 /// it takes to make, and to end, processes of other users in it.
 const KEPT: u64 = 1 << 5 | 1 << 6 | 1 << 7 | 1 << 21;
 
+/// Why root of a user namespace has no range.
+const NO_RANGE: &str = "a user namespace has no ids to spare";
+
 /// What there is to be had, and what is under way to have it.
 pub(crate) enum Identities {
     /// Every process is the launcher's user; why.
@@ -78,6 +81,9 @@ impl Settled {
 
 /// In words, what [`Identities::begin`] would find; `binaries` are those that will be executed.
 pub(crate) fn describe(binaries: &[PathBuf]) -> String {
+    if getuid().is_root() && in_namespace() {
+        return format!("every process is this namespace's root: {NO_RANGE}");
+    }
     if getuid().is_root() {
         return format!("each process a user of its own, of {IDS} that no one else has");
     }
@@ -95,6 +101,9 @@ impl Identities {
                 .because(&e)
                 .hint("bulkhead doctor tells what is missing")
         };
+        if getuid().is_root() && in_namespace() {
+            return Ok(Self::Own(NO_RANGE));
+        }
         if getuid().is_root() {
             let first = ROOT_RANGES + getpid().as_raw().unsigned_abs() * IDS;
             let anchor = Anchor::start().map_err(failed)?;
@@ -169,6 +178,13 @@ impl Identities {
             }
         }
     }
+}
+
+/// Root is root of a user namespace only, such as a container's: outside it is a user, and what is
+/// outside the namespace it cannot be.
+fn in_namespace() -> bool {
+    let own = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    !own.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
 /// The first of [`IDS`] less one subordinate user and group ids of this user, or why there are none.
