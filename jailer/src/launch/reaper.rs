@@ -49,6 +49,7 @@ impl Reaper {
                         saved,
                         groups,
                         spawner,
+                        first: getpid(),
                     },
                 );
                 // SAFETY: ends the child without running what the parent registered.
@@ -118,6 +119,8 @@ struct Remains<'a> {
     saved: Option<&'a Saved>,
     groups: Option<&'a Place>,
     spawner: Pid,
+    /// The reaper that the spawner started.
+    first: Pid,
 }
 
 impl Remains<'_> {
@@ -126,7 +129,7 @@ impl Remains<'_> {
             terminal::restore(saved);
         }
         if let Some(groups) = self.groups {
-            groups.remove(&[self.spawner, getpid()]);
+            groups.remove(&[self.spawner, self.first, getpid()]);
         }
         self.run_dir.remove();
     }

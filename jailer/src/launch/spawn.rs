@@ -14,6 +14,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::pipe2;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -119,10 +120,6 @@ pub(crate) fn spawn(
         .map_err(|e| Failure::host("cannot write the vmm's first message").because(&e))?;
     // The vmm has most to do, then the supervisor, which shows the guest's first byte. Nobody is
     // waited for until all are on their way.
-    let (vmm, devices) = plan
-        .workers
-        .split_first()
-        .ok_or_else(|| Failure::host("the plan has no vmm"))?;
     let start = |place, process, fds: &Wires| {
         begin(
             place,
@@ -132,14 +129,24 @@ pub(crate) fn spawn(
             binaries.of(process),
         )
     };
-    let mut starting = vec![(vmm, start(0, vmm, &fds)?)];
+    let numbered = || (0..).zip(&plan.workers);
+    let mut starting = BTreeMap::new();
+    if let Some(vmm) = plan.workers.first() {
+        starting.insert(0, start(0, vmm, &fds)?);
+    }
     let supervisor = start(plan.workers.len(), &plan.supervisor, &fds)?;
+    // Then the disks, while TAPs are being made.
+    for (place, worker) in numbered().skip(1).filter(|(_, worker)| fds.has_all(worker)) {
+        starting.insert(place, start(place, worker, &fds)?);
+    }
     fds.receive_taps()?;
-    for (place, device) in (1..).zip(devices) {
-        starting.push((device, start(place, device, &fds)?));
+    for (place, worker) in numbered() {
+        if let Entry::Vacant(entry) = starting.entry(place) {
+            entry.insert(start(place, worker, &fds)?);
+        }
     }
     let mut supervision = plan.supervision.clone();
-    for (process, (_, child)) in supervision.processes.iter_mut().zip(&starting) {
+    for (process, child) in supervision.processes.iter_mut().zip(starting.values()) {
         process.pid = child.pid().as_raw();
     }
     let config = ToSupervisor::Start(Box::new(supervision));
@@ -147,8 +154,10 @@ pub(crate) fn spawn(
     let respawner = Respawner::keep(plan, fds.table, binaries);
     send_message(control.as_fd(), 1, config)
         .map_err(|e| Failure::host("cannot write the supervisor's first message").because(&e))?;
-    let workers = starting
-        .into_iter()
+    let workers = plan
+        .workers
+        .iter()
+        .zip(starting.into_values())
         .map(|(worker, child)| child.finish().map_err(|e| not_started(worker, e)))
         .collect::<Result<_, _>>()?;
     let supervisor = supervisor
@@ -231,6 +240,12 @@ struct Wires {
 impl Wires {
     fn get(&self, source: Source) -> &OwnedFd {
         &self.table[&source]
+    }
+
+    /// Whether `process` lacks no descriptor.
+    fn has_all(&self, process: &ProcessPlan) -> bool {
+        let has = |source| self.table.contains_key(&source);
+        process.descriptors.iter().all(|fd| has(fd.source))
     }
 
     fn make(plan: &Plan, inputs: Inputs) -> std::io::Result<Self> {

@@ -12,15 +12,19 @@
 //! `spawner` first, the children are born in theirs, and at the end whoever removes the groups moves
 //! what is left back to where it came from.
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{Gid, Pid, Uid, chown, geteuid};
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 use vm_spec::spec::LimitsSpec;
 
 /// Where the launcher's own processes are.
 const SPAWNER: &str = "spawner";
+/// Longest that killed processes may take to leave their groups.
+const DEATHS: Duration = Duration::from_millis(1500);
 /// Microseconds that `cpu.max` counts in.
 const PERIOD: u64 = 100_000;
 
@@ -109,7 +113,31 @@ impl Place {
         all
     }
 
-    /// Removes the VM's groups, in which no process but ours may be left: `ours` are moved out.
+    /// Ends what is left in the VM's groups, and waits until it is gone.
+    fn empty(&self) {
+        // Before Linux 5.14 there is no such file: what is left dies with the spawner by itself.
+        let _ = fs::write(self.group.join("cgroup.kill"), "1");
+        let Ok(mut events) = File::open(self.group.join("cgroup.events")) else {
+            return;
+        };
+        let deadline = Instant::now() + DEATHS;
+        loop {
+            let mut text = String::new();
+            let read = events.rewind().and_then(|()| events.read_to_string(&mut text));
+            let left = deadline.saturating_duration_since(Instant::now());
+            if read.is_err() || !text.contains("populated 1") || left.is_zero() {
+                return;
+            }
+            // The kernel reports each change of the file so.
+            let mut changed = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+            let _ = poll(
+                &mut changed,
+                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX),
+            );
+        }
+    }
+
+    /// Removes the VM's groups: `ours` are moved out, any other process in them is ended.
     /// What cannot be removed is left, and found by [`Groups::make`] of the same name.
     pub fn remove(&self, ours: &[Pid]) {
         if self.above.last() == Some(&self.origin) {
@@ -122,6 +150,7 @@ impl Place {
         for pid in ours {
             let _ = fs::write(self.origin.join("cgroup.procs"), pid.to_string());
         }
+        self.empty();
         for entry in fs::read_dir(&self.group).into_iter().flatten().flatten() {
             if entry.path().is_dir() {
                 let _ = fs::remove_dir(entry.path());
