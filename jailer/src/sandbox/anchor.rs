@@ -3,10 +3,12 @@
 #![expect(unsafe_code, reason = "clone, whose child waits in our memory")]
 
 use super::userns::become_id;
+use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, getpid, getppid, pause};
+use std::ffi::{c_int, c_void};
 use std::fs::File;
 use std::io;
 
@@ -17,7 +19,7 @@ const STACK: usize = 16 << 10;
 pub struct Anchor {
     pid: Pid,
     /// Where the process waits, in our memory: to copy that would take longer than all else.
-    _stack: Box<[u8]>,
+    _stack: Box<[u128]>,
 }
 
 impl Anchor {
@@ -27,14 +29,18 @@ impl Anchor {
     /// # Errors
     /// When the kernel makes no such namespace.
     pub fn start() -> io::Result<Self> {
-        let mut stack = vec![0; STACK].into_boxed_slice();
-        let parent = getpid();
-        let flags = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_VM;
-        let child = Box::new(move || wait_for_ever(parent));
-        // SAFETY: the child has a stack of its own, which outlives it; it makes system calls that
-        // change nothing in the memory that it shares.
-        let pid = unsafe { nix::sched::clone(child, &mut stack, flags, Some(libc::SIGCHLD)) }?;
-        Ok(Self { pid, _stack: stack })
+        let mut stack = vec![0_u128; STACK / size_of::<u128>()].into_boxed_slice();
+        let flags = libc::CLONE_NEWUSER | libc::CLONE_VM | libc::SIGCHLD;
+        // By value: what we point to may be gone when the child begins.
+        let parent = getpid().as_raw() as usize as *mut c_void;
+        let top = stack.as_mut_ptr_range().end.cast();
+        // SAFETY: the child has a stack of its own, aligned, which outlives it; it makes system calls
+        // that change nothing in the memory that it shares.
+        let pid = Errno::result(unsafe { libc::clone(wait_for_ever, top, flags, parent) })?;
+        Ok(Self {
+            pid: Pid::from_raw(pid),
+            _stack: stack,
+        })
     }
 
     /// Its process, below whose number in `/proc` the maps are.
@@ -63,9 +69,9 @@ impl Drop for Anchor {
     }
 }
 
-fn wait_for_ever(parent: Pid) -> isize {
+extern "C" fn wait_for_ever(parent: *mut c_void) -> c_int {
     let tied = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
-    if tied.is_err() || getppid() != parent {
+    if tied.is_err() || getppid().as_raw() as usize != parent as usize {
         // SAFETY: ends the process without running what the parent registered.
         unsafe { libc::_exit(1) };
     }
