@@ -61,15 +61,38 @@ pub fn receive_message<T: Serialize + DeserializeOwned>(
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_TRUNC;
     loop {
         return match recv(socket.as_raw_fd(), &mut bytes, flags) {
-            Ok(0) | Err(Errno::ECONNRESET) => Ok(Received::End),
+            Ok(0) => Ok(Received::End),
             Ok(length) => {
                 let bytes = bytes.get(..length).ok_or(WireError::TooLong(length))?;
                 let envelope = Envelope::decode(bytes)?;
                 Ok(Received::Message(envelope.id, envelope.body))
             }
             Err(Errno::EAGAIN) => Ok(Received::Nothing),
-            Err(Errno::EINTR) => continue,
+            // Told once, of a peer that went and left messages of ours unread; what it sent before
+            // comes next, and then its end.
+            Err(Errno::EINTR | Errno::ECONNRESET) => continue,
             Err(e) => Err(TransferError::Socket(e.into())),
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use std::os::fd::AsFd;
+    use vm_spec::supervise::FromSupervisor;
+
+    #[test]
+    fn the_last_words_of_a_peer_that_did_not_listen_are_heard() {
+        let kind = SockType::SeqPacket;
+        let (ours, theirs) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        send_message(ours.as_fd(), 1, FromSupervisor::KillAll).unwrap();
+        let last = FromSupervisor::Finished { code: 7 };
+        send_message(theirs.as_fd(), 2, last.clone()).unwrap();
+        drop(theirs);
+        let heard = || receive_message::<FromSupervisor>(ours.as_fd()).unwrap();
+        assert!(matches!(heard(), Received::Message(2, words) if words == last));
+        assert!(matches!(heard(), Received::End));
     }
 }

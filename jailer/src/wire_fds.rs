@@ -63,8 +63,8 @@ pub fn receive_with_fds<T: Serialize + DeserializeOwned>(
                 break (message.bytes, cut, fds);
             }
             Err(Errno::EAGAIN) => return Ok((Received::Nothing, Vec::new())),
-            Err(Errno::ECONNRESET) => return Ok((Received::End, Vec::new())),
-            Err(Errno::EINTR) => {}
+            // As in `receive_message`.
+            Err(Errno::EINTR | Errno::ECONNRESET) => {}
             Err(e) => return Err(failed(e)),
         }
     };
