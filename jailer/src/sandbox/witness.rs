@@ -2,15 +2,20 @@
 //! writes each into its log. Where that log is closed to the user, `--seccomp=trap` tells instead.
 
 use super::{Role, Verdict};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{Pid, Whence, lseek};
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::time::{Duration, Instant};
 
 /// Longest record of `/dev/kmsg` (`CONSOLE_EXT_LOG_MAX`).
 const RECORD_MAX: usize = 8192;
 /// Most records that are looked at for one death.
 const RECORDS: usize = 4096;
+/// The kernel writes a record by a thread of its own: so late at most.
+const LATE: Duration = Duration::from_millis(50);
 
 /// The kernel's log from now on, where this user may read it.
 pub struct Witness(Option<File>);
@@ -34,6 +39,7 @@ impl Witness {
     pub fn testify(&mut self, pid: Pid, role: Role) -> Option<Verdict> {
         let log = self.0.as_mut()?;
         let mut record = [0; RECORD_MAX];
+        let end = Instant::now() + LATE;
         for _ in 0..RECORDS {
             match log.read(&mut record) {
                 Ok(length) => {
@@ -44,6 +50,14 @@ impl Witness {
                 }
                 // Records were overwritten before they were read: the next read goes on behind.
                 Err(e) if e.raw_os_error() == Some(libc::EPIPE) || e.kind() == ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                    let left = end.saturating_duration_since(Instant::now());
+                    let mut more = [PollFd::new(log.as_fd(), PollFlags::POLLIN)];
+                    let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+                    if left.is_zero() || poll(&mut more, timeout) == Ok(0) {
+                        return None;
+                    }
+                }
                 Err(_) => return None,
             }
         }
