@@ -11,6 +11,43 @@ use std::{
     time::Duration,
 };
 
+/// `off` in the environment: what is under test runs with no jail around it, so that a failure can be
+/// told apart from one of the jail.
+pub const JAIL: &str = "BULKHEAD_JAIL";
+
+/// Whether [`JAIL`] is off.
+#[must_use]
+pub fn jail_is_off() -> bool {
+    std::env::var_os(JAIL).is_some_and(|value| value == "off")
+}
+
+/// The flags of `bulkhead run` for it.
+#[must_use]
+pub fn jail_flags() -> &'static [&'static str] {
+    if jail_is_off() { &["--jail=off"] } else { &[] }
+}
+
+/// What device processes and the vmm are told that are started by hand.
+#[must_use]
+pub fn seccomp_flag() -> &'static str {
+    if jail_is_off() {
+        "--seccomp=off"
+    } else {
+        "--seccomp=enforce"
+    }
+}
+
+/// For tests of the jail itself.
+///
+/// # Errors
+/// [`Skip`] where it is off.
+pub fn need_jail() -> Result<()> {
+    if jail_is_off() {
+        return Err(Skip("the jail is off".to_owned()).into());
+    }
+    Ok(())
+}
+
 /// For tests that start processes and wait for them.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 

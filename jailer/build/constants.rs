@@ -31,7 +31,7 @@ macro_rules! libc_constants {
     ($($name:ident)*) => { [$((stringify!($name), libc::$name as u64)),*] };
 }
 
-const FROM_LIBC: [(&str, u64); 58] = libc_constants! {
+const FROM_LIBC: [(&str, u64); 59] = libc_constants! {
     PROT_NONE PROT_READ PROT_WRITE PROT_EXEC
     MAP_SHARED MAP_PRIVATE MAP_FIXED MAP_ANONYMOUS
     MADV_DONTNEED MADV_FREE MADV_REMOVE MADV_POPULATE_READ MADV_POPULATE_WRITE MADV_HUGEPAGE
@@ -47,10 +47,10 @@ const FROM_LIBC: [(&str, u64); 58] = libc_constants! {
     TCGETS TCSETS TIOCGWINSZ
     MREMAP_MAYMOVE O_CLOEXEC SIGKILL AT_EMPTY_PATH
     PR_SET_DUMPABLE PR_SET_NO_NEW_PRIVS PR_CAP_AMBIENT PR_CAP_AMBIENT_CLEAR_ALL
-    SECCOMP_SET_MODE_FILTER
+    SECCOMP_SET_MODE_FILTER O_DIRECTORY
 };
 
-const BY_HAND: [(&str, u64); 69] = [
+const BY_HAND: [(&str, u64); 70] = [
     // enum io_uring_op.
     ("IORING_OP_READV", 1),
     ("IORING_OP_WRITEV", 2),
@@ -64,6 +64,7 @@ const BY_HAND: [(&str, u64); 69] = [
     ("ARCH_SET_FS", 0x1002),
     ("PR_SET_MEMORY_MERGE", 67),
     ("MADV_COLLAPSE", 25),
+    ("TCSETSW", 0x5403),
     ("FIONBIO", 0x5421),
     ("FIONREAD", 0x541B),
     ("TUNSETIFF", iow(b'T', 202, 4)),

@@ -73,6 +73,8 @@ pub enum ProcessRole {
     Net,
     /// Holds the network namespace of a `private` NIC; enter it to reach the TAP's other side.
     NetNamespace,
+    /// Makes successors of device processes, once the spawner is confined.
+    Forker,
 }
 
 impl ProcessRole {
@@ -89,7 +91,7 @@ impl ProcessRole {
             Self::Vmm => Some("vmm"),
             Self::Disk => Some("disk"),
             Self::Net => Some("net"),
-            Self::Reaper | Self::NetNamespace => None,
+            Self::Reaper | Self::Forker | Self::NetNamespace => None,
         }
     }
 }

@@ -6,7 +6,7 @@ use crate::demo::peer::Peer;
 use crate::host::NESTED;
 use crate::nested::agent::run_here;
 use crate::nested::{Ended, Job, Stream};
-use crate::suite::artifact;
+use crate::suite::{artifact, jail_flags};
 use anyhow::{Context, ensure};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use std::os::fd::AsRawFd;
@@ -169,7 +169,9 @@ impl Work {
         }
         let file = self.write_spec(launch, peer.as_ref())?;
         let bulkhead = artifact(Artifact::Bulkhead)?.to_string_lossy();
-        let mut job = Job::new(&[&bulkhead, "run", &file.to_string_lossy()], launch.deadline);
+        let file = file.to_string_lossy();
+        let words = [&[&*bulkhead, "run", &*file], jail_flags()].concat();
+        let mut job = Job::new(&words, launch.deadline);
         job.environment.insert(
             "XDG_RUNTIME_DIR".to_owned(),
             self.path().to_string_lossy().into_owned(),

@@ -1,7 +1,11 @@
 //! `bulkhead run` with a run-time folder of its own.
 
 use super::console::Console;
-use crate::{artifacts::Artifact, process::Process, suite::artifact};
+use crate::{
+    artifacts::Artifact,
+    process::Process,
+    suite::{artifact, jail_flags},
+};
 use anyhow::{Context, Result, ensure};
 use std::{
     fs,
@@ -61,6 +65,7 @@ impl Run {
     pub fn by(mut command: Command, folder: TempDir, flags: &[String]) -> Result<Self> {
         command
             .args(["run", "--name", NAME])
+            .args(jail_flags())
             .args(flags)
             .env("XDG_RUNTIME_DIR", folder.path())
             .env("TMPDIR", folder.path())

@@ -148,6 +148,9 @@ fn tests(report: &mut Report, programs: &[TestProgram], binaries: &Path, host: H
     if full && host == Host::Software {
         audit_nested(report, programs, &mut places);
     }
+    if full {
+        unjailed(report, programs, host, &places);
+    }
 }
 
 /// The walls once more on a kernel with all that Debian's has. Elsewhere the tier itself runs on it.
@@ -161,6 +164,22 @@ fn audit_nested(report: &mut Report, programs: &[TestProgram], places: &mut Plac
             .into_iter()
             .map(|(test, outcome)| (format!("{test}, nested {FULL_ONLY}"), outcome));
         report.add_suite(&program.suite, "nested", named.collect());
+    }
+}
+
+/// Every tier's tests with the jail off: those that fail with it only have found a fault of its own.
+fn unjailed(report: &mut Report, programs: &[TestProgram], host: Host, places: &Places) {
+    let here = |program: &&TestProgram| match needs(program) {
+        Needs::Nothing => true,
+        Needs::Kvm => host != Host::None,
+        Needs::LinuxKvm => host.runs_linux(),
+    };
+    for program in programs.iter().filter(|program| program.tier).filter(here) {
+        let named = places
+            .unjailed(program)
+            .into_iter()
+            .map(|(test, outcome)| (format!("{test}, jail off {FULL_ONLY}"), outcome));
+        report.add_suite(&program.suite, "host", named.collect());
     }
 }
 

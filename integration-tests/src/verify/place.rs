@@ -5,6 +5,7 @@ use super::libtest::{self, Outcome};
 use crate::artifacts::{BIN_DIR, PROBES};
 use crate::linux::IMAGES;
 use crate::nested::{Ended, Job, Nested, Options, Stream};
+use crate::suite::JAIL;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -75,6 +76,16 @@ impl Places {
                 known
             }
         }
+    }
+
+    /// As [`Self::here`], with no jail around what is under test.
+    pub(super) fn unjailed(&self, program: &TestProgram) -> Vec<(String, Outcome)> {
+        let mut output = Vec::new();
+        let mut job = self.job(program, &["--test-threads=1"]);
+        job.environment.insert(JAIL.to_owned(), "off".to_owned());
+        let ended =
+            crate::nested::agent::run_here(&job, &mut |stream, bytes| keep(&mut output, stream, bytes));
+        outcomes(program, &output, &ended)
     }
 
     fn job(&self, program: &TestProgram, arguments: &[&str]) -> Job {

@@ -7,7 +7,7 @@ use integration_tests::artifacts::Artifact;
 use integration_tests::host::Host;
 use integration_tests::linux::{Launch, Work};
 use integration_tests::nested::Ended;
-use integration_tests::suite::{artifact, test_within};
+use integration_tests::suite::{artifact, jail_flags, test_within};
 use integration_tests::terminal::Terminal;
 use libtest_mimic::Trial;
 use std::process::Command;
@@ -69,6 +69,7 @@ fn prompt() -> Result<()> {
     let mut command = Command::new(artifact(Artifact::Bulkhead)?);
     command
         .arg("run")
+        .args(jail_flags())
         .arg(work.write_spec(&launch, None)?)
         .arg("--power-off-grace=1")
         .env("XDG_RUNTIME_DIR", work.path());

@@ -6,7 +6,7 @@ use integration_tests::{
     artifacts::Artifact,
     frontend_harness::{BlockDriver, BlockRequest, DEADLINE, Options, Session},
     process::{Process, connect},
-    suite::{Skip, artifact},
+    suite::{Skip, artifact, seccomp_flag},
 };
 use std::{
     fs::{self, File},
@@ -129,6 +129,7 @@ impl Disk {
     /// Our device process's command line for this disk, without the socket.
     pub(crate) fn command(&self) -> Result<Command> {
         let mut command = Command::new(artifact(Artifact::VhostUserBlk)?);
+        command.arg(seccomp_flag());
         command
             .arg(format!("--blk-file={}", self.path.display()))
             .args(self.kind.flags())

@@ -6,7 +6,7 @@ use integration_tests::{
     artifacts::Artifact,
     frontend_harness::{DEADLINE, NetDriver, Options, Session, virtio},
     process::{Process, inherit_at},
-    suite::{artifact, test},
+    suite::{artifact, seccomp_flag, test},
     tiny::Tap,
 };
 use libtest_mimic::Trial;
@@ -29,6 +29,7 @@ fn echo(features: u64) -> Result<()> {
     let tap = Tap::new()?;
     let echo = tap.echo()?;
     let mut command = Command::new(artifact(Artifact::VhostUserNet)?);
+    command.arg(seccomp_flag());
     command.args(["--fd=3", "--tap-fd=4", "--mac=02:00:00:00:00:02"]);
     inherit_at(&mut command, tap.fd, 4)?;
     let (mut process, socket) = Process::start_with_socket(command)?;

@@ -8,7 +8,7 @@ use integration_tests::linux::{Images, KernelImages, pattern};
 use integration_tests::nested::agent::run_here;
 use integration_tests::nested::{Job, Stream};
 use integration_tests::process::{Process, inherit_at};
-use integration_tests::suite::{self, artifact, test_within};
+use integration_tests::suite::{self, artifact, seccomp_flag, test_within};
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
@@ -37,6 +37,7 @@ fn disk_and_nic() -> Result<()> {
     let mut peer = Peer::start(page)?;
     peer.answer_at_once()?;
     let mut command = Command::new(artifact(Artifact::VhostUserNet)?);
+    command.arg(seccomp_flag());
     command
         .arg(format!("--socket-path={}", net.display()))
         .arg("--tap-fd=4");
@@ -78,6 +79,7 @@ fn stop(mut blk: Process) -> Result<()> {
 
 fn start_blk(disk: &Path, socket: &Path) -> Result<Process> {
     let mut command = Command::new(artifact(Artifact::VhostUserBlk)?);
+    command.arg(seccomp_flag());
     command.arg(format!("--socket-path={}", socket.display()));
     command
         .arg(format!("--blk-file={}", disk.display()))

@@ -6,7 +6,7 @@ use integration_tests::{
     artifacts::{Artifact, PROBE_NAMES, PROBES, build_probes},
     host::Host,
     lent::{Lent, NOBODY, become_nobody},
-    suite::{Skip, artifact, test_within},
+    suite::{Skip, artifact, need_jail, test_within},
 };
 use libtest_mimic::Trial;
 use nix::unistd::Uid;
@@ -86,6 +86,7 @@ fn all_held((code, report): &(Option<i32>, Value)) -> Result<()> {
 }
 
 fn as_self() -> Result<()> {
+    need_jail()?;
     Host::need_kvm()?;
     let result = audit(Command::new(artifact(Artifact::Bulkhead)?), &probes()?, &[])?;
     all_held(&result)?;
@@ -101,6 +102,7 @@ fn as_self() -> Result<()> {
 }
 
 fn as_nobody() -> Result<()> {
+    need_jail()?;
     Host::need_kvm()?;
     if !Uid::effective().is_root() {
         bail!(Skip("only root can become another user".to_owned()));
@@ -119,6 +121,7 @@ fn as_nobody() -> Result<()> {
 /// With the filter gone a path leads nowhere, since the root is empty; what no other wall holds
 /// is listed, and is an error.
 fn without_seccomp() -> Result<()> {
+    need_jail()?;
     Host::need_kvm()?;
     let bulkhead = || artifact(Artifact::Bulkhead).map(Command::new);
     let flags = ["--without=seccomp", "--attack=open"];
@@ -142,6 +145,7 @@ fn without_seccomp() -> Result<()> {
 
 /// A shipped binary holds no attack and would serve: the audit must not take that for a wall.
 fn no_probe() -> Result<()> {
+    need_jail()?;
     Host::need_kvm()?;
     let place = Place::make()?;
     let output = Command::new(artifact(Artifact::Bulkhead)?)

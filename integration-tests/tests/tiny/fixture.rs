@@ -5,7 +5,7 @@ use integration_tests::{
     artifacts::Artifact,
     frontend_harness::DEADLINE,
     process::{Process, connect},
-    suite::artifact,
+    suite::{artifact, seccomp_flag},
     tiny::Device,
 };
 use std::{fs::File, path::PathBuf, process::Command};
@@ -43,6 +43,7 @@ impl Disk {
         let (process, socket) = match server {
             Server::Ours => {
                 let mut command = Command::new(artifact(Artifact::VhostUserBlk)?);
+                command.arg(seccomp_flag());
                 command.arg(format!("--blk-file={}", path.display())).args([
                     "--format=raw",
                     "--num-queues=4",

@@ -7,7 +7,7 @@ use integration_tests::{
     artifacts::Artifact,
     host::Host,
     lent::{Lent, NOBODY, become_user},
-    suite::{Skip, artifact, test},
+    suite::{Skip, artifact, need_jail, test},
     tiny::Run,
 };
 use libtest_mimic::Trial;
@@ -69,6 +69,7 @@ fn takes_direct(path: &Path) -> bool {
 }
 
 fn as_self() -> Result<()> {
+    need_jail()?;
     Host::need_kvm()?;
     let folder = tempfile::tempdir()?;
     let flags = flags(folder.path(), artifact(Artifact::TinyGuest)?)?;
@@ -100,6 +101,7 @@ fn with_subordinate_ids() -> Result<()> {
 }
 
 fn as_another(user: u32, group: u32, expected: Identity) -> Result<()> {
+    need_jail()?;
     Host::need_kvm()?;
     if !Uid::effective().is_root() {
         bail!(Skip("only root can become another user".to_owned()));
@@ -165,10 +167,28 @@ fn jails(mut run: Run, printed: &str, expected: Option<Identity>) -> Result<()> 
         state.identity
     );
     identities(&state, &jailed)?;
+    let spawner = state.processes.iter().find(|p| p.role == ProcessRole::Spawner);
+    confined(spawner.context("no spawner")?.pid)?;
     for process in jailed {
         let looked = jail(process).and_then(|()| exact(process, &state, printed));
         looked.with_context(|| format!("process {} ({})", process.pid, process.name))?;
     }
+    Ok(())
+}
+
+/// The spawner makes nothing any more, and can end its processes at most.
+fn confined(spawner: i32) -> Result<()> {
+    let status = fs::read_to_string(format!("/proc/{spawner}/status"))?;
+    let value = |key: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(key));
+        line.map(str::trim).unwrap_or_default()
+    };
+    ensure!(
+        value("Seccomp:") == "2" && value("NoNewPrivs:") == "1",
+        "{status}"
+    );
+    let capabilities = u64::from_str_radix(value("CapEff:"), 16)?;
+    ensure!(capabilities & !(1 << 5) == 0, "{status}");
     Ok(())
 }
 

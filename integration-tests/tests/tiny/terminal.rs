@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
-    suite::{artifact, test},
+    suite::{artifact, jail_flags, test},
     terminal::Terminal,
 };
 use libtest_mimic::Trial;
@@ -26,6 +26,7 @@ fn start(cmdline: &str, folder: &tempfile::TempDir) -> Result<Terminal> {
     let mut command = Command::new(artifact(Artifact::Bulkhead)?);
     command
         .args(["run", "--memory=64M", "--power-off-grace=1"])
+        .args(jail_flags())
         .arg(format!("--kernel={}", artifact(Artifact::TinyGuest)?.display()))
         .arg(format!("--cmdline={cmdline}"))
         .arg(format!("--disk=path={},format=raw", disk.display()))

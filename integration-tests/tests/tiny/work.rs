@@ -7,7 +7,7 @@ use integration_tests::{
     artifacts::Artifact,
     host::Host,
     process::Process,
-    suite::{artifact, test},
+    suite::{artifact, seccomp_flag, test},
     tiny::{Device, Tap, Vm, VmOptions},
 };
 use libtest_mimic::Trial;
@@ -159,6 +159,7 @@ fn net(depth: u64) -> Result<()> {
     let tap = Tap::new()?;
     let echo = tap.echo()?;
     let mut command = Command::new(artifact(Artifact::VhostUserNet)?);
+    command.arg(seccomp_flag());
     command.args(["--fd=3", "--tap-fd=4", "--mac=02:00:00:00:00:02"]);
     integration_tests::process::inherit_at(&mut command, tap.fd, 4)?;
     let (process, socket) = Process::start_with_socket(command)?;

@@ -16,7 +16,7 @@ use crate::audit;
 use crate::audit::wall::Wall;
 use crate::failure::Failure;
 use crate::launch::net::link::{self, Order};
-use crate::launch::{self, Options};
+use crate::launch::{self, Jail, Options};
 use crate::sandbox::{Role, SeccompMode};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
@@ -145,6 +145,9 @@ struct RunArgs {
     /// What becomes of a system call that no policy allows: enforce, log or off
     #[arg(long, value_name = "MODE", default_value_t = SeccompMode::Enforce)]
     seccomp: SeccompMode,
+    /// Whether processes have namespaces, limits and filters: off is for finding faults only
+    #[arg(long, value_enum, value_name = "WHETHER", default_value_t = Jail::On)]
+    jail: Jail,
     /// How much every process logs
     #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Warn)]
     log_level: LogLevel,
@@ -187,6 +190,7 @@ impl RunArgs {
             _ => LogLevel::Trace,
         };
         Options {
+            jail: self.jail,
             seccomp: self.seccomp,
             log_level: format!("{:?}", self.log_level.max(raised)).to_lowercase(),
             log_json: self.log_format == LogFormat::Json,

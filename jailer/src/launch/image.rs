@@ -6,7 +6,7 @@
 use super::inputs::{folder_of, lexical_join, open_backing, open_image};
 use super::spawn::{binary_folder, pair};
 use crate::failure::Failure;
-use crate::sandbox::child::{Child, Program, Starting, start};
+use crate::sandbox::child::{Child, Parent, Program, Starting, start};
 use crate::sandbox::{Role, SeccompMode};
 use crate::wire::{Received, receive_message};
 use nix::errno::Errno;
@@ -221,6 +221,7 @@ impl Opened {
             startup: Role::Startup,
             seccomp: setting.seccomp,
             identity: None,
+            parent: Parent::Caller,
         };
         let child = start(&program)
             .and_then(Starting::finish)

@@ -5,6 +5,7 @@
 //! ```
 
 mod disk;
+mod forker;
 pub(crate) mod identity;
 pub(crate) mod image;
 mod inputs;
@@ -40,9 +41,21 @@ use vm_spec::events::{self, VmEvent};
 use vm_spec::run_state::{self, ProcessRole, ProcessState, RunState};
 use vm_spec::spec::VmSpec;
 
+/// Whether a VM's processes are jailed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum Jail {
+    /// As they should be.
+    On,
+    /// No namespaces, no empty root, no resource limits, no filters: to tell a fault of the jail from
+    /// one of a process. What a process denies itself (Landlock, capabilities) stays denied.
+    Off,
+}
+
 /// How to run, beside what to run.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// Off for finding faults only: whoever chooses it is warned.
+    pub jail: Jail,
     /// What becomes of forbidden system calls.
     pub seccomp: SeccompMode,
     /// `error`, `warn`, `info`, `debug` or `trace`, for every process.
@@ -96,7 +109,9 @@ pub fn dry_run(spec: &VmSpec, options: &Options) -> Result<String, Failure> {
 pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Failure> {
     let (name, mut devices) = machine::check(spec, &default_name())?;
     net::choose_servers(&mut devices);
-    if let Some(warning) = options.seccomp.warning() {
+    if options.jail == Jail::Off {
+        eprintln!("bulkhead: warning: --jail=off: nothing is around a process that is broken into");
+    } else if let Some(warning) = options.seccomp.warning() {
         eprintln!("bulkhead: warning: --seccomp={}: {warning}", options.seccomp);
     }
     // As early as can be: a user's range takes longer to get than all that comes before its use.
@@ -153,6 +168,10 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
                     state.machine_started_ns = Some(started_ns);
                     state.first_instruction_ns = Some(first_instruction_ns);
                 }
+                supervise::Event::Forked(pid) => {
+                    let forker = unjailed("forker", ProcessRole::Forker, pid);
+                    state.processes.push(forker);
+                }
                 supervise::Event::Respawned { predecessor, pid } => {
                     let of = |process: &&mut ProcessState| process.pid == predecessor.as_raw();
                     if let Some(process) = state.processes.iter_mut().find(of) {
@@ -196,7 +215,11 @@ fn make_plan(
         _ => Vec::new(),
     });
     let choices = Choices {
-        seccomp: options.seccomp,
+        jail: options.jail,
+        seccomp: match options.jail {
+            Jail::On => options.seccomp,
+            Jail::Off => SeccompMode::Off,
+        },
         log_level: &options.log_level,
         log_json: options.log_json,
         has_input: terminal::has_input(),
@@ -264,6 +287,18 @@ fn save_state(run_dir: &RunDir, state: &RunState) {
     }
 }
 
+fn unjailed(name: &str, role: ProcessRole, pid: Pid) -> ProcessState {
+    ProcessState {
+        name: name.to_owned(),
+        role,
+        pid: pid.as_raw(),
+        id: None,
+        jailed: false,
+        fds: Vec::new(),
+        made: Vec::new(),
+    }
+}
+
 fn describe(
     plan: &Plan,
     running: &spawn::Running,
@@ -272,15 +307,6 @@ fn describe(
     identity: Settled,
     launched_ns: u64,
 ) -> RunState {
-    let unjailed = |name: &str, role, pid: Pid| ProcessState {
-        name: name.to_owned(),
-        role,
-        pid: pid.as_raw(),
-        id: None,
-        jailed: false,
-        fds: Vec::new(),
-        made: Vec::new(),
-    };
     let mut processes = vec![
         unjailed("spawner", ProcessRole::Spawner, getpid()),
         unjailed("reaper", ProcessRole::Reaper, reaper.pid),
@@ -298,7 +324,7 @@ fn describe(
             role: process.role,
             pid: child.pid.as_raw(),
             id: identity.outside(place),
-            jailed: true,
+            jailed: plan.jail == Jail::On,
             fds: process.fd_states(),
             made: process.made.clone(),
         });

@@ -4,12 +4,12 @@
 use super::inputs::{self, BackendInput, Inputs};
 use super::plan::{Descriptor, Plan, ProcessPlan, Source};
 use super::spawn::{address_space, pair};
-use super::{Options, machine, make_plan};
+use super::{Jail, Options, machine, make_plan};
 use crate::audit::nic;
 use crate::audit::order::Order;
 use crate::audit::wall::Wall;
 use crate::failure::Failure;
-use crate::sandbox::child::{Child, Program, start_without};
+use crate::sandbox::child::{Child, Parent, Program, start_without};
 use crate::sandbox::{Role, SeccompMode};
 use crate::wire::send_message;
 use nix::fcntl::OFlag;
@@ -145,6 +145,7 @@ impl Stage {
             startup: process.startup,
             seccomp: SeccompMode::Enforce,
             identity,
+            parent: Parent::Caller,
         };
         let child = start_without(&program, order.removed)
             .and_then(crate::sandbox::child::Starting::finish)
@@ -164,6 +165,7 @@ fn processes(plan: &Plan) -> impl Iterator<Item = &ProcessPlan> {
 fn plan(spec: &str) -> Result<(Plan, Inputs), Failure> {
     let spec: VmSpec = toml::from_str(spec).map_err(|e| Failure::host("the audit's VM").because(&e))?;
     let options = Options {
+        jail: Jail::On,
         seccomp: SeccompMode::Enforce,
         log_level: "warn".into(),
         log_json: false,

@@ -1,18 +1,19 @@
-//! Starting a device's process again: what the spawner keeps for it, and how.
+//! Starting a device's process again: what is kept for it, and how.
 //!
-//! The spawner holds every image and TAP for the VM's whole life, so that their locks never lapse
+//! The forker holds every image and TAP for the VM's whole life, so that their locks never lapse
 //! and a successor works on the same open file descriptions; no path is looked up again.
 
 use super::plan::{Plan, ProcessPlan, Source};
 use super::spawn::{Binaries, begin, pair};
 use crate::failure::Failure;
-use crate::sandbox::child::{Child, Starting};
+use crate::sandbox::SeccompMode;
+use crate::sandbox::child::{Child, Parent, Starting};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::SockType;
 use nix::unistd::Pid;
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 use vm_spec::supervise::Build;
 
@@ -73,6 +74,17 @@ impl Respawner {
         }
     }
 
+    /// What becomes of forbidden system calls.
+    pub(crate) fn seccomp(&self) -> SeccompMode {
+        self.binaries.seccomp()
+    }
+
+    /// The numbers of all that it keeps.
+    pub(crate) fn descriptors(&self) -> Vec<RawFd> {
+        let kept = self.kept.values().map(AsRawFd::as_raw_fd);
+        kept.chain(self.binaries.descriptors()).collect()
+    }
+
     fn binary(&self, process: usize, build: Build, plan: &ProcessPlan) -> Option<BorrowedFd<'_>> {
         match build {
             Build::Candidate => self.candidates.get(&process).map(AsFd::as_fd),
@@ -100,7 +112,13 @@ impl Respawner {
         let binary = self
             .binary(process, build, plan)
             .ok_or_else(|| Failure::host(format!("{}: there is no other build", plan.name)))?;
-        let starting = begin(process, plan, &lookup, &self.binaries, binary)?;
+        let starting = begin(
+            (process, plan),
+            &lookup,
+            &self.binaries,
+            binary,
+            Parent::CallersParent,
+        )?;
         Ok(Successor { socket, starting })
     }
 }

@@ -1,14 +1,16 @@
 //! Carrying a plan out: sockets and pipes, the vmm's first message, and the processes.
 
+use super::Jail;
 use super::identity::Settled;
 use super::inputs::{BackendInput, Inputs};
 use super::net::{self, Holder, Opened};
 use super::plan::{Plan, ProcessPlan, Source};
 use super::respawn::Respawner;
+use crate::audit::wall::Removed;
 use crate::failure::Failure;
 use crate::sandbox::SeccompMode;
 use crate::sandbox::cgroup::Groups;
-use crate::sandbox::child::{self, Child, Program, SpawnError, Starting, Step};
+use crate::sandbox::child::{self, Child, Parent, Program, SpawnError, Starting, Step};
 use crate::wire::send_message;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -17,7 +19,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::rc::Rc;
 use vm_spec::control::ToVmm;
@@ -42,6 +44,8 @@ pub(crate) struct Binaries {
     groups: Option<Rc<Groups>>,
     guest_memory: u64,
     seccomp: SeccompMode,
+    /// Walls that are left out.
+    removed: Removed,
     /// Who their processes become.
     identity: Settled,
 }
@@ -66,6 +70,10 @@ impl Binaries {
             groups,
             guest_memory: plan.vm.memory,
             seccomp: plan.seccomp,
+            removed: match plan.jail {
+                Jail::On => Removed::NONE,
+                Jail::Off => Removed::ALL,
+            },
             identity,
         })
     }
@@ -73,6 +81,18 @@ impl Binaries {
     /// From here on each of their processes becomes who `identity` says.
     pub(crate) fn run_as(&mut self, identity: Settled) {
         self.identity = identity;
+    }
+
+    /// What becomes of forbidden system calls.
+    pub(crate) fn seccomp(&self) -> SeccompMode {
+        self.seccomp
+    }
+
+    /// The numbers of all that making a process takes.
+    pub(crate) fn descriptors(&self) -> Vec<RawFd> {
+        let files = self.files.values().map(|(_, file)| file.as_raw_fd());
+        let groups = self.groups.iter().flat_map(|groups| groups.descriptors());
+        files.chain(groups).collect()
     }
 
     /// The one that `process` executes.
@@ -122,11 +142,11 @@ pub(crate) fn spawn(
     // waited for until all are on their way.
     let start = |place, process, fds: &Wires| {
         begin(
-            place,
-            process,
+            (place, process),
             &|source| fds.get(source).as_fd(),
             &binaries,
             binaries.of(process),
+            Parent::Caller,
         )
     };
     let numbered = || (0..).zip(&plan.workers);
@@ -174,11 +194,11 @@ pub(crate) fn spawn(
 /// Starts `process`, which is at `place` among the workers or behind them, with the descriptors that
 /// `lookup` finds.
 pub(crate) fn begin<'a>(
-    place: usize,
-    process: &ProcessPlan,
+    (place, process): (usize, &ProcessPlan),
     lookup: &dyn Fn(Source) -> BorrowedFd<'a>,
     binaries: &'a Binaries,
     binary: BorrowedFd<'a>,
+    parent: Parent,
 ) -> Result<Starting, Failure> {
     let arguments = [process.binary]
         .into_iter()
@@ -198,8 +218,9 @@ pub(crate) fn begin<'a>(
         startup: process.startup,
         seccomp: binaries.seccomp,
         identity: binaries.identity.of(place),
+        parent,
     };
-    child::start(&program).map_err(|e| not_started(process, e))
+    child::start_without(&program, binaries.removed).map_err(|e| not_started(process, e))
 }
 
 /// What a process may map: the guest's memory, a device process twice, since a front end's new table

@@ -1,10 +1,13 @@
 //! The spawner after every process runs: it reaps and reports, passes signals on, kills when
-//! told or when nobody is left to tell it, and ends last.
+//! told or when nobody is left to tell it, and ends last. Before it reads the first message it gives
+//! up whatever else it could do: its filter is `spawner.policy`, and the forker makes processes for it.
 
+use super::forker::Forker;
 use super::respawn::Respawner;
 use super::spawn::Running;
 use crate::failure::Failure;
-use crate::wire::{Received, send_message};
+use crate::sandbox::lockdown_spawner;
+use crate::wire::{Received, TransferError, send_message};
 use crate::wire_fds::{receive_with_fds, send_with_fd};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -45,6 +48,8 @@ pub(crate) enum Event {
         started_ns: u64,
         first_instruction_ns: u64,
     },
+    /// There is a forker from here on.
+    Forked(Pid),
     /// A device's process has a successor.
     Respawned { predecessor: Pid, pid: Pid },
     /// A process was ended by a signal.
@@ -57,7 +62,10 @@ pub(crate) enum Event {
 pub(crate) struct Spawner {
     /// By place in the plan.
     workers: Vec<Worker>,
-    respawner: Respawner,
+    /// Until there is a forker.
+    respawner: Option<Respawner>,
+    /// From the first message on, until it ends.
+    forker: Option<Forker>,
     /// Everything was to be killed: nothing is started any more.
     ending: bool,
     supervisor: Option<Pid>,
@@ -87,7 +95,8 @@ impl Spawner {
         } = running;
         Self {
             workers: workers.iter().map(|child| Worker::running(child.pid)).collect(),
-            respawner,
+            respawner: Some(respawner),
+            forker: None,
             ending: false,
             supervisor: Some(supervisor.pid),
             guards,
@@ -107,6 +116,10 @@ impl Spawner {
                 eprintln!("bulkhead: the spawner cannot wait: {error}");
                 break;
             }
+            if let Err(failure) = self.confine(on_event) {
+                eprintln!("bulkhead: {failure}");
+                break;
+            }
             self.hear_supervisor(on_event);
             self.take_signals();
             self.reap(on_event);
@@ -122,7 +135,24 @@ impl Spawner {
             let _ = kill(pid, Signal::SIGKILL);
         }
         self.reap_rest(on_event);
+        if let Some(forker) = self.forker.take() {
+            forker.end();
+        }
         self.code.unwrap_or(exit_code::ERROR)
+    }
+
+    /// At the first call: leaves the making of processes to the forker, and gives up all that it takes.
+    fn confine(&mut self, on_event: &mut dyn FnMut(Event)) -> Result<(), Failure> {
+        let Some(respawner) = self.respawner.take() else {
+            return Ok(());
+        };
+        let seccomp = respawner.seccomp();
+        let forker =
+            Forker::start(respawner).map_err(|e| Failure::host("cannot start the forker").because(&e))?;
+        self.guards.push((forker.pid, "forker"));
+        on_event(Event::Forked(forker.pid));
+        self.forker = Some(forker);
+        lockdown_spawner(seccomp).map_err(|e| Failure::host("cannot confine the spawner").because(&e))
     }
 
     fn wait(&self) -> nix::Result<()> {
@@ -156,11 +186,15 @@ impl Spawner {
                     }),
                     FromSupervisor::Respawn { process, build } => self.respawn(process, build, on_event),
                     FromSupervisor::Candidate { process } => {
-                        if let Some(binary) = fds.pop() {
-                            self.respawner.keep_candidate(process.into(), binary);
+                        if let (Some(forker), Some(binary)) = (&self.forker, fds.pop()) {
+                            forget(forker.keep_candidate(process, binary.as_fd()));
                         }
                     }
-                    FromSupervisor::Adopt { process } => self.respawner.adopt(process.into()),
+                    FromSupervisor::Adopt { process } => {
+                        if let Some(forker) = &self.forker {
+                            forget(forker.adopt(process));
+                        }
+                    }
                     FromSupervisor::Kill { process } => self.kill_one(process),
                     FromSupervisor::Event(event) => on_event(Event::Happened(event)),
                     FromSupervisor::KillAll => self.kill_all(),
@@ -228,9 +262,12 @@ impl Spawner {
                     eprintln!("bulkhead: the supervisor (pid {pid}) {how}: its VM was ended");
                     self.code = Some(code);
                 }
-            } else if let Some((_, name)) = self.guards.iter().find(|(p, _)| *p == pid)
-                && self.code.is_none()
-            {
+            } else if let Some((_, name)) = self.guards.iter().find(|(p, _)| *p == pid) {
+                // Its number may be another's from here on.
+                self.forker.take_if(|forker| forker.pid == pid);
+                if self.code.is_some() {
+                    continue;
+                }
                 let (_, how) = describe(status);
                 eprintln!("bulkhead: the {name} (pid {pid}) {how}: its VM was ended");
                 self.code = Some(exit_code::ERROR);
@@ -264,30 +301,28 @@ impl Spawner {
     /// supervisor at once: what the vmm writes waits in it while the jail is built.
     fn respawn(&mut self, process: u16, build: Build, on_event: &mut dyn FnMut(Event)) {
         let place = usize::from(process);
-        let started = match self.workers.get(place) {
-            Some(worker) if worker.reaped && !self.ending => self.respawner.start(place, build),
+        let started = match (self.workers.get(place), &self.forker) {
+            (Some(worker), Some(forker)) if worker.reaped && !self.ending => forker.successor(process, build),
             _ => Err(Failure::host("it still runs, or the VM ends")),
         };
-        let successor = match started {
+        let (pid, socket) = match started {
             Ok(successor) => successor,
             Err(failure) => {
                 let why = failure.to_string().replace('\n', ";");
                 return self.tell(ToSupervisor::NotRespawned { process, why });
             }
         };
-        let pid = successor.pid();
         let predecessor = std::mem::replace(&mut self.workers[place], Worker::running(pid)).pid;
         let message = ToSupervisor::Respawned {
             process,
             pid: pid.as_raw(),
         };
         if let Some(control) = &self.control
-            && let Err(error) = send_with_fd(control.as_fd(), 0, message, successor.socket.as_fd())
+            && let Err(error) = send_with_fd(control.as_fd(), 0, message, socket.as_fd())
         {
             eprintln!("bulkhead: cannot tell the supervisor: {error}");
             self.deadline.get_or_insert(Instant::now() + SUPERVISOR_GRACE);
         }
-        successor.finish();
         on_event(Event::Respawned { predecessor, pid });
     }
 
@@ -318,6 +353,13 @@ impl Spawner {
             self.control = None;
             self.reap(on_event);
         }
+    }
+}
+
+/// A forker that does not take an order is gone, or will not answer the next: that is told then.
+fn forget(sent: Result<(), TransferError>) {
+    if let Err(error) = sent {
+        eprintln!("bulkhead: cannot tell the forker: {error}");
     }
 }
 

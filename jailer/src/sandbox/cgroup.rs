@@ -12,11 +12,13 @@
 //! `spawner` first, the children are born in theirs, and at the end whoever removes the groups moves
 //! what is left back to where it came from.
 
+use nix::fcntl::{OFlag, openat};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::unistd::{Gid, Pid, Uid, chown, geteuid};
+use nix::sys::stat::Mode;
+use nix::unistd::{Gid, Pid, Uid, chown, geteuid, read};
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use vm_spec::spec::LimitsSpec;
@@ -242,11 +244,27 @@ impl Groups {
         child.map(|(_, folder)| folder.as_fd())
     }
 
+    /// The numbers of the groups' folders.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        self.children
+            .iter()
+            .map(|(_, folder)| folder.as_raw_fd())
+            .collect()
+    }
+
     /// How many processes of `name`'s group the kernel has killed for want of memory.
     pub fn oom_kills(&self, name: &str) -> u64 {
-        let events = fs::read_to_string(self.place.group.join(name).join("memory.events"));
-        oom_kills(&events.unwrap_or_default())
+        self.of(name).and_then(|folder| events(folder).ok()).unwrap_or(0)
     }
+}
+
+/// By the folder's descriptor and few calls: the spawner is confined.
+fn events(folder: BorrowedFd<'_>) -> nix::Result<u64> {
+    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    let file = openat(folder, "memory.events", flags, Mode::empty())?;
+    let mut text = [0; 1024];
+    let length = read(&file, &mut text)?;
+    Ok(oom_kills(&String::from_utf8_lossy(&text[..length])))
 }
 
 fn oom_kills(events: &str) -> u64 {

@@ -23,6 +23,15 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
+/// Whose child a process is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Parent {
+    /// The caller's.
+    Caller,
+    /// The caller's parent's, which reaps it, and with which it dies.
+    CallersParent,
+}
+
 /// What to execute in a jail.
 pub struct Program<'a> {
     /// The binary, static, opened for reading or with O_PATH.
@@ -42,6 +51,8 @@ pub struct Program<'a> {
     /// The user and group that it is, by an id of the caller's namespace, in which the caller may be
     /// anyone; `None`: the caller's own.
     pub identity: Option<u32>,
+    /// Whose child it is.
+    pub parent: Parent,
 }
 
 /// A child that builds its jail.
@@ -188,7 +199,11 @@ pub fn start_without(program: &Program<'_>, removed: Removed) -> Result<Starting
         args.cgroup = cgroup.as_raw_fd() as u64;
     }
     args.pidfd = (&raw mut pidfd) as u64;
-    args.exit_signal = libc::SIGCHLD as u64;
+    match program.parent {
+        Parent::Caller => args.exit_signal = libc::SIGCHLD as u64,
+        // It ends with the signal that the caller ends with.
+        Parent::CallersParent => args.flags |= libc::CLONE_PARENT as u64,
+    }
     // SAFETY: without CLONE_VM the child runs on a copy of this stack and memory, as after fork;
     // `args` is a live clone_args of the size given. The child goes to `build_and_execute`, which
     // neither returns nor allocates.

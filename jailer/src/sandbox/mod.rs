@@ -113,6 +113,21 @@ pub fn lockdown_thread(role: Role, mode: SeccompMode) -> Result<(), LockdownErro
     Ok(())
 }
 
+/// What the spawner, which opened everything and made every process, gives up once they run: all
+/// capabilities in its namespace but that to end them, and all calls but its policy's.
+///
+/// # Errors
+/// As [`lockdown`].
+#[cfg(feature = "launcher")]
+pub fn lockdown_spawner(mode: SeccompMode) -> Result<(), LockdownError> {
+    const CAP_KILL: u64 = 1 << 5;
+    let kept = caps::effective().map_err(LockdownError::Capabilities)? & CAP_KILL;
+    caps::keep_only(kept).map_err(LockdownError::Capabilities)?;
+    nix::sys::prctl::set_no_new_privs().map_err(|e| LockdownError::NoNewPrivs(e.into()))?;
+    end_on_panic("bulkhead");
+    seccomp::install(Role::Spawner, mode, seccomp::Threads::Calling)
+}
+
 fn confine() -> Result<(), LockdownError> {
     prepare_audit();
     nix::sys::prctl::set_dumpable(false).map_err(|e| LockdownError::Dumpable(e.into()))?;

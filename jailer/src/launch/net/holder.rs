@@ -113,7 +113,7 @@ fn retire(keep: &[RawFd]) {
 }
 
 /// Closes every descriptor but `keep`, and leaves the terminal.
-pub(super) fn detach(keep: &[RawFd]) {
+pub(in crate::launch) fn detach(keep: &[RawFd]) {
     let mut keep = keep.to_vec();
     keep.sort_unstable();
     let mut first = 0;

@@ -22,6 +22,7 @@ mod settings;
 mod user;
 
 pub(crate) use holder::Holder;
+pub(super) use holder::detach;
 pub(crate) use passt::Passt;
 pub(crate) use settings::{Nic, Publish, Wire, check};
 pub(crate) use user::serve;

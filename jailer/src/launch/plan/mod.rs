@@ -6,6 +6,7 @@ mod print;
 mod supervisor;
 mod vmm;
 
+use super::Jail;
 use super::machine::Device;
 use crate::sandbox::{Role, SeccompMode};
 use vm_spec::control::{FdNumber, VmConfig};
@@ -109,6 +110,7 @@ impl ProcessPlan {
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
     pub(crate) name: String,
+    pub(crate) jail: Jail,
     pub(crate) seccomp: SeccompMode,
     pub(crate) workers: Vec<ProcessPlan>,
     pub(crate) supervisor: ProcessPlan,
@@ -119,6 +121,7 @@ pub(crate) struct Plan {
 
 /// What a plan depends on beside the spec.
 pub(crate) struct Choices<'a> {
+    pub(crate) jail: Jail,
     pub(crate) seccomp: SeccompMode,
     pub(crate) log_level: &'a str,
     pub(crate) log_json: bool,
@@ -214,6 +217,7 @@ pub(crate) fn plan(spec: &VmSpec, name: &str, devices: &[Device], choices: &Choi
     let (supervisor, supervision) = supervisor::plan(spec, devices, &workers, choices);
     Plan {
         name: name.to_owned(),
+        jail: choices.jail,
         seccomp: choices.seccomp,
         workers,
         supervisor,

@@ -1,6 +1,6 @@
 //! What `--dry-run` prints.
 
-use super::Plan;
+use super::{Jail, Plan};
 use crate::sandbox::landlock_level;
 use std::fmt::Write as _;
 use vm_spec::run_state::{FdLink, Kept, MadeFds};
@@ -12,11 +12,14 @@ impl Plan {
         let landlock = landlock_level().map_or("no Landlock on this host".to_owned(), |level| {
             format!("Landlock level {level}")
         });
+        let walls = match self.jail {
+            Jail::On => "user, mount, pid, net, ipc, uts, cgroup and time namespaces; empty read-only root; ",
+            Jail::Off => "off; ",
+        };
         for process in self.workers.iter().chain([&self.supervisor]) {
             let _ = writeln!(
                 out,
-                "process {}\n  execute {} {}\n  jail user, mount, pid, net, ipc, uts, cgroup and \
-                 time namespaces; empty read-only root; no capabilities; {landlock}\n  seccomp {} policy {}, until lockdown {}",
+                "process {}\n  execute {} {}\n  jail {walls}no capabilities; {landlock}\n  seccomp {} policy {}, until lockdown {}",
                 process.name,
                 process.binary,
                 process.arguments.join(" "),

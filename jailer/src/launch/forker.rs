@@ -1,0 +1,161 @@
+//! The forker: makes the successors of device processes for a spawner that can make no process itself.
+//! Stops one that its supervisor talks into something from making a process of anybody's choice.
+//!
+//! ```text
+//!   supervisor --requests--> spawner --orders--> forker --clone3--> successor
+//!                  (spawner.policy)                    (the spawner's child, which reaps it)
+//! ```
+//!
+//! It is a copy of the spawner from before that read its first message. It keeps the images and TAPs,
+//! knows three orders, and reads nothing else. What it makes is fixed by the plan, but for another build
+//! of a device's binary, which only the VM's owner can send.
+#![expect(unsafe_code, reason = "a fork")]
+
+use super::net::detach;
+use super::respawn::Respawner;
+use crate::failure::Failure;
+use crate::wire::{Received, TransferError, send_message};
+use crate::wire_fds::{receive_with_fds, send_with_fd};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::SockType;
+use nix::sys::wait::waitpid;
+use nix::unistd::{ForkResult, Pid, fork};
+use serde::{Deserialize, Serialize};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+use vm_spec::supervise::Build;
+
+/// Longest wait for an answer; the forker itself waits for a jail at most 2 s, after it has answered.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Order {
+    /// Make a process in the place of `process`.
+    Start { process: u16, build: Build },
+    /// Another build of `process`; its binary comes along.
+    Candidate { process: u16 },
+    /// The candidate serves.
+    Adopt { process: u16 },
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Answer {
+    /// It builds its jail. The vmm's end of its socket comes along.
+    Started { pid: i32 },
+    /// It cannot be made.
+    Refused { why: String },
+}
+
+/// The spawner's side.
+pub(crate) struct Forker {
+    pub(crate) pid: Pid,
+    socket: OwnedFd,
+}
+
+impl Forker {
+    /// Forks. The calling process must have one thread; with `respawner` it lets go of everything
+    /// that successors are given.
+    pub(crate) fn start(respawner: Respawner) -> nix::Result<Self> {
+        let (ours, theirs) = super::spawn::pair(SockType::SeqPacket)?;
+        // SAFETY: this process has one thread, so the child may do whatever the parent might.
+        match unsafe { fork() }? {
+            ForkResult::Child => {
+                let mut keep = respawner.descriptors();
+                keep.extend([libc::STDERR_FILENO, theirs.as_raw_fd()]);
+                detach(&keep);
+                serve(theirs.as_fd(), respawner);
+                // SAFETY: ends the child without running what the parent registered for its exit.
+                unsafe { libc::_exit(0) }
+            }
+            ForkResult::Parent { child } => Ok(Self {
+                pid: child,
+                socket: ours,
+            }),
+        }
+    }
+
+    /// Has a successor of `process` made: its process id, and the vmm's end of its socket.
+    pub(crate) fn successor(&self, process: u16, build: Build) -> Result<(Pid, OwnedFd), Failure> {
+        let lost = |e: &dyn std::error::Error| Failure::host("the forker does not answer").because(e);
+        send_message(self.socket.as_fd(), 0, Order::Start { process, build }).map_err(|e| lost(&e))?;
+        wait(self.socket.as_fd(), Some(PATIENCE)).map_err(|e| lost(&e))?;
+        let (answer, mut fds) = receive_with_fds(self.socket.as_fd()).map_err(|e| lost(&e))?;
+        match (answer, fds.pop()) {
+            (Received::Message(_, Answer::Started { pid }), Some(socket)) => Ok((Pid::from_raw(pid), socket)),
+            (Received::Message(_, Answer::Refused { why }), None) => Err(Failure::host(why)),
+            _ => Err(Failure::host("the forker does not answer")),
+        }
+    }
+
+    /// See `Respawner::keep_candidate`.
+    pub(crate) fn keep_candidate(&self, process: u16, binary: BorrowedFd<'_>) -> Result<(), TransferError> {
+        send_with_fd(self.socket.as_fd(), 0, Order::Candidate { process }, binary)
+    }
+
+    /// See `Respawner::adopt`.
+    pub(crate) fn adopt(&self, process: u16) -> Result<(), TransferError> {
+        send_message(self.socket.as_fd(), 0, Order::Adopt { process })
+    }
+
+    /// Ends it. It must not have been reaped.
+    pub(crate) fn end(self) {
+        let _ = kill(self.pid, Signal::SIGKILL);
+        let _ = waitpid(self.pid, None);
+    }
+}
+
+/// Carries orders out until the spawner is gone.
+fn serve(socket: BorrowedFd<'_>, mut respawner: Respawner) {
+    while wait(socket, None).is_ok() {
+        let (order, mut fds) = match receive_with_fds(socket) {
+            Ok((Received::Message(_, order), fds)) => (order, fds),
+            Ok((Received::Nothing, _)) => continue,
+            Ok((Received::End, _)) | Err(_) => return,
+        };
+        let answered = match order {
+            Order::Start { process, build } => match respawner.start(process.into(), build) {
+                Ok(successor) => {
+                    let pid = successor.pid().as_raw();
+                    let sent = send_with_fd(socket, 0, Answer::Started { pid }, successor.socket.as_fd());
+                    successor.finish();
+                    sent
+                }
+                Err(failure) => {
+                    let why = failure.to_string().replace('\n', ";");
+                    send_message(socket, 0, Answer::Refused { why })
+                }
+            },
+            Order::Candidate { process } => {
+                if let Some(binary) = fds.pop() {
+                    respawner.keep_candidate(process.into(), binary);
+                }
+                Ok(())
+            }
+            Order::Adopt { process } => {
+                respawner.adopt(process.into());
+                Ok(())
+            }
+        };
+        if answered.is_err() {
+            return;
+        }
+    }
+}
+
+/// Waits until there is something to read; without a limit for ever.
+fn wait(socket: BorrowedFd<'_>, limit: Option<Duration>) -> nix::Result<()> {
+    let mut ready = [PollFd::new(socket, PollFlags::POLLIN)];
+    let timeout = limit.map_or(PollTimeout::NONE, |limit| {
+        PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX)
+    });
+    loop {
+        match poll(&mut ready, timeout) {
+            Ok(0) => return Err(Errno::ETIMEDOUT),
+            Ok(_) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
