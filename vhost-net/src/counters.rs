@@ -15,6 +15,21 @@ pub enum Drop {
     Buffer,
 }
 
+/// What one queue passed and nobody counted yet.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Batch {
+    frames: u64,
+    bytes: u64,
+}
+
+impl Batch {
+    /// A frame of `bytes` passed.
+    pub fn passed(&mut self, bytes: usize) {
+        self.frames += 1;
+        self.bytes += bytes as u64;
+    }
+}
+
 /// Counters of one direction. Reads are not synchronised with each other.
 #[derive(Debug, Default)]
 pub struct Direction {
@@ -24,10 +39,13 @@ pub struct Direction {
 }
 
 impl Direction {
-    /// A frame of `bytes` passed.
-    pub fn passed(&self, bytes: usize) {
-        self.frames.fetch_add(1, Ordering::Relaxed);
-        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    /// Adds what passed since the last call. Queues share these counters: once a batch, not once a frame.
+    pub fn add(&self, batch: &mut Batch) {
+        let Batch { frames, bytes } = std::mem::take(batch);
+        if frames > 0 {
+            self.frames.fetch_add(frames, Ordering::Relaxed);
+            self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
     }
 
     /// A frame was dropped. Says so in the log the 1st, 2nd, 4th, 8th and so on time.

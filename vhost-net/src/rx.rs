@@ -7,7 +7,7 @@
 //! the frame after a while ([`GRACE`]), not the link.
 
 use crate::buffers::{FrameBuffers, MAX_SEGMENTS, SliceStorage, Storage};
-use crate::counters::{Counters, Drop};
+use crate::counters::{Batch, Counters, Drop};
 use crate::header::{HEADER_SIZE, MAX_FRAME, NetHeader};
 use crate::link::Link;
 use crate::offload::Offloads;
@@ -46,6 +46,7 @@ const GRACE: Duration = Duration::from_secs(2);
 pub struct ReceiveQueue {
     pacer: Pacer,
     counters: Arc<Counters>,
+    batch: Batch,
     link: Arc<Link>,
     running: Running,
     offloads: Offloads,
@@ -141,6 +142,7 @@ impl ReceiveQueue {
         Ok(Self {
             pacer,
             counters,
+            batch: Batch::default(),
             link,
             running,
             offloads: Offloads::default(),
@@ -322,7 +324,46 @@ impl ReceiveQueue {
             ring.complete(chain, written as u32);
         }
         self.pacer.passed(length - HEADER_SIZE);
-        self.counters.receive.passed(length - HEADER_SIZE);
+        self.batch.passed(length - HEADER_SIZE);
+    }
+
+    /// Passes on what the TAP has, as far as buffers, limits and [`MOST_FRAMES`] allow.
+    fn receive(&mut self, ring: &mut Ring) -> Result<Wait, RingFault> {
+        let (mut longest, mut frames) = (0, 0);
+        let wait = loop {
+            if let Some(frame) = self.waiting
+                && !self.place_waiting(ring, frame)?
+            {
+                // The timer is the source meanwhile.
+                break Wait::AVAILABLE_OR_READABLE;
+            }
+            if let Some(wait) = self.pacer.wait() {
+                break wait;
+            }
+            if frames == MOST_FRAMES {
+                // The TAP stays readable: there is another call at once.
+                break self.pacer.blocked();
+            }
+            self.gather_expected(ring)?;
+            if self.chains.is_empty() {
+                break Wait::AVAILABLE;
+            }
+            match self.read() {
+                Read::Nothing(wait) => break wait,
+                Read::Frame(length) => {
+                    longest = longest.max(length);
+                    frames += 1;
+                    if self.waiting.is_none() {
+                        self.complete(ring, length);
+                    }
+                    if frames % PUBLISH_EVERY == 0 {
+                        ring.publish()?;
+                    }
+                }
+            }
+        };
+        self.expected.learn(longest);
+        Ok(wait)
     }
 
     /// The kernel wrote the header, save `num_buffers`. Without GUEST_CSUM it may still say that a
@@ -372,41 +413,9 @@ impl QueueHandler for ReceiveQueue {
 
     fn process(&mut self, ring: &mut Ring) -> Result<Wait, RingFault> {
         self.running.set(true);
-        let (mut longest, mut frames) = (0, 0);
-        let wait = loop {
-            if let Some(frame) = self.waiting
-                && !self.place_waiting(ring, frame)?
-            {
-                // The timer is the source meanwhile.
-                break Wait::AVAILABLE_OR_READABLE;
-            }
-            if let Some(wait) = self.pacer.wait() {
-                break wait;
-            }
-            if frames == MOST_FRAMES {
-                // The TAP stays readable: there is another call at once.
-                break self.pacer.blocked();
-            }
-            self.gather_expected(ring)?;
-            if self.chains.is_empty() {
-                break Wait::AVAILABLE;
-            }
-            match self.read() {
-                Read::Nothing(wait) => break wait,
-                Read::Frame(length) => {
-                    longest = longest.max(length);
-                    frames += 1;
-                    if self.waiting.is_none() {
-                        self.complete(ring, length);
-                    }
-                    if frames % PUBLISH_EVERY == 0 {
-                        ring.publish()?;
-                    }
-                }
-            }
-        };
-        self.expected.learn(longest);
-        Ok(wait)
+        let result = self.receive(ring);
+        self.counters.receive.add(&mut self.batch);
+        result
     }
 
     fn drain(&mut self, ring: &mut Ring) -> Result<(), RingFault> {

@@ -4,7 +4,7 @@
 //! the guest cannot change them between the check and the kernel's read. The rest is not copied.
 
 use crate::buffers::{FrameBuffers, MAX_SEGMENTS, SliceStorage, Storage};
-use crate::counters::{Counters, Drop};
+use crate::counters::{Batch, Counters, Drop};
 use crate::guard::{Guard, PREFIX};
 use crate::header::{HEADER_SIZE, NetHeader, TxHeader};
 use crate::link::Link;
@@ -24,6 +24,7 @@ const PUBLISH_EVERY: usize = 32;
 pub struct TransmitQueue {
     pacer: Pacer,
     counters: Arc<Counters>,
+    batch: Batch,
     link: Arc<Link>,
     guard: Option<Arc<Guard>>,
     offloads: Offloads,
@@ -46,6 +47,7 @@ impl TransmitQueue {
         Self {
             pacer,
             counters,
+            batch: Batch::default(),
             link,
             guard,
             offloads: Offloads::default(),
@@ -84,6 +86,33 @@ impl TransmitQueue {
         self.sent(result, length)
     }
 
+    /// Sends what the driver made available, as far as the limits and the TAP allow.
+    fn transmit(&mut self, ring: &mut Ring) -> Result<Wait, RingFault> {
+        let mut frames = 0;
+        loop {
+            if let Some(wait) = self.pacer.wait() {
+                return Ok(wait);
+            }
+            let Some(chain) = ring.pop()? else {
+                return Ok(Wait::AVAILABLE);
+            };
+            if chain.writable_length() > 0 {
+                return Err(RingFault::Request("a transmit buffer must not be writable"));
+            }
+            match self.send(&chain) {
+                Sent::Done => ring.complete(chain, 0),
+                Sent::Blocked => {
+                    ring.put_back(chain)?;
+                    return Ok(self.pacer.blocked());
+                }
+            }
+            frames += 1;
+            if frames % PUBLISH_EVERY == 0 {
+                ring.publish()?;
+            }
+        }
+    }
+
     /// Judges a frame by its `head`, and makes the header there what the kernel may see.
     fn check(&self, head: &mut [u8], total: usize) -> bool {
         let transmit = &self.counters.transmit;
@@ -114,7 +143,7 @@ impl TransmitQueue {
         match result {
             Ok(()) => {
                 self.pacer.passed(length);
-                self.counters.transmit.passed(length);
+                self.batch.passed(length);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Sent::Blocked,
             Err(error) if error.raw_os_error() == Some(Errno::E2BIG as i32) => {
@@ -148,28 +177,8 @@ impl QueueHandler for TransmitQueue {
     }
 
     fn process(&mut self, ring: &mut Ring) -> Result<Wait, RingFault> {
-        let mut frames = 0;
-        loop {
-            if let Some(wait) = self.pacer.wait() {
-                return Ok(wait);
-            }
-            let Some(chain) = ring.pop()? else {
-                return Ok(Wait::AVAILABLE);
-            };
-            if chain.writable_length() > 0 {
-                return Err(RingFault::Request("a transmit buffer must not be writable"));
-            }
-            match self.send(&chain) {
-                Sent::Done => ring.complete(chain, 0),
-                Sent::Blocked => {
-                    ring.put_back(chain)?;
-                    return Ok(self.pacer.blocked());
-                }
-            }
-            frames += 1;
-            if frames % PUBLISH_EVERY == 0 {
-                ring.publish()?;
-            }
-        }
+        let result = self.transmit(ring);
+        self.counters.transmit.add(&mut self.batch);
+        result
     }
 }

@@ -130,7 +130,7 @@ pub struct DeviceConfig {
     /// Queues, where neither the type nor the back end says.
     pub num_queues: Option<u16>,
     /// Configuration space for back ends that offer none; overlaid on what a network back end
-    /// gives (MAC, MTU, status).
+    /// gives (MAC, MTU; status where it has none).
     pub config: Vec<u8>,
     /// Feature bits that come with `config` (VIRTIO_NET_F_MAC and the like).
     pub config_features: u64,

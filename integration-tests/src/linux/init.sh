@@ -1,6 +1,41 @@
 # /init of the test guests, after their modules are loaded. Every report starts with "guest:".
 say() { echo "guest: $*"; }
 option() { busybox sed -n "s/.*$1=\([^ ]*\).*/\1/p" /proc/cmdline; }
+received() { busybox sed -n 's/.* \([0-9]*\) packets received.*/\1/p'; }
+sum() { busybox sha256sum "$@" | busybox cut -d' ' -f1; }
+exchange() { [ "$(busybox taskset "$1" busybox nc -w 30 "$2" 7000 < /data | sum)" = "$(sum /data)" ]; }
+carrier() {
+    for step in $(busybox seq 200); do
+        [ "$(busybox cat /sys/class/net/eth0/carrier)" = "$1" ] && say "carrier $1" && return
+        busybox usleep 100000
+    done
+    return 1
+}
+# Traffic of every kind; the other side echoes by TCP on port 7000 and keeps a file by TFTP.
+traffic() {
+    busybox ip address add 10.0.2.15/24 dev eth0
+    echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad
+    busybox ip address add fd00::15/64 dev eth0
+    busybox ip link set eth0 up
+    say "mtu $(busybox cat /sys/class/net/eth0/mtu)"
+    # The longest that a frame of 9000 bytes can carry.
+    say "icmp $(busybox ping -c 5 -i 0.1 -W 5 -s 8972 10.0.2.2 | received)"
+    say "icmp6 $(busybox ping -6 -c 5 -i 0.1 -W 5 -s 8952 fd00::2 | received)"
+    busybox dd if=/dev/urandom of=/data bs=1M count=4 2>/dev/null
+    # Each CPU sends on a queue of its own, and the host answers on the pair that a flow came from.
+    for mask in 1 2 4 8; do
+        (exchange $mask 10.0.2.2 && say "tcp $mask") &
+    done
+    wait
+    exchange f fd00::2 && say "tcp6 f"
+    busybox head -c 1000000 /data > /sent
+    busybox tftp -p -b 8192 -l /sent -r file 10.0.2.2 && busybox tftp -g -b 8192 -l /back -r file 10.0.2.2
+    [ "$(sum /back)" = "$(sum /sent)" ] && say "udp 1000000"
+    busybox awk '/virtio[0-9]+-(in|out)put/ { n = 0; for (i = 2; i < NF - 2; i++) n += $i
+        sub(/.*-/, "", $NF); print "guest: " $NF " " n }' /proc/interrupts
+    say "ready for the link to go"
+    carrier 0 && carrier 1 && say "back $(busybox ping -c 5 -i 0.1 -W 5 10.0.2.2 | received)"
+}
 busybox mount -o remount,rw / 2>/dev/null
 say "kernel $(busybox uname -r) cpus $(busybox nproc) memory $(busybox awk '/MemTotal/ {print $2}' /proc/meminfo)"
 if [ -b /dev/vda ]; then
@@ -9,7 +44,9 @@ if [ -b /dev/vda ]; then
     busybox dd if=/dev/vda of=/dev/vda bs=1M count=8 seek=8 conv=notrunc,fsync 2>/dev/null || say "cannot write"
     say "queues $(busybox ls /sys/block/vda/mq | busybox wc -l)"
 fi
-if [ -e /sys/class/net/eth0 ]; then
+if [ -n "$(option guest.traffic)" ]; then
+    traffic
+elif [ -e /sys/class/net/eth0 ]; then
     busybox ifconfig eth0 10.0.2.15 up
     # Not wget: it looks up the service's name, for which a static glibc wants its plugins.
     say "page $(printf 'GET /page HTTP/1.0\r\n\r\n' | busybox nc -w 30 10.0.2.2 8080 | busybox tail -n 1)"

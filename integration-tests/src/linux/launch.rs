@@ -49,6 +49,8 @@ pub struct Launch {
     pub disk: Option<Disk>,
     /// A page to fetch through a NIC; no NIC if none.
     pub page: Option<String>,
+    /// Further NICs.
+    pub nets: Vec<NetSpec>,
     /// How often the guest reboots itself before it powers off.
     pub reboots: u32,
     /// Further words of the kernel's command line.
@@ -71,6 +73,7 @@ impl Launch {
             memory_mib: 128,
             disk: None,
             page: None,
+            nets: Vec::new(),
             reboots: 0,
             words: "",
             huge_pages: None,
@@ -161,6 +164,18 @@ impl Work {
     /// # Errors
     /// bulkhead or the TAP's other side cannot be started.
     pub fn run(&self, launch: &Launch) -> anyhow::Result<Ran> {
+        self.run_with(launch, &mut |_| Ok(()))
+    }
+
+    /// As [`Self::run`], and hands on each of the guest's reports while it waits for what that causes.
+    ///
+    /// # Errors
+    /// As there; or the first of `on_report`, once the guest has ended.
+    pub fn run_with(
+        &self,
+        launch: &Launch,
+        on_report: &mut dyn FnMut(&str) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Ran> {
         let mut peer = launch.page.as_deref().map(Peer::start).transpose()?;
         if let Some(peer) = &mut peer {
             peer.answer_at_once()?;
@@ -177,15 +192,26 @@ impl Work {
             self.path().to_string_lossy().into_owned(),
         );
         job.user = launch.user;
-        let (mut console, mut stderr) = (Vec::new(), Vec::new());
+        let (mut console, mut stderr, mut told, mut result) = (Vec::new(), Vec::new(), 0, Ok(()));
         let ended = run_here(&job, &mut |stream, bytes| match stream {
-            Stream::Out => console.extend_from_slice(bytes),
+            Stream::Out => {
+                console.extend_from_slice(bytes);
+                let all = reports(&console);
+                for report in all.iter().skip(told) {
+                    if result.is_ok() {
+                        result = on_report(report);
+                    }
+                }
+                told = all.len();
+            }
             Stream::Err => stderr.extend_from_slice(bytes),
         });
+        let reports = reports(&console);
         let console = String::from_utf8_lossy(&console).into_owned();
-        let reports = console.lines().filter_map(|line| line.strip_prefix("guest: "));
+        let said = || format!("the console:\n{console}");
+        result.with_context(said)?;
         Ok(Ran {
-            reports: reports.map(|report| report.trim_end().to_owned()).collect(),
+            reports,
             stderr: String::from_utf8_lossy(&stderr).into_owned(),
             console,
             ended,
@@ -225,6 +251,7 @@ impl Work {
             nets: peer
                 .map(|peer| net_spec(peer.tap.as_raw_fd()))
                 .into_iter()
+                .chain(launch.nets.iter().cloned())
                 .collect(),
             vhost_user: Vec::new(),
             on_device_death: vm_spec::spec::OnDeviceDeath::default(),
@@ -270,6 +297,17 @@ impl Ran {
             .next()
             .with_context(|| format!("no report about '{subject}'; the console:\n{}", self.console))
     }
+}
+
+/// The guest's reports on lines that are complete.
+fn reports(console: &[u8]) -> Vec<String> {
+    let end = console
+        .iter()
+        .rposition(|byte| *byte == b'\n')
+        .map_or(0, |at| at + 1);
+    let console = String::from_utf8_lossy(&console[..end]);
+    let reports = console.lines().filter_map(|line| line.strip_prefix("guest: "));
+    reports.map(|report| report.trim_end().to_owned()).collect()
 }
 
 fn disk_spec(disk: &Disk) -> DiskSpec {

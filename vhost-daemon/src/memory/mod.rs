@@ -11,6 +11,7 @@ mod table;
 pub(crate) mod tests;
 
 pub(crate) use mapping::Mapping;
+pub(crate) use segment::RegionHint;
 pub use segment::{Segment, Segments};
 pub(crate) use table::MAX_REGIONS;
 pub use table::{GuestMemory, MemoryError, RegionSpec, Sealing};

@@ -1,6 +1,6 @@
 //! Proven ranges of guest memory.
 
-use super::GuestMemory;
+use super::{GuestAddress, GuestMemory};
 use vm_memory::VolatileSlice;
 
 /// A range that lies in one region of the [`GuestMemory`] that made it.
@@ -15,6 +15,30 @@ impl Segment {
     /// Bytes in the range.
     pub fn length(&self) -> usize {
         self.length
+    }
+}
+
+/// The region that the latest buffer lay in: the next one mostly lies there too. Of one [`GuestMemory`];
+/// what another one makes of its segments is checked as ever.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct RegionHint {
+    pub(super) region: usize,
+    pub(super) start: u64,
+    /// 0 before the first buffer.
+    pub(super) length: u64,
+}
+
+impl RegionHint {
+    /// The range, if all of it lies in that region.
+    #[inline]
+    pub(super) fn find(&self, address: GuestAddress, length: usize) -> Option<Segment> {
+        let offset = address.0.wrapping_sub(self.start);
+        let inside = length > 0 && offset < self.length && length as u64 <= self.length - offset;
+        inside.then_some(Segment {
+            region: self.region,
+            offset: offset as usize,
+            length,
+        })
     }
 }
 

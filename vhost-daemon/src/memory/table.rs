@@ -1,5 +1,6 @@
 //! The memory table: SET_MEM_TABLE, ADD_MEM_REG and REM_MEM_REG with all their checks.
 
+use super::segment::RegionHint;
 use super::{GuestAddress, Mapping, Segment, Segments};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::stat::{SFlag, fstat};
@@ -161,20 +162,38 @@ impl GuestMemory {
         (segment.length == length).then_some(segment)
     }
 
-    /// Appends the segments that make up `length` bytes from `address`, which may cross regions.
-    /// Returns false, with some appended, where a byte is not in guest memory.
+    /// Appends the segments that make up `length` bytes from `address`, which may cross regions. `hint`
+    /// is where the latest buffer was found, and then where this one was. Returns false, with some
+    /// appended, where a byte is not in guest memory.
+    #[inline]
     pub(crate) fn append_segments(
         &self,
         address: GuestAddress,
         length: usize,
+        hint: &mut RegionHint,
         segments: &mut Segments,
     ) -> bool {
-        let (mut address, mut length) = (address, length);
+        if let Some(segment) = hint.find(address, length) {
+            segments.push(segment);
+            return true;
+        }
+        self.append_anywhere(address, length, hint, segments)
+    }
+
+    #[cold]
+    fn append_anywhere(
+        &self,
+        mut address: GuestAddress,
+        mut length: usize,
+        hint: &mut RegionHint,
+        segments: &mut Segments,
+    ) -> bool {
         while length > 0 {
             let Some(segment) = self.first_segment(address, length) else {
                 return false;
             };
             segments.push(segment);
+            *hint = self.hint(segment.region);
             length -= segment.length;
             let Some(next) = address.0.checked_add(segment.length as u64) else {
                 return length == 0;
@@ -182,6 +201,16 @@ impl GuestMemory {
             address = GuestAddress(next);
         }
         true
+    }
+
+    fn hint(&self, region: usize) -> RegionHint {
+        self.regions
+            .get(region)
+            .map_or_else(RegionHint::default, |Region { spec, mapping }| RegionHint {
+                region,
+                start: spec.guest_address,
+                length: mapping.length() as u64,
+            })
     }
 
     /// The memory behind `segment`, which this memory made.

@@ -109,8 +109,8 @@ fn segments_cross_regions_and_end_with_memory() {
         memory.segment(GuestAddress(0x2FFF), 2).is_none(),
         "one segment is one region"
     );
-    let mut segments = Segments::default();
-    assert!(memory.append_segments(GuestAddress(0x2000), 0x2000, &mut segments));
+    let (mut hint, mut segments) = (RegionHint::default(), Segments::default());
+    assert!(memory.append_segments(GuestAddress(0x2000), 0x2000, &mut hint, &mut segments));
     assert_eq!(segments.length(), 0x2000);
     let mut slices = Vec::new();
     slices.extend(segments.slices(&memory, 0xFF0, 0x20));
@@ -118,8 +118,31 @@ fn segments_cross_regions_and_end_with_memory() {
         slices.iter().map(|slice| slice.len()).collect::<Vec<_>>(),
         [0x10, 0x10]
     );
-    assert!(!memory.append_segments(GuestAddress(0x3000), 0x1001, &mut Segments::default()));
-    assert!(!memory.append_segments(GuestAddress(u64::MAX), 2, &mut Segments::default()));
+    // With every hint that there can be: what it says must not matter.
+    for near in [0, 0x3000] {
+        for (address, length, inside) in [
+            (0x0, 0x4000, true),
+            (0x2FFF, 2, true),
+            (0x3000, 0x1000, true),
+            (0x3FFF, 1, true),
+            (0x3000, 0, true),
+            (0x3000, 0x1001, false),
+            (0x4000, 1, false),
+            (u64::MAX, 2, false),
+            (u64::MAX - 0xFFF, 0x2000, false),
+        ] {
+            let (mut hint, mut found) = (RegionHint::default(), Segments::default());
+            assert!(memory.append_segments(GuestAddress(near), 1, &mut hint, &mut found));
+            found.clear();
+            let whole = memory.append_segments(GuestAddress(address), length, &mut hint, &mut found);
+            assert_eq!(whole, inside, "{length:#x} bytes at {address:#x}");
+            if inside {
+                assert_eq!(found.length(), length);
+                let parts = found.slices(&memory, 0, length);
+                assert_eq!(parts.map(|part| part.len()).sum::<usize>(), length);
+            }
+        }
+    }
 }
 
 #[test]

@@ -14,9 +14,32 @@ use vm_memory::VolatileSlice;
 #[must_use = "a chain that is not completed is lost to the driver"]
 pub struct Chain {
     pub(super) head: u16,
+    /// Boxed: chains are handed on several times on their way, and boxes are used again.
+    pub(super) parts: Box<Parts>,
+}
+
+/// What a chain points to.
+#[derive(Debug)]
+pub(super) struct Parts {
     pub(super) memory: Arc<GuestMemory>,
     pub(super) readable: Segments,
     pub(super) writable: Segments,
+}
+
+impl Parts {
+    /// No buffers in `memory`.
+    pub(super) fn new(memory: Arc<GuestMemory>) -> Self {
+        Self {
+            memory,
+            readable: Segments::default(),
+            writable: Segments::default(),
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.readable.clear();
+        self.writable.clear();
+    }
 }
 
 impl Chain {
@@ -27,18 +50,22 @@ impl Chain {
 
     /// Bytes that the device may read.
     pub fn readable_length(&self) -> usize {
-        self.readable.length()
+        self.parts.readable.length()
     }
 
     /// Bytes that the device may write.
     pub fn writable_length(&self) -> usize {
-        self.writable.length()
+        self.parts.writable.length()
     }
 
     /// Copies readable bytes from `offset` into `target`; returns how many there were.
     pub fn read_at(&self, offset: usize, target: &mut [u8]) -> usize {
         let mut done = 0;
-        for slice in self.readable.slices(&self.memory, offset, target.len()) {
+        for slice in self
+            .parts
+            .readable
+            .slices(&self.parts.memory, offset, target.len())
+        {
             done += slice.copy_to(&mut target[done..]);
         }
         done
@@ -47,7 +74,11 @@ impl Chain {
     /// Copies `source` to the writable bytes from `offset`; returns how many there was room for.
     pub fn write_at(&self, offset: usize, source: &[u8]) -> usize {
         let mut done = 0;
-        for slice in self.writable.slices(&self.memory, offset, source.len()) {
+        for slice in self
+            .parts
+            .writable
+            .slices(&self.parts.memory, offset, source.len())
+        {
             let count = slice.len();
             slice.copy_from(&source[done..done + count]);
             done += count;
@@ -58,12 +89,12 @@ impl Chain {
     /// Appends the memory of `length` readable bytes from `offset` (fewer at the end): for I/O that
     /// only reads it. The slices are not to be written through.
     pub fn readable_slices<'c>(&'c self, offset: usize, length: usize, slices: &mut Vec<VolatileSlice<'c>>) {
-        slices.extend(self.readable.slices(&self.memory, offset, length));
+        slices.extend(self.parts.readable.slices(&self.parts.memory, offset, length));
     }
 
     /// Appends the memory of `length` writable bytes from `offset` (fewer at the end).
     pub fn writable_slices<'c>(&'c self, offset: usize, length: usize, slices: &mut Vec<VolatileSlice<'c>>) {
-        slices.extend(self.writable.slices(&self.memory, offset, length));
+        slices.extend(self.parts.writable.slices(&self.parts.memory, offset, length));
     }
 
     /// Calls `act` with the memory of `length` readable bytes from `offset` (fewer at the end), for I/O
@@ -74,7 +105,10 @@ impl Chain {
         length: usize,
         act: impl FnOnce(&[VolatileSlice<'_>]) -> T,
     ) -> T {
-        gather(self.readable.slices(&self.memory, offset, length), act)
+        gather(
+            self.parts.readable.slices(&self.parts.memory, offset, length),
+            act,
+        )
     }
 
     /// As [`Self::with_readable`], of the writable bytes.
@@ -84,7 +118,10 @@ impl Chain {
         length: usize,
         act: impl FnOnce(&[VolatileSlice<'_>]) -> T,
     ) -> T {
-        gather(self.writable.slices(&self.memory, offset, length), act)
+        gather(
+            self.parts.writable.slices(&self.parts.memory, offset, length),
+            act,
+        )
     }
 }
 

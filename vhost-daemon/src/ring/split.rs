@@ -1,10 +1,11 @@
 //! The device's side of one split ring: take, complete, publish.
 
+use super::chain::Parts;
 use super::notify::Notifications;
 use super::walk::{DESCRIPTOR_SIZE, Walker};
 use super::{Chain, InflightQueue, RingFault};
 use crate::faults::{self, Step};
-use crate::memory::{GuestAddress, GuestMemory, Segment, Segments};
+use crate::memory::{GuestAddress, GuestMemory, RegionHint, Segment};
 use std::collections::VecDeque;
 use std::num::Wrapping;
 use std::sync::Arc;
@@ -142,7 +143,13 @@ pub struct Ring {
     took: bool,
     /// Chains that may still be taken before the worker looks after its other duties.
     budget: u16,
-    spare: Vec<(Segments, Segments)>,
+    /// Of this memory, and empty.
+    #[expect(clippy::vec_box, reason = "the box is what is used again")]
+    spare: Vec<Box<Parts>>,
+    /// Where the latest buffer was found.
+    hint: RegionHint,
+    /// Room for an indirect table.
+    copy: Vec<u8>,
 }
 
 impl Ring {
@@ -175,6 +182,8 @@ impl Ring {
             took: false,
             budget: setup.size,
             spare: Vec::new(),
+            hint: RegionHint::default(),
+            copy: Vec::new(),
         };
         if let Some(mut region) = inflight {
             if let Some(resubmit) = region.recover(used_index)? {
@@ -231,13 +240,16 @@ impl Ring {
             }
             faults::point(Step::AfterTake);
         }
-        let (readable, writable) = self.spare.pop().unwrap_or_default();
-        let walker = Walker {
+        let spare = self.spare.pop();
+        let parts = spare.unwrap_or_else(|| Box::new(Parts::new(Arc::clone(&self.memory))));
+        let mut walker = Walker {
             memory: &self.memory,
             table: self.layout.descriptors,
             indirect: self.indirect,
+            hint: &mut self.hint,
+            copy: &mut self.copy,
         };
-        walker.walk(head, readable, writable).map(Some)
+        walker.walk(head, parts).map(Some)
     }
 
     /// The head in the next available entry.
@@ -301,15 +313,10 @@ impl Ring {
 
     fn release(&mut self, chain: Chain) {
         self.held_count -= 1;
-        let Chain {
-            mut readable,
-            mut writable,
-            ..
-        } = chain;
-        if self.spare.len() < MAX_SPARE {
-            readable.clear();
-            writable.clear();
-            self.spare.push((readable, writable));
+        let Chain { mut parts, .. } = chain;
+        if self.spare.len() < MAX_SPARE && Arc::ptr_eq(&parts.memory, &self.memory) {
+            parts.clear();
+            self.spare.push(parts);
         }
     }
 
@@ -430,6 +437,8 @@ impl Ring {
     ) -> Result<(), RingFault> {
         self.layout = RingLayout::find(&memory, setup)?;
         self.memory = own(&memory);
+        self.hint = RegionHint::default();
+        self.spare.clear();
         Ok(())
     }
 

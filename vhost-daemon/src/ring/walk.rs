@@ -1,8 +1,8 @@
 //! From a head to a [`Chain`]: the descriptor table, read once and believed in nothing.
 
+use super::chain::Parts;
 use super::{Chain, RingFault};
-use crate::memory::{GuestAddress, GuestMemory, Segment, Segments};
-use std::sync::Arc;
+use crate::memory::{GuestAddress, GuestMemory, RegionHint, Segment};
 use std::sync::atomic::Ordering;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{Bytes, VolatileSlice};
@@ -22,67 +22,82 @@ struct Descriptor {
     next: u16,
 }
 
-/// A descriptor table in guest memory: the ring's own, or an indirect one.
-#[derive(Clone, Copy)]
-struct Table {
-    memory: Segment,
-    entries: usize,
+impl Descriptor {
+    fn new(bits: u128) -> Self {
+        Self {
+            address: bits as u64,
+            length: (bits >> 64) as u32,
+            flags: u32::from((bits >> 96) as u16),
+            next: (bits >> 112) as u16,
+        }
+    }
 }
 
 /// Walks chains of one ring.
 pub(super) struct Walker<'m> {
-    pub(super) memory: &'m Arc<GuestMemory>,
+    pub(super) memory: &'m GuestMemory,
     /// The ring's descriptor table.
     pub(super) table: Segment,
     /// VIRTIO_F_INDIRECT_DESC was negotiated.
     pub(super) indirect: bool,
+    /// Where the latest buffer was found.
+    pub(super) hint: &'m mut RegionHint,
+    /// An indirect table, copied out.
+    pub(super) copy: &'m mut Vec<u8>,
 }
 
 impl Walker<'_> {
-    /// Reads the chain at `head`, reusing the buffers of an earlier one.
-    pub(super) fn walk(&self, head: u16, readable: Segments, writable: Segments) -> Result<Chain, RingFault> {
-        let mut chain = Chain {
-            head,
-            memory: Arc::clone(self.memory),
-            readable,
-            writable,
-        };
+    /// Reads the chain at `head` into `parts`, which are empty and of this memory.
+    pub(super) fn walk(&mut self, head: u16, parts: Box<Parts>) -> Result<Chain, RingFault> {
+        let mut chain = Chain { head, parts };
         let entries = self.table.length() / DESCRIPTOR_SIZE;
-        let table = Table {
-            memory: self.table,
-            entries,
-        };
-        self.follow(table, head, false, &mut chain)?;
-        Ok(chain)
-    }
-
-    /// Follows the chain from descriptor `index` of `table`. Depth at most two: an indirect table
-    /// has no indirect tables.
-    fn follow(&self, table: Table, index: u16, inner: bool, chain: &mut Chain) -> Result<(), RingFault> {
-        let head = chain.head;
-        let mut index = index;
-        let outside = RingFault::Next { head, next: index };
-        let memory = self.memory.slice(&table.memory).ok_or(outside)?;
-        for _ in 0..table.entries {
-            let descriptor = read(&memory, table.entries, head, index)?;
+        let lost = RingFault::Next { head, next: head };
+        let table = self.memory.slice(&self.table).ok_or(lost)?;
+        let mut index = head;
+        for _ in 0..entries {
+            let descriptor = read(&table, entries, head, index)?;
             if descriptor.flags & VRING_DESC_F_INDIRECT != 0 {
-                let nested = self.indirect_table(&descriptor, inner, head)?;
-                return self.follow(nested, 0, true, chain);
+                self.follow_indirect(&descriptor, &mut chain)?;
+                return Ok(chain);
             }
-            self.append(&descriptor, chain)?;
+            self.append(&descriptor, &mut chain)?;
             if descriptor.flags & VRING_DESC_F_NEXT == 0 {
-                return Ok(());
+                return Ok(chain);
             }
             index = descriptor.next;
         }
         Err(RingFault::Endless(head))
     }
 
-    fn indirect_table(&self, descriptor: &Descriptor, inner: bool, head: u16) -> Result<Table, RingFault> {
+    /// Follows the chain through the table that `descriptor` names. It has no further tables.
+    fn follow_indirect(&mut self, descriptor: &Descriptor, chain: &mut Chain) -> Result<(), RingFault> {
+        let head = chain.head;
+        let entries = self.copy_table(descriptor, head)?;
+        let mut index = 0;
+        for _ in 0..entries {
+            let at = usize::from(index) * DESCRIPTOR_SIZE;
+            let bytes = self.copy.get(at..at + DESCRIPTOR_SIZE);
+            let bytes = bytes.and_then(|bytes| <[u8; DESCRIPTOR_SIZE]>::try_from(bytes).ok());
+            let outside = RingFault::Next { head, next: index };
+            let inner = Descriptor::new(u128::from_le_bytes(bytes.ok_or(outside)?));
+            if inner.flags & VRING_DESC_F_INDIRECT != 0 {
+                return Err(RingFault::Indirect(head));
+            }
+            self.append(&inner, chain)?;
+            if inner.flags & VRING_DESC_F_NEXT == 0 {
+                return Ok(());
+            }
+            index = inner.next;
+        }
+        Err(RingFault::Endless(head))
+    }
+
+    /// Copies out the table that `descriptor` names: one copy costs less than a checked access for each
+    /// entry, and the driver cannot change it meanwhile. Returns its entries.
+    fn copy_table(&mut self, descriptor: &Descriptor, head: u16) -> Result<usize, RingFault> {
         let length = descriptor.length as usize;
         let entries = length / DESCRIPTOR_SIZE;
         let allowed = self.indirect
-            && !inner
             && descriptor.flags & VRING_DESC_F_NEXT == 0
             && length.is_multiple_of(DESCRIPTOR_SIZE)
             && (1..=MAX_INDIRECT).contains(&entries);
@@ -90,26 +105,32 @@ impl Walker<'_> {
             return Err(RingFault::Indirect(head));
         }
         let address = GuestAddress(descriptor.address);
-        let memory = self.memory.segment(address, length);
-        let memory = memory.ok_or(RingFault::Memory { address, length })?;
-        Ok(Table { memory, entries })
+        let table = self.memory.segment(address, length);
+        let table = table.and_then(|table| self.memory.slice(&table));
+        let table = table.ok_or(RingFault::Memory { address, length })?;
+        self.copy.resize(length, 0);
+        table.copy_to(self.copy);
+        Ok(entries)
     }
 
-    fn append(&self, descriptor: &Descriptor, chain: &mut Chain) -> Result<(), RingFault> {
+    fn append(&mut self, descriptor: &Descriptor, chain: &mut Chain) -> Result<(), RingFault> {
         let length = descriptor.length as usize;
-        let total = chain.readable.length() + chain.writable.length() + length;
+        let Parts {
+            readable, writable, ..
+        } = &mut *chain.parts;
+        let total = readable.length() + writable.length() + length;
         if total > u32::MAX as usize {
             return Err(RingFault::TooManyBytes(chain.head));
         }
         let segments = if descriptor.flags & VRING_DESC_F_WRITE != 0 {
-            &mut chain.writable
-        } else if chain.writable.length() == 0 {
-            &mut chain.readable
+            writable
+        } else if writable.length() == 0 {
+            readable
         } else {
             return Err(RingFault::Order(chain.head));
         };
         let address = GuestAddress(descriptor.address);
-        if self.memory.append_segments(address, length, segments) {
+        if self.memory.append_segments(address, length, self.hint, segments) {
             Ok(())
         } else {
             Err(RingFault::Memory { address, length })
@@ -117,7 +138,7 @@ impl Walker<'_> {
     }
 }
 
-/// Reads descriptor `index` of a table with so many entries.
+/// Reads descriptor `index` of the ring's own table, which has so many entries and is aligned.
 fn read(table: &VolatileSlice<'_>, entries: usize, head: u16, index: u16) -> Result<Descriptor, RingFault> {
     let outside = || RingFault::Next { head, next: index };
     if usize::from(index) >= entries {
@@ -125,20 +146,9 @@ fn read(table: &VolatileSlice<'_>, entries: usize, head: u16, index: u16) -> Res
     }
     let at = usize::from(index) * DESCRIPTOR_SIZE;
     let words = [at, at + 8].map(|at| table.load::<u64>(at, Ordering::Relaxed));
-    let [address, rest] = match words {
-        [Ok(address), Ok(rest)] => [u64::from_le(address), u64::from_le(rest)],
-        // An indirect table may lie anywhere (virtio 1.3, 2.7.5.3).
-        _ => {
-            let mut bytes = [0; DESCRIPTOR_SIZE];
-            table.read_slice(&mut bytes, at).map_err(|_| outside())?;
-            let both = u128::from_le_bytes(bytes);
-            [both as u64, (both >> 64) as u64]
-        }
+    let [Ok(address), Ok(rest)] = words else {
+        return Err(outside());
     };
-    Ok(Descriptor {
-        address,
-        length: rest as u32,
-        flags: u32::from((rest >> 32) as u16),
-        next: (rest >> 48) as u16,
-    })
+    let [address, rest] = [address, rest].map(u64::from_le);
+    Ok(Descriptor::new(u128::from(rest) << 64 | u128::from(address)))
 }

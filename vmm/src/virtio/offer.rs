@@ -33,9 +33,10 @@ const NET_NEED_CTRL_VQ: u64 = NET_MQ
 const BLK_MQ: u64 = 1 << virtio_blk::VIRTIO_BLK_F_MQ;
 
 /// Fields of `struct virtio_net_config` with the feature that makes each valid (5.1.4).
+const NET_STATUS: u64 = 1 << virtio_net::VIRTIO_NET_F_STATUS;
 const NET_FIELDS: [(u64, std::ops::Range<usize>); 3] = [
     (1 << virtio_net::VIRTIO_NET_F_MAC, 0..6),
-    (1 << virtio_net::VIRTIO_NET_F_STATUS, 6..8),
+    (NET_STATUS, 6..8),
     (1 << virtio_net::VIRTIO_NET_F_MTU, 10..12),
 ];
 const NET_MAX_PAIRS: usize = 8;
@@ -48,6 +49,8 @@ pub(super) struct Offer {
     pub(super) features: u64,
     /// Configuration space.
     pub(super) config: Vec<u8>,
+    /// Feature bits of the back end itself.
+    pub(super) own_features: u64,
     /// The back end keeps (part of) the configuration space.
     pub(super) own_config: bool,
     /// Queues that the guest sees.
@@ -63,8 +66,9 @@ pub(super) fn make(session: &mut Session, spec: &DeviceConfig) -> Result<Offer, 
     let base = read_config(session, kind)?;
     let mut offer = Offer {
         features: features | spec.config_features & DEVICE,
+        own_features: features,
         own_config: base.is_some(),
-        config: config(base, spec, kind),
+        config: config(base, features, spec, kind),
         queues: 0,
         served: 0,
     };
@@ -98,13 +102,15 @@ pub(super) fn read_config(session: &mut Session, kind: DeviceType) -> Result<Opt
     Ok(None)
 }
 
-/// Puts the spec's configuration in place of, or (net) over, the back end's.
-pub(super) fn config(base: Option<Vec<u8>>, spec: &DeviceConfig, kind: DeviceType) -> Vec<u8> {
+/// Puts the spec's configuration in place of, or (net) over, the back end's. The link's state is the
+/// back end's own where it has one: it changes.
+fn config(base: Option<Vec<u8>>, own_features: u64, spec: &DeviceConfig, kind: DeviceType) -> Vec<u8> {
     match base {
         None => spec.config.clone(),
         Some(mut config) if kind == DeviceType::NET => {
+            let from_spec = spec.config_features & !(own_features & NET_STATUS);
             for (feature, field) in NET_FIELDS {
-                if spec.config_features & feature != 0
+                if from_spec & feature != 0
                     && let Some(value) = spec.config.get(field.clone())
                 {
                     config.resize(config.len().max(field.end), 0);
@@ -167,7 +173,7 @@ fn put_half_word(config: &mut [u8], offset: usize, value: u16) {
 /// space must not change the number of queues.
 pub(super) fn refresh(old: &Offer, base: Vec<u8>, spec: &DeviceConfig) -> Vec<u8> {
     let kind = DeviceType(spec.device_type);
-    let mut new = config(Some(base), spec, kind);
+    let mut new = config(Some(base), old.own_features, spec, kind);
     new.resize(old.config.len(), 0);
     let fixed = match kind {
         DeviceType::NET if old.features & NET_MQ != 0 => NET_MAX_PAIRS,
@@ -176,4 +182,36 @@ pub(super) fn refresh(old: &Offer, base: Vec<u8>, spec: &DeviceConfig) -> Vec<u8
     };
     put_half_word(&mut new, fixed, half_word(&old.config, fixed));
     new
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_links_state_is_the_back_ends_where_it_has_one() {
+        let spec = DeviceConfig {
+            device_type: DeviceType::NET.0,
+            config: [[7; 6].as_slice(), &[1, 0]].concat(),
+            config_features: NET_STATUS | 1 << virtio_net::VIRTIO_NET_F_MAC,
+            ..crate::virtio::rig::spec()
+        };
+        let down = Some(vec![0; 12]);
+        let own = config(down.clone(), NET_STATUS, &spec, DeviceType::NET);
+        assert_eq!(own, [7, 7, 7, 7, 7, 7, 0, 0, 0, 0, 0, 0]);
+        let old = Offer {
+            features: 0,
+            own_features: NET_STATUS,
+            own_config: true,
+            config: own,
+            queues: 2,
+            served: 2,
+        };
+        assert_eq!(
+            refresh(&old, vec![0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0], &spec)[6],
+            1
+        );
+        let without = config(down, 0, &spec, DeviceType::NET);
+        assert_eq!(without, [7, 7, 7, 7, 7, 7, 1, 0, 0, 0, 0, 0]);
+    }
 }
