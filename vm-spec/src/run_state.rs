@@ -63,6 +63,8 @@ pub enum ProcessRole {
     Spawner,
     /// Cleans up should the spawner die.
     Reaper,
+    /// Connects to someone else's back ends again.
+    Connector,
     /// Console, logs, deadlines.
     Supervisor,
     /// KVM and the guest.
@@ -89,7 +91,7 @@ impl ProcessRole {
             Self::Vmm => Some("vmm"),
             Self::Disk => Some("disk"),
             Self::Net => Some("net"),
-            Self::Reaper | Self::NetNamespace => None,
+            Self::Reaper | Self::Connector | Self::NetNamespace => None,
         }
     }
 }

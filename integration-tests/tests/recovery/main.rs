@@ -5,6 +5,7 @@ mod durable;
 mod forced;
 mod kills;
 mod limits;
+mod others;
 mod storm;
 mod stress;
 mod upgrade;
@@ -16,6 +17,7 @@ fn main() -> ExitCode {
     let mut tests = Vec::new();
     tests.extend(kills::tests());
     tests.extend(limits::tests());
+    tests.extend(others::tests());
     tests.extend(durable::tests());
     tests.extend(forced::tests());
     tests.extend(upgrade::tests());

@@ -108,7 +108,11 @@ impl Supervisor {
                     }
                     // The end of a process of ours is told by whoever reaps it, with its cause.
                     Some(_) => {}
-                    None => self.say(&format!("{device}: {reason}")),
+                    None => {
+                        if let Some(index) = self.remote(&device) {
+                            self.remote_lost(index, generation, outstanding, &reason, now);
+                        }
+                    }
                 }
             }
             FromVmm::DeviceFault { device, reason } => self.device_faulted(&device, &reason),
