@@ -4,6 +4,7 @@ mod boots;
 mod ends;
 mod hosts;
 mod others;
+mod storm;
 
 use anyhow::Result;
 use integration_tests::linux::{Images, KernelImages};
@@ -18,6 +19,7 @@ fn main() -> ExitCode {
     tests.extend(ends::tests());
     tests.extend(hosts::tests());
     tests.extend(others::tests());
+    tests.extend(storm::tests());
     integration_tests::suite::run(tests)
 }
 
