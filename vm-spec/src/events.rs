@@ -53,6 +53,30 @@ pub enum EventKind {
     Upgraded,
     /// The guest was told that the device needs a reset (NEEDS_RESET).
     NeedsReset,
+    /// The kernel killed its process, since its VM's memory limit was reached.
+    OutOfMemory,
+    /// The host has no space left for a disk's image.
+    NoSpace,
+    /// The host's disk fails.
+    IoError,
+    /// What `no-space` or `io-error` told of is over.
+    Recovered,
+    /// A NIC's TAP is gone.
+    TapLost,
+}
+
+impl EventKind {
+    /// What a device process itself may tell of, by the name that it gives.
+    #[must_use]
+    pub fn told_as(name: &str) -> Option<Self> {
+        match name {
+            "no-space" => Some(Self::NoSpace),
+            "io-error" => Some(Self::IoError),
+            "recovered" => Some(Self::Recovered),
+            "tap-lost" => Some(Self::TapLost),
+            _ => None,
+        }
+    }
 }
 
 #[cfg(test)]

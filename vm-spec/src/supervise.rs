@@ -89,6 +89,8 @@ pub enum ExitStatus {
     Code(u8),
     /// This signal killed it.
     Signal(u8),
+    /// The kernel killed it, since the VM's memory limit was reached.
+    OutOfMemory,
 }
 
 /// From the spawner to the supervisor.

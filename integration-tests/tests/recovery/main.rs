@@ -8,6 +8,7 @@ mod limits;
 mod others;
 mod storm;
 mod stress;
+mod trouble;
 mod upgrade;
 mod victim;
 
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
     tests.extend(durable::tests());
     tests.extend(forced::tests());
     tests.extend(upgrade::tests());
+    tests.extend(trouble::tests());
     tests.extend(stress::tests());
     integration_tests::suite::run(tests)
 }

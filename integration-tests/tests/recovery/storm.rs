@@ -221,6 +221,15 @@ impl Storm {
 
     /// As [`Storm::calm`]; `release` lets go of the image between the two.
     pub(crate) fn calm_then(mut self, release: impl FnOnce() -> Result<()>) -> Result<Calm> {
+        self.finish_then(release)
+    }
+
+    /// As [`Storm::calm`]; the image stays.
+    pub(crate) fn finish(&mut self) -> Result<Calm> {
+        self.finish_then(|| Ok(()))
+    }
+
+    fn finish_then(&mut self, release: impl FnOnce() -> Result<()>) -> Result<Calm> {
         let events = self.victim.events(&self.run).unwrap_or_default();
         self.run.press(b'.')?;
         let status = self.run.wait(DEADLINE)?;

@@ -31,7 +31,7 @@ use identity::{Identities, Settled};
 use inputs::{BackendInput, Inputs};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Pid, getpid};
-use obituary::Obituary;
+use obituary::{Known, Obituary};
 use plan::{Choices, Plan};
 use reaper::Reaper;
 use run_dir::RunDir;
@@ -42,6 +42,7 @@ use std::time::Duration;
 use vm_spec::events::{self, VmEvent};
 use vm_spec::run_state::{self, ProcessRole, ProcessState, RunState};
 use vm_spec::spec::VmSpec;
+use vm_spec::supervise::ExitStatus;
 
 /// How to run, beside what to run.
 #[derive(Clone, Debug)]
@@ -167,8 +168,12 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
                         process.pid = pid.as_raw();
                     }
                 }
-                supervise::Event::Signalled(pid, signal) => {
-                    return obituary.write(state.processes.iter().find(|p| p.pid == pid.as_raw()), signal);
+                supervise::Event::Signalled(pid, signal, why) => {
+                    let process = state.processes.iter().find(|p| p.pid == pid.as_raw());
+                    if obituary.write(process, signal) == Known::OutOfMemory {
+                        *why = ExitStatus::OutOfMemory;
+                    }
+                    return;
                 }
                 supervise::Event::Happened(event) => return note(&run_dir, &event),
             }

@@ -68,6 +68,7 @@ impl Supervisor {
         if !told {
             let event = match status {
                 ExitStatus::Code(EXIT_HUNG) => EventKind::Hung,
+                ExitStatus::OutOfMemory => EventKind::OutOfMemory,
                 _ => EventKind::Died,
             };
             self.say(&line);
@@ -187,6 +188,17 @@ impl Supervisor {
             self.note(index, EventKind::NeedsReset, Duration::ZERO, reason);
         } else if let Some(index) = self.remote(device) {
             self.note_remote(index, EventKind::NeedsReset, Duration::ZERO, reason);
+        }
+    }
+
+    /// Writes down what processes told of by their logs. A device's process can tell of itself only.
+    pub(super) fn note_told(&mut self) {
+        for index in 0..self.processes.len() {
+            for (kind, detail) in std::mem::take(&mut self.processes[index].log.told) {
+                if self.processes[index].about.slot.is_some() {
+                    self.note(index, kind, Duration::ZERO, &detail);
+                }
+            }
         }
     }
 

@@ -149,5 +149,9 @@ impl Supervisor {
 /// A process that exits by itself before the guest runs cannot serve (its image is refused, say),
 /// nor can one that its filter stopped: another would do no better.
 fn was_killed(status: ExitStatus) -> bool {
-    matches!(status, ExitStatus::Signal(signal) if signal != SIGSYS)
+    match status {
+        ExitStatus::Signal(signal) => signal != SIGSYS,
+        ExitStatus::OutOfMemory => true,
+        ExitStatus::Code(_) => false,
+    }
 }

@@ -204,6 +204,7 @@ impl Supervisor {
             ];
             self.wait(deadlines.into_iter().flatten().min())?;
             let now = Instant::now();
+            self.note_told();
             // The vmm first: its own account of the end comes before what the end of its sockets
             // does to the devices.
             self.hear_vmm(now);
