@@ -2,6 +2,7 @@
 //! workload checks every block, while its disk process is killed again and again.
 
 mod durable;
+mod fence;
 mod forced;
 mod kills;
 mod limits;
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
     tests.extend(others::tests());
     tests.extend(durable::tests());
     tests.extend(forced::tests());
+    tests.extend(fence::tests());
     tests.extend(upgrade::tests());
     tests.extend(trouble::tests());
     tests.extend(stress::tests());

@@ -54,6 +54,16 @@ impl Image {
         Ok(())
     }
 
+    /// A raw file in which every block of the storm exists.
+    pub(crate) fn make_allocated(self, path: &Path) -> Result<()> {
+        self.make(path)?;
+        let file = File::options().write(true).open(path)?;
+        for number in 0..BLOCKS {
+            file.write_all_at(&[0; BLOCK], number * STRIDE)?;
+        }
+        Ok(file.sync_all()?)
+    }
+
     /// `qemu-img check`.
     fn check(self, path: &Path) -> Result<()> {
         match self {
