@@ -28,6 +28,7 @@ pub fn queue(input: &[u8]) {
         serial: Arc::from(&b"serial"[..]),
         limits: SharedLimiter::default(),
         on_error: OnError::Report,
+        trouble: Arc::default(),
     };
     let mut queue = BlkQueue::new(image as &'static dyn Image, settings, Arc::default(), None);
     vhost_daemon::fuzz::serve(&mut queue, features, input);

@@ -3,7 +3,7 @@
 use crate::control::{Control, Order};
 use crate::counters::{Counters, QueueCounters};
 use crate::image::{self, BlockFile, Format, Image, ImageError, OpenOptions, Passphrase, SECTOR};
-use crate::io::{CacheMode, DirectFile, IoMode, RestrictedRing};
+use crate::io::{CacheMode, DirectFile, Fence, IoMode, RestrictedRing, await_direct_writes};
 use crate::options::{Options, Place, USAGE};
 use crate::queue::BlkQueue;
 use crate::request::{MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_WRITE_ZEROES_SECTORS};
@@ -75,15 +75,16 @@ impl Program for BlkProgram {
 
     fn open(options: Options, num_queues: u16) -> Result<Box<dyn Device>, Box<dyn Error + Send + Sync>> {
         vhost_daemon::faults::arm(&options.serial);
-        let image = open_image(&options)?;
+        let (image, fence) = open_image(&options)?;
         tracing::info!(image = image.describe(), "disk image is open");
-        let rings = make_rings(&options, num_queues)?;
+        let rings = make_rings(&options, fence, num_queues)?;
         let control = options.control.map(vhost_daemon::inherited).transpose();
         let control = control.and_then(Control::new).map_err(BlkError::Control)?;
         let settings = Settings {
             serial: options.serial.into(),
             limits: options.limits.limiter(),
             on_error: options.on_error,
+            trouble: Arc::default(),
         };
         // Never freed: it lives as long as the process, and the queues' transfers refer to it.
         let image: &'static Arc<dyn Image> = Box::leak(Box::new(image));
@@ -97,7 +98,7 @@ impl Program for BlkProgram {
     }
 }
 
-fn open_image(options: &Options) -> Result<Arc<dyn Image>, BlkError> {
+fn open_image(options: &Options) -> Result<(Arc<dyn Image>, Fence), BlkError> {
     let place = options
         .image
         .as_ref()
@@ -124,7 +125,11 @@ fn open_image(options: &Options) -> Result<Arc<dyn Image>, BlkError> {
         passphrase: options.key.map(read_passphrase).transpose()?.map(Arc::new),
         l2_cache_size: options.l2_cache_size.unwrap_or(defaults.l2_cache_size),
     };
+    let mut fence = Fence::Passed;
     let image = if options.cache == CacheMode::None {
+        if !options.read_only {
+            fence = await_direct_writes(top.as_fd()).map_err(|error| BlkError::Open(place.clone(), error))?;
+        }
         let direct = match options.direct {
             Some(number) => Place::Fd(number).open(options.read_only),
             None => place.open_with(options.read_only, libc::O_DIRECT),
@@ -134,7 +139,8 @@ fn open_image(options: &Options) -> Result<Arc<dyn Image>, BlkError> {
     } else {
         image::open(top, format, backing, &settings)
     };
-    image.map_err(|error| BlkError::Image(place.clone(), error))
+    let image = image.map_err(|error| BlkError::Image(place.clone(), error))?;
+    Ok((image, fence))
 }
 
 fn read_passphrase(number: RawFd) -> Result<Passphrase, BlkError> {
@@ -159,7 +165,7 @@ fn open_direct(
 ) -> Result<Arc<dyn Image>, ImageError> {
     let use_file = ImageError::io("use the image's file without the page cache");
     image::lock(top.as_fd(), settings.read_only)?;
-    let top = DirectFile::new(top, direct, settings.read_only).map_err(use_file)?;
+    let top = DirectFile::new(top, direct).map_err(use_file)?;
     let mut layers: Vec<(Format, Arc<dyn BlockFile>)> = vec![(format, Arc::new(top))];
     for (format, fd) in backing {
         image::lock(fd.as_fd(), true)?;
@@ -170,11 +176,20 @@ fn open_direct(
 }
 
 /// A ring for each queue, where `--io` and the host want it.
-fn make_rings(options: &Options, num_queues: u16) -> Result<Vec<RestrictedRing>, BlkError> {
-    let wanted = match options.io {
-        IoMode::Auto => options.cache == CacheMode::None,
-        IoMode::Sync => false,
-        IoMode::Uring => true,
+fn make_rings(options: &Options, fence: Fence, num_queues: u16) -> Result<Vec<RestrictedRing>, BlkError> {
+    let past_cache = options.cache == CacheMode::None;
+    let wanted = match (options.io, fence) {
+        (IoMode::Auto, Fence::Passed) => past_cache,
+        (IoMode::Auto, Fence::None) if past_cache => {
+            tracing::info!("nothing waits for direct writes here: each queue moves one request at a time");
+            false
+        }
+        (IoMode::Auto, Fence::None) | (IoMode::Sync, _) => false,
+        (IoMode::Uring, Fence::None) if past_cache => {
+            tracing::warn!("--io=uring: nothing waits for the writes of a process that is killed");
+            true
+        }
+        (IoMode::Uring, _) => true,
     };
     if !wanted {
         return Ok(Vec::new());

@@ -14,6 +14,7 @@ mod queue;
 mod request;
 mod settings;
 pub mod tool;
+mod trouble;
 
 pub use device::BlkProgram;
 

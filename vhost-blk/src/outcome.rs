@@ -29,12 +29,17 @@ impl From<io::Error> for Failure {
 impl Failure {
     /// The host may be able later: it has no space left, or a disk fails.
     pub(crate) fn may_pass(&self) -> bool {
-        let Self::Image(error) = self else { return false };
+        self.passing().is_some()
+    }
+
+    /// What the host said, where [`Failure::may_pass`].
+    pub(crate) fn passing(&self) -> Option<i32> {
+        let Self::Image(error) = self else { return None };
         let inner = error
             .get_ref()
             .and_then(|inner| inner.downcast_ref::<ImageError>());
         let errno = inner.map_or_else(|| error.raw_os_error(), ImageError::host_error);
-        matches!(errno, Some(libc::ENOSPC | libc::EDQUOT | libc::EIO))
+        errno.filter(|errno| matches!(*errno, libc::ENOSPC | libc::EDQUOT | libc::EIO))
     }
 
     /// What the driver learns; the log learns why. A guest can cause this at will on a damaged image, so

@@ -141,8 +141,10 @@ impl BlkQueue {
                 Done::new(O::Read, *length, read.map_err(Failure::from))
             }
             Request::Out { offset, length } => {
-                let written = chain.with_readable(Request::HEADER_LENGTH, *length, |slices| {
-                    self.image.write(slices, *offset)
+                let written = faults::write().and_then(|()| {
+                    chain.with_readable(Request::HEADER_LENGTH, *length, |slices| {
+                        self.image.write(slices, *offset)
+                    })
                 });
                 let written = written.and_then(|()| self.write_through());
                 Done::new(O::Write, *length, written.map_err(Failure::from))
@@ -207,6 +209,7 @@ impl BlkQueue {
     /// Ends a request that was done by calls.
     fn conclude(&mut self, chain: Chain, done: Done, ring: &mut Ring) {
         let taken = std::mem::replace(&mut self.clock, Instant::now());
+        self.settings.trouble.saw(&done);
         if self.is_to_wait(&done) {
             self.park(chain, taken);
         } else {
@@ -227,6 +230,7 @@ impl BlkQueue {
             tracing::warn!("the host fails a request: the queue stops until it succeeds");
             self.retry_at = Instant::now() + RETRY;
         }
+        self.settings.trouble.waits();
         self.parked.push_back(Parked { chain, taken });
         self.counters.set_stopped(self.parked.len());
     }
@@ -243,6 +247,8 @@ impl BlkQueue {
                 self.parked.push_front(Parked { chain, taken });
                 break;
             }
+            self.settings.trouble.waits_no_more();
+            self.settings.trouble.saw(&done);
             self.settle(chain, taken, &done, ring);
         }
         self.clock = Instant::now();
@@ -292,6 +298,7 @@ impl BlkQueue {
                 }
                 Err(error) => Done::new(operation, length, Err(io::Error::from(error).into())),
             };
+            self.settings.trouble.saw(&done);
             if self.is_to_wait(&done) {
                 self.park(transfer.chain, transfer.taken);
             } else {
@@ -372,6 +379,7 @@ impl QueueHandler for BlkQueue {
         while let Some(Parked { chain, taken }) = self.parked.pop_front() {
             let done = self.again(&chain);
             self.clock = Instant::now();
+            self.settings.trouble.waits_no_more();
             self.settle(chain, taken, &done, ring);
         }
         self.counters.set_stopped(0);

@@ -1,5 +1,6 @@
 //! What all queues of a disk share besides the image.
 
+use crate::trouble::Trouble;
 use std::str::FromStr;
 use std::sync::Arc;
 use vhost_daemon::SharedLimiter;
@@ -34,4 +35,5 @@ pub(crate) struct Settings {
     pub(crate) serial: Arc<[u8]>,
     pub(crate) limits: SharedLimiter,
     pub(crate) on_error: OnError,
+    pub(crate) trouble: Arc<Trouble>,
 }

@@ -47,10 +47,16 @@ mod nothing {
     /// Does nothing.
     #[inline(always)]
     pub fn arm(_: &[u8]) {}
+
+    /// Fails nothing.
+    #[inline(always)]
+    pub fn write() -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 #[cfg(not(feature = "faults"))]
-pub use nothing::{arm, point};
+pub use nothing::{arm, point, write};
 
 #[cfg(feature = "faults")]
 mod armed {
@@ -89,6 +95,8 @@ mod armed {
         Spin(Instant, AtomicBool),
         /// The first flush takes that long.
         SlowFlush(Duration, AtomicBool),
+        /// Writes fail from the first time to the second.
+        IoError(Instant, Instant),
     }
 
     static FAULT: OnceLock<Fault> = OnceLock::new();
@@ -108,10 +116,24 @@ mod armed {
         let fault = match (death, name) {
             (Some((_, step)), _) => Fault::Die(*step, now + life),
             (None, "spin") => Fault::Spin(now + Duration::from_secs(1), AtomicBool::new(false)),
+            (None, "io-error") => Fault::IoError(now + Duration::from_secs(1), now + Duration::from_secs(3)),
             (None, "slow-flush") => Fault::SlowFlush(Duration::from_secs(10), AtomicBool::new(false)),
             _ => return,
         };
         let _ = FAULT.set(fault);
+    }
+
+    /// Fails as a broken disk does, if this is the moment.
+    ///
+    /// # Errors
+    /// EIO.
+    pub fn write() -> std::io::Result<()> {
+        match FAULT.get() {
+            Some(Fault::IoError(from, to)) if (*from..*to).contains(&Instant::now()) => {
+                Err(nix::errno::Errno::EIO.into())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Does what was asked for, if this is the moment.
@@ -145,4 +167,4 @@ mod armed {
 }
 
 #[cfg(feature = "faults")]
-pub use armed::{arm, point};
+pub use armed::{arm, point, write};

@@ -23,6 +23,7 @@ pub mod bucket;
 mod descriptors;
 pub mod device;
 mod doorkeeper;
+pub mod event;
 pub mod faults;
 mod flags;
 mod limits;

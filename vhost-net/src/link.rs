@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use vhost_daemon::event::{Happening, tell};
 use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 
 /// What one byte on `--link-fd` asks for.
@@ -61,7 +62,7 @@ impl Link {
         // Asked of the queue that is never detached, with what is set already.
         let gone = bad(error) && self.set_carrier().is_err_and(|error| bad(&error));
         if gone && !self.gone.swap(true, Ordering::AcqRel) {
-            tracing::error!("the TAP is gone: the guest's link is down for good");
+            tell(Happening::TapLost, "the TAP is gone: the guest's link is down");
             // An eventfd at its limit wakes just as well.
             let _ = self.wake.write(1);
         }

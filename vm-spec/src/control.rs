@@ -136,6 +136,8 @@ pub struct DeviceConfig {
     pub config_features: u64,
     /// The back end is one of ours in a jail (false: it belongs to someone else).
     pub ours: bool,
+    /// Its owner says that it completes requests in the order in which they were made available.
+    pub in_order: bool,
 }
 
 /// From the supervisor (or, for the first message, the spawner) to the vmm.

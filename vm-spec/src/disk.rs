@@ -36,6 +36,10 @@ pub struct DiskSpec {
     /// Socket of a vhost-user-blk back end. Excludes `path`, and what only our own process does.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vhost_user: Option<PathBuf>,
+    /// With `vhost-user`: it completes requests in the order in which they were made available, so that
+    /// one without an in-flight region can be succeeded after its death.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub in_order: bool,
     /// The guest cannot write.
     pub read_only: bool,
     /// What the host keeps of the image in memory.

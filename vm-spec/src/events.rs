@@ -28,7 +28,7 @@ pub struct VmEvent {
     /// Microseconds from the predecessor's death, as the supervisor heard of it, to the vmm's word
     /// that the guest is served again; 0 where nothing was replaced.
     pub took_us: u64,
-    /// For `restarted`: requests that the guest had under way when its predecessor was lost; 0
+    /// For `restarted` and `reconnected`: requests that the guest had under way when its predecessor was lost; 0
     /// elsewhere.
     pub outstanding: u32,
     /// Why, one line; may be empty.
@@ -43,12 +43,40 @@ pub enum EventKind {
     Died,
     /// A new process serves the guest.
     Restarted,
+    /// Someone else's back end closed its socket, did not answer, or broke the protocol.
+    Disconnected,
+    /// Someone else's back end serves the guest again.
+    Reconnected,
     /// Its process did not answer, or made no progress, and was killed.
     Hung,
     /// A process of another build serves the guest.
     Upgraded,
     /// The guest was told that the device needs a reset (NEEDS_RESET).
     NeedsReset,
+    /// The kernel killed its process, since its VM's memory limit was reached.
+    OutOfMemory,
+    /// The host has no space left for a disk's image.
+    NoSpace,
+    /// The host's disk fails.
+    IoError,
+    /// What `no-space` or `io-error` told of is over.
+    Recovered,
+    /// A NIC's TAP is gone.
+    TapLost,
+}
+
+impl EventKind {
+    /// What a device process itself may tell of, by the name that it gives.
+    #[must_use]
+    pub fn told_as(name: &str) -> Option<Self> {
+        match name {
+            "no-space" => Some(Self::NoSpace),
+            "io-error" => Some(Self::IoError),
+            "recovered" => Some(Self::Recovered),
+            "tap-lost" => Some(Self::TapLost),
+            _ => None,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -63,6 +63,8 @@ pub enum ProcessRole {
     Spawner,
     /// Cleans up should the spawner die.
     Reaper,
+    /// Connects to someone else's back ends again.
+    Connector,
     /// Console, logs, deadlines.
     Supervisor,
     /// KVM and the guest.
@@ -91,7 +93,7 @@ impl ProcessRole {
             Self::Vmm => Some("vmm"),
             Self::Disk => Some("disk"),
             Self::Net => Some("net"),
-            Self::Reaper | Self::Forker | Self::NetNamespace => None,
+            Self::Reaper | Self::Forker | Self::Connector | Self::NetNamespace => None,
         }
     }
 }

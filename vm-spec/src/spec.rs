@@ -128,6 +128,10 @@ pub struct VhostUserSpec {
     /// Queues to offer where the back end does not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub num_queues: Option<u16>,
+    /// The back end completes requests in the order in which they were made available, so that one
+    /// without an in-flight region can be succeeded after its death; network back ends always do.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub in_order: bool,
     /// Device configuration space in hexadecimal, for back ends without VHOST_USER_PROTOCOL_F_CONFIG.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<String>,

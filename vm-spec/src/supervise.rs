@@ -24,6 +24,10 @@ pub struct SupervisorConfig {
     pub escape: bool,
     /// The jailed processes other than the supervisor. [`ToSupervisor::Exited`] counts them from 0.
     pub processes: Vec<SupervisedProcess>,
+    /// The devices that someone else's back ends serve. [`ToConnector::Connect`] counts them from 0.
+    pub remotes: Vec<RemoteDevice>,
+    /// Socket to the connector; absent where there are no such devices.
+    pub connector: Option<FdNumber>,
     /// Seconds that a guest has to power off once asked.
     pub power_off_grace: u32,
     /// Log lines are JSON objects.
@@ -48,6 +52,36 @@ pub struct SupervisedProcess {
     pub slot: Option<u8>,
 }
 
+/// A device that someone else's back end serves.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct RemoteDevice {
+    /// The device's id.
+    pub name: String,
+    /// PCI device number.
+    pub slot: u8,
+}
+
+/// From the supervisor to the connector, the process that can reach someone else's back ends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum ToConnector {
+    /// Connect to the back end of a device, however long that takes. A second request for the same
+    /// device before it is connected is as one.
+    Connect {
+        /// Its place in [`SupervisorConfig::remotes`].
+        device: u16,
+    },
+}
+
+/// From the connector to the supervisor.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum FromConnector {
+    /// Answers [`ToConnector::Connect`]. One fd attached: the connected socket.
+    Connected {
+        /// Its place in [`SupervisorConfig::remotes`].
+        device: u16,
+    },
+}
+
 /// How a process ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum ExitStatus {
@@ -55,6 +89,8 @@ pub enum ExitStatus {
     Code(u8),
     /// This signal killed it.
     Signal(u8),
+    /// The kernel killed it, since the VM's memory limit was reached.
+    OutOfMemory,
 }
 
 /// From the spawner to the supervisor.

@@ -73,6 +73,12 @@ impl Blocks {
     }
 }
 
+/// What there is beside writes and reads.
+struct Mix {
+    flushes: bool,
+    discards: bool,
+}
+
 /// Counters.
 #[derive(Default)]
 struct Done {
@@ -97,12 +103,15 @@ pub(crate) fn scenario(parameters: Parameters<'_>) -> Result<(), Failure> {
     if count * STRIDE > disk.capacity() {
         return Err("the disk is too small");
     }
-    let discards = disk.can_discard();
+    let mix = Mix {
+        flushes: parameters.number("flushes", 1) != 0,
+        discards: disk.can_discard() && parameters.number("discards", 1) != 0,
+    };
     let mut done = Done::default();
     serial::listen();
     line!("phase=work");
     while !serial::heard() {
-        submit(&mut disk, &mut blocks, discards);
+        submit(&mut disk, &mut blocks, &mix);
         complete(&mut disk, &mut blocks, &mut done)?;
     }
     while disk.busy() {
@@ -119,13 +128,13 @@ pub(crate) fn scenario(parameters: Parameters<'_>) -> Result<(), Failure> {
 }
 
 /// Fills every free slot.
-fn submit(disk: &mut Disk, blocks: &mut Blocks, discards: bool) {
+fn submit(disk: &mut Disk, blocks: &mut Blocks, mix: &Mix) {
     for (queue, slots) in disk.queues() {
         let mut submitted = false;
         while let Some(slot) = slots.free() {
             let dice = blocks.random() % 100;
             submitted = true;
-            if dice < 2 {
+            if dice < 2 && mix.flushes {
                 slots.submit(queue, slot, FLUSH, 0, 0, 0);
                 continue;
             }
@@ -137,7 +146,7 @@ fn submit(disk: &mut Disk, blocks: &mut Blocks, discards: bool) {
                 fill(&mut slots.slot(slot)[HEADER..HEADER + SIZE], pattern, block);
                 blocks.set(block, BUSY | generation);
                 slots.submit(queue, slot, WRITE_OUT, block, sector, SIZE as u32);
-            } else if dice < 75 && discards {
+            } else if dice < 75 && mix.discards {
                 blocks.set(block, state | BUSY | DISCARDED);
                 slots.describe_discard(slot, sector, STRIDE as u32);
                 slots.submit(queue, slot, DISCARD, block, 0, 16);

@@ -1,5 +1,5 @@
 //! The TAP's other side: a process in a user and network namespace of its own, made without
-//! root, that owns the TAP, has an address on it and serves one page by HTTP.
+//! root, that owns the TAP, has an address on it, serves one page by HTTP and echoes on another port.
 //!
 //! It talks to the demo over its standard input, a Unix socket: it sends [`READY`] with the TAP's
 //! file descriptor, then [`HIT`] when the guest's request is there, and answers the guest once
@@ -9,10 +9,11 @@ use anyhow::{Context, bail};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use std::io::{BufRead, BufReader, IoSlice, IoSliceMut, Read, Write};
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command};
+use std::thread;
 use std::time::Duration;
 
 /// First argument that turns the demo's program into the peer.
@@ -23,6 +24,8 @@ const GO: u8 = b'G';
 /// The peer's address; the guest's script names it too.
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 const PORT: u16 = 8080;
+/// Where what comes is sent back.
+const ECHO_PORT: u16 = 8081;
 /// How long a step of the conversation may take.
 const STEP: Duration = Duration::from_secs(20);
 /// Longest request that is read.
@@ -125,6 +128,12 @@ fn serve(page: &str) -> anyhow::Result<()> {
         }
     }
     let listener = TcpListener::bind((ADDRESS, PORT))?;
+    let echoes = TcpListener::bind((ADDRESS, ECHO_PORT))?;
+    thread::spawn(move || {
+        for connection in echoes.incoming().flatten() {
+            thread::spawn(move || echo(&connection));
+        }
+    });
     send_tap(&demo, tap)?;
     let (connection, _) = listener.accept()?;
     connection.set_read_timeout(Some(STEP))?;
@@ -141,6 +150,13 @@ fn serve(page: &str) -> anyhow::Result<()> {
     // The namespace, and so the TAP's address, must outlive the guest: wait for the demo's end.
     let _ = demo.read(&mut word);
     Ok(())
+}
+
+/// Sends everything back, to the end of what comes.
+fn echo(mut connection: &TcpStream) {
+    // A guest that goes away in between is its own business.
+    let _ = std::io::copy(&mut &*connection, &mut connection);
+    let _ = connection.shutdown(Shutdown::Write);
 }
 
 /// Reads up to the blank line that ends the request's head.

@@ -15,6 +15,7 @@ const MODULES: &[&str] = &[
     "virtio_pci",
     "virtio_blk",
     "virtio_net",
+    "ext4",
     "af_packet",
     "pvpanic_mmio",
 ];

@@ -38,6 +38,51 @@ traffic() {
 }
 busybox mount -o remount,rw / 2>/dev/null
 say "kernel $(busybox uname -r) cpus $(busybox nproc) memory $(busybox awk '/MemTotal/ {print $2}' /proc/meminfo)"
+# Works with files, and with two TCP sessions where there is a NIC, until a line comes on the console;
+# then everything is compared.
+storm() {
+    busybox mkdir -p /mnt
+    busybox mount -t ext4 /dev/vda /mnt || say "cannot mount"
+    if [ -e /sys/class/net/eth0 ]; then
+        busybox ifconfig eth0 10.0.2.15 up
+        busybox mkfifo /tmp/copy
+        busybox sha256sum < /tmp/copy > /tmp/sent &
+        n=0
+        until [ -e /tmp/stop ]; do busybox seq $n $((n += 500)); busybox usleep 5000; done |
+            busybox tee /tmp/copy | busybox nc 10.0.2.2 8081 | busybox sha256sum > /tmp/received &
+        { echo first; until [ -e /tmp/stop ]; do busybox usleep 50000; done; echo last; } |
+            busybox nc 10.0.2.2 8081 > /tmp/idle &
+        until [ -s /tmp/idle ]; do busybox usleep 10000; done
+        flaps="$(busybox cat /sys/class/net/eth0/carrier_changes)"
+    fi
+    { read -r key; : > /tmp/stop; } < /dev/console &
+    say storm
+    n=0
+    until [ -e /tmp/stop ]; do
+        n=$((n + 1)); name="/mnt/$((n % 16))"
+        busybox dd if=/dev/urandom of=$name.new bs=4k count=$((n % 32 + 1)) conv=fsync 2>/dev/null || say "cannot write"
+        busybox sha256sum < $name.new > $name.sum
+        busybox mv $name.new $name || say "cannot rename"
+    done
+    busybox sync
+    echo 3 > /proc/sys/vm/drop_caches
+    for sum in /mnt/*.sum; do
+        [ "$(busybox sha256sum < ${sum%.sum})" = "$(busybox cat $sum)" ] || say "wrong $sum"
+    done
+    busybox umount /mnt || say "cannot unmount"
+    say "files $n"
+    if [ -n "$flaps" ]; then
+        wait
+        [ "$(busybox cat /tmp/sent)" = "$(busybox cat /tmp/received)" ] && say "stream whole"
+        say "idle $(busybox tr '\n' ' ' < /tmp/idle)"
+        say "flaps $(($(busybox cat /sys/class/net/eth0/carrier_changes) - flaps))"
+    fi
+}
+if [ -n "$(option guest.storm)" ]; then
+    storm
+    say end
+    busybox poweroff -f
+fi
 if [ -b /dev/vda ]; then
     # The first 8 MiB carry a pattern; the second 8 MiB become a copy of it.
     say "disk $(busybox dd if=/dev/vda bs=1M count=8 2>/dev/null | busybox sha256sum | busybox cut -d' ' -f1)"

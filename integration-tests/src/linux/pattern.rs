@@ -30,6 +30,53 @@ pub fn make_disk(folder: &Path) -> anyhow::Result<(std::path::PathBuf, String)> 
     Ok((top, sha256(&pattern)?))
 }
 
+/// Makes a qcow2 image with an empty ext4.
+///
+/// # Errors
+/// mkfs.ext4 or qemu-img fails.
+pub fn make_ext4(folder: &Path) -> anyhow::Result<std::path::PathBuf> {
+    let (raw, image) = (folder.join("ext4.raw"), folder.join("ext4.qcow2"));
+    std::fs::File::create(&raw)?.set_len(2 * DISK)?;
+    let made = Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&raw).status()?;
+    ensure!(made.success(), "mkfs.ext4 failed");
+    images::disk::qcow2_from_raw(&raw, &image)?;
+    std::fs::remove_file(&raw)?;
+    Ok(image)
+}
+
+/// Checks such an image after a guest's end: it is sound, and its file system clean.
+///
+/// # Errors
+/// They are not.
+pub fn check_ext4(folder: &Path, image: &Path) -> anyhow::Result<()> {
+    let check = Command::new("qemu-img")
+        .args(["check", "-f", "qcow2"])
+        .arg(image)
+        .output()?;
+    let words = String::from_utf8_lossy(&check.stdout);
+    // 3: clusters that a killed process had allocated and not yet used are lost, nothing else.
+    ensure!(
+        matches!(check.status.code(), Some(0 | 3)) && !words.contains("ERROR"),
+        "qemu-img check: {}: {words}",
+        check.status
+    );
+    let raw = folder.join("after.raw");
+    let convert = Command::new("qemu-img")
+        .args(["convert", "-f", "qcow2", "-O", "raw"])
+        .arg(image)
+        .arg(&raw)
+        .status();
+    ensure!(convert?.success(), "qemu-img convert failed");
+    let fsck = Command::new("fsck.ext4").arg("-fn").arg(&raw).output()?;
+    ensure!(
+        fsck.status.success(),
+        "fsck.ext4: {}{}",
+        String::from_utf8_lossy(&fsck.stdout),
+        String::from_utf8_lossy(&fsck.stderr)
+    );
+    Ok(())
+}
+
 /// Checks the image after a guest's end: consistent, the pattern intact and copied.
 ///
 /// # Errors

@@ -171,6 +171,7 @@ impl Vm {
                 config: device.config.0,
                 config_features: device.config.1,
                 ours: false,
+                in_order: false,
             });
         }
         let mut vm = Self {

@@ -4,6 +4,7 @@ mod boots;
 mod ends;
 mod hosts;
 mod others;
+mod storm;
 mod traffic;
 
 use anyhow::Result;
@@ -20,6 +21,7 @@ fn main() -> ExitCode {
     tests.extend(hosts::tests());
     tests.extend(others::tests());
     tests.extend(traffic::tests());
+    tests.extend(storm::tests());
     integration_tests::suite::run(tests)
 }
 

@@ -1,6 +1,8 @@
 //! Our device processes with QEMU as their front end, under Debian's kernel. The emulator runs on
 //! any host: no KVM is needed.
 
+mod killed;
+
 use anyhow::{Context, Result, ensure};
 use integration_tests::artifacts::Artifact;
 use integration_tests::demo::peer::Peer;
@@ -9,21 +11,30 @@ use integration_tests::nested::agent::run_here;
 use integration_tests::nested::{Job, Stream};
 use integration_tests::process::{Process, inherit_at};
 use integration_tests::suite::{self, artifact, seccomp_flag, test_within};
+use integration_tests::verify::FULL;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 /// For one boot on an emulated processor that others use too.
 const BOOT: Duration = Duration::from_secs(150);
+/// How long QEMU may take to find a new process in a dead one's place.
+const RETURN: Duration = Duration::from_secs(20);
 /// How long a device process may take until it listens.
 const LISTEN: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
     integration_tests::nested::agent::intercept();
     integration_tests::demo::peer::intercept();
+    let kills = if std::env::var_os(FULL).is_some() { 20 } else { 3 };
     suite::run(vec![
         test_within(BOOT, "QEMU's guest uses our disk and our NIC", disk_and_nic),
         test_within(2 * BOOT, "one disk process serves QEMU twice", twice),
+        test_within(
+            2 * BOOT + kills * RETURN,
+            "QEMU goes on when our processes are killed",
+            move || killed::killed(kills),
+        ),
     ])
 }
 
@@ -98,32 +109,7 @@ fn start_blk(disk: &Path, socket: &Path) -> Result<Process> {
 
 /// Runs a guest under QEMU to its end and returns its console.
 fn run_qemu(kernel: &KernelImages, blk: &Path, net: Option<&Path>) -> Result<String> {
-    let mut argv: Vec<String> =
-        "qemu-system-x86_64 -M q35,memory-backend=ram -accel tcg -cpu max -smp 2 -m 256 \
-         -nodefaults -no-user-config -display none -no-reboot -serial stdio \
-         -object memory-backend-memfd,id=ram,size=256M,share=on"
-            .split_whitespace()
-            .map(str::to_owned)
-            .collect();
-    let mut add = |words: &[&str]| argv.extend(words.iter().map(|word| (*word).to_owned()));
-    let text = |path: &Path| path.to_string_lossy().into_owned();
-    add(&["-chardev", &format!("socket,id=blk,path={}", text(blk))]);
-    add(&["-device", "vhost-user-blk-pci,chardev=blk,num-queues=2"]);
-    if let Some(net) = net {
-        add(&["-chardev", &format!("socket,id=net,path={}", text(net))]);
-        add(&["-netdev", "vhost-user,id=net,chardev=net"]);
-        add(&["-device", "virtio-net-pci,netdev=net,romfile="]);
-    }
-    add(&[
-        "-kernel",
-        &text(&kernel.bzimage),
-        "-initrd",
-        &text(&kernel.initrd),
-    ]);
-    add(&[
-        "-append",
-        "console=ttyS0 quiet mitigations=off no_timer_check panic=-1",
-    ]);
+    let argv = qemu_argv(kernel, blk, net, Front::ONCE);
     let words: Vec<&str> = argv.iter().map(String::as_str).collect();
     let (mut console, mut stderr) = (Vec::new(), Vec::new());
     let ended = run_here(&Job::new(&words, BOOT), &mut |stream, bytes| match stream {
@@ -137,6 +123,57 @@ fn run_qemu(kernel: &KernelImages, blk: &Path, net: Option<&Path>) -> Result<Str
         String::from_utf8_lossy(&stderr)
     );
     Ok(console)
+}
+
+/// How QEMU is to be a front end.
+#[derive(Clone, Copy)]
+struct Front {
+    /// Further options of its sockets.
+    socket: &'static str,
+    /// Further words of the kernel's command line.
+    words: &'static str,
+}
+
+impl Front {
+    /// With back ends that stay.
+    const ONCE: Self = Self {
+        socket: "",
+        words: "",
+    };
+}
+
+fn qemu_argv(kernel: &KernelImages, blk: &Path, net: Option<&Path>, front: Front) -> Vec<String> {
+    let mut argv: Vec<String> =
+        "qemu-system-x86_64 -M q35,memory-backend=ram -accel tcg -cpu max -smp 2 -m 256 \
+         -nodefaults -no-user-config -display none -no-reboot -serial stdio \
+         -object memory-backend-memfd,id=ram,size=256M,share=on"
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect();
+    let mut add = |words: &[&str]| argv.extend(words.iter().map(|word| (*word).to_owned()));
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    add(&[
+        "-chardev",
+        &format!("socket,id=blk,path={}{}", text(blk), front.socket),
+    ]);
+    add(&["-device", "vhost-user-blk-pci,chardev=blk,num-queues=2"]);
+    if let Some(net) = net {
+        add(&[
+            "-chardev",
+            &format!("socket,id=net,path={}{}", text(net), front.socket),
+        ]);
+        add(&["-netdev", "vhost-user,id=net,chardev=net"]);
+        add(&["-device", "virtio-net-pci,netdev=net,romfile="]);
+    }
+    add(&[
+        "-kernel",
+        &text(&kernel.bzimage),
+        "-initrd",
+        &text(&kernel.initrd),
+    ]);
+    let line = "console=ttyS0 quiet mitigations=off no_timer_check panic=-1";
+    add(&["-append", &format!("{line} {}", front.words)]);
+    argv
 }
 
 fn expect(console: &str, report: &str) -> Result<()> {

@@ -21,13 +21,13 @@ pub(crate) fn tests() -> Vec<Trial> {
     let full = env::var_os(FULL).is_some();
     let (kills, limit) = if full { (500, 3600) } else { (50, 170) };
     let limit = Duration::from_secs(limit);
-    let mut tests: Vec<_> = [Image::Raw, Image::Qcow2]
+    let mut tests: Vec<_> = [(Image::Raw, kills / 2), (Image::Qcow2, kills)]
         .into_iter()
-        .map(|image| {
+        .map(|(image, kills)| {
             test_within(
                 limit,
                 format!("kills::disk_under_load_{}", image.name()),
-                move || under_load(image, kills / 2),
+                move || under_load(image, kills),
             )
         })
         .collect();

@@ -2,11 +2,14 @@
 //! workload checks every block, while its disk process is killed again and again.
 
 mod durable;
+mod fence;
 mod forced;
 mod kills;
 mod limits;
+mod others;
 mod storm;
 mod stress;
+mod trouble;
 mod upgrade;
 mod victim;
 
@@ -16,9 +19,12 @@ fn main() -> ExitCode {
     let mut tests = Vec::new();
     tests.extend(kills::tests());
     tests.extend(limits::tests());
+    tests.extend(others::tests());
     tests.extend(durable::tests());
     tests.extend(forced::tests());
+    tests.extend(fence::tests());
     tests.extend(upgrade::tests());
+    tests.extend(trouble::tests());
     tests.extend(stress::tests());
     integration_tests::suite::run(tests)
 }

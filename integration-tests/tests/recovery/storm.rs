@@ -54,6 +54,16 @@ impl Image {
         Ok(())
     }
 
+    /// A raw file in which every block of the storm exists.
+    pub(crate) fn make_allocated(self, path: &Path) -> Result<()> {
+        self.make(path)?;
+        let file = File::options().write(true).open(path)?;
+        for number in 0..BLOCKS {
+            file.write_all_at(&[0; BLOCK], number * STRIDE)?;
+        }
+        Ok(file.sync_all()?)
+    }
+
     /// `qemu-img check`.
     fn check(self, path: &Path) -> Result<()> {
         match self {
@@ -136,6 +146,22 @@ impl Storm {
 
     /// Starts another scenario on such a disk.
     pub(crate) fn of(scenario: &str, image: Image, id: &str, bins: Option<&Path>) -> Result<Self> {
+        Self::on(scenario, image, bins, |path| {
+            Ok(format!(
+                "id={id},path={},format={},num-queues=4",
+                path.display(),
+                image.name()
+            ))
+        })
+    }
+
+    /// Starts a scenario on the disk that `disk` describes, for the image at a path.
+    pub(crate) fn on(
+        scenario: &str,
+        image: Image,
+        bins: Option<&Path>,
+        disk: impl FnOnce(&Path) -> Result<String>,
+    ) -> Result<Self> {
         let folder = quick_folder()?;
         let path = folder.path().join("disk");
         image.make(&path)?;
@@ -145,11 +171,7 @@ impl Storm {
             "--memory=64M".to_owned(),
             format!("--cmdline={scenario} blocks={BLOCKS}"),
             "--cpus=2".to_owned(),
-            format!(
-                "--disk=id={id},path={},format={},num-queues=4",
-                path.display(),
-                image.name()
-            ),
+            format!("--disk={}", disk(&path)?),
         ];
         let mut command = Command::new(artifact(Artifact::Bulkhead)?);
         if let Some(bins) = bins {
@@ -203,7 +225,21 @@ impl Storm {
     }
 
     /// Lets the guest finish and compares everything.
-    pub(crate) fn calm(mut self) -> Result<Calm> {
+    pub(crate) fn calm(self) -> Result<Calm> {
+        self.calm_then(|| Ok(()))
+    }
+
+    /// As [`Storm::calm`]; `release` lets go of the image between the two.
+    pub(crate) fn calm_then(mut self, release: impl FnOnce() -> Result<()>) -> Result<Calm> {
+        self.finish_then(release)
+    }
+
+    /// As [`Storm::calm`]; the image stays.
+    pub(crate) fn finish(&mut self) -> Result<Calm> {
+        self.finish_then(|| Ok(()))
+    }
+
+    fn finish_then(&mut self, release: impl FnOnce() -> Result<()>) -> Result<Calm> {
         let events = self.victim.events(&self.run).unwrap_or_default();
         self.run.press(b'.')?;
         let status = self.run.wait(DEADLINE)?;
@@ -212,6 +248,7 @@ impl Storm {
         self.run.console.expect_ok().with_context(|| words.clone())?;
         let sum = u64::from_str_radix(self.run.console.value("checksum")?, 16)?;
         let writes = self.run.console.number("writes")?;
+        release()?;
         let file = self.image.examine(&self.path())?;
         let mut found = 0_u64;
         for block in blocks(&file, BLOCKS) {

@@ -12,7 +12,8 @@ use vm_spec::size::ByteSize;
 use vm_spec::spec::{BootSpec, OnDeviceDeath, OnReboot, VhostUserSpec, VmSpec};
 
 /// Keys whose values are numbers or truth values; all others are text.
-const NOT_TEXT: [&str; 14] = [
+const NOT_TEXT: [&str; 15] = [
+    "in-order",
     "read-only",
     "num-queues",
     "slot",
@@ -54,7 +55,7 @@ pub(super) struct VmFlags {
     huge_pages: Option<ByteSize>,
     /// path=FILE,format=raw|qcow2[,readonly][,cache=writeback|none][,l2-cache-size=SIZE][,serial=]
     /// [,poll-us=][,on-error=report|stop][,{ops,bytes}[-burst]=][,data-file=][,key-file=|,key-fd=]
-    /// or vhost-user=SOCKET; [,id=][,slot=][,queues=]
+    /// or vhost-user=SOCKET[,in-order=true]; [,id=][,slot=][,queues=]
     #[arg(long, value_name = "KEY=VALUE,...")]
     disk: Vec<String>,
     /// user[,publish=HOST:GUEST], tap=NAME, tap-fd=N, bridge=NAME, isolated=NAME,
@@ -62,7 +63,7 @@ pub(super) struct VmFlags {
     /// [,{receive,transmit}-{packets,bytes}[-burst]=][,pcap=FILE][,id=][,slot=]
     #[arg(long, value_name = "KEY=VALUE,...")]
     net: Vec<String>,
-    /// type=NAME,socket=SOCKET [,num-queues=][,config=HEX][,id=][,slot=]
+    /// type=NAME,socket=SOCKET [,num-queues=][,in-order=true][,config=HEX][,id=][,slot=]
     #[arg(long, value_name = "KEY=VALUE,...")]
     vhost_user: Vec<String>,
     /// The VM's name

@@ -1,6 +1,6 @@
 //! From a [`DiskSpec`] to what is meant: alternatives told apart, every key checked. Pure.
 
-use super::machine::{Backend, Device, check_limit, check_queues};
+use super::machine::{Backend, Device, Remote, check_limit, check_queues};
 use crate::failure::Failure;
 use std::path::PathBuf;
 use vm_spec::disk::{CacheMode, DiskSpec};
@@ -36,9 +36,17 @@ pub(crate) fn check(cpus: u8, n: usize, disk: &DiskSpec) -> Result<Device, Failu
     let id = disk.id.clone().unwrap_or(format!("disk{n}"));
     check_queues(&format!("{field}.queues"), disk.queues)?;
     let backend = match (&disk.path, &disk.vhost_user) {
+        (Some(_), None) if disk.in_order => {
+            return Err(Failure::usage(format!(
+                "{field}.in-order: goes with vhost-user, not with path"
+            )));
+        }
         (Some(path), None) => Backend::Disk(check_ours(&field, &id, disk, path.clone())?),
         (None, Some(socket)) => match asked_of_us(disk) {
-            None => Backend::External(socket.clone()),
+            None => Backend::External(Remote {
+                in_order: disk.in_order,
+                ..Remote::at(socket)
+            }),
             Some(key) => {
                 return Err(
                     Failure::usage(format!("{field}.{key}: goes with path, not with vhost-user"))
@@ -226,6 +234,11 @@ mod tests {
             ..DiskSpec::default()
         };
         assert!(refusal(&elsewhere).contains("disk[0].cache: goes with path"));
+        let order = DiskSpec {
+            in_order: true,
+            ..raw()
+        };
+        assert!(refusal(&order).contains("disk[0].in-order: goes with vhost-user"));
         let both_keys = DiskSpec {
             key_file: Some("k".into()),
             key_fd: Some(5),

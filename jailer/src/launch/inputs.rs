@@ -4,7 +4,7 @@
 use super::disk::{Disk, Key};
 use super::image::printable;
 use super::kernel::{self, Kernel};
-use super::machine::{Backend, Device};
+use super::machine::{Backend, Device, Remote};
 use super::net::{self, Nic};
 use super::qcow2;
 use super::run_dir::RunDir;
@@ -118,7 +118,7 @@ fn open_backend(spec: &VmSpec, device: &Device) -> Result<Option<BackendInput>, 
         Backend::Passt { passt, publish, mtu } => {
             net::serve(&device.field, passt, publish, *mtu).map(|socket| Some(BackendInput::Socket(socket)))
         }
-        Backend::External(socket) => match UnixStream::connect(socket) {
+        Backend::External(Remote { socket, .. }) => match UnixStream::connect(socket) {
             Ok(stream) => Ok(Some(BackendInput::Socket(stream.into()))),
             Err(e) => Err(Failure::host(format!(
                 "{}: cannot connect to the back end at {}",

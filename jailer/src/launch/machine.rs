@@ -4,7 +4,7 @@
 use super::disk::{self, Disk};
 use super::net::{self, Nic, Passt, Publish};
 use crate::failure::Failure;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use vm_spec::machine::{FIRST_SLOT, LAST_SLOT, MAX_CPUS, MAX_MEMORY, MIN_MEMORY};
 use vm_spec::size::ByteSize;
 use vm_spec::spec::{VhostUserSpec, VmSpec};
@@ -47,8 +47,25 @@ pub(crate) enum Backend {
         publish: Vec<Publish>,
         mtu: Option<u16>,
     },
-    /// Someone else, at this socket.
-    External(PathBuf),
+    /// Someone else.
+    External(Remote),
+}
+
+/// Someone else's back end.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Remote {
+    pub(crate) socket: PathBuf,
+    /// See [`VhostUserSpec::in_order`].
+    pub(crate) in_order: bool,
+}
+
+impl Remote {
+    pub(crate) fn at(socket: &Path) -> Self {
+        Self {
+            socket: socket.to_owned(),
+            in_order: false,
+        }
+    }
 }
 
 /// The name and the devices of a sound spec.
@@ -180,7 +197,10 @@ fn check_vhost_user(n: usize, other: &VhostUserSpec) -> Result<Device, Failure> 
         num_queues: other.num_queues,
         config,
         config_features: 0,
-        backend: Backend::External(other.socket.clone()),
+        backend: Backend::External(Remote {
+            in_order: other.in_order,
+            ..Remote::at(&other.socket)
+        }),
     })
 }
 

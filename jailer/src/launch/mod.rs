@@ -4,6 +4,7 @@
 //!   machine (check) -> reaper -> inputs (open) -> plan -> spawn -> supervise
 //! ```
 
+mod connector;
 mod disk;
 mod forker;
 pub(crate) mod identity;
@@ -26,20 +27,23 @@ mod terminal;
 use crate::failure::Failure;
 use crate::sandbox::cgroup::{CgroupError, Groups, Place};
 use crate::sandbox::{SeccompMode, share_cores_within};
+use connector::Connector;
 use identity::{Identities, Settled};
 use inputs::{BackendInput, Inputs};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Pid, getpid};
-use obituary::Obituary;
+use obituary::{Known, Obituary};
 use plan::{Choices, Plan};
 use reaper::Reaper;
 use run_dir::RunDir;
+use spawn::Ends;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 use vm_spec::events::{self, VmEvent};
 use vm_spec::run_state::{self, ProcessRole, ProcessState, RunState};
 use vm_spec::spec::VmSpec;
+use vm_spec::supervise::ExitStatus;
 
 /// Whether a VM's processes are jailed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
@@ -126,6 +130,9 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
     let reaper = Reaper::start(&run_dir, saved.as_ref(), place.as_ref())
         .map_err(|e| Failure::host("cannot start the reaper").because(&e))?;
     let result = (|| {
+        // Before anything that it need not hold is opened.
+        let connector = Connector::start(&devices)
+            .map_err(|e| Failure::host("cannot start the connector").because(&e))?;
         let mut inputs = inputs::open(spec, &devices)?;
         inputs.make_links(&run_dir, &devices)?;
         // Until the end of this block: their namespaces end with these.
@@ -149,8 +156,10 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
         if let Some(saved) = &saved {
             terminal::make_raw(saved);
         }
-        let running = spawn::spawn(&plan, inputs, binaries, clients)?;
-        let mut state = describe(&plan, &running, &reaper, &holders, identity, launched_ns);
+        let helpers = describe_helpers(&reaper, connector.as_ref(), &holders);
+        let connector = connector.map(|connector| connector.socket);
+        let running = spawn::spawn(&plan, inputs, binaries, Ends { clients, connector })?;
+        let mut state = describe(&plan, &running, helpers, identity, launched_ns);
         save_state(&run_dir, &state);
         let guards = holders
             .iter()
@@ -178,8 +187,12 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
                         process.pid = pid.as_raw();
                     }
                 }
-                supervise::Event::Signalled(pid, signal) => {
-                    return obituary.write(state.processes.iter().find(|p| p.pid == pid.as_raw()), signal);
+                supervise::Event::Signalled(pid, signal, why) => {
+                    let process = state.processes.iter().find(|p| p.pid == pid.as_raw());
+                    if obituary.write(process, signal) == Known::OutOfMemory {
+                        *why = ExitStatus::OutOfMemory;
+                    }
+                    return;
                 }
                 supervise::Event::Happened(event) => return note(&run_dir, &event),
             }
@@ -299,21 +312,31 @@ fn unjailed(name: &str, role: ProcessRole, pid: Pid) -> ProcessState {
     }
 }
 
-fn describe(
-    plan: &Plan,
-    running: &spawn::Running,
+/// The processes that are no part of the plan.
+fn describe_helpers(
     reaper: &Reaper,
+    connector: Option<&Connector>,
     holders: &[net::Holder],
-    identity: Settled,
-    launched_ns: u64,
-) -> RunState {
+) -> Vec<ProcessState> {
     let mut processes = vec![
         unjailed("spawner", ProcessRole::Spawner, getpid()),
         unjailed("reaper", ProcessRole::Reaper, reaper.pid),
     ];
+    let connector = connector.map(|connector| connector.pid);
+    processes.extend(connector.map(|pid| unjailed("connector", ProcessRole::Connector, pid)));
     for holder in holders {
         processes.push(unjailed("netns", ProcessRole::NetNamespace, holder.pid));
     }
+    processes
+}
+
+fn describe(
+    plan: &Plan,
+    running: &spawn::Running,
+    mut processes: Vec<ProcessState>,
+    identity: Settled,
+    launched_ns: u64,
+) -> RunState {
     let jailed = plan.workers.iter().zip(&running.workers);
     for (place, (process, child)) in jailed
         .chain([(&plan.supervisor, &running.supervisor)])

@@ -8,6 +8,15 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use vm_spec::run_state::ProcessState;
 
+/// Why a process was ended by a signal.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Known {
+    /// No more than that.
+    Signal,
+    /// The memory limit was reached.
+    OutOfMemory,
+}
+
 /// Who can say it.
 pub(super) struct Obituary {
     witness: Witness,
@@ -26,9 +35,11 @@ impl Obituary {
         }
     }
 
-    /// Says what is known of the end of `process` by `signal`.
-    pub(super) fn write(&mut self, process: Option<&ProcessState>, signal: u8) {
-        let Some(process) = process else { return };
+    /// What is known of the end of `process` by `signal`; says which call was forbidden.
+    pub(super) fn write(&mut self, process: Option<&ProcessState>, signal: u8) -> Known {
+        let Some(process) = process else {
+            return Known::Signal;
+        };
         let (name, pid) = (&process.name, process.pid);
         if signal == Signal::SIGSYS as u8 {
             let role = process.role.policy().and_then(|name| name.parse().ok());
@@ -42,11 +53,9 @@ impl Obituary {
             let (kills, told) = (groups.oom_kills(name), self.told.entry(name.clone()).or_default());
             if kills > *told {
                 *told = kills;
-                eprintln!(
-                    "bulkhead: {name} (pid {pid}): killed by the kernel, out of memory: limits.memory is \
-                     too small for the guest's RAM and the processes beside it"
-                );
+                return Known::OutOfMemory;
             }
         }
+        Known::Signal
     }
 }

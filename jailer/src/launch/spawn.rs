@@ -125,16 +125,20 @@ pub(crate) fn installed() -> Vec<PathBuf> {
     paths.filter(|path| path.exists()).collect()
 }
 
+/// The supervisor's ends of what others hold already.
+pub(crate) struct Ends {
+    /// Where clients connect.
+    pub(crate) clients: OwnedFd,
+    /// The socket to the connector.
+    pub(crate) connector: Option<OwnedFd>,
+}
+
 /// Makes every process. The supervisor's first message comes last, when it can tell the others' ids.
-pub(crate) fn spawn(
-    plan: &Plan,
-    inputs: Inputs,
-    binaries: Binaries,
-    clients: OwnedFd,
-) -> Result<Running, Failure> {
+pub(crate) fn spawn(plan: &Plan, inputs: Inputs, binaries: Binaries, ends: Ends) -> Result<Running, Failure> {
     let mut fds = Wires::make(plan, inputs)
         .map_err(|e| Failure::host("cannot make the sockets between the processes").because(&e))?;
-    fds.table.insert(Source::Clients, clients);
+    fds.table.insert(Source::Clients, ends.clients);
+    fds.table.extend(ends.connector.map(|fd| (Source::Connector, fd)));
     let first = ToVmm::Start(Box::new(plan.vm.clone()));
     send_message(fds.get(Source::VmmControl).as_fd(), 1, first)
         .map_err(|e| Failure::host("cannot write the vmm's first message").because(&e))?;

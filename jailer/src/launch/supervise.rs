@@ -42,7 +42,7 @@ pub(crate) fn block_signals() -> nix::Result<SignalFd> {
 }
 
 /// What the loop tells its caller about.
-pub(crate) enum Event {
+pub(crate) enum Event<'a> {
     /// The guest runs.
     Running {
         started_ns: u64,
@@ -52,8 +52,8 @@ pub(crate) enum Event {
     Forked(Pid),
     /// A device's process has a successor.
     Respawned { predecessor: Pid, pid: Pid },
-    /// A process was ended by a signal.
-    Signalled(Pid, u8),
+    /// A process was ended by a signal; set what is known of why.
+    Signalled(Pid, u8, &'a mut ExitStatus),
     /// To be written down.
     Happened(VmEvent),
 }
@@ -110,7 +110,7 @@ impl Spawner {
     }
 
     /// Serves until the supervisor is gone, then ends what is left. Returns the exit code.
-    pub(crate) fn serve(mut self, on_event: &mut dyn FnMut(Event)) -> u8 {
+    pub(crate) fn serve(mut self, on_event: &mut dyn FnMut(Event<'_>)) -> u8 {
         while self.supervisor.is_some() {
             if let Err(error) = self.wait() {
                 eprintln!("bulkhead: the spawner cannot wait: {error}");
@@ -172,7 +172,7 @@ impl Spawner {
         }
     }
 
-    fn hear_supervisor(&mut self, on_event: &mut dyn FnMut(Event)) {
+    fn hear_supervisor(&mut self, on_event: &mut dyn FnMut(Event<'_>)) {
         while let Some(control) = &self.control {
             match receive_with_fds(control.as_fd()) {
                 Ok((Received::Nothing, _)) => return,
@@ -236,9 +236,9 @@ impl Spawner {
     }
 
     /// Reaps every child that has ended.
-    fn reap(&mut self, on_event: &mut dyn FnMut(Event)) {
+    fn reap(&mut self, on_event: &mut dyn FnMut(Event<'_>)) {
         while let Some((pid, change)) = next_change() {
-            let status = match change {
+            let mut status = match change {
                 Change::Ended(status) => status,
                 Change::Stopped(stopped) => {
                     self.tell_stopped(pid, stopped);
@@ -246,7 +246,7 @@ impl Spawner {
                 }
             };
             if let ExitStatus::Signal(signal) = status {
-                on_event(Event::Signalled(pid, signal));
+                on_event(Event::Signalled(pid, signal, &mut status));
             }
             if let Some(n) = self.workers.iter().position(|w| w.alive() == Some(pid)) {
                 self.workers[n].reaped = true;
@@ -299,7 +299,7 @@ impl Spawner {
 
     /// Starts the successor of a device's process that was reaped. The socket goes to the
     /// supervisor at once: what the vmm writes waits in it while the jail is built.
-    fn respawn(&mut self, process: u16, build: Build, on_event: &mut dyn FnMut(Event)) {
+    fn respawn(&mut self, process: u16, build: Build, on_event: &mut dyn FnMut(Event<'_>)) {
         let place = usize::from(process);
         let started = match (self.workers.get(place), &self.forker) {
             (Some(worker), Some(forker)) if worker.reaped && !self.ending => forker.successor(process, build),
@@ -342,7 +342,7 @@ impl Spawner {
         }
     }
 
-    fn reap_rest(&mut self, on_event: &mut dyn FnMut(Event)) {
+    fn reap_rest(&mut self, on_event: &mut dyn FnMut(Event<'_>)) {
         let deadline = Instant::now() + REAP_DEADLINE;
         while (self.workers.iter().any(|w| !w.reaped) || self.supervisor.is_some())
             && Instant::now() < deadline
@@ -407,6 +407,7 @@ fn next_change() -> Option<(Pid, Change)> {
 fn describe(status: ExitStatus) -> (u8, String) {
     match status {
         ExitStatus::Code(code) => (exit_code::ERROR, format!("exited with code {code}")),
+        ExitStatus::OutOfMemory => (exit_code::ERROR, "was killed, out of memory".into()),
         ExitStatus::Signal(signal) if signal == Signal::SIGSYS as u8 => {
             (exit_code::SECCOMP, "was stopped by seccomp".into())
         }

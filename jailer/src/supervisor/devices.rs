@@ -3,7 +3,7 @@
 
 use super::outcome::Outcome;
 use super::recovery::Order;
-use super::{Phase, Process, Supervisor};
+use super::{Phase, Supervisor};
 use crate::sandbox::EXIT_HUNG;
 use crate::wire_fds::send_with_fd;
 use nix::time::{ClockId, clock_gettime};
@@ -68,6 +68,7 @@ impl Supervisor {
         if !told {
             let event = match status {
                 ExitStatus::Code(EXIT_HUNG) => EventKind::Hung,
+                ExitStatus::OutOfMemory => EventKind::OutOfMemory,
                 _ => EventKind::Died,
             };
             self.say(&line);
@@ -160,7 +161,7 @@ impl Supervisor {
             return true;
         }
         let Some(index) = self.processes.iter().position(|p| p.recovery.joins_by(id)) else {
-            return false;
+            return self.remote_answered(id, answer, now);
         };
         match answer {
             Ok(()) => {
@@ -185,6 +186,19 @@ impl Supervisor {
         self.say(&format!("{device}: the device needs a reset: {reason}"));
         if let Some(index) = self.processes.iter().position(|p| p.about.name == device) {
             self.note(index, EventKind::NeedsReset, Duration::ZERO, reason);
+        } else if let Some(index) = self.remote(device) {
+            self.note_remote(index, EventKind::NeedsReset, Duration::ZERO, reason);
+        }
+    }
+
+    /// Writes down what processes told of by their logs. A device's process can tell of itself only.
+    pub(super) fn note_told(&mut self) {
+        for index in 0..self.processes.len() {
+            for (kind, detail) in std::mem::take(&mut self.processes[index].log.told) {
+                if self.processes[index].about.slot.is_some() {
+                    self.note(index, kind, Duration::ZERO, &detail);
+                }
+            }
         }
     }
 
@@ -207,35 +221,42 @@ impl Supervisor {
         }
     }
 
-    pub(super) fn note(&mut self, index: usize, event: EventKind, took: Duration, detail: &str) {
-        let Process {
-            about,
-            counters,
-            outstanding,
-            ..
-        } = &mut self.processes[index];
-        let count = counters.entry(event).or_default();
-        *count += 1;
-        let event = VmEvent {
-            time_ns: clock_gettime(ClockId::CLOCK_MONOTONIC)
-                .map_or(0, |now| Duration::from(now).as_nanos() as u64),
-            device: about.name.clone(),
-            event,
-            pid: about.pid,
-            count: *count,
-            outstanding: match event {
-                EventKind::Restarted => *outstanding,
-                _ => 0,
-            },
-            took_us: took.as_micros() as u64,
-            detail: shortened(detail),
-        };
+    pub(super) fn note(&mut self, index: usize, kind: EventKind, took: Duration, detail: &str) {
+        let process = &mut self.processes[index];
+        let mut event = event(&process.about.name, &mut process.counters, kind, took, detail);
+        event.pid = process.about.pid;
+        if kind == EventKind::Restarted {
+            event.outstanding = process.outstanding;
+        }
         self.tell_spawner(FromSupervisor::Event(event));
     }
 }
 
+/// An event of now, counted.
+pub(super) fn event(
+    device: &str,
+    counters: &mut Counters,
+    kind: EventKind,
+    took: Duration,
+    detail: &str,
+) -> VmEvent {
+    let count = counters.entry(kind).or_default();
+    *count += 1;
+    VmEvent {
+        time_ns: clock_gettime(ClockId::CLOCK_MONOTONIC)
+            .map_or(0, |now| Duration::from(now).as_nanos() as u64),
+        device: device.to_owned(),
+        event: kind,
+        pid: 0,
+        count: *count,
+        outstanding: 0,
+        took_us: took.as_micros() as u64,
+        detail: shortened(detail),
+    }
+}
+
 /// A back end's words can be in it: one line, of bounded length.
-fn shortened(detail: &str) -> String {
+pub(super) fn shortened(detail: &str) -> String {
     let mut line = String::new();
     for c in detail.chars() {
         if line.len() + c.len_utf8() > MAX_DETAIL {

@@ -108,7 +108,11 @@ impl Supervisor {
                     }
                     // The end of a process of ours is told by whoever reaps it, with its cause.
                     Some(_) => {}
-                    None => self.say(&format!("{device}: {reason}")),
+                    None => {
+                        if let Some(index) = self.remote(&device) {
+                            self.remote_lost(index, generation, outstanding, &reason, now);
+                        }
+                    }
                 }
             }
             FromVmm::DeviceFault { device, reason } => self.device_faulted(&device, &reason),
@@ -145,5 +149,9 @@ impl Supervisor {
 /// A process that exits by itself before the guest runs cannot serve (its image is refused, say),
 /// nor can one that its filter stopped: another would do no better.
 fn was_killed(status: ExitStatus) -> bool {
-    matches!(status, ExitStatus::Signal(signal) if signal != SIGSYS)
+    match status {
+        ExitStatus::Signal(signal) => signal != SIGSYS,
+        ExitStatus::OutOfMemory => true,
+        ExitStatus::Code(_) => false,
+    }
 }

@@ -7,6 +7,7 @@ use nix::unistd::{read, write};
 use std::fmt::Write as _;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
+use vm_spec::events::EventKind;
 
 /// Longest line passed on, in bytes; the rest of a longer one is dropped.
 const LONGEST_LINE: usize = 2048;
@@ -23,6 +24,8 @@ pub(super) struct LogPipe {
     period_start: Instant,
     lines: u32,
     dropped: u64,
+    /// What its process told of, for whoever writes it down.
+    pub(super) told: Vec<(EventKind, String)>,
 }
 
 impl LogPipe {
@@ -34,6 +37,7 @@ impl LogPipe {
             period_start: now,
             lines: 0,
             dropped: 0,
+            told: Vec::new(),
         }
     }
 
@@ -81,7 +85,11 @@ impl LogPipe {
             self.report_dropped(log);
         }
         self.lines += 1;
-        if self.lines > LINES_A_PERIOD || !log.line(&self.name, &String::from_utf8_lossy(&line)) {
+        let text = String::from_utf8_lossy(&line);
+        if self.lines <= LINES_A_PERIOD {
+            self.told.extend(happening(&text));
+        }
+        if self.lines > LINES_A_PERIOD || !log.line(&self.name, &text) {
             self.dropped += 1;
         }
     }
@@ -114,6 +122,12 @@ impl Log {
         let mut ready = [PollFd::new(std::os::fd::AsFd::as_fd(&stderr), PollFlags::POLLOUT)];
         poll(&mut ready, PollTimeout::ZERO) == Ok(1) && write(&stderr, line.as_bytes()).is_ok()
     }
+}
+
+/// `event: NAME: DETAIL`, of the names that a process may tell of.
+fn happening(line: &str) -> Option<(EventKind, String)> {
+    let (name, detail) = line.strip_prefix("event: ")?.split_once(": ")?;
+    Some((EventKind::told_as(name)?, detail.to_owned()))
 }
 
 /// `text` without what would steer a terminal.
@@ -168,6 +182,15 @@ mod tests {
             json_line("vmm", "say \"x\"\u{1b}"),
             "{\"process\":\"vmm\",\"message\":\"say \\\"x\\\"\\u001b\"}\n"
         );
+    }
+
+    #[test]
+    fn a_process_tells_of_what_it_may_only() {
+        let told = Some((EventKind::NoSpace, "a: b".to_owned()));
+        assert_eq!(happening("event: no-space: a: b"), told);
+        for other in ["event: died: by itself", "no-space: x", "event: no-space", ""] {
+            assert_eq!(happening(other), None, "{other}");
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ mod logs;
 mod outcome;
 mod ready;
 mod recovery;
+mod remote;
 mod upgrade;
 
 use crate::inherit;
@@ -29,6 +30,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use outcome::Outcome;
 use ready::Ready;
 use recovery::Recovery;
+use remote::Remote;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -129,6 +131,8 @@ struct Supervisor {
     console: Console,
     clients: Clients,
     processes: Vec<Process>,
+    remotes: Vec<Remote>,
+    connector: Option<OwnedFd>,
     log: Log,
     grace: Duration,
     phase: Phase,
@@ -171,6 +175,12 @@ impl Supervisor {
             console,
             clients: Clients::new(take(config.clients)?),
             processes,
+            remotes: config
+                .remotes
+                .into_iter()
+                .map(|about| Remote::new(about, now))
+                .collect(),
+            connector: config.connector.map(take).transpose()?,
             log: Log {
                 json: config.log_json,
             },
@@ -186,15 +196,23 @@ impl Supervisor {
 
     fn serve(mut self, _locked: &Locked) -> Result<(), SupervisorError> {
         while self.processes.iter().any(|p| p.alive) {
-            let deadlines = [self.deadline(), self.devices_deadline(), self.clients.deadline()];
+            let deadlines = [
+                self.deadline(),
+                self.devices_deadline(),
+                self.remotes_deadline(),
+                self.clients.deadline(),
+            ];
             self.wait(deadlines.into_iter().flatten().min())?;
             let now = Instant::now();
+            self.note_told();
             // The vmm first: its own account of the end comes before what the end of its sockets
             // does to the devices.
             self.hear_vmm(now);
             self.hear_spawner(now)?;
             self.hear_clients(now);
+            self.hear_connector(now);
             self.judge_devices(now);
+            self.judge_remotes(now);
             self.judge_deadlines(now);
         }
         self.finish()

@@ -50,6 +50,9 @@ impl Outcome {
                  the call"
             ),
             ExitStatus::Signal(signal) => format!("was killed by signal {signal}"),
+            ExitStatus::OutOfMemory => "was killed by the kernel, out of memory: limits.memory is too small \
+                                        for the guest's RAM and the processes beside it"
+                .to_owned(),
             ExitStatus::Code(EXIT_HUNG) => "found that one of its threads spins, and gave up".to_owned(),
             ExitStatus::Code(code) => format!("exited with code {code}"),
         };

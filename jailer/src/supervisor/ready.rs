@@ -23,6 +23,7 @@ impl Ready {
             (of.console.guest_writable(), PollFlags::POLLOUT),
             (of.console.input(), PollFlags::POLLIN),
             (of.console.output(), PollFlags::POLLOUT),
+            (of.connector.as_ref(), PollFlags::POLLIN),
         ];
         wanted.extend(of.processes.iter().map(|p| (p.log.pipe(), PollFlags::POLLIN)));
         wanted.extend(of.clients.sockets().map(|fd| (Some(fd), PollFlags::POLLIN)));
@@ -48,7 +49,7 @@ impl Ready {
             guest_writable: ready(&places[3]),
             input: ready(&places[4]),
             output: ready(&places[5]),
-            logs: places[6..6 + of.processes.len()].iter().map(ready).collect(),
+            logs: places[7..7 + of.processes.len()].iter().map(ready).collect(),
         })
     }
 }

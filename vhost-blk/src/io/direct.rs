@@ -5,6 +5,7 @@
 use crate::image::{BlockFile, Buffers, HostFile};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
+use nix::sys::stat::{SFlag, fstat};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -22,19 +23,15 @@ pub struct DirectFile {
 }
 
 impl DirectFile {
-    /// Takes `plain`, and the same file as `direct`, opened with O_DIRECT. Waits for direct writes of a
-    /// process that was killed: they may still be on their way, and would land on newer data.
+    /// Takes `plain`, and the same file as `direct`, opened with O_DIRECT.
     ///
     /// # Errors
     /// When they are not the same file, or `direct` is not open with O_DIRECT (`InvalidInput`).
-    pub fn new(plain: OwnedFd, direct: OwnedFd, read_only: bool) -> io::Result<Self> {
+    pub fn new(plain: OwnedFd, direct: OwnedFd) -> io::Result<Self> {
         let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
         let flags = OFlag::from_bits_truncate(fcntl(&direct, FcntlArg::F_GETFL)?);
         if !flags.contains(OFlag::O_DIRECT) {
             return Err(invalid("the second descriptor is not open with O_DIRECT"));
-        }
-        if !read_only {
-            wait_for_direct_writes(plain.as_fd())?;
         }
         let (memory, offset) = alignment(direct.as_fd()).unwrap_or((SAFE_ALIGNMENT, SAFE_ALIGNMENT));
         let (plain, direct) = (HostFile::new(plain)?, HostFile::new(direct)?);
@@ -64,11 +61,31 @@ impl DirectFile {
     }
 }
 
-/// `fallocate` waits for all direct I/O on a file, whoever began it; its one byte exists or costs a block.
-fn wait_for_direct_writes(file: BorrowedFd<'_>) -> io::Result<()> {
+/// Whether direct writes that a killed process had begun by an io_uring can be waited for; they would
+/// land on newer data.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fence {
+    /// They were waited for.
+    Passed,
+    /// Nothing waits for them: not on a block device, not on a file system without `fallocate`. There
+    /// data may only move by calls: a process ends no sooner than its calls.
+    None,
+}
+
+/// Waits for direct writes of a process that was killed. `fallocate` does, whoever began them (ext4, XFS
+/// and btrfs: `inode_dio_wait`, or its like); its one byte exists, or costs a block. `fdatasync` does not.
+///
+/// # Errors
+/// The file's.
+pub fn await_direct_writes(file: BorrowedFd<'_>) -> io::Result<Fence> {
+    let kind = SFlag::from_bits_truncate(fstat(file)?.st_mode) & SFlag::S_IFMT;
+    if kind == SFlag::S_IFBLK {
+        return Ok(Fence::None);
+    }
     match fallocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, 0, 1) {
-        // ENODEV: a block device without it.
-        Ok(()) | Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV) => Ok(()),
+        // Space is looked for after the wait: where there is none, nothing is on its way either.
+        Ok(()) | Err(Errno::ENOSPC | Errno::EDQUOT) => Ok(Fence::Passed),
+        Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV) => Ok(Fence::None),
         Err(error) => Err(error.into()),
     }
 }

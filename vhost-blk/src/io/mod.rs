@@ -1,12 +1,13 @@
 //! How requests reach the host's files: by plain calls, or through a restricted io_uring.
 //!
 //! Cached files take plain `preadv` and `pwritev`, which copy and return; O_DIRECT files take a
-//! ring, since a call that waits for the disk would leave it one request deep.
+//! ring, since a call that waits for the disk would leave it one request deep. Where a successor could
+//! not wait for what a ring had begun ([`Fence`]) they take calls all the same.
 
 mod direct;
 mod ring;
 
-pub use direct::DirectFile;
+pub use direct::{DirectFile, Fence, await_direct_writes};
 pub(crate) use ring::{Direction, RestrictedRing, Transfer};
 
 use std::str::FromStr;
@@ -14,7 +15,8 @@ use std::str::FromStr;
 /// Who moves the data (`--io`).
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub enum IoMode {
-    /// The ring where the image bypasses the page cache and the host has one, else plain calls.
+    /// The ring where the image bypasses the page cache, the host has one and a successor could wait for
+    /// what it began; else plain calls.
     #[default]
     Auto,
     /// Plain calls.

@@ -77,6 +77,11 @@ impl Channel {
         self.stream.as_fd()
     }
 
+    /// From now on waits end with `cancel`.
+    pub(super) fn set_cancel(&mut self, cancel: Arc<EventFd>) {
+        self.cancel = cancel;
+    }
+
     /// Sends one message; `fds` travel with its first byte.
     pub(super) fn send(
         &mut self,

@@ -377,6 +377,11 @@ impl Session {
             .is_some_and(BackendChannel::take_config_changed)
     }
 
+    /// From now on waits end when `cancel` is readable.
+    pub fn set_cancel(&mut self, cancel: Arc<EventFd>) {
+        self.channel.set_cancel(cancel);
+    }
+
     /// Whether the back end keeps its requests in an in-flight region.
     #[must_use]
     pub fn has_inflight(&self) -> bool {

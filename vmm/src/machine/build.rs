@@ -242,7 +242,7 @@ impl Connector {
                 Err(error) => error,
             };
             let (id, next) = match error.cause.loss() {
-                Some(loss) if config.ours => early.replacement(&config, generation, loss, &error.cause)?,
+                Some(loss) => early.replacement(&config, generation, loss, &error.cause)?,
                 _ => None,
             }
             .ok_or_else(|| failed(error))?;

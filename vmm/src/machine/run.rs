@@ -291,6 +291,7 @@ impl Machine {
     /// Stops vCPUs, drains devices and lets the console take what it will.
     fn end(&self, reason: EndReason) -> Result<EndReason, Error> {
         self.vcpus.hold()?;
+        self.devices.iter().for_each(Device::refuse_successors);
         self.platform.pci.reset();
         self.platform.com1.output().drain(Instant::now() + CONSOLE_DRAIN);
         Ok(reason)

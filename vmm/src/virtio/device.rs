@@ -110,12 +110,15 @@ pub struct Device {
     slot: u8,
     function: Arc<VirtioFunction>,
     worker: Arc<WorkerHandle>,
+    ending: Arc<EventFd>,
     _thread: ThreadHandle,
 }
 
 /// Ends the thread, whatever it waits for, when dropped.
 struct ThreadHandle {
     cancel: Arc<EventFd>,
+    /// Cancels only the taking over by successors.
+    ending: Arc<EventFd>,
     mailbox: Arc<Mailbox>,
     thread: Option<JoinHandle<()>>,
 }
@@ -149,7 +152,7 @@ impl Device {
     }
 
     fn spawn(parts: DeviceParts) -> Result<Connecting, Error> {
-        let cancel = new_event()?;
+        let (cancel, ending) = (new_event()?, new_event()?);
         let mailbox = Arc::new(Mailbox::new(new_event()?));
         let (give_negotiated, negotiated) = sync_channel(1);
         let (transport, take_transport) = sync_channel(1);
@@ -162,6 +165,7 @@ impl Device {
                 ours: parts.config.ours,
                 requests: parts.requests,
             },
+            ending: Arc::clone(&ending),
             events: parts.events,
             mailbox: Arc::clone(&mailbox),
             generation: parts.generation,
@@ -186,6 +190,7 @@ impl Device {
             transport,
             thread: ThreadHandle {
                 cancel,
+                ending,
                 mailbox,
                 thread: Some(thread),
             },
@@ -262,6 +267,11 @@ impl Device {
             .command(Command::GiveUp(reason.to_owned()));
     }
 
+    /// The VM ends: no successor is waited for any more, not even one that takes over now.
+    pub fn refuse_successors(&self) {
+        let _ = self.ending.write(1);
+    }
+
     fn ask<T>(&self, command: impl FnOnce(Answer<T>) -> Command) -> Result<T, DeviceError> {
         self.worker.ask(command).map_err(|cause| DeviceError {
             device: self.id.clone(),
@@ -326,6 +336,7 @@ impl Connecting {
             slot: config.slot,
             function: Arc::new(VirtioFunction::new(transport, Arc::clone(&worker), space)),
             worker,
+            ending: Arc::clone(&self.thread.ending),
             _thread: self.thread,
         })
     }

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use vhost::vhost_user::message::FrontendReq as Req;
-use vm_spec::control::Loss;
+use vm_spec::control::{DeviceConfig, Loss};
 
 const NEEDS_RESET: u8 = 0x40;
 
@@ -299,11 +299,44 @@ fn a_device_with_no_record_is_not_restarted_blindly() {
     rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
     rig.fake.kill();
     rig.event();
-    let (_heir, socket) = FakeBackend::start(script());
-    assert!(rig.replace(socket).is_err());
-    rig.device.give_up("no successor");
-    assert!(matches!(rig.event(), DeviceEvent::NeedsReset { reason, .. } if reason == "no successor"));
+    let (heir, socket) = FakeBackend::start(script());
+    rig.replace(socket).unwrap();
+    assert!(matches!(rig.event(), DeviceEvent::NeedsReset { reason, .. } if reason.contains("no record")));
     assert_eq!(rig.status() & NEEDS_RESET, NEEDS_RESET);
+    assert_eq!(
+        heir.requests()
+            .iter()
+            .filter(|request| **request == Req::SET_VRING_KICK)
+            .count(),
+        0,
+        "its rings are not started before the driver's reset"
+    );
+    rig.set_status(0);
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    rig.drive();
+    heir.look(Req::SET_VRING_ENABLE, 2, |_| ());
+}
+
+#[test]
+fn a_device_that_completes_in_order_needs_no_record() {
+    let without_record = || Script {
+        protocol: script().protocol & !(1 << 12),
+        ..script()
+    };
+    let config = DeviceConfig {
+        ours: false,
+        in_order: true,
+        ..spec()
+    };
+    let rig = Rig::with(config, without_record());
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    rig.fake.kill();
+    rig.event();
+    let (heir, socket) = FakeBackend::start(without_record());
+    rig.replace(socket).unwrap();
+    heir.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    assert_eq!(rig.status() & NEEDS_RESET, 0);
 }
 
 #[test]

@@ -40,6 +40,7 @@ pub(crate) fn spec() -> DeviceConfig {
         config: Vec::new(),
         config_features: 0,
         ours: true,
+        in_order: false,
     }
 }
 

@@ -6,8 +6,9 @@ use super::device_type::DeviceType;
 use super::mailbox::{StartOrder, Successor};
 use super::offer;
 use super::worker::{Phase, Worker};
-use crate::frontend::{Error, MemoryTable, Session};
+use crate::frontend::{Error, MemoryTable, Session, SessionOptions};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use virtio_bindings::virtio_config::VIRTIO_F_IN_ORDER;
 
 impl Worker {
@@ -30,6 +31,9 @@ impl Worker {
         self.session = Some(session);
         self.generation = successor.generation;
         self.resume()?;
+        if let Some(session) = &mut self.session {
+            session.set_cancel(Arc::clone(&self.context.options.cancel));
+        }
         if config != self.offer.config {
             self.offer.config = config;
             self.transport.set_config(&self.offer.config);
@@ -41,11 +45,18 @@ impl Worker {
     /// Negotiates with a successor and finds out where it is to go on. Returns it and its
     /// configuration space.
     fn prepare(&mut self, socket: OwnedFd) -> Result<(Session, Vec<u8>), Error> {
-        let mut session = Session::connect(socket, self.context.options.clone())?;
+        let options = SessionOptions {
+            cancel: Arc::clone(&self.context.ending),
+            ..self.context.options.clone()
+        };
+        let mut session = Session::connect(socket, options)?;
         let config = self.check(&mut session)?;
         match &self.phase {
             Phase::Idle => self.inflight = session.get_inflight(self.offer.served, MAX_QUEUE_SIZE)?,
-            Phase::Running(order) => self.phase = Phase::Drained(self.after_a_crash(order)?),
+            Phase::Running(order) => match self.after_a_crash(order)? {
+                Some(order) => self.phase = Phase::Drained(order),
+                None => self.strand(&mut session)?,
+            },
             // Nothing is in flight: a record may begin, or end, here.
             Phase::Drained(_) if !session.has_inflight() => self.inflight = None,
             Phase::Drained(_) if self.inflight.is_none() => {
@@ -88,16 +99,29 @@ impl Worker {
     /// Where the rings go on when nobody could be asked. With an in-flight region its record of
     /// each request counts, and the base only has to be where completions stand. Without one the
     /// same index is right only if requests complete in the order in which they were made
-    /// available: then all before it are done and none after it.
-    fn after_a_crash(&self, order: &StartOrder) -> Result<StartOrder, Error> {
+    /// available: then all before it are done and none after it. `None`: nobody can tell.
+    fn after_a_crash(&self, order: &StartOrder) -> Result<Option<StartOrder>, Error> {
+        let spec = &self.context.spec;
         let in_order = order.features >> VIRTIO_F_IN_ORDER & 1 != 0
-            || DeviceType(self.context.spec.device_type) == DeviceType::NET;
+            || DeviceType(spec.device_type) == DeviceType::NET
+            || spec.in_order;
         if self.inflight.is_none() && !in_order {
-            return Err(Error::Successor(
-                "its predecessor kept no record of requests in flight, and may complete them out of order",
-            ));
+            return Ok(None);
         }
-        at_used_index(order, &self.transport.memory)
+        at_used_index(order, &self.transport.memory).map(Some)
+    }
+
+    /// The requests that were in flight can be neither completed nor repeated: the driver is told, and
+    /// once it has reset the device this back end serves it.
+    fn strand(&mut self, session: &mut Session) -> Result<(), Error> {
+        self.inflight = session.get_inflight(self.offer.served, MAX_QUEUE_SIZE)?;
+        self.phase = Phase::Idle;
+        self.needs_reset(
+            "its back end was lost and kept no record of requests in flight, which it may have completed \
+             out of order"
+                .to_owned(),
+        );
+        Ok(())
     }
 }
 

@@ -32,6 +32,8 @@ use vm_spec::control::{DeviceConfig, Loss};
 pub(super) struct Context {
     pub(super) spec: DeviceConfig,
     pub(super) options: SessionOptions,
+    /// Readable when no successor is to take over any more.
+    pub(super) ending: Arc<EventFd>,
     pub(super) events: EventSink,
     pub(super) mailbox: Arc<Mailbox>,
     /// Of the first back end.
@@ -250,7 +252,7 @@ impl Worker {
         });
     }
 
-    fn needs_reset(&mut self, reason: String) {
+    pub(super) fn needs_reset(&mut self, reason: String) {
         self.transport.needs_reset();
         if self.limiter.allows() {
             (self.context.events)(DeviceEvent::NeedsReset {

@@ -32,7 +32,7 @@ pub(crate) struct Holder {
 impl Holder {
     /// Forks a process that does `job`, which ends with the launcher's end of its socket.
     /// The calling process must have one thread only.
-    pub(super) fn start(
+    pub(crate) fn start(
         field: impl Into<String>,
         job: impl FnOnce(&Post) -> Result<(), NetError>,
     ) -> Result<Self, NetError> {
@@ -68,6 +68,11 @@ impl Holder {
         }
     }
 
+    /// Our end of its socket, where no other has it.
+    pub(crate) fn into_socket(self) -> Option<OwnedFd> {
+        Rc::into_inner(self.lifeline)
+    }
+
     /// Waits for the TAP, which comes once. A holder that dies closes its end.
     pub(crate) fn receive(&self) -> Result<Vec<OwnedFd>, NetError> {
         receive_taps(&self.lifeline)
@@ -75,7 +80,7 @@ impl Holder {
 }
 
 /// The holder's end of its socket.
-pub(super) struct Post(OwnedFd);
+pub(crate) struct Post(OwnedFd);
 
 impl Post {
     /// Hands the TAP over.
@@ -93,9 +98,14 @@ impl Post {
         retire(&[keep, &[self.0.as_raw_fd()]].concat());
     }
 
+    /// Keeps no descriptor but its own and `keep`, and no controlling terminal.
+    pub(crate) fn detach(&self, keep: &[RawFd]) {
+        detach(&[keep, &[self.0.as_raw_fd()]].concat());
+    }
+
     /// Closed by the launcher when it ends. (A death signal would not do: a spawner that left root
     /// may not signal what it made before.)
-    pub(super) fn socket(&self) -> &OwnedFd {
+    pub(crate) fn socket(&self) -> &OwnedFd {
         &self.0
     }
 

@@ -1,6 +1,6 @@
 //! From a [`NetSpec`] to what is meant: alternatives told apart, every key checked. Pure.
 
-use super::super::machine::{Backend, Device, check_limit};
+use super::super::machine::{Backend, Device, Remote, check_limit};
 use crate::failure::Failure;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
@@ -113,7 +113,7 @@ pub(crate) fn check(vm: &str, n: usize, net: &NetSpec) -> Result<Device, Failure
                     .cause("another's process serves this NIC"),
             );
         }
-        (None, Some(socket)) => Backend::External(socket.clone()),
+        (None, Some(socket)) => Backend::External(Remote::at(socket)),
         _ => return Err(one_of(&field)),
     };
     // struct virtio_net_config: mac, status (link up), max_virtqueue_pairs, mtu.

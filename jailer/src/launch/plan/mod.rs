@@ -36,6 +36,8 @@ pub(crate) enum Source {
     ConsoleGuest,
     /// Where other commands of the VM's owner connect.
     Clients,
+    /// The supervisor's end of the socket to the connector.
+    Connector,
     Kvm,
     Kernel,
     Initrd,

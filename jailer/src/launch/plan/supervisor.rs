@@ -1,12 +1,13 @@
 //! The supervisor's process, and its first message.
 
 use super::{Choices, ProcessPlan, Source, Table, exactly};
+use crate::launch::connector;
 use crate::launch::machine::Device;
 use crate::sandbox::Role;
 use crate::supervisor::MOST_CLIENTS;
 use vm_spec::run_state::{Kept, MadeFds, ProcessRole};
 use vm_spec::spec::VmSpec;
-use vm_spec::supervise::{SupervisedProcess, SupervisorConfig};
+use vm_spec::supervise::{RemoteDevice, SupervisedProcess, SupervisorConfig};
 
 /// The process that watches `workers`.
 pub(super) fn plan(
@@ -20,6 +21,13 @@ pub(super) fn plan(
     let vmm = fds.add(Source::VmmControl, "control socket to the vmm");
     let clients = fds.add(Source::Clients, "control socket of the VM (listens)");
     let console = fds.add(Source::ConsolePerson, "console socket to the vmm");
+    let remotes: Vec<_> = connector::remotes(devices)
+        .map(|device| RemoteDevice {
+            name: device.id.clone(),
+            slot: device.slot,
+        })
+        .collect();
+    let connector = (!remotes.is_empty()).then(|| fds.add(Source::Connector, "socket to the connector"));
     let input = choices
         .has_input
         .then(|| fds.add_until(Kept::UntilEndOfFile, Source::Input, "standard input of bulkhead"));
@@ -50,6 +58,8 @@ pub(super) fn plan(
         output,
         escape: choices.raw_terminal,
         processes,
+        remotes,
+        connector,
         power_off_grace: spec.power_off_grace,
         log_json: choices.log_json,
         on_device_death: spec.on_device_death,

@@ -41,6 +41,7 @@ pub(super) fn plan(spec: &VmSpec, devices: &[Device], choices: &Choices<'_>) -> 
             config: device.config.clone(),
             config_features: device.config_features,
             ours: device.is_ours(),
+            in_order: matches!(&device.backend, Backend::External(remote) if remote.in_order),
         })
         .collect();
     let vm = VmConfig {

@@ -1,0 +1,172 @@
+//! Direct writes of a disk process that is killed while its disk is slow: they land before the
+//! successor's first, whatever kind of file it is. Were they not waited for, the storm would find
+//! blocks of an older generation, and the successor would serve at once.
+
+use crate::storm::{DEADLINE, Image, Stalls, Storm};
+use anyhow::{Context, Result, bail, ensure};
+use integration_tests::{
+    host::Host,
+    suite::{Skip, test_within},
+};
+use libtest_mimic::Trial;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::Signal;
+use nix::unistd::Uid;
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+    time::Duration,
+};
+use vm_spec::run_state::ProcessRole;
+
+const LIMIT: Duration = Duration::from_secs(150);
+/// Writes a second that the slow disk takes.
+const SLOW: u64 = 100;
+/// More than a process takes to start, and less than the writes under way need.
+const NOTABLE: Duration = Duration::from_millis(300);
+const THROTTLE: &str = "/sys/fs/cgroup/blkio";
+
+pub(crate) fn tests() -> Vec<Trial> {
+    vec![
+        test_within(LIMIT, "fence::ext4", || fence(Place::Ext4)),
+        test_within(LIMIT, "fence::block_device", || fence(Place::BlockDevice)),
+    ]
+}
+
+/// Where the image is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// In a file; the successor waits, by fallocate.
+    Ext4,
+    /// On the device itself, where the process's own end waits.
+    BlockDevice,
+}
+
+/// A loop device over a file in memory, with a group for whose processes it is slow.
+struct SlowDisk {
+    device: PathBuf,
+    group: PathBuf,
+    mounted: Option<PathBuf>,
+}
+
+impl SlowDisk {
+    fn make(file: &Path) -> Result<Self> {
+        fs::File::create(file)?.set_len(640 << 20)?;
+        let output = Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(file)
+            .output()
+            .context("losetup")?;
+        if !output.status.success() {
+            bail!(Skip("no loop devices here".to_owned()));
+        }
+        let device = PathBuf::from(String::from_utf8(output.stdout)?.trim());
+        let group = Path::new(THROTTLE).join(format!("bulkhead-fence-{}", std::process::id()));
+        let disk = Self {
+            device,
+            group,
+            mounted: None,
+        };
+        fs::create_dir(&disk.group).context("a group that is throttled")?;
+        Ok(disk)
+    }
+
+    /// Makes a file system on it and mounts that.
+    fn mount(&mut self, folder: &Path) -> Result<()> {
+        let made = Command::new("mkfs.ext4").arg("-q").arg(&self.device).status()?;
+        ensure!(made.success(), "mkfs.ext4 failed");
+        fs::create_dir(folder)?;
+        mount(
+            Some(&self.device),
+            folder,
+            Some("ext4"),
+            MsFlags::empty(),
+            None::<&str>,
+        )?;
+        self.mounted = Some(folder.to_owned());
+        Ok(())
+    }
+
+    /// Writes of process `pid` take their time from here on.
+    fn slow(&self, pid: i32) -> Result<()> {
+        let number = fs::metadata(&self.device)?.rdev();
+        let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
+        let limit = format!("{major}:{minor} {SLOW}");
+        fs::write(self.group.join("blkio.throttle.write_iops_device"), limit)?;
+        Ok(fs::write(self.group.join("cgroup.procs"), pid.to_string())?)
+    }
+}
+
+impl Drop for SlowDisk {
+    fn drop(&mut self) {
+        if let Some(folder) = &self.mounted {
+            let _ = umount2(folder, MntFlags::MNT_DETACH);
+        }
+        let _ = Command::new("losetup").arg("--detach").arg(&self.device).status();
+        let _ = fs::remove_dir(&self.group);
+    }
+}
+
+fn fence(place: Place) -> Result<()> {
+    Host::need_kvm()?;
+    let throttles = Path::new(THROTTLE)
+        .join("blkio.throttle.write_iops_device")
+        .exists();
+    if !Uid::effective().is_root() || !throttles {
+        bail!(Skip(
+            "only root, with cgroup v1's blkio, makes a disk slow".to_owned()
+        ));
+    }
+    let mut slow = None;
+    // A flush and a discard wait for writes, and with them the death of the process: here it is the
+    // successor that is to wait.
+    let scenario = "scenario=storm depth=64 queues=4 flushes=0 discards=0";
+    let mut storm = Storm::on(scenario, Image::Raw, None, |path| {
+        fs::remove_file(path)?;
+        let file = path.with_extension("loop");
+        let mut disk = SlowDisk::make(&file)?;
+        let image = match place {
+            Place::Ext4 => {
+                let folder = path.with_extension("mount");
+                disk.mount(&folder)?;
+                let image = folder.join("disk");
+                // Writes that allocate are done by threads of the process, whose end waits for them.
+                Image::Raw.make_allocated(&image)?;
+                image
+            }
+            Place::BlockDevice => disk.device.clone(),
+        };
+        // What the storm compares in the end.
+        std::os::unix::fs::symlink(&image, path)?;
+        slow = Some(disk);
+        Ok(format!(
+            "path={},format=raw,num-queues=4,cache=none",
+            image.display()
+        ))
+    })?;
+    let disk = slow.context("no disk")?;
+    for _ in 0..3 {
+        let state = storm.run.state(DEADLINE)?;
+        let process = state.processes.iter().find(|p| p.role == ProcessRole::Disk);
+        disk.slow(process.context("no disk process")?.pid)?;
+        // Until the queues are full of writes that wait.
+        thread::sleep(NOTABLE);
+        let hit = storm.victim.strike(&mut storm.run, Signal::SIGKILL, DEADLINE)?;
+        ensure!(hit && storm.victim.wait_restarted(&mut storm.run, DEADLINE)?);
+    }
+    let calm = storm.finish()?;
+    let stalls = Stalls::of(calm.events.iter());
+    stalls.judge(match place {
+        Place::Ext4 => "fence, ext4",
+        Place::BlockDevice => "fence, block device",
+    })?;
+    let waited = calm.events.iter().map(|event| event.took_us).max().unwrap_or(0);
+    ensure!(
+        place == Place::BlockDevice || Duration::from_micros(waited) > NOTABLE,
+        "the successor did not wait for its predecessor's writes: {waited} us"
+    );
+    Ok(())
+}

@@ -1,0 +1,286 @@
+//! Back ends that are not ours, killed and started again by their owner: bulkhead connects to them
+//! again, however long that takes, and tells the guest where nobody can know what was done.
+
+use crate::{
+    kills::Moments,
+    storm::{DEADLINE, Image, Storm},
+};
+use anyhow::{Context, Result, ensure};
+use integration_tests::{
+    artifacts::Artifact,
+    host::Host,
+    process::Process,
+    suite::{artifact, test_within},
+    tiny::Run,
+    verify::FULL,
+};
+use libtest_mimic::Trial;
+use nix::sys::signal::Signal;
+use std::{
+    env,
+    fs::{self, File},
+    os::unix::net::UnixListener,
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+use vm_spec::events::EventKind;
+
+/// Asked to end, a VM that seeks a back end is gone within this time beyond the guest's own grace of
+/// one second.
+const PROMPT: Duration = Duration::from_millis(1500);
+
+pub(crate) fn tests() -> Vec<Trial> {
+    let full = env::var_os(FULL).is_some();
+    let (kills, absence) = if full { (50, 70) } else { (6, 2) };
+    let limit = Duration::from_secs(120 + 3 * kills + absence);
+    let absence = Duration::from_secs(absence);
+    vec![
+        test_within(limit, "others::one_with_a_record", move || {
+            again(Kind::Ours, "", kills)
+        }),
+        test_within(limit, "others::one_in_order_needs_no_record", move || {
+            again(Kind::Reference, ",in-order=true", kills)
+        }),
+        test_within(limit, "others::one_that_stays_away", move || away(absence)),
+        test_within(limit, "others::one_without_a_record_needs_a_reset", || {
+            [Kind::Reference, Kind::StorageDaemon]
+                .into_iter()
+                .try_for_each(no_record)
+        }),
+        test_within(limit, "others::seeking_ends_with_the_vm", || ends(|_| Ok(None))),
+        test_within(limit, "others::a_handshake_ends_with_the_vm", || {
+            ends(|path| Ok(Some(UnixListener::bind(path)?)))
+        }),
+    ]
+}
+
+/// Whose back end it is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// qemu-storage-daemon, which offers no in-flight region.
+    StorageDaemon,
+    /// vhost-user-blk, started by hand. It offers one.
+    Ours,
+    /// It offers none, and completes in order.
+    Reference,
+}
+
+impl Kind {
+    fn image(self) -> Image {
+        match self {
+            Self::Reference => Image::Raw,
+            _ => Image::Qcow2,
+        }
+    }
+}
+
+/// A back end at a socket path, and whoever starts it again.
+struct Daemon {
+    kind: Kind,
+    disk: PathBuf,
+    socket: PathBuf,
+    process: Process,
+}
+
+impl Daemon {
+    fn start(kind: Kind, disk: &Path) -> Result<Self> {
+        let socket = disk.with_file_name("daemon.sock");
+        let process = Process::start(command(kind, disk, &socket)?)?;
+        let daemon = Self {
+            kind,
+            disk: disk.to_owned(),
+            socket,
+            process,
+        };
+        daemon.wait_for_socket()?;
+        Ok(daemon)
+    }
+
+    /// It is looked for only: some serve one connection.
+    fn wait_for_socket(&self) -> Result<()> {
+        let end = Instant::now() + DEADLINE;
+        while !self.socket.exists() {
+            ensure!(Instant::now() < end, "no socket: {}", self.process.stderr()?);
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    fn kill(&mut self) -> Result<()> {
+        self.process.signal(Signal::SIGKILL)?;
+        self.process.wait(DEADLINE)?;
+        Ok(())
+    }
+
+    fn start_again(&mut self) -> Result<()> {
+        self.process = Process::start(command(self.kind, &self.disk, &self.socket)?)?;
+        Ok(())
+    }
+
+    /// Ends it, and with it its lock on the image. Some end by themselves with their front end.
+    fn stop(&mut self) -> Result<()> {
+        if self.process.alive()? {
+            self.process.signal(Signal::SIGTERM)?;
+        }
+        self.process.wait(DEADLINE)?;
+        Ok(())
+    }
+
+    /// For `--disk`.
+    fn flag(&self, more: &str) -> String {
+        format!("vhost-user={}{more}", self.socket.display())
+    }
+}
+
+fn command(kind: Kind, disk: &Path, socket: &Path) -> Result<Command> {
+    let (disk, socket) = (disk.display(), socket.display());
+    let mut command = match kind {
+        Kind::StorageDaemon => Command::new("qemu-storage-daemon"),
+        Kind::Ours => Command::new(artifact(Artifact::VhostUserBlk)?),
+        Kind::Reference => Command::new(artifact(Artifact::ReferenceBlk)?),
+    };
+    match kind {
+        Kind::StorageDaemon => command
+            .arg("--blockdev")
+            .arg(format!(
+                "driver=file,node-name=file,filename={disk},discard=unmap"
+            ))
+            .args([
+                "--blockdev",
+                "driver=qcow2,node-name=disk,file=file,discard=unmap",
+            ])
+            .arg("--export")
+            .arg(format!(
+                "type=vhost-user-blk,id=export,node-name=disk,writable=on,num-queues=4,addr.type=unix,\
+                 addr.path={socket}"
+            )),
+        Kind::Ours => command
+            .arg(format!("--socket-path={socket}"))
+            .arg(format!("--blk-file={disk}"))
+            .args(["--format=qcow2", "--num-queues=4"]),
+        Kind::Reference => command.arg(socket.to_string()).arg(disk.to_string()),
+    };
+    Ok(command)
+}
+
+/// A storm on another's disk, and the daemon that serves it.
+fn storm(kind: Kind, more: &str) -> Result<(Storm, Daemon)> {
+    let mut daemon = None;
+    let queues = if kind == Kind::Reference { 1 } else { 4 };
+    let scenario = format!("scenario=storm depth=64 queues={queues}");
+    let storm = Storm::on(&scenario, kind.image(), None, |disk| {
+        let started = Daemon::start(kind, disk)?;
+        let flag = started.flag(more);
+        daemon = Some(started);
+        Ok(flag)
+    })?;
+    Ok((storm, daemon.context("no daemon")?))
+}
+
+/// Waits until the guest is served again. A daemon that does not start is started once more, as
+/// whoever watches over it would: its predecessor's socket may still be held for a moment.
+fn back(storm: &mut Storm, daemon: &mut Daemon, times: u64) -> Result<()> {
+    let end = Instant::now() + DEADLINE;
+    let look = Duration::from_millis(100);
+    while let Err(error) = storm
+        .victim
+        .wait_count(&storm.run, EventKind::Reconnected, times, look)
+    {
+        if Instant::now() > end {
+            let words = [storm.run.process.stderr()?, daemon.process.stderr()?];
+            return Err(error.context(words.concat()));
+        }
+        if !daemon.process.alive()? {
+            daemon.start_again()?;
+        }
+    }
+    Ok(())
+}
+
+fn again(kind: Kind, more: &str, kills: u64) -> Result<()> {
+    Host::need_kvm()?;
+    let (mut storm, mut daemon) = storm(kind, more)?;
+    let mut moments = Moments::of(0);
+    for kill in 1..=kills {
+        moments.wait();
+        daemon.kill()?;
+        daemon.start_again()?;
+        back(&mut storm, &mut daemon, kill)?;
+    }
+    let events = storm.calm_then(|| daemon.stop())?.events;
+    let busy = events.iter().filter(|event| event.outstanding >= 8).count();
+    println!("{kills} kills, {busy} with 8 or more requests under way");
+    let lost = events
+        .iter()
+        .filter(|event| event.event == EventKind::Disconnected)
+        .count() as u64;
+    ensure!(lost == kills && busy > 0, "{lost} lost, {busy} busy: {events:?}");
+    Ok(())
+}
+
+/// There is no limit of time.
+fn away(absence: Duration) -> Result<()> {
+    Host::need_kvm()?;
+    let (mut storm, mut daemon) = storm(Kind::Ours, "")?;
+    daemon.kill()?;
+    thread::sleep(absence);
+    daemon.start_again()?;
+    back(&mut storm, &mut daemon, 1)?;
+    let back = storm
+        .victim
+        .wait_event(&storm.run, EventKind::Reconnected, DEADLINE)?;
+    ensure!(Duration::from_micros(back.took_us) >= absence, "{back:?}");
+    storm.calm_then(|| daemon.stop()).map(drop)
+}
+
+/// What was in flight can be neither completed nor repeated: the guest is told, and the VM lives.
+fn no_record(kind: Kind) -> Result<()> {
+    Host::need_kvm()?;
+    let (mut storm, mut daemon) = storm(kind, "")?;
+    daemon.kill()?;
+    daemon.start_again()?;
+    let told = storm
+        .victim
+        .wait_event(&storm.run, EventKind::NeedsReset, DEADLINE)?;
+    ensure!(told.detail.contains("no record"), "{told:?}");
+    ensure!(storm.run.process.alive()?, "{}", storm.last_words()?);
+    let words = storm.run.process.stderr()?;
+    ensure!(words.contains("no record"), "it does not say why: {words}");
+    Ok(())
+}
+
+/// A VM whose back end is gone is asked to end; `stand_in` may take the back end's place, and never
+/// answers.
+fn ends(stand_in: fn(&Path) -> Result<Option<UnixListener>>) -> Result<()> {
+    Host::need_kvm()?;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("disk");
+    File::create(&path)?.set_len(16 << 20)?;
+    let mut daemon = Daemon::start(Kind::Reference, &path)?;
+    let flags = [
+        format!("--disk={}", daemon.flag("")),
+        "--power-off-grace=1".to_owned(),
+    ];
+    let mut run = Run::tiny("scenario=hlt", &flags)?;
+    run.console
+        .wait_line("ready=1", DEADLINE)
+        .with_context(|| run.process.stderr().unwrap_or_default())?;
+    fs::remove_file(&daemon.socket)?;
+    let silent = stand_in(&daemon.socket)?;
+    daemon.kill()?;
+    let mut victim = crate::victim::Victim::new(vm_spec::run_state::ProcessRole::Disk);
+    victim.wait_event(&run, EventKind::Disconnected, DEADLINE)?;
+    run.process.signal(Signal::SIGTERM)?;
+    let asked = Instant::now();
+    run.wait(DEADLINE)?;
+    let took = asked.elapsed();
+    let words = run.process.stderr()?;
+    ensure!(
+        took < Duration::from_secs(1) + PROMPT && !words.contains("did not exit in time"),
+        "{took:?}: {words}"
+    );
+    drop(silent);
+    Ok(())
+}

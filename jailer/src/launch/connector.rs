@@ -1,0 +1,194 @@
+//! The connector: a process that connects to someone else's back ends again, for the supervisor, which
+//! may open no path. It knows the paths from the spec and takes no other from anyone; it is made
+//! before root is left, so that a socket that the launcher could reach can be reached again.
+//!
+//! A path says nothing about who listens there: connecting succeeds on a listener that is about to
+//! die. Whether the back end serves is found by the vmm, and where it does not, the supervisor asks
+//! once more. There is no limit of time; the end of the supervisor is the connector's end.
+
+use super::machine::{Backend, Device};
+use super::net::{self, Holder, NetError};
+use crate::wire::{Received, receive_message};
+use crate::wire_fds::send_with_fd;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::unistd::Pid;
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+use vm_spec::supervise::{FromConnector, ToConnector};
+
+/// The wait before the second attempt; it doubles each time. A path on any file system may become a
+/// socket, which no event tells of.
+const FIRST_DELAY: Duration = Duration::from_millis(5);
+/// The longest wait between attempts.
+const LONGEST_DELAY: Duration = Duration::from_millis(200);
+
+/// The devices that are connected again, in the order in which they are counted.
+pub(crate) fn remotes(devices: &[Device]) -> impl Iterator<Item = &Device> {
+    devices.iter().filter(|device| !device.is_ours())
+}
+
+/// The connector, as the launcher sees it.
+pub(crate) struct Connector {
+    pub(crate) pid: Pid,
+    /// The supervisor's end of its socket.
+    pub(crate) socket: OwnedFd,
+}
+
+impl Connector {
+    /// Starts it where it has something to do. The calling process must have one thread only.
+    pub(crate) fn start(devices: &[Device]) -> Result<Option<Self>, NetError> {
+        let remotes: Vec<&Device> = remotes(devices).collect();
+        if remotes.is_empty() {
+            return Ok(None);
+        }
+        let holder = Holder::start("connector", |post| {
+            post.detach(&[libc::STDERR_FILENO]);
+            let _ = nix::sys::prctl::set_no_new_privs();
+            serve(post.socket(), &remotes);
+            Ok(())
+        })?;
+        let pid = holder.pid;
+        Ok(holder.into_socket().map(|socket| Self { pid, socket }))
+    }
+}
+
+/// Of one device that is wanted.
+struct Attempt {
+    at: Instant,
+    delay: Duration,
+}
+
+/// Serves until the supervisor is gone.
+fn serve(supervisor: &OwnedFd, remotes: &[&Device]) {
+    let mut wanted = BTreeMap::new();
+    loop {
+        wait(
+            supervisor,
+            wanted.values().map(|attempt: &Attempt| attempt.at).min(),
+        );
+        loop {
+            match receive_message(supervisor.as_fd()) {
+                Ok(Received::Nothing) => break,
+                Ok(Received::Message(_, ToConnector::Connect { device })) => {
+                    wanted.entry(device).or_insert(Attempt {
+                        at: Instant::now(),
+                        delay: FIRST_DELAY,
+                    });
+                }
+                Ok(Received::End) | Err(_) => return,
+            }
+        }
+        let now = Instant::now();
+        wanted.retain(|number, attempt| {
+            let Some(device) = remotes.get(usize::from(*number)) else {
+                return false;
+            };
+            if now < attempt.at {
+                return true;
+            }
+            let Ok(socket) = connect_to(device) else {
+                attempt.at = now + attempt.delay;
+                attempt.delay = (2 * attempt.delay).min(LONGEST_DELAY);
+                return true;
+            };
+            let answer = FromConnector::Connected { device: *number };
+            // A supervisor that takes no answer is gone, which is heard next.
+            send_with_fd(supervisor.as_fd(), 0, answer, socket.as_fd()).is_err()
+        });
+    }
+}
+
+fn wait(supervisor: &OwnedFd, next: Option<Instant>) {
+    let timeout = next.map_or(PollTimeout::NONE, |at| {
+        // One more millisecond, so that the time has come when poll returns.
+        let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+        PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+    });
+    // Interrupted or not: everything is looked at next.
+    let _ = poll(&mut [PollFd::new(supervisor.as_fd(), PollFlags::POLLIN)], timeout);
+}
+
+fn connect_to(device: &Device) -> io::Result<OwnedFd> {
+    match &device.backend {
+        Backend::External(remote) => connect_at(&remote.socket),
+        Backend::Passt { passt, publish, mtu } => {
+            net::serve(&device.field, passt, publish, *mtu).map_err(io::Error::other)
+        }
+        Backend::Disk(_) | Backend::Net(_) => Err(Errno::EINVAL.into()),
+    }
+}
+
+/// Without waiting for a listener whose queue is full.
+fn connect_at(path: &Path) -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    let stream = UnixStream::from(fd);
+    stream.set_nonblocking(false)?;
+    Ok(stream.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::launch::machine::Remote;
+    use crate::wire::send_message;
+    use crate::wire_fds::receive_with_fds;
+    use nix::sys::socket::socketpair;
+    use std::io::Read;
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    fn device(socket: &Path) -> Device {
+        Device {
+            id: "disk0".into(),
+            field: "disk[0]".into(),
+            slot: 1,
+            device_type: 2,
+            num_queues: None,
+            config: Vec::new(),
+            config_features: 0,
+            backend: Backend::External(Remote::at(socket)),
+        }
+    }
+
+    #[test]
+    fn a_listener_that_comes_late_is_found_and_the_supervisors_end_is_the_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("late.sock");
+        let device = device(&path);
+        let (ours, theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .unwrap();
+        let connector = thread::spawn(move || serve(&theirs, &[&device]));
+        for number in [0, 7] {
+            send_message(ours.as_fd(), 0, ToConnector::Connect { device: number }).unwrap();
+        }
+        // Nobody listens there: it goes on trying.
+        let mut ready = [PollFd::new(ours.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut ready, PollTimeout::from(50u8)), Ok(0));
+        let listener = UnixListener::bind(&path).unwrap();
+        assert_eq!(poll(&mut ready, PollTimeout::from(5000u16)), Ok(1));
+        let (message, mut fds) = receive_with_fds::<FromConnector>(ours.as_fd()).unwrap();
+        assert!(matches!(
+            message,
+            Received::Message(0, FromConnector::Connected { device: 0 })
+        ));
+        drop(fds.pop().unwrap());
+        let mut end = Vec::new();
+        let (mut stream, _) = listener.accept().unwrap();
+        assert_eq!(stream.read_to_end(&mut end).unwrap(), 0);
+        drop(ours);
+        connector.join().unwrap();
+    }
+}
