@@ -1,18 +1,27 @@
 //! One shared mapping of a file, unmapped when the last user is gone.
 #![expect(unsafe_code, reason = "maps memory that the guest or the front end shares")]
 
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::errno::Errno;
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use std::ffi::c_void;
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use vm_memory::VolatileSlice;
 
-/// A `MAP_SHARED` mapping, readable and writable. The file may be closed afterwards.
+/// Bytes of a page, and of a guard.
+const PAGE: usize = 4096;
+/// What mappings are aligned to: pages of 2 MiB if the memory has them, of 1 GiB if it has no others.
+const ALIGNMENTS: [usize; 2] = [2 << 20, 1 << 30];
+
+/// A `MAP_SHARED` mapping, readable and writable, with a page of nothing at least on both sides: what
+/// runs off its end, or comes before its start, meets no other memory. The file may be closed
+/// afterwards.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     address: NonNull<c_void>,
     length: NonZeroUsize,
+    _reserved: Reserved,
 }
 
 // SAFETY: the mapping belongs to the process, not to a thread, and is only reached through volatile
@@ -25,12 +34,33 @@ impl Mapping {
     /// Maps `length` bytes of `file` from `offset`. The caller has checked that the file is that
     /// long: an access past its end is a SIGBUS.
     pub(crate) fn new(file: impl AsFd, offset: u64, length: NonZeroUsize) -> nix::Result<Self> {
-        let offset = offset.try_into().map_err(|_| nix::errno::Errno::EOVERFLOW)?;
+        let offset = offset.try_into().map_err(|_| Errno::EOVERFLOW)?;
+        // Memory on pages of 1 GiB refuses a lesser alignment, which costs less address space.
+        match Self::aligned(&file, offset, length, ALIGNMENTS[0]) {
+            Err(Errno::EINVAL) => Self::aligned(&file, offset, length, ALIGNMENTS[1]),
+            other => other,
+        }
+    }
+
+    fn aligned(
+        file: impl AsFd,
+        offset: libc::off_t,
+        length: NonZeroUsize,
+        align: usize,
+    ) -> nix::Result<Self> {
+        let reserved = Reserved::new(length, align)?;
+        let start = reserved.address.as_ptr().cast::<u8>().wrapping_add(PAGE);
+        let start = start.wrapping_add(start.align_offset(align)) as usize;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE;
-        // SAFETY: a new mapping at an address of the kernel's choice touches no memory in use.
-        let address = unsafe { mmap(None, length, protection, flags, file, offset) }?;
-        Ok(Self { address, length })
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED;
+        // SAFETY: replaces pages of the reservation, which nothing else uses and in which `length` bytes
+        // and a page lie from `start` on.
+        let address = unsafe { mmap(NonZeroUsize::new(start), length, protection, flags, file, offset) }?;
+        Ok(Self {
+            address,
+            length,
+            _reserved: reserved,
+        })
     }
 
     pub(crate) fn length(&self) -> usize {
@@ -50,11 +80,54 @@ impl Mapping {
     }
 }
 
-impl Drop for Mapping {
+/// Address space for a mapping and what is around it; unmapped as a whole.
+#[derive(Debug)]
+struct Reserved {
+    address: NonNull<c_void>,
+    length: NonZeroUsize,
+}
+
+impl Reserved {
+    fn new(length: NonZeroUsize, align: usize) -> nix::Result<Self> {
+        let length = length.checked_add(align + 2 * PAGE).ok_or(Errno::ENOMEM)?;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        // SAFETY: a new mapping of nothing, at an address of the kernel's choice.
+        let address = unsafe { mmap_anonymous(None, length, ProtFlags::PROT_NONE, flags) }?;
+        Ok(Self { address, length })
+    }
+}
+
+impl Drop for Reserved {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, and no slice of it is left, since each borrows it.
         if let Err(error) = unsafe { munmap(self.address, self.length.get()) } {
             tracing::warn!(%error, "cannot unmap shared memory");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_lies_beside_a_mapping() {
+        let file = nix::sys::memfd::memfd_create(c"test", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap();
+        nix::unistd::ftruncate(&file, 3 * PAGE as libc::off_t).unwrap();
+        let length = NonZeroUsize::new(2 * PAGE).unwrap();
+        let mapping = Mapping::new(&file, PAGE as u64, length).unwrap();
+        let start = mapping.address.as_ptr() as usize;
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let access = |address: usize| {
+            let found = maps.lines().find_map(|line| {
+                let (range, rest) = line.split_once(' ')?;
+                let (from, to) = range.split_once('-')?;
+                let bound = |hex| usize::from_str_radix(hex, 16).unwrap();
+                (bound(from)..bound(to)).contains(&address).then_some(&rest[..4])
+            });
+            found.expect("mapped").to_owned()
+        };
+        assert_eq!([access(start), access(start + 2 * PAGE - 1)], ["rw-s", "rw-s"]);
+        assert_eq!([access(start - 1), access(start + 2 * PAGE)], ["---p", "---p"]);
     }
 }
