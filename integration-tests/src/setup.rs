@@ -44,6 +44,9 @@ const TESTS: &[Need] = &[
     need("passt", "passt"),
 ];
 
+/// What `bench iperf` measures with.
+const IPERF: &[Need] = &[need("iperf3", "iperf3"), need("ip", "iproute2")];
+
 /// What libFuzzer is compiled with.
 const FUZZING: &[Need] = &[need("c++", "g++")];
 
@@ -58,6 +61,8 @@ pub enum Purpose {
     Tests,
     /// `cargo fuzz-all`.
     Fuzzing,
+    /// `bench iperf`.
+    Iperf,
 }
 
 /// Installs what is missing for `purpose`, and says so first. As an ordinary user it asks sudo.
@@ -90,6 +95,7 @@ pub fn install_missing(purpose: Purpose) -> anyhow::Result<()> {
 fn needs(purpose: Purpose) -> Vec<Need> {
     let mut needs = match purpose {
         Purpose::Fuzzing => return FUZZING.to_vec(),
+        Purpose::Iperf => return [IPERF, EMULATION].concat(),
         Purpose::Demo => IMAGES.to_vec(),
         Purpose::NestedDemo => [IMAGES, EMULATION].concat(),
         Purpose::Tests => [IMAGES, EMULATION, TESTS, FUZZING].concat(),

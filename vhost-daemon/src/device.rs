@@ -143,8 +143,8 @@ pub trait QueueHandler: Send {
         None
     }
 
-    /// Whether [`QueueHandler::source`] has something, found without a call to the kernel: asked again and
-    /// again while busy polling.
+    /// Whether [`QueueHandler::source`] has something, found without sleeping: asked again and again
+    /// while busy polling.
     fn is_ready(&mut self) -> bool {
         false
     }

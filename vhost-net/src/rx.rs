@@ -14,6 +14,7 @@ use crate::offload::Offloads;
 use crate::pacer::Pacer;
 use crate::steering::Steering;
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use std::collections::VecDeque;
@@ -409,6 +410,14 @@ impl QueueHandler for ReceiveQueue {
             Some(_) => Some(self.timer.as_fd()),
             None => Some(self.pacer.source()),
         }
+    }
+
+    fn is_ready(&mut self) -> bool {
+        let source = self.source();
+        source.is_some_and(|source| {
+            let mut fds = [PollFd::new(source, PollFlags::POLLIN)];
+            ppoll(&mut fds, Some(TimeSpec::from_duration(Duration::ZERO)), None).is_ok_and(|ready| ready > 0)
+        })
     }
 
     fn process(&mut self, ring: &mut Ring) -> Result<Wait, RingFault> {

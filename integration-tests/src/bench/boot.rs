@@ -34,7 +34,7 @@ const LIMIT: f64 = 0.28;
 const LINE: &str = "bench: init";
 const CMDLINE: &str = "console=ttyS0 quiet mitigations=off panic=-1";
 /// The folder with kernel and initial RAM disk; set for the run inside the nested runner.
-const FOLDER: &str = "BULKHEAD_BENCH_FOLDER";
+pub(super) const FOLDER: &str = "BULKHEAD_BENCH_FOLDER";
 
 /// What both boot.
 struct Guest {
@@ -158,17 +158,19 @@ fn compare(guest: &Guest, bulkhead: &Path) -> Result<bool> {
     Ok(ratio <= LIMIT)
 }
 
-fn artifacts() -> Result<Artifacts> {
+pub(super) fn artifacts() -> Result<Artifacts> {
     Ok(match env::var_os(BIN_DIR) {
         Some(dir) => Artifacts::from_dir(Path::new(&dir)),
         None => Artifacts::build(Profile::Release)?,
     })
 }
 
-/// The same program once more, inside the nested runner.
-fn nested(folder: &Path) -> Result<bool> {
+/// The same program once more with these arguments, inside the nested runner: whether it succeeds.
+pub(super) fn nested(folder: &Path, arguments: &[&str], deadline: Duration) -> Result<bool> {
     let program = env::current_exe()?;
-    let mut job = Job::new(&[&program.to_string_lossy(), "boot"], NESTED_DEADLINE).for_nested(None);
+    let program = program.to_string_lossy();
+    let argv = [&[&*program], arguments].concat();
+    let mut job = Job::new(&argv, deadline).for_nested(None);
     let set = |(name, value): (&str, &Path)| (name.to_owned(), value.to_string_lossy().into_owned());
     job.environment
         .extend([(FOLDER, folder), (BIN_DIR, folder)].map(set));
@@ -199,7 +201,7 @@ fn measure() -> Result<bool> {
     for artifact in [Artifact::Bulkhead, Artifact::Supervisor, Artifact::Vmm] {
         fs::copy(artifacts.path(artifact)?, folder.path().join(artifact.name()))?;
     }
-    nested(folder.path())
+    nested(folder.path(), &["boot"], NESTED_DEADLINE)
 }
 
 /// Measures; in a program that has called [`nested::agent::intercept`].

@@ -113,6 +113,9 @@ pub fn run(settings: &Settings) -> Result<()> {
     if "round trip".contains(&settings.only) || settings.only.contains("round trip") {
         round_trips(settings, &binary)?;
     }
+    if "io_uring".contains(&settings.only) {
+        by_ring(settings)?;
+    }
     Ok(())
 }
 
@@ -156,6 +159,41 @@ fn line(case: &Case, turns: &[(Turn, Turn)]) -> String {
         of(&|(_, floor)| floor.cost()),
         of(&|(ours, floor)| ours.rate() / floor.rate()),
     )
+}
+
+/// The floor's call a frame, and batches through io_uring.
+fn by_ring(settings: &Settings) -> Result<()> {
+    let span = Duration::from_millis(settings.turn);
+    println!("\n| io_uring, bare loops | kpps | CPU us/frame | floor kpps | floor CPU us/frame |");
+    println!("|---|---|---|---|---|");
+    for size in [Size::Small, Size::Full, Size::Super] {
+        let mut floor = Floor::start(size)?;
+        for direction in [Direction::Send, Direction::Receive] {
+            let mut turns = Vec::new();
+            for _ in 0..settings.rounds {
+                turns.push(match direction {
+                    Direction::Send => (floor.send_by_ring(span)?, floor.send(span)?),
+                    Direction::Receive => (floor.receive_by_ring(span)?, floor.receive(span)?),
+                });
+            }
+            let of = |value: &dyn Fn(&(Turn, Turn)) -> f64| median(turns.iter().map(value).collect());
+            let what = if direction == Direction::Send {
+                "send"
+            } else {
+                "receive"
+            };
+            println!(
+                "| {what} {} | {:.0} | {:.2} | {:.0} | {:.2} |",
+                size.name(),
+                of(&|(ring, _)| ring.rate()) / 1e3,
+                of(&|(ring, _)| ring.cost()),
+                of(&|(_, calls)| calls.rate()) / 1e3,
+                of(&|(_, calls)| calls.cost()),
+            );
+        }
+        floor.stop()?;
+    }
+    Ok(())
 }
 
 fn round_trips(settings: &Settings, binary: &Path) -> Result<()> {

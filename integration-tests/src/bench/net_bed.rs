@@ -3,6 +3,7 @@
 use super::net_driver::{Lane, Shape, wait};
 use super::net_frames::Size;
 use super::net_host::{self, BATCH, Host};
+use super::net_uring::Frames;
 use crate::frontend_harness::{Options, Session, virtio};
 use crate::process::Process;
 use anyhow::{Context, Result, anyhow, ensure};
@@ -353,18 +354,51 @@ impl Floor {
         })
     }
 
+    /// Batches of frames through io_uring, each in one call.
+    pub(super) fn send_by_ring(&mut self, span: Duration) -> Result<Turn> {
+        let mut ring = Frames::new(&self.size.to_host())?;
+        let (cpu, start) = (thread_cpu()?, Instant::now());
+        let mut frames = 0;
+        while start.elapsed() < span {
+            frames += ring.write(&self.tap)? as u64;
+        }
+        Ok(Turn {
+            frames,
+            lost: 0,
+            time: start.elapsed(),
+            cpu: thread_cpu()? - cpu,
+        })
+    }
+
     /// One `readv` a frame, under the generator's load.
     pub(super) fn receive(&mut self, span: Duration) -> Result<Turn> {
+        let mut buffer = vec![0; 17 * 4096];
+        self.receive_by(span, move |tap| {
+            net_host::read_frames(tap, &mut buffer, false, BATCH)
+        })
+    }
+
+    /// As [`Self::receive`], batches through io_uring.
+    pub(super) fn receive_by_ring(&mut self, span: Duration) -> Result<Turn> {
+        let mut ring = Frames::new(&[0; 17 * 4096])?;
+        self.receive_by(span, move |tap| ring.read(tap))
+    }
+
+    fn receive_by(
+        &mut self,
+        span: Duration,
+        mut read: impl FnMut(&mut File) -> Result<usize> + Send,
+    ) -> Result<Turn> {
         let most = most_under_way(self.size);
         let (received, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
         let mut host = Host::new(FLOOR, vec![self.size.to_guest(0)], false)?;
         let tap = &mut self.tap;
         thread::scope(|scope| {
-            let reader = scope.spawn(|| -> Result<Duration> {
-                let mut buffer = vec![0; 17 * 4096];
+            let (received, stop) = (&received, &stop);
+            let reader = scope.spawn(move || -> Result<Duration> {
                 let cpu = thread_cpu()?;
                 while !stop.load(Ordering::Relaxed) {
-                    let count = net_host::read_frames(tap, &mut buffer, false, BATCH)?;
+                    let count = read(tap)?;
                     received.fetch_add(count, Ordering::Relaxed);
                 }
                 Ok(thread_cpu()? - cpu)

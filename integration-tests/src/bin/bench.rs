@@ -1,7 +1,8 @@
-//! Benchmarks that need more than `cargo bench` offers: `bench blk`, `bench boot`, `bench net`.
+//! Benchmarks that need more than `cargo bench` offers: `bench blk`, `bench boot`, `bench iperf`,
+//! `bench net`.
 
 use clap::{Parser, Subcommand};
-use integration_tests::bench::{blk, boot, net};
+use integration_tests::bench::{blk, boot, iperf, net};
 use std::process::ExitCode;
 
 /// Measures our processes beside others in one run.
@@ -18,6 +19,8 @@ enum Verb {
     Blk(blk::Settings),
     /// Launch of a Linux guest to its init beside QEMU's microvm machine, nested where it must.
     Boot,
+    /// A Linux guest's TCP beside QEMU's virtio-net and the kernel's vhost-net, nested where it must.
+    Iperf(iperf::Settings),
     /// The network process beside bare loops over a TAP.
     Net(net::Settings),
 }
@@ -27,6 +30,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().verb {
         Verb::Blk(settings) => blk::run(&settings),
         Verb::Boot => boot::run(),
+        Verb::Iperf(settings) => iperf::run(&settings),
         Verb::Net(settings) => net::run(&settings),
     };
     match result {
