@@ -20,8 +20,21 @@ pub fn send_with_fd<T: Serialize + DeserializeOwned>(
     body: T,
     fd: BorrowedFd<'_>,
 ) -> Result<(), TransferError> {
+    send_with_fds(socket, id, body, &[fd])
+}
+
+/// As [`send_with_fd`], with several, at most [`MAX_FDS`].
+///
+/// # Errors
+/// Any [`TransferError`].
+pub fn send_with_fds<T: Serialize + DeserializeOwned>(
+    socket: BorrowedFd<'_>,
+    id: u64,
+    body: T,
+    fds: &[BorrowedFd<'_>],
+) -> Result<(), TransferError> {
     let bytes = Envelope::new(id, body).encode()?;
-    let numbers = [fd.as_raw_fd()];
+    let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&numbers)];
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
     loop {

@@ -63,6 +63,8 @@ pub enum EventKind {
     Recovered,
     /// A NIC's TAP is gone.
     TapLost,
+    /// There is a TAP of that name again; a new process takes it over.
+    TapBack,
 }
 
 impl EventKind {

@@ -24,7 +24,8 @@ pub struct SupervisorConfig {
     pub escape: bool,
     /// The jailed processes other than the supervisor. [`ToSupervisor::Exited`] counts them from 0.
     pub processes: Vec<SupervisedProcess>,
-    /// The devices that someone else's back ends serve. [`ToConnector::Connect`] counts them from 0.
+    /// The devices that someone else's back ends serve. [`ToConnector::Connect`] counts them from 0;
+    /// behind them it counts NICs on an existing TAP.
     pub remotes: Vec<RemoteDevice>,
     /// Socket to the connector; absent where there are no such devices.
     pub connector: Option<FdNumber>,
@@ -50,6 +51,8 @@ pub struct SupervisedProcess {
     pub log: FdNumber,
     /// PCI device number of the device that it serves.
     pub slot: Option<u8>,
+    /// Its place in what [`ToConnector::Connect`] counts, where its TAP can be opened again.
+    pub tap: Option<u16>,
 }
 
 /// A device that someone else's back end serves.
@@ -64,10 +67,10 @@ pub struct RemoteDevice {
 /// From the supervisor to the connector, the process that can reach someone else's back ends.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum ToConnector {
-    /// Connect to the back end of a device, however long that takes. A second request for the same
+    /// Connect to the back end of a device, or open its TAP, however long that takes. A second request for the same
     /// device before it is connected is as one.
     Connect {
-        /// Its place in [`SupervisorConfig::remotes`].
+        /// Its place.
         device: u16,
     },
 }
@@ -75,9 +78,9 @@ pub enum ToConnector {
 /// From the connector to the supervisor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum FromConnector {
-    /// Answers [`ToConnector::Connect`]. One fd attached: the connected socket.
+    /// Answers [`ToConnector::Connect`]. The connected socket is attached, or a TAP's queues are.
     Connected {
-        /// Its place in [`SupervisorConfig::remotes`].
+        /// Its place.
         device: u16,
     },
 }
@@ -165,6 +168,11 @@ pub enum FromSupervisor {
     },
     /// The candidate serves: from now on it is the current build.
     Adopt {
+        /// Its place in [`SupervisorConfig::processes`].
+        process: u16,
+    },
+    /// Keep another TAP for a NIC's process, in the place of one that is gone; its queues are attached.
+    Tap {
         /// Its place in [`SupervisorConfig::processes`].
         process: u16,
     },

@@ -83,6 +83,16 @@ if [ -n "$(option guest.storm)" ]; then
     say end
     busybox poweroff -f
 fi
+if [ -n "$(option guest.writes)" ]; then
+    # Writes past the page cache, one after the other, until a line comes on the console.
+    { read -r key; : > /tmp/stop; } < /dev/console &
+    say writes
+    until [ -e /tmp/stop ]; do
+        busybox dd if=/dev/zero of=/dev/vda bs=4k count=2000 oflag=direct conv=notrunc 2>/dev/null || say "cannot write"
+    done
+    say end
+    busybox poweroff -f
+fi
 if [ -b /dev/vda ]; then
     # The first 8 MiB carry a pattern; the second 8 MiB become a copy of it.
     say "disk $(busybox dd if=/dev/vda bs=1M count=8 2>/dev/null | busybox sha256sum | busybox cut -d' ' -f1)"

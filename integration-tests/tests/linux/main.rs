@@ -4,6 +4,7 @@ mod boots;
 mod ends;
 mod hosts;
 mod others;
+mod stall;
 mod storm;
 mod traffic;
 
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
     tests.extend(others::tests());
     tests.extend(traffic::tests());
     tests.extend(storm::tests());
+    tests.extend(stall::tests());
     integration_tests::suite::run(tests)
 }
 

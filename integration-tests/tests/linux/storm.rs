@@ -83,7 +83,7 @@ fn storm(disk_kills: u32, net_kills: u32) -> Result<()> {
 }
 
 /// Kills the process that serves now.
-fn strike(run: &mut Run, role: ProcessRole) -> Result<()> {
+pub(crate) fn strike(run: &mut Run, role: ProcessRole) -> Result<()> {
     let state = run.state(PATIENCE)?;
     let process = state.processes.iter().find(|process| process.role == role);
     let pid = process.context("no such process")?.pid;

@@ -5,11 +5,13 @@
 //! A path says nothing about who listens there: connecting succeeds on a listener that is about to
 //! die. Whether the back end serves is found by the vmm, and where it does not, the supervisor asks
 //! once more. There is no limit of time; the end of the supervisor is the connector's end.
+//!
+//! A TAP that vanished is opened again by its name, for the same reasons.
 
 use super::machine::{Backend, Device};
 use super::net::{self, Holder, NetError};
 use crate::wire::{Received, receive_message};
-use crate::wire_fds::send_with_fd;
+use crate::wire_fds::send_with_fds;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
@@ -33,6 +35,23 @@ pub(crate) fn remotes(devices: &[Device]) -> impl Iterator<Item = &Device> {
     devices.iter().filter(|device| !device.is_ours())
 }
 
+/// What is opened again: someone else's back ends, then TAPs that have a name.
+fn reachable(devices: &[Device]) -> impl Iterator<Item = &Device> {
+    let named = |device: &&Device| matches!(&device.backend, Backend::Net(nic) if nic.has_name());
+    remotes(devices).chain(devices.iter().filter(named))
+}
+
+/// Whether there is anything that the connector could do.
+pub(crate) fn is_needed(devices: &[Device]) -> bool {
+    reachable(devices).next().is_some()
+}
+
+/// Where the TAP of the device `id` is counted among these.
+pub(crate) fn tap_place(devices: &[Device], id: &str) -> Option<u16> {
+    let place = reachable(devices).position(|device| device.is_ours() && device.id == id);
+    place.and_then(|place| u16::try_from(place).ok())
+}
+
 /// The connector, as the launcher sees it.
 pub(crate) struct Connector {
     pub(crate) pid: Pid,
@@ -43,14 +62,14 @@ pub(crate) struct Connector {
 impl Connector {
     /// Starts it where it has something to do. The calling process must have one thread only.
     pub(crate) fn start(devices: &[Device]) -> Result<Option<Self>, NetError> {
-        let remotes: Vec<&Device> = remotes(devices).collect();
-        if remotes.is_empty() {
+        let reachable: Vec<&Device> = reachable(devices).collect();
+        if reachable.is_empty() {
             return Ok(None);
         }
         let holder = Holder::start("connector", |post| {
             post.detach(&[libc::STDERR_FILENO]);
             let _ = nix::sys::prctl::set_no_new_privs();
-            serve(post.socket(), &remotes);
+            serve(post.socket(), &reachable);
             Ok(())
         })?;
         let pid = holder.pid;
@@ -65,7 +84,7 @@ struct Attempt {
 }
 
 /// Serves until the supervisor is gone.
-fn serve(supervisor: &OwnedFd, remotes: &[&Device]) {
+fn serve(supervisor: &OwnedFd, reachable: &[&Device]) {
     let mut wanted = BTreeMap::new();
     loop {
         wait(
@@ -86,20 +105,21 @@ fn serve(supervisor: &OwnedFd, remotes: &[&Device]) {
         }
         let now = Instant::now();
         wanted.retain(|number, attempt| {
-            let Some(device) = remotes.get(usize::from(*number)) else {
+            let Some(device) = reachable.get(usize::from(*number)) else {
                 return false;
             };
             if now < attempt.at {
                 return true;
             }
-            let Ok(socket) = connect_to(device) else {
+            let Ok(opened) = open(device) else {
                 attempt.at = now + attempt.delay;
                 attempt.delay = (2 * attempt.delay).min(LONGEST_DELAY);
                 return true;
             };
             let answer = FromConnector::Connected { device: *number };
             // A supervisor that takes no answer is gone, which is heard next.
-            send_with_fd(supervisor.as_fd(), 0, answer, socket.as_fd()).is_err()
+            let fds: Vec<_> = opened.iter().map(AsFd::as_fd).collect();
+            send_with_fds(supervisor.as_fd(), 0, answer, &fds).is_err()
         });
     }
 }
@@ -114,14 +134,16 @@ fn wait(supervisor: &OwnedFd, next: Option<Instant>) {
     let _ = poll(&mut [PollFd::new(supervisor.as_fd(), PollFlags::POLLIN)], timeout);
 }
 
-fn connect_to(device: &Device) -> io::Result<OwnedFd> {
-    match &device.backend {
+fn open(device: &Device) -> io::Result<Vec<OwnedFd>> {
+    let socket = match &device.backend {
         Backend::External(remote) => connect_at(&remote.socket),
         Backend::Passt { passt, publish, mtu } => {
             net::serve(&device.field, passt, publish, *mtu).map_err(io::Error::other)
         }
-        Backend::Disk(_) | Backend::Net(_) => Err(Errno::EINVAL.into()),
-    }
+        Backend::Net(nic) => return nic.open_again().map_err(io::Error::other),
+        Backend::Disk(_) => Err(Errno::EINVAL.into()),
+    };
+    Ok(vec![socket?])
 }
 
 /// Without waiting for a listener whose queue is full.

@@ -7,15 +7,15 @@
 //! ```
 //!
 //! It is a copy of the spawner from before that read its first message. It keeps the images and TAPs,
-//! knows three orders, and reads nothing else. What it makes is fixed by the plan, but for another build
-//! of a device's binary, which only the VM's owner can send.
+//! knows four orders, and reads nothing else. What it makes is fixed by the plan, but for another build
+//! of a device's binary, which only the VM's owner can send, and another TAP, which the connector opens.
 #![expect(unsafe_code, reason = "a fork")]
 
 use super::net::detach;
 use super::respawn::Respawner;
 use crate::failure::Failure;
 use crate::wire::{Received, TransferError, send_message};
-use crate::wire_fds::{receive_with_fds, send_with_fd};
+use crate::wire_fds::{receive_with_fds, send_with_fd, send_with_fds};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
@@ -38,6 +38,8 @@ enum Order {
     Candidate { process: u16 },
     /// The candidate serves.
     Adopt { process: u16 },
+    /// Another TAP for `process`; its queues come along.
+    Tap { process: u16 },
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -99,6 +101,12 @@ impl Forker {
         send_message(self.socket.as_fd(), 0, Order::Adopt { process })
     }
 
+    /// See `Respawner::keep_tap`.
+    pub(crate) fn keep_tap(&self, process: u16, queues: &[OwnedFd]) -> Result<(), TransferError> {
+        let queues: Vec<_> = queues.iter().map(AsFd::as_fd).collect();
+        send_with_fds(self.socket.as_fd(), 0, Order::Tap { process }, &queues)
+    }
+
     /// Ends it. It must not have been reaped.
     pub(crate) fn end(self) {
         let _ = kill(self.pid, Signal::SIGKILL);
@@ -131,6 +139,10 @@ fn serve(socket: BorrowedFd<'_>, mut respawner: Respawner) {
                 if let Some(binary) = fds.pop() {
                     respawner.keep_candidate(process.into(), binary);
                 }
+                Ok(())
+            }
+            Order::Tap { process } => {
+                respawner.keep_tap(process.into(), fds);
                 Ok(())
             }
             Order::Adopt { process } => {

@@ -67,6 +67,16 @@ impl Respawner {
         }
     }
 
+    /// Keeps another TAP for `process`, in the place of one that is gone.
+    pub(crate) fn keep_tap(&mut self, process: usize, queues: Vec<OwnedFd>) {
+        let Some(Some(plan)) = self.processes.get(process) else {
+            return;
+        };
+        let taps = plan.descriptors.iter().map(|given| given.source);
+        let taps = taps.filter(|source| matches!(source, Source::Tap(..)));
+        self.kept.extend(taps.zip(queues));
+    }
+
     /// The candidate serves.
     pub(crate) fn adopt(&mut self, process: usize) {
         if let Some(binary) = self.candidates.remove(&process) {

@@ -195,6 +195,11 @@ impl Spawner {
                             forget(forker.adopt(process));
                         }
                     }
+                    FromSupervisor::Tap { process } => {
+                        if let Some(forker) = &self.forker {
+                            forget(forker.keep_tap(process, &fds));
+                        }
+                    }
                     FromSupervisor::Kill { process } => self.kill_one(process),
                     FromSupervisor::Event(event) => on_event(Event::Happened(event)),
                     FromSupervisor::KillAll => self.kill_all(),

@@ -195,8 +195,12 @@ impl Supervisor {
     pub(super) fn note_told(&mut self) {
         for index in 0..self.processes.len() {
             for (kind, detail) in std::mem::take(&mut self.processes[index].log.told) {
-                if self.processes[index].about.slot.is_some() {
-                    self.note(index, kind, Duration::ZERO, &detail);
+                if self.processes[index].about.slot.is_none() {
+                    continue;
+                }
+                self.note(index, kind, Duration::ZERO, &detail);
+                if let (EventKind::TapLost, Some(tap)) = (kind, self.processes[index].about.tap) {
+                    self.ask_connector(tap);
                 }
             }
         }

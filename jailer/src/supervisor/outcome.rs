@@ -80,6 +80,7 @@ mod tests {
             pid: 7,
             log: FdNumber(9),
             slot: None,
+            tap: None,
         }
     }
 

@@ -11,7 +11,7 @@ use super::Supervisor;
 use super::devices::{Counters, event, shortened};
 use super::outcome::Outcome;
 use crate::wire::{Received, send_message};
-use crate::wire_fds::{receive_with_fds, send_with_fd};
+use crate::wire_fds::{receive_with_fds, send_with_fd, send_with_fds};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use vm_spec::control::{ToVmm, exit_code};
@@ -134,12 +134,7 @@ impl Supervisor {
 
     fn connect(&mut self, index: usize) {
         // The index fits: a VM has at most 32 devices.
-        let message = ToConnector::Connect { device: index as u16 };
-        let asked = self
-            .connector
-            .as_ref()
-            .map(|c| send_message(c.as_fd(), 0, message));
-        if matches!(asked, Some(Ok(()))) {
+        if self.ask_connector(index as u16) {
             self.remotes[index].stage = Stage::Connecting;
             return;
         }
@@ -147,6 +142,13 @@ impl Supervisor {
         let slot = self.remotes[index].about.slot;
         let reason = "the process that connects to back ends has ended".to_owned();
         self.tell_vmm(ToVmm::GiveUpBackend { slot, reason });
+    }
+
+    /// False: there is nobody who could connect.
+    pub(super) fn ask_connector(&self, device: u16) -> bool {
+        let connector = self.connector.as_ref();
+        let asked = connector.map(|c| send_message(c.as_fd(), 0, ToConnector::Connect { device }));
+        matches!(asked, Some(Ok(())))
     }
 
     /// The vmm no longer talks to a back end.
@@ -183,7 +185,10 @@ impl Supervisor {
             match receive_with_fds(connector.as_fd()) {
                 Ok((Received::Nothing, _)) => return,
                 Ok((Received::Message(_, FromConnector::Connected { device }), mut fds)) => {
-                    if let Some(socket) = fds.pop() {
+                    let nic = self.processes.iter().position(|p| p.about.tap == Some(device));
+                    if let Some(index) = nic {
+                        self.tap_came_back(index, &fds, now);
+                    } else if let Some(socket) = fds.pop() {
                         self.connected(device.into(), &socket, now);
                     }
                 }
@@ -198,6 +203,21 @@ impl Supervisor {
                 }
             }
         }
+    }
+
+    /// The TAP goes to the spawner, and a new process takes over with it.
+    fn tap_came_back(&mut self, index: usize, queues: &[OwnedFd], now: Instant) {
+        // The index fits: a VM has at most 32 devices.
+        let message = FromSupervisor::Tap {
+            process: index as u16,
+        };
+        let fds: Vec<_> = queues.iter().map(AsFd::as_fd).collect();
+        if send_with_fds(self.spawner.as_fd(), 0, message, &fds).is_err() {
+            return self.say("the spawner cannot be given a TAP");
+        }
+        self.note(index, EventKind::TapBack, Duration::ZERO, "");
+        let order = self.processes[index].recovery.released(now);
+        self.carry_out(index, order);
     }
 
     /// There is a connection: it goes to the vmm.

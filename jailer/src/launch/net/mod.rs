@@ -118,6 +118,21 @@ pub(crate) fn open(device: &Device, nic: &Nic) -> Result<Opened, Failure> {
     }
 }
 
+impl Nic {
+    /// It is on an existing TAP, which may vanish and come back.
+    pub(crate) fn has_name(&self) -> bool {
+        matches!(self.wire, Wire::Name(_))
+    }
+
+    /// Opens the TAP of that name once more.
+    pub(crate) fn open_again(&self) -> Result<Vec<OwnedFd>, NetError> {
+        match &self.wire {
+            Wire::Name(name) => interface::open_existing(name, self.queues),
+            _ => Err(NetError::Holder("its TAP has no name".to_owned())),
+        }
+    }
+}
+
 /// Where passt itself serves the NIC's queues, says so in `devices`.
 pub(crate) fn choose_servers(devices: &mut [Device]) {
     for device in devices {

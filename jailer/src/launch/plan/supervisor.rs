@@ -27,7 +27,8 @@ pub(super) fn plan(
             slot: device.slot,
         })
         .collect();
-    let connector = (!remotes.is_empty()).then(|| fds.add(Source::Connector, "socket to the connector"));
+    let connector =
+        connector::is_needed(devices).then(|| fds.add(Source::Connector, "socket to the connector"));
     let input = choices
         .has_input
         .then(|| fds.add_until(Kept::UntilEndOfFile, Source::Input, "standard input of bulkhead"));
@@ -48,6 +49,7 @@ pub(super) fn plan(
                 format!("log pipe of {} (read end)", worker.name),
             ),
             slot,
+            tap: connector::tap_place(devices, &worker.name),
         })
         .collect();
     let config = SupervisorConfig {
