@@ -155,10 +155,14 @@ fn allocating(cases: &mut Vec<Case>, large: u64) {
 }
 
 fn direct(cases: &mut Vec<Case>, size: u64) {
-    for (operation, verb) in OPERATIONS {
+    let formats = [Format::Raw, Format::Qcow2];
+    for (format, (operation, verb)) in formats
+        .into_iter()
+        .flat_map(|format| OPERATIONS.map(|of| (format, of)))
+    {
         let case = against_qemu(
-            format!("raw O_DIRECT, disk, depth 32 {verb}"),
-            Format::Raw,
+            format!("{} O_DIRECT, disk, depth 32 {verb}", format.name()),
+            format,
             work(operation, Pattern::Random, BLOCK, 32, size),
             1.0,
         );

@@ -168,29 +168,19 @@ fn by_ring(settings: &Settings) -> Result<()> {
     println!("|---|---|---|---|---|");
     for size in [Size::Small, Size::Full, Size::Super] {
         let mut floor = Floor::start(size)?;
-        for direction in [Direction::Send, Direction::Receive] {
-            let mut turns = Vec::new();
-            for _ in 0..settings.rounds {
-                turns.push(match direction {
-                    Direction::Send => (floor.send_by_ring(span)?, floor.send(span)?),
-                    Direction::Receive => (floor.receive_by_ring(span)?, floor.receive(span)?),
-                });
-            }
-            let of = |value: &dyn Fn(&(Turn, Turn)) -> f64| median(turns.iter().map(value).collect());
-            let what = if direction == Direction::Send {
-                "send"
-            } else {
-                "receive"
-            };
-            println!(
-                "| {what} {} | {:.0} | {:.2} | {:.0} | {:.2} |",
-                size.name(),
-                of(&|(ring, _)| ring.rate()) / 1e3,
-                of(&|(ring, _)| ring.cost()),
-                of(&|(_, calls)| calls.rate()) / 1e3,
-                of(&|(_, calls)| calls.cost()),
-            );
+        let mut turns = Vec::new();
+        for _ in 0..settings.rounds {
+            turns.push((floor.send_by_ring(span)?, floor.send(span)?));
         }
+        let of = |value: &dyn Fn(&(Turn, Turn)) -> f64| median(turns.iter().map(value).collect());
+        println!(
+            "| send {} | {:.0} | {:.2} | {:.0} | {:.2} |",
+            size.name(),
+            of(&|(ring, _)| ring.rate()) / 1e3,
+            of(&|(ring, _)| ring.cost()),
+            of(&|(_, calls)| calls.rate()) / 1e3,
+            of(&|(_, calls)| calls.cost()),
+        );
         floor.stop()?;
     }
     Ok(())

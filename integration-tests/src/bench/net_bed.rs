@@ -372,33 +372,16 @@ impl Floor {
 
     /// One `readv` a frame, under the generator's load.
     pub(super) fn receive(&mut self, span: Duration) -> Result<Turn> {
-        let mut buffer = vec![0; 17 * 4096];
-        self.receive_by(span, move |tap| {
-            net_host::read_frames(tap, &mut buffer, false, BATCH)
-        })
-    }
-
-    /// As [`Self::receive`], batches through io_uring.
-    pub(super) fn receive_by_ring(&mut self, span: Duration) -> Result<Turn> {
-        let mut ring = Frames::new(&[0; 17 * 4096])?;
-        self.receive_by(span, move |tap| ring.read(tap))
-    }
-
-    fn receive_by(
-        &mut self,
-        span: Duration,
-        mut read: impl FnMut(&mut File) -> Result<usize> + Send,
-    ) -> Result<Turn> {
         let most = most_under_way(self.size);
         let (received, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
         let mut host = Host::new(FLOOR, vec![self.size.to_guest(0)], false)?;
         let tap = &mut self.tap;
         thread::scope(|scope| {
-            let (received, stop) = (&received, &stop);
-            let reader = scope.spawn(move || -> Result<Duration> {
+            let reader = scope.spawn(|| -> Result<Duration> {
+                let mut buffer = vec![0; 17 * 4096];
                 let cpu = thread_cpu()?;
                 while !stop.load(Ordering::Relaxed) {
-                    let count = read(tap)?;
+                    let count = net_host::read_frames(tap, &mut buffer, false, BATCH)?;
                     received.fetch_add(count, Ordering::Relaxed);
                 }
                 Ok(thread_cpu()? - cpu)
