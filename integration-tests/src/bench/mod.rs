@@ -13,4 +13,3 @@ mod net_bed;
 mod net_driver;
 mod net_frames;
 mod net_host;
-mod net_uring;

@@ -3,7 +3,6 @@
 use super::net_driver::{Lane, Shape, wait};
 use super::net_frames::Size;
 use super::net_host::{self, BATCH, Host};
-use super::net_uring::Frames;
 use crate::frontend_harness::{Options, Session, virtio};
 use crate::process::Process;
 use anyhow::{Context, Result, anyhow, ensure};
@@ -356,7 +355,7 @@ impl Floor {
 
     /// Batches of frames through io_uring, each in one call.
     pub(super) fn send_by_ring(&mut self, span: Duration) -> Result<Turn> {
-        let mut ring = Frames::new(&self.size.to_host())?;
+        let mut ring = net_host::RingFrames::new(&self.size.to_host())?;
         let (cpu, start) = (thread_cpu()?, Instant::now());
         let mut frames = 0;
         while start.elapsed() < span {
