@@ -1,7 +1,7 @@
 //! From a `VmConfig` to a machine that is ready to run. vCPUs are made, and back ends answer,
 //! while boot images are copied.
 
-use super::early::Early;
+use super::early::{self, Early};
 use super::events::Events;
 use super::exits::Platform;
 use super::ports::Ports;
@@ -22,7 +22,8 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use vm_spec::control::{DeviceConfig, FdNumber, VmConfig};
+use std::time::Instant;
+use vm_spec::control::{DeviceConfig, FdNumber, Loss, VmConfig};
 use vm_spec::machine;
 
 /// How this process is to behave, from its command line.
@@ -231,9 +232,13 @@ impl Connector {
         Ok(devices)
     }
 
-    /// Waits for a device's back end, and for others in its place where it is lost.
+    /// Waits for a device's back end, and for others in its place where it is lost. Someone else's that
+    /// hangs or answers nonsense before the guest runs is a mistake of whoever named it; one that is gone
+    /// may be about to be started again, but not for ever.
     fn finish_one(&self, connecting: Connecting, early: &mut Early<'_>) -> Result<Device, Error> {
         let config = connecting.config().clone();
+        let begun = Instant::now();
+        let replaceable = |loss| config.ours || loss == Loss::Closed && begun.elapsed() < early::DEADLINE;
         let mut generation = 0;
         let mut finished = connecting.finish();
         loop {
@@ -242,7 +247,9 @@ impl Connector {
                 Err(error) => error,
             };
             let (id, next) = match error.cause.loss() {
-                Some(loss) => early.replacement(&config, generation, loss, &error.cause)?,
+                Some(loss) if replaceable(loss) => {
+                    early.replacement(&config, generation, loss, &error.cause)?
+                }
                 _ => None,
             }
             .ok_or_else(|| failed(error))?;

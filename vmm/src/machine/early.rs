@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use vm_spec::control::{DeviceConfig, Envelope, FromVmm, Loss, ToVmm};
 
 /// A lost back end has a successor, or is given up, within this time.
-const DEADLINE: Duration = Duration::from_secs(15);
+pub(super) const DEADLINE: Duration = Duration::from_secs(15);
 /// Most messages kept for the running machine; a supervisor that sends more is out of order.
 const MOST_KEPT: usize = 64;
 
