@@ -102,7 +102,7 @@ impl Nested {
             .write(&mut self.port)
             .context("the outer guest takes no command")?;
         loop {
-            match self.receive(deadline)? {
+            match self.receive(deadline).map_err(|error| self.last_words(error))? {
                 FromAgent::Output(stream, bytes) => output(stream, &bytes),
                 FromAgent::Ended(ended) => return Ok(ended),
                 FromAgent::Ready => bail!("the outer guest's agent started again"),
@@ -150,6 +150,12 @@ impl Nested {
         } else {
             bail!("the outer guest did not power off")
         }
+    }
+
+    /// An error together with what the outer guest said last.
+    fn last_words(&self, error: anyhow::Error) -> anyhow::Error {
+        let log = outer::console_tail(self.scratch.path());
+        error.context(format!("the outer guest's console ended with:\n{log}"))
     }
 
     fn receive(&mut self, deadline: Instant) -> anyhow::Result<FromAgent> {

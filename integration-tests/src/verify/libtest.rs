@@ -41,10 +41,12 @@ pub(super) fn parse(output: &str) -> Vec<(String, Outcome)> {
 }
 
 fn no_outcome(name: String) -> (String, Outcome) {
-    (
-        name,
-        Outcome::Failed("it has no outcome: the test program died in it".to_owned()),
-    )
+    (name, no_verdict())
+}
+
+/// The outcome of a test that was begun and has none.
+pub(super) fn no_verdict() -> Outcome {
+    Outcome::Failed("it has no outcome: the test program died in it".to_owned())
 }
 
 /// `ok`, `FAILED`, `ignored`, `ignored, REASON`, `ignored (REASON)`.
