@@ -17,11 +17,11 @@ fn main() -> ExitCode {
     integration_tests::nested::agent::intercept();
     integration_tests::demo::peer::intercept();
     let mut tests = Vec::new();
+    tests.extend(traffic::tests());
     tests.extend(boots::tests());
     tests.extend(ends::tests());
     tests.extend(hosts::tests());
     tests.extend(others::tests());
-    tests.extend(traffic::tests());
     tests.extend(storm::tests());
     tests.extend(stall::tests());
     integration_tests::suite::run(tests)

@@ -181,7 +181,7 @@ fn early() -> Result<()> {
     for delay in 0..30 {
         let mut run = Run::tiny("scenario=blk requests=200 size=4096", std::slice::from_ref(&disk))?;
         let mut victim = Victim::new(ProcessRole::Disk);
-        victim.strike_early(&mut run, Duration::from_micros(500 * delay))?;
+        victim.strike_early(&mut run, Duration::from_micros(100 * delay))?;
         before += usize::from(!victim.guest_runs(&run));
         let status = run.wait(DEADLINE)?;
         let words = run.process.stderr()?;
