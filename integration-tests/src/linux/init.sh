@@ -36,6 +36,48 @@ traffic() {
     say "ready for the link to go"
     carrier 0 && carrier 1 && say "back $(busybox ping -c 5 -i 0.1 -W 5 10.0.2.2 | received)"
 }
+# Keeps a TCP port open for one client, who gets a line once it is through; what it said is in /said.
+serve() {
+    printf '#!/bin/busybox sh\nbusybox cat > /said\necho the guest\n' > /answer
+    busybox chmod +x /answer
+    busybox nc -l -p "$1" -e /answer &
+    until busybox netstat -ltn | busybox grep -q ":$1 "; do busybox usleep 10000; done
+    say serves
+    wait
+}
+# One of some guests on private segments: the first serves, the others come to it.
+segment() {
+    busybox ip address add "10.9.0.$1/24" dev eth0
+    busybox ip link set eth0 up
+    if [ "$1" = 1 ]; then
+        serve 7000
+        say "received $(sum /said)"
+    else
+        say "icmp $(busybox ping -c 3 -i 0.2 -W 2 10.9.0.1 | received)"
+        busybox dd if=/dev/urandom of=/data bs=64k count=16 2>/dev/null
+        busybox nc -w 5 10.9.0.1 7000 < /data > /dev/null && say "sent $(sum /data)"
+    fi
+}
+# Whatever DHCP says; a page from a server that is known by name; and a port for the host.
+outbound() {
+    busybox ip link set eth0 up
+    busybox mkdir -p /etc
+    busybox cat > /lease <<'END'
+#!/bin/busybox sh
+[ "$1" = bound ] || exit 0
+busybox ip address add "$ip/$mask" dev "$interface"
+busybox ip route add default via "$router" dev "$interface"
+for server in $dns; do echo "nameserver $server"; done > /etc/resolv.conf
+END
+    busybox chmod +x /lease
+    busybox udhcpc -i eth0 -n -q -s /lease 2>/dev/null
+    name="$(busybox nslookup -type=a page.test | busybox sed -n '/^Name/,$ s/^Address: *//p')"
+    say "name $name"
+    # The console has no end: passt of 2023 never closes a connection that its guest half-closes first.
+    say "page $(busybox nc -w 30 "$name" 8080 < /dev/console)"
+    serve 80
+    say "published $(busybox cat /said)"
+}
 busybox mount -o remount,rw / 2>/dev/null
 say "kernel $(busybox uname -r) cpus $(busybox nproc) memory $(busybox awk '/MemTotal/ {print $2}' /proc/meminfo)"
 # Works with files, and with two TCP sessions where there is a NIC, until a line comes on the console;
@@ -101,6 +143,10 @@ if [ -b /dev/vda ]; then
 fi
 if [ -n "$(option guest.traffic)" ]; then
     traffic
+elif [ -n "$(option guest.segment)" ]; then
+    segment "$(option guest.segment)"
+elif [ -n "$(option guest.outbound)" ]; then
+    outbound
 elif [ -e /sys/class/net/eth0 ]; then
     busybox ifconfig eth0 10.0.2.15 up
     # Not wget: it looks up the service's name, for which a static glibc wants its plugins.

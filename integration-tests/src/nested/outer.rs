@@ -29,6 +29,7 @@ const MODULES: &[&str] = &[
     "tun",
     "vhost_net",
     "veth",
+    "bridge",
     "virtio_blk",
     "virtio_net",
     "loop",
@@ -145,6 +146,9 @@ fn machine(command: &mut Command, options: &Options) {
         "-no-reboot",
         "-serial",
         "stdio",
+        // Says on standard error in which state a processor was that ended the machine.
+        "-d",
+        "cpu_reset",
     ]);
 }
 

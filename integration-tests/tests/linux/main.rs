@@ -3,6 +3,7 @@
 mod boots;
 mod ends;
 mod hosts;
+mod nets;
 mod others;
 mod stall;
 mod storm;
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
     tests.extend(boots::tests());
     tests.extend(ends::tests());
     tests.extend(hosts::tests());
+    tests.extend(nets::tests());
     tests.extend(others::tests());
     tests.extend(storm::tests());
     tests.extend(stall::tests());
