@@ -2,7 +2,7 @@
 //! echoes the guest's test frames under the host's seed.
 
 use crate::suite::Skip;
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use guest_contract::{
     Checksum, FRAME_LENGTH, FRAME_PATTERN, GUEST_FRAMES, HOST_FRAMES, frame_number, write_frame,
 };
@@ -22,6 +22,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, OwnedFd},
     sync::Arc,
     thread::{self, JoinHandle},
+    time::{Duration, Instant},
 };
 
 /// A TAP with vnet headers, up, in a network namespace of its own; not persistent.
@@ -51,6 +52,28 @@ impl Tap {
             make()
         });
         made.join().map_err(|_| anyhow!("making a TAP panicked"))?
+    }
+
+    /// Sends the guest with that address the test frame `number`, and waits for its answer.
+    ///
+    /// # Errors
+    /// None comes within `deadline`, or the wire broke.
+    pub fn ask(&self, guest: [u8; 6], number: u64, deadline: Duration) -> Result<()> {
+        let wire = self.wire.as_raw_fd();
+        let mut frame = [0; FRAME_LENGTH];
+        write_frame(&mut frame, guest, [2, 0, 0, 0, 0, 1], GUEST_FRAMES, number);
+        send(wire, &frame, MsgFlags::empty()).context("the wire refuses a frame")?;
+        let (end, mut frame) = (Instant::now() + deadline, [0; 2048]);
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let mut polled = [PollFd::new(self.wire.as_fd(), PollFlags::POLLIN)];
+            let ready = poll(&mut polled, PollTimeout::try_from(left)?)?;
+            ensure!(ready > 0, "no answer to frame {number}");
+            let length = recv(wire, &mut frame, MsgFlags::MSG_DONTWAIT).unwrap_or(0);
+            if frame_number(&frame[..length], HOST_FRAMES) == Some(number) {
+                return Ok(());
+            }
+        }
     }
 
     /// Starts to echo. The guest's test frames that came are counted until [`Echo::stop`].

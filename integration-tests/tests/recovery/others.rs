@@ -4,6 +4,7 @@
 use crate::{
     kills::Moments,
     storm::{DEADLINE, Image, Storm},
+    victim::Victim,
 };
 use anyhow::{Context, Result, ensure};
 use integration_tests::{
@@ -11,21 +12,24 @@ use integration_tests::{
     host::Host,
     process::Process,
     suite::{artifact, test_within},
-    tiny::Run,
+    tiny::{Run, Tap},
     verify::FULL,
 };
 use libtest_mimic::Trial;
-use nix::sys::signal::Signal;
+use nix::{
+    fcntl::{FcntlArg, FdFlag, fcntl},
+    sys::signal::Signal,
+};
 use std::{
     env,
     fs::{self, File},
-    os::unix::net::UnixListener,
+    os::{fd::AsRawFd, unix::net::UnixListener},
     path::{Path, PathBuf},
     process::Command,
     thread,
     time::{Duration, Instant},
 };
-use vm_spec::events::EventKind;
+use vm_spec::{events::EventKind, run_state::ProcessRole};
 
 /// Asked to end, a VM that seeks a back end is gone within this time beyond the guest's own grace of
 /// one second.
@@ -43,6 +47,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test_within(limit, "others::one_in_order_needs_no_record", move || {
             again(Kind::Reference, ",in-order=true", kills)
         }),
+        test_within(limit, "others::a_nic", move || nic(kills)),
         test_within(limit, "others::one_that_stays_away", move || away(absence)),
         test_within(limit, "others::one_without_a_record_needs_a_reset", || {
             [Kind::Reference, Kind::StorageDaemon]
@@ -88,24 +93,13 @@ impl Daemon {
     fn start(kind: Kind, disk: &Path) -> Result<Self> {
         let socket = disk.with_file_name("daemon.sock");
         let process = Process::start(command(kind, disk, &socket)?)?;
-        let daemon = Self {
+        wait_for(&socket, &process)?;
+        Ok(Self {
             kind,
             disk: disk.to_owned(),
             socket,
             process,
-        };
-        daemon.wait_for_socket()?;
-        Ok(daemon)
-    }
-
-    /// It is looked for only: some serve one connection.
-    fn wait_for_socket(&self) -> Result<()> {
-        let end = Instant::now() + DEADLINE;
-        while !self.socket.exists() {
-            ensure!(Instant::now() < end, "no socket: {}", self.process.stderr()?);
-            thread::sleep(Duration::from_millis(5));
-        }
-        Ok(())
+        })
     }
 
     fn kill(&mut self) -> Result<()> {
@@ -132,6 +126,16 @@ impl Daemon {
     fn flag(&self, more: &str) -> String {
         format!("vhost-user={}{more}", self.socket.display())
     }
+}
+
+/// Waits for `daemon`'s socket. It is looked for only: some serve one connection.
+fn wait_for(socket: &Path, daemon: &Process) -> Result<()> {
+    let end = Instant::now() + DEADLINE;
+    while !socket.exists() {
+        ensure!(Instant::now() < end, "no socket: {}", daemon.stderr()?);
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 fn command(kind: Kind, disk: &Path, socket: &Path) -> Result<Command> {
@@ -220,6 +224,46 @@ fn again(kind: Kind, more: &str, kills: u64) -> Result<()> {
     Ok(())
 }
 
+/// A NIC's frames go both ways after each of the kills.
+fn nic(kills: u64) -> Result<()> {
+    const MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x15];
+    Host::need_kvm()?;
+    let tap = Tap::new()?;
+    fcntl(&tap.fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
+    let folder = tempfile::tempdir()?;
+    let socket = folder.path().join("nic.sock");
+    let start = || {
+        let mut command = Command::new(artifact(Artifact::VhostUserNet)?);
+        command.arg(format!("--socket-path={}", socket.display()));
+        command.arg(format!("--tap-fd={}", tap.fd.as_raw_fd()));
+        Process::start(command)
+    };
+    let mut daemon = start()?;
+    wait_for(&socket, &daemon)?;
+    let scenario = format!("scenario=net-echo packets={}", kills + 1);
+    let flags = [format!(
+        "--net=vhost-user={},mac=02:00:00:00:00:15",
+        socket.display()
+    )];
+    let mut run = Run::tiny(&scenario, &flags)?;
+    run.console
+        .wait_line("ready=1", DEADLINE)
+        .with_context(|| run.process.stderr().unwrap_or_default())?;
+    let mut victim = Victim::new(ProcessRole::Net);
+    tap.ask(MAC, 0, DEADLINE)?;
+    for kill in 1..=kills {
+        daemon.signal(Signal::SIGKILL)?;
+        daemon.wait(DEADLINE)?;
+        daemon = start()?;
+        victim
+            .wait_count(&run, EventKind::Reconnected, kill, DEADLINE)
+            .and_then(|_| tap.ask(MAC, kill, DEADLINE))
+            .with_context(|| run.process.stderr().unwrap_or_default())?;
+    }
+    run.wait(DEADLINE)?;
+    run.console.expect_ok()
+}
+
 /// There is no limit of time.
 fn away(absence: Duration) -> Result<()> {
     Host::need_kvm()?;
@@ -270,7 +314,7 @@ fn ends(stand_in: fn(&Path) -> Result<Option<UnixListener>>) -> Result<()> {
     fs::remove_file(&daemon.socket)?;
     let silent = stand_in(&daemon.socket)?;
     daemon.kill()?;
-    let mut victim = crate::victim::Victim::new(vm_spec::run_state::ProcessRole::Disk);
+    let mut victim = Victim::new(ProcessRole::Disk);
     victim.wait_event(&run, EventKind::Disconnected, DEADLINE)?;
     run.process.signal(Signal::SIGTERM)?;
     let asked = Instant::now();
