@@ -97,6 +97,12 @@ impl Qcow2 {
                 ));
             }
             if count == *references {
+                if let Some(kind) = meta.kinds.get(cluster) {
+                    return Err(ImageError::corrupt(
+                        "refcount block",
+                        format!("the last reference to cluster {cluster:#x} went, but it holds the {kind}"),
+                    ));
+                }
                 match gone.last_mut() {
                     Some(last) if last.end == *cluster => last.end += 1,
                     _ => gone.push(*cluster..*cluster + 1),
