@@ -5,9 +5,17 @@ mod support;
 
 use support::damaged::{CLUSTER, COPIED, Damaged, read_first, says, write_first};
 use support::{Scratch, contents, create, fd, open, patch, qemu_img, read, text, write};
-use vhost_blk::image::{self, Format, OpenOptions};
+use vhost_blk::image::{self, Format, Image, OpenOptions};
 
 const COMPRESSED: u64 = 1 << 62;
+/// All that a guest may do to the first cluster.
+const ALL: [fn(&dyn Image) -> std::io::Result<()>; 5] = [
+    read_first,
+    write_first,
+    |image| image.discard(0, CLUSTER),
+    |image| image.write_zeroes(0, CLUSTER, true),
+    |image| image.write_zeroes(0, CLUSTER, false),
+];
 
 fn entries_of_l2() {
     let victim = Damaged::new("");
@@ -24,7 +32,7 @@ fn entries_of_l2() {
         (COMPRESSED | 1 << 50, "outside the file"),
         (COMPRESSED | 512, "outside the file"),
     ] {
-        for fails in [read_first, write_first] {
+        for fails in ALL {
             victim.set(l2, entry).set(72, 0).found(fails, "L2 entry", reason);
         }
     }
@@ -41,7 +49,7 @@ fn entries_of_l1() {
         (COPIED, "without an offset"),
         (COPIED | end.next_multiple_of(CLUSTER), "past the file's end"),
     ] {
-        for fails in [read_first, write_first] {
+        for fails in ALL {
             victim
                 .set(victim.l1(), entry)
                 .set(72, 0)

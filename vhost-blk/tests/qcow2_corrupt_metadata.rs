@@ -151,6 +151,41 @@ fn metadata_is_not_freed() {
     }
 }
 
+/// What was reserved because its refcount said that it was free is no place for what is mapped there.
+fn reserved_clusters_hold_nothing() {
+    for (fails, field) in [
+        (
+            (|image| write(image, CLUSTER, &[5; 512])) as fn(&dyn Image) -> std::io::Result<()>,
+            "L2 entry",
+        ),
+        (
+            |image| image.discard(CLUSTER, CLUSTER).and_then(|()| image.flush()),
+            "refcount block",
+        ),
+    ] {
+        let victim = Damaged::new("");
+        for entry in [victim.l2(), victim.l2() + 8] {
+            victim.set_refcount(victim.word(entry) & !COPIED, 0);
+        }
+        let image = open(&[(&victim.path, Format::Qcow2)]);
+        // Takes the first of the two; the second is kept for later.
+        write(&*image, 2 << 20, &[5; 512]).expect("writes");
+        victim.found_in(&image, &fails, field, "the reserve of free clusters");
+    }
+}
+
+/// That a cluster may be overwritten in place is not remembered past the time when one was freed.
+fn freed_clusters_are_looked_at_again() {
+    let victim = Damaged::new("");
+    victim.set(victim.l2() + 8, victim.word(victim.l2()));
+    let image = open(&[(&victim.path, Format::Qcow2)]);
+    let second = |image: &dyn Image| write(image, CLUSTER, &[5; 512]);
+    second(&*image).expect("writes");
+    image.discard(0, CLUSTER).expect("discards");
+    image.flush().expect("flushes");
+    victim.found_in(&image, &second, "L2 entry", "COPIED is set but the refcount");
+}
+
 /// What has a refcount is not taken, whoever refers to it.
 fn allocations_pass_over_what_is_counted() {
     let victim = Damaged::new("");
@@ -203,6 +238,8 @@ suite! {
         allocations_over_metadata,
         allocations_at_offset_0,
         metadata_is_not_freed,
+        reserved_clusters_hold_nothing,
+        freed_clusters_are_looked_at_again,
         allocations_pass_over_what_is_counted,
         tables_used_twice,
     ],

@@ -128,6 +128,8 @@ impl Qcow2 {
                 .update(&*self.file, &self.geometry, start..end, &lower)?;
             meta.reserve.freed(start);
         }
+        // In an image whose refcounts lie, something that is free now may still be mapped.
+        meta.l2.forget_verified();
         Ok(())
     }
 }

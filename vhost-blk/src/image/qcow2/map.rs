@@ -219,6 +219,7 @@ impl std::fmt::Display for Kind {
             Self::Refblock => "refcount block",
             Self::L2 => "L2 table",
             Self::SharedL2 => "L2 table of another range",
+            Self::Reserved => "reserve of free clusters",
         })
     }
 }
