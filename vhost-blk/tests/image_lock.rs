@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use support::{Scratch, create, fd, open, open_with, qemu_img_output, text};
+use support::{Scratch, contents, create, fd, open, open_with, patch, qemu_img_output, text};
 use vhost_blk::image::{self, Format, ImageError, OpenOptions};
 
 const READ_ONLY: OpenOptions = OpenOptions {
@@ -54,6 +54,18 @@ fn readers_share_and_keep_writers_out() {
     assert!(message.contains("relies on its content"), "{message}");
     drop(readers);
     drop(open(&[(&path, Format::Qcow2)]));
+}
+
+fn a_dirty_image_is_not_repaired_while_it_is_used() {
+    let (_scratch, path) = image();
+    patch(&path, 79, &[1]);
+    let reader = open_with(&[(&path, Format::Qcow2)], &READ_ONLY).expect("opens");
+    let before = contents(&path);
+    refusal(&path, &OpenOptions::default());
+    assert!(contents(&path) == before, "it was written to");
+    drop(reader);
+    drop(open(&[(&path, Format::Qcow2)]));
+    assert_eq!(contents(&path)[79], 0, "the dirty bit is still set");
 }
 
 fn a_backing_file_is_not_written_meanwhile() {
@@ -152,6 +164,7 @@ suite! {
     with_qemu_img: [
         two_writers_exclude_each_other,
         readers_share_and_keep_writers_out,
+        a_dirty_image_is_not_repaired_while_it_is_used,
         a_backing_file_is_not_written_meanwhile,
         a_successor_on_the_same_description_takes_over,
         qemu_respects_our_locks,

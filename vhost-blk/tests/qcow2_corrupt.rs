@@ -1,124 +1,24 @@
 //! What is refused while an image is in use: an error to the guest, the corrupt bit set, no more writing,
-//! and everything else still read.
+//! and everything else still read. Here: entries of the mapping, and what they lead to.
 
 mod support;
 
-use std::path::PathBuf;
-use std::sync::Arc;
+use support::damaged::{CLUSTER, COPIED, Damaged, read_first, says, write_first};
+use support::{Scratch, contents, create, fd, open, patch, qemu_img, read, text, write};
+use vhost_blk::image::{self, Format, Image, OpenOptions};
 
-use support::{Scratch, contents, create, open, open_with, patch, qemu_img, read, text, write};
-use vhost_blk::image::{Format, Image, OpenOptions};
-
-const CLUSTER: u64 = 64 << 10;
-const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
-
-/// An image whose first two clusters and last one hold data.
-struct Victim {
-    _scratch: Scratch,
-    path: PathBuf,
-}
-
-impl Victim {
-    fn new(options: &str) -> Self {
-        let scratch = Scratch::new();
-        let path = scratch.path("top");
-        create(&path, options, "8M");
-        let image = open(&[(&path, Format::Qcow2)]);
-        write(&*image, 0, &vec![1; 2 * CLUSTER as usize]).expect("writes");
-        write(&*image, (8 << 20) - CLUSTER, &vec![3; CLUSTER as usize]).expect("writes");
-        Self {
-            _scratch: scratch,
-            path,
-        }
-    }
-
-    fn word(&self, offset: u64) -> u64 {
-        let bytes = contents(&self.path);
-        u64::from_be_bytes(bytes[offset as usize..][..8].try_into().expect("eight bytes"))
-    }
-
-    fn set(&self, offset: u64, value: u64) -> &Self {
-        patch(&self.path, offset, &value.to_be_bytes());
-        self
-    }
-
-    fn l1(&self) -> u64 {
-        self.word(40)
-    }
-
-    fn l2(&self) -> u64 {
-        self.word(self.l1()) & !COPIED
-    }
-
-    /// Where the refcount (16 bits) of the cluster at `offset` is.
-    fn refcount_at(&self, offset: u64) -> u64 {
-        self.word(self.word(48)) + offset / CLUSTER * 2
-    }
-
-    fn set_refcount(&self, offset: u64, count: u16) -> &Self {
-        patch(&self.path, self.refcount_at(offset), &count.to_be_bytes());
-        self
-    }
-
-    /// `fails` gives an error that says `reason`; then the image is as it must be.
-    #[track_caller]
-    fn found(&self, fails: impl Fn(&dyn Image) -> std::io::Result<()>, reason: &str) {
-        let image = open(&[(&self.path, Format::Qcow2)]);
-        self.found_in(&image, &fails, reason);
-        drop(image);
-        let refused = open_with(&[(&self.path, Format::Qcow2)], &OpenOptions::default())
-            .err()
-            .expect("is refused");
-        assert!(refused.to_string().contains("corrupt bit"), "{refused}");
-        let options = OpenOptions {
-            read_only: true,
-            ..OpenOptions::default()
-        };
-        let image = open_with(&[(&self.path, Format::Qcow2)], &options).expect("opens for reading");
-        assert_eq!(
-            read(&*image, (8 << 20) - CLUSTER, 512).expect("reads"),
-            vec![3; 512]
-        );
-    }
-
-    #[track_caller]
-    fn found_in(
-        &self,
-        image: &Arc<dyn Image>,
-        fails: &dyn Fn(&dyn Image) -> std::io::Result<()>,
-        reason: &str,
-    ) {
-        assert!(!image.read_only());
-        let error = fails(&**image).expect_err("is refused").to_string();
-        assert!(
-            error.contains("image is corrupt") && error.contains(reason),
-            "{error:?} does not say {reason:?}"
-        );
-        assert_ne!(contents(&self.path)[79] & 2, 0, "the corrupt bit is not set");
-        assert!(image.read_only());
-        let before = contents(&self.path);
-        let error = write(&**image, 4 << 20, &[9; 512])
-            .expect_err("is read-only")
-            .to_string();
-        assert!(error.contains("found corrupt"), "{error}");
-        assert!(image.discard(0, CLUSTER).is_err() && image.write_zeroes(0, CLUSTER, true).is_err());
-        image.flush().expect("a flush does no harm");
-        assert_eq!(read(&**image, 4 << 20, 512).expect("reads"), vec![0; 512]);
-        assert!(contents(&self.path) == before, "it was still written to");
-    }
-}
-
-fn read_first(image: &dyn Image) -> std::io::Result<()> {
-    read(image, 512, 512).map(|_| ())
-}
-
-fn write_first(image: &dyn Image) -> std::io::Result<()> {
-    write(image, 512, &[5; 512])
-}
+/// All that a guest may do to the first cluster.
+const ALL: [fn(&dyn Image) -> std::io::Result<()>; 5] = [
+    read_first,
+    write_first,
+    |image| image.discard(0, CLUSTER),
+    |image| image.write_zeroes(0, CLUSTER, true),
+    |image| image.write_zeroes(0, CLUSTER, false),
+];
 
 fn entries_of_l2() {
-    let victim = Victim::new("");
+    let victim = Damaged::new("");
     let (l2, end) = (victim.l2(), contents(&victim.path).len() as u64);
     let good = victim.word(l2);
     for (entry, reason) in [
@@ -132,14 +32,14 @@ fn entries_of_l2() {
         (COMPRESSED | 1 << 50, "outside the file"),
         (COMPRESSED | 512, "outside the file"),
     ] {
-        for fails in [read_first, write_first] {
-            victim.set(l2, entry).set(72, 0).found(fails, reason);
+        for fails in ALL {
+            victim.set(l2, entry).set(72, 0).found(fails, "L2 entry", reason);
         }
     }
 }
 
 fn entries_of_l1() {
-    let victim = Victim::new("cluster_size=4k");
+    let victim = Damaged::new("cluster_size=4k");
     let end = contents(&victim.path).len() as u64;
     let good = victim.word(victim.l1());
     for (entry, reason) in [
@@ -149,108 +49,86 @@ fn entries_of_l1() {
         (COPIED, "without an offset"),
         (COPIED | end.next_multiple_of(CLUSTER), "past the file's end"),
     ] {
-        for fails in [read_first, write_first] {
-            victim.set(victim.l1(), entry).set(72, 0).found(fails, reason);
+        for fails in ALL {
+            victim
+                .set(victim.l1(), entry)
+                .set(72, 0)
+                .found(fails, "L1 entry", reason);
         }
     }
 }
 
 fn extended_entries() {
-    let victim = Victim::new("extended_l2=on");
+    let victim = Damaged::new("extended_l2=on");
     let l2 = victim.l2();
     victim
         .set(l2 + 8, 1 << 32 | 1)
         .set(72, 16)
-        .found(read_first, "both allocated and zero");
+        .found(read_first, "L2 entry", "both allocated and zero");
     victim
         .set(l2, 0)
         .set(l2 + 8, 1)
         .set(72, 16)
-        .found(read_first, "host offset zero");
+        .found(read_first, "L2 entry", "host offset zero");
 }
 
-fn data_over_metadata() {
-    let places = |victim: &Victim| {
-        let refblock = victim.word(victim.word(48));
-        [
-            (victim.l1(), "l1_table_offset"),
-            (victim.l2(), "L2 table"),
-            (victim.word(48), "refcount_table_offset"),
-            (refblock, "refcount block"),
-            (victim.word(64), "snapshots_offset"),
-        ]
+/// Version 2 has no bit to set: the image is read-only for as long as it is open.
+fn version_2() {
+    let victim = Damaged::new("compat=0.10");
+    victim.set(victim.l2(), COPIED | 1 << 50);
+    for fails in [read_first, write_first] {
+        let image = open(&[(&victim.path, Format::Qcow2)]);
+        let before = contents(&victim.path);
+        says(fails(&*image), "L2 entry", "past the file's end");
+        assert!(image.read_only());
+        let error = write(&*image, 4 << 20, &[9; 512]).expect_err("is read-only");
+        assert!(error.to_string().contains("found corrupt"), "{error}");
+        assert_eq!(read(&*image, CLUSTER, 512).expect("reads"), vec![1; 512]);
+        drop(image);
+        assert!(contents(&victim.path) == before, "it was written to");
+    }
+}
+
+/// Whoever may not write sets no bit either.
+fn readers_change_nothing() {
+    let victim = Damaged::new("");
+    victim.set(victim.l2(), COPIED | 1 << 50);
+    let before = contents(&victim.path);
+    let options = OpenOptions {
+        read_only: true,
+        ..OpenOptions::default()
     };
-    for index in 0..5 {
-        let victim = Victim::new("");
-        qemu_img(&["snapshot", "-c", "one", text(&victim.path)]);
-        // Makes the active tables our own again.
-        drop(open(&[(&victim.path, Format::Qcow2)]).write(&[(&mut [4; 512][..]).into()], CLUSTER));
-        let (place, name) = places(&victim)[index];
-        victim.set(victim.l2(), COPIED | place);
-        let before = contents(&victim.path)[place as usize..][..512].to_vec();
-        victim.found(write_first, &format!("would overwrite the {name}"));
-        assert!(
-            contents(&victim.path)[place as usize..][..512] == before,
-            "{name} was overwritten"
-        );
+    // Through a descriptor that could.
+    let image = image::open(fd(&victim.path, true), Format::Qcow2, Vec::new(), &options).expect("opens");
+    for _ in 0..2 {
+        says(read_first(&*image), "L2 entry", "past the file's end");
+        assert_eq!(read(&*image, CLUSTER, 512).expect("reads"), vec![1; 512]);
     }
-    let victim = Victim::new("");
-    victim
-        .set(victim.l2(), 0)
-        .set(victim.l2(), COPIED | 512)
-        .found(write_first, "not aligned");
+    drop(image);
+    assert!(contents(&victim.path) == before, "it was written to");
 }
 
-fn refcounts_that_lie() {
-    let victim = Victim::new("");
-    let (l2, host) = (victim.l2(), victim.word(victim.l2()) & !COPIED);
-    for count in [0, 2, 9] {
-        victim
-            .set_refcount(host, count)
-            .set(72, 0)
-            .found(write_first, "COPIED is set but the refcount");
-    }
-    victim.set_refcount(host, 1).set_refcount(l2, 2).set(72, 0);
-    victim.found(
-        |image| write(image, 2 << 20, &[5; 512]),
-        "COPIED is set but the refcount",
+/// A layer below is only read: its damage is an error of the top's reads, and stays where it is.
+fn damage_below() {
+    let victim = Damaged::new("");
+    victim.set(victim.l2(), COPIED | 1 << 50);
+    let before = contents(&victim.path);
+    let scratch = Scratch::new();
+    let path = scratch.path("overlay");
+    create(
+        &path,
+        &format!("backing_file={},backing_fmt=qcow2", text(&victim.path)),
+        "8M",
     );
-    // Metadata that counts as free: an allocation must not fall on it.
-    for place in [0, victim.word(48), victim.l1(), l2] {
-        let victim = Victim::new("");
-        victim.set_refcount(place, 0);
-        if place == 0 {
-            // The header is never looked at; nothing is allocated there.
-            let image = open(&[(&victim.path, Format::Qcow2)]);
-            write(&*image, 2 << 20, &vec![5; 2 << 20]).expect("writes");
-            drop(image);
-            assert_eq!(&contents(&victim.path)[..4], b"QFI\xfb");
-            continue;
-        }
-        victim.found(|image| write(image, 2 << 20, &vec![5; 2 << 20]), "");
-    }
-    let victim = Victim::new("");
-    victim.set_refcount(host, 0).set(victim.l2(), host);
-    let image = open(&[(&victim.path, Format::Qcow2)]);
-    image.discard(0, CLUSTER).expect("is noted");
-    victim.found_in(&image, &|image| image.flush(), "less than its references");
-}
-
-fn tables_used_twice() {
-    let victim = Victim::new("cluster_size=4k");
-    let table = victim.word(victim.l1());
-    victim.set(victim.l1() + 8, table);
-    // Guest cluster 512 is the first that the second entry maps.
-    victim.found(|image| write(image, 512 * 4096, &[5; 512]), "is used as");
-    let victim = Victim::new("");
-    let refblock = victim.word(victim.word(48));
-    victim.set(victim.l1(), COPIED | refblock);
-    let image = open(&[(&victim.path, Format::Qcow2)]);
-    // Its refcounts are zero here, which is a good L2 entry.
-    let error = write(&*image, 4 << 20, &[5; 512])
-        .expect_err("is refused")
-        .to_string();
-    assert!(error.contains("is used as refcount block"), "{error}");
+    let image = open(&[(&path, Format::Qcow2), (&victim.path, Format::Qcow2)]);
+    let error = read_first(&*image).expect_err("is refused");
+    let cause = std::error::Error::source(error.get_ref().expect("has a cause"));
+    let cause = cause.expect("the layer below").to_string();
+    assert!(cause.contains("L2 entry: host offset"), "{error}: {cause}");
+    assert!(!image.read_only(), "the top is sound");
+    write(&*image, 0, &vec![8; CLUSTER as usize]).expect("writes");
+    assert_eq!(read(&*image, 0, 512).expect("reads"), vec![8; 512]);
+    assert!(contents(&victim.path) == before, "it was written to");
 }
 
 fn compressed_clusters() {
@@ -274,18 +152,19 @@ fn compressed_clusters() {
             text(&raw),
             text(&path),
         ]);
-        let victim = Victim {
-            _scratch: scratch,
-            path,
-        };
+        let victim = Damaged { scratch, path };
         let (l2, features) = (victim.l2(), victim.word(72));
         let first = victim.word(l2);
         assert_ne!(first & COMPRESSED, 0);
         let place = first & ((1 << 54) - 1);
         let good = contents(&victim.path)[place as usize..][..64].to_vec();
         patch(&victim.path, place, &[0xff; 64]);
-        victim.set(72, features).found(read_first, "compressed cluster");
-        victim.set(72, features).found(write_first, "compressed cluster");
+        victim
+            .set(72, features)
+            .found(read_first, "compressed cluster", "cannot be inflated");
+        victim
+            .set(72, features)
+            .found(write_first, "compressed cluster", "cannot be inflated");
         patch(&victim.path, place, &good);
         for (name, size) in [("short", CLUSTER / 2), ("long", CLUSTER * 2)] {
             let Some(packed) = pack(kind, size as usize) else {
@@ -297,7 +176,9 @@ fn compressed_clusters() {
             } else {
                 "more than a cluster"
             };
-            victim.set(72, features).found(read_first, reason);
+            victim
+                .set(72, features)
+                .found(read_first, "compressed cluster", reason);
         }
     }
 }
@@ -322,9 +203,9 @@ suite! {
         entries_of_l2,
         entries_of_l1,
         extended_entries,
-        data_over_metadata,
-        refcounts_that_lie,
-        tables_used_twice,
+        version_2,
+        readers_change_nothing,
+        damage_below,
         compressed_clusters,
     ],
     alone: [],

@@ -3,6 +3,8 @@
 
 mod support;
 
+use std::path::Path;
+
 use support::victim::{Victim, refused};
 use support::{Scratch, contents, create, fd, open_with, patch, text};
 use vhost_blk::image::{self, Format, ImageError, OpenOptions};
@@ -31,13 +33,16 @@ fn the_format_is_never_probed() {
         "not a qcow2 image",
     );
     for name in ["dmg", "parallels", "cloop", "auto", ""] {
-        assert!(
-            name.parse::<Format>()
-                .unwrap_err()
-                .to_string()
-                .contains("unknown format")
-        );
+        let error = name.parse::<Format>().expect_err("is refused").to_string();
+        let expected = format!("format: unknown format {name:?}; expected raw");
+        assert!(error.starts_with(&expected), "{error}");
     }
+    // What a raw layer holds is data, also where it looks like an image.
+    let top = victim.scratch.path("overlay");
+    let backing = format!("backing_file={},backing_fmt=raw", text(&victim.path));
+    create(&top, &backing, "64k");
+    let image = support::open(&[(&top, Format::Qcow2), (&victim.path, Format::Raw)]);
+    assert_eq!(&support::read(&*image, 0, 512).expect("reads")[..4], b"QFI\xfb");
 }
 
 fn backing_files_must_be_passed_and_named() {
@@ -89,16 +94,43 @@ fn an_external_data_file_must_be_passed() {
         "external data file",
         "none was passed",
     );
-    let options = OpenOptions {
-        data_file: Some(fd(&data, true).into()),
+    let data_of = |path: &Path| OpenOptions {
+        data_file: Some(fd(path, true).into()),
         ..OpenOptions::default()
     };
-    refused(
-        &[(&victim.path, Format::Qcow2)],
-        &options,
-        "external data file",
-        "the image has none",
-    );
+    for (path, format, reason) in [
+        (&victim.path, Format::Qcow2, "the image has none"),
+        (&data, Format::Raw, "a raw image has none"),
+    ] {
+        let other = victim.scratch.path("other-data");
+        std::fs::write(&other, vec![0; 1 << 20]).expect("writes");
+        refused(&[(path, format)], &data_of(&other), "external data file", reason);
+    }
+    // The data file of a layer below is none of the top's.
+    let overlay = victim.scratch.path("overlay");
+    let backing = format!("backing_file={},backing_fmt=qcow2", text(&top));
+    create(&overlay, &backing, "1M");
+    let layers = [(overlay.as_path(), Format::Qcow2), (top.as_path(), Format::Qcow2)];
+    for options in [OpenOptions::default(), data_of(&data)] {
+        refused(&layers, &options, "external data file", "none was passed");
+    }
+    // A name is never looked at, whatever it says.
+    let known = contents(&top)
+        .windows(text(&data).len())
+        .position(|part| part == text(&data).as_bytes());
+    let known = known.expect("is named") as u64;
+    for name in ["json:{\"filename\":\"x\"}", "nbd:unix:/x", "file:/etc/passwd"] {
+        patch(&top, known, name.as_bytes());
+        refused(
+            &layers[1..],
+            &OpenOptions::default(),
+            "external data file",
+            "none was passed",
+        );
+        let image = open_with(&layers[1..], &data_of(&data)).expect("opens");
+        support::write(&*image, 0, &[6; 512]).expect("writes");
+    }
+    assert_eq!(&contents(&data)[..512], &[6; 512]);
 }
 
 fn encryption() {
@@ -107,7 +139,10 @@ fn encryption() {
     victim
         .u32(32, 2)
         .never("header extension", "without an encryption header");
-    victim.u32(32, 77).never("crypt_method", "method 77");
+    for other in [3, 77, u32::MAX] {
+        let reason = format!("encryption (method {other}) is not supported");
+        victim.u32(32, other).never("crypt_method", &reason);
+    }
     let victim = Victim::new("");
     victim
         .extension(0x0537_be77, &[0; 16])
@@ -161,6 +196,19 @@ fn chains() {
         "chain",
         "appears twice",
     );
+    let read_only = OpenOptions {
+        read_only: true,
+        ..OpenOptions::default()
+    };
+    for options in [
+        read_only.clone(),
+        OpenOptions {
+            data_file: Some(fd(all[15].0, false).into()),
+            ..read_only
+        },
+    ] {
+        refused(&[all[15], all[16], all[15]], &options, "chain", "appears twice");
+    }
     let broken = victim.scratch.path("broken");
     std::fs::copy(all[15].0, &broken).expect("copies");
     patch(&broken, 32, &2_u32.to_be_bytes());

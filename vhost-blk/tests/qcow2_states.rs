@@ -1,122 +1,18 @@
-//! Images in special states: dirty, with bitmaps, with extensions nobody knows, full, shared by queues.
+//! Images in special states: with bitmaps, with extensions nobody knows, full, shared by queues.
 
 mod support;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use support::recorder::Recorder;
 use support::{
-    Random, Request, Scratch, check_clean, check_leaks_at_most, contents, create, open, open_with, patch,
-    qemu_contents, qemu_img, qemu_img_output, read, text, write,
+    Random, Request, Scratch, check_clean, contents, create, open, patch, qemu_contents, qemu_img,
+    qemu_img_output, read, text, write,
 };
-use vhost_blk::image::{BlockFile, Format, OpenOptions, open_layers};
+use vhost_blk::image::Format;
 
 fn word(bytes: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
-}
-
-fn dirty_images_are_repaired_before_writing() {
-    for options in [
-        "lazy_refcounts=on",
-        "lazy_refcounts=on,cluster_size=512,refcount_bits=64",
-        "lazy_refcounts=on,cluster_size=4k,refcount_bits=2",
-        "lazy_refcounts=on,extended_l2=on",
-    ] {
-        let scratch = Scratch::new();
-        let path = scratch.path("top");
-        let size = 3_usize << 20;
-        create(&path, options, &size.to_string());
-        let mut model = vec![0; size];
-        let image = open(&[(&path, Format::Qcow2)]);
-        let mut random = Random::new(77);
-        for step in 0..40_u8 {
-            support::random_request(&mut random, size as u64, 200 << 10, step | 1).run(&*image, &mut model);
-        }
-        drop(image);
-        qemu_img(&["snapshot", "-c", "one", text(&path)]);
-        let image = open(&[(&path, Format::Qcow2)]);
-        Request::Write {
-            offset: 0,
-            bytes: vec![9; 300 << 10],
-        }
-        .run(&*image, &mut model);
-        drop(image);
-        // The refcounts are lost, as after a power cut with lazy refcounts.
-        let bytes = contents(&path);
-        let features = word(&bytes, 72);
-        let block = word(&bytes, word(&bytes, 48) as usize);
-        patch(&path, block, &[0; 64]);
-        patch(&path, 72, &(features | 1).to_be_bytes());
-        let read_only = OpenOptions {
-            read_only: true,
-            ..OpenOptions::default()
-        };
-        let before = contents(&path);
-        let image = open_with(&[(&path, Format::Qcow2)], &read_only).expect("opens for reading");
-        Request::Read {
-            offset: 0,
-            len: size as u64,
-        }
-        .run(&*image, &mut model);
-        drop(image);
-        assert!(contents(&path) == before, "a reader changed the image");
-
-        let image = open(&[(&path, Format::Qcow2)]);
-        assert_eq!(
-            word(&contents(&path), 72),
-            features,
-            "{options}: the dirty bit is still set"
-        );
-        check_leaks_at_most(&path).unwrap_or_else(|found| panic!("{options}: {found}"));
-        for step in 0..40_u8 {
-            support::random_request(&mut random, size as u64, 200 << 10, step | 1).run(&*image, &mut model);
-        }
-        drop(image);
-        check_clean(&path);
-        assert_eq!(qemu_contents(&path, &[]), model);
-    }
-}
-
-fn a_repair_that_is_cut_off_starts_again() {
-    let scratch = Scratch::new();
-    let path = scratch.path("top");
-    create(&path, "lazy_refcounts=on,cluster_size=4k", "2M");
-    let image = open(&[(&path, Format::Qcow2)]);
-    write(&*image, 4096, &vec![7; 1 << 20]).expect("writes");
-    drop(image);
-    let expected = qemu_contents(&path, &[]);
-    let block = word(&contents(&path), word(&contents(&path), 48) as usize);
-    patch(&path, block, &[0; 512]);
-    patch(&path, 79, &[1]);
-    let recorder = Arc::new(Recorder::new(contents(&path)));
-    let layers: Vec<(Format, Arc<dyn BlockFile>)> = vec![(Format::Qcow2, recorder.clone())];
-    drop(open_layers(layers, None, &OpenOptions::default()).expect("repairs"));
-    let mut random = Random::new(5);
-    for count in 0..=recorder.position() {
-        std::fs::write(&path, recorder.after_host_crash(count, &mut random)).expect("writes");
-        drop(open(&[(&path, Format::Qcow2)]));
-        check_clean(&path);
-        assert_eq!(qemu_contents(&path, &[]), expected, "cut off after {count}");
-    }
-}
-
-fn broken_dirty_images_are_left_alone() {
-    let scratch = Scratch::new();
-    let path = scratch.path("top");
-    create(&path, "lazy_refcounts=on", "2M");
-    let image = open(&[(&path, Format::Qcow2)]);
-    write(&*image, 0, &[7; 512]).expect("writes");
-    drop(image);
-    let l2 = word(&contents(&path), word(&contents(&path), 40) as usize) & !(1 << 63);
-    patch(&path, l2 + 8, &(1_u64 << 50).to_be_bytes());
-    patch(&path, 79, &[1]);
-    let before = contents(&path);
-    let error = open_with(&[(&path, Format::Qcow2)], &OpenOptions::default())
-        .err()
-        .expect("is refused");
-    assert!(error.to_string().contains("past the file's end"), "{error}");
-    assert!(contents(&path) == before);
 }
 
 fn bitmaps_are_marked_in_use_before_the_first_write() {
@@ -194,6 +90,56 @@ fn the_refcount_table_grows() {
     assert_ne!(word(&contents(&path), 48), table);
     check_clean(&path);
     assert!(qemu_contents(&path, &[])[1 << 20..][..data.len()] == data);
+}
+
+/// Metadata stays where it is: what is written again goes to the same place.
+fn rewriting_takes_no_space() {
+    let scratch = Scratch::new();
+    let path = scratch.path("top");
+    create(&path, "cluster_size=4k", "8M");
+    let image = open(&[(&path, Format::Qcow2)]);
+    let round = |value| {
+        write(&*image, 64 << 10, &vec![value; 1 << 20]).expect("writes");
+        image.write_zeroes(4 << 20, 64 << 10, false).expect("zeroes");
+        image.flush().expect("flushes");
+        contents(&path).len()
+    };
+    let first = round(0);
+    for value in 1..50 {
+        assert_eq!(round(value), first, "round {value}");
+    }
+}
+
+/// Version 2 has no way to discard what hides a backing file.
+fn discard_is_offered_where_it_is_possible() {
+    let scratch = Scratch::new();
+    let base = scratch.path("base");
+    std::fs::write(&base, vec![1; 1 << 20]).expect("writes");
+    let backing = format!("backing_file={},backing_fmt=raw", text(&base));
+    for (options, layers, possible) in [
+        ("compat=0.10", 1, true),
+        ("compat=1.1", 1, true),
+        ("compat=0.10", 2, false),
+        ("compat=1.1", 2, true),
+    ] {
+        let path = scratch.path("top");
+        let options = match layers {
+            2 => format!("{options},{backing}"),
+            _ => options.to_owned(),
+        };
+        create(&path, &options, "1M");
+        let all = [(path.as_path(), Format::Qcow2), (base.as_path(), Format::Raw)];
+        let image = open(&all[..layers]);
+        assert_eq!(image.can_discard(), possible, "{options}");
+        write(&*image, 0, &vec![9; 64 << 10]).expect("writes");
+        image.discard(0, 64 << 10).expect("is done or ignored");
+        let shown = if possible { 0 } else { 9 };
+        assert_eq!(
+            read(&*image, 0, 512).expect("reads"),
+            vec![shown; 512],
+            "{options}"
+        );
+    }
 }
 
 fn discards_give_space_back_and_it_is_used_again() {
@@ -351,12 +297,11 @@ fn resolving_leads_to_the_data() {
 
 suite! {
     with_qemu_img: [
-        dirty_images_are_repaired_before_writing,
-        a_repair_that_is_cut_off_starts_again,
-        broken_dirty_images_are_left_alone,
         bitmaps_are_marked_in_use_before_the_first_write,
         unknown_parts_of_the_header_stay,
         the_refcount_table_grows,
+        rewriting_takes_no_space,
+        discard_is_offered_where_it_is_possible,
         discards_give_space_back_and_it_is_used_again,
         queues_share_an_image,
         resolving_leads_to_the_data,

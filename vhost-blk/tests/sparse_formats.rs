@@ -125,6 +125,30 @@ fn what_needs_another_file_is_refused() {
     let flat = convert(&scratch, "vmdk", "subformat=monolithicFlat");
     refused(&[(&flat, Format::Vmdk)], &READ_ONLY, "descriptor", "named files");
     let vmdk = convert(&scratch, "vmdk", "subformat=monolithicSparse");
+    let raw = scratch.path("raw");
+    let layers = [(vmdk.as_path(), Format::Vmdk), (raw.as_path(), Format::Raw)];
+    for (text, other, field, reason) in [
+        (
+            &b"monolithicSparse"[..],
+            &b"monolithicFlat  "[..],
+            "createType",
+            "all in one file",
+        ),
+        (b" SPARSE ", b" FLAT   ", "extents", "named files"),
+        // A comment gives way to a second extent.
+        (
+            b"# The Disk Data",
+            b"RW 1 SPARSE \"x\"",
+            "extents",
+            "there must be one",
+        ),
+    ] {
+        let at = find(&vmdk, text);
+        patch(&vmdk, at, other);
+        refused(&layers[..1], &READ_ONLY, field, reason);
+        patch(&vmdk, at, text);
+    }
+    refused(&layers, &READ_ONLY, "backing file", "a vmdk image has none");
     let at = find(&vmdk, b"parentCID=ffffffff");
     patch(&vmdk, at + 10, b"12345678");
     refused(&[(&vmdk, Format::Vmdk)], &READ_ONLY, "parentCID", "parent");
@@ -163,8 +187,13 @@ fn no_format_is_taken_for_another() {
     let mut random = Random::new(11);
     let noise: Vec<u8> = (0..1 << 20).map(|_| random.next() as u8).collect();
     std::fs::write(&path, noise).expect("writes");
-    for format in [Format::Vmdk, Format::Vdi, Format::Vhdx, Format::Vhd] {
-        assert!(open_with(&[(&path, format)], &READ_ONLY).is_err(), "{format}");
+    for (format, field, reason) in [
+        (Format::Vmdk, "magic", "no vmdk image"),
+        (Format::Vdi, "signature", "no vdi image"),
+        (Format::Vhdx, "signature", "no vhdx image"),
+        (Format::Vhd, "footer", "no vhd image"),
+    ] {
+        refused(&[(&path, format)], &READ_ONLY, field, reason);
     }
 }
 

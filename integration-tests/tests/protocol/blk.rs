@@ -182,7 +182,18 @@ fn write_zeroes(kind: Kind) -> Result<()> {
     })
 }
 
+/// `struct virtio_blk_discard_write_zeroes`.
+fn segment(sector: u64, count: u32, flags: u32) -> Vec<u8> {
+    [
+        &sector.to_le_bytes()[..],
+        &count.to_le_bytes(),
+        &flags.to_le_bytes(),
+    ]
+    .concat()
+}
+
 fn bad_requests(kind: Kind) -> Result<()> {
+    const KEPT: u64 = 8;
     let disk = Disk::new(kind)?;
     let (mut process, mut driver) = disk.drive(&options(0, 1))?;
     let end = DISK / 512;
@@ -269,9 +280,26 @@ fn bad_requests(kind: Kind) -> Result<()> {
             other(11, 0, &[0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0x80]),
             STATUS_UNSUPP,
         ),
-        // A discard of half a segment.
+        // A discard of half a segment, of none, of more than are allowed.
         (other(11, 0, &[0; 8]), STATUS_IOERR),
+        (other(11, 0, &[]), STATUS_IOERR),
+        (other(11, 0, &segment(KEPT * 8, 8, 0).repeat(33)), STATUS_IOERR),
+        // UNMAP is for WRITE_ZEROES alone.
+        (other(11, 0, &segment(KEPT * 8, 8, 1)), STATUS_UNSUPP),
+        (other(13, 0, &segment(KEPT * 8, 8, 2)), STATUS_UNSUPP),
+        (other(13, 0, &segment(u64::MAX, 1, 1)), STATUS_IOERR),
+        (other(13, 0, &segment(0, u32::MAX, 0)), STATUS_IOERR),
+        // Nothing is done where one segment of several is bad.
+        (
+            other(11, 0, &[segment(KEPT * 8, 8, 0), segment(end, 1, 0)].concat()),
+            STATUS_IOERR,
+        ),
+        (
+            other(13, 0, &[segment(KEPT * 8, 8, 1), segment(end, 1, 1)].concat()),
+            STATUS_IOERR,
+        ),
     ];
+    driver.done(0, &write_block(1, KEPT))?;
     for (request, expected) in cases {
         let status = driver.run(0, &request)?.status;
         ensure!(
@@ -281,10 +309,12 @@ fn bad_requests(kind: Kind) -> Result<()> {
     }
     ensure!(process.alive()?, "the process has gone");
     driver.done(0, &write_block(1, 0))?;
-    ensure!(
-        holds(&driver.done(0, &read_block(0))?, 1, 0),
-        "data differs after bad requests"
-    );
+    for block in [0, KEPT] {
+        ensure!(
+            holds(&driver.done(0, &read_block(block))?, 1, block),
+            "block {block} differs after bad requests"
+        );
+    }
     Ok(())
 }
 

@@ -1,16 +1,27 @@
 //! Starts, ends and reconnects.
 
-use crate::fixture::{Disk, Kind, check_blocks, qemu_img, read_block, write_block};
+use crate::fixture::{BLOCK, Disk, Kind, check_blocks, qemu_img, read_block, write_block};
 use anyhow::{Context, Result, ensure};
 use guest_contract::holds;
 use integration_tests::{
-    frontend_harness::{BlockDriver, DEADLINE, Memory, Options, Session, request},
+    frontend_harness::{BASE, BlockDriver, DEADLINE, Memory, Options, STATUS_OK, Session, protocol, request},
     process::{Process, connect},
     suite::{artifact, test},
 };
 use libtest_mimic::Trial;
-use nix::sys::signal::Signal;
-use std::{os::unix::net::UnixStream, process::Command, sync::Arc, time::Duration};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        eventfd::{EfdFlags, EventFd},
+        signal::Signal,
+    },
+};
+use std::{
+    os::{fd::AsFd, unix::net::UnixStream},
+    process::Command,
+    sync::Arc,
+    time::Duration,
+};
 
 /// A device process ends this soon after it was asked to.
 const QUICK: Duration = Duration::from_secs(2);
@@ -25,7 +36,18 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("life::truncated_memory_ends_cleanly", truncated),
         test("life::wrong_format_is_named", wrong_format),
         test("life::reset_and_restart", reset),
+        test("life::a_new_doorbell_is_heard", new_doorbell),
     ]
+    .into_iter()
+    .chain(Kind::OURS.into_iter().flat_map(|kind| {
+        let name = |what: &str| format!("life::{}::{what}", kind.name());
+        [
+            test(name("a_stopped_ring_is_drained"), move || drained(kind)),
+            test(name("memory_is_replaced_under_load"), move || new_memory(kind)),
+            test(name("memory_goes_under_load"), move || lost_memory(kind)),
+        ]
+    }))
+    .collect()
 }
 
 fn listen(disk: &Disk) -> Result<(Process, std::path::PathBuf)> {
@@ -179,4 +201,103 @@ fn reset() -> Result<()> {
     ensure!(status.success(), "{status}");
     let path = disk.path.to_str().context("temporary folder is not UTF-8")?;
     qemu_img(&["check", "-q", "-f", "qcow2", path]).map(drop)
+}
+
+/// SET_VRING_KICK while the ring runs, and what was rung before is not lost.
+fn new_doorbell() -> Result<()> {
+    let disk = Disk::new(Kind::Raw)?;
+    let (_process, mut driver) = disk.drive(&Options::default())?;
+    for round in 0..20 {
+        driver.submit(0, &write_block(6, round))?;
+        driver.kick(0)?;
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        driver.session.rings[0].kick = EventFd::from_flags(flags)?;
+        let kick = driver.session.rings[0].kick.as_fd();
+        let connection = &mut driver.session.connection;
+        connection.tell(request::SET_VRING_KICK, &0_u64.to_le_bytes(), &[kick])?;
+        let status = driver.complete(0)?.status;
+        ensure!(status == STATUS_OK, "status {status}");
+        ensure!(
+            holds(&driver.done(0, &read_block(round))?, 6, round),
+            "data differs"
+        );
+    }
+    Ok(())
+}
+
+/// Requests of [`under_load`].
+const LOAD: u64 = 40;
+
+/// A driver with [`LOAD`] writes under way, and no more memory messages than SET_MEM_TABLE.
+fn under_load(disk: &Disk) -> Result<(Process, BlockDriver)> {
+    let defaults = Options::default();
+    let options = Options {
+        protocol: defaults.protocol & !protocol::CONFIGURE_MEM_SLOTS,
+        ..defaults
+    };
+    let (process, mut driver) = disk.drive(&options)?;
+    for block in 0..LOAD {
+        driver.submit(0, &write_block(8, block))?;
+    }
+    driver.kick(0)?;
+    Ok((process, driver))
+}
+
+/// What the ring was stopped at is done, and nothing behind it is.
+fn drained(kind: Kind) -> Result<()> {
+    let disk = Disk::new(kind)?;
+    let (mut process, mut driver) = under_load(&disk)?;
+    let base = driver.session.stop_ring(0)?;
+    let [_, _, used] = driver.session.rings[0].parts();
+    let published = driver.session.memory.observe(used + 2)?;
+    ensure!(u32::from(published) == base, "{published} are done of {base}");
+    drop(driver);
+    let status = process.wait(DEADLINE)?;
+    ensure!(status.success(), "{status}: {}", process.stderr()?);
+    let content = disk.content()?;
+    check_blocks(&content, 8, base.into())?;
+    let rest = &content[base as usize * BLOCK..];
+    ensure!(rest.iter().all(|byte| *byte == 0), "more than {base} are done");
+    Ok(())
+}
+
+/// A table with the same memory: what is under way is finished, and the ring goes on.
+fn new_memory(kind: Kind) -> Result<()> {
+    let disk = Disk::new(kind)?;
+    let (mut process, mut driver) = under_load(&disk)?;
+    let memory = driver.session.memory.clone();
+    let table = [&1_u64.to_le_bytes()[..], &memory.region()].concat();
+    let connection = &mut driver.session.connection;
+    connection.tell(request::SET_MEM_TABLE, &table, &[memory.fd()])?;
+    for _ in 0..LOAD {
+        let status = driver.complete(0)?.status;
+        ensure!(status == STATUS_OK, "status {status}");
+    }
+    driver.done(0, &write_block(8, LOAD))?;
+    drop(driver);
+    process.wait(DEADLINE)?;
+    check_blocks(&disk.content()?, 8, LOAD + 1)
+}
+
+/// A table without the ring's memory: what is under way ends in the old one, and the ring is broken.
+fn lost_memory(kind: Kind) -> Result<()> {
+    let disk = Disk::new(kind)?;
+    let (mut process, mut driver) = under_load(&disk)?;
+    let other = Memory::new(1 << 20)?;
+    // Far from the rings, for the guest and for the front end.
+    let place = BASE + (1 << 40);
+    let table = [1, place, other.size(), place, 0].map(u64::to_le_bytes).concat();
+    let connection = &mut driver.session.connection;
+    connection.tell(request::SET_MEM_TABLE, &table, &[other.fd()])?;
+    let mut polled = [PollFd::new(
+        driver.session.rings[0].error.as_fd(),
+        PollFlags::POLLIN,
+    )];
+    let ready = poll(&mut polled, PollTimeout::try_from(DEADLINE)?)?;
+    ensure!(ready > 0, "the queue was not marked as broken");
+    ensure!(process.alive()?, "the process has gone: {}", process.stderr()?);
+    drop(driver);
+    let status = process.wait(DEADLINE)?;
+    ensure!(status.success(), "{status}: {}", process.stderr()?);
+    disk.content().map(drop)
 }

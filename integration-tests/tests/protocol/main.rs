@@ -6,6 +6,8 @@ mod blk;
 mod fixture;
 mod hostile;
 mod image;
+mod image_damaged;
+mod image_refused;
 mod install;
 mod life;
 mod net;
@@ -20,6 +22,8 @@ fn main() -> ExitCode {
     tests.extend(blk::tests());
     tests.extend(hostile::tests());
     tests.extend(image::tests());
+    tests.extend(image_damaged::tests());
+    tests.extend(image_refused::tests());
     tests.extend(install::tests());
     tests.extend(life::tests());
     tests.extend(net::tests());

@@ -1,6 +1,7 @@
 //! What the image tests share: qemu-img as the second opinion, a model of a disk, random requests.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
 
+pub mod damaged;
 pub mod recorder;
 pub mod suite;
 pub mod victim;

@@ -59,11 +59,33 @@ impl Victim {
 
     /// Adds a header extension in front of the others.
     pub fn extension(&self, kind: u32, data: &[u8]) -> &Self {
-        let header_length = u64::from(self.word(100));
+        let header_length = self.header_length();
         let mut bytes = [&kind.to_be_bytes()[..], &(data.len() as u32).to_be_bytes(), data].concat();
         bytes.resize(bytes.len().next_multiple_of(8), 0);
         let old = contents(&self.path)[header_length as usize..4096].to_vec();
         self.patch(header_length, &[bytes, old].concat())
+    }
+
+    /// Where the header extensions begin.
+    pub fn header_length(&self) -> u64 {
+        match self.word(4) {
+            2 => 72,
+            _ => u64::from(self.word(100)),
+        }
+    }
+
+    /// Where the bitmaps extension keeps the place of the bitmap directory.
+    pub fn bitmap_directory(&self) -> u64 {
+        // Kind and length; the place is the last of its 24 bytes.
+        let start = [0x23, 0x85, 0x28, 0x75, 0, 0, 0, 24];
+        let at = contents(&self.path).windows(8).position(|bytes| bytes == start);
+        at.expect("has the extension") as u64 + 24
+    }
+
+    /// The 64 bits at `offset`, for places and features.
+    pub fn long(&self, offset: u64) -> u64 {
+        let bytes = contents(&self.path)[offset as usize..][..8].try_into();
+        u64::from_be_bytes(bytes.expect("eight bytes"))
     }
 
     pub fn word(&self, offset: usize) -> u32 {

@@ -83,6 +83,10 @@ fn chains_that_never_end_or_lead_outside_are_faults() {
     driver.describe(0, driver.buffer(0), 1, NEXT | WRITE, 1);
     assert_eq!(fault(&driver), RingFault::Order(0));
 
+    driver.describe(0, driver.buffer(0), 1, NEXT, 1);
+    driver.describe(1, driver.buffer(1), u32::MAX, 0, 0);
+    assert_eq!(fault(&driver), RingFault::TooManyBytes(0));
+
     driver.describe(0, u64::MAX - 1, 4, 0, 0);
     assert!(matches!(fault(&driver), RingFault::Memory { length: 4, .. }));
 
@@ -116,6 +120,12 @@ fn indirect_tables_are_followed_once() {
     driver.describe(5, table, 32, INDIRECT, 0);
     driver.describe_in(table, 0, table, 16, INDIRECT, 0);
     assert_eq!(fault(&driver), RingFault::Indirect(5));
+    driver.describe_in(table, 0, driver.buffer(0), 16, NEXT, 2);
+    assert_eq!(fault(&driver), RingFault::Next { head: 5, next: 2 });
+    driver.describe_in(table, 0, driver.buffer(0), 16, NEXT, 0);
+    assert_eq!(fault(&driver), RingFault::Endless(5));
+    driver.describe(5, u64::MAX - 15, 32, INDIRECT, 0);
+    assert!(matches!(fault(&driver), RingFault::Memory { length: 32, .. }));
 }
 
 #[test]

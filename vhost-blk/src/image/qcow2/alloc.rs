@@ -78,6 +78,9 @@ impl Qcow2 {
         if front.is_empty() {
             meta.reserve.free.pop_front();
         }
+        for cluster in taken.clone() {
+            meta.kinds.remove(&cluster);
+        }
         Ok(taken)
     }
 
@@ -98,6 +101,9 @@ impl Qcow2 {
             return Err(error);
         }
         meta.reserve.run = (meta.reserve.run * 2).min(LONGEST_RUN);
+        for cluster in run.clusters.iter().cloned().flatten() {
+            meta.kinds.insert(cluster, Kind::Reserved);
+        }
         meta.reserve.free.extend(run.clusters);
         Ok(())
     }
@@ -336,6 +342,9 @@ impl Qcow2 {
         for clusters in &unused {
             meta.refcounts
                 .update(&*self.file, &self.geometry, clusters.clone(), &|_, _| Ok(0))?;
+            for cluster in clusters.clone() {
+                meta.kinds.remove(&cluster);
+            }
             meta.reserve.freed(clusters.start);
         }
         let tail = unused

@@ -72,12 +72,12 @@ impl Cache {
                     Box::new(Slice {
                         start: 0,
                         used: 0,
-                        verified: [0; 8],
+                        verified: [0; SLICE / 8 / 64],
                         data: [0; SLICE],
                     })
                 });
                 slice.start = start;
-                slice.verified = [0; 8];
+                slice.verified = [0; SLICE / 8 / 64];
                 file.read_at(&mut slice.data[..self.slice_len], start)
                     .map_err(ImageError::io("read a metadata table"))?;
                 ways[victim] = Some(slice);
@@ -136,6 +136,13 @@ impl Cache {
         let index = (offset - self.start_of(offset)) as usize / 8;
         self.slice(file, offset)?.verified[index / 64] |= 1 << (index % 64);
         Ok(())
+    }
+
+    /// Takes back every [`Self::set_verified`]: what it was said for may have changed.
+    pub(super) fn forget_verified(&mut self) {
+        for slice in self.sets.iter_mut().flatten().flatten() {
+            slice.verified = [0; SLICE / 8 / 64];
+        }
     }
 
     /// Drops what it holds of a range of the file, which is about to get another use.

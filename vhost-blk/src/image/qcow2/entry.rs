@@ -326,6 +326,22 @@ mod tests {
         }
     }
 
+    /// Whatever the entry says: what is read and inflated is bounded.
+    #[test]
+    fn compressed_clusters_are_two_clusters_at_most() {
+        for cluster_bits in 9..=21 {
+            let geometry = Geometry {
+                cluster_bits,
+                ..PLAIN
+            };
+            let offset = geometry.cluster_size();
+            let longest = !COPIED & !((1 << geometry.compressed_offset_bits()) - 1) | offset;
+            let cluster = Cluster::decode(longest, 0, 9, &geometry, u64::MAX).unwrap();
+            let len = 2 * geometry.cluster_size();
+            assert_eq!(cluster.host, Host::Compressed(Compressed { offset, len }));
+        }
+    }
+
     #[test]
     fn bad_entries_are_named() {
         let refuse = |raw, bitmap, geometry: &Geometry| {

@@ -97,6 +97,12 @@ impl Qcow2 {
                 ));
             }
             if count == *references {
+                if let Some(kind) = meta.kinds.get(cluster) {
+                    return Err(ImageError::corrupt(
+                        "refcount block",
+                        format!("the last reference to cluster {cluster:#x} went, but it holds the {kind}"),
+                    ));
+                }
                 match gone.last_mut() {
                     Some(last) if last.end == *cluster => last.end += 1,
                     _ => gone.push(*cluster..*cluster + 1),
@@ -122,6 +128,8 @@ impl Qcow2 {
                 .update(&*self.file, &self.geometry, start..end, &lower)?;
             meta.reserve.freed(start);
         }
+        // In an image whose refcounts lie, something that is free now may still be mapped.
+        meta.l2.forget_verified();
         Ok(())
     }
 }

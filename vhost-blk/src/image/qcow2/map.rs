@@ -61,11 +61,14 @@ impl Qcow2 {
     /// The L2 table of a guest cluster, made if there is none, copied if a snapshot shares it.
     pub(super) fn writable_table(&self, meta: &mut Meta, guest: u64) -> Result<u64, ImageError> {
         match self.l1_entry(meta, guest)? {
-            Some(L1Entry { table, copied: true }) => {
-                self.check_own_table(meta, table)?;
+            Some(L1Entry { table, copied }) => {
+                self.check_is_table(meta, table)?;
+                if !copied {
+                    return self.copy_table(meta, guest, table);
+                }
+                self.check_refcount_is_one(meta, self.geometry.cluster_of(table), "L1 entry")?;
                 Ok(table)
             }
-            Some(L1Entry { table, copied: false }) => self.copy_table(meta, guest, table),
             None => {
                 // Reserved clusters are durably zero: an empty table needs neither write nor barrier.
                 let table = self.geometry.offset_of(self.take_one(meta)?);
@@ -73,11 +76,6 @@ impl Qcow2 {
                 Ok(table)
             }
         }
-    }
-
-    fn check_own_table(&self, meta: &mut Meta, table: u64) -> Result<(), ImageError> {
-        self.check_is_table(meta, table)?;
-        self.check_refcount_is_one(meta, self.geometry.cluster_of(table), "L1 entry")
     }
 
     /// An L2 table must be nothing else, and in the place of one L1 entry only.
@@ -121,9 +119,7 @@ impl Qcow2 {
         self.file.sync().map_err(ImageError::io("flush an L2 table"))?;
         self.publish_table(meta, guest, new)?;
         let old = self.geometry.cluster_of(old);
-        if meta.kinds.get(&old) == Some(&Kind::L2) {
-            meta.kinds.remove(&old);
-        }
+        meta.kinds.remove(&old);
         self.free_later(meta, old..old + 1);
         Ok(new)
     }
@@ -223,6 +219,7 @@ impl std::fmt::Display for Kind {
             Self::Refblock => "refcount block",
             Self::L2 => "L2 table",
             Self::SharedL2 => "L2 table of another range",
+            Self::Reserved => "reserve of free clusters",
         })
     }
 }

@@ -12,7 +12,8 @@
 //!
 //! A limit: where damage has left a mapped data cluster with a refcount of 0, a reservation takes it for free
 //! and clears it. Metadata is known and never taken; finding mapped data would take a scan of all L2 tables.
-//! Writing in place to such a cluster is refused ([`map`]). `qemu-img check -r` repairs it.
+//! Writing in place to such a cluster is refused ([`map`]) while it is free, reserved or a table.
+//! `qemu-img check -r` repairs it.
 //!
 //! One lock guards the metadata; it is never held while guest data moves.
 
@@ -58,7 +59,7 @@ use read::Piece;
 use refcount::Refcounts;
 pub use snapshot::{apply, delete, take};
 
-/// What a host cluster of the metadata is used for.
+/// What a host cluster that holds no guest data is used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Header,
@@ -67,6 +68,8 @@ enum Kind {
     L2,
     /// Two L1 entries point to it.
     SharedL2,
+    /// Reserved ahead of use; nothing is mapped there.
+    Reserved,
 }
 
 /// An open qcow2 image.
@@ -99,7 +102,7 @@ struct Meta {
     refcounts: Refcounts,
     /// Length of the file in bytes, rounded up to clusters.
     file_end: u64,
-    /// Metadata by host cluster; filled for writable images.
+    /// What is no place for guest data, by host cluster; filled for writable images.
     kinds: HashMap<u64, Kind>,
     reserve: alloc::Reserve,
     freed: free::Freed,
