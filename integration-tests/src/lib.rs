@@ -9,6 +9,7 @@ pub mod host;
 pub mod install;
 pub mod lent;
 pub mod linux;
+pub mod loop_device;
 pub mod nested;
 pub mod process;
 pub mod setup;

@@ -6,17 +6,16 @@ use crate::storm::{DEADLINE, Image, Stalls, Storm};
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     host::Host,
+    loop_device::LoopDevice,
     suite::{Skip, test_within},
 };
 use libtest_mimic::Trial;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
 use nix::unistd::Uid;
 use std::{
     fs,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    process::Command,
     thread,
     time::Duration,
 };
@@ -45,54 +44,24 @@ enum Place {
     BlockDevice,
 }
 
-/// A loop device over a file in memory, with a group for whose processes it is slow.
+/// A device over a file in memory, with a group for whose processes it is slow.
 struct SlowDisk {
-    device: PathBuf,
+    device: LoopDevice,
     group: PathBuf,
-    mounted: Option<PathBuf>,
 }
 
 impl SlowDisk {
     fn make(file: &Path) -> Result<Self> {
         fs::File::create(file)?.set_len(640 << 20)?;
-        let output = Command::new("losetup")
-            .args(["--find", "--show"])
-            .arg(file)
-            .output()
-            .context("losetup")?;
-        if !output.status.success() {
-            bail!(Skip("no loop devices here".to_owned()));
-        }
-        let device = PathBuf::from(String::from_utf8(output.stdout)?.trim());
+        let device = LoopDevice::over(file)?;
         let group = Path::new(THROTTLE).join(format!("bulkhead-fence-{}", std::process::id()));
-        let disk = Self {
-            device,
-            group,
-            mounted: None,
-        };
-        fs::create_dir(&disk.group).context("a group that is throttled")?;
-        Ok(disk)
-    }
-
-    /// Makes a file system on it and mounts that.
-    fn mount(&mut self, folder: &Path) -> Result<()> {
-        let made = Command::new("mkfs.ext4").arg("-q").arg(&self.device).status()?;
-        ensure!(made.success(), "mkfs.ext4 failed");
-        fs::create_dir(folder)?;
-        mount(
-            Some(&self.device),
-            folder,
-            Some("ext4"),
-            MsFlags::empty(),
-            None::<&str>,
-        )?;
-        self.mounted = Some(folder.to_owned());
-        Ok(())
+        fs::create_dir(&group).context("a group that is throttled")?;
+        Ok(Self { device, group })
     }
 
     /// Writes of process `pid` take their time from here on.
     fn slow(&self, pid: i32) -> Result<()> {
-        let number = fs::metadata(&self.device)?.rdev();
+        let number = fs::metadata(self.device.path())?.rdev();
         let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
         let limit = format!("{major}:{minor} {SLOW}");
         fs::write(self.group.join("blkio.throttle.write_iops_device"), limit)?;
@@ -102,10 +71,6 @@ impl SlowDisk {
 
 impl Drop for SlowDisk {
     fn drop(&mut self) {
-        if let Some(folder) = &self.mounted {
-            let _ = umount2(folder, MntFlags::MNT_DETACH);
-        }
-        let _ = Command::new("losetup").arg("--detach").arg(&self.device).status();
         let _ = fs::remove_dir(&self.group);
     }
 }
@@ -131,13 +96,13 @@ fn fence(place: Place) -> Result<()> {
         let image = match place {
             Place::Ext4 => {
                 let folder = path.with_extension("mount");
-                disk.mount(&folder)?;
+                disk.device.mount_ext4(&folder)?;
                 let image = folder.join("disk");
                 // Writes that allocate are done by threads of the process, whose end waits for them.
                 Image::Raw.make_allocated(&image)?;
                 image
             }
-            Place::BlockDevice => disk.device.clone(),
+            Place::BlockDevice => disk.device.path().to_owned(),
         };
         // What the storm compares in the end.
         std::os::unix::fs::symlink(&image, path)?;

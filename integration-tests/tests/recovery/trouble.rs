@@ -8,6 +8,7 @@ use crate::{
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     host::Host,
+    loop_device::LoopDevice,
     suite::{Skip, test_within},
     tiny::Run,
 };
@@ -108,29 +109,6 @@ fn passes(storm: &mut Storm, kind: EventKind, end: impl FnOnce() -> Result<()>) 
     Ok(())
 }
 
-/// A loop device whose file cannot grow.
-struct Loop(PathBuf);
-
-impl Loop {
-    fn over(file: &Path) -> Result<Self> {
-        let output = Command::new("losetup")
-            .args(["--find", "--show"])
-            .arg(file)
-            .output()
-            .context("losetup")?;
-        if !output.status.success() {
-            bail!(Skip("no loop devices here".to_owned()));
-        }
-        Ok(Self(String::from_utf8(output.stdout)?.trim().into()))
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
-    }
-}
-
 /// Past the page cache, and by calls: nothing would wait for a ring's writes there.
 fn block_device() -> Result<()> {
     need_root()?;
@@ -138,10 +116,10 @@ fn block_device() -> Result<()> {
     let mut storm = Storm::on("scenario=storm depth=16 queues=1", Image::Raw, None, |path| {
         small = Some(Small::mount(path.parent().context("no folder")?)?);
         Image::Raw.make(path)?;
-        let made = Loop::over(path)?;
+        let made = LoopDevice::over(path)?;
         let flag = format!(
             "path={},format=raw,num-queues=1,cache=none,on-error=stop",
-            made.0.display()
+            made.path().display()
         );
         device = Some(made);
         Ok(flag)

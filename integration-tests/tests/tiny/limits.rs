@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     host::Host,
+    loop_device::LoopDevice,
     suite::{Skip, test},
     tiny::Run,
 };
@@ -23,14 +24,19 @@ pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("limits::are_on_each_process_and_gone_at_the_end", kept_and_gone),
         test("limits::are_gone_after_a_kill_of_the_spawner", gone_after_a_kill),
+        test("limits::hold_for_what_a_ring_leaves_to_its_threads", ring),
         test("limits::a_host_without_them_refuses", refused),
     ]
 }
 
-fn offered() -> bool {
+/// Whether this host lets us limit what `controller` controls.
+fn offered(controller: &str) -> bool {
     let controllers = fs::read_to_string(Path::new(TOP).join("cgroup.controllers")).unwrap_or_default();
-    let offers = |name| controllers.split_whitespace().any(|one| one == name);
-    Uid::effective().is_root() && ["memory", "cpu", "pids"].into_iter().all(offers)
+    Uid::effective().is_root() && controllers.split_whitespace().any(|one| one == controller)
+}
+
+fn all_offered() -> bool {
+    ["memory", "cpu", "pids"].into_iter().all(offered)
 }
 
 fn start() -> Result<Run> {
@@ -46,7 +52,7 @@ fn start() -> Result<Run> {
 /// A guest that runs, and its VM's group.
 fn running() -> Result<(Run, RunState, PathBuf)> {
     Host::need_kvm()?;
-    if !offered() {
+    if !all_offered() {
         bail!(Skip(
             "no cgroup v2 with memory, cpu and pids, or not root".to_owned()
         ));
@@ -112,10 +118,63 @@ fn is_gone(group: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Direct writes that make a file longer are done by threads of the kernel's, which belong to the
+/// disk's process: its group's limit holds for them.
+fn ring() -> Result<()> {
+    const RATE: u64 = 4 << 20;
+    const WRITTEN: u64 = 16 << 20;
+    Host::need_kvm()?;
+    if !offered("io") {
+        bail!(Skip("no cgroup v2 with io, or not root".to_owned()));
+    }
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("device");
+    fs::File::create(&file)?.set_len(128 << 20)?;
+    let mut device = LoopDevice::over(&file)?;
+    let mounted = folder.path().join("mounted");
+    device.mount_ext4(&mounted)?;
+    let image = mounted.join("disk");
+    fs::File::create(&image)?.set_len(WRITTEN)?;
+    let flags = [
+        format!("--disk=path={},format=raw,cache=none", image.display()),
+        format!("--limits=io-bytes-per-second={RATE}"),
+    ];
+    // Half of them read; what was written is flushed before.
+    let requests = 2 * WRITTEN / 65536;
+    let scenario = format!("scenario=blk requests={requests} size=65536 depth=32");
+    let mut run = Run::tiny(&scenario, &flags)?;
+    let state = run.state(DEADLINE)?;
+    let start = Instant::now();
+    let disk = state.processes.iter().find(|p| p.role == ProcessRole::Disk);
+    let tasks = format!("/proc/{}/task", disk.context("no disk")?.pid);
+    while !is_worker_there(&tasks) {
+        let words = || run.process.stderr().unwrap_or_default();
+        ensure!(start.elapsed() < DEADLINE, "no thread of a ring's: {}", words());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    run.wait(DEADLINE)?;
+    run.console.expect_ok()?;
+    // Both directions have the same limit, one after the other; a bit may come at once.
+    let least = Duration::from_secs(2 * WRITTEN / RATE).mul_f64(0.8);
+    let took = start.elapsed();
+    ensure!(took >= least, "{took:?} for what takes {least:?}");
+    Ok(())
+}
+
+/// Whether a process has a thread that does a ring's work.
+fn is_worker_there(tasks: &str) -> bool {
+    let Ok(tasks) = fs::read_dir(tasks) else {
+        return false;
+    };
+    tasks.flatten().any(|task| {
+        fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.starts_with("iou-wrk"))
+    })
+}
+
 /// What cannot be kept is not left out.
 fn refused() -> Result<()> {
     Host::need_kvm()?;
-    if offered() {
+    if all_offered() {
         bail!(Skip("this host keeps limits".to_owned()));
     }
     let mut run = start()?;
