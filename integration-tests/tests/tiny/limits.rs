@@ -26,6 +26,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("limits::are_gone_after_a_kill_of_the_spawner", gone_after_a_kill),
         test("limits::hold_for_what_a_ring_leaves_to_its_threads", ring),
         test("limits::a_host_without_them_refuses", refused),
+        test("limits::core_scheduling_is_kept_or_refused", core_scheduling),
     ]
 }
 
@@ -185,4 +186,47 @@ fn refused() -> Result<()> {
         "{status}: {words}"
     );
     Ok(())
+}
+
+/// A VM's processes share cores with each other only, where the kernel can see to that.
+fn core_scheduling() -> Result<()> {
+    Host::need_kvm()?;
+    let flags = ["--limits=core-scheduling=true", "--power-off-grace=1"].map(str::to_owned);
+    let mut run = Run::tiny("scenario=hlt", &flags)?;
+    if core_cookie(std::process::id() as i32).is_err() {
+        let status = run.wait(DEADLINE)?;
+        let words = run.process.stderr()?;
+        ensure!(
+            status.code() == Some(1) && words.contains("limits.core-scheduling: the kernel refuses it"),
+            "{status}: {words}"
+        );
+        return Ok(());
+    }
+    run.console
+        .wait_line("ready=1", DEADLINE)
+        .with_context(|| run.process.stderr().unwrap_or_default())?;
+    let state = run.state(DEADLINE)?;
+    let jailed = state.processes.iter().filter(|process| process.jailed);
+    let cookies: Vec<_> = jailed
+        .map(|process| core_cookie(process.pid))
+        .collect::<Result<_, _>>()?;
+    ensure!(
+        cookies.iter().all(|cookie| *cookie != 0 && *cookie == cookies[0]),
+        "{cookies:?}"
+    );
+    Ok(())
+}
+
+/// What a process has in common with those that may run beside it; an error without core scheduling.
+#[expect(unsafe_code, reason = "prctl of this option has no safe form")]
+fn core_cookie(pid: i32) -> std::io::Result<u64> {
+    const PR_SCHED_CORE: libc::c_int = 62;
+    const GET: libc::c_ulong = 0;
+    const ONE_THREAD: libc::c_ulong = 0;
+    let mut cookie = 0_u64;
+    // SAFETY: the kernel writes one u64 through the pointer.
+    match unsafe { libc::prctl(PR_SCHED_CORE, GET, pid, ONE_THREAD, &raw mut cookie) } {
+        0 => Ok(cookie),
+        _ => Err(std::io::Error::last_os_error()),
+    }
 }
