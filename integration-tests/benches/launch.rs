@@ -84,8 +84,11 @@ fn launches(artifacts: &Artifacts, disk: &Path) -> Result<bool> {
         arguments,
         times: Vec::new(),
     };
+    let path = kernel.display().to_string();
     let mut kinds = [
-        kind("floor", Artifact::Floor, vec![kernel.display().to_string()]),
+        kind("floor", Artifact::Floor, vec![path.clone()]),
+        // A command line has it set a CPUID, which every guest but this one needs.
+        kind("floor with CPUID", Artifact::Floor, vec![path, String::new()]),
         kind("bulkhead, no device", Artifact::Bulkhead, devices[..3].to_vec()),
         kind("bulkhead, disk and NIC", Artifact::Bulkhead, devices),
     ];
@@ -94,16 +97,18 @@ fn launches(artifacts: &Artifacts, disk: &Path) -> Result<bool> {
             kind.launch(artifacts)?;
         }
     }
-    let [floor, bare, full] = kinds.each_mut().map(Kind::median);
+    let [floor, with_cpuid, bare, full] = kinds.each_mut().map(Kind::median);
     println!("launch to the guest's first byte, medians of {ROUNDS} interleaved:");
     println!("  {:<24} {floor:>10.2?}", kinds[0].name);
+    println!("  {:<24} {with_cpuid:>10.2?}", kinds[1].name);
     let mut held = true;
-    for ((kind, median), limit) in kinds[1..].iter().zip([bare, full]).zip(LIMITS) {
+    for ((kind, median), limit) in kinds[2..].iter().zip([bare, full]).zip(LIMITS) {
         let above = median.saturating_sub(floor);
         held &= above <= limit;
         println!(
-            "  {:<24} {median:>10.2?}  floor + {above:.2?} (limit floor + {limit:?})",
-            kind.name
+            "  {:<24} {median:>10.2?}  floor + {above:.2?} (limit floor + {limit:?}), with CPUID + {:.2?}",
+            kind.name,
+            median.saturating_sub(with_cpuid)
         );
     }
     Ok(held)

@@ -115,6 +115,8 @@ impl Places {
         let mut output = Vec::new();
         let mut job = self.job(program, &["--test-threads=1"]);
         job.environment.insert(JAIL.to_owned(), "off".to_owned());
+        // A fault shows in the usual sizes.
+        job.environment.remove(FULL);
         let ended =
             crate::nested::agent::run_here(&job, &mut |stream, bytes| keep(&mut output, stream, bytes));
         outcomes(program, &output, &ended)

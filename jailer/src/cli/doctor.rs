@@ -69,6 +69,7 @@ pub(super) fn examine(json: bool) -> (String, u8) {
         net::host_bridge(),
         run_time_folder(),
         huge_pages(),
+        transparent_huge_pages(),
     ];
     let missing = findings.iter().any(|f| f.level == Level::Missing);
     let text = if json {
@@ -327,6 +328,26 @@ fn huge_pages() -> Finding {
             Level::Note,
             "none reserved: huge-pages cannot be used",
             "sudo sysctl vm.nr_hugepages=256",
+        ),
+    }
+}
+
+/// Whether guest RAM, which is shared memory, may get huge pages as it is touched.
+fn transparent_huge_pages() -> Finding {
+    const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    let name = "transparent huge pages";
+    let setting = fs::read_to_string(SETTING).unwrap_or_default();
+    // The one in brackets is in force.
+    let in_force = setting.split(['[', ']']).nth(1).unwrap_or("not offered");
+    match in_force {
+        "advise" | "within_size" | "always" | "force" => {
+            Finding::good(name, format!("{in_force}: guest RAM gets them as it is touched"))
+        }
+        _ => Finding::bad(
+            name,
+            Level::Note,
+            format!("{in_force}: guest RAM gets them below the kernel only, and faults once for each 4 KiB"),
+            "echo advise | sudo tee /sys/kernel/mm/transparent_hugepage/shmem_enabled",
         ),
     }
 }
