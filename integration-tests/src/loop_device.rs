@@ -40,16 +40,21 @@ impl LoopDevice {
         &self.path
     }
 
-    /// Makes an ext4 file system on it, and the folder to mount it on.
+    /// Makes a file system of this kind on it, and the folder to mount it on.
     ///
     /// # Errors
-    /// One of these fails.
-    pub fn mount_ext4(&mut self, folder: &Path) -> Result<()> {
-        let made = Command::new("mkfs.ext4").arg("-q").arg(&self.path).status()?;
-        ensure!(made.success(), "mkfs.ext4 failed");
+    /// [`Skip`] where the kernel does not know the kind; or one of these fails.
+    pub fn mount(&mut self, kind: &str, folder: &Path) -> Result<()> {
+        let known = fs::read_to_string("/proc/filesystems")?;
+        if !known.split_whitespace().any(|one| one == kind) {
+            bail!(Skip(format!("this kernel has no {kind}")));
+        }
+        let make = format!("mkfs.{kind}");
+        let made = Command::new(&make).arg("-q").arg(&self.path).status()?;
+        ensure!(made.success(), "{make} failed");
         fs::create_dir(folder)?;
-        let (kind, options) = (Some("ext4"), None::<&str>);
-        mount(Some(&self.path), folder, kind, MsFlags::empty(), options)?;
+        let options = None::<&str>;
+        mount(Some(&self.path), folder, Some(kind), MsFlags::empty(), options)?;
         self.mounted = Some(folder.to_owned());
         Ok(())
     }

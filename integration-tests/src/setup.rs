@@ -42,6 +42,8 @@ const TESTS: &[Need] = &[
     need("busybox", "busybox-static"),
     need("iasl", "acpica-tools"),
     need("passt", "passt"),
+    need("mkfs.xfs", "xfsprogs"),
+    need("mkfs.btrfs", "btrfs-progs"),
 ];
 
 /// What `bench iperf` measures with.

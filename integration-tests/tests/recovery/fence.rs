@@ -30,7 +30,9 @@ const THROTTLE: &str = "/sys/fs/cgroup/blkio";
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        test_within(LIMIT, "fence::ext4", || fence(Place::Ext4)),
+        test_within(LIMIT, "fence::ext4", || fence(Place::Waits("ext4"))),
+        test_within(LIMIT, "fence::xfs", || fence(Place::Waits("xfs"))),
+        test_within(LIMIT, "fence::btrfs", || fence(Place::Calls("btrfs"))),
         test_within(LIMIT, "fence::block_device", || fence(Place::BlockDevice)),
     ]
 }
@@ -38,9 +40,11 @@ pub(crate) fn tests() -> Vec<Trial> {
 /// Where the image is.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Place {
-    /// In a file; the successor waits, by fallocate.
-    Ext4,
-    /// On the device itself, where the process's own end waits.
+    /// In a file of such a file system; the successor waits, by fallocate.
+    Waits(&'static str),
+    /// In a file of another kind, where the process's own end waits.
+    Calls(&'static str),
+    /// On the device itself, where it does so too.
     BlockDevice,
 }
 
@@ -94,9 +98,9 @@ fn fence(place: Place) -> Result<()> {
         let file = path.with_extension("loop");
         let mut disk = SlowDisk::make(&file)?;
         let image = match place {
-            Place::Ext4 => {
+            Place::Waits(kind) | Place::Calls(kind) => {
                 let folder = path.with_extension("mount");
-                disk.device.mount_ext4(&folder)?;
+                disk.device.mount(kind, &folder)?;
                 let image = folder.join("disk");
                 // Writes that allocate are done by threads of the process, whose end waits for them.
                 Image::Raw.make_allocated(&image)?;
@@ -124,13 +128,13 @@ fn fence(place: Place) -> Result<()> {
     }
     let calm = storm.finish()?;
     let stalls = Stalls::of(calm.events.iter());
-    stalls.judge(match place {
-        Place::Ext4 => "fence, ext4",
-        Place::BlockDevice => "fence, block device",
+    stalls.judge(&match place {
+        Place::Waits(kind) | Place::Calls(kind) => format!("fence, {kind}"),
+        Place::BlockDevice => "fence, block device".to_owned(),
     })?;
     let waited = calm.events.iter().map(|event| event.took_us).max().unwrap_or(0);
     ensure!(
-        place == Place::BlockDevice || Duration::from_micros(waited) > NOTABLE,
+        !matches!(place, Place::Waits(_)) || Duration::from_micros(waited) > NOTABLE,
         "the successor did not wait for its predecessor's writes: {waited} us"
     );
     Ok(())

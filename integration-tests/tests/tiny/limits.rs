@@ -133,7 +133,7 @@ fn ring() -> Result<()> {
     fs::File::create(&file)?.set_len(128 << 20)?;
     let mut device = LoopDevice::over(&file)?;
     let mounted = folder.path().join("mounted");
-    device.mount_ext4(&mounted)?;
+    device.mount("ext4", &mounted)?;
     let image = mounted.join("disk");
     fs::File::create(&image)?.set_len(WRITTEN)?;
     let flags = [

@@ -6,6 +6,7 @@ use crate::image::{BlockFile, Buffers, HostFile};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 use nix::sys::stat::{SFlag, fstat};
+use nix::sys::statfs::{EXT4_SUPER_MAGIC, FsType, TMPFS_MAGIC, fstatfs};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -67,19 +68,25 @@ impl DirectFile {
 pub enum Fence {
     /// They were waited for.
     Passed,
-    /// Nothing waits for them: not on a block device, not on a file system without `fallocate`. There
+    /// Nothing waits for them: not on a block device, not on a file system of another kind. There
     /// data may only move by calls: a process ends no sooner than its calls.
     None,
 }
 
-/// Waits for direct writes of a process that was killed. `fallocate` does, whoever began them (ext4, XFS
-/// and btrfs: `inode_dio_wait`, or its like); its one byte exists, or costs a block. `fdatasync` does not.
+/// Where `fallocate` waits for all direct writes to the file, whoever began them (`inode_dio_wait`), or
+/// where there are none. btrfs waits for those to the range only.
+const WAITING: [FsType; 3] = [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, TMPFS_MAGIC];
+/// `linux/magic.h`; not every C library has it.
+const XFS_SUPER_MAGIC: FsType = FsType(0x5846_5342);
+
+/// Waits for direct writes of a process that was killed. `fallocate` does; its one byte exists, or costs
+/// a block. `fdatasync` does not.
 ///
 /// # Errors
 /// The file's.
 pub fn await_direct_writes(file: BorrowedFd<'_>) -> io::Result<Fence> {
     let kind = SFlag::from_bits_truncate(fstat(file)?.st_mode) & SFlag::S_IFMT;
-    if kind == SFlag::S_IFBLK {
+    if kind == SFlag::S_IFBLK || !WAITING.contains(&fstatfs(file)?.filesystem_type()) {
         return Ok(Fence::None);
     }
     match fallocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, 0, 1) {
