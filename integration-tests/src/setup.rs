@@ -42,6 +42,7 @@ const TESTS: &[Need] = &[
     need("busybox", "busybox-static"),
     need("iasl", "acpica-tools"),
     need("passt", "passt"),
+    need("newuidmap", "uidmap"),
     need("mkfs.xfs", "xfsprogs"),
     need("mkfs.btrfs", "btrfs-progs"),
 ];

@@ -2,7 +2,7 @@
 //! tests, and by a user who owns nothing.
 
 use super::descriptors::exact;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
@@ -11,6 +11,8 @@ use integration_tests::{
     tiny::Run,
 };
 use libtest_mimic::Trial;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Gid, Uid, User, chown};
 use std::{
     collections::BTreeSet,
@@ -18,6 +20,7 @@ use std::{
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     process::Command,
+    thread,
     time::Duration,
 };
 use tempfile::TempDir;
@@ -87,17 +90,31 @@ fn as_nobody() -> Result<()> {
     as_another(NOBODY, NOBODY, Identity::Own)
 }
 
-/// As the first user of this host who has a range.
+/// As a user who has a range, in a mount namespace where the host's files say so.
 fn with_subordinate_ids() -> Result<()> {
-    let ranges = fs::read_to_string("/etc/subuid").unwrap_or_default();
-    let mut owners = ranges.lines().filter_map(|line| line.split(':').next());
-    let owner = owners.find_map(|name| User::from_name(name).ok().flatten());
-    let (Some(owner), true) = (owner, Path::new("/usr/bin/newuidmap").exists()) else {
-        bail!(Skip(
-            "nobody has subordinate ids, or newuidmap is not installed".to_owned()
-        ));
-    };
-    as_another(owner.uid.as_raw(), owner.gid.as_raw(), Identity::Subordinate)
+    if !Uid::effective().is_root() {
+        bail!(Skip("only root can give subordinate ids".to_owned()));
+    }
+    if !Path::new("/usr/bin/newuidmap").exists() {
+        bail!(Skip("newuidmap is not installed".to_owned()));
+    }
+    let inside = thread::spawn(|| {
+        let folder = tempfile::tempdir()?;
+        let ids = folder.path().join("ids");
+        fs::write(&ids, "nobody:2000000000:65536\n")?;
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+        for file in ["/etc/subuid", "/etc/subgid"] {
+            mount(Some(&ids), file, none, MsFlags::MS_BIND, none).context(file)?;
+        }
+        // newuidmap wants a name.
+        let nobody = User::from_name("nobody")?.context("no user nobody")?;
+        as_another(nobody.uid.as_raw(), nobody.gid.as_raw(), Identity::Subordinate)
+    });
+    inside
+        .join()
+        .map_err(|_| anyhow!("the user's namespace panicked"))?
 }
 
 fn as_another(user: u32, group: u32, expected: Identity) -> Result<()> {
@@ -163,8 +180,9 @@ fn jails(mut run: Run, printed: &str, expected: Option<Identity>) -> Result<()> 
     }
     ensure!(
         expected.is_none_or(|expected| expected == state.identity),
-        "{:?}",
-        state.identity
+        "{:?}: {printed}\n{}",
+        state.identity,
+        run.process.stderr()?
     );
     identities(&state, &jailed)?;
     let spawner = state.processes.iter().find(|p| p.role == ProcessRole::Spawner);

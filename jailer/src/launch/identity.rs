@@ -11,7 +11,10 @@ use crate::sandbox::{Anchor, caps};
 use nix::unistd::{Gid, Uid, User, getgid, getpid, getuid, setgroups};
 use std::fs;
 use std::io;
+use std::os::fd::IntoRawFd;
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use vm_spec::run_state::Identity;
@@ -88,7 +91,10 @@ pub(crate) fn describe(binaries: &[PathBuf]) -> String {
         return format!("each process a user of its own, of {IDS} that no one else has");
     }
     match subordinate(binaries) {
-        Ok((first, _)) => format!("each process a user of its own, of the subordinate ids from {first} on"),
+        Ok(all) => format!(
+            "each process a user of its own, of {IDS} of the subordinate ids from {} on",
+            all.users.first
+        ),
         Err(why) => format!("every process is this user ({}): {why}", getuid()),
     }
 }
@@ -113,10 +119,13 @@ impl Identities {
             }
             return Ok(Self::Range { anchor, first });
         }
-        let first = match subordinate(binaries) {
-            Ok(first) => first,
+        let claimed = subordinate(binaries).and_then(|all| all.claim(getpid().as_raw().unsigned_abs()));
+        let (first, claim) = match claimed {
+            Ok(claimed) => claimed,
             Err(why) => return Ok(Self::Own(why)),
         };
+        // Held until this process has ended, and its children with it.
+        let _ = claim.into_raw_fd();
         let anchor = Anchor::start().map_err(failed)?;
         let help = |program: &str, own: u32, first: u32| {
             let pid = anchor.pid().to_string();
@@ -187,9 +196,43 @@ fn in_namespace() -> bool {
     !own.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
-/// The first of [`IDS`] less one subordinate user and group ids of this user, or why there are none.
-/// VMs of one user at the same time have, by their process ids, others each, as far as there are enough.
-fn subordinate(binaries: &[PathBuf]) -> Result<(u32, u32), &'static str> {
+/// Ids that belong to this user.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Owned {
+    first: u32,
+    /// How many VMs find room in them, each for [`IDS`] less one.
+    ranges: u32,
+}
+
+/// This user's subordinate ids.
+#[derive(Clone, Copy, Debug)]
+struct Subordinate {
+    users: Owned,
+    groups: Owned,
+}
+
+impl Subordinate {
+    /// The first user and group id of a range that no other VM of this user has, for as long as what comes
+    /// with them is open; looked for from `turn` on.
+    fn claim(self, turn: u32) -> Result<((u32, u32), UnixDatagram), &'static str> {
+        let ranges = self.users.ranges.min(self.groups.ranges);
+        let taken = "all subordinate ids are in use";
+        (0..ranges)
+            .map(|step| turn.wrapping_add(step) % ranges)
+            .find_map(|range| {
+                let at = |owned: Owned| owned.first.checked_add(range * (IDS - 1));
+                let first = (at(self.users)?, at(self.groups)?);
+                // An abstract name goes with whoever has bound it.
+                let name = format!("bulkhead/ids/{}", first.0);
+                let name = SocketAddr::from_abstract_name(name).ok()?;
+                Some((first, UnixDatagram::bind_addr(&name).ok()?))
+            })
+            .ok_or(taken)
+    }
+}
+
+/// The subordinate user and group ids of this user, or why there are none.
+fn subordinate(binaries: &[PathBuf]) -> Result<Subordinate, &'static str> {
     let read = |file: &str| fs::read_to_string(file).unwrap_or_default();
     let (users, groups) = (read("/etc/subuid"), read("/etc/subgid"));
     if users.is_empty() || groups.is_empty() {
@@ -198,9 +241,7 @@ fn subordinate(binaries: &[PathBuf]) -> Result<(u32, u32), &'static str> {
     let uid = getuid();
     let name = User::from_uid(uid).ok().flatten().map(|user| user.name);
     let owners = [uid.to_string(), name.unwrap_or_default()];
-    let turn = getpid().as_raw().unsigned_abs();
-    let (Some(user), Some(group)) = (first_of(&users, &owners, turn), first_of(&groups, &owners, turn))
-    else {
+    let (Some(users), Some(groups)) = (owned(&users, &owners), owned(&groups, &owners)) else {
         return Err("it has no range of subordinate ids (/etc/subuid, /etc/subgid)");
     };
     if !["newuidmap", "newgidmap"].into_iter().all(in_path) {
@@ -211,18 +252,18 @@ fn subordinate(binaries: &[PathBuf]) -> Result<(u32, u32), &'static str> {
     if !binaries.iter().all(open) {
         return Err("other users may not execute Bulkhead's binaries");
     }
-    Ok((user, group))
+    Ok(Subordinate { users, groups })
 }
 
-/// The range of a VM in a file of lines `NAME:FIRST:COUNT`.
-fn first_of(text: &str, owners: &[String; 2], turn: u32) -> Option<u32> {
+/// The first line `NAME:FIRST:COUNT` of one of `owners` with room for a VM.
+fn owned(text: &str, owners: &[String; 2]) -> Option<Owned> {
     text.lines().find_map(|line| {
         let mut parts = line.split(':');
         let owner = parts.next()?;
         let (first, count): (u32, u32) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
         let ranges = count / (IDS - 1);
         let ours = !owner.is_empty() && owners.iter().any(|known| known == owner) && ranges > 0;
-        ours.then(|| first.checked_add(turn % ranges * (IDS - 1)))?
+        ours.then_some(Owned { first, ranges })
     })
 }
 
@@ -238,13 +279,43 @@ mod tests {
     #[test]
     fn ranges_are_the_owners_and_whole() {
         let owners = ["1000".to_owned(), "ann".to_owned()];
-        let of = |text, turn| first_of(text, &owners, turn);
-        assert_eq!(of("bob:1:65536\nann:100000:65536\n", 0), Some(100_000));
-        assert_eq!(of("1000:5000:126\n", 1), Some(5063));
-        assert_eq!(of("1000:5000:126\n", 2), Some(5000));
-        assert_eq!(of("ann:5000:62\n", 0), None, "too few");
-        assert_eq!(of("annie:1:65536\n:1:65536\nann:x:9\n", 0), None);
-        assert_eq!(of("ann:4294967295:65536\n", 3), None, "beyond the last id");
+        let of = |text| owned(text, &owners);
+        let range = |first, ranges| Some(Owned { first, ranges });
+        assert_eq!(of("bob:1:65536\nann:100000:65536\n"), range(100_000, 1040));
+        assert_eq!(of("1000:5000:126\n"), range(5000, 2));
+        assert_eq!(of("ann:5000:62\n"), None, "too few");
+        assert_eq!(of("annie:1:65536\n:1:65536\nann:x:9\n"), None);
+    }
+
+    #[test]
+    fn a_range_is_one_vms_at_a_time() {
+        // Ids that nobody has on this machine.
+        let first = 0x6000_0000 + std::process::id();
+        let owned = Owned { first, ranges: 2 };
+        let all = Subordinate {
+            users: owned,
+            groups: Owned { first: 7, ranges: 3 },
+        };
+        let (one, claim) = all.claim(5).unwrap();
+        assert_eq!(one, (first + 63, 7 + 63));
+        let (other, _claim) = all.claim(5).unwrap();
+        assert_eq!(other, (first, 7));
+        assert!(all.claim(5).is_err(), "there are two");
+        drop(claim);
+        assert_eq!(all.claim(5).unwrap().0, one);
+    }
+
+    #[test]
+    fn ids_end() {
+        let owned = Owned {
+            first: u32::MAX - 62,
+            ranges: 2,
+        };
+        let all = Subordinate {
+            users: owned,
+            groups: owned,
+        };
+        assert_eq!(all.claim(1).unwrap().0.0, owned.first, "beyond the last id");
     }
 
     #[test]
