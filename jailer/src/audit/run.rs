@@ -57,7 +57,7 @@ pub fn run(options: &Options) -> Result<(String, u8), Failure> {
     roles.retain(|role| options.role.is_none_or(|wanted| wanted == *role));
     let attacks = chosen(options)?;
     let bare = Pass::new(&stage, &targets, Removed::ALL, Settled::Own)?.all(&roles, &attacks)?;
-    let identity = Identities::begin(&stage.binaries())?.enter(|uid, gid| targets.give_to(uid, gid))?;
+    let (identity, _) = Identities::begin(&stage.binaries())?.enter(|uid, gid| targets.give_to(uid, gid))?;
     let removed = options.without.map_or(Removed::NONE, Removed::only);
     let jailed = Pass::new(&stage, &targets, removed, identity)?.all(&roles, &attacks)?;
     let cells = jailed

@@ -146,15 +146,19 @@ impl Identities {
     }
 
     /// Gives up root, or enters the user's own range: for good. `give` is told who the spawner is about
-    /// to become, if that is another than it was.
+    /// to become, if that is another than it was. What comes back beside is to be dropped when there is
+    /// time: it waits for a process to end.
     ///
     /// # Errors
     /// A [`Failure`] when root cannot be left.
-    pub(crate) fn enter(self, give: impl FnOnce(Uid, Gid) -> io::Result<()>) -> Result<Settled, Failure> {
+    pub(crate) fn enter(
+        self,
+        give: impl FnOnce(Uid, Gid) -> io::Result<()>,
+    ) -> Result<(Settled, Option<Anchor>), Failure> {
         match self {
             Self::Own(why) => {
                 tracing::debug!(why, "every process is this user");
-                Ok(Settled::Own)
+                Ok((Settled::Own, None))
             }
             Self::Range { anchor, first } => {
                 let failed = |e: &dyn std::error::Error| Failure::host("cannot leave root").because(e);
@@ -163,7 +167,7 @@ impl Identities {
                 anchor.enter().map_err(|e| failed(&e))?;
                 caps::keep_only(KEPT).map_err(|e| failed(&e))?;
                 let (kind, first) = (Identity::Range, first + 1);
-                Ok(Settled::Each { kind, first })
+                Ok((Settled::Each { kind, first }, Some(anchor)))
             }
             Self::Subordinate {
                 anchor,
@@ -174,7 +178,7 @@ impl Identities {
                     // What is wrong it has said itself.
                     if !helper.wait().is_ok_and(|status| status.success()) {
                         eprintln!("bulkhead: no subordinate ids: every process is this user");
-                        return Ok(Settled::Own);
+                        return Ok((Settled::Own, None));
                     }
                 }
                 let failed = |e: &dyn std::error::Error| {
@@ -183,7 +187,7 @@ impl Identities {
                 anchor.enter().map_err(|e| failed(&e))?;
                 caps::keep_only(KEPT).map_err(|e| failed(&e))?;
                 let kind = Identity::Subordinate;
-                Ok(Settled::Each { kind, first })
+                Ok((Settled::Each { kind, first }, Some(anchor)))
             }
         }
     }

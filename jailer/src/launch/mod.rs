@@ -144,7 +144,7 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
         let groups = make_groups(spec, place, &plan, &inputs, reaper.pid)?;
         let mut binaries = spawn::Binaries::open(&plan, groups.clone())?;
         let mut obituary = Obituary::begin(groups.clone());
-        let identity = identities.enter(|uid, gid| {
+        let (identity, anchor) = identities.enter(|uid, gid| {
             if let Some(groups) = &groups {
                 groups.give_to(uid, gid).map_err(std::io::Error::other)?;
             }
@@ -159,6 +159,7 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
         let helpers = describe_helpers(&reaper, connector.as_ref(), &holders);
         let connector = connector.map(|connector| connector.socket);
         let running = spawn::spawn(&plan, inputs, binaries, Ends { clients, connector })?;
+        drop(anchor);
         let mut state = describe(&plan, &running, helpers, identity, launched_ns);
         save_state(&run_dir, &state);
         let guards = holders

@@ -49,14 +49,13 @@ impl Anchor {
     }
 
     /// Enters the namespace with whatever ids it has by now, and becomes its user and group 0, with no
-    /// way back. The calling process must have one thread.
+    /// way back. The process is of no use from then on. The calling process must have one thread.
     ///
     /// # Errors
     /// When the kernel refuses, or id 0 is not mapped.
-    pub fn enter(self) -> io::Result<()> {
+    pub fn enter(&self) -> io::Result<()> {
         let namespace = File::open(format!("/proc/{}/ns/user", self.pid))?;
         setns(namespace, CloneFlags::CLONE_NEWUSER)?;
-        drop(self);
         Ok(become_id(0)?)
     }
 }
