@@ -266,6 +266,38 @@ fn a_successor_takes_over_after_a_crash() {
     assert_eq!(kept, [0; 9]);
 }
 
+/// A slow disk under the successor of a dead process is no hang; a build that does not answer is one.
+#[test]
+fn a_successor_of_the_dead_may_wait_for_the_disk() {
+    let first_answer = Duration::from_millis(200);
+    let rig = Rig::with_first_answer(script(), first_answer);
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    let late = |gate: &Gate| {
+        let gate = gate.clone();
+        FakeBackend::start(Script {
+            features: script().features,
+            config: script().config,
+            ..Script::quirk_at(Req::GET_FEATURES, move || Quirk::Wait(gate.clone()))
+        })
+    };
+    let shut = Gate::default();
+    let (_build, socket) = late(&shut);
+    rig.replace(socket).unwrap_err();
+    shut.open();
+    rig.fake.kill();
+    assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
+    let gate = Gate::default();
+    let (_heir, socket) = late(&gate);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(2 * first_answer);
+            gate.open();
+        });
+        rig.replace(socket).unwrap();
+    });
+}
+
 #[test]
 fn a_live_back_end_is_drained_before_it_is_replaced() {
     let rig = Rig::new(Script {

@@ -67,6 +67,15 @@ impl Rig {
         Self::build(spec(), script, Deadlines { step, ..deadlines() })
     }
 
+    /// A block device whose back end is given `first_answer` for its first.
+    pub(crate) fn with_first_answer(script: Script, first_answer: Duration) -> Self {
+        let deadlines = Deadlines {
+            first_answer,
+            ..deadlines()
+        };
+        Self::build(spec(), script, deadlines)
+    }
+
     pub(crate) fn with(config: DeviceConfig, script: Script) -> Self {
         Self::build(config, script, deadlines())
     }

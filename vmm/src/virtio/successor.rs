@@ -45,10 +45,14 @@ impl Worker {
     /// Negotiates with a successor and finds out where it is to go on. Returns it and its
     /// configuration space.
     fn prepare(&mut self, socket: OwnedFd) -> Result<(Session, Vec<u8>), Error> {
-        let options = SessionOptions {
+        let mut options = SessionOptions {
             cancel: Arc::clone(&self.context.ending),
             ..self.context.options.clone()
         };
+        if self.session.is_none() {
+            // It first waits for what its predecessor had begun on the disk, which may be a slow one.
+            options.deadlines.first_answer = options.deadlines.drain;
+        }
         let mut session = Session::connect(socket, options)?;
         let config = self.check(&mut session)?;
         match &self.phase {
