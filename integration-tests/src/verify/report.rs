@@ -3,14 +3,26 @@
 use super::libtest::Outcome;
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::time::Instant;
 
 /// Name ending of tests that only `--full` runs.
 pub(super) const FULL_ONLY: &str = "(full)";
 
 /// Outcomes by suite and test.
-#[derive(Default, Debug)]
+#[derive(Debug)]
 pub(super) struct Report {
     outcomes: BTreeMap<(String, String), Outcome>,
+    /// When the latest suite ended.
+    since: Instant,
+}
+
+impl Default for Report {
+    fn default() -> Self {
+        Self {
+            outcomes: BTreeMap::new(),
+            since: Instant::now(),
+        }
+    }
 }
 
 /// How many tests ended how.
@@ -39,7 +51,8 @@ impl Report {
     /// Records the outcomes of a whole suite and says in one line how it went.
     pub(super) fn add_suite(&mut self, suite: &str, place: &str, outcomes: Vec<(String, Outcome)>) {
         let count = Count::of(outcomes.iter().map(|(_, outcome)| outcome));
-        eprintln!("{suite} ({place}): {count}");
+        let took = std::mem::replace(&mut self.since, Instant::now()).elapsed();
+        eprintln!("{suite} ({place}): {count} ({} s)", took.as_secs());
         for (test, outcome) in outcomes {
             self.add(suite, &test, outcome);
         }
