@@ -75,7 +75,11 @@ fn spins() -> Result<()> {
     let mut storm = Storm::start(Image::Raw, "bad.spin", Some(bins.path()))?;
     let limit = Duration::from_secs(60);
     let hung = storm.victim.wait_event(&storm.run, EventKind::Hung, limit)?;
-    ensure!(hung.detail.contains("spins"), "{hung:?}");
+    ensure!(
+        hung.detail.contains("spins"),
+        "{hung:?}: {}",
+        storm.run.process.stderr()?
+    );
     let restarted = storm.victim.wait_event(&storm.run, EventKind::Restarted, limit)?;
     ensure!(restarted.pid != hung.pid, "{hung:?} {restarted:?}");
     // Each successor spins in its turn, so that this guest is not let finish.

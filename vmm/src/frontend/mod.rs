@@ -44,7 +44,7 @@ pub const MAX_QUEUES: u16 = 256;
 /// How long the vmm waits for a back end.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadlines {
-    /// For the very first answer: the process may still be starting.
+    /// For the very first answer, since the process may still be starting, and for a sign of life.
     pub first_answer: Duration,
     /// For each step of the handshake and each later message.
     pub step: Duration,

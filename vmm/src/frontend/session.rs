@@ -339,7 +339,8 @@ impl Session {
     pub fn ping(&mut self) -> Result<(), Error> {
         self.begin();
         let patience = match self.options.ours {
-            true => self.patience,
+            // A busy host may give it no CPU for seconds: that is no hang.
+            true => self.options.deadlines.first_answer,
             false => self.options.deadlines.drain,
         };
         let request = FrontendReq::GET_FEATURES;

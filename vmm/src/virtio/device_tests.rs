@@ -468,7 +468,7 @@ fn a_back_end_without_progress_that_does_not_answer_is_lost() {
         asked += 1;
         if asked == 1 { Quirk::Normal } else { Quirk::Silent }
     };
-    let rig = Rig::with_deadlines(
+    let rig = Rig::with_first_answer(
         Script {
             features: script().features,
             config: script().config,

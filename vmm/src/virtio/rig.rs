@@ -62,12 +62,7 @@ impl Rig {
         Self::with(spec(), script)
     }
 
-    /// A block device whose back end is given `step` for each answer.
-    pub(crate) fn with_deadlines(script: Script, step: Duration) -> Self {
-        Self::build(spec(), script, Deadlines { step, ..deadlines() })
-    }
-
-    /// A block device whose back end is given `first_answer` for its first.
+    /// A block device whose back end is given `first_answer` for its first, and for a sign of life.
     pub(crate) fn with_first_answer(script: Script, first_answer: Duration) -> Self {
         let deadlines = Deadlines {
             first_answer,
