@@ -56,6 +56,8 @@ echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled
 mount --move /dev /root/dev
 mount --move /sys /root/sys
 mkdir -p /root/dev/pts /root/dev/shm
+# As udev does: a script that is executed by its descriptor is opened there.
+ln -s /proc/self/fd /root/dev/fd
 mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /root/dev/pts
 mount -t tmpfs -o mode=1777 shm /root/dev/shm
 mount -t tmpfs -o mode=755,size=60% run /root/run

@@ -6,6 +6,7 @@ use super::attacks;
 use super::order::{BEGUN, Order};
 use super::wall::Wall;
 use crate::sandbox::Role;
+use nix::sys::signal::{SigSet, Signal};
 use std::sync::LazyLock;
 
 static ORDER: LazyLock<Option<Order>> = LazyLock::new(|| Order::parse(std::env::args_os().next()?.to_str()?));
@@ -19,6 +20,7 @@ pub fn stands(wall: Wall) -> bool {
 /// could not make. An order for a process that starts is carried out here. Idempotent.
 pub fn prepare() {
     if let Some(order) = ORDER.as_ref() {
+        hold_kicks();
         attacks::prepare(order);
     }
     act(Role::Startup);
@@ -38,6 +40,17 @@ pub fn act(role: Role) {
     report(order.report, &errno.to_ne_bytes());
     // SAFETY: ends the process at once, as every role's filter allows.
     unsafe { libc::_exit(0) }
+}
+
+/// What a thread executes keeps the signals that were sent to it: a vCPU's kick would end it.
+fn hold_kicks() {
+    // All, since the set knows no real-time signals by name; but not those that attacks may raise.
+    let mut held = SigSet::all();
+    for raised in [Signal::SIGSYS, Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGILL] {
+        held.remove(raised);
+    }
+    // Fails for no set.
+    let _ = held.thread_block();
 }
 
 fn report(fd: i32, bytes: &[u8]) {
