@@ -113,6 +113,13 @@ impl Daemon {
         Ok(())
     }
 
+    fn keep_alive(&mut self) -> Result<String> {
+        if !self.process.alive()? {
+            self.start_again()?;
+        }
+        self.process.stderr()
+    }
+
     /// Ends it, and with it its lock on the image. Some end by themselves with their front end.
     fn stop(&mut self) -> Result<()> {
         if self.process.alive()? {
@@ -185,19 +192,19 @@ fn storm(kind: Kind, more: &str) -> Result<(Storm, Daemon)> {
 
 /// Waits until the guest is served again. A daemon that does not start is started once more, as
 /// whoever watches over it would: its predecessor's socket may still be held for a moment.
-fn back(storm: &mut Storm, daemon: &mut Daemon, times: u64) -> Result<()> {
+/// `keep_alive` does that, and tells what the daemon said.
+fn back(
+    victim: &mut Victim,
+    run: &Run,
+    times: u64,
+    keep_alive: &mut dyn FnMut() -> Result<String>,
+) -> Result<()> {
     let end = Instant::now() + DEADLINE;
     let look = Duration::from_millis(100);
-    while let Err(error) = storm
-        .victim
-        .wait_count(&storm.run, EventKind::Reconnected, times, look)
-    {
+    while let Err(error) = victim.wait_count(run, EventKind::Reconnected, times, look) {
+        let said = keep_alive()?;
         if Instant::now() > end {
-            let words = [storm.run.process.stderr()?, daemon.process.stderr()?];
-            return Err(error.context(words.concat()));
-        }
-        if !daemon.process.alive()? {
-            daemon.start_again()?;
+            return Err(error.context(run.process.stderr()? + &said));
         }
     }
     Ok(())
@@ -211,7 +218,7 @@ fn again(kind: Kind, more: &str, kills: u64) -> Result<()> {
         moments.wait();
         daemon.kill()?;
         daemon.start_again()?;
-        back(&mut storm, &mut daemon, kill)?;
+        back(&mut storm.victim, &storm.run, kill, &mut || daemon.keep_alive())?;
     }
     let events = storm.calm_then(|| daemon.stop())?.events;
     let busy = events.iter().filter(|event| event.outstanding >= 8).count();
@@ -255,9 +262,13 @@ fn nic(kills: u64) -> Result<()> {
         daemon.signal(Signal::SIGKILL)?;
         daemon.wait(DEADLINE)?;
         daemon = start()?;
-        victim
-            .wait_count(&run, EventKind::Reconnected, kill, DEADLINE)
-            .and_then(|_| tap.ask(MAC, kill, DEADLINE))
+        back(&mut victim, &run, kill, &mut || {
+            if !daemon.alive()? {
+                daemon = start()?;
+            }
+            daemon.stderr()
+        })?;
+        tap.ask(MAC, kill, DEADLINE)
             .with_context(|| run.process.stderr().unwrap_or_default())?;
     }
     run.wait(DEADLINE)?;
@@ -271,7 +282,7 @@ fn away(absence: Duration) -> Result<()> {
     daemon.kill()?;
     thread::sleep(absence);
     daemon.start_again()?;
-    back(&mut storm, &mut daemon, 1)?;
+    back(&mut storm.victim, &storm.run, 1, &mut || daemon.keep_alive())?;
     let back = storm
         .victim
         .wait_event(&storm.run, EventKind::Reconnected, DEADLINE)?;

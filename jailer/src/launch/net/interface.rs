@@ -212,12 +212,14 @@ impl Interfaces {
     }
 }
 
-/// Keeps IPv6 out of this network namespace: its bridge is a wire, and no station.
-pub(super) fn disable_ipv6() {
+/// Keeps this network namespace from sending frames of its own: its bridge is a wire, and no station.
+pub(super) fn keep_quiet() {
     for which in ["all", "default"] {
         // A kernel without IPv6 has no such file.
         let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{which}/disable_ipv6"), "1");
     }
+    // A bridge that snoops joins the group of those that do (RFC 4286), and would report it.
+    let _ = fs::write("/proc/sys/net/ipv4/igmp_link_local_mcast_reports", "0");
 }
 
 /// A sockaddr_in as a sockaddr: family, port 0, address.

@@ -139,7 +139,7 @@ fn start_keeper(address: &UnixAddr) -> nix::Result<()> {
 fn keep(listener: &OwnedFd) {
     let made = enter_namespace().and_then(|()| {
         let _ = nix::sys::prctl::set_no_new_privs();
-        interface::disable_ipv6();
+        interface::keep_quiet();
         let interfaces = interface::Interfaces::open()?;
         interfaces.make_bridge(BRIDGE)?;
         interfaces.up(BRIDGE)?;

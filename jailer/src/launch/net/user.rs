@@ -60,7 +60,7 @@ fn find(field: &str) -> Result<Passt, Failure> {
 
 fn make(queues: u16, mtu: u16) -> Result<(Vec<OwnedFd>, OwnedFd), NetError> {
     enter_namespace()?;
-    interface::disable_ipv6();
+    interface::keep_quiet();
     let (_, taps) = interface::attach(GUEST_TAP, queues)?;
     let (_, inner) = interface::attach(PASST_TAP, 1)?;
     let inner = inner.into_iter().next().ok_or(NetError::NotPermitted)?;
