@@ -95,8 +95,10 @@ fn with_subordinate_ids() -> Result<()> {
     if !Uid::effective().is_root() {
         bail!(Skip("only root can give subordinate ids".to_owned()));
     }
-    if !Path::new("/usr/bin/newuidmap").exists() {
-        bail!(Skip("newuidmap is not installed".to_owned()));
+    for needed in ["/usr/bin/newuidmap", "/etc/subuid", "/etc/subgid"] {
+        if !Path::new(needed).exists() {
+            bail!(Skip(format!("no {needed}")));
+        }
     }
     let inside = thread::spawn(|| {
         let folder = tempfile::tempdir()?;
