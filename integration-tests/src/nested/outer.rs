@@ -50,9 +50,9 @@ mount -t tmpfs -o size=60% upper /upper || fail "no tmpfs"
 mkdir /upper/data /upper/work
 mount -t overlay -o lowerdir=/host,upperdir=/upper/data,workdir=/upper/work root /root || fail "no overlay"
 mkdir -p /root/proc /root/sys /root/dev /root/run /root/tmp
-# Guest RAM in huge pages: far fewer nested faults, one of which is fatal where it meets an interrupt that is
+# All guest RAM in huge pages, QEMU's too: far fewer nested faults, one of which is fatal where it meets an interrupt that is
 # being injected: QEMU then takes the address of VMRUN for the guest's.
-echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled
+echo always > /sys/kernel/mm/transparent_hugepage/shmem_enabled
 mount --move /dev /root/dev
 mount --move /sys /root/sys
 mkdir -p /root/dev/pts /root/dev/shm
