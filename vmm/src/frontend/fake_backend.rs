@@ -299,6 +299,7 @@ pub(crate) fn memory() -> Arc<MemoryTable> {
 pub(crate) fn deadlines() -> Deadlines {
     Deadlines {
         first_answer: Duration::from_secs(5),
+        alive: Duration::from_secs(5),
         step: Duration::from_secs(5),
         drain: Duration::from_secs(10),
     }

@@ -44,8 +44,10 @@ pub const MAX_QUEUES: u16 = 256;
 /// How long the vmm waits for a back end.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadlines {
-    /// For the very first answer, since the process may still be starting, and for a sign of life.
+    /// For the very first answer: the process may still be starting.
     pub first_answer: Duration,
+    /// For a sign of life ([`Session::ping`]): a busy host may give the process no CPU for seconds.
+    pub alive: Duration,
     /// For each step of the handshake and each later message.
     pub step: Duration,
     /// For all rings of a device to drain (GET_VRING_BASE). A slow disk is not a hang.
@@ -56,6 +58,7 @@ impl Default for Deadlines {
     fn default() -> Self {
         Self {
             first_answer: Duration::from_secs(5),
+            alive: Duration::from_secs(5),
             step: Duration::from_secs(2),
             drain: Duration::from_secs(30),
         }

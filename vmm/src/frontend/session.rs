@@ -339,8 +339,7 @@ impl Session {
     pub fn ping(&mut self) -> Result<(), Error> {
         self.begin();
         let patience = match self.options.ours {
-            // A busy host may give it no CPU for seconds: that is no hang.
-            true => self.options.deadlines.first_answer,
+            true => self.options.deadlines.alive,
             false => self.options.deadlines.drain,
         };
         let request = FrontendReq::GET_FEATURES;

@@ -62,12 +62,8 @@ impl Rig {
         Self::with(spec(), script)
     }
 
-    /// A block device whose back end is given `first_answer` for its first, and for a sign of life.
-    pub(crate) fn with_first_answer(script: Script, first_answer: Duration) -> Self {
-        let deadlines = Deadlines {
-            first_answer,
-            ..deadlines()
-        };
+    /// A block device whose back end is given other times.
+    pub(crate) fn with_deadlines(script: Script, deadlines: Deadlines) -> Self {
         Self::build(spec(), script, deadlines)
     }
 
