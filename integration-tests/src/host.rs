@@ -2,6 +2,7 @@
 
 use crate::suite::Skip;
 use anyhow::{Result, bail};
+use std::process::Command;
 use std::{env, fmt, fs::File, path::Path};
 
 /// The environment variable that overrides the detection: `hardware`, `software` or `none`.
@@ -67,6 +68,17 @@ impl Host {
             bail!(Skip("/dev/net/tun cannot be opened here".to_owned()));
         }
         Ok(())
+    }
+
+    /// Goes on only where passt is installed.
+    ///
+    /// # Errors
+    /// [`Skip`] elsewhere.
+    pub fn need_passt() -> Result<()> {
+        match Command::new("passt").arg("--version").output() {
+            Ok(_) => Ok(()),
+            Err(error) => bail!(Skip(format!("passt: {error}"))),
+        }
     }
 
     /// Goes on only where stock kernels run.

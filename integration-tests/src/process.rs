@@ -25,6 +25,20 @@ const LOOK: Duration = Duration::from_millis(5);
 /// Where the descriptors wait that children inherit.
 const FIRST_SPARE: i32 = 200;
 
+/// Runs `ip` (package iproute2) in this thread's network namespace; `arguments` are split at blanks.
+///
+/// # Errors
+/// With what it complained about.
+pub fn ip(arguments: &str) -> Result<()> {
+    let output = Command::new("ip")
+        .args(arguments.split(' '))
+        .output()
+        .context("ip (package iproute2)")?;
+    let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "ip {arguments}: {complaint}");
+    Ok(())
+}
+
 /// A child process; killed when dropped.
 #[derive(Debug)]
 pub struct Process {

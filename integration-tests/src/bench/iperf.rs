@@ -8,6 +8,7 @@ use super::boot::{FOLDER, artifacts, nested};
 use crate::artifacts::Artifact;
 use crate::host::Host;
 use crate::nested::{Job, Stream, agent::run_here};
+use crate::process::ip;
 use crate::setup::{Purpose, install_missing};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
@@ -173,8 +174,7 @@ impl Wire {
             format!("address add 10.9.0.1/24 dev {TAP}"),
             format!("link set {TAP} up"),
         ] {
-            let status = Command::new("ip").args(command.split(' ')).status()?;
-            ensure!(status.success(), "ip {command}");
+            ip(&command)?;
         }
         let server = Command::new("iperf3").arg("-s").stdout(Stdio::null()).spawn();
         Ok(Self(server.context("iperf3")?))
@@ -186,7 +186,7 @@ impl Drop for Wire {
         // They fail only for what is gone already.
         let _ = self.0.kill();
         let _ = self.0.wait();
-        let _ = Command::new("ip").args(["link", "delete", TAP]).status();
+        let _ = ip(&format!("link delete {TAP}"));
     }
 }
 

@@ -2,6 +2,7 @@
 //! loops of one system call a frame.
 #![expect(unsafe_code, reason = "packet sockets, TUN ioctls, io_uring")]
 
+use crate::process::ip;
 use anyhow::{Context, Result, ensure};
 use io_uring::{IoUring, opcode, types};
 use nix::errno::Errno;
@@ -13,7 +14,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::process::Command;
+
 use std::time::Duration;
 
 /// Frames in one call of the generator.
@@ -31,16 +32,6 @@ pub(super) fn enter() -> Result<()> {
         fs::write("/proc/self/gid_map", format!("0 {group} 1"))?;
     }
     ip("link set lo up")
-}
-
-fn ip(arguments: &str) -> Result<()> {
-    let output = Command::new("ip")
-        .args(arguments.split(' '))
-        .output()
-        .context("iproute2")?;
-    let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(output.status.success(), "ip {arguments}: {complaint}");
-    Ok(())
 }
 
 /// A TAP of this name, up, on which the host's own stack says nothing.

@@ -5,6 +5,7 @@
 //! file descriptor, then [`HIT`] when the guest's request is there, and answers the guest once
 //! the demo says [`GO`], so that the demo can look at a guest that is certainly running.
 
+use crate::process::ip;
 use anyhow::{Context, bail};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
@@ -119,13 +120,7 @@ fn serve(page: &str) -> anyhow::Result<()> {
         "address add 10.0.2.2/24 dev tap0",
         "link set tap0 up",
     ] {
-        let status = Command::new("ip")
-            .args(command.split(' '))
-            .status()
-            .context("ip (package iproute2)")?;
-        if !status.success() {
-            bail!("ip {command} failed");
-        }
+        ip(command)?;
     }
     let listener = TcpListener::bind((ADDRESS, PORT))?;
     let echoes = TcpListener::bind((ADDRESS, ECHO_PORT))?;

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use integration_tests::host::Host;
 use integration_tests::lent::{Lent, NOBODY};
 use integration_tests::linux::{Launch, Ran, Work};
+use integration_tests::process::ip;
 use integration_tests::suite::{Skip, test_within};
 use libtest_mimic::Trial;
 use nix::mount::{MsFlags, mount};
@@ -13,7 +14,6 @@ use nix::sched::{CloneFlags, unshare};
 use nix::unistd::Uid;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream, UdpSocket};
-use std::process::Command;
 use std::thread;
 use std::time::Duration;
 use vm_spec::net::NetSpec;
@@ -39,7 +39,7 @@ pub(crate) fn tests() -> Vec<Trial> {
             "DHCP, a name, its page and a published port without root",
             || {
                 Host::need_linux_kvm()?;
-                need_passt()?;
+                Host::need_passt()?;
                 if !Uid::effective().is_root() {
                     bail!(Skip("only root can make namespaces for a thread".to_owned()));
                 }
@@ -91,13 +91,6 @@ fn segments() -> Result<()> {
     Ok(())
 }
 
-fn need_passt() -> Result<()> {
-    match Command::new("passt").arg("--version").output() {
-        Ok(_) => Ok(()),
-        Err(error) => bail!(Skip(format!("passt: {error}"))),
-    }
-}
-
 /// Boots a guest of a user who owns nothing, in this thread's network namespace, whose only way out and
 /// whose name server are made here.
 fn outbound() -> Result<Ran> {
@@ -110,8 +103,7 @@ fn outbound() -> Result<Ran> {
         "address add 198.51.100.2/24 dev out0".to_owned(),
         "route add default via 198.51.100.1".to_owned(),
     ] {
-        let status = Command::new("ip").args(command.split(' ')).status()?;
-        ensure!(status.success(), "ip {command}");
+        ip(&command)?;
     }
     let mut work = Work::new(default_kernel()?)?;
     let names = work.path().join("resolv.conf");

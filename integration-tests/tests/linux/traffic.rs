@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use integration_tests::artifacts::Artifact;
 use integration_tests::host::Host;
 use integration_tests::linux::{Launch, Ran, Work};
+use integration_tests::process::ip;
 use integration_tests::suite::{Skip, artifact, test_within};
 use libtest_mimic::Trial;
 use nix::sched::{CloneFlags, unshare};
@@ -53,8 +54,7 @@ fn traffic() -> Result<Ran> {
         format!("address add 10.0.2.2/24 dev {TAP}"),
         format!("address add fd00::2/64 dev {TAP} nodad"),
     ] {
-        let status = Command::new("ip").args(command.split(' ')).status()?;
-        ensure!(status.success(), "ip {command}");
+        ip(&command)?;
     }
     let listener = TcpListener::bind(("::", ECHO))?;
     thread::spawn(move || {

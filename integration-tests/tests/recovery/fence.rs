@@ -79,6 +79,15 @@ impl Drop for SlowDisk {
     }
 }
 
+/// Whether process `pid` has an io_uring, whose writes its end does not wait for.
+fn has_ring(pid: i32) -> Result<bool> {
+    let mut rings = false;
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        rings |= fs::read_link(entry?.path())?.as_os_str() == "anon_inode:[io_uring]";
+    }
+    Ok(rings)
+}
+
 fn fence(place: Place) -> Result<()> {
     Host::need_kvm()?;
     let throttles = Path::new(THROTTLE)
@@ -120,7 +129,14 @@ fn fence(place: Place) -> Result<()> {
     for _ in 0..3 {
         let state = storm.run.state(DEADLINE)?;
         let process = state.processes.iter().find(|p| p.role == ProcessRole::Disk);
-        disk.slow(process.context("no disk process")?.pid)?;
+        let pid = process.context("no disk process")?.pid;
+        let rings = matches!(place, Place::Waits(_));
+        ensure!(
+            has_ring(pid)? == rings,
+            "who moves the data? {}",
+            storm.run.process.stderr()?
+        );
+        disk.slow(pid)?;
         // Until the queues are full of writes that wait.
         thread::sleep(NOTABLE);
         let hit = storm.victim.strike(&mut storm.run, Signal::SIGKILL, DEADLINE)?;

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     host::Host,
     loop_device::LoopDevice,
+    process::ip,
     suite::{Skip, test_within},
     tiny::Run,
 };
@@ -19,7 +20,6 @@ use nix::unistd::Uid;
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
-    process::Command,
     time::Duration,
 };
 use vm_spec::{events::EventKind, run_state::ProcessRole};
@@ -189,9 +189,9 @@ struct Interface(String);
 
 impl Interface {
     fn make(name: &str) -> Result<Self> {
-        ip(&["tuntap", "add", name, "mode", "tap", "vnet_hdr"])?;
+        ip(&format!("tuntap add {name} mode tap vnet_hdr"))?;
         let interface = Self(name.to_owned());
-        ip(&["link", "set", name, "up"])?;
+        ip(&format!("link set {name} up"))?;
         Ok(interface)
     }
 
@@ -204,15 +204,8 @@ impl Interface {
 
 impl Drop for Interface {
     fn drop(&mut self) {
-        let _ = ip(&["link", "delete", &self.0]);
+        let _ = ip(&format!("link delete {}", self.0));
     }
-}
-
-fn ip(arguments: &[&str]) -> Result<()> {
-    let output = Command::new("ip").args(arguments).output().context("ip")?;
-    let words = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(output.status.success(), "ip {arguments:?}: {words}");
-    Ok(())
 }
 
 fn tap() -> Result<()> {

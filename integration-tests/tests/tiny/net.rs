@@ -158,7 +158,7 @@ fn keeper_beside(member: i32) -> Result<i32> {
 /// DHCP, a datagram out and back, and a published port, as a user who owns nothing.
 fn user() -> Result<()> {
     Host::need_tun()?;
-    need_passt()?;
+    Host::need_passt()?;
     let peer = UdpSocket::bind("127.0.0.1:0")?;
     peer.set_read_timeout(Some(DEADLINE))?;
     // Freed at once: nobody else asks for it within this test.
@@ -212,17 +212,6 @@ fn converse(mut run: Run, peer: &UdpSocket, port: u16) -> Result<()> {
         "DHCP named no server"
     );
     Ok(())
-}
-
-fn need_passt() -> Result<()> {
-    match Command::new("passt")
-        .arg("--version")
-        .stderr(Stdio::null())
-        .output()
-    {
-        Ok(_) => Ok(()),
-        Err(error) => bail!(Skip(format!("passt: {error}"))),
-    }
 }
 
 fn without_passt() -> Result<()> {

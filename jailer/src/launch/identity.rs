@@ -92,7 +92,8 @@ pub(crate) fn describe(binaries: &[PathBuf]) -> String {
     }
     match subordinate(binaries) {
         Ok(all) => format!(
-            "each process a user of its own, of {IDS} of the subordinate ids from {} on",
+            "each process a user of its own, of {} of the subordinate ids from {} on",
+            IDS - 1,
             all.users.first
         ),
         Err(why) => format!("every process is this user ({}): {why}", getuid()),
