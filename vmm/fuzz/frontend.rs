@@ -21,6 +21,7 @@ pub fn frontend(input: &[u8]) {
     let mut options = options();
     options.deadlines = Deadlines {
         first_answer: STEP,
+        alive: STEP,
         step: STEP,
         drain: 2 * STEP,
     };
