@@ -174,7 +174,12 @@ pub(super) fn nested(folder: &Path, arguments: &[&str], deadline: Duration) -> R
     let set = |(name, value): (&str, &Path)| (name.to_owned(), value.to_string_lossy().into_owned());
     job.environment
         .extend([(FOLDER, folder), (BIN_DIR, folder)].map(set));
-    let mut nested = Nested::boot(&nested::Options::default())?;
+    // One guest of one vCPU at a time: the second CPU is for what runs beside it.
+    let options = nested::Options {
+        cpus: 2,
+        ..Default::default()
+    };
+    let mut nested = Nested::boot(&options)?;
     let ended = nested.run_through(&job)?;
     nested.power_off()?;
     match ended {

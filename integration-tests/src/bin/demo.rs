@@ -38,6 +38,10 @@ enum Verb {
         /// Seconds that each command may take.
         #[arg(long, default_value_t = 300)]
         deadline: u64,
+        /// CPUs of the outer machine. Two are faster for what runs beside a guest, but a second guest, or a
+        /// second vCPU of one, then meets a fault of the emulator.
+        #[arg(long, default_value_t = 1)]
+        cpus: u8,
         /// A folder that both sides write, at the same path.
         #[arg(long)]
         shared: Option<PathBuf>,
@@ -57,12 +61,14 @@ fn main() -> ExitCode {
         Some(Verb::NestedShell {
             memory,
             deadline,
+            cpus,
             shared,
             console,
             commands,
         }) => {
             let options = nested::Options {
                 memory_mib: memory,
+                cpus,
                 shared,
                 console,
                 ..Default::default()

@@ -32,7 +32,9 @@ const ANSWER_GRACE: Duration = Duration::from_secs(20);
 pub struct Options {
     /// RAM in MiB.
     pub memory_mib: u32,
-    /// vCPUs.
+    /// vCPUs. One by default: as soon as two are in guests at the same time, the emulator now and then
+    /// walks a guest's page tables without the nested ones. The guest then triple faults or writes into
+    /// the outer kernel.
     pub cpus: u8,
     /// A folder of the host that both sides write, at the same path in the guest.
     pub shared: Option<PathBuf>,
@@ -47,7 +49,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             memory_mib: 3072,
-            cpus: 2,
+            cpus: 1,
             shared: None,
             console: false,
             agent: None,

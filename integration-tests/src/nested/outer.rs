@@ -50,8 +50,7 @@ mount -t tmpfs -o size=60% upper /upper || fail "no tmpfs"
 mkdir /upper/data /upper/work
 mount -t overlay -o lowerdir=/host,upperdir=/upper/data,workdir=/upper/work root /root || fail "no overlay"
 mkdir -p /root/proc /root/sys /root/dev /root/run /root/tmp
-# All guest RAM in huge pages, QEMU's too: far fewer nested faults, one of which is fatal where it meets an interrupt that is
-# being injected: QEMU then takes the address of VMRUN for the guest's.
+# All guest RAM in huge pages, QEMU's too: far fewer nested faults, each of which costs much here.
 echo always > /sys/kernel/mm/transparent_hugepage/shmem_enabled
 mount --move /dev /root/dev
 mount --move /sys /root/sys

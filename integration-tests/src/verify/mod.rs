@@ -17,12 +17,13 @@ use crate::setup::{self, Purpose};
 use anyhow::Context;
 use cargo::TestProgram;
 use libtest::Outcome;
-use place::Places;
-use report::{FULL_ONLY, Report};
+use place::{NestedPlace, Places};
+use report::{Report, SuiteRun};
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
+use std::thread;
 use std::time::Instant;
 
 /// How the tests of a tier choose where they run.
@@ -34,6 +35,16 @@ enum Needs {
     Kvm,
     /// A KVM that runs stock kernels.
     LinuxKvm,
+}
+
+impl Needs {
+    fn met_by(self, host: Host) -> bool {
+        match self {
+            Self::Nothing => true,
+            Self::Kvm => host != Host::None,
+            Self::LinuxKvm => host.runs_linux(),
+        }
+    }
 }
 
 /// Installs the packages that the tests need and the machine lacks.
@@ -68,19 +79,16 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
     std::fs::set_permissions(binaries.path(), Permissions::from_mode(0o755))?;
     std::fs::copy("/proc/self/exe", binaries.path().join(place::AGENT_FILE))?;
     let mut report = Report::default();
-    checks(&mut report);
+    report.add_suite(check("formatting", cargo::formatting));
     eprintln!("verify: building the release binaries and the tests");
     Artifacts::build(Profile::Release)?.copy_to(binaries.path())?;
     stage_probes(&binaries.path().join(place::PROBES_FOLDER)).context("the audit's probes")?;
     Images::write(&binaries.path().join(place::IMAGES_FILE)).context("the test guests' images")?;
     let programs = cargo::build_tests()?;
     tests(&mut report, &programs, binaries.path(), host, full);
-    report.add_suite(
-        "README",
-        "cargo demo",
-        vec![("cargo demo".to_owned(), readme::demo())],
-    );
-    report.add_suite("fuzz", "host", fuzzing::targets(full));
+    report.add_suite(SuiteRun::of("README", "cargo demo", || {
+        vec![("cargo demo".to_owned(), readme::demo())]
+    }));
     let minutes = start.elapsed().as_secs().div_ceil(60);
     if full {
         let page = report.page(&today()?, &host.to_string(), minutes);
@@ -107,11 +115,56 @@ fn stage_probes(folder: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn tests(report: &mut Report, programs: &[TestProgram], binaries: &Path, host: Host, full: bool) {
+    let places = Places::new(binaries, full);
+    let mut runner = NestedPlace::new(&places);
+    let (units, tiers): (Vec<_>, Vec<_>) = programs.iter().partition(|program| !program.tier);
+    let (nested, here): (Vec<_>, Vec<_>) = tiers
+        .into_iter()
+        .partition(|program| !needs(program).met_by(host));
+    // The nested runner has one CPU: what asks for no quiet machine runs beside it.
+    let runs = thread::scope(|scope| {
+        let beside = scope.spawn(|| -> Vec<SuiteRun> {
+            let run = |program: &&TestProgram| runner.run(program, &["--test-threads=1"]);
+            nested.iter().map(run).collect()
+        });
+        checks(report);
+        for program in units {
+            report.add_suite(places.here(program, &[]));
+        }
+        report.add_suite(SuiteRun::of("fuzz", "host", || fuzzing::targets(full)));
+        beside.join().expect("the nested runner's thread does not panic")
+    });
+    runs.into_iter().for_each(|run| report.add_suite(run));
+    for program in &here {
+        let sequential: &[&str] = match needs(program) {
+            Needs::Nothing => &[],
+            Needs::Kvm | Needs::LinuxKvm => &["--test-threads=1"],
+        };
+        report.add_suite(places.here(program, sequential));
+    }
+    if !host.runs_linux() {
+        retry_nested(report, &here, &mut runner);
+    }
+    if full && host == Host::Software {
+        // The walls once more on a kernel with all that Debian's has. Elsewhere the tier itself runs on it.
+        for program in here.iter().filter(|program| program.target == "tiny") {
+            let run = runner.run(program, &["--test-threads=1", "audit::"]);
+            report.add_suite(run.full_only("nested"));
+        }
+    }
+    if full {
+        // Those that fail with the jail off only have found a fault of its own.
+        for program in &here {
+            report.add_suite(places.unjailed(program).full_only("jail off"));
+        }
+    }
+}
+
 /// What needs no test program.
 fn checks(report: &mut Report) {
     type Check = fn() -> Outcome;
-    let checks: [(&str, Check); 7] = [
-        ("formatting", cargo::formatting),
+    let checks: [(&str, Check); 6] = [
         ("clippy", cargo::clippy),
         ("clippy, bare metal", cargo::clippy_bare_metal),
         ("clippy, fuzz targets", fuzzing::clippy),
@@ -119,76 +172,20 @@ fn checks(report: &mut Report) {
         ("licences", licences::licences),
         ("advisories", licences::advisories),
     ];
-    for (name, check) in checks {
-        report.add_suite("workspace", name, vec![(name.to_owned(), check())]);
+    for (name, run) in checks {
+        report.add_suite(check(name, run));
     }
 }
 
-fn tests(report: &mut Report, programs: &[TestProgram], binaries: &Path, host: Host, full: bool) {
-    let mut places = Places::new(binaries, full);
-    for program in programs {
-        match (needs(program), host) {
-            (Needs::Kvm, Host::None) | (Needs::LinuxKvm, Host::None | Host::Software) => {
-                let outcomes = places.nested(program, &["--test-threads=1"]);
-                report.add_suite(&program.suite, "nested", outcomes);
-            }
-            (needs, _) => {
-                let sequential: &[&str] = if needs == Needs::Nothing {
-                    &[]
-                } else {
-                    &["--test-threads=1"]
-                };
-                report.add_suite(&program.suite, "host", places.here(program, sequential));
-            }
-        }
-    }
-    if !host.runs_linux() {
-        retry_nested(report, programs, &mut places);
-    }
-    if full && host == Host::Software {
-        audit_nested(report, programs, &mut places);
-    }
-    if full {
-        unjailed(report, programs, host, &places);
-    }
-}
-
-/// The walls once more on a kernel with all that Debian's has. Elsewhere the tier itself runs on it.
-fn audit_nested(report: &mut Report, programs: &[TestProgram], places: &mut Places) {
-    for program in programs
-        .iter()
-        .filter(|program| program.tier && program.target == "tiny")
-    {
-        let outcomes = places.nested(program, &["--test-threads=1", "audit::"]);
-        let named = outcomes
-            .into_iter()
-            .map(|(test, outcome)| (format!("{test}, nested {FULL_ONLY}"), outcome));
-        report.add_suite(&program.suite, "nested", named.collect());
-    }
-}
-
-/// Every tier's tests with the jail off: those that fail with it only have found a fault of its own.
-fn unjailed(report: &mut Report, programs: &[TestProgram], host: Host, places: &Places) {
-    let here = |program: &&TestProgram| match needs(program) {
-        Needs::Nothing => true,
-        Needs::Kvm => host != Host::None,
-        Needs::LinuxKvm => host.runs_linux(),
-    };
-    for program in programs.iter().filter(|program| program.tier).filter(here) {
-        let named = places
-            .unjailed(program)
-            .into_iter()
-            .map(|(test, outcome)| (format!("{test}, jail off {FULL_ONLY}"), outcome));
-        report.add_suite(&program.suite, "host", named.collect());
-    }
+fn check(name: &'static str, run: fn() -> Outcome) -> SuiteRun {
+    SuiteRun::of("workspace", name, || vec![(name.to_owned(), run())])
 }
 
 /// What this host's KVM could not run may run in the nested runner.
-fn retry_nested(report: &mut Report, programs: &[TestProgram], places: &mut Places) {
-    for program in programs.iter().filter(|program| needs(program) == Needs::Kvm) {
+fn retry_nested(report: &mut Report, here: &[&TestProgram], runner: &mut NestedPlace<'_>) {
+    for program in here.iter().filter(|program| needs(program) == Needs::Kvm) {
         for test in report.skipped_in(&program.suite) {
-            let outcomes = places.nested(program, &["--exact", &test]);
-            report.add_suite(&program.suite, "nested", outcomes);
+            report.add_suite(runner.run(program, &["--exact", &test]));
         }
     }
 }

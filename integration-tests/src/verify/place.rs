@@ -2,6 +2,7 @@
 
 use super::cargo::TestProgram;
 use super::libtest::{self, Outcome};
+use super::report::SuiteRun;
 use crate::artifacts::{BIN_DIR, PROBES};
 use crate::linux::IMAGES;
 use crate::nested::{Ended, Job, Nested, Options, Stream};
@@ -22,13 +23,11 @@ const PROGRAM: Duration = Duration::from_secs(15 * 60);
 /// How long one may take under `--full`.
 const PROGRAM_FULL: Duration = Duration::from_secs(3 * 3600);
 
-/// Runs test programs.
+/// Runs test programs on this host.
 #[derive(Debug)]
 pub(super) struct Places {
     binaries: PathBuf,
     full: bool,
-    /// Booted when first needed; the error of a failed boot is kept.
-    nested: Option<Result<Nested, String>>,
 }
 
 impl Places {
@@ -37,89 +36,22 @@ impl Places {
         Self {
             binaries: binaries.to_owned(),
             full,
-            nested: None,
         }
     }
 
     /// Runs a program on this host.
-    pub(super) fn here(&self, program: &TestProgram, arguments: &[&str]) -> Vec<(String, Outcome)> {
-        // The same watch as in the nested runner: a process group with a deadline.
-        let mut output = Vec::new();
+    pub(super) fn here(&self, program: &TestProgram, arguments: &[&str]) -> SuiteRun {
         let job = self.job(program, arguments);
-        let ended =
-            crate::nested::agent::run_here(&job, &mut |stream, bytes| keep(&mut output, stream, bytes));
-        outcomes(program, &output, &ended)
-    }
-
-    /// Runs a program in the nested runner. Where the emulated machine itself dies, which is no verdict
-    /// on any test, the tests that it had not finished run in another, once.
-    pub(super) fn nested(&mut self, program: &TestProgram, arguments: &[&str]) -> Vec<(String, Outcome)> {
-        let mut known = Vec::new();
-        let mut arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
-        for another in [true, false] {
-            let (finished, death) = self.nested_once(program, &arguments);
-            known.extend(finished);
-            let Some(death) = death else { break };
-            if !another {
-                known.push(whole(program, death));
-                break;
-            }
-            eprintln!(
-                "verify: the nested runner died in {}: its other tests run in a new one: {death}",
-                program.suite
-            );
-            // With a filter that is a part of names, what is skipped is one too.
-            if arguments.iter().all(|argument| argument.starts_with("--")) {
-                arguments.push("--exact".to_owned());
-            }
-            for (test, _) in &known {
-                arguments.extend(["--skip".to_owned(), test.clone()]);
-            }
-        }
-        known
-    }
-
-    /// The tests that finished, and what the runner died of, if it did.
-    fn nested_once(
-        &mut self,
-        program: &TestProgram,
-        arguments: &[String],
-    ) -> (Vec<(String, Outcome)>, Option<String>) {
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let mut job = self.job(program, &arguments);
-        job.environment.extend(Job::nested_environment());
-        let options = Options {
-            agent: Some(self.binaries.join(AGENT_FILE)),
-            ..Options::default()
-        };
-        let boot = || Nested::boot(&options).map_err(|error| format!("{error:#}"));
-        let nested = match self.nested.get_or_insert_with(boot) {
-            Ok(nested) => nested,
-            Err(error) => return (vec![whole(program, error.clone())], None),
-        };
-        let mut output = Vec::new();
-        match nested.run(&job, &mut |stream, bytes| keep(&mut output, stream, bytes)) {
-            Ok(ended) => (outcomes(program, &output, &ended), None),
-            Err(error) => {
-                // Whoever comes next gets a fresh boot.
-                self.nested = None;
-                let mut finished = libtest::parse(&String::from_utf8_lossy(&output));
-                finished.retain(|(_, outcome)| *outcome != libtest::no_verdict());
-                (finished, Some(format!("{error:#}")))
-            }
-        }
+        SuiteRun::of(&program.suite, "host", || watch(program, &job))
     }
 
     /// As [`Self::here`], with no jail around what is under test.
-    pub(super) fn unjailed(&self, program: &TestProgram) -> Vec<(String, Outcome)> {
-        let mut output = Vec::new();
+    pub(super) fn unjailed(&self, program: &TestProgram) -> SuiteRun {
         let mut job = self.job(program, &["--test-threads=1"]);
         job.environment.insert(JAIL.to_owned(), "off".to_owned());
         // A fault shows in the usual sizes.
         job.environment.remove(FULL);
-        let ended =
-            crate::nested::agent::run_here(&job, &mut |stream, bytes| keep(&mut output, stream, bytes));
-        outcomes(program, &output, &ended)
+        SuiteRun::of(&program.suite, "host", || watch(program, &job))
     }
 
     fn job(&self, program: &TestProgram, arguments: &[&str]) -> Job {
@@ -145,6 +77,91 @@ impl Places {
         }
         job
     }
+}
+
+/// Runs test programs in one boot of the nested runner.
+#[derive(Debug)]
+pub(super) struct NestedPlace<'a> {
+    places: &'a Places,
+    /// Booted when first needed; the error of a failed boot is kept.
+    nested: Option<Result<Nested, String>>,
+}
+
+impl<'a> NestedPlace<'a> {
+    /// For the same programs as `places`.
+    pub(super) fn new(places: &'a Places) -> Self {
+        Self { places, nested: None }
+    }
+
+    /// Runs a program. Where the emulated machine itself dies, which is no verdict on any test, the tests
+    /// that it had not finished run in another, once.
+    pub(super) fn run(&mut self, program: &TestProgram, arguments: &[&str]) -> SuiteRun {
+        SuiteRun::of(&program.suite, "nested", || self.outcomes(program, arguments))
+    }
+
+    fn outcomes(&mut self, program: &TestProgram, arguments: &[&str]) -> Vec<(String, Outcome)> {
+        let mut known = Vec::new();
+        let mut arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        for another in [true, false] {
+            let (finished, death) = self.once(program, &arguments);
+            known.extend(finished);
+            let Some(death) = death else { break };
+            if !another {
+                known.push(whole(program, death));
+                break;
+            }
+            eprintln!(
+                "verify: the nested runner died in {}: its other tests run in a new one: {death}",
+                program.suite
+            );
+            // With a filter that is a part of names, what is skipped is one too.
+            if arguments.iter().all(|argument| argument.starts_with("--")) {
+                arguments.push("--exact".to_owned());
+            }
+            for (test, _) in &known {
+                arguments.extend(["--skip".to_owned(), test.clone()]);
+            }
+        }
+        known
+    }
+
+    /// The tests that finished, and what the runner died of, if it did.
+    fn once(
+        &mut self,
+        program: &TestProgram,
+        arguments: &[String],
+    ) -> (Vec<(String, Outcome)>, Option<String>) {
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let mut job = self.places.job(program, &arguments);
+        job.environment.extend(Job::nested_environment());
+        let options = Options {
+            agent: Some(self.places.binaries.join(AGENT_FILE)),
+            ..Options::default()
+        };
+        let boot = || Nested::boot(&options).map_err(|error| format!("{error:#}"));
+        let nested = match self.nested.get_or_insert_with(boot) {
+            Ok(nested) => nested,
+            Err(error) => return (vec![whole(program, error.clone())], None),
+        };
+        let mut output = Vec::new();
+        match nested.run(&job, &mut |stream, bytes| keep(&mut output, stream, bytes)) {
+            Ok(ended) => (outcomes(program, &output, &ended), None),
+            Err(error) => {
+                // Whoever comes next gets a fresh boot.
+                self.nested = None;
+                let mut finished = libtest::parse(&String::from_utf8_lossy(&output));
+                finished.retain(|(_, outcome)| *outcome != libtest::no_verdict());
+                (finished, Some(format!("{error:#}")))
+            }
+        }
+    }
+}
+
+/// With the same watch as in the nested runner: a process group with a deadline.
+fn watch(program: &TestProgram, job: &Job) -> Vec<(String, Outcome)> {
+    let mut output = Vec::new();
+    let ended = crate::nested::agent::run_here(job, &mut |stream, bytes| keep(&mut output, stream, bytes));
+    outcomes(program, &output, &ended)
 }
 
 /// Standard output is what the harness says; standard error is passed on as it comes.

@@ -3,25 +3,45 @@
 use super::libtest::Outcome;
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Name ending of tests that only `--full` runs.
 pub(super) const FULL_ONLY: &str = "(full)";
 
 /// Outcomes by suite and test.
-#[derive(Debug)]
+#[derive(Default, Debug)]
 pub(super) struct Report {
     outcomes: BTreeMap<(String, String), Outcome>,
-    /// When the latest suite ended.
-    since: Instant,
 }
 
-impl Default for Report {
-    fn default() -> Self {
+/// What one suite's tests came to in one place.
+#[derive(Debug)]
+pub(super) struct SuiteRun {
+    suite: String,
+    place: &'static str,
+    outcomes: Vec<(String, Outcome)>,
+    took: Duration,
+}
+
+impl SuiteRun {
+    /// Runs a suite and takes its time.
+    pub(super) fn of(suite: &str, place: &'static str, run: impl FnOnce() -> Vec<(String, Outcome)>) -> Self {
+        let start = Instant::now();
+        let outcomes = run();
         Self {
-            outcomes: BTreeMap::new(),
-            since: Instant::now(),
+            suite: suite.to_owned(),
+            place,
+            outcomes,
+            took: start.elapsed(),
         }
+    }
+
+    /// With a mark that only `--full` runs these, and how they differ from the usual ones.
+    pub(super) fn full_only(mut self, how: &str) -> Self {
+        for (test, _) in &mut self.outcomes {
+            *test = format!("{test}, {how} {FULL_ONLY}");
+        }
+        self
     }
 }
 
@@ -49,12 +69,17 @@ impl Report {
     }
 
     /// Records the outcomes of a whole suite and says in one line how it went.
-    pub(super) fn add_suite(&mut self, suite: &str, place: &str, outcomes: Vec<(String, Outcome)>) {
+    pub(super) fn add_suite(&mut self, run: SuiteRun) {
+        let SuiteRun {
+            suite,
+            place,
+            outcomes,
+            took,
+        } = run;
         let count = Count::of(outcomes.iter().map(|(_, outcome)| outcome));
-        let took = std::mem::replace(&mut self.since, Instant::now()).elapsed();
         eprintln!("{suite} ({place}): {count} ({} s)", took.as_secs());
         for (test, outcome) in outcomes {
-            self.add(suite, &test, outcome);
+            self.add(&suite, &test, outcome);
         }
     }
 
