@@ -67,10 +67,15 @@ fn worker() -> std::io::Result<()> {
     loop {
         match ToAgent::read(&mut port)? {
             ToAgent::PowerOff => return Ok(()),
+            ToAgent::Pulse => {}
             ToAgent::Run(job) => {
-                make_runtime_folder(&job);
-                let ended = run(&job, &to_port(&answers));
-                say(&answers, &FromAgent::Ended(ended))?;
+                let answers = Arc::clone(&answers);
+                // The runner sends the next one when this has ended. That it is gone is read above.
+                std::thread::spawn(move || {
+                    make_runtime_folder(&job);
+                    let ended = run(&job, &to_port(&answers));
+                    let _ = say(&answers, &FromAgent::Ended(ended));
+                });
             }
         }
     }

@@ -16,6 +16,7 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Child;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 pub use wire::{Ended, Job, Stream};
 use wire::{FromAgent, ToAgent};
@@ -24,6 +25,8 @@ use wire::{FromAgent, ToAgent};
 const BOOT_DEADLINE: Duration = Duration::from_secs(180);
 /// How long it may take to power off.
 const POWER_OFF_DEADLINE: Duration = Duration::from_secs(30);
+/// How often the outer machine gets an interrupt for nothing.
+const PULSE: Duration = Duration::from_millis(100);
 /// How much longer than a command's own deadline the runner waits for the agent's word.
 const ANSWER_GRACE: Duration = Duration::from_secs(20);
 
@@ -62,6 +65,8 @@ impl Default for Options {
 pub struct Nested {
     emulator: Child,
     port: UnixStream,
+    /// The same port, for whole frames.
+    orders: Arc<Mutex<UnixStream>>,
     // Holds the port's socket and the console's log until the end.
     scratch: tempfile::TempDir,
 }
@@ -75,13 +80,19 @@ impl Nested {
     pub fn boot(options: &Options) -> anyhow::Result<Self> {
         let scratch = tempfile::Builder::new().prefix("bulkhead-nested-").tempdir()?;
         let (emulator, port) = outer::start(options, scratch.path())?;
+        // Only to one that is stuck does a write take time.
+        port.set_write_timeout(Some(ANSWER_GRACE))?;
         let mut nested = Self {
             emulator,
+            orders: Arc::new(Mutex::new(port.try_clone()?)),
             port,
             scratch,
         };
         match nested.receive(Instant::now() + BOOT_DEADLINE) {
-            Ok(FromAgent::Ready) => Ok(nested),
+            Ok(FromAgent::Ready) => {
+                nested.start_pulse();
+                Ok(nested)
+            }
             Ok(other) => bail!("the outer guest's agent began with {other:?}"),
             Err(error) => {
                 let _ = nested.emulator.kill();
@@ -100,8 +111,7 @@ impl Nested {
     /// The outer guest died or went silent beyond the command's deadline.
     pub fn run(&mut self, job: &Job, output: &mut dyn FnMut(Stream, &[u8])) -> anyhow::Result<Ended> {
         let deadline = Instant::now() + job.deadline + ANSWER_GRACE;
-        ToAgent::Run(job.clone())
-            .write(&mut self.port)
+        self.order(&ToAgent::Run(job.clone()))
             .context("the outer guest takes no command")?;
         loop {
             match self.receive(deadline).map_err(|error| self.last_words(error))? {
@@ -133,7 +143,7 @@ impl Nested {
     /// # Errors
     /// It did not end in time and was killed.
     pub fn power_off(mut self) -> anyhow::Result<()> {
-        ToAgent::PowerOff.write(&mut self.port)?;
+        self.order(&ToAgent::PowerOff)?;
         // The emulator closes its end of the port when it exits.
         let end = self.receive(Instant::now() + POWER_OFF_DEADLINE);
         let gone = end.is_err_and(|error| {
@@ -154,6 +164,22 @@ impl Nested {
         }
     }
 
+    fn order(&self, order: &ToAgent) -> std::io::Result<()> {
+        tell(&self.orders, order)
+    }
+
+    /// The emulator now and then loses the local timer's interrupt, and a processor that waits for it then
+    /// waits for ever. Any other interrupt wakes it, and the lost one is delivered too.
+    fn start_pulse(&self) {
+        let orders = Arc::clone(&self.orders);
+        std::thread::spawn(move || {
+            // Until the emulator is gone.
+            while tell(&orders, &ToAgent::Pulse).is_ok() {
+                std::thread::sleep(PULSE);
+            }
+        });
+    }
+
     /// An error together with what the outer guest said last.
     fn last_words(&self, error: anyhow::Error) -> anyhow::Error {
         let log = outer::console_tail(self.scratch.path());
@@ -168,6 +194,11 @@ impl Nested {
         self.port.set_read_timeout(Some(left))?;
         FromAgent::read(&mut self.port).context("reading from the outer guest")
     }
+}
+
+fn tell(orders: &Mutex<UnixStream>, order: &ToAgent) -> std::io::Result<()> {
+    // A panic elsewhere leaves no half frame.
+    order.write(&mut *orders.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 impl Drop for Nested {

@@ -66,6 +66,8 @@ pub enum Stream {
 pub enum ToAgent {
     /// Run a command; output and [`FromAgent::Ended`] follow.
     Run(Job),
+    /// Nothing to do. It comes with an interrupt, which is the point.
+    Pulse,
     /// Power the outer guest off.
     PowerOff,
 }
@@ -82,6 +84,7 @@ pub enum FromAgent {
 }
 
 const RUN: u8 = b'R';
+const PULSE: u8 = b'.';
 const POWER_OFF: u8 = b'P';
 const READY: u8 = b'r';
 const OUT: u8 = b'o';
@@ -96,6 +99,7 @@ impl ToAgent {
     pub fn write(&self, port: &mut impl Write) -> Result<()> {
         match self {
             Self::Run(job) => frame(port, RUN, &serde_json::to_vec(job)?),
+            Self::Pulse => frame(port, PULSE, &[]),
             Self::PowerOff => frame(port, POWER_OFF, &[]),
         }
     }
@@ -107,6 +111,7 @@ impl ToAgent {
     pub fn read(port: &mut impl Read) -> Result<Self> {
         match unframe(port)? {
             (RUN, payload) => Ok(Self::Run(serde_json::from_slice(&payload)?)),
+            (PULSE, _) => Ok(Self::Pulse),
             (POWER_OFF, _) => Ok(Self::PowerOff),
             (kind, _) => Err(unknown(kind)),
         }
