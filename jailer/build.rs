@@ -12,7 +12,7 @@ mod constants;
 mod policy;
 
 /// The roles, as `sandbox::Role` spells them, and their files.
-const ROLES: [(&str, &str); 9] = [
+const ROLES: [(&str, &str); 10] = [
     ("Disk", "disk"),
     ("Net", "net"),
     ("Vmm", "vmm"),
@@ -20,6 +20,7 @@ const ROLES: [(&str, &str); 9] = [
     ("Supervisor", "supervisor"),
     ("Image", "image"),
     ("Spawner", "spawner"),
+    ("Forker", "forker"),
     ("Startup", "startup"),
     ("StartupRing", "startup-ring"),
 ];

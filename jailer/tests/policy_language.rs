@@ -84,7 +84,10 @@ fn no_role_may_open_execute_connect_or_make_processes() {
     ];
     for role in Role::ALL {
         // These are tested below.
-        if matches!(role, Role::Spawner | Role::Startup | Role::StartupRing) {
+        if matches!(
+            role,
+            Role::Spawner | Role::Forker | Role::Startup | Role::StartupRing
+        ) {
             continue;
         }
         for rule in rules(role) {
@@ -133,6 +136,25 @@ fn a_process_that_starts_may_not_reach_out() {
     }
     let rings = |role| rules(role).iter().any(|rule| rule.syscall == "io_uring_setup");
     assert!(!rings(Role::Startup) && rings(Role::StartupRing));
+}
+
+/// The forker makes jailed processes; it reads no file, reaches no other process and no network.
+#[test]
+fn the_forker_makes_jails_and_no_more() {
+    let never = "openat openat2 creat execve connect bind listen fork vfork setns chroot ptrace \
+                 process_vm_readv process_vm_writev tgkill pidfd_open pidfd_getfd bpf perf_event_open add_key \
+                 request_key init_module finit_module userfaultfd personality modify_ldt socket";
+    for rule in rules(Role::Forker) {
+        let mut forbidden = never.split_ascii_whitespace();
+        assert!(!forbidden.any(|call| call == rule.syscall), "{}", rule.place);
+    }
+    let narrow = ["open", "kill", "unshare", "keyctl", "socketpair", "execveat"];
+    for rule in rules(Role::Forker)
+        .iter()
+        .filter(|rule| narrow.contains(&rule.syscall))
+    {
+        assert!(!rule.condition.is_empty(), "{}", rule.place);
+    }
 }
 
 /// The system calls of a steady role, restart_syscall and the like too, and opcodes of its ring.

@@ -189,6 +189,8 @@ fn jails(mut run: Run, printed: &str, expected: Option<Identity>) -> Result<()> 
     identities(&state, &jailed)?;
     let spawner = state.processes.iter().find(|p| p.role == ProcessRole::Spawner);
     confined(spawner.context("no spawner")?.pid)?;
+    let forker = state.processes.iter().find(|p| p.role == ProcessRole::Forker);
+    filtered(forker.context("no forker")?.pid)?;
     for process in jailed {
         let looked = jail(process).and_then(|()| exact(process, &state, printed));
         looked.with_context(|| format!("process {} ({})", process.pid, process.name))?;
@@ -198,18 +200,25 @@ fn jails(mut run: Run, printed: &str, expected: Option<Identity>) -> Result<()> 
 
 /// The spawner makes nothing any more, and can end its processes at most.
 fn confined(spawner: i32) -> Result<()> {
-    let status = fs::read_to_string(format!("/proc/{spawner}/status"))?;
-    let value = |key: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(key));
-        line.map(str::trim).unwrap_or_default()
-    };
-    ensure!(
-        value("Seccomp:") == "2" && value("NoNewPrivs:") == "1",
-        "{status}"
-    );
-    let capabilities = u64::from_str_radix(value("CapEff:"), 16)?;
+    let status = filtered(spawner)?;
+    let capabilities = u64::from_str_radix(value(&status, "CapEff:"), 16)?;
     ensure!(capabilities & !(1 << 5) == 0, "{status}");
     Ok(())
+}
+
+/// The process has a filter, and can gain nothing by executing. Its status.
+fn filtered(pid: i32) -> Result<String> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    ensure!(
+        value(&status, "Seccomp:") == "2" && value(&status, "NoNewPrivs:") == "1",
+        "{status}"
+    );
+    Ok(status)
+}
+
+fn value<'a>(status: &'a str, key: &str) -> &'a str {
+    let line = status.lines().find_map(|line| line.strip_prefix(key));
+    line.map(str::trim).unwrap_or_default()
 }
 
 /// Each process is who the state says it is, and nobody else; ids of their own are their own.

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   supervisor --requests--> spawner --orders--> forker --clone3--> successor
-//!                  (spawner.policy)                    (the spawner's child, which reaps it)
+//!                  (spawner.policy)       (forker.policy)     (the spawner's child, which reaps it)
 //! ```
 //!
 //! It is a copy of the spawner from before that read its first message. It keeps the images and TAPs,
@@ -14,6 +14,7 @@
 use super::net::detach;
 use super::respawn::Respawner;
 use crate::failure::Failure;
+use crate::sandbox::lockdown_forker;
 use crate::wire::{Received, TransferError, send_message};
 use crate::wire_fds::{receive_with_fds, send_with_fd, send_with_fds};
 use nix::errno::Errno;
@@ -44,6 +45,8 @@ enum Order {
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Answer {
+    /// It takes orders, and is under its filter.
+    Ready,
     /// It builds its jail. The vmm's end of its socket comes along.
     Started { pid: i32 },
     /// It cannot be made.
@@ -57,37 +60,58 @@ pub(crate) struct Forker {
 }
 
 impl Forker {
-    /// Forks. The calling process must have one thread; with `respawner` it lets go of everything
-    /// that successors are given.
-    pub(crate) fn start(respawner: Respawner) -> nix::Result<Self> {
-        let (ours, theirs) = super::spawn::pair(SockType::SeqPacket)?;
+    /// Forks, and waits until the forker is confined. The calling process must have one thread; with
+    /// `respawner` it lets go of everything that successors are given.
+    ///
+    /// # Errors
+    /// There is none, or it could not be confined, which it has said.
+    pub(crate) fn start(respawner: Respawner) -> Result<Self, Failure> {
+        let failed = |e: Errno| Failure::host("cannot start the forker").because(&e);
+        let (ours, theirs) = super::spawn::pair(SockType::SeqPacket).map_err(failed)?;
         // SAFETY: this process has one thread, so the child may do whatever the parent might.
-        match unsafe { fork() }? {
+        match unsafe { fork() }.map_err(failed)? {
             ForkResult::Child => {
+                drop(ours);
                 let mut keep = respawner.descriptors();
                 keep.extend([libc::STDERR_FILENO, theirs.as_raw_fd()]);
                 detach(&keep);
-                serve(theirs.as_fd(), respawner);
+                match lockdown_forker(respawner.seccomp()) {
+                    Ok(()) => serve(theirs.as_fd(), respawner),
+                    Err(error) => eprintln!("bulkhead: the forker: {}", crate::failure::chain(&error)),
+                }
                 // SAFETY: ends the child without running what the parent registered for its exit.
                 unsafe { libc::_exit(0) }
             }
-            ForkResult::Parent { child } => Ok(Self {
-                pid: child,
-                socket: ours,
-            }),
+            ForkResult::Parent { child } => {
+                drop(theirs);
+                let forker = Self {
+                    pid: child,
+                    socket: ours,
+                };
+                match forker.answer()? {
+                    (Answer::Ready, _) => Ok(forker),
+                    _ => Err(no_answer()),
+                }
+            }
+        }
+    }
+
+    fn answer(&self) -> Result<(Answer, Vec<OwnedFd>), Failure> {
+        wait(self.socket.as_fd(), Some(PATIENCE)).map_err(|e| no_answer().because(&e))?;
+        match receive_with_fds(self.socket.as_fd()).map_err(|e| no_answer().because(&e))? {
+            (Received::Message(_, answer), fds) => Ok((answer, fds)),
+            _ => Err(no_answer()),
         }
     }
 
     /// Has a successor of `process` made: its process id, and the vmm's end of its socket.
     pub(crate) fn successor(&self, process: u16, build: Build) -> Result<(Pid, OwnedFd), Failure> {
-        let lost = |e: &dyn std::error::Error| Failure::host("the forker does not answer").because(e);
-        send_message(self.socket.as_fd(), 0, Order::Start { process, build }).map_err(|e| lost(&e))?;
-        wait(self.socket.as_fd(), Some(PATIENCE)).map_err(|e| lost(&e))?;
-        let (answer, mut fds) = receive_with_fds(self.socket.as_fd()).map_err(|e| lost(&e))?;
-        match (answer, fds.pop()) {
-            (Received::Message(_, Answer::Started { pid }), Some(socket)) => Ok((Pid::from_raw(pid), socket)),
-            (Received::Message(_, Answer::Refused { why }), None) => Err(Failure::host(why)),
-            _ => Err(Failure::host("the forker does not answer")),
+        send_message(self.socket.as_fd(), 0, Order::Start { process, build })
+            .map_err(|e| no_answer().because(&e))?;
+        match self.answer()? {
+            (Answer::Started { pid }, mut fds) if fds.len() == 1 => Ok((Pid::from_raw(pid), fds.remove(0))),
+            (Answer::Refused { why }, _) => Err(Failure::host(why)),
+            _ => Err(no_answer()),
         }
     }
 
@@ -114,8 +138,15 @@ impl Forker {
     }
 }
 
+fn no_answer() -> Failure {
+    Failure::host("the forker does not answer")
+}
+
 /// Carries orders out until the spawner is gone.
 fn serve(socket: BorrowedFd<'_>, mut respawner: Respawner) {
+    if send_message(socket, 0, Answer::Ready).is_err() {
+        return;
+    }
     while wait(socket, None).is_ok() {
         let (order, mut fds) = match receive_with_fds(socket) {
             Ok((Received::Message(_, order), fds)) => (order, fds),

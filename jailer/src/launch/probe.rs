@@ -113,7 +113,7 @@ impl Stage {
             // All start under the same filter.
             Role::Disk | Role::Startup => (&self.full, "disk"),
             Role::Net => (&self.full, "net"),
-            Role::Image | Role::Spawner | Role::StartupRing => return None,
+            Role::Image | Role::Spawner | Role::Forker | Role::StartupRing => return None,
         };
         let process = processes(&of.0).find(|process| process.role.policy() == Some(name));
         process.map(|process| (of, process))

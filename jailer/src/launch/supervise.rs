@@ -147,8 +147,7 @@ impl Spawner {
             return Ok(());
         };
         let seccomp = respawner.seccomp();
-        let forker =
-            Forker::start(respawner).map_err(|e| Failure::host("cannot start the forker").because(&e))?;
+        let forker = Forker::start(respawner)?;
         self.guards.push((forker.pid, "forker"));
         on_event(Event::Forked(forker.pid));
         self.forker = Some(forker);

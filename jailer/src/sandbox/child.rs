@@ -22,6 +22,7 @@ use std::ffi::CString;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
+use std::sync::OnceLock;
 
 /// Whose child a process is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -225,9 +226,11 @@ pub fn start_without(program: &Program<'_>, removed: Removed) -> Result<Starting
     })
 }
 
-/// Kernels before 5.6 have no time namespaces, and refuse the flag.
+/// Kernels before 5.6 have no time namespaces, and refuse the flag. A forker, which may look at no path,
+/// knows it from before.
 fn time_namespaces() -> bool {
-    std::path::Path::new("/proc/self/ns/time").exists()
+    static KNOWN: OnceLock<bool> = OnceLock::new();
+    *KNOWN.get_or_init(|| std::path::Path::new("/proc/self/ns/time").exists())
 }
 
 impl Starting {

@@ -128,6 +128,16 @@ pub fn lockdown_spawner(mode: SeccompMode) -> Result<(), LockdownError> {
     seccomp::install(Role::Spawner, mode, seccomp::Threads::Calling)
 }
 
+/// The forker's, before its first order: it has what capabilities making jails takes, and the calls of
+/// `forker.policy`.
+///
+/// # Errors
+/// [`LockdownError`] naming the step.
+pub fn lockdown_forker(mode: SeccompMode) -> Result<(), LockdownError> {
+    end_on_panic("bulkhead");
+    seccomp::install(Role::Forker, mode, seccomp::Threads::Calling)
+}
+
 fn confine() -> Result<(), LockdownError> {
     prepare_audit();
     nix::sys::prctl::set_dumpable(false).map_err(|e| LockdownError::Dumpable(e.into()))?;

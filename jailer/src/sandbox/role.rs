@@ -20,6 +20,8 @@ pub enum Role {
     Image,
     /// `bulkhead run` once everything is spawned.
     Spawner,
+    /// The spawner's helper that makes successors.
+    Forker,
     /// Any jailed process from before its exec to its own lockdown.
     Startup,
     /// The same, of a disk process that makes a ring for what goes past the page cache.
@@ -28,7 +30,7 @@ pub enum Role {
 
 impl Role {
     /// Every role.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Disk,
         Self::Net,
         Self::Vmm,
@@ -36,6 +38,7 @@ impl Role {
         Self::Supervisor,
         Self::Image,
         Self::Spawner,
+        Self::Forker,
         Self::Startup,
         Self::StartupRing,
     ];
@@ -50,6 +53,7 @@ impl Role {
             Self::Supervisor => "supervisor",
             Self::Image => "image",
             Self::Spawner => "spawner",
+            Self::Forker => "forker",
             Self::Startup => "startup",
             Self::StartupRing => "startup-ring",
         }
@@ -79,7 +83,7 @@ impl FromStr for Role {
             .find(|role| role.name() == text)
             .ok_or_else(|| ParseRoleError {
                 given: text.to_owned(),
-                known: "disk, net, vmm, vcpu, supervisor, image, spawner, startup, startup-ring",
+                known: "disk, net, vmm, vcpu, supervisor, image, spawner, forker, startup, startup-ring",
             })
     }
 }
