@@ -13,7 +13,8 @@ use integration_tests::{
 use libtest_mimic::Trial;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use nix::unistd::{Gid, Uid, User, chown};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Gid, Pid, Uid, User, chown};
 use std::{
     collections::BTreeSet,
     fs::{self, File, Permissions},
@@ -24,6 +25,7 @@ use std::{
     time::Duration,
 };
 use tempfile::TempDir;
+use vm_spec::events::EventKind;
 use vm_spec::run_state::{Identity, ProcessRole, ProcessState, RunState};
 
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -192,10 +194,27 @@ fn jails(mut run: Run, printed: &str, expected: Option<Identity>) -> Result<()> 
     let forker = state.processes.iter().find(|p| p.role == ProcessRole::Forker);
     filtered(forker.context("no forker")?.pid)?;
     for process in jailed {
-        let looked = jail(process).and_then(|()| exact(process, &state, printed));
+        // Of its start and of its role.
+        let looked = jail(process, 2).and_then(|()| exact(process, &state, printed));
         looked.with_context(|| format!("process {} ({})", process.pid, process.name))?;
     }
-    Ok(())
+    successor(&mut run, printed)
+}
+
+/// A disk process that comes after one that died has the same jail, and is under the forker's filter too.
+fn successor(run: &mut Run, printed: &str) -> Result<()> {
+    let disk = |state: &RunState| -> Result<ProcessState> {
+        let mut disks = state.processes.iter().filter(|p| p.role == ProcessRole::Disk);
+        Ok(disks.next().context("no disk")?.clone())
+    };
+    let first = disk(&run.state(DEADLINE)?)?;
+    kill(Pid::from_raw(first.pid), Signal::SIGKILL)?;
+    run.wait_event(DEADLINE, |event| event.event == EventKind::Restarted)?;
+    let state = run.state(DEADLINE)?;
+    let next = disk(&state)?;
+    ensure!(next.pid != first.pid, "no successor of {}", first.pid);
+    let looked = jail(&next, 3).and_then(|()| exact(&next, &state, printed));
+    looked.with_context(|| format!("the successor {} of {}", next.pid, first.pid))
 }
 
 /// The spawner makes nothing any more, and can end its processes at most.
@@ -249,14 +268,14 @@ fn identities(state: &RunState, jailed: &[&ProcessState]) -> Result<()> {
     Ok(())
 }
 
-fn jail(process: &ProcessState) -> Result<()> {
+fn jail(process: &ProcessState, filters: u32) -> Result<()> {
+    let filters = format!("Seccomp_filters:\t{filters}");
     let proc = PathBuf::from(format!("/proc/{}", process.pid));
     for task in fs::read_dir(proc.join("task"))? {
         let status = fs::read_to_string(task?.path().join("status"))?;
         for line in [
             "Seccomp:\t2",
-            // Of its start and of its role.
-            "Seccomp_filters:\t2",
+            &filters,
             "NoNewPrivs:\t1",
             "CapInh:\t0000000000000000",
             "CapPrm:\t0000000000000000",
