@@ -10,6 +10,7 @@ pub mod install;
 pub mod lent;
 pub mod linux;
 pub mod loop_device;
+pub mod mounts;
 pub mod nested;
 pub mod process;
 pub mod setup;

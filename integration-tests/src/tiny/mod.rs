@@ -2,12 +2,14 @@
 
 mod console;
 mod echo;
+mod events;
 mod liar;
 mod run;
 mod vmm;
 
 pub use console::Console;
 pub use echo::{Echo, Tap};
+pub use events::Events;
 pub use liar::{Liar, Lie};
 pub use run::Run;
 pub use vmm::{Device, Ended, Vm, VmOptions};

@@ -16,7 +16,6 @@ use std::{
     time::{Duration, Instant},
 };
 use tempfile::TempDir;
-use vm_spec::events::{self, VmEvent};
 use vm_spec::run_state::{FILE_NAME, RunState};
 
 const NAME: &str = "test";
@@ -123,29 +122,6 @@ impl Run {
             ensure!(
                 Instant::now() < end,
                 "the guest does not run: {}",
-                self.process.stderr()?
-            );
-            thread::sleep(LOOK);
-        }
-    }
-
-    /// Waits until one of the VM's events is `wanted`.
-    ///
-    /// # Errors
-    /// When none is before `deadline` has passed.
-    pub fn wait_event(&mut self, deadline: Duration, wanted: impl Fn(&VmEvent) -> bool) -> Result<()> {
-        let end = Instant::now() + deadline;
-        let path = self.run_folder().join(events::FILE_NAME);
-        loop {
-            // No file: nothing has happened yet. A line may be half written.
-            let text = fs::read_to_string(&path).unwrap_or_default();
-            let mut seen = text.lines().filter_map(|line| serde_json::from_str(line).ok());
-            if seen.any(|event| wanted(&event)) {
-                return Ok(());
-            }
-            ensure!(
-                Instant::now() < end,
-                "no such event: {text}\n{}",
                 self.process.stderr()?
             );
             thread::sleep(LOOK);

@@ -6,10 +6,10 @@ use anyhow::{Context, Result, bail, ensure};
 use integration_tests::host::Host;
 use integration_tests::lent::{Lent, NOBODY};
 use integration_tests::linux::{Launch, Ran, Work};
+use integration_tests::mounts::show_instead;
 use integration_tests::process::ip;
 use integration_tests::suite::{Skip, test_within};
 use libtest_mimic::Trial;
-use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::Uid;
 use std::io::{Read, Write};
@@ -94,7 +94,7 @@ fn segments() -> Result<()> {
 /// Boots a guest of a user who owns nothing, in this thread's network namespace, whose only way out and
 /// whose name server are made here.
 fn outbound() -> Result<Ran> {
-    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)?;
+    unshare(CloneFlags::CLONE_NEWNET)?;
     for command in [
         "link set lo up".to_owned(),
         format!("address add {HOST}/32 dev lo"),
@@ -108,9 +108,7 @@ fn outbound() -> Result<Ran> {
     let mut work = Work::new(default_kernel()?)?;
     let names = work.path().join("resolv.conf");
     std::fs::write(&names, format!("nameserver {HOST}\n"))?;
-    let none = None::<&str>;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
-    mount(Some(&names), "/etc/resolv.conf", none, MsFlags::MS_BIND, none).context("/etc/resolv.conf")?;
+    show_instead(&[(&names, "/etc/resolv.conf")])?;
     let socket = UdpSocket::bind((HOST, 53))?;
     thread::spawn(move || name_host(&socket));
     let listener = TcpListener::bind((HOST, PAGE_PORT))?;

@@ -1,20 +1,18 @@
 //! A VM whose device process is killed: who it is now, and what was written down of it.
 
-use anyhow::{Context, Result, ensure};
-use integration_tests::tiny::Run;
+use anyhow::{Result, ensure};
+use integration_tests::tiny::{Events, Run};
 use nix::{
     errno::Errno,
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use std::{
-    fs::{self, File},
-    io::{Read, Seek},
-    thread,
+    fs, thread,
     time::{Duration, Instant},
 };
 use vm_spec::{
-    events::{EventKind, FILE_NAME, VmEvent},
+    events::{EventKind, VmEvent},
     run_state::{self, ProcessRole, ProcessState, RunState},
 };
 
@@ -27,8 +25,7 @@ pub(crate) struct Victim {
     /// Where there are several of the role.
     name: Option<&'static str>,
     last: Option<i32>,
-    /// Read also when the run-time folder is gone.
-    events: Option<File>,
+    events: Events,
 }
 
 impl Victim {
@@ -37,7 +34,7 @@ impl Victim {
             role,
             name: None,
             last: None,
-            events: None,
+            events: Events::default(),
         }
     }
 
@@ -95,9 +92,7 @@ impl Victim {
             if !run.process.alive()? {
                 return Ok(false);
             }
-            if self.events.is_none() {
-                self.events = File::open(run.run_folder().join(FILE_NAME)).ok();
-            }
+            self.events.open(run);
             match self.pid(run) {
                 Some(pid) if self.last != Some(pid) => {
                     self.last = Some(pid);
@@ -121,17 +116,7 @@ impl Victim {
 
     /// What was written down so far.
     pub(crate) fn events(&mut self, run: &Run) -> Result<Vec<VmEvent>> {
-        if self.events.is_none() {
-            self.events = Some(File::open(run.run_folder().join(FILE_NAME)).context("no events")?);
-        }
-        let mut text = String::new();
-        if let Some(file) = &mut self.events {
-            file.rewind()?;
-            file.read_to_string(&mut text)?;
-        }
-        text.lines()
-            .map(|line| serde_json::from_str(line).with_context(|| line.to_owned()))
-            .collect()
+        self.events.read(run)
     }
 
     /// Waits until the successor of the one killed last serves the guest. False: the VM is over.
@@ -183,16 +168,17 @@ impl Victim {
 
     /// Waits for an event of this kind.
     pub(crate) fn wait_event(&mut self, run: &Run, kind: EventKind, deadline: Duration) -> Result<VmEvent> {
-        let end = Instant::now() + deadline;
-        loop {
-            // No file: nothing has happened yet.
-            let seen = self.events(run).unwrap_or_default();
-            if let Some(event) = seen.iter().find(|event| event.event == kind) {
-                return Ok(event.clone());
-            }
-            ensure!(Instant::now() < end, "no {kind:?} within {deadline:?}: {seen:?}");
-            thread::sleep(LOOK);
-        }
+        self.wait_for(run, deadline, |event| event.event == kind)
+    }
+
+    /// Waits for an event that is `wanted`.
+    pub(crate) fn wait_for(
+        &mut self,
+        run: &Run,
+        deadline: Duration,
+        wanted: impl Fn(&VmEvent) -> bool,
+    ) -> Result<VmEvent> {
+        self.events.wait(run, deadline, wanted)
     }
 }
 

@@ -7,12 +7,11 @@ use integration_tests::{
     artifacts::Artifact,
     host::Host,
     lent::{Lent, NOBODY, become_user},
+    mounts::show_instead,
     suite::{Skip, artifact, need_jail, test},
-    tiny::Run,
+    tiny::{Events, Run},
 };
 use libtest_mimic::Trial;
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Gid, Pid, Uid, User, chown};
 use std::{
@@ -106,12 +105,7 @@ fn with_subordinate_ids() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let ids = folder.path().join("ids");
         fs::write(&ids, "nobody:2000000000:65536\n")?;
-        unshare(CloneFlags::CLONE_NEWNS)?;
-        let none = None::<&str>;
-        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
-        for file in ["/etc/subuid", "/etc/subgid"] {
-            mount(Some(&ids), file, none, MsFlags::MS_BIND, none).context(file)?;
-        }
+        show_instead(&[(&ids, "/etc/subuid"), (&ids, "/etc/subgid")])?;
         // newuidmap wants a name.
         let nobody = User::from_name("nobody")?.context("no user nobody")?;
         as_another(nobody.uid.as_raw(), nobody.gid.as_raw(), Identity::Subordinate)
@@ -209,7 +203,7 @@ fn successor(run: &mut Run, printed: &str) -> Result<()> {
     };
     let first = disk(&run.state(DEADLINE)?)?;
     kill(Pid::from_raw(first.pid), Signal::SIGKILL)?;
-    run.wait_event(DEADLINE, |event| event.event == EventKind::Restarted)?;
+    Events::default().wait(run, DEADLINE, |event| event.event == EventKind::Restarted)?;
     let state = run.state(DEADLINE)?;
     let next = disk(&state)?;
     ensure!(next.pid != first.pid, "no successor of {}", first.pid);
