@@ -22,7 +22,7 @@ pub use wire::{Ended, Job, Stream};
 use wire::{FromAgent, ToAgent};
 
 /// How long the outer guest may take to its first sign of life.
-const BOOT_DEADLINE: Duration = Duration::from_secs(180);
+const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 /// How long it may take to power off.
 const POWER_OFF_DEADLINE: Duration = Duration::from_secs(30);
 /// How often the outer machine gets an interrupt for nothing.
@@ -72,36 +72,41 @@ pub struct Nested {
 }
 
 impl Nested {
-    /// Boots the outer guest and waits for its agent.
+    /// Boots the outer guest and waits for its agent. One that does not come up is given up, once: its
+    /// processor may wait for an interrupt that the emulator lost, and there is no pulse yet.
     ///
     /// # Errors
     /// QEMU is missing, an image cannot be built, or the guest does not come up in time; the
     /// error ends with the guest's last console lines.
     pub fn boot(options: &Options) -> anyhow::Result<Self> {
+        let mut nested = Self::start(options)?;
+        if let Err(error) = nested.wait_up() {
+            eprintln!("nested: once more: {error:#}");
+            nested = Self::start(options)?;
+            nested.wait_up()?;
+        }
+        nested.start_pulse();
+        Ok(nested)
+    }
+
+    fn start(options: &Options) -> anyhow::Result<Self> {
         let scratch = tempfile::Builder::new().prefix("bulkhead-nested-").tempdir()?;
         let (emulator, port) = outer::start(options, scratch.path())?;
         // Only to one that is stuck does a write take time.
         port.set_write_timeout(Some(ANSWER_GRACE))?;
-        let mut nested = Self {
+        Ok(Self {
             emulator,
             orders: Arc::new(Mutex::new(port.try_clone()?)),
             port,
             scratch,
-        };
-        match nested.receive(Instant::now() + BOOT_DEADLINE) {
-            Ok(FromAgent::Ready) => {
-                nested.start_pulse();
-                Ok(nested)
-            }
+        })
+    }
+
+    fn wait_up(&mut self) -> anyhow::Result<()> {
+        match self.receive(Instant::now() + BOOT_DEADLINE) {
+            Ok(FromAgent::Ready) => Ok(()),
             Ok(other) => bail!("the outer guest's agent began with {other:?}"),
-            Err(error) => {
-                let _ = nested.emulator.kill();
-                let _ = nested.emulator.wait();
-                let log = outer::console_tail(nested.scratch.path());
-                Err(error.context(format!(
-                    "the outer guest did not come up; its console ended with:\n{log}"
-                )))
-            }
+            Err(error) => Err(self.last_words(error).context("the outer guest did not come up")),
         }
     }
 
