@@ -109,6 +109,56 @@ fn io_in_flight_keeps_its_cluster() {
     check_clean(&path);
 }
 
+/// Where refcounts lie, a cluster has a second mapping, and a write may have begun by it after the first
+/// was dropped.
+fn io_in_flight_by_another_mapping_keeps_it_too() {
+    let scratch = Scratch::new();
+    let path = scratch.path("top");
+    create(&path, "", "64M");
+    let image = open(&[(&path, Format::Qcow2)]);
+    write(&*image, 0, &vec![1; CLUSTER as usize]).expect("writes");
+    image.close().expect("closes");
+    drop(image);
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .expect("opens");
+    let bytes = contents(&path);
+    let table = word(&bytes, word(&bytes, 40)) & 0x00ff_ffff_ffff_fe00;
+    file.write_all_at(&word(&bytes, table).to_be_bytes(), table + 8)
+        .expect("lies");
+    let image = open(&[(&path, Format::Qcow2)]);
+    let Resolved::Mapped(_, before) = image.resolve_read(0, CLUSTER).expect("resolves") else {
+        panic!("an allocated cluster lies in the file");
+    };
+    image.discard(0, CLUSTER).expect("discards");
+    image.flush().expect("flushes");
+    let Resolved::Mapped(extent, guard) = image.resolve_write(CLUSTER, CLUSTER).expect("resolves") else {
+        panic!("the refcount says that it may be overwritten");
+    };
+    assert_eq!(extent.offset, host_of_first(&bytes), "the same cluster");
+    drop(before);
+    let is_reused = || {
+        let mut bytes = vec![0; CLUSTER as usize];
+        file.read_exact_at(&mut bytes, extent.offset).expect("reads");
+        bytes.contains(&2)
+    };
+    let use_more = |from: u64| {
+        for cluster in from..from + 400 {
+            write(&*image, cluster * CLUSTER, &vec![2; CLUSTER as usize]).expect("writes");
+        }
+        image.flush().expect("flushes");
+    };
+    image.flush().expect("flushes");
+    use_more(2);
+    assert!(!is_reused(), "given out under a running write");
+    drop(guard);
+    image.flush().expect("flushes");
+    use_more(402);
+    assert!(is_reused(), "never given out");
+}
+
 /// A file that does something once, at the end of the next barrier.
 struct Hooked {
     inner: Recorder,
@@ -188,6 +238,7 @@ suite! {
     with_qemu_img: [
         a_barrier_stands_between_drop_and_reuse,
         a_drop_during_the_barrier_waits_for_the_next,
+        io_in_flight_by_another_mapping_keeps_it_too,
         io_in_flight_keeps_its_cluster,
     ],
     alone: [],

@@ -121,12 +121,13 @@ impl Qcow2 {
         } else {
             geometry.cluster_of(1 << 56)
         };
+        self.cool(meta);
         let mut cluster = meta.reserve.hint;
         while run.count < want && cluster < end {
             if meta.refcounts.block_of(geometry, cluster).is_none() {
                 self.add_block(meta, run, cluster)?;
             }
-            if meta.refcounts.get(&*self.file, geometry, cluster)? == 0 {
+            if meta.refcounts.get(&*self.file, geometry, cluster)? == 0 && !meta.freed.is_hot(cluster) {
                 self.check_free(meta, cluster)?;
                 run.push(cluster);
             }

@@ -1,6 +1,6 @@
 //! Giving host clusters back: L2 entry, barrier, refcount, never the other way round.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
@@ -18,6 +18,18 @@ pub(super) struct Freed {
     next: u64,
     /// Those below have their L2 change on stable storage.
     durable: u64,
+    /// Free, but not to be used again before I/O has ended that began up to this epoch: where refcounts
+    /// lie, it may have come by another mapping. Runs in the order of their epochs.
+    cooling: VecDeque<(Range<u64>, u64)>,
+    /// All clusters of these runs.
+    hot: HashSet<u64>,
+}
+
+impl Freed {
+    /// Whether a free cluster may not be used again yet.
+    pub(super) fn is_hot(&self, cluster: u64) -> bool {
+        self.hot.contains(&cluster)
+    }
 }
 
 /// One reference to a host cluster that the mapping no longer has.
@@ -54,11 +66,10 @@ impl Qcow2 {
         self.barrier()?;
         let mut meta = self.lock();
         meta.freed.durable = meta.freed.durable.max(covered);
+        self.cool(&mut meta);
         if meta.freed.waiting.is_empty() || self.corrupt.load(Ordering::Relaxed) {
             return Ok(());
         }
-        self.advance_epoch(&mut meta);
-        self.advance_epoch(&mut meta);
         let ready = take_ready(&mut meta);
         let gone = self.last_references(&mut meta, &ready)?;
         drop(meta);
@@ -71,6 +82,22 @@ impl Qcow2 {
             }
         }
         self.lower_refcounts(&ready)
+    }
+
+    /// Ends what epochs can end, and lets the clusters be used again that waited for that.
+    pub(super) fn cool(&self, meta: &mut Meta) {
+        self.advance_epoch(meta);
+        self.advance_epoch(meta);
+        while let Some((clusters, epoch)) = meta.freed.cooling.front()
+            && epoch + 2 <= meta.epoch
+        {
+            let clusters = clusters.clone();
+            meta.reserve.freed(clusters.start);
+            for cluster in clusters {
+                meta.freed.hot.remove(&cluster);
+            }
+            meta.freed.cooling.pop_front();
+        }
     }
 
     /// Ends the epoch if all I/O of the one before has ended.
@@ -126,9 +153,12 @@ impl Qcow2 {
             };
             meta.refcounts
                 .update(&*self.file, &self.geometry, start..end, &lower)?;
-            meta.reserve.freed(start);
+            let epoch = meta.epoch;
+            meta.freed.cooling.push_back((start..end, epoch));
+            meta.freed.hot.extend(start..end);
         }
-        // In an image whose refcounts lie, something that is free now may still be mapped.
+        // In an image whose refcounts lie, something that is free now may still be mapped: what begins
+        // from here on is checked again.
         meta.l2.forget_verified();
         Ok(())
     }
