@@ -154,9 +154,15 @@ fn tests(report: &mut Report, programs: &[TestProgram], binaries: &Path, host: H
         }
     }
     if full {
-        // Those that fail with the jail off only have found a fault of its own.
+        // Those that fail with the jail on only have found a fault of the jail's.
+        let places = places.unjailed();
+        let mut runner = NestedPlace::new(&places);
+        let alone: &[&str] = &["--test-threads=1"];
         for program in &here {
-            report.add_suite(places.unjailed(program).full_only("jail off"));
+            report.add_suite(places.here(program, alone).full_only("jail off"));
+        }
+        for program in &nested {
+            report.add_suite(runner.run(program, alone).full_only("nested, jail off"));
         }
     }
 }

@@ -23,11 +23,12 @@ const PROGRAM: Duration = Duration::from_secs(15 * 60);
 /// How long one may take under `--full`.
 const PROGRAM_FULL: Duration = Duration::from_secs(3 * 3600);
 
-/// Runs test programs on this host.
+/// How test programs run, wherever they do.
 #[derive(Debug)]
 pub(super) struct Places {
     binaries: PathBuf,
     full: bool,
+    jail: bool,
 }
 
 impl Places {
@@ -36,21 +37,22 @@ impl Places {
         Self {
             binaries: binaries.to_owned(),
             full,
+            jail: true,
+        }
+    }
+
+    /// As these, with no jail around what is under test and in the usual sizes: a fault shows in them.
+    pub(super) fn unjailed(&self) -> Self {
+        Self {
+            binaries: self.binaries.clone(),
+            full: false,
+            jail: false,
         }
     }
 
     /// Runs a program on this host.
     pub(super) fn here(&self, program: &TestProgram, arguments: &[&str]) -> SuiteRun {
         let job = self.job(program, arguments);
-        SuiteRun::of(&program.suite, "host", || watch(program, &job))
-    }
-
-    /// As [`Self::here`], with no jail around what is under test.
-    pub(super) fn unjailed(&self, program: &TestProgram) -> SuiteRun {
-        let mut job = self.job(program, &["--test-threads=1"]);
-        job.environment.insert(JAIL.to_owned(), "off".to_owned());
-        // A fault shows in the usual sizes.
-        job.environment.remove(FULL);
         SuiteRun::of(&program.suite, "host", || watch(program, &job))
     }
 
@@ -74,6 +76,9 @@ impl Places {
             .insert(IMAGES.to_owned(), images.to_string_lossy().into_owned());
         if self.full {
             job.environment.insert(FULL.to_owned(), "1".to_owned());
+        }
+        if !self.jail {
+            job.environment.insert(JAIL.to_owned(), "off".to_owned());
         }
         job
     }

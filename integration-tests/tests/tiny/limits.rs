@@ -1,18 +1,21 @@
 //! A VM's cgroups, where the host offers the controllers of version 2 (the nested tier's does).
 
+use super::jails::Place;
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     host::Host,
+    lent::{Lent, NOBODY, become_nobody},
     loop_device::LoopDevice,
     suite::{Skip, test},
     tiny::Run,
 };
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, Uid};
+use nix::unistd::{Pid, Uid, chown};
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::Command,
     time::{Duration, Instant},
 };
 use vm_spec::run_state::{ProcessRole, RunState};
@@ -24,6 +27,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("limits::are_on_each_process_and_gone_at_the_end", kept_and_gone),
         test("limits::are_gone_after_a_kill_of_the_spawner", gone_after_a_kill),
+        test("limits::are_kept_in_a_group_that_a_user_was_given", delegated),
         test("limits::hold_for_what_a_ring_leaves_to_its_threads", ring),
         test("limits::a_host_without_them_refuses", refused),
         test("limits::core_scheduling_is_kept_or_refused", core_scheduling),
@@ -40,25 +44,27 @@ fn all_offered() -> bool {
     ["memory", "cpu", "pids"].into_iter().all(offered)
 }
 
+const FLAGS: [&str; 2] = [
+    "--limits=memory=256M,cpu-percent=150,pids=40",
+    "--power-off-grace=1",
+];
+
 fn start() -> Result<Run> {
-    Run::tiny(
-        "scenario=hlt",
-        &[
-            "--limits=memory=256M,cpu-percent=150,pids=40".to_owned(),
-            "--power-off-grace=1".to_owned(),
-        ],
-    )
+    Run::tiny("scenario=hlt", &FLAGS.map(str::to_owned))
 }
 
-/// A guest that runs, and its VM's group.
-fn running() -> Result<(Run, RunState, PathBuf)> {
+fn need_limits() -> Result<()> {
     Host::need_kvm()?;
     if !all_offered() {
         bail!(Skip(
             "no cgroup v2 with memory, cpu and pids, or not root".to_owned()
         ));
     }
-    let mut run = start()?;
+    Ok(())
+}
+
+/// A guest that runs, and its VM's group.
+fn running(mut run: Run) -> Result<(Run, RunState, PathBuf)> {
     run.console
         .wait_line("ready=1", DEADLINE)
         .with_context(|| run.process.stderr().unwrap_or_default())?;
@@ -77,7 +83,17 @@ fn running() -> Result<(Run, RunState, PathBuf)> {
 }
 
 fn kept_and_gone() -> Result<()> {
-    let (mut run, state, group) = running()?;
+    need_limits()?;
+    let (mut run, state, group) = running(start()?)?;
+    are_kept(&state, &group)?;
+    run.process.signal(Signal::SIGTERM)?;
+    run.wait(DEADLINE)?;
+    ensure!(!group.exists(), "{} is left behind", group.display());
+    Ok(())
+}
+
+/// The group and its children have the limits of [`FLAGS`].
+fn are_kept(state: &RunState, group: &Path) -> Result<()> {
     let read = |file: &str| fs::read_to_string(group.join(file)).map(|text| text.trim().to_owned());
     ensure!(read("memory.max")? == (256 << 20).to_string());
     for process in state.processes.iter().filter(|process| process.jailed) {
@@ -92,22 +108,95 @@ fn kept_and_gone() -> Result<()> {
     }
     // The guest's RAM is charged to the group, whoever touched it.
     ensure!(read("memory.current")?.parse::<u64>()? > 1 << 20);
-    run.process.signal(Signal::SIGTERM)?;
-    run.wait(DEADLINE)?;
-    ensure!(!group.exists(), "{} is left behind", group.display());
     Ok(())
 }
 
+/// A user who owns nothing but the group that they start in, as systemd delegates it. It is as it was after
+/// each VM, however that ended.
+fn delegated() -> Result<()> {
+    need_limits()?;
+    let given = Given::to(NOBODY)?;
+    let _lent = Lent::to(NOBODY)?;
+    let place = Place::make()?;
+    let (mut run, state, group) = running(given.start(&place)?)?;
+    are_kept(&state, &group)?;
+    run.process.signal(Signal::SIGTERM)?;
+    run.wait(DEADLINE)?;
+    ensure!(!group.exists(), "{} is left behind", group.display());
+    let (run, state, group) = running(given.start(&place)?)?;
+    are_kept(&state, &group)?;
+    kill_spawner(&state)?;
+    is_gone(&group)?;
+    drop(run);
+    let down = fs::read_to_string(given.0.join("cgroup.subtree_control"))?;
+    ensure!(down.trim().is_empty(), "still hands down {down}");
+    Ok(())
+}
+
+/// A group that belongs to a user; gone when dropped.
+struct Given(PathBuf);
+
+impl Given {
+    fn to(user: u32) -> Result<Self> {
+        for controller in ["memory", "cpu", "pids"] {
+            fs::write(
+                Path::new(TOP).join("cgroup.subtree_control"),
+                format!("+{controller}"),
+            )?;
+        }
+        let group = Path::new(TOP).join(format!("bulkhead-given-{}", std::process::id()));
+        fs::create_dir(&group)?;
+        let given = Self(group);
+        for file in ["", "cgroup.procs", "cgroup.subtree_control", "cgroup.threads"] {
+            chown(&given.0.join(file), Some(user.into()), Some(user.into()))?;
+        }
+        Ok(given)
+    }
+
+    /// The tiny guest with [`FLAGS`], launched by the user from within the group.
+    fn start(&self, place: &Place) -> Result<Run> {
+        let runtime = tempfile::tempdir()?;
+        chown(runtime.path(), Some(NOBODY.into()), Some(NOBODY.into()))?;
+        let user = become_nobody(&place.path("bulkhead"));
+        let mut launcher = Command::new("sh");
+        launcher
+            .args(["-c", "echo $$ > \"$1\" && shift && exec \"$@\"", "sh"])
+            .arg(self.0.join("cgroup.procs"))
+            .arg(user.get_program())
+            .args(user.get_args());
+        let mut flags = FLAGS.map(str::to_owned).to_vec();
+        flags.extend([
+            format!("--kernel={}", place.path("tiny-guest").display()),
+            "--memory=64M".to_owned(),
+            "--cmdline=scenario=hlt".to_owned(),
+        ]);
+        Run::by(launcher, runtime, &flags)
+    }
+}
+
+impl Drop for Given {
+    fn drop(&mut self) {
+        // A test that failed may have left processes in it.
+        let _ = fs::write(self.0.join("cgroup.kill"), "1");
+        if let Err(error) = fs::remove_dir(&self.0) {
+            eprintln!("cannot remove {}: {error}", self.0.display());
+        }
+    }
+}
+
 fn gone_after_a_kill() -> Result<()> {
-    let (run, state, group) = running()?;
-    let spawner = state
-        .processes
-        .iter()
-        .find(|process| process.role == ProcessRole::Spawner);
-    kill(Pid::from_raw(spawner.context("no spawner")?.pid), Signal::SIGKILL)?;
+    need_limits()?;
+    let (run, state, group) = running(start()?)?;
+    kill_spawner(&state)?;
     is_gone(&group)?;
     drop(run);
     Ok(())
+}
+
+fn kill_spawner(state: &RunState) -> Result<()> {
+    let mut spawners = state.processes.iter().filter(|p| p.role == ProcessRole::Spawner);
+    let spawner = spawners.next().context("no spawner")?;
+    Ok(kill(Pid::from_raw(spawner.pid), Signal::SIGKILL)?)
 }
 
 fn is_gone(group: &Path) -> Result<()> {

@@ -115,20 +115,48 @@ impl Place {
         all
     }
 
-    /// Ends what is left in the VM's groups, and waits until it is gone.
-    fn empty(&self) {
-        // Before Linux 5.14 there is no such file: what is left dies with the spawner by itself.
-        let _ = fs::write(self.group.join("cgroup.kill"), "1");
-        let Ok(mut events) = File::open(self.group.join("cgroup.events")) else {
-            return;
-        };
+    /// Removes the VM's groups: `ours` are moved out, any other process in them is ended.
+    /// What cannot be removed is left, and found by [`Groups::make`] of the same name.
+    pub fn remove(&self, ours: &[Pid]) {
+        let spawner = self.group.join(SPAWNER);
+        for entry in fs::read_dir(&self.group).into_iter().flatten().flatten() {
+            if entry.path().is_dir() && entry.path() != spawner {
+                end(&entry.path());
+            }
+        }
+        if self.above.last() == Some(&self.origin) {
+            // It takes processes again once it hands nothing down, which it must while the group does.
+            for folder in [&self.group, &self.origin] {
+                let down = folder.join("cgroup.subtree_control");
+                for controller in fs::read_to_string(&down).unwrap_or_default().split_whitespace() {
+                    let _ = fs::write(&down, format!("-{controller}"));
+                }
+            }
+        }
+        for pid in ours {
+            let _ = fs::write(self.origin.join("cgroup.procs"), pid.to_string());
+        }
+        end(&spawner);
+        let _ = fs::remove_dir(&self.group);
+        if let Some(ours) = self.above.get(1) {
+            // The last VM's takes the common folder along; with others in it, this fails.
+            let _ = fs::remove_dir(ours);
+        }
+    }
+}
+
+/// Ends what is left in a group, waits until it is gone, and removes the group.
+fn end(group: &Path) {
+    // Before Linux 5.14 there is no such file: what is left dies with the spawner by itself.
+    let _ = fs::write(group.join("cgroup.kill"), "1");
+    if let Ok(mut events) = File::open(group.join("cgroup.events")) {
         let deadline = Instant::now() + DEATHS;
         loop {
             let mut text = String::new();
             let read = events.rewind().and_then(|()| events.read_to_string(&mut text));
             let left = deadline.saturating_duration_since(Instant::now());
             if read.is_err() || !text.contains("populated 1") || left.is_zero() {
-                return;
+                break;
             }
             // The kernel reports each change of the file so.
             let mut changed = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
@@ -138,32 +166,7 @@ impl Place {
             );
         }
     }
-
-    /// Removes the VM's groups: `ours` are moved out, any other process in them is ended.
-    /// What cannot be removed is left, and found by [`Groups::make`] of the same name.
-    pub fn remove(&self, ours: &[Pid]) {
-        if self.above.last() == Some(&self.origin) {
-            // It takes processes again once it hands nothing down.
-            let down = self.origin.join("cgroup.subtree_control");
-            for controller in fs::read_to_string(&down).unwrap_or_default().split_whitespace() {
-                let _ = fs::write(&down, format!("-{controller}"));
-            }
-        }
-        for pid in ours {
-            let _ = fs::write(self.origin.join("cgroup.procs"), pid.to_string());
-        }
-        self.empty();
-        for entry in fs::read_dir(&self.group).into_iter().flatten().flatten() {
-            if entry.path().is_dir() {
-                let _ = fs::remove_dir(entry.path());
-            }
-        }
-        let _ = fs::remove_dir(&self.group);
-        if let Some(ours) = self.above.get(1) {
-            // The last VM's takes the common folder along; with others in it, this fails.
-            let _ = fs::remove_dir(ours);
-        }
-    }
+    let _ = fs::remove_dir(group);
 }
 
 /// A VM's groups.
