@@ -15,6 +15,7 @@ pub mod nested;
 pub mod process;
 pub mod setup;
 pub mod suite;
+pub mod tap;
 pub mod terminal;
 pub mod tiny;
 pub mod verify;

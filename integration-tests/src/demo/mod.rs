@@ -7,7 +7,6 @@
 pub mod peer;
 mod stage;
 mod table;
-mod tap;
 mod timeline;
 mod user;
 mod vm;

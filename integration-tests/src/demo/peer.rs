@@ -114,7 +114,7 @@ pub fn intercept() {
 fn serve(page: &str) -> anyhow::Result<()> {
     let mut demo = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
     enter_namespaces().context("user and network namespaces of its own")?;
-    let tap = super::tap::make("tap0").context("/dev/net/tun")?;
+    let tap = crate::tap::open("tap0").context("/dev/net/tun")?;
     for command in [
         "link set lo up",
         "address add 10.0.2.2/24 dev tap0",

@@ -9,6 +9,7 @@ mod limits;
 mod others;
 mod storm;
 mod stress;
+mod taps;
 mod trouble;
 mod upgrade;
 mod victim;
@@ -16,6 +17,7 @@ mod victim;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    integration_tests::demo::peer::intercept();
     let mut tests = Vec::new();
     tests.extend(kills::tests());
     tests.extend(limits::tests());
@@ -24,6 +26,7 @@ fn main() -> ExitCode {
     tests.extend(forced::tests());
     tests.extend(fence::tests());
     tests.extend(upgrade::tests());
+    tests.extend(taps::tests());
     tests.extend(trouble::tests());
     tests.extend(stress::tests());
     integration_tests::suite::run(tests)

@@ -9,7 +9,6 @@ use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     host::Host,
     loop_device::LoopDevice,
-    process::ip,
     suite::{Skip, test_within},
     tiny::Run,
 };
@@ -33,7 +32,6 @@ pub(crate) fn tests() -> Vec<Trial> {
         test_within(LIMIT, "trouble::no_space_behind_a_block_device", block_device),
         test_within(LIMIT, "trouble::a_disk_that_fails", io_error),
         test_within(LIMIT, "trouble::out_of_memory", out_of_memory),
-        test_within(LIMIT, "trouble::a_tap_that_vanishes_and_returns", tap),
     ]
 }
 
@@ -63,10 +61,10 @@ impl Drop for Small {
     }
 }
 
-fn need_root() -> Result<()> {
+pub(crate) fn need_root() -> Result<()> {
     Host::need_kvm()?;
     if !Uid::effective().is_root() {
-        bail!(Skip("only root can mount".to_owned()));
+        bail!(Skip("only root can mount, and change interfaces".to_owned()));
     }
     Ok(())
 }
@@ -182,59 +180,4 @@ fn out_of_memory() -> Result<()> {
         .with_context(|| words(&run))?;
     run.wait(DEADLINE)?;
     run.console.expect_ok().with_context(|| words(&run))
-}
-
-/// An interface of the host's, made by another.
-struct Interface(String);
-
-impl Interface {
-    fn make(name: &str) -> Result<Self> {
-        ip(&format!("tuntap add {name} mode tap vnet_hdr"))?;
-        let interface = Self(name.to_owned());
-        ip(&format!("link set {name} up"))?;
-        Ok(interface)
-    }
-
-    /// Whether a process has it open.
-    fn is_open(&self) -> bool {
-        let carrier = fs::read_to_string(format!("/sys/class/net/{}/carrier", self.0));
-        carrier.is_ok_and(|text| text.trim() == "1")
-    }
-}
-
-impl Drop for Interface {
-    fn drop(&mut self) {
-        let _ = ip(&format!("link delete {}", self.0));
-    }
-}
-
-fn tap() -> Result<()> {
-    need_root()?;
-    Host::need_tun()?;
-    let name = format!("bh{}", std::process::id());
-    let mut interface = Interface::make(&name)?;
-    let flags = [format!("--net=tap={name}"), "--power-off-grace=1".to_owned()];
-    let mut run = Run::tiny("scenario=net-echo packets=1", &flags)?;
-    let mut victim = Victim::new(ProcessRole::Net);
-    let words = |run: &Run| run.process.stderr().unwrap_or_default();
-    run.console
-        .wait_line("ready=1", DEADLINE)
-        .with_context(|| words(&run))?;
-    for time in 1..=3 {
-        drop(interface);
-        victim
-            .wait_count(&run, EventKind::TapLost, time, DEADLINE)
-            .with_context(|| words(&run))?;
-        interface = Interface::make(&name)?;
-        for kind in [EventKind::TapBack, EventKind::Restarted] {
-            victim
-                .wait_count(&run, kind, time, DEADLINE)
-                .with_context(|| words(&run))?;
-        }
-        ensure!(interface.is_open(), "nobody has the TAP: {}", words(&run));
-    }
-    let events = victim.events(&run)?;
-    let died = events.iter().find(|event| event.event == EventKind::Died);
-    ensure!(died.is_none(), "{died:?}");
-    Ok(())
 }

@@ -6,13 +6,14 @@
 //! die. Whether the back end serves is found by the vmm, and where it does not, the supervisor asks
 //! once more. There is no limit of time; the end of the supervisor is the connector's end.
 //!
-//! A TAP that vanished is opened again by its name, for the same reasons.
+//! A TAP of the host's that vanished is opened again by its name, or made again on its bridge, for the same
+//! reasons. (One that the launcher inherited from another network namespace stays lost: its name means
+//! nothing here.)
 
 use super::machine::{Backend, Device};
 use super::net::{self, Holder, NetError};
 use crate::wire::{Received, receive_message};
 use crate::wire_fds::send_with_fds;
-use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::unistd::Pid;
@@ -35,10 +36,10 @@ pub(crate) fn remotes(devices: &[Device]) -> impl Iterator<Item = &Device> {
     devices.iter().filter(|device| !device.is_ours())
 }
 
-/// What is opened again: someone else's back ends, then TAPs that have a name.
+/// What is opened again: someone else's back ends, then TAPs in the host's network.
 fn reachable(devices: &[Device]) -> impl Iterator<Item = &Device> {
-    let named = |device: &&Device| matches!(&device.backend, Backend::Net(nic) if nic.has_name());
-    remotes(devices).chain(devices.iter().filter(named))
+    let on_host = |device: &&Device| matches!(&device.backend, Backend::Net(nic) if nic.may_vanish());
+    remotes(devices).chain(devices.iter().filter(on_host))
 }
 
 /// Whether there is anything that the connector could do.
@@ -62,11 +63,11 @@ pub(crate) struct Connector {
 impl Connector {
     /// Starts it where it has something to do. The calling process must have one thread only.
     pub(crate) fn start(devices: &[Device]) -> Result<Option<Self>, NetError> {
-        let reachable: Vec<&Device> = reachable(devices).collect();
-        if reachable.is_empty() {
+        if !is_needed(devices) {
             return Ok(None);
         }
         let holder = Holder::start("connector", |post| {
+            let reachable: Vec<Device> = reachable(devices).cloned().map(by_name).collect();
             post.detach(&[libc::STDERR_FILENO]);
             let _ = nix::sys::prctl::set_no_new_privs();
             serve(post.socket(), &reachable);
@@ -84,7 +85,7 @@ struct Attempt {
 }
 
 /// Serves until the supervisor is gone.
-fn serve(supervisor: &OwnedFd, reachable: &[&Device]) {
+fn serve(supervisor: &OwnedFd, reachable: &[Device]) {
     let mut wanted = BTreeMap::new();
     loop {
         wait(
@@ -111,10 +112,14 @@ fn serve(supervisor: &OwnedFd, reachable: &[&Device]) {
             if now < attempt.at {
                 return true;
             }
-            let Ok(opened) = open(device) else {
-                attempt.at = now + attempt.delay;
-                attempt.delay = (2 * attempt.delay).min(LONGEST_DELAY);
-                return true;
+            let opened = match open(device) {
+                Some(Ok(opened)) => opened,
+                Some(Err(_)) => {
+                    attempt.at = now + attempt.delay;
+                    attempt.delay = (2 * attempt.delay).min(LONGEST_DELAY);
+                    return true;
+                }
+                None => return false,
             };
             let answer = FromConnector::Connected { device: *number };
             // A supervisor that takes no answer is gone, which is heard next.
@@ -134,16 +139,24 @@ fn wait(supervisor: &OwnedFd, next: Option<Instant>) {
     let _ = poll(&mut [PollFd::new(supervisor.as_fd(), PollFlags::POLLIN)], timeout);
 }
 
-fn open(device: &Device) -> io::Result<Vec<OwnedFd>> {
+/// `None`: it never can be.
+fn open(device: &Device) -> Option<io::Result<Vec<OwnedFd>>> {
     let socket = match &device.backend {
         Backend::External(remote) => connect_at(&remote.socket),
         Backend::Passt { passt, publish, mtu } => {
             net::serve(&device.field, passt, publish, *mtu).map_err(io::Error::other)
         }
-        Backend::Net(nic) => return nic.open_again().map_err(io::Error::other),
-        Backend::Disk(_) => Err(Errno::EINVAL.into()),
+        Backend::Net(nic) => return nic.open_again().map(|opened| opened.map_err(io::Error::other)),
+        Backend::Disk(_) => return None,
     };
-    Ok(vec![socket?])
+    Some(socket.map(|socket| vec![socket]))
+}
+
+fn by_name(mut device: Device) -> Device {
+    if let Backend::Net(nic) = device.backend {
+        device.backend = Backend::Net(nic.by_name());
+    }
+    device
 }
 
 /// Without waiting for a listener whose queue is full.
@@ -192,7 +205,7 @@ mod tests {
             SockFlag::SOCK_CLOEXEC,
         )
         .unwrap();
-        let connector = thread::spawn(move || serve(&theirs, &[&device]));
+        let connector = thread::spawn(move || serve(&theirs, &[device]));
         for number in [0, 7] {
             send_message(ours.as_fd(), 0, ToConnector::Connect { device: number }).unwrap();
         }

@@ -9,12 +9,15 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use vm_spec::control::FdNumber;
 
 /// `linux/sockios.h`.
 const SIOCBRADDBR: libc::c_ulong = 0x89a0;
 const SIOCBRADDIF: libc::c_ulong = 0x89a2;
+/// `_IO('T', 227)` of `linux/if_tun.h`.
+const TUNGETDEVNETNS: libc::Ioctl = 0x54e3;
 /// Longest name without its end.
 const LONGEST_NAME: usize = libc::IFNAMSIZ - 1;
 /// The kernel puts a number in its place.
@@ -73,6 +76,33 @@ fn take(number: i32) -> Result<OwnedFd, NetError> {
     Ok(fd)
 }
 
+/// The name of an inherited TAP's interface, if that is in this process's network namespace: another one's
+/// may have an interface of the same name. Without CAP_NET_ADMIN the kernel does not tell.
+pub(super) fn name_here(number: i32) -> Option<String> {
+    // SAFETY: TUNGETDEVNETNS has no argument, and fails for what is no TAP or not open.
+    let theirs = unsafe { libc::ioctl(number, TUNGETDEVNETNS) };
+    if theirs < 0 {
+        return None;
+    }
+    // SAFETY: the ioctl has just made this descriptor.
+    let theirs = File::from(unsafe { OwnedFd::from_raw_fd(theirs) })
+        .metadata()
+        .ok()?;
+    let ours = fs::metadata("/proc/self/ns/net").ok()?;
+    if (theirs.dev(), theirs.ino()) != (ours.dev(), ours.ino()) {
+        return None;
+    }
+    let mut about = request_for("");
+    // SAFETY: `about` is a live ifreq, which TUNGETIFF fills in.
+    unsafe { tun_get_iff(number, &raw mut about) }.ok()?;
+    Some(name_in(&about))
+}
+
+fn name_in(request: &libc::ifreq) -> String {
+    let bytes = request.ifr_name.iter().take_while(|c| **c != 0);
+    bytes.map(|c| char::from(*c as u8)).collect()
+}
+
 fn check_name(name: &str) -> Result<(), NetError> {
     let bad = name.is_empty() || name.len() > LONGEST_NAME || name.starts_with('.');
     if bad || name.contains(['/', '%']) {
@@ -115,9 +145,7 @@ fn attach_one(name: &str, multi_queue: bool) -> Result<(String, OwnedFd), NetErr
         Err(e) => return Err(NetError::Attach(e.into())),
     }
     nonblocking(&tun).map_err(NetError::Attach)?;
-    let bytes = request.ifr_name.iter().take_while(|c| **c != 0);
-    let name = bytes.map(|c| char::from(*c as u8)).collect();
-    Ok((name, tun.into()))
+    Ok((name_in(&request), tun.into()))
 }
 
 /// Lets the kernel hand over what `tap` sends with checksums still to be made and TCP segments

@@ -119,16 +119,28 @@ pub(crate) fn open(device: &Device, nic: &Nic) -> Result<Opened, Failure> {
 }
 
 impl Nic {
-    /// It is on an existing TAP, which may vanish and come back.
-    pub(crate) fn has_name(&self) -> bool {
-        matches!(self.wire, Wire::Name(_))
+    /// Its TAP is in the host's network, where others may delete it and make it again.
+    pub(crate) fn may_vanish(&self) -> bool {
+        matches!(self.wire, Wire::Name(_) | Wire::Bridge(_) | Wire::Inherited(_))
     }
 
-    /// Opens the TAP of that name once more.
-    pub(crate) fn open_again(&self) -> Result<Vec<OwnedFd>, NetError> {
+    /// The same NIC, without need of the descriptors that were inherited.
+    pub(crate) fn by_name(mut self) -> Self {
+        if let Wire::Inherited(fds) = &self.wire
+            && let Some(name) = fds.first().and_then(|fd| interface::name_here(*fd))
+        {
+            self.wire = Wire::Name(name);
+        }
+        self
+    }
+
+    /// Opens the TAP of that name once more, or makes another on its bridge. `None`: nothing tells of an
+    /// inherited one where it would be.
+    pub(crate) fn open_again(&self) -> Option<Result<Vec<OwnedFd>, NetError>> {
         match &self.wire {
-            Wire::Name(name) => interface::open_existing(name, self.queues),
-            _ => Err(NetError::Holder("its TAP has no name".to_owned())),
+            Wire::Name(name) => Some(interface::open_existing(name, self.queues)),
+            Wire::Bridge(bridge) => Some(interface::open_on_bridge(bridge, self.queues, self.mtu)),
+            _ => None,
         }
     }
 }

@@ -1,16 +1,16 @@
-//! Makes a TAP interface in the network namespace of the calling process.
+//! TAP interfaces in the network namespace of the calling process.
 #![expect(unsafe_code, reason = "TUNSETIFF is an ioctl that takes a struct ifreq")]
 
+use nix::errno::Errno;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-nix::ioctl_write_ptr_bad!(set_interface, libc::TUNSETIFF, libc::ifreq);
-
-/// Makes the TAP `name` with virtio-net headers; it goes when its last file descriptor is closed.
+/// Opens the TAP `name` with virtio-net headers. One that is made so goes when its last file descriptor is
+/// closed.
 ///
 /// # Errors
-/// `/dev/net/tun` cannot be opened, or the namespace is not this process's own.
-pub(super) fn make(name: &str) -> std::io::Result<OwnedFd> {
+/// `/dev/net/tun` cannot be opened, someone else has the TAP, or the namespace is not this process's own.
+pub fn open(name: &str) -> std::io::Result<OwnedFd> {
     let file = File::options().read(true).write(true).open("/dev/net/tun")?;
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     let mut ifr_name = [0; libc::IFNAMSIZ];
@@ -25,6 +25,6 @@ pub(super) fn make(name: &str) -> std::io::Result<OwnedFd> {
         },
     };
     // SAFETY: the request outlives the call and its name ends with a NUL.
-    unsafe { set_interface(file.as_raw_fd(), &request) }?;
+    Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw const request) })?;
     Ok(file.into())
 }

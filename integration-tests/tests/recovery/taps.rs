@@ -1,0 +1,219 @@
+//! TAPs of the host's that vanish under a guest, and what comes in their place.
+
+use crate::{storm::DEADLINE, trouble::need_root, victim::Victim};
+use anyhow::{Context, Result, ensure};
+use integration_tests::{
+    artifacts::Artifact,
+    demo::peer::Peer,
+    host::Host,
+    process::{inherit_at, ip},
+    suite::{Skip, artifact, test_within},
+    tap,
+    tiny::Run,
+};
+use libtest_mimic::Trial;
+use nix::sys::signal::Signal;
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+use vm_spec::{events::EventKind, run_state::ProcessRole};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+pub(crate) fn tests() -> Vec<Trial> {
+    vec![
+        test_within(LIMIT, "taps::one_by_name_returns", named_tap),
+        test_within(LIMIT, "taps::one_by_descriptor_returns", inherited_tap),
+        test_within(
+            LIMIT,
+            "taps::one_of_another_network_is_not_mistaken",
+            tap_of_elsewhere,
+        ),
+        test_within(LIMIT, "taps::one_on_a_bridge_is_made_again", bridged_tap),
+    ]
+}
+
+/// An interface of the host's, made by another.
+struct Interface(String);
+
+impl Interface {
+    fn make(name: &str) -> Result<Self> {
+        ip(&format!("tuntap add {name} mode tap vnet_hdr"))?;
+        let interface = Self(name.to_owned());
+        ip(&format!("link set {name} up"))?;
+        Ok(interface)
+    }
+
+    /// Whether a process has it open.
+    fn is_open(&self) -> bool {
+        let carrier = fs::read_to_string(format!("/sys/class/net/{}/carrier", self.0));
+        carrier.is_ok_and(|text| text.trim() == "1")
+    }
+}
+
+impl Drop for Interface {
+    fn drop(&mut self) {
+        let _ = ip(&format!("link delete {}", self.0));
+    }
+}
+
+/// A guest whose NIC is on this, once it runs.
+struct OnTap {
+    run: Run,
+    victim: Victim,
+}
+
+impl OnTap {
+    fn start(launcher: Command, net: &str) -> Result<Self> {
+        let kernel = artifact(Artifact::TinyGuest)?.display();
+        let flags = [
+            format!("--kernel={kernel}"),
+            "--memory=64M".to_owned(),
+            "--cmdline=scenario=net-echo packets=1".to_owned(),
+            format!("--net={net}"),
+            "--power-off-grace=1".to_owned(),
+        ];
+        let mut run = Run::by(launcher, tempfile::tempdir()?, &flags)?;
+        run.console
+            .wait_line("ready=1", DEADLINE)
+            .with_context(|| run.process.stderr().unwrap_or_default())?;
+        Ok(Self {
+            run,
+            victim: Victim::new(ProcessRole::Net),
+        })
+    }
+
+    fn wait(&mut self, kind: EventKind, time: u64) -> Result<()> {
+        let waited = self.victim.wait_count(&self.run, kind, time, DEADLINE);
+        waited.with_context(|| self.run.process.stderr().unwrap_or_default())?;
+        Ok(())
+    }
+
+    /// The device's process had no part in it.
+    fn expect_none_died(&mut self) -> Result<()> {
+        let events = self.victim.events(&self.run)?;
+        let died = events.iter().find(|event| event.event == EventKind::Died);
+        ensure!(died.is_none(), "{died:?}");
+        Ok(())
+    }
+}
+
+/// An interface's name that no other test has.
+fn name(letter: char) -> String {
+    format!("bh{letter}{}", std::process::id())
+}
+
+/// It goes and comes, three times.
+fn goes_and_comes(mut interface: Interface, mut guest: OnTap) -> Result<()> {
+    let name = interface.0.clone();
+    for time in 1..=3 {
+        drop(interface);
+        guest.wait(EventKind::TapLost, time)?;
+        interface = Interface::make(&name)?;
+        guest.wait(EventKind::TapBack, time)?;
+        guest.wait(EventKind::Restarted, time)?;
+        ensure!(
+            interface.is_open(),
+            "nobody has the TAP: {}",
+            guest.run.process.stderr()?
+        );
+    }
+    guest.expect_none_died()
+}
+
+fn named_tap() -> Result<()> {
+    need_root()?;
+    Host::need_tun()?;
+    let interface = Interface::make(&name('n'))?;
+    let launcher = Command::new(artifact(Artifact::Bulkhead)?);
+    let guest = OnTap::start(launcher, &format!("tap={}", interface.0))?;
+    goes_and_comes(interface, guest)
+}
+
+/// The descriptor that launchers inherit.
+const FD: i32 = 9;
+
+fn inherited_tap() -> Result<()> {
+    need_root()?;
+    Host::need_tun()?;
+    let interface = Interface::make(&name('i'))?;
+    let mut launcher = Command::new(artifact(Artifact::Bulkhead)?);
+    inherit_at(&mut launcher, tap::open(&interface.0)?, FD)?;
+    let guest = OnTap::start(launcher, &format!("tap-fd={FD}"))?;
+    goes_and_comes(interface, guest)
+}
+
+/// An interface that has the name of the lost one, in another network, is not taken for it.
+fn tap_of_elsewhere() -> Result<()> {
+    need_root()?;
+    Host::need_tun()?;
+    let peer = Peer::start("")?;
+    let theirs = "tap0";
+    let ours = Interface::make(theirs)?;
+    let mut launcher = Command::new(artifact(Artifact::Bulkhead)?);
+    inherit_at(&mut launcher, peer.tap.try_clone()?, FD)?;
+    let mut guest = OnTap::start(launcher, &format!("tap-fd={FD}"))?;
+    let deleted = Command::new("nsenter")
+        .arg(format!("--target={}", peer.pid()))
+        .args([
+            "--user",
+            "--net",
+            "--preserve-credentials",
+            "ip",
+            "link",
+            "delete",
+            theirs,
+        ])
+        .status()?;
+    ensure!(deleted.success(), "{deleted}");
+    guest.wait(EventKind::TapLost, 1)?;
+    // What can be opened is opened at once.
+    let end = Instant::now() + Duration::from_millis(500);
+    while Instant::now() < end {
+        ensure!(!ours.is_open(), "the other network's interface was taken");
+        thread::sleep(Duration::from_millis(10));
+    }
+    let events = guest.victim.events(&guest.run)?;
+    let back = events.iter().find(|event| event.event == EventKind::TapBack);
+    ensure!(back.is_none(), "{back:?}");
+    Ok(())
+}
+
+/// The launcher's own TAP on a bridge: the next one is on it too.
+fn bridged_tap() -> Result<()> {
+    need_root()?;
+    Host::need_tun()?;
+    let bridge = name('b');
+    ip(&format!("link add {bridge} type bridge"))
+        .map_err(|error| Skip(format!("no bridge can be made: {error:#}")))?;
+    let bridge = Interface(bridge);
+    let port = || -> Result<String> {
+        let mut ports = fs::read_dir(format!("/sys/class/net/{}/brif", bridge.0))?;
+        let port = ports.next().context("the bridge has no port")??;
+        ensure!(ports.next().is_none(), "the bridge has two ports");
+        Ok(port.file_name().to_string_lossy().into_owned())
+    };
+    let launcher = Command::new(artifact(Artifact::Bulkhead)?);
+    let mut guest = OnTap::start(launcher, &format!("bridge={}", bridge.0))?;
+    for time in 1..=3 {
+        ip(&format!("link delete {}", port()?))?;
+        for kind in [EventKind::TapLost, EventKind::TapBack, EventKind::Restarted] {
+            guest.wait(kind, time)?;
+        }
+    }
+    let port = Interface(port()?);
+    ensure!(port.is_open(), "nobody has {}", port.0);
+    guest.expect_none_died()?;
+    guest.run.process.signal(Signal::SIGTERM)?;
+    guest.run.wait(DEADLINE)?;
+    ensure!(
+        !Path::new("/sys/class/net").join(&port.0).exists(),
+        "{} is left behind",
+        port.0
+    );
+    Ok(())
+}
