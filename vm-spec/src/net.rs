@@ -15,7 +15,8 @@ pub struct NetSpec {
     /// An existing TAP, by name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
-    /// An existing TAP, by inherited file descriptor: one for each pair of queues.
+    /// An existing TAP, by inherited file descriptor: one for each pair of queues. Should it vanish and return, it
+    /// is found again only in the launcher's own network namespace and with CAP_NET_ADMIN.
     #[serde(deserialize_with = "one_or_more", skip_serializing_if = "Vec::is_empty")]
     pub tap_fd: Vec<i32>,
     /// A bridge of the host, to which the launcher adds a TAP that it makes; needs CAP_NET_ADMIN.

@@ -79,19 +79,25 @@ impl Nested {
     /// QEMU is missing, an image cannot be built, or the guest does not come up in time; the
     /// error ends with the guest's last console lines.
     pub fn boot(options: &Options) -> anyhow::Result<Self> {
-        let mut nested = Self::start(options)?;
+        Self::come_up(|| {
+            let scratch = tempfile::Builder::new().prefix("bulkhead-nested-").tempdir()?;
+            let (emulator, port) = outer::start(options, scratch.path())?;
+            Self::of(emulator, port, scratch)
+        })
+    }
+
+    fn come_up(mut start: impl FnMut() -> anyhow::Result<Self>) -> anyhow::Result<Self> {
+        let mut nested = start()?;
         if let Err(error) = nested.wait_up() {
             eprintln!("nested: once more: {error:#}");
-            nested = Self::start(options)?;
+            nested = start()?;
             nested.wait_up()?;
         }
         nested.start_pulse();
         Ok(nested)
     }
 
-    fn start(options: &Options) -> anyhow::Result<Self> {
-        let scratch = tempfile::Builder::new().prefix("bulkhead-nested-").tempdir()?;
-        let (emulator, port) = outer::start(options, scratch.path())?;
+    fn of(emulator: Child, port: UnixStream, scratch: tempfile::TempDir) -> anyhow::Result<Self> {
         // Only to one that is stuck does a write take time.
         port.set_write_timeout(Some(ANSWER_GRACE))?;
         Ok(Self {
@@ -250,5 +256,55 @@ impl Job {
         }
         self.user = user;
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Command, Stdio};
+
+    /// A runner with no machine, and its agent's end of the port.
+    fn machine() -> anyhow::Result<(Nested, UnixStream)> {
+        let (port, agent) = UnixStream::pair()?;
+        let emulator = Command::new("sleep")
+            .arg("60")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()?;
+        Ok((Nested::of(emulator, port, tempfile::tempdir()?)?, agent))
+    }
+
+    #[test]
+    fn one_that_does_not_come_up_is_tried_once_more_and_then_has_a_pulse() {
+        let mut agents = Vec::new();
+        let nested = Nested::come_up(|| {
+            let (nested, mut agent) = machine()?;
+            match agents.len() {
+                // The first ends at once.
+                0 => agent.shutdown(std::net::Shutdown::Both)?,
+                _ => FromAgent::Ready.write(&mut agent)?,
+            }
+            agents.push(agent);
+            Ok(nested)
+        })
+        .unwrap();
+        assert_eq!(agents.len(), 2);
+        agents[1].set_read_timeout(Some(100 * PULSE)).unwrap();
+        for _ in 0..3 {
+            assert!(matches!(ToAgent::read(&mut agents[1]).unwrap(), ToAgent::Pulse));
+        }
+        drop(nested);
+    }
+
+    #[test]
+    fn a_second_failure_is_an_error() {
+        let mut started = 0;
+        let nested = Nested::come_up(|| {
+            started += 1;
+            machine().map(|(nested, _)| nested)
+        });
+        assert!(nested.is_err());
+        assert_eq!(started, 2);
     }
 }
