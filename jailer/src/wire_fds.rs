@@ -10,6 +10,9 @@ use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use vm_spec::control::{Envelope, MAX_FDS, MAX_MESSAGE, WireError};
 
+/// The most descriptors that the kernel passes with one message (unix(7)).
+const SCM_MAX_FD: usize = 253;
+
 /// As [`crate::wire::send_message`], with one descriptor; the receiver gets a duplicate.
 ///
 /// # Errors
@@ -55,7 +58,8 @@ pub fn receive_with_fds<T: Serialize + DeserializeOwned>(
     socket: BorrowedFd<'_>,
 ) -> Result<(Received<T>, Vec<OwnedFd>), TransferError> {
     let mut bytes = vec![0; MAX_MESSAGE];
-    let mut rights = cmsg_space!([RawFd; MAX_FDS]);
+    // Room for all that the kernel passes on: of a message that is cut, what came already would be lost.
+    let mut rights = cmsg_space!([RawFd; SCM_MAX_FD]);
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
     let failed = |e: Errno| TransferError::Socket(e.into());
     let (length, cut, fds) = loop {
@@ -81,7 +85,7 @@ pub fn receive_with_fds<T: Serialize + DeserializeOwned>(
             Err(e) => return Err(failed(e)),
         }
     };
-    if cut {
+    if cut || fds.len() > MAX_FDS {
         return Err(WireError::TooLong(length).into());
     }
     if length == 0 {

@@ -93,7 +93,8 @@ impl ProcessRole {
             Self::Vmm => Some("vmm"),
             Self::Disk => Some("disk"),
             Self::Net => Some("net"),
-            Self::Reaper | Self::Forker | Self::Connector | Self::NetNamespace => None,
+            Self::Forker => Some("forker"),
+            Self::Reaper | Self::Connector | Self::NetNamespace => None,
         }
     }
 }

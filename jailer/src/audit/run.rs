@@ -58,6 +58,7 @@ pub fn run(options: &Options) -> Result<(String, u8), Failure> {
     let attacks = chosen(options)?;
     let bare = Pass::new(&stage, &targets, Removed::ALL, Settled::Own)?.all(&roles, &attacks)?;
     let (identity, _) = Identities::begin(&stage.binaries())?.enter(|uid, gid| targets.give_to(uid, gid))?;
+    targets.open_to_all().map_err(host)?;
     let removed = options.without.map_or(Removed::NONE, Removed::only);
     let jailed = Pass::new(&stage, &targets, removed, identity)?.all(&roles, &attacks)?;
     let cells = jailed

@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Gid, Pid, Uid, chown, fork, mkdtemp, pause};
 use std::fs::{self, File, Permissions};
-use std::io;
+use std::io::{self, Write};
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
@@ -33,7 +33,6 @@ pub(super) struct Targets {
 impl Targets {
     pub(super) fn make() -> io::Result<Self> {
         let folder = mkdtemp(&std::env::temp_dir().join("bulkhead-audit-XXXXXX"))?;
-        fs::set_permissions(&folder, Permissions::from_mode(0o777))?;
         let inet = TcpListener::bind(("127.0.0.1", 0))?;
         let port = inet.local_addr()?.port();
         let socket = UnixListener::bind(folder.join("socket"))?;
@@ -58,9 +57,15 @@ impl Targets {
         })
     }
 
-    /// Gives the folder to the user that probes will be.
+    /// Gives the folder to the user that this process is about to become.
     pub(super) fn give_to(&self, uid: Uid, gid: Gid) -> io::Result<()> {
         Ok(chown(&self.folder, Some(uid), Some(gid))?)
+    }
+
+    /// Lets every user in: probes may be others. Not before root is left: a stranger may put what he likes
+    /// in there too.
+    pub(super) fn open_to_all(&self) -> io::Result<()> {
+        fs::set_permissions(&self.folder, Permissions::from_mode(0o777))
     }
 
     /// Mends what an attack that got through has changed, and takes its connections.
@@ -73,9 +78,10 @@ impl Targets {
             // At most one of them is there.
             let _ = fs::remove_file(&path).or_else(|_| fs::remove_dir(&path));
         }
-        let secret = self.folder.join("secret");
-        fs::write(&secret, "secret")?;
-        fs::set_permissions(&secret, Permissions::from_mode(0o666))
+        // Made anew, and by its descriptor: a link that a stranger put there is not followed.
+        let mut secret = File::create_new(self.folder.join("secret"))?;
+        secret.write_all(b"secret")?;
+        secret.set_permissions(Permissions::from_mode(0o666))
     }
 
     pub(super) fn order(&self, role: Role, attack: &str, removed: Removed, victim: &Victim) -> Order {

@@ -21,11 +21,12 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::SockType;
-use nix::sys::wait::waitpid;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 use serde::{Deserialize, Serialize};
+use std::cell::Cell;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vm_spec::supervise::Build;
 
 /// Longest wait for an answer; the forker itself waits for a jail at most 2 s, after it has answered.
@@ -57,6 +58,8 @@ enum Answer {
 pub(crate) struct Forker {
     pub(crate) pid: Pid,
     socket: OwnedFd,
+    /// Of the last order that is answered. An answer that came too late has another, and is no other's.
+    order: Cell<u64>,
 }
 
 impl Forker {
@@ -87,6 +90,7 @@ impl Forker {
                 let forker = Self {
                     pid: child,
                     socket: ours,
+                    order: Cell::new(0),
                 };
                 match forker.answer()? {
                     (Answer::Ready, _) => Ok(forker),
@@ -96,18 +100,36 @@ impl Forker {
         }
     }
 
+    /// The answer to the last order.
     fn answer(&self) -> Result<(Answer, Vec<OwnedFd>), Failure> {
-        wait(self.socket.as_fd(), Some(PATIENCE)).map_err(|e| no_answer().because(&e))?;
-        match receive_with_fds(self.socket.as_fd()).map_err(|e| no_answer().because(&e))? {
-            (Received::Message(_, answer), fds) => Ok((answer, fds)),
-            _ => Err(no_answer()),
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            wait(self.socket.as_fd(), Some(left)).map_err(|e| no_answer().because(&e))?;
+            match receive_with_fds(self.socket.as_fd()).map_err(|e| no_answer().because(&e))? {
+                (Received::Message(id, answer), fds) if id == self.order.get() => return Ok((answer, fds)),
+                (Received::Message(_, Answer::Started { pid }), _) => {
+                    // Nobody waits for it any more. Unless it has been reaped already, it is our child.
+                    let pid = Pid::from_raw(pid);
+                    if waitpid(pid, Some(WaitPidFlag::WNOHANG)) == Ok(WaitStatus::StillAlive) {
+                        let _ = kill(pid, Signal::SIGKILL);
+                    }
+                }
+                (Received::Message(..), _) => {}
+                _ => return Err(no_answer()),
+            }
         }
     }
 
     /// Has a successor of `process` made: its process id, and the vmm's end of its socket.
     pub(crate) fn successor(&self, process: u16, build: Build) -> Result<(Pid, OwnedFd), Failure> {
-        send_message(self.socket.as_fd(), 0, Order::Start { process, build })
-            .map_err(|e| no_answer().because(&e))?;
+        self.order.set(self.order.get() + 1);
+        send_message(
+            self.socket.as_fd(),
+            self.order.get(),
+            Order::Start { process, build },
+        )
+        .map_err(|e| no_answer().because(&e))?;
         match self.answer()? {
             (Answer::Started { pid }, mut fds) if fds.len() == 1 => Ok((Pid::from_raw(pid), fds.remove(0))),
             (Answer::Refused { why }, _) => Err(Failure::host(why)),
@@ -148,8 +170,8 @@ fn serve(socket: BorrowedFd<'_>, mut respawner: Respawner) {
         return;
     }
     while wait(socket, None).is_ok() {
-        let (order, mut fds) = match receive_with_fds(socket) {
-            Ok((Received::Message(_, order), fds)) => (order, fds),
+        let (id, order, mut fds) = match receive_with_fds(socket) {
+            Ok((Received::Message(id, order), fds)) => (id, order, fds),
             Ok((Received::Nothing, _)) => continue,
             Ok((Received::End, _)) | Err(_) => return,
         };
@@ -157,13 +179,13 @@ fn serve(socket: BorrowedFd<'_>, mut respawner: Respawner) {
             Order::Start { process, build } => match respawner.start(process.into(), build) {
                 Ok(successor) => {
                     let pid = successor.pid().as_raw();
-                    let sent = send_with_fd(socket, 0, Answer::Started { pid }, successor.socket.as_fd());
+                    let sent = send_with_fd(socket, id, Answer::Started { pid }, successor.socket.as_fd());
                     successor.finish();
                     sent
                 }
                 Err(failure) => {
                     let why = failure.to_string().replace('\n', ";");
-                    send_message(socket, 0, Answer::Refused { why })
+                    send_message(socket, id, Answer::Refused { why })
                 }
             },
             Order::Candidate { process } => {

@@ -29,6 +29,8 @@ const IDS: u32 = 64;
 /// it takes to make, and to end, processes of other users in it.
 const KEPT: u64 = 1 << 5 | 1 << 6 | 1 << 7 | 1 << 21;
 
+/// Why there may be none although there are subordinate ids.
+const TAKEN: &str = "all subordinate ids are in use";
 /// Why root of a user namespace has no range.
 const NO_RANGE: &str = "a user namespace has no ids to spare";
 
@@ -158,6 +160,10 @@ impl Identities {
     ) -> Result<(Settled, Option<Anchor>), Failure> {
         match self {
             Self::Own(why) => {
+                if why == TAKEN {
+                    // Not what this user is used to: whoever took the names may have meant it.
+                    eprintln!("bulkhead: warning: every process is this user: {why}");
+                }
                 tracing::debug!(why, "every process is this user");
                 Ok((Settled::Own, None))
             }
@@ -221,7 +227,6 @@ impl Subordinate {
     /// with them is open; looked for from `turn` on.
     fn claim(self, turn: u32) -> Result<((u32, u32), UnixDatagram), &'static str> {
         let ranges = self.users.ranges.min(self.groups.ranges);
-        let taken = "all subordinate ids are in use";
         (0..ranges)
             .map(|step| turn.wrapping_add(step) % ranges)
             .find_map(|range| {
@@ -232,7 +237,7 @@ impl Subordinate {
                 let name = SocketAddr::from_abstract_name(name).ok()?;
                 Some((first, UnixDatagram::bind_addr(&name).ok()?))
             })
-            .ok_or(taken)
+            .ok_or(TAKEN)
     }
 }
 

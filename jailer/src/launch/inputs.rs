@@ -325,6 +325,7 @@ pub(crate) fn open_backing(
             )),
         BelowError::Open(e) => failed().because(&e),
     })?;
+    is_image(&file, failed)?;
     lock(field, wanted, &file, FlockArg::LockSharedNonblock)?;
     Ok(file)
 }
@@ -361,10 +362,7 @@ pub(crate) fn open_image(field: &str, path: &Path, read_only: bool) -> Result<Fi
         .custom_flags(libc::O_NONBLOCK)
         .open(path)
         .map_err(|e| failed().because(&e))?;
-    let kind = file.metadata().map_err(|e| failed().because(&e))?.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        return Err(failed().cause("it is neither a regular file nor a block device"));
-    }
+    is_image(&file, failed)?;
     let how = if read_only {
         FlockArg::LockSharedNonblock
     } else {
@@ -372,6 +370,16 @@ pub(crate) fn open_image(field: &str, path: &Path, read_only: bool) -> Result<Fi
     };
     lock(field, path, &file, how)?;
     Ok(file)
+}
+
+/// No folder, say, by which a jailed process would reach what lies below it.
+fn is_image(file: &File, failed: impl Fn() -> Failure) -> Result<(), Failure> {
+    let kind = file.metadata().map_err(|e| failed().because(&e))?.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        Ok(())
+    } else {
+        Err(failed().cause("it is neither a regular file nor a block device"))
+    }
 }
 
 /// Holds off a second VM on the same image. The lock lives as long as any copy of the
@@ -451,6 +459,18 @@ impl Inputs {
                 *link = Some(net::link::make(run_dir, &device.id).map_err(|e| {
                     Failure::host(format!("{}: cannot make a pipe for its link", device.field)).because(&e)
                 })?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Empties the captures: the VM is about to run.
+    pub(crate) fn begin_captures(&self, devices: &[Device]) -> Result<(), Failure> {
+        for (backend, device) in self.backends.iter().zip(devices) {
+            if let BackendInput::Net { pcap: Some(pcap), .. } = backend {
+                nix::unistd::ftruncate(pcap, 0).map_err(|e| {
+                    Failure::host(format!("{}.pcap: cannot be emptied", device.field)).because(&e)
+                })?;
             }
         }
         Ok(())

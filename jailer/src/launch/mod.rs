@@ -118,15 +118,29 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
     } else if let Some(warning) = options.seccomp.warning() {
         eprintln!("bulkhead: warning: --seccomp={}: {warning}", options.seccomp);
     }
+    let limited = !spec.limits.controllers().is_empty();
     // As early as can be: a user's range takes longer to get than all that comes before its use.
-    let identities = Identities::begin(&spawn::installed())?;
+    let early = match limited {
+        true => None,
+        false => Some(Identities::begin(&spawn::installed())?),
+    };
     let run_dir = run_dir::create(&name)?;
+    // Before any other process is made: all are in the VM's groups.
+    let place = match limited {
+        true => Some(Place::find(&name).and_then(Place::claim).map_err(no_limits)?),
+        false => None,
+    };
+    let identities = match early.map_or_else(|| Identities::begin(&spawn::installed()), Ok) {
+        Ok(identities) => identities,
+        Err(failure) => {
+            // There is no reaper yet.
+            place.iter().for_each(Place::remove);
+            run_dir.remove();
+            return Err(failure);
+        }
+    };
     let saved = terminal::save();
     let signals = supervise::block_signals().map_err(|e| Failure::host("cannot take signals").because(&e))?;
-    let place = match spec.limits.controllers().is_empty() {
-        true => None,
-        false => Some(Place::find(&name).map_err(no_limits)?),
-    };
     let reaper = Reaper::start(&run_dir, saved.as_ref(), place.as_ref())
         .map_err(|e| Failure::host("cannot start the reaper").because(&e))?;
     let result = (|| {
@@ -134,6 +148,7 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
         let connector = Connector::start(&devices)
             .map_err(|e| Failure::host("cannot start the connector").because(&e))?;
         let mut inputs = inputs::open(spec, &devices)?;
+        inputs.begin_captures(&devices)?;
         inputs.make_links(&run_dir, &devices)?;
         // Until the end of this block: their namespaces end with these.
         let holders = inputs.holders();
@@ -141,7 +156,7 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
         let clients = run_dir
             .listen()
             .map_err(|e| Failure::host("cannot make the VM's control socket").because(&e))?;
-        let groups = make_groups(spec, place, &plan, &inputs, reaper.pid)?;
+        let groups = make_groups(spec, place, &plan, &inputs)?;
         let mut binaries = spawn::Binaries::open(&plan, groups.clone())?;
         let mut obituary = Obituary::begin(groups.clone());
         let (identity, anchor) = identities.enter(|uid, gid| {
@@ -249,7 +264,6 @@ fn make_groups(
     place: Option<Place>,
     plan: &Plan,
     inputs: &Inputs,
-    reaper: Pid,
 ) -> Result<Option<Rc<Groups>>, Failure> {
     if spec.limits.core_scheduling {
         share_cores_within().map_err(|e| {
@@ -268,7 +282,7 @@ fn make_groups(
             )
         })
         .collect();
-    let groups = Groups::make(place, &spec.limits, &children, reaper).map_err(no_limits)?;
+    let groups = Groups::make(place, &spec.limits, &children).map_err(no_limits)?;
     Ok(Some(Rc::new(groups)))
 }
 
@@ -277,6 +291,7 @@ fn no_limits(error: CgroupError) -> Failure {
         CgroupError::Shared(_) | CgroupError::File(..) => {
             "systemd-run --user --scope -p Delegate=yes bulkhead run ... gives it a group of its own"
         }
+        CgroupError::InUse(_) => "give another name, or end that VM first",
         CgroupError::None | CgroupError::Controller { .. } => {
             "bulkhead doctor says what the host offers; without [limits] none are needed"
         }

@@ -49,7 +49,6 @@ impl Reaper {
                         saved,
                         groups,
                         spawner,
-                        first: getpid(),
                     },
                 );
                 // SAFETY: ends the child without running what the parent registered.
@@ -119,8 +118,6 @@ struct Remains<'a> {
     saved: Option<&'a Saved>,
     groups: Option<&'a Place>,
     spawner: Pid,
-    /// The reaper that the spawner started.
-    first: Pid,
 }
 
 impl Remains<'_> {
@@ -129,7 +126,7 @@ impl Remains<'_> {
             terminal::restore(saved);
         }
         if let Some(groups) = self.groups {
-            groups.remove(&[self.spawner, self.first, getpid()]);
+            groups.remove();
         }
         self.run_dir.remove();
     }

@@ -42,7 +42,10 @@ fn parent() -> PathBuf {
 /// The folder of the VM `name`, where there is one. A name leads nowhere else.
 pub(crate) fn find(name: &str) -> Option<PathBuf> {
     let sound = !name.is_empty() && !name.starts_with('.') && !name.contains('/');
-    Some(parent().join(name)).filter(|path| sound && path.is_dir())
+    let parent = parent();
+    // A VM's folder is its spawner's, who for root is another; in /tmp the parent may be a stranger's.
+    let ours = fs::symlink_metadata(&parent).is_ok_and(|about| about.uid() == geteuid().as_raw());
+    Some(parent.join(name)).filter(|path| sound && ours && path.is_dir())
 }
 
 /// The control socket in the folder that is open as `folder`: a run-time folder's own path may be
@@ -206,8 +209,13 @@ impl RunDir {
         self.lock.as_raw_fd()
     }
 
-    /// Removes the folder, with the lock still held.
+    /// Removes the folder, with the lock still held. One of the same name that a launcher has made since then
+    /// is another VM's.
     pub(crate) fn remove(&self) {
-        remove(&self.path);
+        let inode = |about: fs::Metadata| (about.dev(), about.ino());
+        let (now, ours) = (fs::symlink_metadata(&self.path), self.lock.metadata());
+        if now.map(inode).ok() == ours.map(inode).ok() {
+            remove(&self.path);
+        }
     }
 }

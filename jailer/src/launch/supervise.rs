@@ -21,6 +21,10 @@ use vm_spec::control::exit_code;
 use vm_spec::events::VmEvent;
 use vm_spec::supervise::{Build, ExitStatus, FromSupervisor, ToSupervisor};
 
+/// Messages of the supervisor's that are heard before signals and deaths get their turn.
+const MESSAGES_A_TURN: usize = 64;
+/// Of one that is dead, or about to be: more than its socket holds.
+const LAST_MESSAGES: usize = 4096;
 /// The supervisor, which keeps the deadlines, has this long beyond the guest's grace; then the
 /// spawner ends everything without it.
 const SUPERVISOR_GRACE: Duration = Duration::from_secs(5);
@@ -120,7 +124,7 @@ impl Spawner {
                 eprintln!("bulkhead: {failure}");
                 break;
             }
-            self.hear_supervisor(on_event);
+            self.hear_supervisor(MESSAGES_A_TURN, on_event);
             self.take_signals();
             self.reap(on_event);
             if self.deadline.is_some_and(|at| Instant::now() >= at) {
@@ -129,7 +133,7 @@ impl Spawner {
                 break;
             }
         }
-        self.hear_supervisor(on_event);
+        self.hear_supervisor(LAST_MESSAGES, on_event);
         self.kill_all();
         if let Some(pid) = self.supervisor {
             let _ = kill(pid, Signal::SIGKILL);
@@ -171,8 +175,10 @@ impl Spawner {
         }
     }
 
-    fn hear_supervisor(&mut self, on_event: &mut dyn FnMut(Event<'_>)) {
-        while let Some(control) = &self.control {
+    /// At most `most` messages; the rest wakes again.
+    fn hear_supervisor(&mut self, most: usize, on_event: &mut dyn FnMut(Event<'_>)) {
+        for _ in 0..most {
+            let Some(control) = &self.control else { return };
             match receive_with_fds(control.as_fd()) {
                 Ok((Received::Nothing, _)) => return,
                 Ok((Received::Message(_, message), mut fds)) => match message {
@@ -260,7 +266,7 @@ impl Spawner {
             } else if self.supervisor == Some(pid) {
                 self.supervisor = None;
                 // Its last message may have come after the last look.
-                self.hear_supervisor(on_event);
+                self.hear_supervisor(LAST_MESSAGES, on_event);
                 if self.code.is_none() {
                     let (code, how) = describe(status);
                     eprintln!("bulkhead: the supervisor (pid {pid}) {how}: its VM was ended");
@@ -272,9 +278,9 @@ impl Spawner {
                 if self.code.is_some() {
                     continue;
                 }
-                let (_, how) = describe(status);
+                let (code, how) = describe(status);
                 eprintln!("bulkhead: the {name} (pid {pid}) {how}: its VM was ended");
-                self.code = Some(exit_code::ERROR);
+                self.code = Some(code);
                 // Why is said; the supervisor need not find reasons for what follows.
                 if let Some(pid) = self.supervisor {
                     let _ = kill(pid, Signal::SIGKILL);

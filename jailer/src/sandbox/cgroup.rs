@@ -9,16 +9,17 @@
 //! ```
 //!
 //! A group with limits for its children can hold no process itself: the launcher moves into
-//! `spawner` first, the children are born in theirs, and at the end whoever removes the groups moves
-//! what is left back to where it came from.
+//! `spawner` before it makes any other process, the jailed ones are born in theirs, and at the end whoever
+//! removes the groups moves what is left in `spawner` back to where it came from.
 
 use nix::fcntl::{OFlag, openat};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
-use nix::unistd::{Gid, Pid, Uid, chown, geteuid, read};
+use nix::unistd::{Gid, Uid, chown, geteuid, read};
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use vm_spec::spec::LimitsSpec;
@@ -44,6 +45,9 @@ pub enum CgroupError {
         /// The group that lacks it.
         folder: PathBuf,
     },
+    /// A VM of that name, launched elsewhere, is in it.
+    #[error("{} belongs to a VM that runs", .0.display())]
+    InUse(PathBuf),
     /// The launcher's own group holds other processes or groups.
     #[error("{} is shared with other processes", .0.display())]
     Shared(PathBuf),
@@ -61,6 +65,8 @@ pub struct Place {
     group: PathBuf,
     /// The folders, outermost first, that must hand controllers down to the group.
     above: Vec<PathBuf>,
+    /// The group, once this launcher has made it: its inode. Another of the same name is another VM's.
+    made: Option<u64>,
 }
 
 impl Place {
@@ -96,12 +102,14 @@ impl Place {
                 group: ours.join(name),
                 above: vec![top.to_owned(), ours],
                 origin,
+                made: None,
             }
         } else {
             Self {
                 group: origin.join(format!("bulkhead-{name}")),
                 above: vec![origin.clone()],
                 origin,
+                made: None,
             }
         })
     }
@@ -115,14 +123,48 @@ impl Place {
         all
     }
 
-    /// Removes the VM's groups: `ours` are moved out, any other process in them is ended.
-    /// What cannot be removed is left, and found by [`Groups::make`] of the same name.
-    pub fn remove(&self, ours: &[Pid]) {
-        let spawner = self.group.join(SPAWNER);
-        for entry in fs::read_dir(&self.group).into_iter().flatten().flatten() {
-            if entry.path().is_dir() && entry.path() != spawner {
-                end(&entry.path());
+    /// Makes the VM's group, and moves the calling process into its child for the spawner, with all that it
+    /// makes from here on.
+    ///
+    /// # Errors
+    /// [`CgroupError::InUse`] or [`CgroupError::File`].
+    pub fn claim(mut self) -> Result<Self, CgroupError> {
+        for folder in self.above.iter().skip(1) {
+            make_folder(folder)?;
+        }
+        let failed = |e| CgroupError::File(self.group.clone(), e);
+        match fs::create_dir(&self.group) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                let events = fs::read_to_string(self.group.join("cgroup.events")).unwrap_or_default();
+                if events.contains("populated 1") {
+                    return Err(CgroupError::InUse(self.group));
+                }
+                // What a launcher left that was killed.
+                clear(&self.group);
+                fs::create_dir(&self.group).map_err(failed)?;
             }
+            other => other.map_err(failed)?,
+        }
+        self.made = inode(&self.group);
+        let joined = make_folder(&self.group.join(SPAWNER)).and_then(|()| {
+            let pid = nix::unistd::getpid().to_string();
+            put(&self.group.join(SPAWNER), "cgroup.procs", &pid)
+        });
+        if joined.is_err() {
+            self.remove();
+        }
+        joined.map(|()| self)
+    }
+
+    /// Removes the VM's groups, if they are those that [`Self::claim`] made. What is in the spawner's is moved
+    /// out, jailed processes are ended. What cannot be removed is left.
+    pub fn remove(&self) {
+        if self.made.is_none() || self.made != inode(&self.group) {
+            return;
+        }
+        let spawner = self.group.join(SPAWNER);
+        for folder in folders_in(&self.group).filter(|folder| *folder != spawner) {
+            end(&folder);
         }
         if self.above.last() == Some(&self.origin) {
             // It takes processes again once it hands nothing down, which it must while the group does.
@@ -133,8 +175,12 @@ impl Place {
                 }
             }
         }
-        for pid in ours {
-            let _ = fs::write(self.origin.join("cgroup.procs"), pid.to_string());
+        // Twice: one may have been made while others were moved.
+        for _ in 0..2 {
+            let left = fs::read_to_string(spawner.join("cgroup.procs")).unwrap_or_default();
+            for pid in left.lines() {
+                let _ = fs::write(self.origin.join("cgroup.procs"), pid);
+            }
         }
         end(&spawner);
         let _ = fs::remove_dir(&self.group);
@@ -143,6 +189,23 @@ impl Place {
             let _ = fs::remove_dir(ours);
         }
     }
+}
+
+fn inode(folder: &Path) -> Option<u64> {
+    fs::symlink_metadata(folder).ok().map(|about| about.ino())
+}
+
+fn folders_in(group: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(group).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).filter(|path| path.is_dir())
+}
+
+/// Removes a group and its children, in which no process is.
+fn clear(group: &Path) {
+    folders_in(group).for_each(|folder| {
+        let _ = fs::remove_dir(folder);
+    });
+    let _ = fs::remove_dir(group);
 }
 
 /// Ends what is left in a group, waits until it is gone, and removes the group.
@@ -177,8 +240,8 @@ pub struct Groups {
 }
 
 impl Groups {
-    /// Makes the groups with their limits, and moves the calling process and the reaper into the spawner's.
-    /// `children` are the processes' names, each with the block device that its image lies on.
+    /// Gives the group that was claimed its limits, and makes one for each of `children`: the processes'
+    /// names, each with the block device that its image lies on.
     ///
     /// # Errors
     /// Any [`CgroupError`]: a limit that cannot be kept is not left out.
@@ -186,44 +249,23 @@ impl Groups {
         place: Place,
         limits: &LimitsSpec,
         children: &[(String, Option<(u64, u64)>)],
-        reaper: Pid,
     ) -> Result<Self, CgroupError> {
-        let made = (|| {
-            for folder in place.above.iter().skip(1).chain([&place.group]) {
-                make_folder(folder)?;
-            }
-            let spawner = place.group.join(SPAWNER);
-            make_folder(&spawner)?;
-            for pid in [reaper, nix::unistd::getpid()] {
-                put(&spawner, "cgroup.procs", &pid.to_string())?;
-            }
-            for folder in place.above.iter().chain([&place.group]) {
-                hand_down(folder, limits)?;
-            }
-            if let Some(memory) = limits.memory {
-                put(&place.group, "memory.max", &memory.0.to_string())?;
-                // Else the limit would be on RAM only, and the disk would take the rest.
-                put_if_there(&place.group, "memory.swap.max", "0")?;
-            }
-            children
-                .iter()
-                .map(|(name, device)| make_child(&place.group.join(name), limits, *device))
-                .collect::<Result<Vec<_>, _>>()
-        })();
-        match made {
-            Ok(folders) => Ok(Self {
-                children: children
-                    .iter()
-                    .map(|(name, _)| name.clone())
-                    .zip(folders)
-                    .collect(),
-                place,
-            }),
-            Err(error) => {
-                place.remove(&[reaper, nix::unistd::getpid()]);
-                Err(error)
-            }
+        for folder in place.above.iter().chain([&place.group]) {
+            hand_down(folder, limits)?;
         }
+        if let Some(memory) = limits.memory {
+            put(&place.group, "memory.max", &memory.0.to_string())?;
+            // Else the limit would be on RAM only, and the disk would take the rest.
+            put_if_there(&place.group, "memory.swap.max", "0")?;
+        }
+        let children = children.iter().map(|(name, device)| {
+            let folder = make_child(&place.group.join(name), limits, *device)?;
+            Ok((name.clone(), folder))
+        });
+        Ok(Self {
+            children: children.collect::<Result<_, _>>()?,
+            place,
+        })
     }
 
     /// Lets the user that the launcher is about to become make processes in the groups; their

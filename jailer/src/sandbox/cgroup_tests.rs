@@ -39,6 +39,41 @@ fn place(top: &Path) -> Place {
     Place::of(&mounts, "0::/user.slice\n", true, "web").unwrap()
 }
 
+/// What a launcher has after [`Place::claim`].
+fn claimed(top: &Path) -> Place {
+    let mut place = place(top);
+    for folder in ["", "bulkhead", "bulkhead/web", "bulkhead/web/spawner"] {
+        files(&top.join(folder));
+    }
+    place.made = inode(&place.group);
+    place
+}
+
+#[test]
+fn a_group_in_which_someone_is_cannot_be_claimed() {
+    let top = tempfile::tempdir().unwrap();
+    let place = place(top.path());
+    fs::create_dir_all(&place.group).unwrap();
+    fs::write(place.group.join("cgroup.events"), "populated 1\nfrozen 0\n").unwrap();
+    assert!(matches!(place.claim(), Err(CgroupError::InUse(_))));
+}
+
+#[test]
+fn the_group_of_another_launcher_is_not_removed() {
+    let top = tempfile::tempdir().unwrap();
+    let mut place = place(top.path());
+    let child = place.group.join("vmm");
+    fs::create_dir_all(&child).unwrap();
+    place.remove();
+    place.made = inode(&place.group).map(|inode| inode + 1);
+    place.remove();
+    let killed = child.join("cgroup.kill");
+    assert!(child.exists() && !killed.exists());
+    place.made = inode(&place.group);
+    place.remove();
+    assert!(killed.exists());
+}
+
 #[test]
 fn root_and_users_have_their_places() {
     let root = Place::of(MOUNTS, "1:x:/\n0::/user.slice/a.scope\n", true, "web").unwrap();
@@ -64,17 +99,13 @@ fn a_host_with_version_1_has_no_place() {
 #[test]
 fn limits_are_on_the_group_and_on_each_child() {
     let top = tempfile::tempdir().unwrap();
-    let place = place(top.path());
-    for folder in ["", "bulkhead", "bulkhead/web", "bulkhead/web/spawner"] {
-        files(&top.path().join(folder));
-    }
+    let place = claimed(top.path());
     for child in ["vmm", "disk0"] {
         files(&place.group.join(child));
     }
     let children = [("vmm".to_owned(), None), ("disk0".to_owned(), Some((259, 0)))];
-    let groups = Groups::make(place.clone(), &limits(), &children, nix::unistd::getpid()).unwrap();
+    let groups = Groups::make(place.clone(), &limits(), &children).unwrap();
     let read = |path: &str| fs::read_to_string(place.group.join(path)).unwrap();
-    assert_eq!(read("spawner/cgroup.procs"), std::process::id().to_string());
     assert_eq!(read("memory.max"), "1073741824");
     assert_eq!(read("memory.swap.max"), "0");
     for child in ["vmm", "disk0"] {
@@ -90,12 +121,9 @@ fn limits_are_on_the_group_and_on_each_child() {
 #[test]
 fn a_limit_that_cannot_be_kept_is_an_error() {
     let top = tempfile::tempdir().unwrap();
-    let place = place(top.path());
-    for folder in ["", "bulkhead", "bulkhead/web", "bulkhead/web/spawner"] {
-        files(&top.path().join(folder));
-    }
+    let place = claimed(top.path());
     fs::write(top.path().join("cgroup.controllers"), "cpu pids\n").unwrap();
-    let error = Groups::make(place, &limits(), &[], nix::unistd::getpid()).unwrap_err();
+    let error = Groups::make(place, &limits(), &[]).unwrap_err();
     assert!(
         matches!(error, CgroupError::Controller { name: "memory", .. }),
         "{error}"

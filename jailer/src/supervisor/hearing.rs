@@ -10,12 +10,17 @@ use vm_spec::control::{FromVmm, exit_code};
 use vm_spec::run_state::ProcessRole;
 use vm_spec::supervise::{ExitStatus, FromSupervisor, ToSupervisor};
 
+/// Most messages that are heard of one peer before the others get their turn; the rest wakes again.
+pub(super) const MESSAGES_A_TURN: usize = 64;
+/// Of one whose word matters before a death is judged: more than its socket holds.
+const LAST_MESSAGES: usize = 4096;
+
 impl Supervisor {
     pub(super) fn hear_spawner(&mut self, now: Instant) -> Result<(), SupervisorError> {
-        loop {
+        for _ in 0..MESSAGES_A_TURN {
             let (received, mut fds) = receive_with_fds(self.spawner.as_fd())?;
             match received {
-                Received::Nothing => return Ok(()),
+                Received::Nothing => break,
                 Received::End => return Err(SupervisorError::SpawnerGone),
                 Received::Message(_, ToSupervisor::Start(_)) => {}
                 Received::Message(_, ToSupervisor::PowerOff) => self.power_off(now),
@@ -33,11 +38,12 @@ impl Supervisor {
                 }
             }
         }
+        Ok(())
     }
 
     fn process_ended(&mut self, index: usize, status: ExitStatus, now: Instant) {
         // What the vmm said before this happened counts first.
-        self.hear_vmm(now);
+        self.hear_vmm(LAST_MESSAGES, now);
         let Some(process) = self.processes.get_mut(index) else {
             return;
         };
@@ -64,8 +70,10 @@ impl Supervisor {
         }
     }
 
-    pub(super) fn hear_vmm(&mut self, now: Instant) {
-        while let Some(vmm) = &self.vmm {
+    /// At most `most` messages; the rest wakes again.
+    pub(super) fn hear_vmm(&mut self, most: usize, now: Instant) {
+        for _ in 0..most {
+            let Some(vmm) = &self.vmm else { return };
             match receive_message(vmm.as_fd()) {
                 Ok(Received::Nothing) => return,
                 Ok(Received::End) => self.vmm = None,

@@ -4,6 +4,8 @@
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{read, write};
+use serde::de::IgnoredAny;
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -11,6 +13,10 @@ use vm_spec::events::EventKind;
 
 /// Longest line passed on, in bytes; the rest of a longer one is dropped.
 const LONGEST_LINE: usize = 2048;
+/// Bytes that a pipe takes whole, once it takes any (PIPE_BUF).
+const MOST_AT_ONCE: usize = 4096;
+/// Of a text that is longer as a line: even if each byte takes six as JSON.
+const CERTAIN_TO_FIT: usize = 600;
 /// Lines that a process may write within [`PERIOD`].
 const LINES_A_PERIOD: u32 = 200;
 /// See [`LINES_A_PERIOD`].
@@ -113,14 +119,21 @@ pub(super) struct Log {
 impl Log {
     /// Writes one line. A standard error that is not read (a full pipe) loses it: false.
     pub(super) fn line(&self, process: &str, text: &str) -> bool {
-        let line = if self.json {
-            json_line(process, text)
-        } else {
-            format!("{process}: {}\n", printable(text))
-        };
+        let mut line = self.format(process, text);
+        if line.len() > MOST_AT_ONCE {
+            line = self.format(process, &text[..text.floor_char_boundary(CERTAIN_TO_FIT)]);
+        }
         let stderr = std::io::stderr();
         let mut ready = [PollFd::new(std::os::fd::AsFd::as_fd(&stderr), PollFlags::POLLOUT)];
         poll(&mut ready, PollTimeout::ZERO) == Ok(1) && write(&stderr, line.as_bytes()).is_ok()
+    }
+
+    fn format(&self, process: &str, text: &str) -> String {
+        if self.json {
+            json_line(process, text)
+        } else {
+            format!("{process}: {}\n", printable(text))
+        }
     }
 }
 
@@ -137,12 +150,15 @@ fn printable(text: &str) -> String {
         .collect()
 }
 
-/// A process that logs JSON has its name added to its object; other text becomes a message.
+/// A process that logs JSON has its name added to its object; other text becomes a message, and so does an
+/// object that names a process itself.
 fn json_line(process: &str, text: &str) -> String {
     let mut out = String::from("{\"process\":");
     json_string(process, &mut out);
-    match text.strip_prefix('{') {
-        Some(rest) if rest.ends_with('}') && rest.len() > 1 => {
+    let keys: Result<BTreeMap<String, IgnoredAny>, _> = serde_json::from_str(text);
+    let sound = keys.is_ok_and(|keys| !keys.is_empty() && !keys.contains_key("process"));
+    match text.trim_ascii().strip_prefix('{') {
+        Some(rest) if sound => {
             let _ = writeln!(out, ",{}", printable(rest));
         }
         _ => {
@@ -182,6 +198,32 @@ mod tests {
             json_line("vmm", "say \"x\"\u{1b}"),
             "{\"process\":\"vmm\",\"message\":\"say \\\"x\\\"\\u001b\"}\n"
         );
+    }
+
+    #[test]
+    fn nobody_speaks_in_anothers_name() {
+        for text in [
+            "{\"process\":\"vmm\",\"level\":\"WARN\"}",
+            "{\"pr\\u006fcess\":\"vmm\"}",
+            "{\"level\":\"WARN\"} {}",
+            "{garbage}",
+            "{}",
+        ] {
+            let line = json_line("disk0", text);
+            let read: BTreeMap<String, String> = serde_json::from_str(&line).unwrap();
+            let wanted = [("process", "disk0"), ("message", text)];
+            let wanted = wanted.map(|(key, value)| (key.to_owned(), value.to_owned()));
+            assert_eq!(read, wanted.into(), "{text}");
+        }
+    }
+
+    #[test]
+    fn lines_are_whole_and_short() {
+        let text = "\u{1b}".repeat(3000);
+        for json in [false, true] {
+            let line = Log { json }.format("disk0", &text[..CERTAIN_TO_FIT]);
+            assert!(line.len() <= MOST_AT_ONCE && line.ends_with('\n'));
+        }
     }
 
     #[test]

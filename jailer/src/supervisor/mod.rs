@@ -207,7 +207,7 @@ impl Supervisor {
             self.note_told();
             // The vmm first: its own account of the end comes before what the end of its sockets
             // does to the devices.
-            self.hear_vmm(now);
+            self.hear_vmm(hearing::MESSAGES_A_TURN, now);
             self.hear_spawner(now)?;
             self.hear_clients(now);
             self.hear_connector(now);

@@ -209,7 +209,7 @@ fn no_existing_tap(field: &str, name: &str, error: &NetError) -> Failure {
         .hint(hint)
 }
 
-/// Opens the file of a capture, empty.
+/// Opens the file of a capture, which keeps what it holds until [`Inputs::begin_captures`](super::inputs::Inputs::begin_captures).
 pub(crate) fn open_pcap(field: &str, path: &Path) -> Result<File, Failure> {
     OpenOptions::new()
         .append(true)
@@ -221,7 +221,6 @@ pub(crate) fn open_pcap(field: &str, path: &Path) -> Result<File, Failure> {
             if !file.metadata()?.is_file() {
                 return Err(io::Error::other("it is not a regular file"));
             }
-            file.set_len(0)?;
             Ok(file)
         })
         .map_err(|e| Failure::host(format!("{field}.pcap: cannot write {}", path.display())).because(&e))
