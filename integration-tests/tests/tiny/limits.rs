@@ -28,6 +28,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("limits::are_on_each_process_and_gone_at_the_end", kept_and_gone),
         test("limits::are_gone_after_a_kill_of_the_spawner", gone_after_a_kill),
         test("limits::are_kept_in_a_group_that_a_user_was_given", delegated),
+        test("limits::another_vm_of_the_same_name_is_left_alone", same_name),
         test("limits::hold_for_what_a_ring_leaves_to_its_threads", ring),
         test("limits::a_host_without_them_refuses", refused),
         test("limits::core_scheduling_is_kept_or_refused", core_scheduling),
@@ -115,6 +116,7 @@ fn are_kept(state: &RunState, group: &Path) -> Result<()> {
 /// each VM, however that ended.
 fn delegated() -> Result<()> {
     need_limits()?;
+    Host::need_tun()?;
     let given = Given::to(NOBODY)?;
     let _lent = Lent::to(NOBODY)?;
     let place = Place::make()?;
@@ -169,6 +171,8 @@ impl Given {
             format!("--kernel={}", place.path("tiny-guest").display()),
             "--memory=64M".to_owned(),
             "--cmdline=scenario=hlt".to_owned(),
+            // Its holder is one of the processes that must not stay outside.
+            "--net=private=10.213.9.1/24".to_owned(),
         ]);
         Run::by(launcher, runtime, &flags)
     }
@@ -197,6 +201,25 @@ fn kill_spawner(state: &RunState) -> Result<()> {
     let mut spawners = state.processes.iter().filter(|p| p.role == ProcessRole::Spawner);
     let spawner = spawners.next().context("no spawner")?;
     Ok(kill(Pid::from_raw(spawner.pid), Signal::SIGKILL)?)
+}
+
+/// Launchers with other run-time folders know nothing of each other but the group.
+fn same_name() -> Result<()> {
+    need_limits()?;
+    let (mut first, state, group) = running(start()?)?;
+    let mut second = start()?;
+    let status = second.wait(DEADLINE)?;
+    let words = second.process.stderr()?;
+    ensure!(
+        status.code() == Some(1) && words.contains("belongs to a VM that runs"),
+        "{status}: {words}"
+    );
+    are_kept(&state, &group)?;
+    ensure!(first.process.alive()?, "{}", first.process.stderr()?);
+    first.process.signal(Signal::SIGTERM)?;
+    first.wait(DEADLINE)?;
+    ensure!(!group.exists(), "{} is left behind", group.display());
+    Ok(())
 }
 
 fn is_gone(group: &Path) -> Result<()> {

@@ -12,6 +12,7 @@
 
 use super::machine::{Backend, Device};
 use super::net::{self, Holder, NetError};
+use crate::sandbox::caps;
 use crate::wire::{Received, receive_message};
 use crate::wire_fds::send_with_fds;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -30,6 +31,9 @@ use vm_spec::supervise::{FromConnector, ToConnector};
 const FIRST_DELAY: Duration = Duration::from_millis(5);
 /// The longest wait between attempts.
 const LONGEST_DELAY: Duration = Duration::from_millis(200);
+
+/// Between two TAPs for one NIC: a process that says again and again that its TAP is lost keeps no one busy.
+const TAP_DELAY: Duration = Duration::from_secs(1);
 
 /// The devices that are connected again, in the order in which they are counted.
 pub(crate) fn remotes(devices: &[Device]) -> impl Iterator<Item = &Device> {
@@ -70,12 +74,30 @@ impl Connector {
             let reachable: Vec<Device> = reachable(devices).cloned().map(by_name).collect();
             post.detach(&[libc::STDERR_FILENO]);
             let _ = nix::sys::prctl::set_no_new_privs();
+            if let Ok(have) = caps::effective() {
+                let _ = caps::keep_only(have & needed(&reachable));
+            }
             serve(post.socket(), &reachable);
             Ok(())
         })?;
         let pid = holder.pid;
         Ok(holder.into_socket().map(|socket| Self { pid, socket }))
     }
+}
+
+/// The capabilities, a bit each, without which something could not be opened again that the launcher could open.
+fn needed(reachable: &[Device]) -> u64 {
+    /// `linux/capability.h`.
+    const CAP_DAC_OVERRIDE: u64 = 1 << 1;
+    const CAP_NET_ADMIN: u64 = 1 << 12;
+    let of = |device: &Device| match &device.backend {
+        Backend::Net(_) => CAP_NET_ADMIN,
+        Backend::External(_) => CAP_DAC_OVERRIDE,
+        // It becomes another user by itself.
+        Backend::Passt { .. } => u64::MAX,
+        Backend::Disk(_) => 0,
+    };
+    reachable.iter().map(of).fold(0, |all, one| all | one)
 }
 
 /// Of one device that is wanted.
@@ -87,6 +109,7 @@ struct Attempt {
 /// Serves until the supervisor is gone.
 fn serve(supervisor: &OwnedFd, reachable: &[Device]) {
     let mut wanted = BTreeMap::new();
+    let mut last_taps = BTreeMap::new();
     loop {
         wait(
             supervisor,
@@ -96,8 +119,9 @@ fn serve(supervisor: &OwnedFd, reachable: &[Device]) {
             match receive_message(supervisor.as_fd()) {
                 Ok(Received::Nothing) => break,
                 Ok(Received::Message(_, ToConnector::Connect { device })) => {
+                    let rested = last_taps.get(&device).map(|last: &Instant| *last + TAP_DELAY);
                     wanted.entry(device).or_insert(Attempt {
-                        at: Instant::now(),
+                        at: rested.unwrap_or_else(Instant::now),
                         delay: FIRST_DELAY,
                     });
                 }
@@ -121,6 +145,9 @@ fn serve(supervisor: &OwnedFd, reachable: &[Device]) {
                 }
                 None => return false,
             };
+            if device.is_ours() {
+                last_taps.insert(*number, now);
+            }
             let answer = FromConnector::Connected { device: *number };
             // A supervisor that takes no answer is gone, which is heard next.
             let fds: Vec<_> = opened.iter().map(AsFd::as_fd).collect();

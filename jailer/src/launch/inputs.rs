@@ -47,6 +47,8 @@ pub(crate) enum BackendInput {
         pcap: Option<OwnedFd>,
         /// Where orders for its link come from; made once there is a run-time folder.
         link: Option<OwnedFd>,
+        /// What its process leaves for a successor.
+        state: OwnedFd,
     },
     /// Connected to someone else's back end.
     Socket(OwnedFd),
@@ -202,6 +204,9 @@ fn open_net(device: &Device, nic: &Nic) -> Result<BackendInput, Failure> {
     Ok(BackendInput::Net {
         pcap: pcap.transpose()?.map(OwnedFd::from),
         link: None,
+        state: net::link::make_state().map_err(|e| {
+            Failure::host(format!("{}: cannot make memory for its state", device.field)).because(&e)
+        })?,
         tap: net::open(device, nic)?,
     })
 }

@@ -309,7 +309,13 @@ impl Wires {
                     table.insert(Source::FrontEnd(n), socket);
                     continue;
                 }
-                BackendInput::Net { tap, pcap, link } => {
+                BackendInput::Net {
+                    tap,
+                    pcap,
+                    link,
+                    state,
+                } => {
+                    table.insert(Source::NicState(n), state);
                     table.extend(link.map(|fd| (Source::Link(n), fd)));
                     table.extend(pcap.map(|file| (Source::Pcap(n), file)));
                     match tap {

@@ -30,6 +30,17 @@ nix::ioctl_write_ptr_bad!(set_address, libc::SIOCSIFADDR as libc::c_int, libc::i
 nix::ioctl_write_ptr_bad!(set_netmask, libc::SIOCSIFNETMASK as libc::c_int, libc::ifreq);
 nix::ioctl_write_ptr_bad!(set_flags, libc::SIOCSIFFLAGS as libc::c_int, libc::ifreq);
 nix::ioctl_write_ptr_bad!(set_mtu, libc::SIOCSIFMTU as libc::c_int, libc::ifreq);
+nix::ioctl_read_bad!(get_mtu, libc::SIOCGIFMTU as libc::c_int, libc::ifreq);
+nix::ioctl_read_bad!(
+    get_hardware_address,
+    libc::SIOCGIFHWADDR as libc::c_int,
+    libc::ifreq
+);
+nix::ioctl_write_ptr_bad!(
+    set_hardware_address,
+    libc::SIOCSIFHWADDR as libc::c_int,
+    libc::ifreq
+);
 nix::ioctl_write_ptr_bad!(add_port, SIOCBRADDIF as libc::c_int, libc::ifreq);
 nix::ioctl_write_ptr_bad!(add_bridge, SIOCBRADDBR as libc::c_int, libc::c_char);
 
@@ -40,7 +51,13 @@ pub(super) fn open_existing(name: &str, queues: u16) -> Result<Vec<OwnedFd>, Net
     if !exists(name) {
         return Err(NetError::Missing(name.to_owned()));
     }
-    attach(name, queues).map(|(_, taps)| taps)
+    match attach(name, queues) {
+        // It was made for several queues, of which this NIC takes one.
+        Err(NetError::Attach(e)) if queues == 1 && e.raw_os_error() == Some(libc::EINVAL) => {
+            attach_one(name, true).map(|(_, tap)| vec![tap])
+        }
+        other => other.map(|(_, taps)| taps),
+    }
 }
 
 /// Makes a TAP and adds it to the bridge `bridge`.
@@ -51,9 +68,14 @@ pub(super) fn open_on_bridge(bridge: &str, queues: u16, mtu: Option<u16>) -> Res
     }
     let (name, taps) = attach(BRIDGED_NAME, queues)?;
     let interfaces = Interfaces::open()?;
-    if let Some(mtu) = mtu {
-        interfaces.set_mtu(&name, mtu)?;
-    }
+    // A bridge takes the lowest address and the lowest MTU of its ports, unless it was given its own: a TAP
+    // must lower neither.
+    let mtu = match mtu {
+        Some(mtu) => mtu.into(),
+        None => interfaces.mtu(bridge)?,
+    };
+    interfaces.set_mtu(&name, mtu)?;
+    interfaces.raise_address(&name)?;
     interfaces.add_port(bridge, &name)?;
     interfaces.up(&name)?;
     Ok(taps)
@@ -200,9 +222,32 @@ impl Interfaces {
             .map_err(|e| NetError::Make("set the TAP's netmask", e.into()))
     }
 
-    pub(super) fn set_mtu(&self, name: &str, mtu: u16) -> Result<(), NetError> {
+    fn mtu(&self, name: &str) -> Result<i32, NetError> {
         let mut request = request_for(name);
-        request.ifr_ifru.ifru_mtu = mtu.into();
+        // SAFETY: `request` is a live ifreq, which SIOCGIFMTU fills in.
+        unsafe { get_mtu(self.0.as_raw_fd(), &raw mut request) }
+            .map_err(|e| NetError::Make("read the bridge's MTU", e.into()))?;
+        // SAFETY: SIOCGIFMTU has just written this member.
+        Ok(unsafe { request.ifr_ifru.ifru_mtu })
+    }
+
+    /// Gives the TAP `name` a locally administered address with the highest first byte; the guest's is another.
+    fn raise_address(&self, name: &str) -> Result<(), NetError> {
+        let failed = |e: Errno| NetError::Make("set the TAP's address", e.into());
+        let fd = self.0.as_raw_fd();
+        let mut request = request_for(name);
+        // SAFETY: `request` is a live ifreq, which SIOCGIFHWADDR fills in.
+        unsafe { get_hardware_address(fd, &raw mut request) }.map_err(failed)?;
+        // SAFETY: SIOCGIFHWADDR has just written this member.
+        unsafe { request.ifr_ifru.ifru_hwaddr.sa_data[0] = 0xfe_u8 as libc::c_char };
+        // SAFETY: `request` is a live ifreq with a hardware address in it.
+        let set = unsafe { set_hardware_address(fd, &raw const request) };
+        set.map(drop).map_err(failed)
+    }
+
+    pub(super) fn set_mtu(&self, name: &str, mtu: i32) -> Result<(), NetError> {
+        let mut request = request_for(name);
+        request.ifr_ifru.ifru_mtu = mtu;
         // SAFETY: `request` is a live ifreq with an MTU in it.
         let set = unsafe { set_mtu(self.0.as_raw_fd(), &raw const request) };
         set.map(drop).map_err(|e| NetError::Make("set the MTU", e.into()))

@@ -25,6 +25,8 @@ const BRIDGE: &str = "segment";
 const PORT: &str = "vm%d";
 /// A keeper that ends and one that starts are waited out this many times.
 const ATTEMPTS: usize = 16;
+/// Between two of them.
+const RETRY: std::time::Duration = std::time::Duration::from_millis(5);
 /// Most VMs' NICs on one segment.
 const MOST_MEMBERS: usize = 256;
 /// Who connects says at once what it wants. Also how long a keeper waits for its first member.
@@ -119,7 +121,11 @@ fn start_keeper(address: &UnixAddr) -> nix::Result<()> {
     let listener = seqpacket()?;
     match bind(listener.as_raw_fd(), address) {
         Ok(()) => {}
-        Err(Errno::EADDRINUSE) => return Ok(()),
+        Err(Errno::EADDRINUSE) => {
+            // Of another launcher, between its two calls: no event tells of the second.
+            std::thread::sleep(RETRY);
+            return Ok(());
+        }
         Err(e) => return Err(e),
     }
     listen(&listener, Backlog::new(64).unwrap_or(Backlog::MAXCONN))?;
@@ -213,7 +219,7 @@ fn admit(
 fn plug_in(interfaces: &interface::Interfaces, wish: &Wish) -> Result<Vec<OwnedFd>, NetError> {
     let (name, taps) = interface::attach(PORT, wish.queues)?;
     if wish.mtu != 0 {
-        interfaces.set_mtu(&name, wish.mtu)?;
+        interfaces.set_mtu(&name, wish.mtu.into())?;
     }
     interfaces.add_port(BRIDGE, &name)?;
     interfaces.up(&name)?;

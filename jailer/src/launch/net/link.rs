@@ -3,12 +3,17 @@
 
 use crate::failure::Failure;
 use crate::launch::run_dir::RunDir;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::Mode;
-use nix::unistd::mkfifo;
+use nix::unistd::{ftruncate, mkfifo};
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+
+/// Bytes of the page of [`make_state`].
+const STATE_SIZE: i64 = 4096;
 
 /// What [`order`] asks for, as the device process reads it (`--link-fd`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
@@ -38,6 +43,16 @@ pub(crate) fn make(run_dir: &RunDir, id: &str) -> io::Result<OwnedFd> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
     Ok(options.open(&path)?.into())
+}
+
+/// Makes the page in which a NIC's process leaves what its successor must know (`--state-fd`): the last order,
+/// and how many pairs of queues the driver uses.
+pub(crate) fn make_state() -> io::Result<OwnedFd> {
+    let state = memfd_create(c"nic-state", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+    ftruncate(&state, STATE_SIZE)?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&state, FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(state)
 }
 
 /// Gives an order to the NIC `id` of the running VM `vm`.

@@ -27,7 +27,7 @@ fn make(queues: u16, mtu: Option<u16>, address: Ipv4Addr, prefix: u8) -> Result<
     let (_, taps) = interface::attach(NAME, queues)?;
     let interfaces = interface::Interfaces::open()?;
     if let Some(mtu) = mtu {
-        interfaces.set_mtu(NAME, mtu)?;
+        interfaces.set_mtu(NAME, mtu.into())?;
     }
     interfaces.set_address(NAME, address, prefix)?;
     interfaces.up(NAME)?;

@@ -13,8 +13,10 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 const HEADER: usize = 10;
 /// Bytes of a length.
 const LENGTH: usize = 4;
-/// The longest frame: an IP packet behind an Ethernet header with a tag.
+/// The longest frame that a guest sends: an IP packet behind an Ethernet header with a tag.
 const LONGEST: usize = 65535 + 18;
+/// What passt takes: it would end the connection over another.
+const TAKEN: std::ops::RangeInclusive<usize> = 14..=65535;
 /// Bytes on their way in one direction.
 const BUFFER: usize = 4 * (LENGTH + LONGEST);
 /// A passt that is gone is an error, and no signal.
@@ -109,6 +111,9 @@ impl Outgoing {
                 break;
             };
             let count = count.saturating_sub(HEADER);
+            if !TAKEN.contains(&count) {
+                continue;
+            }
             length.copy_from_slice(&(count as u32).to_be_bytes());
             self.end += LENGTH + count;
         }

@@ -68,7 +68,7 @@ fn make(queues: u16, mtu: u16) -> Result<(Vec<OwnedFd>, OwnedFd), NetError> {
     let interfaces = interface::Interfaces::open()?;
     interfaces.make_bridge(BRIDGE)?;
     for name in [GUEST_TAP, PASST_TAP] {
-        interfaces.set_mtu(name, mtu)?;
+        interfaces.set_mtu(name, mtu.into())?;
         interfaces.add_port(BRIDGE, name)?;
         interfaces.up(name)?;
     }

@@ -111,6 +111,8 @@ fn plan_nic(n: usize, nic: &Nic, fds: &mut Table) -> Vec<String> {
     arguments.extend(nic.mtu.map(|mtu| format!("--mtu={mtu}")));
     let link = fds.add(Source::Link(n), "pipe with orders for the link");
     arguments.push(format!("--link-fd={}", link.0));
+    let state = fds.add(Source::NicState(n), "what a successor must know");
+    arguments.push(format!("--state-fd={}", state.0));
     if let Some(path) = &nic.pcap {
         let pcap = fds.add(Source::Pcap(n), path.display().to_string());
         arguments.push(format!("--pcap-fd={}", pcap.0));

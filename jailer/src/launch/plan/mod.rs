@@ -60,6 +60,8 @@ pub(crate) enum Source {
     Tap(usize, usize),
     /// Orders for a NIC's link.
     Link(usize),
+    /// What a NIC's process leaves for its successor.
+    NicState(usize),
     /// A NIC's capture.
     Pcap(usize),
 }
