@@ -18,6 +18,7 @@ const TARGETS: &[Target] = &[
     ("control", "vm-spec", vm_spec::fuzz::control),
     ("spec", "jailer", jailer::fuzz::spec),
     ("flags", "jailer", jailer::fuzz::flags),
+    ("files", "jailer", jailer::fuzz::files),
     ("exits", "vmm", vmm::fuzz::exits),
     ("msix", "vmm", vmm::fuzz::msix),
     ("virtio", "vmm", vmm::fuzz::virtio),

@@ -24,6 +24,10 @@ pub(crate) mod spawn;
 mod supervise;
 mod terminal;
 
+#[cfg(feature = "fuzzing")]
+#[path = "../../fuzz/launch.rs"]
+pub(crate) mod fuzz;
+
 use crate::failure::Failure;
 use crate::sandbox::cgroup::{CgroupError, Groups, Place};
 use crate::sandbox::{SeccompMode, share_cores_within};

@@ -106,3 +106,59 @@ fn backing_format(front: &[u8], mut at: usize) -> Result<ImageFormat, HeaderErro
     }
     Err(HeaderError::NoBackingFormat)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A header of version 3 with a format and a name behind it.
+    fn header(format: &[u8], name: &[u8]) -> Vec<u8> {
+        let mut front = vec![0; 104];
+        front[..4].copy_from_slice(MAGIC);
+        front[4..8].copy_from_slice(&3_u32.to_be_bytes());
+        front[100..104].copy_from_slice(&104_u32.to_be_bytes());
+        front.extend(EXTENSION_BACKING_FORMAT.to_be_bytes());
+        front.extend((format.len() as u32).to_be_bytes());
+        front.extend(format);
+        front.resize(front.len().next_multiple_of(8), 0);
+        front.extend([0; 8]);
+        let offset = front.len() as u64;
+        front[8..16].copy_from_slice(&offset.to_be_bytes());
+        front[16..20].copy_from_slice(&(name.len() as u32).to_be_bytes());
+        front.extend(name);
+        front
+    }
+
+    #[test]
+    fn name_and_format_are_read() {
+        let wanted = Backing {
+            name: "base.img".to_owned(),
+            format: ImageFormat::Raw,
+        };
+        assert_eq!(backing(&header(b"raw", b"base.img")), Ok(Some(wanted)));
+        assert_eq!(backing(&header(b"raw", b"")), Ok(None));
+    }
+
+    #[test]
+    fn bad_headers_are_refused() {
+        let good = header(b"raw", b"base.img");
+        assert_eq!(backing(b"QFX"), Err(HeaderError::NoMagic));
+        assert_eq!(backing(&good[..good.len() - 1]), Err(HeaderError::Truncated));
+        assert_eq!(backing(&good[..50]), Err(HeaderError::Truncated));
+        let changed = |at: usize, bytes: &[u8]| {
+            let mut front = good.clone();
+            front[at..at + bytes.len()].copy_from_slice(bytes);
+            backing(&front)
+        };
+        assert_eq!(changed(4, &[0, 0, 0, 4]), Err(HeaderError::Version(4)));
+        assert_eq!(changed(8, &[255; 8]), Err(HeaderError::Truncated));
+        assert_eq!(changed(16, &[0, 0, 4, 0]), Err(HeaderError::NameTooLong(1024)));
+        assert_eq!(changed(100, &[255; 4]), Err(HeaderError::NoBackingFormat));
+        assert_eq!(changed(108, &[255; 4]), Err(HeaderError::Truncated));
+        assert_eq!(
+            backing(&header(b"tar", b"base")),
+            Err(HeaderError::BackingFormat("tar".to_owned()))
+        );
+        assert_eq!(backing(&header(b"raw", b"\xff")), Err(HeaderError::NameNotText));
+    }
+}
