@@ -226,8 +226,9 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
     if let Some(saved) = &saved {
         terminal::restore(saved);
     }
-    reaper.dismiss();
-    run_dir.remove();
+    if !reaper.dismiss() {
+        run_dir.remove();
+    }
     result
 }
 

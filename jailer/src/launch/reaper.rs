@@ -8,6 +8,7 @@ use super::terminal::{self, Saved};
 use crate::sandbox::cgroup::Place;
 use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, Signal, signal};
+use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, geteuid, getpid, pipe2, read, setsid, write};
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -57,11 +58,11 @@ impl Reaper {
         }
     }
 
-    /// Says that the spawner ends as it should, and lets the reaper clean up.
-    pub(crate) fn dismiss(self) {
+    /// Says that the spawner ends as it should, and lets the reaper clean up; whether it did.
+    pub(crate) fn dismiss(self) -> bool {
         let _ = write(&self.pipe, &ALL_IN_ORDER);
         drop(self.pipe);
-        let _ = nix::sys::wait::waitpid(self.pid, None);
+        waitpid(self.pid, None) == Ok(WaitStatus::Exited(self.pid, 0))
     }
 }
 
@@ -90,7 +91,7 @@ fn reap(pipe: &OwnedFd, remains: &Remains<'_>) {
     remains.clean_up();
     if second.is_some() {
         // It holds the folder's lock too: the VM is over when both let go.
-        let _ = nix::sys::wait::waitpid(second, None);
+        let _ = waitpid(second, None);
     }
 }
 
@@ -128,7 +129,7 @@ impl Remains<'_> {
         if let Some(groups) = self.groups {
             groups.remove();
         }
-        self.run_dir.remove();
+        self.run_dir.remove_if_there();
     }
 }
 

@@ -209,13 +209,18 @@ impl RunDir {
         self.lock.as_raw_fd()
     }
 
-    /// Removes the folder, with the lock still held. One of the same name that a launcher has made since then
-    /// is another VM's.
+    /// Removes the folder, with the lock still held.
     pub(crate) fn remove(&self) {
+        remove(&self.path);
+    }
+
+    /// As [`Self::remove`], unless it is gone: one of the same name that a launcher has made since then is
+    /// another VM's.
+    pub(crate) fn remove_if_there(&self) {
         let inode = |about: fs::Metadata| (about.dev(), about.ino());
         let (now, ours) = (fs::symlink_metadata(&self.path), self.lock.metadata());
         if now.map(inode).ok() == ours.map(inode).ok() {
-            remove(&self.path);
+            self.remove();
         }
     }
 }
