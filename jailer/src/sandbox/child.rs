@@ -14,6 +14,7 @@ use super::userns::{IdMaps, become_id};
 use super::{Role, SeccompMode, caps, mounts, seccomp};
 use crate::audit::wall::{Removed, Wall};
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
@@ -23,6 +24,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 /// Whose child a process is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -156,6 +158,9 @@ pub enum SpawnError {
     /// The child failed in a step.
     #[error("the new process could not {}", .0.what())]
     Child(Step, #[source] io::Error),
+    /// The child hangs.
+    #[error("the new process has not built its jail after {DEADLINE:?}")]
+    Late,
     /// The child died before it executed.
     #[error("the new process died while its jail was built")]
     Died,
@@ -250,6 +255,11 @@ impl Starting {
     /// [`SpawnError::Child`] with the step that failed, or [`SpawnError::Died`]; the child is
     /// still to be reaped by whoever reaps all.
     pub fn finish(self) -> Result<Child, SpawnError> {
+        let mut ready = [PollFd::new(self.report(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(DEADLINE).unwrap_or(PollTimeout::MAX);
+        if poll(&mut ready, timeout) == Ok(0) {
+            return Err(SpawnError::Late);
+        }
         let mut report = Vec::new();
         std::fs::File::from(self.report)
             .take(REPORT_LEN as u64)
@@ -268,6 +278,9 @@ impl Starting {
         }
     }
 }
+
+/// Longest wait for a jail and its program, which take a few milliseconds.
+const DEADLINE: Duration = Duration::from_secs(30);
 
 /// The namespaces whose owner is the user that the child is. A child that becomes another user does so
 /// first; pid and time namespaces are made with it, by the caller's right.

@@ -4,6 +4,7 @@
 use super::NetError;
 use crate::sandbox::caps;
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
@@ -12,11 +13,14 @@ use nix::sys::socket::{
 use nix::unistd::{ForkResult, Pid, fork, getegid, geteuid};
 use std::fs;
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
+use std::time::Duration;
 
 /// What is said of a process that closed its socket before it sent anything.
 pub(super) const DIED: &str = "its process died";
+/// Longest wait for a TAP, which takes a few milliseconds.
+const TAP_DEADLINE: Duration = Duration::from_secs(30);
 /// Most descriptors of one TAP.
 const MOST_TAPS: usize = 8;
 
@@ -175,6 +179,11 @@ fn send(socket: &OwnedFd, text: &[u8], rights: &[ControlMessage<'_>]) -> nix::Re
 
 /// Receives what [`send_taps`] sent; a text in its place is the reason why there is none.
 pub(super) fn receive_taps(socket: &OwnedFd) -> Result<Vec<OwnedFd>, NetError> {
+    let mut ready = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+    let timeout = PollTimeout::try_from(TAP_DEADLINE).unwrap_or(PollTimeout::MAX);
+    if poll(&mut ready, timeout) == Ok(0) {
+        return Err(NetError::Holder(format!("there is none after {TAP_DEADLINE:?}")));
+    }
     let mut text = [0; 512];
     let mut space = nix::cmsg_space!([RawFd; MOST_TAPS]);
     let mut data = [IoSliceMut::new(&mut text)];
