@@ -19,7 +19,18 @@ pub enum Request {
         /// The device's id.
         device: String,
     },
+    /// Pass an order on to a running disk process (`vhost-user-blk --control-fd`): one line without its end.
+    /// Answered by [`Answer::Ordered`] or [`Answer::Failed`].
+    Order {
+        /// The device's id.
+        device: String,
+        /// The line, at most [`MAX_ORDER`] bytes.
+        line: String,
+    },
 }
+
+/// Longest order in bytes.
+pub const MAX_ORDER: usize = 60;
 
 /// From the supervisor.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -33,6 +44,11 @@ pub enum Answer {
         /// Microseconds for which the guest was not served.
         took_us: u64,
     },
+    /// What the device's process said.
+    Ordered(
+        /// Its lines.
+        String,
+    ),
     /// It was not done; for an upgrade: the old build serves, or will in a moment.
     Failed(
         /// Why, one line.

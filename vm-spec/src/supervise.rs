@@ -53,6 +53,8 @@ pub struct SupervisedProcess {
     pub slot: Option<u8>,
     /// Its place in what [`ToConnector::Connect`] counts, where its TAP can be opened again.
     pub tap: Option<u16>,
+    /// Stream socket to whoever is the process, for orders; absent where it takes none.
+    pub orders: Option<FdNumber>,
 }
 
 /// A device that someone else's back end serves.

@@ -9,6 +9,7 @@ mod hostile;
 mod jails;
 mod limits;
 mod net;
+mod orders;
 mod run;
 mod taps;
 mod terminal;
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
     tests.extend(jails::tests());
     tests.extend(limits::tests());
     tests.extend(net::tests());
+    tests.extend(orders::tests());
     tests.extend(run::tests());
     tests.extend(taps::tests());
     tests.extend(terminal::tests());

@@ -1,9 +1,11 @@
 //! The command line of `bulkhead`.
 
+mod connection;
 mod doctor;
 mod events;
 mod flags;
 mod image;
+mod orders;
 mod policy;
 mod spec_file;
 mod upgrade;
@@ -22,6 +24,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
+use vm_spec::size::ByteSize;
 use vm_spec::spec::VmSpec;
 
 /// Runs microVMs whose parts are separate, jailed processes.
@@ -67,6 +70,22 @@ enum Verb {
         nic: String,
         /// What to do
         order: Order,
+    },
+    /// Give a running VM's disk another size, which its guest is told at once (raw images)
+    Resize {
+        /// The VM's name
+        vm: String,
+        /// The disk's id, such as disk0
+        disk: String,
+        /// The new size, such as 20G
+        size: ByteSize,
+    },
+    /// Print what a running VM's disk process counts, in Prometheus' text format
+    Metrics {
+        /// The VM's name
+        vm: String,
+        /// The disk's id, such as disk0
+        disk: String,
     },
     /// Replace a running VM's device processes by another build, while its guest works
     Upgrade {
@@ -233,6 +252,8 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
         Verb::Run(args) => launch::run(&args.spec()?, &args.options(), launched_ns),
         Verb::Events { vm, follow } => events::show(&vm, follow),
         Verb::Link { vm, nic, order } => link::order(&vm, &nic, order),
+        Verb::Resize { vm, disk, size } => print(&orders::resize(&vm, &disk, size)?),
+        Verb::Metrics { vm, disk } => print(&orders::metrics(&vm, &disk)?),
         Verb::Upgrade { vm, device, binary } => print(&upgrade::upgrade(&vm, device.as_deref(), &binary)?),
         Verb::Doctor { json } => {
             let (text, code) = doctor::examine(json);

@@ -1,21 +1,16 @@
 //! `bulkhead upgrade VM [DEVICE] --binary NEW`: running device processes are replaced by another
 //! build, while the guest works.
 
+use super::connection::Connection;
 use crate::failure::Failure;
 use crate::launch;
-use crate::wire::{Received, send_message};
-use crate::wire_fds::{receive_with_fds, send_with_fd};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fmt::Write as _;
 use std::fs::{self, File};
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use vm_spec::client::{Answer, Request};
 use vm_spec::run_state::{self, ProcessRole, RunState};
 
-/// For the supervisor to say hello.
-const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 /// For one device: its drain, the new build's start, and the old one's if that fails.
 const UPGRADE_DEADLINE: Duration = Duration::from_secs(120);
 
@@ -57,7 +52,7 @@ pub(super) fn upgrade(vm: &str, device: Option<&str>, binary: &Path) -> Result<S
                     .cause(why)
                     .hint("the build that served before serves on"));
             }
-            Answer::Hello => return Err(Failure::host("the supervisor gave no answer to the request")),
+            _ => return Err(Failure::host("the supervisor gave no answer to the request")),
         }
     }
     Ok(out)
@@ -94,53 +89,4 @@ fn suitable(state: &RunState, binary: &Path) -> Result<Vec<String>, Failure> {
         return Err(Failure::usage("the VM has no device that this binary is for"));
     }
     Ok(names)
-}
-
-/// To a VM's supervisor.
-struct Connection {
-    socket: OwnedFd,
-    requests: u64,
-}
-
-impl Connection {
-    fn open(vm: &str, folder: &Path) -> Result<Self, Failure> {
-        let socket = launch::connect_to(folder)
-            .map_err(|e| Failure::host(format!("cannot reach the supervisor of '{vm}'")).because(&e))?;
-        let mut connection = Self { socket, requests: 0 };
-        match connection.ask(Request::Hello, None, HELLO_DEADLINE)? {
-            Answer::Hello => Ok(connection),
-            _ => Err(Failure::host("the supervisor does not speak this protocol")),
-        }
-    }
-
-    fn ask(&mut self, request: Request, file: Option<&File>, limit: Duration) -> Result<Answer, Failure> {
-        self.requests += 1;
-        let socket = self.socket.as_fd();
-        let sent = match file {
-            Some(file) => send_with_fd(socket, self.requests, request, file.as_fd()),
-            None => send_message(socket, self.requests, request),
-        };
-        let failed = |e: &dyn std::error::Error| Failure::host("cannot talk to the supervisor").because(e);
-        sent.map_err(|e| failed(&e))?;
-        let deadline = Instant::now() + limit;
-        loop {
-            match receive_with_fds(socket).map_err(|e| failed(&e))? {
-                (Received::Message(id, answer), _) if id == self.requests => return Ok(answer),
-                (Received::Message(..), _) => {}
-                (Received::End, _) => return Err(Failure::host("the VM ended")),
-                (Received::Nothing, _) => {
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        return Err(Failure::host(format!("no answer within {limit:?}")));
-                    }
-                    let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-                    let mut ready = [PollFd::new(socket, PollFlags::POLLIN)];
-                    match poll(&mut ready, timeout) {
-                        Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-                        Err(e) => return Err(failed(&e)),
-                    }
-                }
-            }
-        }
-    }
 }

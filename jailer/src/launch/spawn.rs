@@ -327,6 +327,9 @@ impl Wires {
                     for (m, layer) in images.layers.into_iter().enumerate() {
                         table.insert(Source::Image(n, m), layer.file);
                     }
+                    let (disk, supervisor) = pair(SockType::Stream)?;
+                    table.insert(Source::Orders(n), disk);
+                    table.insert(Source::OrdersPeer(n), supervisor);
                     table.extend(images.key.map(|fd| (Source::Key(n), fd)));
                     table.extend(images.data_file.map(|fd| (Source::DataFile(n), fd)));
                     table.extend(images.direct.map(|fd| (Source::DirectImage(n), fd)));

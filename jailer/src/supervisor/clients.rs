@@ -141,6 +141,10 @@ impl Supervisor {
                         Err(why) => why,
                     }
                 }
+                (Request::Order { device, line }, _) => match self.order(&device, &line, asker, now) {
+                    Ok(()) => continue,
+                    Err(why) => why,
+                },
                 (Request::Upgrade { .. }, None) => "no binary came with the request".to_owned(),
             };
             self.clients.answer(asker, Answer::Failed(refused), now);

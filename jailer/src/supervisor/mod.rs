@@ -12,6 +12,7 @@ mod console;
 mod devices;
 mod hearing;
 mod logs;
+mod orders;
 mod outcome;
 mod ready;
 mod recovery;
@@ -27,6 +28,7 @@ use console::{Command, Console};
 use devices::Counters;
 use logs::{Log, LogPipe};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use orders::Orders;
 use outcome::Outcome;
 use ready::Ready;
 use recovery::Recovery;
@@ -123,6 +125,7 @@ struct Process {
     /// Requests that the guest had under way when the latest back end was lost.
     outstanding: u32,
     upgrade: Option<Upgrade>,
+    orders: Option<Orders>,
 }
 
 struct Supervisor {
@@ -160,6 +163,7 @@ impl Supervisor {
             .map(|about| {
                 Ok(Process {
                     log: LogPipe::new(about.name.clone(), take(about.log)?, now),
+                    orders: about.orders.map(take).transpose()?.map(Orders::new),
                     about,
                     alive: true,
                     recovery: Recovery::new(now),
@@ -201,6 +205,7 @@ impl Supervisor {
                 self.devices_deadline(),
                 self.remotes_deadline(),
                 self.clients.deadline(),
+                self.orders_deadline(),
             ];
             self.wait(deadlines.into_iter().flatten().min())?;
             let now = Instant::now();
@@ -210,6 +215,7 @@ impl Supervisor {
             self.hear_vmm(hearing::MESSAGES_A_TURN, now);
             self.hear_spawner(now)?;
             self.hear_clients(now);
+            self.hear_orders(now);
             self.hear_connector(now);
             self.judge_devices(now);
             self.judge_remotes(now);

@@ -81,6 +81,7 @@ mod tests {
             log: FdNumber(9),
             slot: None,
             tap: None,
+            orders: None,
         }
     }
 

@@ -1,5 +1,6 @@
 //! What the supervisor waits for, in one poll.
 
+use super::orders::Orders;
 use super::{Supervisor, SupervisorError};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::AsFd;
@@ -26,6 +27,10 @@ impl Ready {
             (of.connector.as_ref(), PollFlags::POLLIN),
         ];
         wanted.extend(of.processes.iter().map(|p| (p.log.pipe(), PollFlags::POLLIN)));
+        wanted.extend(of.processes.iter().map(|p| {
+            let orders = p.orders.as_ref().and_then(Orders::source);
+            (orders, PollFlags::POLLIN)
+        }));
         wanted.extend(of.clients.sockets().map(|fd| (Some(fd), PollFlags::POLLIN)));
         // What has nothing to wait for is left out; `places` keeps the order.
         let mut fds = Vec::with_capacity(wanted.len());

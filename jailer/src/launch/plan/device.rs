@@ -97,6 +97,8 @@ fn plan_disk(n: usize, disk: &Disk, formats: &[ImageFormat], fds: &mut Table) ->
     if disk.read_only {
         arguments.push("--read-only".into());
     }
+    let orders = fds.add(Source::Orders(n), "orders by the supervisor: a new size, metrics");
+    arguments.push(format!("--control-fd={}", orders.0));
     arguments.extend(disk.flags.iter().cloned());
     arguments
 }

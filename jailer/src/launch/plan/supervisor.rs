@@ -50,6 +50,10 @@ pub(super) fn plan(
             ),
             slot,
             tap: connector::tap_place(devices, &worker.name),
+            orders: (worker.role == ProcessRole::Disk)
+                .then(|| devices.iter().position(|device| device.id == worker.name))
+                .flatten()
+                .map(|n| fds.add(Source::OrdersPeer(n), format!("orders to {}", worker.name))),
         })
         .collect();
     let config = SupervisorConfig {

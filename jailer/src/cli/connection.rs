@@ -1,0 +1,77 @@
+//! The connection of a command to a running VM's supervisor.
+
+use crate::failure::Failure;
+use crate::launch;
+use crate::wire::{Received, send_message};
+use crate::wire_fds::{receive_with_fds, send_with_fd};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+use vm_spec::client::{Answer, Request};
+
+/// For the supervisor to say hello.
+const HELLO_DEADLINE: Duration = Duration::from_secs(5);
+
+/// To a VM's supervisor.
+pub(super) struct Connection {
+    socket: OwnedFd,
+    requests: u64,
+}
+
+impl Connection {
+    /// Connects, and says hello.
+    ///
+    /// # Errors
+    /// Nobody listens there, or speaks this protocol.
+    pub(super) fn open(vm: &str, folder: &Path) -> Result<Self, Failure> {
+        let socket = launch::connect_to(folder)
+            .map_err(|e| Failure::host(format!("cannot reach the supervisor of '{vm}'")).because(&e))?;
+        let mut connection = Self { socket, requests: 0 };
+        match connection.ask(Request::Hello, None, HELLO_DEADLINE)? {
+            Answer::Hello => Ok(connection),
+            _ => Err(Failure::host("the supervisor does not speak this protocol")),
+        }
+    }
+
+    /// Asks, with a file where one belongs to the request, and waits for the answer.
+    ///
+    /// # Errors
+    /// There is none within `limit`.
+    pub(super) fn ask(
+        &mut self,
+        request: Request,
+        file: Option<&File>,
+        limit: Duration,
+    ) -> Result<Answer, Failure> {
+        self.requests += 1;
+        let socket = self.socket.as_fd();
+        let sent = match file {
+            Some(file) => send_with_fd(socket, self.requests, request, file.as_fd()),
+            None => send_message(socket, self.requests, request),
+        };
+        let failed = |e: &dyn std::error::Error| Failure::host("cannot talk to the supervisor").because(e);
+        sent.map_err(|e| failed(&e))?;
+        let deadline = Instant::now() + limit;
+        loop {
+            match receive_with_fds(socket).map_err(|e| failed(&e))? {
+                (Received::Message(id, answer), _) if id == self.requests => return Ok(answer),
+                (Received::Message(..), _) => {}
+                (Received::End, _) => return Err(Failure::host("the VM ended")),
+                (Received::Nothing, _) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Err(Failure::host(format!("no answer within {limit:?}")));
+                    }
+                    let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+                    let mut ready = [PollFd::new(socket, PollFlags::POLLIN)];
+                    match poll(&mut ready, timeout) {
+                        Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                        Err(e) => return Err(failed(&e)),
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,44 @@
+//! `bulkhead resize` and `bulkhead metrics`: orders to a running VM's disk process.
+
+use super::connection::Connection;
+use crate::failure::Failure;
+use crate::launch;
+use std::time::Duration;
+use vm_spec::client::{Answer, Request};
+use vm_spec::size::ByteSize;
+
+/// For an answer: more than the supervisor gives the process.
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// Gives the disk another size, which its guest is told at once.
+///
+/// # Errors
+/// A [`Failure`] when no such VM or disk runs, or its format cannot do that.
+pub(super) fn resize(vm: &str, disk: &str, size: ByteSize) -> Result<String, Failure> {
+    let said = order(vm, disk, format!("size {}", size.0))?;
+    match said.trim().strip_prefix("error: ") {
+        Some(why) => Err(Failure::host(format!("{disk} was not resized")).cause(why)),
+        None => Ok(String::new()),
+    }
+}
+
+/// What the disk's process counts, in Prometheus' text format.
+///
+/// # Errors
+/// A [`Failure`] when no such VM or disk runs.
+pub(super) fn metrics(vm: &str, disk: &str) -> Result<String, Failure> {
+    order(vm, disk, "metrics".to_owned())
+}
+
+fn order(vm: &str, device: &str, line: String) -> Result<String, Failure> {
+    let folder = launch::run_folder(vm)?;
+    let request = Request::Order {
+        device: device.to_owned(),
+        line,
+    };
+    match Connection::open(vm, &folder)?.ask(request, None, DEADLINE)? {
+        Answer::Ordered(said) => Ok(said),
+        Answer::Failed(why) => Err(Failure::host(format!("{device} took no order")).cause(why)),
+        _ => Err(Failure::host("the supervisor gave no answer to the request")),
+    }
+}
