@@ -20,6 +20,7 @@ use crate::{QueueHandler, device::Device};
 use jailer::sandbox::{LockdownError, Role, SeccompMode, lockdown_thread};
 use lane::Lane;
 use mailbox::{Receiver, Sender, mailbox};
+use std::cell::Cell;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -98,6 +99,8 @@ pub(crate) struct Worker {
     commands: Sender<Command>,
     answers: Receiver<Answer>,
     watch: Watch,
+    /// What the thread was told last about its ring.
+    enabled: Cell<bool>,
 }
 
 impl Worker {
@@ -146,6 +149,7 @@ impl Worker {
             commands,
             answers,
             watch,
+            enabled: Cell::new(false),
         };
         match worker.answer()? {
             Answer::LockedDown(Err(error)) => Err(WorkerError::Lockdown(error)),
@@ -186,9 +190,14 @@ impl Worker {
         self.ask(Command::Error(error)).map(drop)
     }
 
-    /// Whether the ring's chains are taken (SET_VRING_ENABLE).
+    /// Whether the ring's chains are taken (SET_VRING_ENABLE). What the thread knows it is not told
+    /// again: its answer might wait for a slow disk.
     pub(crate) fn set_enabled(&self, enabled: bool) -> Result<(), WorkerError> {
-        self.ask(Command::Enable(enabled)).map(drop)
+        if self.enabled.get() != enabled {
+            self.ask(Command::Enable(enabled))?;
+            self.enabled.set(enabled);
+        }
+        Ok(())
     }
 
     /// Another memory table: drains, then goes on in it.

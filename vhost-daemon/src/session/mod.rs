@@ -219,11 +219,14 @@ impl Session {
         Ok(())
     }
 
-    /// A device reset by RESET_DEVICE or a status of 0: rings stopped at index 0, nothing in flight.
+    /// A device reset by RESET_DEVICE or a status of 0: rings stopped at index 0 and disabled
+    /// (vhost-user, VHOST_USER_RESET_DEVICE), nothing in flight.
     fn reset_device(&mut self) -> Result<(), SessionError> {
         self.stop_rings()?;
-        for vring in &mut self.vrings {
+        for (worker, vring) in self.workers.iter().zip(&mut self.vrings) {
             vring.base = 0;
+            vring.enabled = false;
+            worker.set_enabled(false)?;
         }
         if let Some(region) = &self.inflight {
             region.zero();

@@ -1,5 +1,7 @@
 //! The messages that this crate handles itself, over a real socket.
 
+mod rings;
+
 use super::serve::messages;
 use super::{End, Session};
 use crate::memory::Sealing;

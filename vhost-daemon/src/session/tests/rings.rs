@@ -1,0 +1,146 @@
+//! When a ring's chains are taken: what starts, enables and resets it.
+
+use crate::memory::tests::{sealed, spec};
+use crate::memory::{GuestMemory, Sealing};
+use crate::ring::{Ring, RingFault};
+use crate::session::Session;
+use crate::worker::Worker;
+use crate::{ConfigError, Device, QueueHandler, Wait};
+use jailer::sandbox::{Role, SeccompMode};
+use nix::sys::eventfd::EventFd;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+use vhost::vhost_user::VhostUserBackendReqHandlerMut;
+use vhost::vhost_user::message::{VhostUserVirtioFeatures, VhostUserVringAddrFlags};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+
+const LONG: Duration = Duration::from_secs(20);
+/// For what must not happen.
+const SHORT: Duration = Duration::from_millis(100);
+const BASE: u64 = 0x10_0000;
+const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+
+/// A handler that says when it is asked, and then is as slow as the test wants.
+struct Slow {
+    asked: Sender<()>,
+    go_on: Receiver<()>,
+}
+
+impl QueueHandler for Slow {
+    fn start(&mut self, _features: u64) {}
+
+    fn process(&mut self, _ring: &mut Ring) -> Result<Wait, RingFault> {
+        let _ = self.asked.send(());
+        // An error: the test is over.
+        let _ = self.go_on.recv();
+        Ok(Wait::AVAILABLE)
+    }
+}
+
+struct Fake(Option<Slow>);
+
+impl Device for Fake {
+    fn features(&self) -> u64 {
+        0
+    }
+    fn set_features(&mut self, _features: u64) {}
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+    fn write_config(&mut self, _offset: u32, _data: &[u8]) -> Result<(), ConfigError> {
+        Err(ConfigError)
+    }
+    fn records_inflight(&self) -> bool {
+        false
+    }
+    fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
+        let handler = self.0.take().into_iter();
+        handler.map(|handler| Box::new(handler) as _).collect()
+    }
+    fn reset(&mut self) {}
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A session with one queue, and the test's side of its handler.
+struct Rig {
+    session: Session,
+    asked: Receiver<()>,
+    go_on: Sender<()>,
+}
+
+impl Rig {
+    fn new(features: u64) -> Self {
+        let ((asked, seen), (go_on, wait)) = (channel(), channel());
+        let mut device = Fake(Some(Slow { asked, go_on: wait }));
+        let workers = Worker::spawn_all(&mut device, Role::Disk, SeccompMode::Off, Duration::ZERO);
+        let mut session = Session::new(Box::new(device), workers.unwrap(), Sealing::Required, None);
+        let region = spec(BASE, 0x4000, BASE, 0);
+        let memory = GuestMemory::default().with_region(region, sealed(0x4000), Sealing::Required);
+        session.replace_memory(memory.unwrap()).unwrap();
+        session.set_features(1 << VIRTIO_F_VERSION_1 | features).unwrap();
+        Self {
+            session,
+            asked: seen,
+            go_on,
+        }
+    }
+
+    /// What a front end says about a ring that it starts.
+    fn kick(&mut self) {
+        let flags = VhostUserVringAddrFlags::empty();
+        let [table, available, used] = [0, 0x1000, 0x2000].map(|at| BASE + at);
+        self.session.set_vring_num(0, 8).unwrap();
+        let addresses = self.session.set_vring_addr(0, flags, table, used, available, 0);
+        addresses.unwrap();
+        let kick = File::from(OwnedFd::from(EventFd::new().unwrap()));
+        self.session.set_vring_kick(0, Some(kick)).unwrap();
+    }
+
+    /// Waits for the handler and lets it go.
+    fn serves(&self) -> bool {
+        let serves = self.asked.recv_timeout(LONG).is_ok();
+        self.go_on.send(()).unwrap();
+        serves
+    }
+}
+
+#[test]
+fn a_reset_disables_the_rings() {
+    let mut rig = Rig::new(PROTOCOL_FEATURES);
+    for _ in 0..2 {
+        rig.kick();
+        assert!(
+            rig.asked.recv_timeout(SHORT).is_err(),
+            "served before it is enabled"
+        );
+        rig.session.set_vring_enable(0, true).unwrap();
+        assert!(rig.serves());
+        rig.session.reset_device().unwrap();
+    }
+}
+
+#[test]
+fn a_ring_that_is_enabled_is_enabled_again_without_its_thread() {
+    let mut rig = Rig::new(PROTOCOL_FEATURES);
+    rig.session.set_vring_enable(0, true).unwrap();
+    rig.kick();
+    rig.asked.recv_timeout(LONG).unwrap();
+    // The thread is with its handler until it may go on.
+    rig.session.set_vring_enable(0, true).unwrap();
+    rig.go_on.send(()).unwrap();
+    rig.session.get_vring_base(0).unwrap();
+}
+
+#[test]
+fn rings_start_enabled_without_protocol_features() {
+    let mut rig = Rig::new(0);
+    for _ in 0..2 {
+        rig.kick();
+        assert!(rig.serves());
+        rig.session.reset_device().unwrap();
+    }
+}
