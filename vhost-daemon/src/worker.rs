@@ -28,7 +28,8 @@ use std::time::Duration;
 use watch::{Pulse, Watch};
 
 /// Longest wait for a worker's answer. A drain waits for the slowest I/O of the host; longer than
-/// this, and the process gives up (the front end, whose own deadline is shorter, has done so).
+/// this, and the process gives up (the front end, whose own deadline is shorter, has done so): the
+/// worker is not asked again, since its late answer would be taken for one to another question.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(120);
 /// Stack of a worker. It formats log lines and inflates image clusters; nothing recurses.
 const STACK_SIZE: usize = 256 << 10;
@@ -101,6 +102,10 @@ pub(crate) struct Worker {
     watch: Watch,
     /// What the thread was told last about its ring.
     enabled: Cell<bool>,
+    /// [`ANSWER_DEADLINE`]; shorter in tests.
+    deadline: Duration,
+    /// An answer did not come in time.
+    hangs: Cell<bool>,
 }
 
 impl Worker {
@@ -150,6 +155,8 @@ impl Worker {
             answers,
             watch,
             enabled: Cell::new(false),
+            deadline: ANSWER_DEADLINE,
+            hangs: Cell::new(false),
         };
         match worker.answer()? {
             Answer::LockedDown(Err(error)) => Err(WorkerError::Lockdown(error)),
@@ -206,7 +213,7 @@ impl Worker {
     }
 
     fn ask(&self, command: Command) -> Result<Answer, WorkerError> {
-        if self.commands.send(command).is_err() {
+        if self.hangs.get() || self.commands.send(command).is_err() {
             return Err(WorkerError::Hangs(self.index));
         }
         match self.answer()? {
@@ -219,8 +226,10 @@ impl Worker {
     }
 
     fn answer(&self) -> Result<Answer, WorkerError> {
-        let answer = self.answers.receive(ANSWER_DEADLINE);
-        answer.map_err(|_| WorkerError::Hangs(self.index))
+        self.answers.receive(self.deadline).map_err(|_| {
+            self.hangs.set(true);
+            WorkerError::Hangs(self.index)
+        })
     }
 }
 
@@ -230,5 +239,28 @@ impl Drop for Worker {
     fn drop(&mut self) {
         // Gone already: nothing to let go.
         let _ = self.commands.send(Command::Quit);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_late_answer_is_not_taken_for_another_one() {
+        let (commands, _inbox) = mailbox().unwrap();
+        let (outbox, answers) = mailbox().unwrap();
+        let worker = Worker {
+            index: 7,
+            commands,
+            answers,
+            watch: Watch::new(Arc::default()),
+            enabled: Cell::new(false),
+            deadline: Duration::from_millis(1),
+            hangs: Cell::new(false),
+        };
+        assert!(matches!(worker.set_call(None), Err(WorkerError::Hangs(7))));
+        assert!(outbox.send(Answer::Done).is_ok());
+        assert!(matches!(worker.stop(), Err(WorkerError::Hangs(7))), "I/O runs on");
     }
 }
