@@ -126,15 +126,8 @@ impl InflightRegion {
 
     /// Forgets everything: a device reset.
     pub(crate) fn zero(&self) {
-        let Some(all) = self.mapping.slice(0, self.size()) else {
-            return;
-        };
-        const BLOCK: [u8; 4096] = [0; 4096];
-        for offset in (0..all.len()).step_by(BLOCK.len()) {
-            let left = (all.len() - offset).min(BLOCK.len());
-            if let Ok(part) = all.subslice(offset, left) {
-                part.copy_from(&BLOCK[..left]);
-            }
+        if let Some(all) = self.mapping.slice(0, self.size()) {
+            zero(&all);
         }
     }
 
@@ -148,6 +141,16 @@ impl InflightRegion {
             desc_num: self.queue_size,
             counter: 0,
         })
+    }
+}
+
+fn zero(slice: &VolatileSlice<'_>) {
+    const BLOCK: [u8; 4096] = [0; 4096];
+    for offset in (0..slice.len()).step_by(BLOCK.len()) {
+        let left = (slice.len() - offset).min(BLOCK.len());
+        if let Ok(part) = slice.subslice(offset, left) {
+            part.copy_from(&BLOCK[..left]);
+        }
     }
 }
 
@@ -203,6 +206,8 @@ impl InflightQueue {
     pub(super) fn recover(&mut self, ring_used_index: u16) -> Result<Option<Vec<u16>>, RingFault> {
         let version: u16 = self.load(VERSION_AT)?;
         if version == 0 {
+            // A predecessor that was not dead yet may have marked a chain after the part was emptied.
+            zero(&self.part()?);
             self.store(DESC_NUM_AT, self.desc_num)?;
             self.store(USED_INDEX_AT, ring_used_index)?;
             self.store(VERSION_AT, VERSION)?;

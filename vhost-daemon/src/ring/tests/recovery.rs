@@ -106,6 +106,18 @@ fn a_zeroed_region_is_a_new_one() {
 }
 
 #[test]
+fn a_late_mark_in_a_zeroed_region_does_not_count() {
+    let (driver, region) = setup();
+    life(&driver, &region).unwrap();
+    region.zero();
+    region.queue(0, SIZE).unwrap().take(5).unwrap();
+    let ring = driver.ring_with(&region).unwrap();
+    drop(ring);
+    let mut successor = driver.ring_with(&region).unwrap();
+    assert!(!finish(&mut successor).contains(&5), "never offered");
+}
+
+#[test]
 fn regions_that_contradict_the_ring_are_refused() {
     let (driver, region) = setup();
     life(&driver, &region).unwrap();
