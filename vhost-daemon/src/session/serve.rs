@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
-/// For the rest of a message after its first byte.
+/// For the rest of a message after its first byte, and for room for its answer.
 const MESSAGE_DEADLINE: Duration = Duration::from_secs(2);
 /// Between two looks for it.
 const MESSAGE_LOOK: Duration = Duration::from_millis(5);
@@ -96,6 +96,9 @@ pub(crate) fn messages(
             }
             Whole::Crates => {}
         }
+        if let Room::Terminated = room_for_an_answer(&watched, termination)? {
+            return Ok(End::Terminated);
+        }
         match handler.handle_request() {
             Ok(()) | Err(VhostError::ReqHandlerError(_)) => {}
             Err(VhostError::Disconnected) => return Ok(End::Disconnected),
@@ -141,6 +144,37 @@ fn whole_message(socket: &UnixStream, termination: &Termination) -> Result<Whole
         if hung_up {
             // No rest will come: reading does not wait.
             return Ok(Whole::Crates);
+        }
+    }
+}
+
+/// Whether an answer can be sent without waiting for the front end to take older ones.
+enum Room {
+    Enough,
+    Terminated,
+}
+
+/// Waits for room in the socket; the crate waits for ever when it sends. A socket that is writable
+/// at all has three quarters of its buffer free.
+fn room_for_an_answer(socket: &UnixStream, termination: &Termination) -> Result<Room, ServeError> {
+    let end = Instant::now() + MESSAGE_DEADLINE;
+    loop {
+        let mut fds = [
+            PollFd::new(termination.as_fd(), PollFlags::POLLIN),
+            PollFd::new(socket.as_fd(), PollFlags::POLLOUT),
+        ];
+        let left = end.saturating_duration_since(Instant::now());
+        wait::wait(&mut fds, Some(left))?;
+        let [ended, writable] = fds.map(|fd| is_ready(&fd));
+        if ended {
+            termination.acknowledge();
+            return Ok(Room::Terminated);
+        }
+        if writable {
+            return Ok(Room::Enough);
+        }
+        if left.is_zero() {
+            return Err(ServeError::Protocol("the front end takes no answers".to_owned()));
         }
     }
 }

@@ -209,3 +209,21 @@ fn malformed_messages_end_the_session() {
         assert!(front.end().is_err(), "{request}");
     }
 }
+
+#[test]
+fn a_front_end_that_takes_no_answers_is_not_waited_for() {
+    let mut front = Front::new();
+    front
+        .socket
+        .set_write_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    let question = [1u32, 1, 0].map(u32::to_le_bytes).concat();
+    // Until the session is over, which takes its deadline.
+    let error = loop {
+        if let Err(error) = front.socket.write_all(&question) {
+            break error;
+        }
+    };
+    assert_ne!(error.kind(), std::io::ErrorKind::WouldBlock, "the session waits");
+    assert!(front.server.join().unwrap().is_err());
+}
