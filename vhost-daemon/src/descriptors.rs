@@ -12,6 +12,9 @@ use std::sync::{Mutex, PoisonError};
 static TAKEN: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
 /// Most descriptors in one message that [`receive`] takes.
 const MAX_RECEIVED: usize = 4;
+/// Most that the kernel passes with one message (unix(7), SCM_MAX_FD). There is room for all of them:
+/// nobody would close those of a message that is cut short.
+const MAX_PASSED: usize = 253;
 
 /// Owns the descriptor `number` that this process was started with (`--fd=3`), and marks it
 /// close-on-exec. Standard input, output and error cannot be had.
@@ -44,9 +47,12 @@ pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
 }
 
 /// Fills `buffer`, unless the stream ends before, and takes the descriptors that came with it.
+///
+/// # Errors
+/// When the socket fails, or more than [`MAX_RECEIVED`] came, which are closed.
 pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut vectors = [IoSliceMut::new(buffer)];
-    let mut control = cmsg_space!([RawFd; MAX_RECEIVED]);
+    let mut control = cmsg_space!([RawFd; MAX_PASSED]);
     let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_WAITALL;
     let message = recvmsg::<()>(socket.as_raw_fd(), &mut vectors, Some(&mut control), flags)?;
     let mut fds = Vec::new();
@@ -58,5 +64,56 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(
             }
         }
     }
+    if fds.len() > MAX_RECEIVED {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "message with too many file descriptors",
+        ));
+    }
     Ok((message.bytes, fds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{ControlMessage, sendmsg};
+    use std::io::{ErrorKind, IoSlice, Read};
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    fn send(socket: &UnixStream, fds: &[RawFd]) {
+        let control = [ControlMessage::ScmRights(fds)];
+        let sent = sendmsg::<()>(
+            socket.as_raw_fd(),
+            &[IoSlice::new(b"+")],
+            &control,
+            MsgFlags::empty(),
+            None,
+        );
+        assert_eq!(sent, Ok(1));
+    }
+
+    #[test]
+    fn too_many_descriptors_are_refused_and_closed() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        for (count, fits) in [
+            (1, true),
+            (MAX_RECEIVED, true),
+            (MAX_RECEIVED + 1, false),
+            (MAX_PASSED, false),
+        ] {
+            let (mut reader, writer) = UnixStream::pair().unwrap();
+            reader.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+            send(&ours, &vec![writer.as_raw_fd(); count]);
+            drop(writer);
+            match receive(theirs.as_fd(), &mut [0]) {
+                Ok((1, fds)) => assert!(fits && fds.len() == count),
+                Ok(_) => panic!("nothing came"),
+                Err(error) => assert!(!fits && error.kind() == ErrorKind::InvalidData),
+            }
+            // The end of the stream: no copy is left open.
+            assert_eq!(reader.read(&mut [0]).unwrap(), 0, "{count}");
+        }
+    }
 }
