@@ -10,6 +10,7 @@ const MAX_KERNEL: u64 = 1 << 30;
 /// "HdrS" at 0x202 marks a setup header.
 const HEADER_MAGIC: (usize, &[u8]) = (0x202, b"HdrS");
 const ELF_MAGIC: &[u8] = b"\x7fELF";
+const GZIP_MAGIC: &[u8] = &[0x1f, 0x8b];
 
 /// Why no ELF came out of a bzImage.
 #[derive(Debug, thiserror::Error)]
@@ -45,7 +46,7 @@ pub fn uncompressed_kernel(image: &[u8]) -> Result<Vec<u8>, PayloadError> {
     let mut kernel = Vec::with_capacity(payload.len().saturating_mul(4));
     match payload {
         [0xfd, b'7', b'z', b'X', ..] => drain(xz2::read::XzDecoder::new(payload), &mut kernel)?,
-        [0x1f, 0x8b, ..] => drain(flate2::read::GzDecoder::new(payload), &mut kernel)?,
+        _ if payload.starts_with(GZIP_MAGIC) => drain(flate2::read::GzDecoder::new(payload), &mut kernel)?,
         [0x28, 0xb5, 0x2f, 0xfd, ..] => {
             let decoder = ruzstd::decoding::StreamingDecoder::new(payload)
                 .map_err(|error| PayloadError::Corrupt(std::io::Error::other(error.to_string())))?;
@@ -62,7 +63,8 @@ pub fn uncompressed_kernel(image: &[u8]) -> Result<Vec<u8>, PayloadError> {
     }
 }
 
-/// The compressed payload without the four bytes of length that the build appends.
+/// The compressed payload without the four bytes of length that the build appends; a gzip stream ends
+/// with its length already, so nothing is appended.
 fn payload(image: &[u8]) -> Result<&[u8], PayloadError> {
     let word = |at: usize| Some(u32::from_le_bytes(image.get(at..at + 4)?.try_into().ok()?));
     let (at, magic) = HEADER_MAGIC;
@@ -83,9 +85,12 @@ fn payload(image: &[u8]) -> Result<&[u8], PayloadError> {
     let payload = image
         .get(offset..end)
         .ok_or(PayloadError::Outside { offset, length })?;
+    if payload.starts_with(GZIP_MAGIC) {
+        return Ok(payload);
+    }
     Ok(payload
-        .strip_suffix(payload.last_chunk::<4>().map_or(&[][..], |size| size))
-        .unwrap_or(payload))
+        .split_last_chunk::<4>()
+        .map_or(payload, |(stream, _)| stream))
 }
 
 fn drain(decoder: impl Read, kernel: &mut Vec<u8>) -> Result<(), PayloadError> {
@@ -119,17 +124,16 @@ mod tests {
 
     const KERNEL: &[u8] = b"\x7fELF and then many zeroes \0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
-    /// A bzImage with one setup sector around a compressed payload.
+    /// A bzImage with one setup sector around a compressed payload, as it lies there.
     fn image(payload: &[u8]) -> Vec<u8> {
         let mut image = vec![0; 0x400];
         image[0x1f1] = 1;
         image[0x202..0x206].copy_from_slice(b"HdrS");
         image[0x206..0x208].copy_from_slice(&0x20fu16.to_le_bytes());
         image[0x248..0x24c].copy_from_slice(&16u32.to_le_bytes());
-        image[0x24c..0x250].copy_from_slice(&(payload.len() as u32 + 4).to_le_bytes());
+        image[0x24c..0x250].copy_from_slice(&(payload.len() as u32).to_le_bytes());
         image.extend([0; 16]);
         image.extend(payload);
-        image.extend((KERNEL.len() as u32).to_le_bytes());
         image
     }
 
@@ -144,7 +148,11 @@ mod tests {
         let mut lz4 = vec![0x02, 0x21, 0x4c, 0x18];
         lz4.extend((block.len() as u32).to_le_bytes());
         lz4.extend(block);
-        for payload in [gzip.finish().unwrap(), xz.finish().unwrap(), zstd, lz4] {
+        let gzip = gzip.finish().unwrap();
+        assert_eq!(uncompressed_kernel(&image(&gzip)).unwrap(), KERNEL);
+        for mut payload in [xz.finish().unwrap(), zstd, lz4] {
+            // The build's, see arch/x86/boot/compressed/Makefile.
+            payload.extend((KERNEL.len() as u32).to_le_bytes());
             assert_eq!(uncompressed_kernel(&image(&payload)).unwrap(), KERNEL);
         }
     }
@@ -153,10 +161,10 @@ mod tests {
     fn names_what_is_wrong() {
         assert!(matches!(uncompressed_kernel(b"MZ"), Err(PayloadError::NoHeader)));
         assert!(matches!(
-            uncompressed_kernel(&image(b"????")),
+            uncompressed_kernel(&image(b"????size")),
             Err(PayloadError::Compression(_))
         ));
-        let mut short = image(b"????");
+        let mut short = image(b"????size");
         short.truncate(0x417);
         assert!(matches!(
             uncompressed_kernel(&short),
