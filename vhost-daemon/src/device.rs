@@ -143,6 +143,12 @@ pub trait QueueHandler: Send {
         None
     }
 
+    /// Whether what comes on a ring that was disabled is given back unread (vhost-user, "Ring states": a
+    /// network device discards what is to be transmitted). Otherwise it waits until the ring is enabled.
+    fn discards_when_disabled(&self) -> bool {
+        false
+    }
+
     /// Whether [`QueueHandler::source`] has something, found without sleeping: asked again and again
     /// while busy polling.
     fn is_ready(&mut self) -> bool {

@@ -176,6 +176,11 @@ impl QueueHandler for TransmitQueue {
         Some(self.pacer.source())
     }
 
+    /// Or what the guest left there would never be given back.
+    fn discards_when_disabled(&self) -> bool {
+        true
+    }
+
     fn process(&mut self, ring: &mut Ring) -> Result<Wait, RingFault> {
         let result = self.transmit(ring);
         self.counters.transmit.add(&mut self.batch);

@@ -57,6 +57,8 @@ pub(super) struct Lane {
     call: Option<OwnedFd>,
     error: Option<OwnedFd>,
     enabled: bool,
+    /// The ring was disabled while it ran: what comes is given back unread.
+    discards: bool,
     running: Option<Running>,
     /// When a broken ring is worth a line again.
     next_warning: Option<Instant>,
@@ -79,6 +81,7 @@ impl Lane {
             call: None,
             error: None,
             enabled: false,
+            discards: false,
             running: None,
             next_warning: None,
             pulse,
@@ -173,6 +176,7 @@ impl Lane {
 
     fn stop(&mut self) -> Option<QueueState> {
         self.drain();
+        self.discards = false;
         let running = self.running.take()?;
         Some(QueueState {
             base: running.ring.position(),
@@ -184,6 +188,7 @@ impl Lane {
             self.drain();
         }
         self.enabled = enabled;
+        self.discards = !enabled && self.running.is_some() && self.handler.discards_when_disabled();
         if let Some(running) = &mut self.running {
             running.pending = true;
         }
@@ -223,7 +228,7 @@ impl Lane {
         if let Some(running) = self
             .running
             .as_ref()
-            .filter(|running| self.enabled && !running.broken)
+            .filter(|running| self.takes() && !running.broken)
         {
             limit = running.limit();
             if running.wait.available {
@@ -249,6 +254,7 @@ impl Lane {
         if woken {
             self.inbox.acknowledge();
         }
+        let takes = self.takes();
         let Some(running) = &mut self.running else {
             return false;
         };
@@ -256,13 +262,19 @@ impl Lane {
             // The count does not matter, and a kick taken away by another reader neither.
             let _ = nix::unistd::read(&running.kick, &mut [0; 8]);
         }
-        self.enabled && !running.broken && (served || running.take_cause())
+        takes && !running.broken && (served || running.take_cause())
+    }
+
+    /// Whether chains are taken, to be served or to be discarded.
+    fn takes(&self) -> bool {
+        self.enabled || self.discards
     }
 
     /// One round of the handler.
     fn serve(&mut self) {
         let Some(running) = &mut self.running else { return };
-        let round = round(self.handler.as_mut(), running, self.call.as_ref(), self.patience);
+        let handler = self.handler.as_mut();
+        let round = round(handler, running, self.call.as_ref(), self.patience, self.discards);
         if let Err(fault) = round {
             self.break_ring(&fault);
         }
@@ -284,15 +296,28 @@ impl Lane {
     }
 }
 
+/// Gives everything back unread.
+fn discard(ring: &mut Ring) -> Result<Wait, RingFault> {
+    while let Some(chain) = ring.pop()? {
+        ring.complete(chain, 0);
+    }
+    Ok(Wait::AVAILABLE)
+}
+
 fn round(
     handler: &mut dyn QueueHandler,
     running: &mut Running,
     call: Option<&OwnedFd>,
     patience: Duration,
+    discards: bool,
 ) -> Result<(), RingFault> {
     let ring = &mut running.ring;
     ring.begin_round()?;
-    running.wait = handler.process(ring)?;
+    running.wait = if discards {
+        discard(ring)?
+    } else {
+        handler.process(ring)?
+    };
     running.alarm = running.wait.pause.map(|pause| Instant::now() + pause);
     publish(ring, call)?;
     let had_budget = ring.renew_budget();

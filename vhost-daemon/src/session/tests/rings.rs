@@ -1,15 +1,17 @@
 //! When a ring's chains are taken: what starts, enables and resets it.
 
 use crate::memory::tests::{sealed, spec};
-use crate::memory::{GuestMemory, Sealing};
+use crate::memory::{GuestAddress, GuestMemory, Sealing};
 use crate::ring::{Ring, RingFault};
 use crate::session::Session;
+use crate::wait::{is_ready, wait};
 use crate::worker::Worker;
 use crate::{ConfigError, Device, QueueHandler, Wait};
 use jailer::sandbox::{Role, SeccompMode};
+use nix::poll::{PollFd, PollFlags};
 use nix::sys::eventfd::EventFd;
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::AsFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 use vhost::vhost_user::VhostUserBackendReqHandlerMut;
@@ -26,10 +28,15 @@ const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
 struct Slow {
     asked: Sender<()>,
     go_on: Receiver<()>,
+    discards: bool,
 }
 
 impl QueueHandler for Slow {
     fn start(&mut self, _features: u64) {}
+
+    fn discards_when_disabled(&self) -> bool {
+        self.discards
+    }
 
     fn process(&mut self, _ring: &mut Ring) -> Result<Wait, RingFault> {
         let _ = self.asked.send(());
@@ -70,12 +77,22 @@ struct Rig {
     session: Session,
     asked: Receiver<()>,
     go_on: Sender<()>,
+    kick: EventFd,
+    call: EventFd,
 }
 
 impl Rig {
     fn new(features: u64) -> Self {
+        Self::with(features, false)
+    }
+
+    fn with(features: u64, discards: bool) -> Self {
         let ((asked, seen), (go_on, wait)) = (channel(), channel());
-        let mut device = Fake(Some(Slow { asked, go_on: wait }));
+        let mut device = Fake(Some(Slow {
+            asked,
+            go_on: wait,
+            discards,
+        }));
         let workers = Worker::spawn_all(&mut device, Role::Disk, SeccompMode::Off, Duration::ZERO);
         let mut session = Session::new(Box::new(device), workers.unwrap(), Sealing::Required, None);
         let region = spec(BASE, 0x4000, BASE, 0);
@@ -86,18 +103,46 @@ impl Rig {
             session,
             asked: seen,
             go_on,
+            kick: EventFd::new().unwrap(),
+            call: EventFd::new().unwrap(),
         }
     }
 
     /// What a front end says about a ring that it starts.
-    fn kick(&mut self) {
+    fn start(&mut self) {
         let flags = VhostUserVringAddrFlags::empty();
         let [table, available, used] = [0, 0x1000, 0x2000].map(|at| BASE + at);
         self.session.set_vring_num(0, 8).unwrap();
         let addresses = self.session.set_vring_addr(0, flags, table, used, available, 0);
         addresses.unwrap();
-        let kick = File::from(OwnedFd::from(EventFd::new().unwrap()));
-        self.session.set_vring_kick(0, Some(kick)).unwrap();
+        let [kick, call] = [&self.kick, &self.call].map(|event| {
+            let copy = event.as_fd().try_clone_to_owned();
+            Some(File::from(copy.unwrap()))
+        });
+        self.session.set_vring_call(0, call).unwrap();
+        self.session.set_vring_kick(0, kick).unwrap();
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) {
+        let memory = &self.session.memory;
+        let segment = memory.segment(GuestAddress(BASE + at), bytes.len());
+        memory.slice(&segment.unwrap()).unwrap().copy_from(bytes);
+    }
+
+    /// Makes a chain of one buffer available, the first one.
+    fn offer(&self) {
+        let buffer = BASE + 0x3000;
+        self.write(0, &buffer.to_le_bytes());
+        self.write(8, &64u64.to_le_bytes());
+        self.write(0x1002, &1u16.to_le_bytes());
+        self.kick.write(1).unwrap();
+    }
+
+    /// Whether the guest hears of a chain that was given back.
+    fn interrupts(&self, limit: Duration) -> bool {
+        let mut fds = [PollFd::new(self.call.as_fd(), PollFlags::POLLIN)];
+        wait(&mut fds, Some(limit)).unwrap();
+        is_ready(&fds[0])
     }
 
     /// Waits for the handler and lets it go.
@@ -112,7 +157,7 @@ impl Rig {
 fn a_reset_disables_the_rings() {
     let mut rig = Rig::new(PROTOCOL_FEATURES);
     for _ in 0..2 {
-        rig.kick();
+        rig.start();
         assert!(
             rig.asked.recv_timeout(SHORT).is_err(),
             "served before it is enabled"
@@ -127,7 +172,7 @@ fn a_reset_disables_the_rings() {
 fn a_ring_that_is_enabled_is_enabled_again_without_its_thread() {
     let mut rig = Rig::new(PROTOCOL_FEATURES);
     rig.session.set_vring_enable(0, true).unwrap();
-    rig.kick();
+    rig.start();
     rig.asked.recv_timeout(LONG).unwrap();
     // The thread is with its handler until it may go on.
     rig.session.set_vring_enable(0, true).unwrap();
@@ -139,8 +184,35 @@ fn a_ring_that_is_enabled_is_enabled_again_without_its_thread() {
 fn rings_start_enabled_without_protocol_features() {
     let mut rig = Rig::new(0);
     for _ in 0..2 {
-        rig.kick();
+        rig.start();
         assert!(rig.serves());
         rig.session.reset_device().unwrap();
     }
+}
+
+#[test]
+fn what_comes_on_a_disabled_ring_waits_or_is_discarded() {
+    for discards in [false, true] {
+        let mut rig = Rig::with(PROTOCOL_FEATURES, discards);
+        rig.session.set_vring_enable(0, true).unwrap();
+        rig.start();
+        assert!(rig.serves());
+        rig.session.set_vring_enable(0, false).unwrap();
+        rig.offer();
+        let limit = if discards { LONG } else { SHORT };
+        assert_eq!(rig.interrupts(limit), discards);
+        assert!(rig.asked.try_recv().is_err(), "served while it is disabled");
+        rig.session.set_vring_enable(0, true).unwrap();
+        assert!(rig.serves());
+    }
+}
+
+#[test]
+fn nothing_is_discarded_before_a_ring_is_enabled() {
+    let mut rig = Rig::with(PROTOCOL_FEATURES, true);
+    rig.offer();
+    rig.start();
+    assert!(!rig.interrupts(SHORT));
+    rig.session.set_vring_enable(0, true).unwrap();
+    assert!(rig.serves());
 }
