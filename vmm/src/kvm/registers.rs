@@ -174,14 +174,14 @@ pub(super) fn power_on_debug() -> kvm_debugregs {
     }
 }
 
-/// Brings a local APIC's register page to power-on state (Intel SDM 3A, 11.4.7.1), keeping its id
-/// and version.
-pub(super) fn power_on_lapic(page: &mut [std::ffi::c_char; 1024]) {
-    let keep = [0x20usize, 0x30].map(|offset| (offset, read(page, offset)));
+/// Brings the register page of local APIC `id` to power-on state (Intel SDM 3A, 11.4.7.1), keeping
+/// its version. The id is written anew: a guest's x2APIC mode leaves it in another form, of which
+/// KVM before Linux 6.3 makes nothing when the mode ends.
+pub(super) fn power_on_lapic(page: &mut [std::ffi::c_char; 1024], id: u8) {
+    let version = read(page, 0x30);
     page.fill(0);
-    for (offset, value) in keep {
-        write(page, offset, value);
-    }
+    write(page, 0x20, u32::from(id) << 24);
+    write(page, 0x30, version);
     write(page, 0xE0, 0xFFFF_FFFF); // destination format: flat
     write(page, 0xF0, 0xFF); // spurious vector, software disabled
     for lvt in [0x2F0, 0x320, 0x330, 0x340, 0x350, 0x360, 0x370] {
@@ -196,5 +196,22 @@ fn read(page: &[std::ffi::c_char; 1024], offset: usize) -> u32 {
 fn write(page: &mut [std::ffi::c_char; 1024], offset: usize, value: u32) {
     for (i, byte) in value.to_le_bytes().into_iter().enumerate() {
         page[offset + i] = byte as std::ffi::c_char;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_local_apic_that_was_in_x2apic_mode_has_its_id_in_the_old_place_again() {
+        let mut page = [-1; 1024];
+        write(&mut page, 0x20, 3); // as x2APIC mode has it
+        write(&mut page, 0x30, 0x5_0014);
+        power_on_lapic(&mut page, 3);
+        assert_eq!(read(&page, 0x20), 3 << 24);
+        assert_eq!(read(&page, 0x30), 0x5_0014);
+        assert_eq!(read(&page, 0x80), 0, "task priority");
+        assert_eq!(read(&page, 0x320), 1 << 16, "the timer is masked");
     }
 }

@@ -79,7 +79,7 @@ impl Vcpu {
             .map_err(kvm("reset a vCPU's debug registers"))?;
         msrs::reset(fd)?;
         let mut lapic = fd.get_lapic().map_err(kvm("read a local APIC"))?;
-        registers::power_on_lapic(&mut lapic.regs);
+        registers::power_on_lapic(&mut lapic.regs, self.index);
         fd.set_lapic(&lapic).map_err(kvm("reset a local APIC"))?;
         fd.set_vcpu_events(&kvm_vcpu_events {
             flags: KVM_VCPUEVENT_VALID_NMI_PENDING
