@@ -266,6 +266,39 @@ fn a_successor_takes_over_after_a_crash() {
     assert_eq!(kept, [0; 9]);
 }
 
+#[test]
+fn a_successor_that_fails_as_it_starts_may_have_served_a_ring() {
+    let rig = Rig::new(Script {
+        bases: vec![3, 4],
+        ..script()
+    });
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    let ram = File::from(rig.memory.memfd().try_clone_to_owned().unwrap());
+    let mut enabled = 0;
+    let quirk = move |at| {
+        enabled += u8::from(at == Req::SET_VRING_ENABLE);
+        if enabled < 2 {
+            return Quirk::Normal;
+        }
+        ram.write_all_at(&[9], Rig::used_index(1)).unwrap();
+        Quirk::Close
+    };
+    let (_poor, socket) = FakeBackend::start(Script {
+        quirk: Box::new(quirk),
+        ..script()
+    });
+    rig.replace(socket).unwrap_err();
+    assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
+    let (heir, socket) = FakeBackend::start(script());
+    rig.replace(socket).unwrap();
+    assert_eq!(
+        heir.look(Req::SET_VRING_BASE, 2, |seen| seen.payload[4]),
+        9,
+        "where it stands now, not where it was drained"
+    );
+}
+
 /// A slow disk under the successor of a dead process is no hang; a build that does not answer is one.
 #[test]
 fn a_successor_of_the_dead_may_wait_for_the_disk() {

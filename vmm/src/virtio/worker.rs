@@ -50,7 +50,7 @@ pub(super) struct Negotiated {
 pub(super) enum Phase {
     Idle,
     Running(StartOrder),
-    /// Stopped, each ring's base set to where it stopped.
+    /// Stopped, each ring's base set to where it stopped; nobody has been told to go on from there.
     Drained(StartOrder),
 }
 
@@ -299,10 +299,12 @@ impl Worker {
                 let inflight = self.inflight.take();
                 let done = self.with_session(|s| s.start(order.features, &order.rings, inflight.as_ref()));
                 self.inflight = inflight;
-                match done {
-                    Ok(()) => self.phase = self.running_again(order),
-                    Err(_) => self.phase = Phase::Drained(order),
-                }
+                self.phase = match &done {
+                    Ok(()) => self.running_again(order),
+                    Err(Error::NoBackend) => Phase::Drained(order),
+                    // It may have served a ring before it failed: the bases hold no longer.
+                    Err(_) => Phase::Running(order),
+                };
                 done
             }
             other => {
