@@ -30,12 +30,27 @@ unsafe impl Send for Mapping {}
 // SAFETY: as above; no method changes the value.
 unsafe impl Sync for Mapping {}
 
+/// A mapping of huge pages reserves them all, or fails: a guest that touches one too many would
+/// end this process (SIGBUS).
+fn flags(hugetlbfs: bool) -> libc::c_int {
+    match hugetlbfs {
+        true => libc::MAP_SHARED,
+        false => libc::MAP_SHARED | libc::MAP_NORESERVE,
+    }
+}
+
 impl Mapping {
     /// Maps `size` bytes of `file` from `offset` on, aligned to `align`, a power of two.
     ///
     /// # Errors
     /// When there is no address space or memory left.
-    pub(super) fn new(file: &File, offset: u64, size: usize, align: usize) -> io::Result<Self> {
+    pub(super) fn new(
+        file: &File,
+        offset: u64,
+        size: usize,
+        align: usize,
+        hugetlbfs: bool,
+    ) -> io::Result<Self> {
         let too_large = || io::Error::from_raw_os_error(libc::ENOMEM);
         // A page of nothing on both sides: what runs off the end of RAM, or comes before its
         // start, meets no other memory of this process.
@@ -71,7 +86,7 @@ impl Mapping {
                 mapping.start.cast(),
                 size,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED,
+                flags(hugetlbfs) | libc::MAP_FIXED,
                 file.as_raw_fd(),
                 offset,
             )
@@ -89,7 +104,7 @@ impl Mapping {
     pub(super) fn region(&self, file: FileOffset, hugetlbfs: bool) -> io::Result<MmapRegion> {
         let builder = MmapRegionBuilder::new(self.size)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_mmap_flags(flags(hugetlbfs))
             .with_file_offset(file)
             .with_hugetlbfs(hugetlbfs);
         // SAFETY: `start` begins `size` mapped bytes, which stay mapped until `self` is dropped.
@@ -156,7 +171,7 @@ mod tests {
         use std::os::unix::fs::FileExt;
         let file = memfd(3 << 20);
         file.write_all_at(&[7], 1 << 20).unwrap();
-        let mapping = Mapping::new(&file, 1 << 20, 2 << 20, HUGE_PAGE).unwrap();
+        let mapping = Mapping::new(&file, 1 << 20, 2 << 20, HUGE_PAGE, false).unwrap();
         assert_eq!(mapping.start as usize % HUGE_PAGE, 0);
         // SAFETY: the first byte of the mapping.
         assert_eq!(unsafe { mapping.start.read_volatile() }, 7);
@@ -175,7 +190,7 @@ mod tests {
     fn a_page_of_nothing_lies_on_both_sides() {
         for (size, align) in [(PAGE, PAGE), (2 << 20, HUGE_PAGE), (3 << 20, HUGE_PAGE)] {
             let file = memfd(size as u64);
-            let mapping = Mapping::new(&file, 0, size, align).unwrap();
+            let mapping = Mapping::new(&file, 0, size, align, false).unwrap();
             assert!(is_readable(mapping.start) && is_readable(mapping.start.wrapping_add(size - 1)));
             assert!(!is_readable(mapping.start.wrapping_sub(1)));
             assert!(!is_readable(mapping.start.wrapping_sub(PAGE)));
@@ -187,7 +202,7 @@ mod tests {
     #[test]
     fn huge_pages_keep_the_content_and_stop_at_the_end() {
         let file = memfd(5 << 20);
-        let mapping = Mapping::new(&file, 0, 5 << 20, HUGE_PAGE).unwrap();
+        let mapping = Mapping::new(&file, 0, 5 << 20, HUGE_PAGE, false).unwrap();
         let last = mapping.start.wrapping_add((5 << 20) - 1);
         // SAFETY: the last byte of the mapping.
         unsafe { last.write_volatile(9) };

@@ -95,13 +95,14 @@ impl GuestRam {
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(&memfd, FcntlArg::F_ADD_SEALS(seals)).map_err(|e| failed("seal")(e.into()))?;
         let memfd = Arc::new(memfd);
-        let mappings = map(&memfd, size, page).map_err(failed("map"))?;
-        if huge_page_size.is_none() {
+        let hugetlbfs = huge_page_size.is_some();
+        let mappings = map(&memfd, size, page, hugetlbfs).map_err(failed("map"))?;
+        if !hugetlbfs {
             mappings
                 .iter()
                 .for_each(|(_, mapping)| mapping.prefer_huge_pages());
         }
-        let memory = regions(&memfd, &mappings, huge_page_size.is_some()).map_err(failed("map"))?;
+        let memory = regions(&memfd, &mappings, hugetlbfs).map_err(failed("map"))?;
         Ok(Self {
             memory,
             mappings,
@@ -161,13 +162,13 @@ impl GuestRam {
     }
 }
 
-fn map(memfd: &File, size: u64, page: u64) -> io::Result<Vec<(u64, Mapping)>> {
+fn map(memfd: &File, size: u64, page: u64, hugetlbfs: bool) -> io::Result<Vec<(u64, Mapping)>> {
     let align = HUGE_PAGE.max(usize::try_from(page).unwrap_or(HUGE_PAGE));
     let mut offset = 0;
     let mut mappings = Vec::new();
     for (start, len) in ram_ranges(size) {
         let len_here = usize::try_from(len).map_err(io::Error::other)?;
-        mappings.push((start, Mapping::new(memfd, offset, len_here, align)?));
+        mappings.push((start, Mapping::new(memfd, offset, len_here, align, hugetlbfs)?));
         offset += len;
     }
     Ok(mappings)
@@ -236,6 +237,13 @@ mod tests {
                 .write_obj(7u64, GuestAddress(machine::PCI_HOLE_START))
                 .is_err()
         );
+    }
+
+    #[test]
+    fn huge_pages_that_the_host_lacks_are_missed_at_once() {
+        // More than any host has of them.
+        let error = GuestRam::new(machine::MAX_MEMORY, Some(2 << 20)).err().unwrap();
+        assert!(matches!(error, RamError::System { .. }), "{error}");
     }
 
     #[test]
