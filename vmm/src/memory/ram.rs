@@ -3,6 +3,7 @@
 use super::HUGE_PAGE;
 use super::layout::ram_ranges;
 use super::mapping::Mapping;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
@@ -14,6 +15,9 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 use vm_spec::machine;
+
+/// Not executable, and never to become so (Linux 6.3).
+const MFD_NOEXEC_SEAL: MFdFlags = MFdFlags::from_bits_retain(8);
 
 /// Why guest RAM could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -88,9 +92,7 @@ impl GuestRam {
             return Err(RamError::Alignment { memory: size, page });
         }
         let failed = |what| move |source: io::Error| RamError::System { what, size, source };
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | huge;
-        let memfd = memfd_create(c"guest-ram", flags).map_err(|e| failed("allocate")(e.into()))?;
-        let memfd = File::from(memfd);
+        let memfd = create(huge).map_err(failed("allocate"))?;
         memfd.set_len(size).map_err(failed("allocate"))?;
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(&memfd, FcntlArg::F_ADD_SEALS(seals)).map_err(|e| failed("seal")(e.into()))?;
@@ -162,6 +164,19 @@ impl GuestRam {
     }
 }
 
+/// A memfd that can be sealed, and that no process it is shared with can execute: a guest's bytes
+/// are no program.
+fn create(huge: MFdFlags) -> io::Result<File> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | huge;
+    let no_exec = flags | MFD_NOEXEC_SEAL;
+    let memfd = match memfd_create(c"guest-ram", no_exec) {
+        // A kernel that knows no such flag.
+        Err(Errno::EINVAL) => memfd_create(c"guest-ram", flags),
+        other => other,
+    }?;
+    Ok(memfd.into())
+}
+
 fn map(memfd: &File, size: u64, page: u64, hugetlbfs: bool) -> io::Result<Vec<(u64, Mapping)>> {
     let align = HUGE_PAGE.max(usize::try_from(page).unwrap_or(HUGE_PAGE));
     let mut offset = 0;
@@ -189,6 +204,8 @@ fn regions(memfd: &Arc<File>, mappings: &[(u64, Mapping)], huge: bool) -> io::Re
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
     use vm_memory::Bytes;
 
     #[test]
@@ -201,6 +218,19 @@ mod tests {
             Some(libc::EPERM)
         );
         assert!(fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).is_err());
+    }
+
+    #[test]
+    fn ram_is_no_program() {
+        if memfd_create(c"probe", MFD_NOEXEC_SEAL).err() == Some(Errno::EINVAL) {
+            return;
+        }
+        let ram = GuestRam::new(machine::MIN_MEMORY, None).unwrap();
+        let file = File::from(ram.memfd().try_clone_to_owned().unwrap());
+        let mode = |file: &File| file.metadata().unwrap().permissions().mode();
+        assert_eq!(mode(&file) & 0o111, 0);
+        assert!(file.set_permissions(Permissions::from_mode(0o700)).is_err());
+        assert_eq!(mode(&file) & 0o111, 0);
     }
 
     /// SIGBUS is what a mapping gives behind its file's end. Whoever holds the memfd can cut no
