@@ -144,7 +144,8 @@ fn check(header: &Header, cmdline: usize) -> Result<(), BootError> {
     Ok(())
 }
 
-/// The preferred address if memory reaches so far, else the lowest allowed one.
+/// The preferred address, or the next one above it that is allowed: a relocatable kernel that is
+/// loaded below moves itself there (boot.rst, `kernel_alignment` and `pref_address`).
 fn place(header: &Header, ram: &GuestRam, init_size: u64) -> Result<u64, BootError> {
     let ram_end = layout::low_ram_end(ram.size());
     let fits = |start: u64| start.checked_add(init_size).is_some_and(|end| end <= ram_end);
@@ -154,8 +155,10 @@ fn place(header: &Header, ram: &GuestRam, init_size: u64) -> Result<u64, BootErr
     }
     let alignment = u64::from(header.u32(field::KERNEL_ALIGNMENT));
     if header.u8(field::RELOCATABLE) != 0 && alignment.is_power_of_two() {
-        let lowest = layout::KERNEL_MIN.next_multiple_of(alignment);
-        if fits(lowest) {
+        let lowest = layout::KERNEL_MIN
+            .max(preferred)
+            .checked_next_multiple_of(alignment);
+        if let Some(lowest) = lowest.filter(|&lowest| fits(lowest)) {
             return Ok(lowest);
         }
     }

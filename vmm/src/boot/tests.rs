@@ -150,6 +150,25 @@ fn a_bzimage_that_cannot_be_booted_says_why() {
     }
 }
 
+#[test]
+fn a_bzimage_is_not_loaded_where_it_would_not_stay() {
+    let placed = |preferred: u64, init_size: u32| {
+        let mut kernel = bzimage();
+        put(&mut kernel, 0x258, &preferred.to_le_bytes());
+        put(&mut kernel, 0x260, &init_size.to_le_bytes());
+        boot(&kernel, None, &ram()).map(|entry| entry.rip - 0x200)
+    };
+    assert_eq!(placed(16 << 20, 1 << 20).unwrap(), 16 << 20);
+    assert_eq!(placed(0, 1 << 20).unwrap(), 2 << 20, "below 1 MiB lies boot data");
+    // It would move itself to 16 MiB, and its end is past the end of RAM.
+    let error = placed(16 << 20, 20 << 20).unwrap_err();
+    assert!(
+        matches!(error, BootError::MemoryTooSmall { need, .. } if need == 36 << 20),
+        "{error}"
+    );
+    assert!(placed(u64::MAX, 1 << 20).is_err());
+}
+
 /// A fixed sequence (xorshift), so that a failure can be repeated.
 fn random(state: &mut u64) -> u64 {
     *state ^= *state << 13;
