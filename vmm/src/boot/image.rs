@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 /// A kernel or initrd.
 pub struct Image {
@@ -69,8 +69,26 @@ impl Image {
         file.seek(SeekFrom::Start(offset))
             .map_err(|source| self.failed(source))?;
         let count = usize::try_from(size).map_err(|_| self.truncated(offset, u64::MAX))?;
-        ram.memory()
-            .read_exact_volatile_from(GuestAddress(address), &mut file, count)?;
+        let mut done = 0;
+        while done < count {
+            let to = GuestAddress(address + done as u64);
+            // One read(2), which takes 2 GiB less a page at most.
+            match ram.memory().read_volatile_from(to, &mut file, count - done) {
+                // The file has become shorter since it was opened.
+                Ok(0) => {
+                    return Err(BootError::Truncated {
+                        file: self.name,
+                        offset,
+                        end: offset + size,
+                        size: offset + done as u64,
+                    });
+                }
+                Ok(read) => done += read,
+                Err(GuestMemoryError::IOError(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(GuestMemoryError::IOError(error)) => return Err(self.failed(error)),
+                Err(error) => return Err(error.into()),
+            }
+        }
         Ok(())
     }
 

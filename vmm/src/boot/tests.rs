@@ -9,11 +9,15 @@ use vm_spec::machine;
 
 const LOAD: u64 = 0x20_0000;
 
-fn image(bytes: &[u8], name: &'static str) -> Image {
+fn file(bytes: &[u8]) -> File {
     let memfd = nix::sys::memfd::memfd_create(c"image", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap();
     let mut file = File::from(memfd);
     file.write_all(bytes).unwrap();
-    Image::new(OwnedFd::from(file), name).unwrap()
+    file
+}
+
+fn image(bytes: &[u8], name: &'static str) -> Image {
+    Image::new(OwnedFd::from(file(bytes)), name).unwrap()
 }
 
 fn ram() -> GuestRam {
@@ -118,6 +122,26 @@ fn a_reboot_clears_what_the_file_does_not_fill() {
     ram.memory().write_obj(!0u64, GuestAddress(LOAD)).unwrap();
     boot(&elf(), None, &ram).unwrap();
     assert_eq!(&read(&ram, LOAD), b"CODE\0\0\0\0");
+}
+
+#[test]
+fn a_file_that_becomes_shorter_is_said_to_be_truncated() {
+    let (ram, file) = (ram(), file(&elf()));
+    let image = Image::new(file.try_clone().unwrap().into(), "kernel").unwrap();
+    file.set_len(0x1FE).unwrap();
+    let error = image.load(&ram, 0x1FC, LOAD, 4).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            BootError::Truncated {
+                end: 0x200,
+                size: 0x1FE,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert_eq!(&read(&ram, LOAD), b"CO\0\0");
 }
 
 #[test]
