@@ -6,6 +6,8 @@ use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 const HYPERVISOR_PRESENT: u32 = 1 << 31;
 const TSC_DEADLINE: u32 = 1 << 24;
 const HTT: u32 = 1 << 28;
+const VMX: u32 = 1 << 5;
+const SVM: u32 = 1 << 2;
 const KVM_SIGNATURE: u32 = 0x4000_0000;
 const KVM_FEATURES: u32 = 0x4000_0001;
 /// KVM_FEATURE_CLOCKSOURCE, CLOCKSOURCE2 and CLOCKSOURCE_STABLE_BIT.
@@ -37,8 +39,13 @@ pub(super) fn for_guest(cpuid: &mut CpuId, cpus: u8, deadline_timer: bool) -> Re
         if deadline_timer {
             leaf.ecx |= TSC_DEADLINE;
         }
+        // A vCPU in VMX operation takes no power-on state: such a guest could not be reset.
+        leaf.ecx &= !VMX;
         leaf.ebx = leaf.ebx & 0xFF00_FFFF | u32::from(cpus) << 16;
         leaf.edx = if cpus > 1 { leaf.edx | HTT } else { leaf.edx & !HTT };
+    }
+    if let Some(leaf) = entry(cpuid, 0x8000_0001, 0) {
+        leaf.ecx &= !SVM;
     }
     kvm_leaves(cpuid)?;
     cache_sharing(cpuid, cpus);
@@ -180,6 +187,19 @@ mod tests {
             "five ids need three bits"
         );
         assert_eq!(entry(&mut cpuid, 0x8000_001E, 0).unwrap().eax, 3);
+    }
+
+    #[test]
+    fn no_guest_runs_guests_of_its_own() {
+        let leaf = |function| kvm_cpuid_entry2 {
+            function,
+            ecx: !0,
+            ..Default::default()
+        };
+        let mut cpuid = CpuId::from_entries(&[leaf(0), leaf(1), leaf(0x8000_0001)]).unwrap();
+        for_guest(&mut cpuid, 1, false).unwrap();
+        assert_eq!(entry(&mut cpuid, 1, 0).unwrap().ecx, !VMX);
+        assert_eq!(entry(&mut cpuid, 0x8000_0001, 0).unwrap().ecx, !SVM);
     }
 
     #[test]
