@@ -4,9 +4,13 @@ use crate::error::Error;
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_irqchip__bindgen_ty_1,
 };
-use kvm_bindings::{kvm_ioapic_state, kvm_ioapic_state__bindgen_ty_1};
+use kvm_bindings::{kvm_ioapic_state, kvm_ioapic_state__bindgen_ty_1, kvm_pic_state};
 use kvm_ioctls::VmFd;
 use vm_spec::machine;
+
+/// Pins that a guest may make level-triggered (ELCR): the bits that KVM's own PICs have.
+const MASTER_ELCR: u8 = 0xF8;
+const SLAVE_ELCR: u8 = 0xDE;
 
 /// Where interrupt controllers are emulated.
 pub trait Irqchip: Send + Sync {
@@ -39,8 +43,8 @@ impl Irqchip for InKernel {
         };
         ioapic.redirtbl = [kvm_ioapic_state__bindgen_ty_1 { bits: MASKED }; 24];
         let chips = [
-            (KVM_IRQCHIP_PIC_MASTER, kvm_irqchip__bindgen_ty_1::default()),
-            (KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip__bindgen_ty_1::default()),
+            (KVM_IRQCHIP_PIC_MASTER, pic(MASTER_ELCR)),
+            (KVM_IRQCHIP_PIC_SLAVE, pic(SLAVE_ELCR)),
             (KVM_IRQCHIP_IOAPIC, kvm_irqchip__bindgen_ty_1 { ioapic }),
         ];
         for (chip_id, chip) in chips {
@@ -53,5 +57,16 @@ impl Irqchip for InKernel {
                 .map_err(Error::kvm("reset the interrupt controllers"))?;
         }
         Ok(())
+    }
+}
+
+/// A PIC with all its pins masked.
+fn pic(elcr_mask: u8) -> kvm_irqchip__bindgen_ty_1 {
+    kvm_irqchip__bindgen_ty_1 {
+        pic: kvm_pic_state {
+            imr: 0xFF,
+            elcr_mask,
+            ..Default::default()
+        },
     }
 }
