@@ -61,8 +61,11 @@ impl Platform {
     fn port_read(&self, port: u16, data: &mut [u8]) {
         if let machine::COM1_PORT..=COM1_LAST = port {
             data.fill_with(|| self.com1.read((port - machine::COM1_PORT) as u8));
-        } else if let (Some(value), 1) = (self.ports.read(port), data.len()) {
-            data[0] = value;
+        } else if let [byte] = data
+            && let Some(value) = self.ports.read(port)
+        {
+            // Only a read of the register's width: reading may clear it.
+            *byte = value;
         } else if !self.pci.io_read(port, data) {
             data.fill(FLOATING);
         }
@@ -133,5 +136,28 @@ impl ExitCounters {
                 None => sums.push(((*name).to_owned(), count)),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::serial::ConsoleOutput;
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+
+    #[test]
+    fn a_wide_read_of_the_event_register_takes_no_event() {
+        let (console, _theirs) = UnixStream::pair().unwrap();
+        let platform = Platform {
+            com1: Com1::new(Arc::new(ConsoleOutput::new(console.into()).unwrap())).unwrap(),
+            ports: Ports::new().unwrap(),
+            pci: PciBus::new(),
+        };
+        platform.ports.press_power_button().unwrap();
+        let (mut wide, mut byte) = ([0; 4], [0]);
+        platform.port_read(machine::GED_PORT, &mut wide);
+        platform.port_read(machine::GED_PORT, &mut byte);
+        assert_eq!((wide, byte), ([FLOATING; 4], [1]));
     }
 }
