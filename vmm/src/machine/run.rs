@@ -142,10 +142,13 @@ impl Machine {
         let mut console = PollFlags::empty();
         console.set(PollFlags::POLLIN, input == Input::Open);
         console.set(PollFlags::POLLOUT, output.is_blocked());
+        // Nobody takes the signal while input has no use for it.
+        let mut drained = PollFlags::empty();
+        drained.set(PollFlags::POLLIN, input == Input::Full);
         let mut fds = vec![
             PollFd::new(control.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.events.as_fd(), PollFlags::POLLIN),
-            PollFd::new(com1.drained(), PollFlags::POLLIN),
+            PollFd::new(com1.drained(), drained),
             PollFd::new(output.timer(), PollFlags::POLLIN),
         ];
         // A console that is closed and has nothing to take reports POLLHUP for ever.
@@ -167,7 +170,7 @@ impl Machine {
         Ok(Ready {
             control: !fired(0).is_empty(),
             events: !fired(1).is_empty(),
-            console_in: (!fired(2).is_empty() && input != Input::Closed)
+            console_in: !fired(2).is_empty()
                 || (input == Input::Open && console.intersects(PollFlags::POLLIN | hung_up)),
             console_out: !fired(3).is_empty() || console.intersects(PollFlags::POLLOUT | hung_up),
         })

@@ -7,6 +7,8 @@ use guest::Code;
 use libtest_mimic::{Arguments, Failed, Trial};
 use process::{Guest, Vmm};
 use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::time::{Duration, Instant};
 use vm_spec::control::{EndReason, FromVmm, ToVmm};
 
 type Outcome = Result<(), Failed>;
@@ -15,7 +17,7 @@ type Test = (&'static str, fn() -> Outcome);
 fn main() {
     let arguments = Arguments::from_args();
     let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
-    let tests: [Test; 14] = [
+    let tests: [Test; 15] = [
         ("a_byte_and_a_power_off", a_byte_and_a_power_off),
         ("more_memory_than_the_hole_and_many_vcpus", more_memory_and_vcpus),
         ("each_end_is_told_apart", each_end_is_told_apart),
@@ -24,6 +26,7 @@ fn main() {
         ("a_reset_ends_the_vm_where_so_asked", reset_ends),
         ("the_power_button_reaches_the_guest", power_button),
         ("input_reaches_the_guest", input),
+        ("closed_input_keeps_nobody_busy", closed_input),
         ("stop_ends_a_spinning_guest", stop),
         ("a_supervisor_that_goes_takes_the_vm_along", abandoned),
         ("exits_are_counted_by_reason", exits),
@@ -146,6 +149,31 @@ fn input() -> Outcome {
     vmm.console.write_all(b"abc")?;
     assert_eq!(vmm.ended().0, EndReason::PowerOff);
     assert_eq!(vmm.output(), "abc");
+    Ok(())
+}
+
+fn closed_input() -> Outcome {
+    let kernel = Code::default().wait_for_event().echo().echo().spin().elf();
+    let mut vmm = Vmm::start(Guest::new(&kernel));
+    vmm.running();
+    vmm.console.write_all(b"ab")?;
+    vmm.console.shutdown(Shutdown::Write)?;
+    // Each answer comes after one more look at the console: two bytes, then the end.
+    for _ in 0..3 {
+        vmm.ask(ToVmm::Stats);
+    }
+    assert_eq!(vmm.ask(ToVmm::PowerButton), FromVmm::Done);
+    vmm.console.read_exact(&mut [0; 2])?;
+    let before = vmm.ticks("bulkhead-vmm");
+    let enough = vmm.ticks("vcpu-0") + 30;
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while vmm.ticks("vcpu-0") < enough {
+        assert!(Instant::now() < deadline, "the guest does not spin");
+        std::thread::yield_now();
+    }
+    let busy = vmm.ticks("bulkhead-vmm") - before;
+    assert!(busy < 5, "{busy} ticks of the main thread");
+    assert!(vmm.abandon().success());
     Ok(())
 }
 

@@ -164,6 +164,18 @@ impl Vmm {
         String::from_utf8(text).unwrap()
     }
 
+    /// Processor time of the thread of this name, in ticks of 10 ms.
+    pub(crate) fn ticks(&self, name: &str) -> u64 {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        let stat = tasks
+            .map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap())
+            .find(|stat| stat.contains(&format!("({name})")))
+            .unwrap();
+        let (_, fields) = stat.rsplit_once(')').unwrap();
+        let times = fields.split_whitespace().skip(11).take(2);
+        times.map(|time| time.parse::<u64>().unwrap()).sum()
+    }
+
     /// Closes the control socket: the supervisor is gone.
     pub(crate) fn abandon(self) -> ExitStatus {
         let Self { child, control, .. } = self;
