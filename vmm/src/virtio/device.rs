@@ -215,7 +215,7 @@ impl Device {
         &self.id
     }
 
-    /// Whether a driver has ever started the device.
+    /// Whether a driver has started the device in this boot.
     #[must_use]
     pub fn driven(&self) -> bool {
         self.worker.transport.driven.load(Ordering::Relaxed)

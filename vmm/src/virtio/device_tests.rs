@@ -115,7 +115,9 @@ fn the_machine_resets_its_devices() {
     for boot in 1..=3 {
         rig.drive();
         rig.fake.look(Req::SET_VRING_ENABLE, 2 * boot, |_| ());
+        assert!(rig.device.driven());
         rig.bus.reset();
+        assert!(!rig.device.driven(), "not in this boot");
         rig.set_command(2);
         assert_eq!(rig.status(), 0);
         assert_eq!(

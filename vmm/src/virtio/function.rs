@@ -115,6 +115,7 @@ impl Function for VirtioFunction {
 
     fn finish_reset(&self) {
         self.worker.finish_reset();
+        self.transport.driven.store(false, Ordering::Relaxed);
         lock(&self.transport.msix).reset();
         let mut space = lock(&self.space);
         *space = self.power_on.clone();
