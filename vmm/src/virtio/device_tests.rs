@@ -481,17 +481,17 @@ fn failures_to_connect_are_told_with_the_device() {
     assert!(matches!(error.cause, Error::Resource { .. }));
 }
 
-/// Requests wait in queue 0: an available index ahead of the used index.
+/// Requests wait in queue 1: an available index ahead of the used index.
 fn leave_waiting(rig: &Rig) {
     let memfd = File::from(rig.memory.memfd().try_clone_to_owned().unwrap());
-    memfd.write_all_at(&3u16.to_le_bytes(), 0x1_4002).unwrap();
+    memfd.write_all_at(&3u16.to_le_bytes(), 0x2_4002).unwrap();
 }
 
 #[test]
 fn a_back_end_without_progress_is_kicked_while_it_answers() {
     let rig = Rig::new(script());
     rig.drive();
-    let kick = rig.fake.fd(Req::SET_VRING_KICK, 1);
+    let kick = rig.fake.fd(Req::SET_VRING_KICK, 2);
     leave_waiting(&rig);
     // The first is the handshake's; the answer to the second was the cause of the kick.
     rig.fake.look(Req::GET_FEATURES, 3, |_| ());
