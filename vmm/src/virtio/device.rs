@@ -320,6 +320,7 @@ impl Connecting {
             registers: Mutex::new(Registers::new(offer.features, offer.config, offer.queues)),
             msix: Mutex::new(msix),
             mailbox: Arc::clone(&self.thread.mailbox),
+            takes_config: AtomicBool::new(offer.own_config),
             driven: AtomicBool::new(false),
         });
         // The thread waits for it, or has failed to confine itself: then it has hung up.

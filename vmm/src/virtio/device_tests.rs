@@ -172,6 +172,74 @@ fn a_driver_writes_the_configuration() {
     assert_eq!(written, 33, "a write past the end is not passed on");
 }
 
+/// The script, stopped at each SET_CONFIG until the gate opens.
+fn deliberate() -> (Gate, Script) {
+    let gate = Gate::default();
+    let pass = gate.clone();
+    let quirk = move |at| match at {
+        Req::SET_CONFIG => Quirk::Wait(pass.clone()),
+        _ => Quirk::Normal,
+    };
+    (
+        gate,
+        Script {
+            quirk: Box::new(quirk),
+            ..script()
+        },
+    )
+}
+
+#[test]
+fn a_driver_reads_what_it_wrote_until_the_back_end_says_otherwise() {
+    let (gate, script) = deliberate();
+    let config = script.config.clone();
+    let rig = Rig::new(script);
+    rig.drive();
+    rig.write(super::layout::DEVICE.start + 32, &[1]);
+    rig.write(super::layout::DEVICE.start + 33, &[2]);
+    assert_eq!([32, 33].map(|at| rig.config(at)), [1, 2]);
+    config.lock().unwrap()[32] = 1;
+    gate.open();
+    rig.wait_for("the correction", |rig| rig.config(33) == 0);
+    assert_eq!((rig.config(32), rig.generation()), (1, 1));
+}
+
+#[test]
+fn writes_reach_the_back_end_before_the_start_and_not_after_a_reset() {
+    let (gate, script) = deliberate();
+    let rig = Rig::new(script);
+    rig.set_command(2);
+    let field = super::layout::DEVICE.start + 32;
+    rig.write(field, &[1]);
+    rig.fake.look(Req::SET_CONFIG, 1, |_| ());
+    rig.write(field, &[2]);
+    rig.drive();
+    gate.open();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    let order: Vec<_> = rig
+        .fake
+        .requests()
+        .into_iter()
+        .filter(|request| [Req::SET_CONFIG, Req::SET_FEATURES].contains(request))
+        .collect();
+    assert_eq!(order, [Req::SET_CONFIG, Req::SET_CONFIG, Req::SET_FEATURES]);
+
+    let (gate, script) = deliberate();
+    let rig = Rig::new(script);
+    rig.drive();
+    rig.write(field, &[1]);
+    rig.fake.look(Req::SET_CONFIG, 1, |_| ());
+    rig.write(field, &[2]);
+    rig.set_status(0);
+    gate.open();
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 4, |_| ());
+    assert_eq!(rig.config(32), 0);
+    let writes = rig.fake.requests().into_iter().filter(|r| *r == Req::SET_CONFIG);
+    assert_eq!(writes.count(), 1);
+}
+
 #[test]
 fn a_lost_back_end_is_an_event_and_the_device_can_be_reset() {
     type Fault = fn(&FakeBackend);

@@ -56,6 +56,16 @@ pub(super) struct ConfigWrite {
     pub(super) data: Vec<u8>,
 }
 
+impl ConfigWrite {
+    /// Writes to a copy of the configuration; what lies outside it is ignored.
+    pub(super) fn apply(&self, config: &mut [u8]) {
+        let start = self.offset as usize;
+        if let Some(bytes) = config.get_mut(start..start + self.data.len()) {
+            bytes.copy_from_slice(&self.data);
+        }
+    }
+}
+
 /// Everything that was left since the last look.
 #[derive(Default)]
 pub(super) struct Mail {
@@ -89,11 +99,12 @@ impl Mailbox {
         self.leave(|mail| mail.start = Some(order));
     }
 
-    /// A driver's reset. It cancels a start that has not been seen: none can follow it before it
-    /// is done.
+    /// A driver's reset. It cancels a start and writes that have not been seen: none can follow it
+    /// before it is done.
     pub(super) fn reset(&self) {
         self.leave(|mail| {
             mail.start = None;
+            mail.config_writes.clear();
             mail.reset = true;
         });
     }
@@ -104,6 +115,12 @@ impl Mailbox {
                 mail.config_writes.push(write);
             }
         });
+    }
+
+    /// Does to `config` what the writes that wait will do.
+    pub(super) fn foresee(&self, config: &mut [u8]) {
+        let mail = self.mail.lock().unwrap_or_else(PoisonError::into_inner);
+        mail.config_writes.iter().for_each(|write| write.apply(config));
     }
 
     /// False: too many commands wait.

@@ -258,9 +258,9 @@ impl Registers {
     }
 
     /// Takes over a changed configuration.
-    pub(super) fn set_config(&mut self, config: &[u8]) {
+    pub(super) fn set_config(&mut self, config: Vec<u8>) {
         if self.config != config {
-            self.config = config.to_vec();
+            self.config = config;
             self.generation = self.generation.wrapping_add(1);
         }
     }

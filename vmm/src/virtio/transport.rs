@@ -23,7 +23,9 @@ pub(super) struct Transport {
     pub(super) msix: Mutex<Msix>,
     pub(super) doorbells: Mutex<DoorbellSet>,
     pub(super) mailbox: Arc<Mailbox>,
-    /// A driver has set DRIVER_OK at least once.
+    /// A back end is there that keeps the configuration space.
+    pub(super) takes_config: AtomicBool,
+    /// A driver has set DRIVER_OK at least once in this boot.
     pub(super) driven: AtomicBool,
 }
 
@@ -50,18 +52,29 @@ impl Transport {
         if let Some(at) = inside(&layout::COMMON, offset, data.len()) {
             self.common_write(at, data);
         } else if let Some(at) = inside(&layout::DEVICE, offset, data.len()) {
-            if lock(&self.registers).accepts_config_write(at, data.len()) {
-                self.mailbox.write_config(ConfigWrite {
-                    offset: at as u32,
-                    data: data.to_vec(),
-                });
-            }
+            self.config_write(at, data);
         } else if let Some(at) = inside(&layout::TABLE, offset, data.len()) {
             lock(&self.msix).table_write(at, data);
         } else if let Some(at) = inside(&layout::NOTIFY, offset, data.len())
             && at % layout::NOTIFY_MULTIPLIER == 0
         {
             lock(&self.doorbells).ring(at / layout::NOTIFY_MULTIPLIER);
+        }
+    }
+
+    /// The driver reads what it has written at once, and goes by it (virtio 1.3, 5.2.5: a cache mode,
+    /// say); what the back end makes of it follows.
+    fn config_write(&self, offset: u64, data: &[u8]) {
+        let mut registers = lock(&self.registers);
+        if !registers.accepts_config_write(offset, data.len()) {
+            return;
+        }
+        self.mailbox.write_config(ConfigWrite {
+            offset: offset as u32,
+            data: data.to_vec(),
+        });
+        if self.takes_config.load(Ordering::Relaxed) {
+            self.mailbox.foresee(&mut registers.config);
         }
     }
 
@@ -132,9 +145,14 @@ impl Transport {
         self.tell(tell);
     }
 
-    /// Takes over what the back end's configuration is now.
+    /// Takes over what the back end's configuration is now, with what the driver has written since.
     pub(super) fn set_config(&self, config: &[u8]) {
-        lock(&self.registers).set_config(config);
+        let mut registers = lock(&self.registers);
+        let mut config = config.to_vec();
+        if self.takes_config.load(Ordering::Relaxed) {
+            self.mailbox.foresee(&mut config);
+        }
+        registers.set_config(config);
     }
 
     /// Tells the driver that the configuration has changed.

@@ -25,6 +25,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender};
 use vm_spec::control::{DeviceConfig, Loss};
 
@@ -152,6 +153,8 @@ impl Worker {
             }
             self.look_at_session();
             self.look_for_progress();
+            let takes_config = self.session.is_some() && self.offer.own_config;
+            self.transport.takes_config.store(takes_config, Ordering::Relaxed);
         }
     }
 
@@ -184,11 +187,10 @@ impl Worker {
         if mail.reset {
             self.reset();
         }
+        // Before the start: those of a driver that sets the device up come before it.
+        self.write_config(&mail.config_writes);
         if let Some(order) = mail.start {
             self.start(order);
-        }
-        for write in mail.config_writes {
-            self.write_config(&write);
         }
         for command in mail.commands {
             match command {
@@ -352,23 +354,26 @@ impl Worker {
             }
         }
         let _ = self.ring_error.read();
+        // Without the writes that the reset has cancelled.
+        self.transport.set_config(&self.offer.config);
         self.transport.complete_reset();
     }
 
-    fn write_config(&mut self, write: &ConfigWrite) {
-        if !self.session.as_ref().is_some_and(Session::has_config) {
-            return;
+    /// Passes on what the driver wrote, and corrects what it reads by what came of it.
+    fn write_config(&mut self, writes: &[ConfigWrite]) {
+        for write in writes {
+            let Some(session) = self.session.as_mut().filter(|s| s.has_config()) else {
+                break;
+            };
+            match session.write_config(write.offset, &write.data) {
+                Ok(()) => {}
+                Err(error @ Error::Refused(_)) => tracing::debug!(%error, "configuration write refused"),
+                Err(error) => self.lose(&error),
+            }
         }
-        match self
-            .session
-            .as_mut()
-            .map(|s| s.write_config(write.offset, &write.data))
-        {
-            Some(Err(error @ Error::Refused(_))) => tracing::debug!(%error, "configuration write refused"),
-            Some(Err(error)) => return self.lose(&error),
-            _ => {}
+        if !writes.is_empty() && !self.refresh_config() {
+            self.transport.set_config(&self.offer.config);
         }
-        self.refresh_config();
     }
 
     fn reread_config(&mut self) {
