@@ -429,6 +429,25 @@ fn a_live_back_end_is_drained_before_it_is_replaced() {
 }
 
 #[test]
+fn the_next_driver_is_not_offered_what_a_successor_lacks() {
+    const VERSION_1: u64 = 1 << 32;
+    let rig = Rig::new(script());
+    rig.drive_with(VERSION_1);
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    let offered = rig.offered();
+    assert_ne!(offered, VERSION_1);
+    let (_poor, socket) = FakeBackend::start(Script {
+        features: VERSION_1 | 1 << 30,
+        ..script()
+    });
+    rig.replace(socket).unwrap();
+    assert_eq!(rig.offered(), offered, "not while this one runs");
+    rig.set_status(0);
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    assert_eq!(rig.offered(), VERSION_1);
+}
+
+#[test]
 fn a_device_with_no_record_is_not_restarted_blindly() {
     let rig = Rig::new(Script {
         protocol: script().protocol & !(1 << 12),

@@ -123,6 +123,15 @@ fn config(base: Option<Vec<u8>>, own_features: u64, spec: &DeviceConfig, kind: D
     }
 }
 
+/// What is left to offer once a back end of these features serves the device.
+pub(super) fn narrow(old: &Offer, features: u64, spec: &DeviceConfig) -> u64 {
+    let mut left = old.features & (features | spec.config_features);
+    if DeviceType(spec.device_type) == DeviceType::NET && left & NET_CTRL_VQ == 0 {
+        left &= !NET_NEED_CTRL_VQ;
+    }
+    left
+}
+
 /// receiveq and transmitq for each pair, then controlq (5.1.2).
 fn net_queues(offer: &mut Offer, limit: Option<u64>) -> u16 {
     if offer.features & NET_CTRL_VQ == 0 {

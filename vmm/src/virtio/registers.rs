@@ -58,6 +58,8 @@ pub(super) enum Effect {
 /// All registers but MSI-X's.
 pub(super) struct Registers {
     offered: u64,
+    /// What is offered from the next reset on.
+    offered_next: u64,
     pub(super) config: Vec<u8>,
     pub(super) queues: Vec<QueueRegisters>,
     pub(super) config_vector: u16,
@@ -77,6 +79,7 @@ impl Registers {
     pub(super) fn new(offered: u64, config: Vec<u8>, queues: u16) -> Self {
         Self {
             offered,
+            offered_next: offered,
             config,
             queues: vec![QueueRegisters::new(); queues.into()],
             config_vector: NO_VECTOR,
@@ -238,10 +241,15 @@ impl Registers {
         self.status & DRIVER_OK != 0
     }
 
+    /// From the next reset on these features are offered: what a driver has seen stays as it is.
+    pub(super) fn offer_next(&mut self, features: u64) {
+        self.offered_next = features;
+    }
+
     /// Everything back to its first value but the offer, the configuration and its generation.
     pub(super) fn clear(&mut self) {
         let fresh = Self::new(
-            self.offered,
+            self.offered_next,
             std::mem::take(&mut self.config),
             self.queues.len() as u16,
         );

@@ -33,6 +33,9 @@ impl Worker {
         self.resume()?;
         if let Some(session) = &mut self.session {
             session.set_cancel(Arc::clone(&self.context.options.cancel));
+            // It may lack what this driver does not use, but another one would.
+            self.offer.features = offer::narrow(&self.offer, session.features(), &self.context.spec);
+            self.transport.offer_next(self.offer.features);
         }
         if config != self.offer.config {
             self.offer.config = config;

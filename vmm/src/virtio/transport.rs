@@ -139,6 +139,11 @@ impl Transport {
         }
     }
 
+    /// See [`Registers::offer_next`].
+    pub(super) fn offer_next(&self, features: u64) {
+        lock(&self.registers).offer_next(features);
+    }
+
     /// Sets NEEDS_RESET and tells the driver.
     pub(super) fn needs_reset(&self) {
         let tell = lock(&self.registers).set_needs_reset();
