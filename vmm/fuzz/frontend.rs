@@ -24,6 +24,7 @@ pub fn frontend(input: &[u8]) {
         alive: STEP,
         step: STEP,
         drain: 2 * STEP,
+        end: STEP,
     };
     options.ours = features[3] & 1 != 0;
     let requests = Arc::clone(&options.requests);

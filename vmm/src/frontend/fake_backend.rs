@@ -302,6 +302,7 @@ pub(crate) fn deadlines() -> Deadlines {
         alive: Duration::from_secs(5),
         step: Duration::from_secs(5),
         drain: Duration::from_secs(10),
+        end: Duration::from_secs(10),
     }
 }
 

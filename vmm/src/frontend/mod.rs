@@ -52,6 +52,8 @@ pub struct Deadlines {
     pub step: Duration,
     /// For all rings of a device to drain (GET_VRING_BASE). A slow disk is not a hang.
     pub drain: Duration,
+    /// For the process of a lost back end to end, or be given up.
+    pub end: Duration,
 }
 
 impl Default for Deadlines {
@@ -61,6 +63,7 @@ impl Default for Deadlines {
             alive: Duration::from_secs(5),
             step: Duration::from_secs(2),
             drain: Duration::from_secs(30),
+            end: Duration::from_secs(15),
         }
     }
 }

@@ -98,7 +98,7 @@ impl Machine {
         }
         let mut input = Input::Open;
         loop {
-            let ready = self.wait(control, input)?;
+            let ready = self.wait(control, input, PollTimeout::NONE)?;
             if ready.console_in {
                 input = self.platform.com1.receive();
             }
@@ -118,7 +118,9 @@ impl Machine {
                     match self.judge(event, instant) {
                         Some(reason) => return self.end(reason),
                         None => {
-                            self.reset()?;
+                            if let Some(reason) = self.reset(control)? {
+                                return self.end(reason);
+                            }
                             // Read before the start: the guest writes from the next moment on.
                             written = self.platform.com1.output().written();
                             self.start();
@@ -136,7 +138,7 @@ impl Machine {
         self.vcpus.enter(self.entry, self.platform.clone());
     }
 
-    fn wait(&self, control: &ControlSocket, input: Input) -> Result<Ready, Error> {
+    fn wait(&self, control: &ControlSocket, input: Input, timeout: PollTimeout) -> Result<Ready, Error> {
         let com1 = &self.platform.com1;
         let output = com1.output();
         let mut console = PollFlags::empty();
@@ -155,7 +157,7 @@ impl Machine {
         if !console.is_empty() {
             fds.push(PollFd::new(output.socket(), console));
         }
-        match poll(&mut fds, PollTimeout::NONE) {
+        match poll(&mut fds, timeout) {
             Ok(_) => {}
             Err(Errno::EINTR) => return Ok(Ready::default()),
             Err(errno) => return Err(Error::system("wait for events")(errno)),
@@ -253,7 +255,11 @@ impl Machine {
     fn report_devices(&self, control: &ControlSocket) -> Result<(), Error> {
         while let Some(word) = self.events.take_device() {
             match word {
-                DeviceWord::Event(event) => control.send(0, told(event))?,
+                DeviceWord::Event(event) => {
+                    if let Some(message) = told(event) {
+                        control.send(0, message)?;
+                    }
+                }
                 DeviceWord::Answer(id, Ok(())) => control.send(id, FromVmm::Done)?,
                 DeviceWord::Answer(id, Err(why)) => control.send(id, FromVmm::Failed(why))?,
             }
@@ -278,17 +284,51 @@ impl Machine {
         }
     }
 
-    /// Brings everything to power-on state and loads the boot images again.
-    fn reset(&mut self) -> Result<(), Error> {
+    /// Brings everything to power-on state and loads the boot images again. `Some` when the VM is to
+    /// end instead.
+    fn reset(&mut self, control: &mut ControlSocket) -> Result<Option<EndReason>, Error> {
         self.vcpus.hold()?;
-        self.platform.pci.reset();
+        self.platform.pci.begin_reset();
+        if let Some(reason) = self.await_devices(control)? {
+            return Ok(Some(reason));
+        }
+        self.platform.pci.finish_reset();
         self.platform.com1.reset();
         self.platform.ports.reset();
         self.router.reset(self.irqchip.as_ref())?;
         self.vcpus.reset()?;
         self.entry = self.images.load(self.vm.ram(), self.vm.cpus())?;
         self.events.forget_guest();
-        Ok(())
+        Ok(None)
+    }
+
+    /// Serves the supervisor until all devices are reset: it must hear of a back end that is lost as its
+    /// device is reset, and end its process, which could write where the boot images come to lie.
+    fn await_devices(&mut self, control: &mut ControlSocket) -> Result<Option<EndReason>, Error> {
+        let patience = self.devices.iter().map(Device::reset_deadline).max();
+        let deadline = Instant::now() + patience.unwrap_or_default();
+        while self.devices.iter().any(Device::is_resetting) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                // Whoever finishes the resets says which it was.
+                break;
+            }
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            let ready = self.wait(control, Input::Closed, timeout)?;
+            if ready.console_out {
+                self.platform.com1.output().flush();
+            }
+            if ready.events {
+                self.events.acknowledge();
+                self.report_devices(control)?;
+            }
+            if ready.control
+                && let Some(reason) = self.serve(control)?
+            {
+                return Ok(Some(reason));
+            }
+        }
+        Ok(None)
     }
 
     /// Stops vCPUs, drains devices and lets the console take what it will.
@@ -301,8 +341,9 @@ impl Machine {
     }
 }
 
-fn told(event: DeviceEvent) -> FromVmm {
+fn told(event: DeviceEvent) -> Option<FromVmm> {
     match event {
+        DeviceEvent::WasReset => None,
         DeviceEvent::BackendLost {
             device,
             generation,
@@ -311,17 +352,17 @@ fn told(event: DeviceEvent) -> FromVmm {
             reason,
         } => {
             tracing::info!(device, reason, "back end lost");
-            FromVmm::BackendLost {
+            Some(FromVmm::BackendLost {
                 device,
                 generation,
                 loss,
                 outstanding,
                 reason,
-            }
+            })
         }
         DeviceEvent::NeedsReset { device, reason } => {
             tracing::info!(device, reason, "device needs a reset");
-            FromVmm::DeviceFault { device, reason }
+            Some(FromVmm::DeviceFault { device, reason })
         }
     }
 }

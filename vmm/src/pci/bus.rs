@@ -131,10 +131,20 @@ impl PciBus {
     /// never from a vCPU thread: it waits for back ends, all of them at once, up to their drain
     /// deadline.
     pub fn reset(&self) {
+        self.begin_reset();
+        self.finish_reset();
+    }
+
+    /// The first half of [`PciBus::reset`], which waits for nobody.
+    pub fn begin_reset(&self) {
         self.address.store(0, Ordering::Relaxed);
         for function in self.functions.iter().flatten() {
             function.begin_reset();
         }
+    }
+
+    /// The second half of [`PciBus::reset`].
+    pub fn finish_reset(&self) {
         for function in self.functions.iter().flatten() {
             function.finish_reset();
         }

@@ -49,6 +49,8 @@ pub enum DeviceEvent {
         /// What happened, one line.
         reason: String,
     },
+    /// The machine's reset of the device is done.
+    WasReset,
     /// The device is lost to the guest until it is reset (NEEDS_RESET is set).
     NeedsReset {
         /// The device's id.
@@ -267,6 +269,18 @@ impl Device {
             .command(Command::GiveUp(reason.to_owned()));
     }
 
+    /// Whether the machine's reset of the device is under way.
+    #[must_use]
+    pub fn is_resetting(&self) -> bool {
+        self.worker.is_resetting()
+    }
+
+    /// The longest that it may take.
+    #[must_use]
+    pub fn reset_deadline(&self) -> Duration {
+        self.worker.patience
+    }
+
     /// The VM ends: no successor is waited for any more, not even one that takes over now.
     pub fn refuse_successors(&self) {
         let _ = self.ending.write(1);
@@ -328,8 +342,11 @@ impl Connecting {
         self.transport.send(Arc::clone(&transport)).map_err(ended)?;
         let worker = Arc::new(WorkerHandle {
             transport: Arc::clone(&transport),
-            // Draining and the steps around it are each bounded by one drain deadline.
-            patience: 3 * self.parts.deadlines.drain + 2 * self.parts.deadlines.step,
+            // Draining and the steps around it are each bounded by one drain deadline; then a lost
+            // back end's process may have to end.
+            patience: 3 * self.parts.deadlines.drain
+                + 2 * self.parts.deadlines.step
+                + self.parts.deadlines.end,
             resetting: Mutex::new(None),
         });
         Ok(Device {
@@ -371,6 +388,10 @@ impl WorkerHandle {
 
     pub(super) fn begin_reset(&self) {
         *lock(&self.resetting) = self.post(Command::Reset).ok();
+    }
+
+    fn is_resetting(&self) -> bool {
+        lock(&self.resetting).is_some() && lock(&self.transport.registers).is_resetting()
     }
 
     /// Waits for [`WorkerHandle::begin_reset`]. A thread that is too late (its back end answers

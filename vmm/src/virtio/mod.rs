@@ -11,7 +11,7 @@
 //!
 //! A vCPU thread only takes short locks and makes bounded system calls (routes, irqfds,
 //! ioeventfds, eventfds). It never waits for a back end: a driver's reset reads as not done until
-//! the device's thread has drained the rings.
+//! the device's thread has drained the rings, or the process of a lost back end has ended.
 
 mod device;
 mod device_type;
@@ -24,6 +24,7 @@ mod offer;
 mod pulse;
 mod queue;
 mod registers;
+mod reset;
 mod successor;
 mod transport;
 mod worker;
@@ -32,6 +33,8 @@ mod worker;
 mod device_tests;
 #[cfg(test)]
 mod function_tests;
+#[cfg(test)]
+mod reset_tests;
 #[cfg(any(test, feature = "fuzzing"))]
 #[cfg_attr(not(test), allow(dead_code, reason = "the tests use more of it"))]
 pub(crate) mod rig;

@@ -241,6 +241,11 @@ impl Registers {
         self.status & DRIVER_OK != 0
     }
 
+    /// Whether a reset has begun and is not done.
+    pub(super) fn is_resetting(&self) -> bool {
+        self.resetting
+    }
+
     /// From the next reset on these features are offered: what a driver has seen stays as it is.
     pub(super) fn offer_next(&mut self, features: u64) {
         self.offered_next = features;

@@ -19,6 +19,7 @@ impl Worker {
             // One that does not drain is lost, and has been reported as that.
             let _ = self.drain();
         }
+        self.predecessor_ended();
         let (session, config) = match self.prepare(successor.socket) {
             Ok(ready) => ready,
             Err(error) => {

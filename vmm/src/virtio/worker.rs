@@ -15,6 +15,7 @@ use super::limiter::Limiter;
 use super::mailbox::{Command, ConfigWrite, Mail, Mailbox, StartOrder};
 use super::offer::{self, Offer};
 use super::pulse::Pulse;
+use super::reset::Held;
 use super::transport::Transport;
 use crate::error::chain;
 use crate::frontend::{
@@ -62,12 +63,16 @@ pub(super) struct Worker {
     pub(super) offer: Offer,
     pub(super) inflight: Option<InflightRegion>,
     /// One for all queues: a back end's word that a ring is broken.
-    ring_error: Arc<EventFd>,
+    pub(super) ring_error: Arc<EventFd>,
     pub(super) phase: Phase,
+    /// The latest back end, be it lost, was given rings and has not been seen to stop.
+    pub(super) has_rings: bool,
+    /// A reset that is not done.
+    pub(super) held: Option<Held>,
     /// Bounds the events that a guest can cause again and again.
     limiter: Limiter,
     /// No successor will come: a driver that starts the device is told at once.
-    abandoned: bool,
+    pub(super) abandoned: bool,
     /// Which back end the session is, or was, with.
     pub(super) generation: u32,
     pub(super) pulse: Pulse,
@@ -112,6 +117,8 @@ pub(super) fn run(
         inflight,
         ring_error,
         phase: Phase::Idle,
+        has_rings: false,
+        held: None,
         limiter: Limiter::new(),
         abandoned: false,
         generation,
@@ -153,6 +160,7 @@ impl Worker {
             }
             self.look_at_session();
             self.look_for_progress();
+            self.look_at_reset();
             let takes_config = self.session.is_some() && self.offer.own_config;
             self.transport.takes_config.store(takes_config, Ordering::Relaxed);
         }
@@ -172,8 +180,9 @@ impl Worker {
                     .map(|fd| PollFd::new(fd, PollFlags::POLLIN)),
             );
         }
-        let timeout = match self.phase {
-            Phase::Running(_) if self.session.is_some() => self.pulse.timeout(),
+        let timeout = match (&self.held, &self.phase) {
+            (Some(held), _) => held.timeout(),
+            (None, Phase::Running(_)) if self.session.is_some() => self.pulse.timeout(),
             _ => PollTimeout::NONE,
         };
         match poll(&mut fds, timeout) {
@@ -202,13 +211,12 @@ impl Worker {
                     self.session = None;
                     done(drained.map(drop));
                 }
-                Command::Reset(answer) => {
-                    self.reset();
-                    drop(answer.send(Ok(())));
-                }
+                Command::Reset(answer) => self.reset_for(answer),
                 Command::GiveUp(reason) => {
                     self.abandoned = true;
+                    // Before a reset that waits is done: whoever waits for status 0 must see it.
                     self.needs_reset(reason);
+                    self.predecessor_ended();
                 }
             }
         }
@@ -232,7 +240,10 @@ impl Worker {
     }
 
     /// Runs `step` on the session; a failure costs the session.
-    fn with_session<T>(&mut self, step: impl FnOnce(&mut Session) -> Result<T, Error>) -> Result<T, Error> {
+    pub(super) fn with_session<T>(
+        &mut self,
+        step: impl FnOnce(&mut Session) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         let session = self.session.as_mut().ok_or(Error::NoBackend)?;
         step(session).inspect_err(|error| self.lose(error))
     }
@@ -265,6 +276,7 @@ impl Worker {
     }
 
     fn start(&mut self, order: StartOrder) {
+        self.has_rings |= self.session.is_some();
         let inflight = self.inflight.take();
         let started = self.with_session(|s| s.start(order.features, &order.rings, inflight.as_ref()));
         self.inflight = inflight;
@@ -282,6 +294,7 @@ impl Worker {
         if let Phase::Running(order) = &self.phase {
             let indices: Vec<u16> = order.rings.iter().map(|ring| ring.index).collect();
             let states = self.with_session(|s| s.stop(indices.into_iter()))?;
+            self.has_rings = false;
             if let Phase::Running(mut order) = std::mem::replace(&mut self.phase, Phase::Idle) {
                 for (ring, state) in order.rings.iter_mut().zip(&states) {
                     ring.base = state.next_avail;
@@ -298,6 +311,7 @@ impl Worker {
     pub(super) fn resume(&mut self) -> Result<(), Error> {
         match std::mem::replace(&mut self.phase, Phase::Idle) {
             Phase::Drained(order) => {
+                self.has_rings |= self.session.is_some();
                 let inflight = self.inflight.take();
                 let done = self.with_session(|s| s.start(order.features, &order.rings, inflight.as_ref()));
                 self.inflight = inflight;
@@ -324,39 +338,6 @@ impl Worker {
             let _ = ring.events.call.write(1);
         }
         Phase::Running(order)
-    }
-
-    /// A driver's reset, or the machine's: drains, brings the back end to its first state and
-    /// lets the driver see it done. A back end that fails meanwhile is lost; the reset is done.
-    fn reset(&mut self) {
-        let running = !matches!(self.phase, Phase::Idle);
-        // That there is no back end was told when it was lost.
-        if let Err(error) = self.drain()
-            && !matches!(error, Error::NoBackend)
-        {
-            tracing::warn!(
-                device = self.context.spec.id,
-                error = chain(&error),
-                "drain failed"
-            );
-        }
-        self.phase = Phase::Idle;
-        if running {
-            let queues = 0..self.offer.served;
-            // A failure was reported by `with_session`.
-            let _ = self.with_session(|s| s.reset(queues));
-            if let Some(region) = &self.inflight
-                && let Err(error) = region.zero()
-            {
-                // Without it a crashed back end cannot be replaced, but nothing wrong is replayed.
-                tracing::warn!(error = chain(&error), "in-flight region dropped");
-                self.inflight = None;
-            }
-        }
-        let _ = self.ring_error.read();
-        // Without the writes that the reset has cancelled.
-        self.transport.set_config(&self.offer.config);
-        self.transport.complete_reset();
     }
 
     /// Passes on what the driver wrote, and corrects what it reads by what came of it.

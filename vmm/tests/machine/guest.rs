@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Seek, Write};
+use vm_spec::machine;
 
 /// Where the kernels are loaded.
 pub(crate) const LOAD_ADDRESS: u32 = 0x10_0000;
@@ -70,6 +71,33 @@ impl Code {
             .extend([0x66, 0xBA, 0xFD, 0x03, 0xEC, 0xA8, 0x01, 0x74, 0xFB]);
         self.0.extend([0x66, 0xBA, 0xF8, 0x03, 0xEC, 0xEE]);
         self
+    }
+
+    /// Writes to memory, one, two or four bytes.
+    fn store(mut self, address: u64, bytes: &[u8]) -> Self {
+        // mov [address], value
+        match bytes.len() {
+            1 => self.0.extend([0xC6, 0x05]),
+            2 => self.0.extend([0x66, 0xC7, 0x05]),
+            _ => self.0.extend([0xC7, 0x05]),
+        }
+        self.0.extend((address as u32).to_le_bytes());
+        self.0.extend(bytes);
+        self
+    }
+
+    /// Starts the virtio device in this slot with one queue (virtio 1.3, 3.1.1 and 4.1.4.3).
+    pub(crate) fn drive(self, slot: u8) -> Self {
+        let bar = machine::MMIO32_START + u64::from(slot) * machine::VIRTIO_BAR_SIZE;
+        let command = machine::ECAM_START + (u64::from(slot) << 15) + 4;
+        let code = self.store(command, &2u16.to_le_bytes()).store(bar + 20, &[3]);
+        let code = code.store(bar + 8, &1u32.to_le_bytes());
+        // VIRTIO_F_VERSION_1, then FEATURES_OK.
+        let mut code = code.store(bar + 12, &1u32.to_le_bytes()).store(bar + 20, &[11]);
+        for (at, area) in [(32, 0x30_0000u32), (40, 0x30_4000), (48, 0x30_8000)] {
+            code = code.store(bar + at, &area.to_le_bytes());
+        }
+        code.store(bar + 28, &1u16.to_le_bytes()).store(bar + 20, &[15])
     }
 
     /// The bytes of the ELF file.

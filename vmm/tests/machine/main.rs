@@ -1,13 +1,15 @@
 //! The vmm with kernels of a few instructions on this host's KVM, with its filters enforced.
 
+mod backend;
 mod guest;
 mod process;
 
 use guest::Code;
 use libtest_mimic::{Arguments, Failed, Trial};
-use process::{Guest, Vmm};
+use process::{Guest, SLOT, Vmm};
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 use vm_spec::control::{EndReason, FromVmm, ToVmm};
 
@@ -17,12 +19,16 @@ type Test = (&'static str, fn() -> Outcome);
 fn main() {
     let arguments = Arguments::from_args();
     let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
-    let tests: [Test; 15] = [
+    let tests: [Test; 16] = [
         ("a_byte_and_a_power_off", a_byte_and_a_power_off),
         ("more_memory_than_the_hole_and_many_vcpus", more_memory_and_vcpus),
         ("each_end_is_told_apart", each_end_is_told_apart),
         ("a_reset_before_anything_is_no_success", instant_reset),
         ("twenty_reboots_in_one_process", twenty_reboots),
+        (
+            "a_reboot_waits_for_the_end_of_a_lost_back_end",
+            reboot_with_a_loss,
+        ),
         ("a_reset_ends_the_vm_where_so_asked", reset_ends),
         ("the_power_button_reaches_the_guest", power_button),
         ("input_reaches_the_guest", input),
@@ -114,6 +120,46 @@ fn twenty_reboots() -> Outcome {
         ..Guest::new(&kernel)
     };
     assert_eq!(run(guest), ("b\n".repeat(21), EndReason::PowerOff, 20));
+    Ok(())
+}
+
+fn reboot_with_a_loss() -> Outcome {
+    let kernel = Code::default()
+        .print("b")
+        .drive(SLOT)
+        .reset_until(2)
+        .wait_for_event()
+        .power_off()
+        .spin()
+        .elf();
+    let (disk, socket) = UnixStream::pair()?;
+    backend::start(disk, true);
+    let mut vmm = Vmm::start(Guest {
+        disk: Some(socket),
+        ..Guest::new(&kernel)
+    });
+    vmm.running();
+    let lost = vmm.event();
+    assert!(matches!(lost, FromVmm::BackendLost { .. }), "{lost:?}");
+    // The supervisor is heard, and the reset not done; it would be in a few milliseconds.
+    let until = Instant::now() + Duration::from_millis(300);
+    while Instant::now() < until {
+        vmm.tell(ToVmm::Stats);
+        let next = vmm.event();
+        assert!(matches!(next, FromVmm::Stats(_)), "{next:?}");
+    }
+    let (disk, socket) = UnixStream::pair()?;
+    backend::start(disk, false);
+    let id = vmm.replace_disk(&socket);
+    drop(socket);
+    let mut answers = [vmm.receive(), vmm.receive()];
+    answers.sort_by_key(|answer| answer.id);
+    assert_eq!(answers[0].body, FromVmm::Rebooted);
+    assert_eq!((answers[1].id, &answers[1].body), (id, &FromVmm::Done));
+    assert_eq!(vmm.ask(ToVmm::PowerButton), FromVmm::Done);
+    assert_eq!(vmm.ended(), (EndReason::PowerOff, 0));
+    assert_eq!(vmm.output(), "bb");
+    assert!(vmm.exit().success());
     Ok(())
 }
 

@@ -2,23 +2,27 @@
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, recv, send, setsockopt, socketpair, sockopt,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recv, send, sendmsg, setsockopt, socketpair,
+    sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use std::fs::File;
-use std::io::Read;
+use std::io::{IoSlice, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
-use vm_spec::control::{EndReason, Envelope, FdNumber, FromVmm, MAX_MESSAGE, ToVmm, VmConfig};
+use vm_spec::control::{DeviceConfig, EndReason, Envelope, FdNumber, FromVmm, MAX_MESSAGE, ToVmm, VmConfig};
 use vm_spec::machine;
 
 const DEADLINE: Duration = Duration::from_secs(20);
 /// Descriptors are inheritable for a moment: one spawn at a time.
 static SPAWN: Mutex<()> = Mutex::new(());
+
+/// Where the disk is.
+pub(crate) const SLOT: u8 = 1;
 
 /// What to boot.
 pub(crate) struct Guest {
@@ -28,6 +32,8 @@ pub(crate) struct Guest {
     pub(crate) memory: u64,
     pub(crate) cpus: u8,
     pub(crate) restart_on_reboot: bool,
+    /// The back end of a block device in slot [`SLOT`].
+    pub(crate) disk: Option<UnixStream>,
 }
 
 impl Guest {
@@ -40,6 +46,7 @@ impl Guest {
             memory: machine::MIN_MEMORY,
             cpus: 1,
             restart_on_reboot: true,
+            disk: None,
         }
     }
 }
@@ -68,6 +75,12 @@ impl Vmm {
         let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
         let mut inherited: Vec<OwnedFd> = vec![theirs, kvm.into(), guest.kernel.into(), their_console.into()];
         inherited.extend(guest.initrd.map(OwnedFd::from));
+        let has_initrd = inherited.len() > 4;
+        let first_of_disk = inherited.len();
+        if let Some(disk) = guest.disk {
+            let (requests, peer) = UnixStream::pair().unwrap();
+            inherited.extend([disk, requests, peer].map(OwnedFd::from));
+        }
         let number = |index: usize| FdNumber(inherited[index].as_raw_fd());
         let config = VmConfig {
             machine_version: machine::MACHINE_VERSION,
@@ -76,10 +89,13 @@ impl Vmm {
             huge_page_size: None,
             kvm: number(1),
             kernel: number(2),
-            initrd: (inherited.len() > 4).then(|| number(4)),
+            initrd: has_initrd.then(|| number(4)),
             cmdline: guest.cmdline,
             console: number(3),
-            devices: Vec::new(),
+            devices: (inherited.len() > first_of_disk)
+                .then(|| disk([0, 1, 2].map(|i| number(first_of_disk + i))))
+                .into_iter()
+                .collect(),
             restart_on_reboot: guest.restart_on_reboot,
         };
         let first = Envelope::new(1, ToVmm::Start(Box::new(config))).encode().unwrap();
@@ -119,6 +135,22 @@ impl Vmm {
         }
     }
 
+    /// Hands the disk another back end. The number by which it is answered.
+    pub(crate) fn replace_disk(&mut self, socket: &UnixStream) -> u64 {
+        let id = self.next_id;
+        self.next_id += 1;
+        let body = ToVmm::ReplaceBackend {
+            slot: SLOT,
+            generation: 1,
+        };
+        let bytes = Envelope::new(id, body).encode().unwrap();
+        let fds = [socket.as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let parts = [IoSlice::new(&bytes)];
+        sendmsg::<()>(self.control.as_raw_fd(), &parts, &rights, MsgFlags::empty(), None).unwrap();
+        id
+    }
+
     pub(crate) fn tell(&self, body: ToVmm) {
         let bytes = Envelope::new(0, body).encode().unwrap();
         send(self.control.as_raw_fd(), &bytes, MsgFlags::MSG_NOSIGNAL).unwrap();
@@ -150,7 +182,7 @@ impl Vmm {
         }
     }
 
-    fn receive(&self) -> Envelope<FromVmm> {
+    pub(crate) fn receive(&self) -> Envelope<FromVmm> {
         let mut buffer = vec![0; MAX_MESSAGE];
         let length =
             recv(self.control.as_raw_fd(), &mut buffer, MsgFlags::empty()).expect("a message in time");
@@ -185,6 +217,22 @@ impl Vmm {
 
     pub(crate) fn exit(self) -> ExitStatus {
         wait(self.child)
+    }
+}
+
+fn disk([socket, requests, requests_peer]: [FdNumber; 3]) -> DeviceConfig {
+    DeviceConfig {
+        id: "disk0".into(),
+        slot: SLOT,
+        device_type: 2,
+        socket,
+        requests,
+        requests_peer,
+        num_queues: Some(1),
+        config: vec![0; 60],
+        config_features: 0,
+        ours: true,
+        in_order: false,
     }
 }
 

@@ -1,0 +1,85 @@
+use super::DeviceEvent;
+use super::rig::{Rig, script};
+use crate::frontend::Deadlines;
+use crate::frontend::fake_backend::{FakeBackend, deadlines};
+use std::time::{Duration, Instant};
+use vhost::vhost_user::message::FrontendReq as Req;
+
+/// A device that was lost while its rings ran; its process has so long to end.
+fn lost(end: Duration) -> Rig {
+    let rig = Rig::with_deadlines(script(), Deadlines { end, ..deadlines() });
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    rig.fake.kill();
+    assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
+    rig
+}
+
+/// Longer than any test.
+const LONG: Duration = Duration::from_secs(600);
+
+/// Waits until the device's thread has seen all that was left for it.
+fn settle(rig: &Rig) {
+    assert_eq!(rig.device.drain().unwrap(), []);
+}
+
+#[test]
+fn a_reset_is_done_once_the_lost_back_end_has_a_successor() {
+    let rig = lost(LONG);
+    rig.set_status(0);
+    settle(&rig);
+    assert_eq!(rig.status(), 15, "it may still write");
+    let (heir, socket) = FakeBackend::start(script());
+    rig.replace(socket).unwrap();
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    rig.drive();
+    heir.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    rig.set_status(0);
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+}
+
+#[test]
+fn a_reset_is_done_once_the_device_is_given_up() {
+    let rig = lost(LONG);
+    rig.set_status(0);
+    settle(&rig);
+    assert_eq!(rig.status(), 15);
+    rig.device.give_up("no successor");
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    assert!(matches!(rig.event(), DeviceEvent::NeedsReset { .. }));
+    // Nothing is waited for any more.
+    rig.bus.reset();
+}
+
+#[test]
+fn a_reset_is_done_in_the_end_if_nobody_says_anything() {
+    let rig = lost(Duration::from_millis(50));
+    rig.set_status(0);
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+}
+
+#[test]
+fn the_machine_hears_of_a_reset_that_was_held() {
+    let rig = lost(LONG);
+    rig.bus.begin_reset();
+    settle(&rig);
+    assert!(rig.device.is_resetting());
+    let (_heir, socket) = FakeBackend::start(script());
+    rig.replace(socket).unwrap();
+    assert_eq!(rig.event(), DeviceEvent::WasReset);
+    assert!(!rig.device.is_resetting());
+    rig.bus.finish_reset();
+    rig.set_command(2);
+    assert_eq!(rig.status(), 0);
+}
+
+#[test]
+fn the_end_of_the_vm_waits_for_no_lost_back_end() {
+    let rig = lost(LONG);
+    rig.set_status(0);
+    settle(&rig);
+    let began = Instant::now();
+    rig.device.refuse_successors();
+    rig.bus.reset();
+    assert!(began.elapsed() < Duration::from_secs(10));
+}
