@@ -38,6 +38,8 @@ mod reset_tests;
 #[cfg(any(test, feature = "fuzzing"))]
 #[cfg_attr(not(test), allow(dead_code, reason = "the tests use more of it"))]
 pub(crate) mod rig;
+#[cfg(test)]
+mod successor_tests;
 
 pub use device::{Confine, Connecting, Device, DeviceError, DeviceEvent, DeviceParts, EventSink};
 pub use mailbox::{Done, Successor};

@@ -1,0 +1,224 @@
+use super::DeviceEvent;
+use super::rig::{Rig, script, spec};
+use crate::frontend::fake_backend::{FakeBackend, Gate, Quirk, Script, deadlines};
+use crate::frontend::{Deadlines, Error};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+use vhost::vhost_user::message::FrontendReq as Req;
+use vm_spec::control::DeviceConfig;
+
+const NEEDS_RESET: u8 = 0x40;
+
+#[test]
+fn a_successor_takes_over_after_a_crash() {
+    let rig = Rig::new(script());
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    let region = rig.fake.fd(Req::SET_INFLIGHT_FD, 1);
+    region.write_all_at(b"in flight", 0).unwrap();
+    let ram = File::from(rig.memory.memfd().try_clone_to_owned().unwrap());
+    ram.write_all_at(&[5, 1], Rig::used_index(1)).unwrap();
+    rig.fake.kill();
+    assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
+    // One that lacks a feature is refused, and another may be tried.
+    let (_poor, socket) = FakeBackend::start(Script {
+        features: 1 << 32 | 1 << 30,
+        ..script()
+    });
+    let refused = rig.replace(socket).unwrap_err();
+    assert!(matches!(refused, Error::Successor(_)), "{refused:?}");
+    let (heir, socket) = FakeBackend::start(script());
+    rig.replace(socket).unwrap();
+    assert_eq!(rig.status(), 15, "the guest sees nothing");
+    assert_eq!(
+        heir.look(Req::SET_VRING_BASE, 2, |seen| seen.payload.clone()),
+        [1, 0, 0, 0, 5, 1, 0, 0]
+    );
+    let mut kept = [0; 9];
+    heir.fd(Req::SET_INFLIGHT_FD, 1)
+        .read_exact_at(&mut kept, 0)
+        .unwrap();
+    assert_eq!(&kept, b"in flight");
+    assert!(!heir.requests().contains(&Req::GET_INFLIGHT_FD));
+    let mut count = [0; 8];
+    heir.fd(Req::SET_VRING_KICK, 2).read_exact(&mut count).unwrap();
+    assert_eq!(
+        rig.interrupts.injected(2),
+        1,
+        "one interrupt for what was completed unsaid"
+    );
+    // The heir's own requests arrive on the channel that its predecessor had.
+    let requests = heir.fd(Req::SET_BACKEND_REQ_FD, 1);
+    (&requests)
+        .write_all(&[2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
+        .unwrap();
+    rig.wait_for("the interrupt", |rig| rig.interrupts.injected(0) == 1);
+    // The driver's reset empties the region.
+    rig.set_status(0);
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    region.read_exact_at(&mut kept, 0).unwrap();
+    assert_eq!(kept, [0; 9]);
+}
+
+#[test]
+fn a_successor_that_fails_as_it_starts_may_have_served_a_ring() {
+    let rig = Rig::new(Script {
+        bases: vec![3, 4],
+        ..script()
+    });
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    let ram = File::from(rig.memory.memfd().try_clone_to_owned().unwrap());
+    let mut enabled = 0;
+    let quirk = move |at| {
+        enabled += u8::from(at == Req::SET_VRING_ENABLE);
+        if enabled < 2 {
+            return Quirk::Normal;
+        }
+        ram.write_all_at(&[9], Rig::used_index(1)).unwrap();
+        Quirk::Close
+    };
+    let (_poor, socket) = FakeBackend::start(Script {
+        quirk: Box::new(quirk),
+        ..script()
+    });
+    rig.replace(socket).unwrap_err();
+    assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
+    let (heir, socket) = FakeBackend::start(script());
+    rig.replace(socket).unwrap();
+    assert_eq!(
+        heir.look(Req::SET_VRING_BASE, 2, |seen| seen.payload[4]),
+        9,
+        "where it stands now, not where it was drained"
+    );
+}
+
+/// A slow disk under the successor of a dead process is no hang; a build that does not answer is one.
+#[test]
+fn a_successor_of_the_dead_may_wait_for_the_disk() {
+    let first_answer = Duration::from_millis(200);
+    let times = Deadlines {
+        first_answer,
+        ..deadlines()
+    };
+    let rig = Rig::with_deadlines(script(), times);
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    let late = |gate: &Gate| {
+        let gate = gate.clone();
+        FakeBackend::start(Script {
+            features: script().features,
+            config: script().config,
+            ..Script::quirk_at(Req::GET_FEATURES, move || Quirk::Wait(gate.clone()))
+        })
+    };
+    let shut = Gate::default();
+    let (_build, socket) = late(&shut);
+    rig.replace(socket).unwrap_err();
+    shut.open();
+    rig.fake.kill();
+    assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
+    let gate = Gate::default();
+    let (_heir, socket) = late(&gate);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(2 * first_answer);
+            gate.open();
+        });
+        rig.replace(socket).unwrap();
+    });
+}
+
+#[test]
+fn a_live_back_end_is_drained_before_it_is_replaced() {
+    let rig = Rig::new(Script {
+        bases: vec![3, 4],
+        ..script()
+    });
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    let (_legacy, socket) = FakeBackend::start(Script {
+        features: 1 << 30,
+        ..script()
+    });
+    let refused = rig.replace(socket).unwrap_err();
+    assert!(matches!(refused, Error::NoVersion1));
+    // The old one goes on from where it was drained.
+    assert_eq!(rig.fake.look(Req::SET_VRING_BASE, 4, |seen| seen.payload[4]), 4);
+    rig.fake.look(Req::SET_VRING_ENABLE, 4, |_| ());
+    let (heir, socket) = FakeBackend::start(script());
+    rig.replace(socket).unwrap();
+    assert_eq!(heir.look(Req::SET_VRING_BASE, 2, |seen| seen.payload[4]), 4);
+    assert!(rig.events.try_recv().is_err(), "nothing was lost");
+}
+
+#[test]
+fn the_next_driver_is_not_offered_what_a_successor_lacks() {
+    const VERSION_1: u64 = 1 << 32;
+    let rig = Rig::new(script());
+    rig.drive_with(VERSION_1);
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    let offered = rig.offered();
+    assert_ne!(offered, VERSION_1);
+    let (_poor, socket) = FakeBackend::start(Script {
+        features: VERSION_1 | 1 << 30,
+        ..script()
+    });
+    rig.replace(socket).unwrap();
+    assert_eq!(rig.offered(), offered, "not while this one runs");
+    rig.set_status(0);
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    assert_eq!(rig.offered(), VERSION_1);
+}
+
+#[test]
+fn a_device_with_no_record_is_not_restarted_blindly() {
+    let rig = Rig::new(Script {
+        protocol: script().protocol & !(1 << 12),
+        ..script()
+    });
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    rig.fake.kill();
+    rig.event();
+    let (heir, socket) = FakeBackend::start(script());
+    rig.replace(socket).unwrap();
+    assert!(matches!(rig.event(), DeviceEvent::NeedsReset { reason, .. } if reason.contains("no record")));
+    assert_eq!(rig.status() & NEEDS_RESET, NEEDS_RESET);
+    assert_eq!(
+        heir.requests()
+            .iter()
+            .filter(|request| **request == Req::SET_VRING_KICK)
+            .count(),
+        0,
+        "its rings are not started before the driver's reset"
+    );
+    rig.set_status(0);
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    rig.drive();
+    heir.look(Req::SET_VRING_ENABLE, 2, |_| ());
+}
+
+#[test]
+fn a_device_that_completes_in_order_needs_no_record() {
+    let without_record = || Script {
+        protocol: script().protocol & !(1 << 12),
+        ..script()
+    };
+    let config = DeviceConfig {
+        ours: false,
+        in_order: true,
+        ..spec()
+    };
+    let rig = Rig::with(config, without_record());
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    rig.fake.kill();
+    rig.event();
+    let (heir, socket) = FakeBackend::start(without_record());
+    rig.replace(socket).unwrap();
+    heir.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    assert_eq!(rig.status() & NEEDS_RESET, 0);
+}
