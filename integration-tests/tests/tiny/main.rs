@@ -14,6 +14,7 @@ mod run;
 mod taps;
 mod terminal;
 mod traces;
+mod verbs;
 mod work;
 
 use std::process::ExitCode;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
     tests.extend(run::tests());
     tests.extend(taps::tests());
     tests.extend(terminal::tests());
+    tests.extend(verbs::tests());
     tests.extend(work::tests());
     integration_tests::suite::run(tests)
 }

@@ -6,8 +6,11 @@ mod events;
 mod flags;
 mod image;
 mod orders;
+mod pidfd;
 mod policy;
+mod ps;
 mod spec_file;
+mod stop;
 mod upgrade;
 
 #[cfg(feature = "fuzzing")]
@@ -24,6 +27,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
+use std::time::Duration;
 use vm_spec::size::ByteSize;
 use vm_spec::spec::VmSpec;
 
@@ -54,6 +58,25 @@ enum RunVerb {
 enum Verb {
     /// Run a VM to its end, with its console on this terminal (Ctrl-A x leaves)
     Run(Box<RunArgs>),
+    /// List your running VMs: name, the pid of bulkhead run, since when, device processes
+    Ps {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Ask a VM's guest to power off, and wait until the VM is over; asked again, the VM is killed
+    Stop {
+        /// The VM's name
+        vm: String,
+        /// How long to wait, in seconds; the guest has the time that power-off-grace says
+        #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+        timeout: u32,
+    },
+    /// Kill a VM, and wait until nothing of it is left
+    Kill {
+        /// The VM's name
+        vm: String,
+    },
     /// Say what happened to a running VM's devices, one JSON object a line
     Events {
         /// The VM's name
@@ -250,6 +273,13 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
     match verb {
         Verb::Run(args) if args.dry_run => print(&launch::dry_run(&args.spec()?, &args.options())?),
         Verb::Run(args) => launch::run(&args.spec()?, &args.options(), launched_ns),
+        Verb::Ps { json } => print(&ps::show(json)?),
+        Verb::Stop { vm, timeout } => {
+            let (text, code) = stop::stop(&vm, Duration::from_secs(timeout.into()))?;
+            print(&text)?;
+            Ok(code)
+        }
+        Verb::Kill { vm } => print(&stop::kill(&vm)?),
         Verb::Events { vm, follow } => events::show(&vm, follow),
         Verb::Link { vm, nic, order } => link::order(&vm, &nic, order),
         Verb::Resize { vm, disk, size } => print(&orders::resize(&vm, &disk, size)?),

@@ -88,6 +88,22 @@ pub fn run_folder(name: &str) -> Result<PathBuf, Failure> {
     })
 }
 
+/// The run-time folders of this user's VMs; also of some that are over.
+///
+/// # Errors
+/// A [`Failure`] when someone else could have made them.
+pub fn run_folders() -> Result<Vec<PathBuf>, Failure> {
+    run_dir::all()
+}
+
+/// Whether the VM whose run-time folder `folder` is runs, and `spawner` is its spawner.
+///
+/// # Errors
+/// When the folder is gone.
+pub fn is_run_by(folder: &std::path::Path, spawner: i32) -> std::io::Result<bool> {
+    run_dir::is_locked_by(folder, spawner)
+}
+
 /// Connects to the supervisor of the VM whose run-time folder `folder` is.
 ///
 /// # Errors

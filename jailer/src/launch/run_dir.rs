@@ -48,6 +48,42 @@ pub(crate) fn find(name: &str) -> Option<PathBuf> {
     Some(parent.join(name)).filter(|path| sound && ours && path.is_dir())
 }
 
+/// The folders of all VMs of this user, in the order of their names; also of those that are over, where
+/// nobody swept yet.
+pub(crate) fn all() -> Result<Vec<PathBuf>, Failure> {
+    let parent = parent();
+    let listed = check_owner(&parent).and_then(|()| fs::read_dir(&parent));
+    let entries = match listed {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        listed => listed.map_err(|e| unusable(&parent, &e))?,
+    };
+    let mut folders: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    folders.sort();
+    Ok(folders)
+}
+
+/// Whether the process `pid` locked the folder `path`, and the lock is held. By the kernel's own list: what a
+/// folder says of itself its VM's spawner wrote, and to try the lock would be in the way of one that starts.
+pub(crate) fn is_locked_by(path: &Path, pid: i32) -> io::Result<bool> {
+    let folder = fs::symlink_metadata(path)?.ino();
+    Ok(fs::read_to_string("/proc/locks")?
+        .lines()
+        .filter_map(lock)
+        .any(|lock| lock == (pid, folder)))
+}
+
+/// The process and the inode of a line of `/proc/locks`: `1: FLOCK  ADVISORY  WRITE 17 fe:00:23 0 EOF`.
+/// Devices are left out: some file systems have another number there than in `stat`.
+fn lock(line: &str) -> Option<(i32, u64)> {
+    let mut words = line.split_whitespace().skip(1);
+    if (words.next()?, words.nth(1)?) != ("FLOCK", "WRITE") {
+        return None;
+    }
+    let pid = words.next()?.parse().ok()?;
+    let (_, inode) = words.next()?.rsplit_once(':')?;
+    Some((pid, inode.parse().ok()?))
+}
+
 /// The control socket in the folder that is open as `folder`: a run-time folder's own path may be
 /// longer than an address holds.
 fn socket_address(folder: i32) -> nix::Result<UnixAddr> {
@@ -66,21 +102,11 @@ pub(crate) fn connect_to(path: &Path) -> io::Result<OwnedFd> {
 /// Makes and locks the folder of VM `name`, after sweeping those of VMs that are gone.
 pub(crate) fn create(name: &str) -> Result<RunDir, Failure> {
     let parent = parent();
-    let failed = |e: &dyn std::error::Error| {
-        Failure::host(format!("cannot use the run-time folder {}", parent.display()))
-            .because(e)
-            .hint("set XDG_RUNTIME_DIR to a folder of yours")
-    };
+    let failed = |e: &dyn std::error::Error| unusable(&parent, e);
     let path = parent.join(name);
     for _ in 0..ATTEMPTS {
         make(&parent).map_err(|e| failed(&e))?;
-        // In /tmp someone else may have been first.
-        let about = fs::symlink_metadata(&parent).map_err(|e| failed(&e))?;
-        if !about.is_dir() || about.uid() != geteuid().as_raw() || about.mode() & 0o022 != 0 {
-            return Err(failed(&io::Error::other(
-                "it is not a folder that only its owner, you, can write",
-            )));
-        }
+        check_owner(&parent).map_err(|e| failed(&e))?;
         sweep(&parent);
         match make(&path).and_then(|()| try_lock(&path)) {
             Ok(Some(lock)) => return Ok(RunDir { path, lock }),
@@ -94,6 +120,23 @@ pub(crate) fn create(name: &str) -> Result<RunDir, Failure> {
         }
     }
     Err(failed(&io::Error::other("it keeps being removed")))
+}
+
+fn unusable(parent: &Path, error: &dyn std::error::Error) -> Failure {
+    Failure::host(format!("cannot use the run-time folder {}", parent.display()))
+        .because(error)
+        .hint("set XDG_RUNTIME_DIR to a folder of yours")
+}
+
+/// In /tmp someone else may have been first.
+fn check_owner(parent: &Path) -> io::Result<()> {
+    let about = fs::symlink_metadata(parent)?;
+    if !about.is_dir() || about.uid() != geteuid().as_raw() || about.mode() & 0o022 != 0 {
+        return Err(io::Error::other(
+            "it is not a folder that only its owner, you, can write",
+        ));
+    }
+    Ok(())
 }
 
 fn make(path: &Path) -> io::Result<()> {
@@ -222,5 +265,33 @@ impl RunDir {
         if now.map(inode).ok() == ours.map(inode).ok() {
             self.remove();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_is_its_owners_as_long_as_it_is_held() {
+        let folder = tempfile::tempdir().unwrap();
+        let own = nix::unistd::getpid().as_raw();
+        let locked = |pid| is_locked_by(folder.path(), pid).unwrap();
+        assert!(!locked(own));
+        let lock = try_lock(folder.path()).unwrap().unwrap();
+        assert!(locked(own) && !locked(1));
+        drop(lock);
+        assert!(!locked(own));
+    }
+
+    #[test]
+    fn only_locks_of_whole_files_that_are_held_count() {
+        assert_eq!(
+            lock("2: FLOCK  ADVISORY  WRITE 17 fe:00:23 0 EOF"),
+            Some((17, 23))
+        );
+        assert_eq!(lock("2: -> FLOCK  ADVISORY  WRITE 17 fe:00:23 0 EOF"), None);
+        assert_eq!(lock("2: POSIX  ADVISORY  WRITE 17 fe:00:23 0 EOF"), None);
+        assert_eq!(lock("2: FLOCK  ADVISORY  READ 17 fe:00:23 0 EOF"), None);
     }
 }

@@ -1,0 +1,290 @@
+//! The verbs beside `run`, and `run` where nobody is at the keyboard.
+
+use super::{jails::Place, run::gone, traces::Traces};
+use anyhow::{Context, Result, bail, ensure};
+use integration_tests::{
+    artifacts::Artifact,
+    host::Host,
+    lent::{Lent, NOBODY, become_nobody},
+    suite::{Skip, artifact, test},
+    tiny::Run,
+};
+use libtest_mimic::Trial;
+use nix::{
+    sys::signal::Signal,
+    unistd::{Uid, getpid},
+};
+use serde_json::Value;
+use std::{
+    fs::{self, File},
+    os::unix::{fs::chown, process::ExitStatusExt},
+    path::Path,
+    process::{Command, Output},
+    time::{Duration, SystemTime},
+};
+use tempfile::TempDir;
+use vm_spec::{control::exit_code, run_state::FILE_NAME};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+pub(crate) fn tests() -> Vec<Trial> {
+    vec![
+        test("verbs::ps", ps),
+        test("verbs::ps_believes_no_folder", ps_believes_no_folder),
+        test("verbs::stop", stop),
+        test("verbs::stop_waits_no_longer_than_told", stop_in_time),
+        test("verbs::kill", kill),
+        test("verbs::kill_unprivileged", kill_unprivileged),
+        test("verbs::no_such_vm", no_such_vm),
+        test("verbs::doctor", doctor),
+        test("verbs::completions", completions),
+        test("verbs::sigterm_has_an_exit_code", sigterm),
+        test("verbs::run_with_stdin_closed", || run_without("<&-")),
+        test("verbs::run_with_stdout_closed", || run_without(">&-")),
+    ]
+}
+
+/// `bulkhead`, with `folder` for the run-time folders.
+fn bulkhead(folder: &Path, arguments: &[&str]) -> Result<Output> {
+    Ok(Command::new(artifact(Artifact::Bulkhead)?)
+        .args(arguments)
+        .env("XDG_RUNTIME_DIR", folder)
+        .output()?)
+}
+
+fn expect(output: &Output, code: u8) -> Result<String> {
+    ensure!(output.status.code() == Some(i32::from(code)), "{output:?}");
+    Ok(String::from_utf8(output.stdout.clone())?)
+}
+
+/// A guest that does nothing, not even power off when asked.
+fn halted(place: &TempDir, grace: u32) -> Result<Run> {
+    Host::need_kvm()?;
+    let disk = place.path().join("disk");
+    File::create(&disk)?.set_len(16 << 20)?;
+    let flags = [
+        format!("--disk=path={},format=raw", disk.display()),
+        format!("--power-off-grace={grace}"),
+    ];
+    let mut run = Run::tiny("scenario=hlt", &flags)?;
+    run.console
+        .wait_line("ready=1", DEADLINE)
+        .with_context(|| run.process.stderr().unwrap_or_default())?;
+    run.state(DEADLINE)?;
+    Ok(run)
+}
+
+fn ps() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let mut run = halted(&place, 1)?;
+    let json = expect(&bulkhead(run.folder(), &["ps", "--json"])?, 0)?;
+    let json: Value = serde_json::from_str(&json)?;
+    let [vm] = json.as_array().context("no list")?.as_slice() else {
+        bail!("not one VM: {json}");
+    };
+    ensure!(vm["name"] == "test" && vm["state"] == "running", "{vm}");
+    ensure!(vm["pid"] == run.process.pid().as_raw(), "{vm}");
+    ensure!(vm["devices"] == serde_json::json!(["disk0"]), "{vm}");
+    let since = vm["since"].as_u64().context("no time")?;
+    let now = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)?
+        .as_secs();
+    ensure!((now.saturating_sub(60)..=now).contains(&since), "{vm} at {now}");
+    let text = expect(&bulkhead(run.folder(), &["ps"])?, 0)?;
+    let lines: Vec<_> = text.lines().collect();
+    ensure!(lines.len() == 2 && lines[0].starts_with("NAME "), "{text}");
+    let words: Vec<_> = lines[1].split_whitespace().collect();
+    let pid = run.process.pid().to_string();
+    ensure!(words[..3] == ["test", pid.as_str(), "running"], "{text}");
+    ensure!(words.last() == Some(&"disk0"), "{text}");
+    let traces = Traces::of(run.process.pid().as_raw(), run.folder())?;
+    run.process.signal(Signal::SIGKILL)?;
+    gone(&mut run, &traces)?;
+    let json = expect(&bulkhead(run.folder(), &["ps", "--json"])?, 0)?;
+    ensure!(json.trim() == "[]", "{json}");
+    Ok(())
+}
+
+/// A folder that no VM holds, whose state names a process that lives, is no VM.
+fn ps_believes_no_folder() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let run = halted(&place, 1)?;
+    let text = fs::read_to_string(run.run_folder().join(FILE_NAME))?;
+    let (spawner, own) = (run.process.pid().to_string(), getpid().to_string());
+    for (name, pid) in [("copy", &spawner), ("forged", &own)] {
+        let folder = run.folder().join("bulkhead").join(name);
+        fs::create_dir(&folder)?;
+        let state = text.replace(&format!("\"pid\": {spawner}"), &format!("\"pid\": {pid}"));
+        fs::write(folder.join(FILE_NAME), state)?;
+        for verb in ["stop", "kill"] {
+            expect(&bulkhead(run.folder(), &[verb, name])?, exit_code::USAGE)?;
+        }
+    }
+    let text = expect(&bulkhead(run.folder(), &["ps"])?, 0)?;
+    ensure!(text.lines().count() == 2 && text.contains("\ntest "), "{text}");
+    Ok(())
+}
+
+fn stop() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let mut run = halted(&place, 1)?;
+    let traces = Traces::of(run.process.pid().as_raw(), run.folder())?;
+    let said = expect(&bulkhead(run.folder(), &["stop", "test"])?, 0)?;
+    ensure!(said.starts_with("test: "), "{said}");
+    let status = run.wait(DEADLINE)?;
+    ensure!(status.code() == Some(exit_code::TIMEOUT.into()), "{status}");
+    // At once: the verb has waited.
+    let left = traces.left()?;
+    ensure!(left.is_empty(), "{left:?}");
+    Ok(())
+}
+
+/// The VM that did not end in time goes on.
+fn stop_in_time() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let mut run = halted(&place, 60)?;
+    let output = bulkhead(run.folder(), &["stop", "test", "--timeout=0"])?;
+    expect(&output, exit_code::TIMEOUT)?;
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(words.contains("hint: bulkhead kill test"), "{words}");
+    ensure!(run.process.alive()?, "it is over");
+    Ok(())
+}
+
+fn kill() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let mut run = halted(&place, 1)?;
+    let traces = Traces::of(run.process.pid().as_raw(), run.folder())?;
+    ensure!(traces.left()?.len() > traces.processes(), "{traces:?}");
+    let said = expect(&bulkhead(run.folder(), &["kill", "test"])?, 0)?;
+    ensure!(said == "test: killed\n", "{said}");
+    // Reaps the spawner.
+    run.wait(DEADLINE)?;
+    let left = traces.left()?;
+    ensure!(left.is_empty(), "{left:?}");
+    Ok(())
+}
+
+/// By a user who owns nothing, and whose spawner may not be of the same user namespace.
+fn kill_unprivileged() -> Result<()> {
+    Host::need_kvm()?;
+    if !Uid::effective().is_root() {
+        bail!(Skip("only root can become another user".to_owned()));
+    }
+    let _lent = Lent::to(NOBODY)?;
+    let (place, runtime) = (Place::make()?, tempfile::tempdir()?);
+    chown(runtime.path(), Some(NOBODY), Some(NOBODY))?;
+    let program = place.path("bulkhead");
+    let flags = [
+        format!("--kernel={}", place.path("tiny-guest").display()),
+        "--memory=64M".to_owned(),
+        "--cmdline=scenario=hlt".to_owned(),
+    ];
+    let mut run = Run::by(become_nobody(&program), runtime, &flags)?;
+    run.state(DEADLINE)?;
+    let verb = |words: &[&str]| -> Result<Output> {
+        let mut command = become_nobody(&program);
+        command.args(words).env("XDG_RUNTIME_DIR", run.folder());
+        Ok(command.output()?)
+    };
+    let text = expect(&verb(&["ps"])?, 0)?;
+    ensure!(text.contains("\ntest "), "{text}");
+    let said = expect(&verb(&["kill", "test"])?, 0)?;
+    ensure!(said == "test: killed\n", "{said}");
+    let status = run.wait(DEADLINE)?;
+    ensure!(status.signal() == Some(Signal::SIGKILL as i32), "{status}");
+    Ok(())
+}
+
+fn no_such_vm() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for verb in ["stop", "kill"] {
+        let output = bulkhead(folder.path(), &[verb, "web"])?;
+        expect(&output, exit_code::USAGE)?;
+        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(words.contains("error: no VM 'web' runs\n"), "{words}");
+        ensure!(words.contains("hint: bulkhead ps"), "{words}");
+    }
+    let json = expect(&bulkhead(folder.path(), &["ps", "--json"])?, 0)?;
+    ensure!(json.trim() == "[]", "{json}");
+    Ok(())
+}
+
+/// What is missing has its remedy, and the exit code says so.
+fn doctor() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let output = bulkhead(folder.path(), &["doctor", "--json"])?;
+    let findings: Vec<Value> = serde_json::from_slice(&output.stdout)?;
+    ensure!(findings.len() > 5, "{findings:?}");
+    let mut missing = false;
+    for finding in &findings {
+        let text = |key: &str| finding[key].as_str().with_context(|| format!("{key}: {finding}"));
+        ensure!(
+            !text("name")?.is_empty() && !text("what")?.is_empty(),
+            "{finding}"
+        );
+        match text("level")? {
+            "good" | "note" => {}
+            "missing" => {
+                missing = true;
+                ensure!(!text("mend")?.is_empty(), "{finding}");
+            }
+            other => bail!("a level '{other}'"),
+        }
+    }
+    expect(&output, u8::from(missing))?;
+    Ok(())
+}
+
+fn completions() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = expect(&bulkhead(folder.path(), &["completions", shell])?, 0)?;
+        for word in ["upgrade", "stop", "power-off-grace"] {
+            ensure!(script.contains(word), "{shell}: no {word}");
+        }
+    }
+    expect(
+        &bulkhead(folder.path(), &["completions", "csh"])?,
+        exit_code::USAGE,
+    )?;
+    Ok(())
+}
+
+fn sigterm() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let mut run = halted(&place, 1)?;
+    run.process.signal(Signal::SIGTERM)?;
+    let status = run.wait(DEADLINE)?;
+    ensure!(status.code() == Some(exit_code::TIMEOUT.into()), "{status}");
+    // Asked twice, it is killed, and the code is a shell's for the signal.
+    let mut run = halted(&place, 60)?;
+    run.process.signal(Signal::SIGTERM)?;
+    run.process.signal(Signal::SIGINT)?;
+    let status = run.wait(DEADLINE)?;
+    let code = status.code().context("no code")?;
+    let second = [Signal::SIGTERM, Signal::SIGINT].map(|signal| 128 + signal as i32);
+    ensure!(second.contains(&code), "{status}");
+    Ok(())
+}
+
+/// As services and scripts start it.
+fn run_without(redirection: &str) -> Result<()> {
+    Host::need_kvm()?;
+    let mut shell = Command::new("sh");
+    shell
+        .args(["-c", &format!("exec \"$@\" {redirection}"), "sh"])
+        .arg(artifact(Artifact::Bulkhead)?);
+    let flags = [
+        format!("--kernel={}", artifact(Artifact::TinyGuest)?.display()),
+        "--memory=64M".to_owned(),
+        "--cmdline=scenario=poweroff".to_owned(),
+    ];
+    let mut run = Run::by(shell, tempfile::tempdir()?, &flags)?;
+    let status = run.wait(DEADLINE)?;
+    ensure!(status.success(), "{status}: {}", run.process.stderr()?);
+    if redirection.starts_with('<') {
+        run.console.expect_ok()?;
+    }
+    Ok(())
+}
