@@ -18,6 +18,8 @@ const PROGRAMS: [Artifact; 6] = [
     Artifact::ImageTool,
 ];
 const PROGRAM_FOLDER: &str = "libexec/bulkhead";
+/// Those that people start by hand: links in `bin` lead to them.
+const COMMANDS: [Artifact; 3] = [Artifact::Bulkhead, Artifact::VhostUserBlk, Artifact::VhostUserNet];
 /// Where QEMU's interoperability specification has them (docs/interop/vhost-user.json).
 const DISCOVERY_FOLDER: &str = "share/qemu/vhost-user";
 const DISCOVERY: [(&str, Artifact, &str); 2] = [
@@ -71,11 +73,13 @@ pub fn install(artifacts: &Artifacts, place: &Place) -> Result<Vec<PathBuf>> {
         write(&file, &content, 0o755)?;
         files.push(file);
     }
-    let link = place.now("bin/bulkhead")?;
-    make_room(&link)?;
-    symlink(Path::new("..").join(PROGRAM_FOLDER).join("bulkhead"), &link)
-        .with_context(|| format!("cannot make {}", link.display()))?;
-    files.push(link);
+    for command in COMMANDS {
+        let link = place.now(&format!("bin/{}", command.name()))?;
+        make_room(&link)?;
+        symlink(Path::new("..").join(PROGRAM_FOLDER).join(command.name()), &link)
+            .with_context(|| format!("cannot make {}", link.display()))?;
+        files.push(link);
+    }
     for (name, program, content) in DISCOVERY {
         let mut about: Value = serde_json::from_str(content)?;
         let binary = place.prefix.join(PROGRAM_FOLDER).join(program.name());

@@ -52,6 +52,9 @@ fn under_a_prefix() -> Result<()> {
     ensure!(files.iter().all(|file| file.exists()), "{files:?}");
     discovered(&folder.path().join("share/qemu/vhost-user"), &["block", "net"])?;
     run(&folder.path().join("bin/bulkhead"), "--version")?;
+    for back_end in ["vhost-user-blk", "vhost-user-net"] {
+        run(&folder.path().join("bin").join(back_end), "--print-capabilities")?;
+    }
     Ok(())
 }
 
