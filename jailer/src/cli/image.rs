@@ -104,7 +104,7 @@ pub(super) struct ImageArgs {
     /// File with the passphrase of an encrypted image, taken whole
     #[arg(long, value_name = "FILE")]
     key_file: Option<PathBuf>,
-    /// What becomes of a system call that no policy allows: enforce, log or off
+    /// What becomes of a system call that no policy allows: enforce, trap, log or off
     #[arg(long, value_name = "MODE", default_value_t = SeccompMode::Enforce)]
     seccomp: SeccompMode,
 }

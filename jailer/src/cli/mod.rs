@@ -128,11 +128,9 @@ enum Verb {
     },
     /// Attack every jail from inside, and say which wall held
     Audit {
-        /// Take one wall away, and show that the next one holds: seccomp, namespace, landlock,
-        /// capability, seal or limit
-        #[arg(long, value_name = "WALL")]
+        #[arg(long, value_name = "WALL", help = without_help())]
         without: Option<Wall>,
-        /// Only this role: vmm, vcpu, disk, net or supervisor
+        /// Only this role: vmm, vcpu, disk, net, supervisor or startup
         #[arg(long)]
         role: Option<Role>,
         /// Only this attack
@@ -166,12 +164,25 @@ enum Verb {
 enum PolicyVerb {
     /// Print every rule of a role, with its reason
     Show {
-        /// disk, net, vmm, vcpu, supervisor, image or spawner
+        #[arg(help = any_of(&Role::ALL.map(Role::name)))]
         role: Role,
         /// Print JSON
         #[arg(long)]
         json: bool,
     },
+}
+
+fn without_help() -> String {
+    let walls = any_of(&Wall::ALL.map(Wall::name));
+    format!("Take one wall away, and show that the next one holds: {walls}")
+}
+
+/// In a help's words.
+fn any_of(names: &[&str]) -> String {
+    match names {
+        [others @ .., last] if !others.is_empty() => format!("{} or {last}", others.join(", ")),
+        names => names.concat(),
+    }
 }
 
 /// `bulkhead run`'s arguments.
@@ -184,7 +195,7 @@ struct RunArgs {
     /// Print the processes, descriptors and policies that would run, and run nothing
     #[arg(long)]
     dry_run: bool,
-    /// What becomes of a system call that no policy allows: enforce, log or off
+    /// What becomes of a system call that no policy allows: enforce, trap, log or off
     #[arg(long, value_name = "MODE", default_value_t = SeccompMode::Enforce)]
     seccomp: SeccompMode,
     /// Whether processes have namespaces, limits and filters: off is for finding faults only
@@ -341,6 +352,35 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    /// The help of the verb that these words name.
+    fn help(words: &str) -> String {
+        let words = words.split(' ').chain(["--help"]);
+        Cli::try_parse_from(["bulkhead"].into_iter().chain(words))
+            .unwrap_err()
+            .to_string()
+            .split_whitespace()
+            .collect::<Vec<_>>()
+            .join(" ")
+    }
+
+    #[test]
+    fn helps_name_all_that_can_be_given() {
+        let named = |words: &str, name: &str| {
+            let help = help(words);
+            assert!(help.contains(name), "{words}: no {name}: {help}");
+        };
+        for role in Role::ALL {
+            named("policy show", role.name());
+        }
+        for wall in Wall::ALL {
+            named("audit", wall.name());
+        }
+        named("audit", "supervisor or startup");
+        for verb in ["run", "image info"] {
+            named(verb, "enforce, trap, log or off");
+        }
     }
 
     #[test]
