@@ -188,7 +188,7 @@ fn any_of(names: &[&str]) -> String {
 /// `bulkhead run`'s arguments.
 #[derive(Args, Debug)]
 struct RunArgs {
-    /// The VM, as a TOML file; flags override and add to it
+    /// The VM, as a TOML file, or JSON where its name ends in .json; flags override and add to it
     spec: Option<PathBuf>,
     #[command(flatten)]
     vm: flags::VmFlags,

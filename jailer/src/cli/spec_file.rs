@@ -1,4 +1,4 @@
-//! Reading `SPEC.toml`, and saying where it is wrong.
+//! Reading `SPEC.toml` or `SPEC.json`, and saying where it is wrong.
 
 use crate::failure::Failure;
 use std::fs;
@@ -17,7 +17,11 @@ pub(super) fn read(path: &Path) -> Result<VmSpec, Failure> {
         return Err(failed().cause(format!("it is {length} bytes long")));
     }
     let text = fs::read_to_string(path).map_err(|e| failed().because(&e))?;
-    let mut spec = parse(&path.display().to_string(), &text)?;
+    let name = path.display().to_string();
+    let mut spec = match path.extension() {
+        Some(end) if end.eq_ignore_ascii_case("json") => parse_json(&name, &text)?,
+        _ => parse(&name, &text)?,
+    };
     let folder = path.parent().unwrap_or(Path::new(""));
     resolve_paths(&mut spec, folder);
     Ok(spec)
@@ -49,7 +53,7 @@ fn disk_paths(disk: &mut DiskSpec) -> impl Iterator<Item = &mut PathBuf> {
     named.into_iter().flatten()
 }
 
-/// Reads a spec's text; `name` is the file's, for messages.
+/// Reads a spec's text in TOML; `name` is the file's, for messages.
 pub(super) fn parse(name: &str, text: &str) -> Result<VmSpec, Failure> {
     toml::from_str(text).map_err(|e| {
         let place = match e.span() {
@@ -60,6 +64,21 @@ pub(super) fn parse(name: &str, text: &str) -> Result<VmSpec, Failure> {
             None => name.to_owned(),
         };
         explain(&place, e.message())
+    })
+}
+
+/// Reads a spec's text in JSON.
+fn parse_json(name: &str, text: &str) -> Result<VmSpec, Failure> {
+    serde_json::from_str(text).map_err(|e| {
+        // The column is how many of the line's bytes were read: a key's place is its end.
+        let (line, read) = (e.line(), e.column());
+        let whole = text.lines().nth(line.saturating_sub(1)).unwrap_or_default();
+        let read_part = &whole.as_bytes()[..read.min(whole.len())];
+        let column = String::from_utf8_lossy(read_part).chars().count();
+        let message = e.to_string();
+        let place = format!(" at line {line} column {read}");
+        let message = message.strip_suffix(&place).unwrap_or(&message);
+        explain(&format!("{name}:{line}:{column}"), message)
     })
 }
 
@@ -108,6 +127,68 @@ mod tests {
         assert!(message.contains("vm.toml:4:3"), "{message}");
         assert!(message.contains("unknown field `kernal`"), "{message}");
         assert!(message.contains("did you mean 'kernel'?"), "{message}");
+    }
+
+    #[test]
+    fn json_is_the_same_spec() {
+        let toml = "memory = \"1G\"\n[boot]\nkernel = \"k\"\n[[disk]]\npath = \"d\"\nread-only = true\n";
+        let json = r#"{"memory": "1G", "boot": {"kernel": "k"}, "disk": [{"path": "d", "read-only": true}]}"#;
+        assert_eq!(parse("t", toml).unwrap(), parse_json("j", json).unwrap());
+    }
+
+    #[test]
+    fn a_file_is_json_by_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let written = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            fs::write(&path, text).unwrap();
+            read(&path)
+        };
+        let json = r#"{"boot": {"kernel": "k"}}"#;
+        let spec = written("vm.json", json).unwrap();
+        assert_eq!(spec.boot.kernel, folder.path().join("k"));
+        assert!(written("vm.toml", json).is_err());
+        let message = written("VM.JSON", "[boot]\n").unwrap_err().to_string();
+        assert!(message.contains("VM.JSON:1:"), "{message}");
+    }
+
+    #[test]
+    fn mistakes_in_json_have_a_place_and_a_guess() {
+        let cases = [
+            (
+                "{\"boot\": {\"kernel\": \"k\",\n  \"kernal\": \"x\"}}",
+                "vm.json:2:10",
+                "did you mean 'kernel'?",
+            ),
+            (
+                "{\n\"memory\": \"12X\"}",
+                "vm.json:2:15",
+                "'X' is not a size suffix",
+            ),
+            // Three characters, six bytes.
+            (
+                "{\"name\": \"äöü\", \"cpu\": 1}",
+                "vm.json:1:21",
+                "did you mean 'cpus'?",
+            ),
+            (
+                "{\"boot\": {\"kernel\": \"k\"}} x",
+                "vm.json:1:27",
+                "trailing characters",
+            ),
+            ("{\"cpus\": 1", "vm.json:1:10", "EOF"),
+            (
+                "{\"cpus\": 1, \"cpus\": 2}",
+                "vm.json:1:18",
+                "duplicate field `cpus`",
+            ),
+        ];
+        for (text, place, words) in cases {
+            let message = parse_json("vm.json", text).unwrap_err().to_string();
+            assert!(message.contains(&format!("{place}: ")), "{text}: {message}");
+            assert!(message.contains(words), "{text}: {message}");
+            assert!(!message.contains("at line"), "{text}: {message}");
+        }
     }
 
     #[test]
