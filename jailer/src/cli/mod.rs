@@ -5,6 +5,7 @@ mod doctor;
 mod events;
 mod flags;
 mod image;
+mod man;
 mod orders;
 mod pidfd;
 mod policy;
@@ -152,6 +153,11 @@ enum Verb {
     Policy {
         #[command(subcommand)]
         verb: PolicyVerb,
+    },
+    /// Print the manual page, or that of a verb, for man -l
+    Man {
+        /// The verb
+        verb: Option<String>,
     },
     /// Print a completion script
     Completions {
@@ -327,6 +333,7 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
         Verb::Policy {
             verb: PolicyVerb::Show { role, json },
         } => print(&policy::show(role, json)),
+        Verb::Man { verb } => print(&man::page(Cli::command(), verb.as_deref())?),
         Verb::Completions { shell } => {
             let mut out = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "bulkhead", &mut out);
