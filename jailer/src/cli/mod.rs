@@ -12,6 +12,8 @@ mod policy;
 mod ps;
 mod spec_file;
 mod stop;
+#[cfg(test)]
+mod tests;
 mod upgrade;
 
 #[cfg(feature = "fuzzing")]
@@ -349,75 +351,5 @@ fn print(text: &str) -> Result<u8, Failure> {
             Err(Failure::host("cannot write to standard output").because(&e))
         }
         _ => Ok(0),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_command_line_is_sound() {
-        Cli::command().debug_assert();
-    }
-
-    /// The help of the verb that these words name.
-    fn help(words: &str) -> String {
-        let words = words.split(' ').chain(["--help"]);
-        Cli::try_parse_from(["bulkhead"].into_iter().chain(words))
-            .unwrap_err()
-            .to_string()
-            .split_whitespace()
-            .collect::<Vec<_>>()
-            .join(" ")
-    }
-
-    #[test]
-    fn helps_name_all_that_can_be_given() {
-        let named = |words: &str, name: &str| {
-            let help = help(words);
-            assert!(help.contains(name), "{words}: no {name}: {help}");
-        };
-        for role in Role::ALL {
-            named("policy show", role.name());
-        }
-        for wall in Wall::ALL {
-            named("audit", wall.name());
-        }
-        named("audit", "supervisor or startup");
-        for verb in ["run", "image info"] {
-            named(verb, "enforce, trap, log or off");
-        }
-    }
-
-    #[test]
-    fn run_is_parsed_alone_as_among_all_verbs() {
-        for line in [
-            "bulkhead run --kernel k -vv --disk path=a,format=raw",
-            "bulkhead run --kernl k",
-            "bulkhead run a b",
-            "bulkhead run --version",
-            "bulkhead run --help",
-        ] {
-            let arguments: Vec<OsString> = line.split(' ').map(OsString::from).collect();
-            let among = Cli::try_parse_from(&arguments).map(|cli| format!("{:?}", cli.verb));
-            let alone = parse(arguments).map(|verb| format!("{verb:?}"));
-            let text = |error: clap::Error| error.to_string();
-            assert_eq!(alone.map_err(text), among.map_err(text), "{line}");
-        }
-    }
-
-    #[test]
-    fn verbosity_only_raises_the_level() {
-        let level = |args: &[&str]| match Cli::try_parse_from(args).unwrap().verb {
-            Verb::Run(args) => args.options().log_level,
-            _ => unreachable!("the arguments start with run"),
-        };
-        assert_eq!(level(&["bulkhead", "run", "--kernel", "k"]), "warn");
-        assert_eq!(level(&["bulkhead", "run", "--kernel", "k", "-vv"]), "debug");
-        assert_eq!(
-            level(&["bulkhead", "run", "--kernel", "k", "-v", "--log-level=trace"]),
-            "trace"
-        );
     }
 }
