@@ -71,7 +71,7 @@ enum Verb {
     Stop {
         /// The VM's name
         vm: String,
-        /// How long to wait, in seconds; the guest has the time that power-off-grace says
+        /// How long to wait, in seconds (then exit code 8); the guest has what power-off-grace says
         #[arg(long, value_name = "SECONDS", default_value_t = 60)]
         timeout: u32,
     },
