@@ -5,7 +5,7 @@ use crate::launch::disk::Disk;
 use crate::launch::machine::{Backend, Device};
 use crate::launch::net::Nic;
 use crate::sandbox::Role;
-use vm_spec::control::DeviceConfig;
+use vm_spec::control::{DeviceConfig, FdNumber};
 use vm_spec::run_state::{MadeFds, ProcessRole};
 use vm_spec::spec::ImageFormat;
 
@@ -34,7 +34,13 @@ pub(super) fn plan(
     let (role, binary) = match &device.backend {
         Backend::External(_) | Backend::Passt { .. } => return None,
         Backend::Disk(disk) => {
-            arguments.extend(plan_disk(n, disk, &choices.chains[n], &mut fds));
+            let (flags, orders) = plan_disk(n, disk, &choices.chains[n], &mut fds);
+            arguments.extend(flags);
+            made.push(another(
+                &device.id,
+                orders,
+                "the same, while a front end is served",
+            ));
             arguments.extend(device.num_queues.map(|q| format!("--num-queues={q}")));
             made.push(exactly(1, "/memfd:inflight", "in-flight region"));
             if disk.past_cache {
@@ -69,8 +75,8 @@ pub(super) fn plan(
     })
 }
 
-/// `formats` are those of the image chain, the top first.
-fn plan_disk(n: usize, disk: &Disk, formats: &[ImageFormat], fds: &mut Table) -> Vec<String> {
+/// The flags, and where orders come from. `formats` are those of the image chain, the top first.
+fn plan_disk(n: usize, disk: &Disk, formats: &[ImageFormat], fds: &mut Table) -> (Vec<String>, FdNumber) {
     let image = fds.add(Source::Image(n, 0), disk.path.display().to_string());
     let mut arguments = vec![
         format!("--blk-fd={}", image.0),
@@ -100,7 +106,7 @@ fn plan_disk(n: usize, disk: &Disk, formats: &[ImageFormat], fds: &mut Table) ->
     let orders = fds.add(Source::Orders(n), "orders by the supervisor: a new size, metrics");
     arguments.push(format!("--control-fd={}", orders.0));
     arguments.extend(disk.flags.iter().cloned());
-    arguments
+    (arguments, orders)
 }
 
 fn plan_nic(n: usize, nic: &Nic, fds: &mut Table) -> Vec<String> {
