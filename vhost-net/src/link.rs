@@ -56,16 +56,20 @@ impl Link {
         self.wanted.load(Ordering::Relaxed) && !self.gone.load(Ordering::Relaxed)
     }
 
-    /// A queue met `error`: EBADFD says that it was detached, or that there is no TAP any more.
-    pub fn suspect(&self, error: &io::Error) {
+    /// A queue met `error`. True for EBADFD: it is detached, or there is no TAP any more.
+    pub fn suspect(&self, error: &io::Error) -> bool {
         let bad = |error: &io::Error| error.raw_os_error() == Some(Errno::EBADFD as i32);
+        if !bad(error) || self.gone.load(Ordering::Acquire) {
+            return bad(error);
+        }
         // Asked of the queue that is never detached, with what is set already.
-        let gone = bad(error) && self.set_carrier().is_err_and(|error| bad(&error));
+        let gone = self.set_carrier().is_err_and(|error| bad(&error));
         if gone && !self.gone.swap(true, Ordering::AcqRel) {
             tell(Happening::TapLost, "the TAP is gone: the guest's link is down");
             // An eventfd at its limit wakes just as well.
             let _ = self.wake.write(1);
         }
+        true
     }
 
     fn set_carrier(&self) -> io::Result<()> {

@@ -112,15 +112,18 @@ impl Pacer {
         }
     }
 
-    /// What to wait for when the TAP answered with an error: it was detached a moment ago, or is
-    /// gone for good. Then only the driver's reset helps.
-    pub fn failed(&mut self) -> Wait {
-        match &mut self.events {
-            Some(events) => {
-                events.unwatch(&self.tap);
-                Wait::AVAILABLE_OR_READABLE
-            }
-            None => Wait::AVAILABLE,
+    /// What to wait for when the TAP answered that it is detached or gone: that it is attached, if it
+    /// has a seat. More buffers do not help.
+    pub fn unusable(&mut self) -> Wait {
+        if let Some(events) = &mut self.events {
+            events.disarm();
+            events.unwatch(&self.tap);
+        }
+        Wait {
+            available: false,
+            readable: self.events.is_some(),
+            writable: false,
+            pause: None,
         }
     }
 }

@@ -238,9 +238,12 @@ impl ReceiveQueue {
         if error.kind() == io::ErrorKind::WouldBlock {
             return self.pacer.blocked();
         }
-        self.link.suspect(error);
         self.counters.receive.dropped(Drop::Interface, error);
-        self.pacer.failed()
+        if self.link.suspect(error) {
+            return self.pacer.unusable();
+        }
+        // The kernel took a frame off its queue that it could not hand over: the next one may do.
+        self.pacer.blocked()
     }
 
     /// Places the frame that waits in the spill buffer, or drops it. False: the driver has to make

@@ -8,6 +8,7 @@ use crate::{Case, Device};
 use anyhow::{Result, ensure};
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::InterfaceFlags;
+use nix::time::{ClockId, clock_gettime};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use vhost_net::header::NetHeader;
@@ -94,15 +95,35 @@ fn down_and_up() -> Result<()> {
 }
 
 fn a_tap_that_vanishes() -> Result<()> {
-    let device = Device::start(&[])?;
-    let mut guest = Guest::start(device.connect()?, EVERYTHING, MERGEABLE)?;
-    let frame = Path::to_host(&device.tap).udp([1, 2], &pattern(100, 1), true);
-    guest.send(NetHeader::default(), &frame)?;
-    wait_status(&mut guest, LINK_UP)?;
-    ip(&format!("link delete {}", device.tap.name))?;
-    wait_status(&mut guest, 0)?;
-    // Its frames are dropped, and it goes on.
-    guest.send(NetHeader::default(), &frame)
+    for (options, flags) in [
+        ("", &[][..]),
+        ("", &["--receive-limit=packets=1000,packets-burst=10"][..]),
+        (" multi_queue", &["--num-queues=4"][..]),
+    ] {
+        let device = Device::on(TestTap::new(options)?, flags)?;
+        let mut guest = Guest::start(device.connect()?, EVERYTHING, MERGEABLE)?;
+        let frame = Path::to_host(&device.tap).udp([1, 2], &pattern(100, 1), true);
+        guest.send(NetHeader::default(), &frame)?;
+        wait_status(&mut guest, LINK_UP)?;
+        ip(&format!("link delete {}", device.tap.name))?;
+        wait_status(&mut guest, 0)?;
+        // Its frames are dropped, and it goes on: with buffers that no frame will fill, and idle.
+        guest.send(NetHeader::default(), &frame)?;
+        let before = cpu_time(&device)?;
+        std::thread::sleep(Duration::from_millis(500));
+        let used = cpu_time(&device)?.saturating_sub(before);
+        ensure!(
+            used < Duration::from_millis(50),
+            "{used:?} of a CPU for no TAP, with {flags:?}"
+        );
+    }
+    Ok(())
+}
+
+/// What the device process has used so far.
+fn cpu_time(device: &Device) -> Result<Duration> {
+    let clock = ClockId::pid_cpu_clock_id(device.process.pid())?;
+    Ok(clock_gettime(clock)?.into())
 }
 
 fn the_driver_chooses() -> Result<()> {
