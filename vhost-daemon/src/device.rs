@@ -131,11 +131,17 @@ pub struct ConfigError;
 
 /// What one queue does. All its methods run on the queue's thread.
 ///
-/// Life of a queue: `start`, then any number of `process`, then `drain`; and again. A handler that
+/// Life of a queue: `start` and `resume`, then any number of `process`, then `drain`; and again. A handler that
 /// completes each request before `process` returns has nothing to do in `drain`.
 pub trait QueueHandler: Send {
     /// The ring is about to run with the negotiated `features`.
     fn start(&mut self, features: u64);
+
+    /// Called after [`QueueHandler::start`]: the ring goes on at this available index, 0 with a driver
+    /// that begins. One that is in the middle may not know that this process is a new one.
+    fn resume(&mut self, index: u16) {
+        let _ = index;
+    }
 
     /// A file descriptor of the handler's own (a TAP, a completion eventfd) that is waited for when
     /// [`Wait`] says so. Asked for after each call of [`QueueHandler::process`]; level-triggered.

@@ -125,9 +125,15 @@ impl ControlQueue {
 }
 
 impl QueueHandler for ControlQueue {
-    /// A driver starts with one pair and asks for more (virtio 1.3, 5.1.5).
-    fn start(&mut self, _features: u64) {
-        self.steering.set_active(1);
+    fn start(&mut self, _features: u64) {}
+
+    /// A driver starts with one pair and asks for more (virtio 1.3, 5.1.5), once.
+    fn resume(&mut self, index: u16) {
+        if index == 0 {
+            self.steering.set_active(1);
+        } else {
+            self.steering.resume();
+        }
     }
 
     fn process(&mut self, ring: &mut Ring) -> Result<Wait, RingFault> {

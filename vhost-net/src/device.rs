@@ -9,6 +9,7 @@ use crate::offload::{Offloads, TCP_FEATURES, TunOffload, USO_FEATURES};
 use crate::options::{Options, OptionsError};
 use crate::pacer::{Flow, Pacer};
 use crate::rx::{ReceiveQueue, Running};
+use crate::state::State;
 use crate::station::Station;
 use crate::steering::Steering;
 use crate::tap::{Tap, TapError};
@@ -41,6 +42,9 @@ pub enum OpenError {
     /// `--tap-fd` names no fd that this process was given.
     #[error("--tap-fd")]
     Fd(#[source] io::Error),
+    /// `--state-fd` names no page that can be kept.
+    #[error("--state-fd")]
+    State(#[source] io::Error),
     /// `--pcap-fd` names no file that can be written.
     #[error("--pcap-fd")]
     Pcap(#[source] io::Error),
@@ -58,7 +62,7 @@ pub struct NetProgram;
 impl Program for NetProgram {
     const NAME: &'static str = "vhost-user-net";
     const KIND: &'static str = "net";
-    const CAPABILITIES: &'static [&'static str] = &["tap-name", "tap-fd", "link-fd", "pcap-fd"];
+    const CAPABILITIES: &'static [&'static str] = &["tap-name", "tap-fd", "link-fd", "state-fd", "pcap-fd"];
     const ROLE: Role = Role::Net;
     const USAGE: &'static str = crate::options::USAGE;
     const QUEUES: QueueLimits = QueueLimits {
@@ -111,11 +115,12 @@ impl NetDevice {
         let Some(first) = taps.first() else {
             return Err(OptionsError::Tap.into());
         };
+        let state = Arc::new(open_state(&options)?);
         let station = Station::new(Arc::clone(first), options.mac, guard.is_some());
         let parts = Parts {
-            steering: Arc::new(Steering::new(&taps).map_err(OpenError::Events)?),
+            steering: Arc::new(Steering::new(&taps, Arc::clone(&state)).map_err(OpenError::Events)?),
             station: Arc::new(station),
-            link: Arc::new(Link::new(Arc::clone(first)).map_err(OpenError::Events)?),
+            link: Arc::new(Link::new(Arc::clone(first), state).map_err(OpenError::Events)?),
             counters: Arc::new(Counters::default()),
             guard,
         };
@@ -152,6 +157,12 @@ fn open_capture(fd: RawFd) -> Result<Arc<Capture>, OpenError> {
     let file = vhost_daemon::inherited(fd).map_err(OpenError::Pcap)?;
     let capture = Capture::new(file).map_err(|error| OpenError::Pcap(error.into()))?;
     Ok(Arc::new(capture))
+}
+
+fn open_state(options: &Options) -> Result<State, OpenError> {
+    let kept = options.state_fd.map(vhost_daemon::inherited).transpose();
+    kept.and_then(|fd| fd.map_or_else(State::private, State::kept))
+        .map_err(OpenError::State)
 }
 
 fn open_taps(options: &Options, pairs: u16) -> Result<Vec<Arc<Tap>>, OpenError> {
@@ -275,8 +286,7 @@ impl Device for NetDevice {
 
     fn reset(&mut self) {
         // Until a control queue says otherwise: a front end may have one of its own.
-        let steering = &self.parts.steering;
-        steering.set_active(steering.pairs());
+        self.parts.steering.reset();
         self.parts.station.reset();
         self.watch.set_announces(false);
         self.set_offload(TunOffload::default());

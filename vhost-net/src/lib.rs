@@ -22,6 +22,7 @@ pub mod offload;
 pub mod options;
 pub mod pacer;
 pub mod rx;
+pub mod state;
 pub mod station;
 pub mod steering;
 pub mod tap;

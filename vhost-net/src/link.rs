@@ -3,6 +3,7 @@
 //! Queues' threads tell of a TAP that is gone; the session's thread reads what the launcher wants
 //! from `--link-fd` and tells the driver by a change of the configuration space (virtio 1.3, 5.1.4).
 
+use crate::state::State;
 use crate::tap::Tap;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -33,21 +34,27 @@ pub struct Link {
     wake: EventFd,
     /// The queue that is never detached.
     tap: Arc<Tap>,
+    /// Keeps what is wanted.
+    state: Arc<State>,
 }
 
 impl Link {
-    /// The link of the interface whose first queue `tap` is: up.
+    /// The link of the interface whose first queue `tap` is: up, or as the latest order in `state` has
+    /// it, on the host's side too.
     ///
     /// # Errors
     /// When the kernel gives no eventfd.
-    pub fn new(tap: Arc<Tap>) -> io::Result<Self> {
-        Ok(Self {
-            wanted: AtomicBool::new(true),
+    pub fn new(tap: Arc<Tap>, state: Arc<State>) -> io::Result<Self> {
+        let link = Self {
+            wanted: AtomicBool::new(state.link().unwrap_or(true)),
             gone: AtomicBool::new(false),
             announce: AtomicBool::new(false),
             wake: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
             tap,
-        })
+            state,
+        };
+        link.show_carrier();
+        Ok(link)
     }
 
     /// Frames may pass.
@@ -74,6 +81,18 @@ impl Link {
 
     fn set_carrier(&self) -> io::Result<()> {
         self.tap.set_carrier(self.wanted.load(Ordering::Relaxed))
+    }
+
+    fn order(&self, up: bool) {
+        self.state.set_link(up);
+        self.wanted.store(up, Ordering::Relaxed);
+        self.show_carrier();
+    }
+
+    fn show_carrier(&self) {
+        if let Err(error) = self.set_carrier() {
+            tracing::warn!(%error, "the host's side of the link does not follow");
+        }
     }
 
     /// The driver has announced itself.
@@ -152,10 +171,7 @@ impl LinkWatch {
     fn obey(&self, order: u8) {
         match order {
             DOWN | UP => {
-                self.link.wanted.store(order == UP, Ordering::Relaxed);
-                if let Err(error) = self.link.set_carrier() {
-                    tracing::warn!(%error, "the host's side of the link does not follow");
-                }
+                self.link.order(order == UP);
                 // Whoever was away tells the network where it is.
                 self.link
                     .announce

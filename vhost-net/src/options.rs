@@ -18,6 +18,8 @@ pub struct Options {
     pub tap_fds: Vec<RawFd>,
     /// `--link-fd`.
     pub link_fd: Option<RawFd>,
+    /// `--state-fd`.
+    pub state_fd: Option<RawFd>,
     /// `--pcap-fd`.
     pub pcap_fd: Option<RawFd>,
     /// `--mac`.
@@ -62,6 +64,8 @@ pub const USAGE: &str = concat!(
     "                          once for each pair of queues\n",
     "  --link-fd=N             read orders from this pipe or socket, a byte each: 0 link down,\n",
     "                          1 link up, a have the guest announce itself\n",
+    "  --state-fd=N            keep what a successor has to know in this page: a memfd of\n",
+    "                          4096 bytes, sealed with F_SEAL_SHRINK\n",
     "  --pcap-fd=N             append a capture of the frames to this file (1 GiB at most)\n",
     "  --mac=M                 the guest's MAC address\n",
     "  --mtu=N                 offer this MTU to the guest, 68 to 65535\n",
@@ -85,6 +89,7 @@ impl Options {
             "tap-name" => self.tap_name = Some(text(parser)?),
             "tap-fd" => self.tap_fds.push(parsed(name, parser)?),
             "link-fd" => self.link_fd = Some(parsed(name, parser)?),
+            "state-fd" => self.state_fd = Some(parsed(name, parser)?),
             "pcap-fd" => self.pcap_fd = Some(parsed(name, parser)?),
             "mac" => self.mac = Some(parsed(name, parser)?),
             "mtu" => self.mtu = Some(mtu(parser)?),

@@ -1,6 +1,7 @@
 //! Which queues of a multi-queue TAP the kernel may steer flows to: those whose receive ring runs
 //! and that the driver asked for. A frame for any other would never reach the guest.
 
+use crate::state::State;
 use crate::tap::{QueueState, Tap};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::io;
@@ -11,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub struct Steering {
     seats: Vec<Arc<Seat>>,
     wishes: Mutex<Wishes>,
+    state: Arc<State>,
 }
 
 /// What the driver and the front end want.
@@ -29,16 +31,16 @@ pub struct Seat {
 }
 
 impl Steering {
-    /// All of `taps` are attached, as they are when they were just opened.
+    /// Of `taps`, until a driver says otherwise, all that run. What it says is kept in `state`.
     ///
     /// # Errors
     /// When the kernel gives no eventfd.
-    pub fn new(taps: &[Arc<Tap>]) -> io::Result<Self> {
+    pub fn new(taps: &[Arc<Tap>], state: Arc<State>) -> io::Result<Self> {
         let seat = |tap: &Arc<Tap>| {
             let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
             Ok(Arc::new(Seat {
                 tap: Arc::clone(tap),
-                attached: AtomicBool::new(true),
+                attached: AtomicBool::new(tap.was_attached()),
                 wake: EventFd::from_flags(flags)?,
                 signalled: AtomicBool::new(false),
             }))
@@ -50,6 +52,7 @@ impl Steering {
                 running: vec![false; seats.len()],
             }),
             seats,
+            state,
         };
         steering.change(|_| ());
         Ok(steering)
@@ -78,16 +81,28 @@ impl Steering {
 
     /// The driver uses the first `pairs` pairs.
     pub fn set_active(&self, pairs: usize) {
+        self.state.set_pairs(pairs);
         self.change(|wishes| wishes.active = pairs);
+    }
+
+    /// The driver goes on with the pairs that it uses: all, if it never said which.
+    pub fn resume(&self) {
+        let pairs = self.state.pairs(self.pairs()).unwrap_or(self.pairs());
+        self.change(|wishes| wishes.active = pairs);
+    }
+
+    /// All pairs that run are used, until a driver says otherwise.
+    pub fn reset(&self) {
+        self.change(|wishes| wishes.active = self.pairs());
     }
 
     fn change(&self, change: impl FnOnce(&mut Wishes)) {
         let mut wishes = self.wishes.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut wishes);
-        // The first pair always stays: frames wait in its queue while no ring runs.
-        for (index, seat) in self.seats.iter().enumerate().skip(1) {
+        for (index, seat) in self.seats.iter().enumerate() {
             let running = wishes.running.get(index).copied().unwrap_or(false);
-            seat.settle(running && index < wishes.active);
+            // The first pair always stays: frames wait in its queue while no ring runs.
+            seat.settle(index == 0 || (running && index < wishes.active));
         }
     }
 }

@@ -42,7 +42,7 @@ pub enum TapError {
     #[error("'{0}' is not a TAP that can be opened with {1} queue(s)")]
     Kind(String, usize),
     /// The inherited fd is something else.
-    #[error("fd is no attached TAP with IFF_VNET_HDR and IFF_NO_PI (flags {0:#x})")]
+    #[error("fd is no TAP with IFF_VNET_HDR and IFF_NO_PI (flags {0:#x})")]
     Flags(u32),
     /// An ioctl failed.
     #[error("{0} failed on the TAP")]
@@ -91,6 +91,7 @@ pub struct Tap {
     capture: Option<Arc<Capture>>,
     fd: OwnedFd,
     name: String,
+    attached: bool,
 }
 
 /// `_IOW('T', 209, unsigned int)`, and its TUN_FLT_ALLMULTI.
@@ -142,6 +143,7 @@ impl Tap {
             capture: None,
             fd,
             name: name.to_owned(),
+            attached: true,
         }
         .prepared()
     }
@@ -149,7 +151,7 @@ impl Tap {
     /// Takes over an fd, after a look at what it is.
     ///
     /// # Errors
-    /// [`TapError::Flags`] when it is not an attached TAP with virtio-net headers.
+    /// [`TapError::Flags`] when it is not a TAP with virtio-net headers.
     pub fn adopt(fd: OwnedFd) -> Result<Self, TapError> {
         let mut request = InterfaceRequest::new("", 0);
         ioctl_request(fd.as_fd(), libc::TUNGETIFF, &mut request)
@@ -166,6 +168,8 @@ impl Tap {
             capture: None,
             fd,
             name: request.name(),
+            // A predecessor may have detached it.
+            attached: flags & libc::IFF_DETACH_QUEUE == 0,
         }
         .prepared()
     }
@@ -177,6 +181,7 @@ impl Tap {
             fd,
             name: "fuzz".to_owned(),
             capture: None,
+            attached: true,
         }
     }
 
@@ -255,6 +260,12 @@ impl Tap {
     /// EBADFD when the interface is gone; EINVAL before Linux 4.21.
     pub fn set_carrier(&self, on: bool) -> io::Result<()> {
         Ok(ioctl_int(self.fd.as_fd(), TUNSETCARRIER, on.into())?)
+    }
+
+    /// The kernel steered to this queue when it was opened or taken over.
+    #[must_use]
+    pub fn was_attached(&self) -> bool {
+        self.attached
     }
 
     /// Copies what crosses from now on to `capture`.

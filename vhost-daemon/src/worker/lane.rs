@@ -156,6 +156,7 @@ impl Lane {
         match Ring::start(memory, &setup, inflight) {
             Ok(ring) => {
                 self.handler.start(features);
+                self.handler.resume(ring.position());
                 self.running = Some(Running {
                     ring,
                     setup,

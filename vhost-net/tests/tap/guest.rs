@@ -44,6 +44,7 @@ pub const LARGE: Buffers = Buffers {
 
 pub struct Guest {
     pub session: Session,
+    options: Options,
     buffers: Buffers,
     receiving: BTreeMap<u16, u64>,
     sending: BTreeMap<u16, u64>,
@@ -69,11 +70,20 @@ impl Guest {
         let start = session.data_start();
         Ok(Self {
             session,
+            options,
             buffers,
             receiving: BTreeMap::new(),
             sending: BTreeMap::new(),
             free: (0..SLOTS).map(|slot| start + slot * SLOT).collect(),
             next_buffer: start + SLOTS * SLOT,
+        })
+    }
+
+    /// Goes on with another process, which knows nothing of this driver.
+    pub fn resume(self, socket: UnixStream) -> Result<Self> {
+        Ok(Self {
+            session: self.session.resume(socket, &self.options)?,
+            ..self
         })
     }
 

@@ -29,12 +29,12 @@ const EVERYTHING: u64 = !0;
 const CONTROL: usize = 2;
 const OK: u8 = 0;
 const ERROR: u8 = 1;
-const LINK_UP: u8 = 1;
+pub const LINK_UP: u8 = 1;
 const ANNOUNCE: u8 = 2;
 /// Between two looks at what has no event.
 const LOOK: Duration = Duration::from_millis(5);
 
-fn wait_status(guest: &mut Guest, wanted: u8) -> Result<()> {
+pub fn wait_status(guest: &mut Guest, wanted: u8) -> Result<()> {
     let end = Instant::now() + DEADLINE;
     loop {
         let status = guest.session.config(6, 2)?;
@@ -46,7 +46,7 @@ fn wait_status(guest: &mut Guest, wanted: u8) -> Result<()> {
     }
 }
 
-fn wait_carrier(tap: &TestTap, wanted: bool) -> Result<()> {
+pub fn wait_carrier(tap: &TestTap, wanted: bool) -> Result<()> {
     let end = Instant::now() + DEADLINE;
     let has = || -> Result<bool> {
         let running = InterfaceFlags::IFF_RUNNING;

@@ -10,6 +10,7 @@ mod limits;
 mod link;
 mod namespace;
 mod queues;
+mod successor;
 
 use anyhow::{Context, Result};
 use integration_tests::artifacts::{Artifact, Artifacts};
@@ -96,7 +97,8 @@ fn main() -> ExitCode {
         .chain(hostile::ALL)
         .chain(limits::ALL)
         .chain(link::ALL)
-        .chain(queues::ALL);
+        .chain(queues::ALL)
+        .chain(successor::ALL);
     let trials = cases.map(|(name, case)| {
         let missing = missing.clone();
         Trial::ignorable_test(*name, move || match missing {

@@ -31,19 +31,19 @@ const EVERYTHING: u64 = !0;
 const CONTROL: usize = 4;
 /// Without a frame for so long, no more are on their way.
 const GAP: Duration = Duration::from_millis(700);
-const FEW: Buffers = Buffers {
+pub const FEW: Buffers = Buffers {
     count: 64,
     ..MERGEABLE
 };
 
-fn pairs_set(pairs: u16) -> Vec<u8> {
+pub fn pairs_set(pairs: u16) -> Vec<u8> {
     let mut command = vec![VIRTIO_NET_CTRL_MQ as u8, 0];
     command.extend(pairs.to_le_bytes());
     command
 }
 
 /// Sends flows of many ports to the guest; how many of their frames arrive on the pair in use.
-fn arriving(guest: &mut Guest, host: &Host, path: &Path, flows: u16) -> Result<u16> {
+pub fn arriving(guest: &mut Guest, host: &Host, path: &Path, flows: u16) -> Result<u16> {
     for port in 0..flows {
         host.send(
             &[0; 10],
