@@ -261,27 +261,32 @@ impl Guard {
             return Err(Refusal::SourceIp);
         }
         match upper {
-            Upper::Icmp { message, fragmented } => self.check_icmpv6(source, message, fragmented),
+            Upper::Icmp(icmp) => self.check_icmpv6(source, &icmp),
             // Only multicast listener and neighbour messages come from an unspecified source.
             Upper::Other if source.is_unspecified() && self.checks_addresses() => Err(Refusal::SourceIp),
             Upper::Other => Ok(()),
         }
     }
 
-    fn check_icmpv6(&self, source: Ipv6Addr, message: &[u8], fragmented: bool) -> Result<(), Refusal> {
+    fn check_icmpv6(&self, source: Ipv6Addr, icmp: &Icmp<'_>) -> Result<(), Refusal> {
         const LISTENER: [u8; 4] = [130, 131, 132, 143];
         const SOLICIT_ROUTER: u8 = 133;
         const SOLICIT: u8 = 135;
         const ADVERTISE: u8 = 136;
         const NEIGHBOUR_DISCOVERY: std::ops::RangeInclusive<u8> = 133..=137;
+        let message = icmp.message;
         let kind = bytes::<1>(message, 0)?[0];
         if !NEIGHBOUR_DISCOVERY.contains(&kind) {
             let may = !source.is_unspecified() || LISTENER.contains(&kind) || !self.checks_addresses();
             return may.then_some(()).ok_or(Refusal::SourceIp);
         }
         // RFC 6980: neighbour messages are never fragmented.
-        if fragmented {
+        if icmp.fragmented {
             return Err(Refusal::Neighbour);
+        }
+        // What lies beyond was not looked at, and the guest can still change it.
+        if !icmp.whole {
+            return Err(Refusal::Malformed);
         }
         match kind {
             SOLICIT_ROUTER => self.check_link_options(message, 8),
@@ -311,28 +316,45 @@ impl Guard {
             }
             at += usize::from(units) * 8;
         }
-        Ok(())
+        if at == message.len() {
+            Ok(())
+        } else {
+            Err(Refusal::Malformed)
+        }
     }
 }
 
 enum Upper<'f> {
-    Icmp { message: &'f [u8], fragmented: bool },
+    Icmp(Icmp<'f>),
     Other,
+}
+
+struct Icmp<'f> {
+    /// As much as is looked at.
+    message: &'f [u8],
+    /// That is all of it.
+    whole: bool,
+    fragmented: bool,
 }
 
 /// Walks IPv6 extension headers. A later fragment has no upper layer to look at.
 fn upper_layer(packet: &[u8]) -> Result<Upper<'_>, Refusal> {
-    let payload = usize::from(be16(packet, 4)?);
+    // The payload's length ends headers and options; Ethernet may pad behind it. Longer packets have
+    // none (0, RFC 2675), and the guest sends none of those.
+    let end = 40 + usize::from(be16(packet, 4)?);
+    let whole = end <= packet.len();
+    let packet = &packet[..end.min(packet.len())];
     let mut next = bytes::<1>(packet, 6)?[0];
     let mut at = 40;
     let mut fragmented = false;
     loop {
         if next == PROTOCOL_ICMPV6 {
-            // The payload's length ends the options; Ethernet may pad behind it. Super-frames
-            // have none (0), and neighbour messages are none of those.
-            let end = (40 + payload).min(packet.len());
-            let message = packet.get(at..end).ok_or(Refusal::Malformed)?;
-            return Ok(Upper::Icmp { message, fragmented });
+            let message = packet.get(at..).ok_or(Refusal::Malformed)?;
+            return Ok(Upper::Icmp(Icmp {
+                message,
+                whole,
+                fragmented,
+            }));
         } else if next == PROTOCOL_FRAGMENT {
             let offset = be16(packet, at + 2)? >> 3;
             if offset != 0 {

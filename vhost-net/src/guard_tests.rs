@@ -126,6 +126,55 @@ fn ipv6_sources_and_neighbour_messages() {
 }
 
 #[test]
+fn no_option_of_a_neighbour_message_goes_unseen() {
+    let with = |options: &[u8]| {
+        let mut message = neighbour(136, IP6, Some(MAC.0));
+        message.extend(options);
+        let mut frame = own(TYPE_IPV6, &ipv6(IP6, PROTOCOL_ICMPV6, &message));
+        frame.truncate(PREFIX);
+        strict().check(&frame)
+    };
+    // 14 and 40 bytes of headers, 32 of the message: 168 are left.
+    let mut long = vec![14, 21];
+    long.resize(168, 0);
+    assert_eq!(with(&long), Ok(()));
+    let mut beyond = long;
+    beyond.extend([2, 1]);
+    beyond.extend(OTHER);
+    assert_eq!(with(&beyond), Err(Refusal::Malformed));
+    assert_eq!(with(&[14, 2, 0, 0, 0, 0, 0, 0]), Err(Refusal::Malformed));
+    assert_eq!(with(&[14]), Err(Refusal::Malformed));
+    // A solicitation of a router is held to the same.
+    let mut message = vec![133, 0, 0, 0, 0, 0, 0, 0, 14, 28];
+    message.resize(8 + 28 * 8, 0);
+    let mut frame = own(TYPE_IPV6, &ipv6(IP6, PROTOCOL_ICMPV6, &message));
+    frame.truncate(PREFIX);
+    assert_eq!(strict().check(&frame), Err(Refusal::Malformed));
+    // A long echo is none.
+    let mut frame = own(TYPE_IPV6, &ipv6(IP6, PROTOCOL_ICMPV6, &[128; 1000]));
+    frame.truncate(PREFIX);
+    assert_eq!(strict().check(&frame), Ok(()));
+}
+
+#[test]
+fn what_lies_behind_the_payload_is_no_part_of_the_packet() {
+    let mut packet = ipv6(IP6, 0, &[PROTOCOL_ICMPV6, 0, 0, 0, 0, 0, 0, 0]);
+    packet.extend(neighbour(136, IP6, Some(MAC.0)));
+    assert_eq!(strict().check(&own(TYPE_IPV6, &packet)), Err(Refusal::Malformed));
+    packet[5] = 4;
+    assert_eq!(strict().check(&own(TYPE_IPV6, &packet)), Err(Refusal::Malformed));
+    // A header behind the first fragment, where the next fragment has another one.
+    let fragment = [60, 0, 0, 1, 0, 0, 0, 9, 60, 0, 1, 4, 0, 0, 0, 0];
+    let mut packet = ipv6(IP6, PROTOCOL_FRAGMENT, &fragment);
+    packet.extend([6, 0, 1, 4, 0, 0, 0, 0]);
+    assert_eq!(strict().check(&own(TYPE_IPV6, &packet)), Err(Refusal::Malformed));
+    // Padding behind a whole message.
+    let mut packet = ipv6(IP6, PROTOCOL_ICMPV6, &neighbour(136, IP6, None));
+    packet.extend([2, 1, 0, 0]);
+    assert_eq!(strict().check(&own(TYPE_IPV6, &packet)), Ok(()));
+}
+
+#[test]
 fn extension_headers_do_not_hide_a_neighbour_message() {
     let stranger = "2001:db8::3".parse().unwrap();
     let mut hidden = vec![58, 0, 0, 0, 0, 0, 0, 0];
