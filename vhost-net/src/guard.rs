@@ -223,13 +223,19 @@ impl Guard {
         self.addresses.iter().any(|one| one.contains(address))
     }
 
-    /// RFC 826 for Ethernet and IPv4; a sender address of 0.0.0.0 is a probe (RFC 5227).
+    /// RFC 826 for Ethernet and IPv4. A sender address of 0.0.0.0 is a probe: it keeps others from
+    /// using the address that it asks for (RFC 5227, 2.1.1), which is the guest's own.
     fn check_arp(&self, arp: &[u8]) -> Result<(), Refusal> {
         if bytes::<6>(arp, 0)? != [0, 1, 8, 0, 6, 4] {
             return Err(Refusal::Arp);
         }
         let sender = Ipv4Addr::from(bytes::<4>(arp, 14)?);
-        let own = bytes::<6>(arp, 8)? == self.mac.0 && (sender.is_unspecified() || self.is_own4(sender));
+        let claimed = if sender.is_unspecified() {
+            Ipv4Addr::from(bytes::<4>(arp, 24)?)
+        } else {
+            sender
+        };
+        let own = bytes::<6>(arp, 8)? == self.mac.0 && self.is_own4(claimed);
         own.then_some(()).ok_or(Refusal::Arp)
     }
 
@@ -290,8 +296,10 @@ impl Guard {
         }
         match kind {
             SOLICIT_ROUTER => self.check_link_options(message, 8),
-            SOLICIT => self.check_link_options(message, 24),
-            ADVERTISE => {
+            // From nowhere it asks whether the address is free, and keeps others from using it
+            // (RFC 4862, 5.4.3).
+            SOLICIT if !source.is_unspecified() => self.check_link_options(message, 24),
+            SOLICIT | ADVERTISE => {
                 let target = Ipv6Addr::from(bytes::<16>(message, 8)?);
                 if !self.is_own6(target) {
                     return Err(Refusal::Neighbour);

@@ -46,11 +46,12 @@ fn ipv6(source: Ipv6Addr, next: u8, payload: &[u8]) -> Vec<u8> {
     packet
 }
 
-fn arp(hardware: [u8; 6], sender: Ipv4Addr) -> Vec<u8> {
+fn arp(hardware: [u8; 6], sender: Ipv4Addr, target: Ipv4Addr) -> Vec<u8> {
     let mut packet = vec![0, 1, 8, 0, 6, 4, 0, 2];
     packet.extend(hardware);
     packet.extend(sender.octets());
-    packet.extend([0; 10]);
+    packet.extend([0; 6]);
+    packet.extend(target.octets());
     packet
 }
 
@@ -98,11 +99,17 @@ fn tags_do_not_hide_a_source() {
 
 #[test]
 fn arp_speaks_for_the_guest_only() {
-    let check = |hardware, sender| strict().check(&own(TYPE_ARP, &arp(hardware, sender)));
-    assert_eq!(check(MAC.0, IP4), Ok(()));
-    assert_eq!(check(MAC.0, Ipv4Addr::UNSPECIFIED), Ok(()));
-    assert_eq!(check(MAC.0, Ipv4Addr::new(10, 0, 0, 1)), Err(Refusal::Arp));
-    assert_eq!(check(OTHER, IP4), Err(Refusal::Arp));
+    let stranger = Ipv4Addr::new(10, 0, 0, 1);
+    let nobody = Ipv4Addr::UNSPECIFIED;
+    let check = |hardware, sender, target| strict().check(&own(TYPE_ARP, &arp(hardware, sender, target)));
+    assert_eq!(check(MAC.0, IP4, stranger), Ok(()));
+    assert_eq!(check(MAC.0, stranger, IP4), Err(Refusal::Arp));
+    assert_eq!(check(OTHER, IP4, stranger), Err(Refusal::Arp));
+    // Probes.
+    assert_eq!(check(MAC.0, nobody, IP4), Ok(()));
+    assert_eq!(check(MAC.0, nobody, stranger), Err(Refusal::Arp));
+    let lax = Guard::new(MAC, vec![]);
+    assert_eq!(lax.check(&own(TYPE_ARP, &arp(MAC.0, nobody, stranger))), Ok(()));
 }
 
 #[test]
@@ -118,6 +125,13 @@ fn ipv6_sources_and_neighbour_messages() {
         check(Ipv6Addr::UNSPECIFIED, 58, &neighbour(135, IP6, None)),
         Ok(())
     );
+    let asks = |target| check(Ipv6Addr::UNSPECIFIED, 58, &neighbour(135, target, None));
+    assert_eq!(asks(link_local), Ok(()));
+    assert_eq!(asks(stranger), Err(Refusal::Neighbour));
+    assert_eq!(check(IP6, 58, &neighbour(135, stranger, Some(MAC.0))), Ok(()));
+    let lax = Guard::new(MAC, vec![]);
+    let packet = ipv6(Ipv6Addr::UNSPECIFIED, 58, &neighbour(135, stranger, None));
+    assert_eq!(lax.check(&own(TYPE_IPV6, &packet)), Ok(()));
     assert_eq!(check(IP6, 58, &neighbour(136, IP6, Some(MAC.0))), Ok(()));
     let refused = Err(Refusal::Neighbour);
     assert_eq!(check(IP6, 58, &neighbour(136, stranger, None)), refused);
