@@ -15,6 +15,11 @@ pub const ETHERNET_HEADER: usize = 14;
 /// Longest frame either way: the largest IP packet behind an Ethernet header with one tag.
 pub const MAX_FRAME: usize = ETHERNET_HEADER + 4 + 65535;
 
+/// Most segments of one frame: those of the longest packet at the least MTU of IPv4 (RFC 791, 68 bytes),
+/// 28 bytes each. The host cuts a frame while it takes it, so without a bound one byte each would make
+/// 65,000 packets of one. Not a least size: what a guest cuts small, it cuts into few.
+pub const MOST_SEGMENTS: usize = 65535_usize.div_ceil(68 - 20 - 20);
+
 /// `flags`: the checksum is still to be computed.
 pub const F_NEEDS_CSUM: u8 = 1;
 /// `gso_type`: not segmented.
@@ -68,6 +73,9 @@ pub enum HeaderError {
     /// A segmented frame without a segment size, or without a checksum to fill in.
     #[error("segmented frame without gso_size or NEEDS_CSUM")]
     GsoSize,
+    /// More than [`MOST_SEGMENTS`].
+    #[error("more than {MOST_SEGMENTS} segments")]
+    Segments,
     /// `hdr_len` reaches beyond the frame.
     #[error("hdr_len beyond the frame")]
     HeaderLength,
@@ -78,7 +86,19 @@ pub enum HeaderError {
 
 /// A header from the guest that fits its frame and the negotiated features.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct TxHeader(NetHeader);
+pub struct TxHeader {
+    clean: NetHeader,
+    cut: Cut,
+}
+
+/// What becomes of a frame on its way to the network.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Cut {
+    /// Packets, at least one.
+    pub packets: usize,
+    /// Bytes of headers that each has, as far as they are known without a look at the frame.
+    pub headers: usize,
+}
 
 impl TxHeader {
     /// Checks `header` against a frame of `frame` bytes (the header not counted).
@@ -101,25 +121,35 @@ impl TxHeader {
             clean.csum_start = header.csum_start;
             clean.csum_offset = header.csum_offset;
         }
+        let mut cut = Cut {
+            packets: 1,
+            headers: 0,
+        };
         if header.gso_type != GSO_NONE {
-            check_segmentation(&header, frame, offloads)?;
+            cut = check_segmentation(&header, frame, offloads)?;
             clean.gso_type = header.gso_type;
             clean.gso_size = header.gso_size;
             clean.hdr_len = header.hdr_len;
         }
-        Ok(Self(clean))
+        Ok(Self { clean, cut })
     }
 
     /// The bytes that go to the TAP ahead of the frame.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
-        self.0.as_bytes()
+        self.clean.as_bytes()
+    }
+
+    /// What it asks for.
+    #[must_use]
+    pub fn cut(&self) -> Cut {
+        self.cut
     }
 
     /// The frame is to be segmented.
     #[must_use]
     pub fn is_segmented(&self) -> bool {
-        self.0.gso_type != GSO_NONE
+        self.clean.gso_type != GSO_NONE
     }
 }
 
@@ -135,7 +165,7 @@ fn check_checksum(header: &NetHeader, frame: usize, offloads: &Offloads) -> Resu
     Ok(())
 }
 
-fn check_segmentation(header: &NetHeader, frame: usize, offloads: &Offloads) -> Result<(), HeaderError> {
+fn check_segmentation(header: &NetHeader, frame: usize, offloads: &Offloads) -> Result<Cut, HeaderError> {
     let kind = header.gso_type & !GSO_ECN;
     // Where the protocol's own header has its checksum, and how long that header is at least.
     let (offset, length) = match kind {
@@ -152,11 +182,15 @@ fn check_segmentation(header: &NetHeader, frame: usize, offloads: &Offloads) -> 
     if usize::from(header.hdr_len.get()) > frame {
         return Err(HeaderError::HeaderLength);
     }
-    let start = usize::from(header.csum_start.get());
-    if header.csum_offset.get() != offset || start + length > frame {
+    let headers = usize::from(header.csum_start.get()) + length;
+    if header.csum_offset.get() != offset || headers > frame {
         return Err(HeaderError::Checksum);
     }
-    Ok(())
+    let packets = (frame - headers).div_ceil(header.gso_size.get().into()).max(1);
+    if packets > MOST_SEGMENTS {
+        return Err(HeaderError::Segments);
+    }
+    Ok(Cut { packets, headers })
 }
 
 #[cfg(test)]

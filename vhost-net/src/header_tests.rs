@@ -70,6 +70,27 @@ fn each_field_is_held_to_the_frame() {
 }
 
 #[test]
+fn a_super_frame_is_cut_into_as_many_packets_as_any_network_needs() {
+    let cut = |size: u16, frame| {
+        let header = NetHeader {
+            gso_size: size.into(),
+            ..tcp4()
+        };
+        TxHeader::check(header, frame, &everything()).map(|header| header.cut())
+    };
+    let packets = |packets| Ok(Cut { packets, headers: 54 });
+    assert_eq!(cut(1448, 54), packets(1));
+    assert_eq!(cut(1448, 54 + 1448), packets(1));
+    assert_eq!(cut(1448, 54 + 1449), packets(2));
+    assert_eq!(cut(28, MAX_FRAME), packets(65499_usize.div_ceil(28)));
+    assert_eq!(cut(1, MAX_FRAME), Err(HeaderError::Segments));
+    // A few short datagrams, such as a guest's program may send at once.
+    assert_eq!(cut(1, 54 + 64), packets(64));
+    let plain = TxHeader::check(NetHeader::default(), 60, &everything()).unwrap();
+    assert_eq!((plain.cut().packets, plain.cut().headers), (1, 0));
+}
+
+#[test]
 fn what_was_not_negotiated_is_refused() {
     let none = Offloads::new(0);
     assert_eq!(
@@ -91,7 +112,8 @@ proptest! {
         features in any::<u64>(),
     ) {
         let header = NetHeader::read_from_bytes(&bytes).unwrap();
-        if let Ok(TxHeader(clean)) = TxHeader::check(header, frame, &Offloads::new(features)) {
+        if let Ok(TxHeader { clean, cut }) = TxHeader::check(header, frame, &Offloads::new(features)) {
+            prop_assert!((1..=MOST_SEGMENTS).contains(&cut.packets) && cut.headers <= frame);
             prop_assert!((ETHERNET_HEADER..=MAX_FRAME).contains(&frame));
             if clean.flags != 0 {
                 let end = usize::from(clean.csum_start.get()) + usize::from(clean.csum_offset.get());

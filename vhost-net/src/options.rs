@@ -76,7 +76,8 @@ pub const USAGE: &str = concat!(
     "                          (default: on where --mac is given)\n",
     "  --receive-limit=L, --transmit-limit=L\n",
     "                          L is packets=N,bytes=SIZE a second, with bursts\n",
-    "                          packets-burst=N,bytes-burst=SIZE; all queues together\n",
+    "                          packets-burst=N,bytes-burst=SIZE; all queues together; a frame\n",
+    "                          to be cut into packets counts as those\n",
 );
 
 impl Options {

@@ -1,6 +1,7 @@
 //! A queue's fd to wait for: the TAP, or an epoll of it with a rate limit's timer and, where the
 //! TAP has several queues, the news that this one was attached or detached.
 
+use crate::header::Cut;
 use crate::steering::Seat;
 use crate::tap::Tap;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
@@ -97,6 +98,16 @@ impl Pacer {
     /// Accounts for a frame of `bytes`.
     pub fn passed(&mut self, bytes: usize) {
         self.limiter.passed(bytes);
+    }
+
+    /// Accounts for what becomes of a frame of `bytes`: each packet counts, and has headers.
+    pub fn passed_cut(&mut self, bytes: usize, cut: Cut) {
+        if self.limiter.is_limited() {
+            for _ in 1..cut.packets {
+                self.limiter.passed(cut.headers);
+            }
+            self.limiter.passed(bytes);
+        }
     }
 
     /// What to wait for when the TAP answered EAGAIN.

@@ -6,7 +6,7 @@
 use crate::buffers::{FrameBuffers, MAX_SEGMENTS, SliceStorage, Storage};
 use crate::counters::{Batch, Counters, Drop};
 use crate::guard::{Guard, PREFIX};
-use crate::header::{HEADER_SIZE, NetHeader, TxHeader};
+use crate::header::{Cut, HEADER_SIZE, NetHeader, TxHeader};
 use crate::link::Link;
 use crate::offload::Offloads;
 use crate::pacer::Pacer;
@@ -19,6 +19,9 @@ use zerocopy::FromBytes;
 
 /// Frames after which the driver is shown what was sent, so that it can use the buffers again.
 const PUBLISH_EVERY: usize = 32;
+
+/// Packets, of whole frames and of cut ones, after which the worker may look after its other duties.
+const MOST_PACKETS: usize = 4096;
 
 /// One transmit queue.
 pub struct TransmitQueue {
@@ -34,8 +37,8 @@ pub struct TransmitQueue {
 
 /// What became of a frame.
 enum Sent {
-    /// The kernel took it, or it was dropped and counted.
-    Done,
+    /// The kernel took it and made so many packets of it, or it was dropped and counted.
+    Done(usize),
     /// The kernel's queue is full.
     Blocked,
 }
@@ -62,14 +65,14 @@ impl TransmitQueue {
             self.counters
                 .transmit
                 .dropped(Drop::Interface, &"the link is down");
-            return Sent::Done;
+            return Sent::Done(1);
         }
         // The header, and the part of the frame that is looked at.
         let copied = chain.read_at(0, &mut head);
         let head = &mut head[..copied];
-        if !self.check(head, chain.readable_length()) {
-            return Sent::Done;
-        }
+        let Some(cut) = self.check(head, chain.readable_length()) else {
+            return Sent::Done(1);
+        };
         let mut slices = self.slices.take();
         chain.readable_slices(copied, usize::MAX, &mut slices);
         let mut buffers = FrameBuffers::from_storage(std::mem::take(&mut self.storage));
@@ -83,15 +86,19 @@ impl TransmitQueue {
         let length = chain.readable_length() - HEADER_SIZE;
         self.storage = buffers.into_storage();
         self.slices.keep(slices);
-        self.sent(result, length)
+        self.sent(result, length, cut)
     }
 
     /// Sends what the driver made available, as far as the limits and the TAP allow.
     fn transmit(&mut self, ring: &mut Ring) -> Result<Wait, RingFault> {
-        let mut frames = 0;
+        let (mut frames, mut packets) = (0, 0);
         loop {
             if let Some(wait) = self.pacer.wait() {
                 return Ok(wait);
+            }
+            if packets >= MOST_PACKETS {
+                // If there is more, there is another call at once.
+                return Ok(Wait::AVAILABLE);
             }
             let Some(chain) = ring.pop()? else {
                 return Ok(Wait::AVAILABLE);
@@ -100,7 +107,10 @@ impl TransmitQueue {
                 return Err(RingFault::Request("a transmit buffer must not be writable"));
             }
             match self.send(&chain) {
-                Sent::Done => ring.complete(chain, 0),
+                Sent::Done(count) => {
+                    packets += count;
+                    ring.complete(chain, 0);
+                }
                 Sent::Blocked => {
                     ring.put_back(chain)?;
                     return Ok(self.pacer.blocked());
@@ -114,35 +124,36 @@ impl TransmitQueue {
     }
 
     /// Judges a frame by its `head`, and makes the header there what the kernel may see.
-    fn check(&self, head: &mut [u8], total: usize) -> bool {
+    fn check(&self, head: &mut [u8], total: usize) -> Option<Cut> {
         let transmit = &self.counters.transmit;
         let Some((header, frame)) = head.split_first_chunk_mut::<HEADER_SIZE>() else {
             transmit.dropped(Drop::Header, &"shorter than a virtio-net header");
-            return false;
+            return None;
         };
-        let Ok(fields) = NetHeader::read_from_bytes(header) else {
-            return false;
-        };
-        match TxHeader::check(fields, total - HEADER_SIZE, &self.offloads) {
-            Ok(clean) => header.copy_from_slice(clean.as_bytes()),
+        let fields = NetHeader::read_from_bytes(header).ok()?;
+        let cut = match TxHeader::check(fields, total - HEADER_SIZE, &self.offloads) {
+            Ok(clean) => {
+                header.copy_from_slice(clean.as_bytes());
+                clean.cut()
+            }
             Err(error) => {
                 transmit.dropped(Drop::Header, &error);
-                return false;
+                return None;
             }
-        }
+        };
         if let Some(guard) = &self.guard
             && let Err(refusal) = guard.check(frame)
         {
             transmit.dropped(Drop::Guard, &refusal);
-            return false;
+            return None;
         }
-        true
+        Some(cut)
     }
 
-    fn sent(&mut self, result: io::Result<()>, length: usize) -> Sent {
+    fn sent(&mut self, result: io::Result<()>, length: usize, cut: Cut) -> Sent {
         match result {
             Ok(()) => {
-                self.pacer.passed(length);
+                self.pacer.passed_cut(length, cut);
                 self.batch.passed(length);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Sent::Blocked,
@@ -154,7 +165,7 @@ impl TransmitQueue {
                 self.counters.transmit.dropped(Drop::Interface, &error);
             }
         }
-        Sent::Done
+        Sent::Done(cut.packets)
     }
 }
 

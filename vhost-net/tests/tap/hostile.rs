@@ -87,6 +87,13 @@ fn malformed_headers_are_dropped() -> Result<()> {
         guest.send(header, &frame)?;
         still_sends(&mut guest, &host, &device, seed)?;
     }
+    let whole = Path::to_host(&device.tap).tcp(1, &pattern(60_000, 1));
+    let crumbs = NetHeader {
+        gso_size: 1.into(),
+        ..good
+    };
+    guest.send(crumbs, &whole)?;
+    still_sends(&mut guest, &host, &device, 50)?;
     for length in [1, 11, 12, 25] {
         guest.queue_bytes(&vec![0; length], 1)?;
         guest.flush()?;
