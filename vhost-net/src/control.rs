@@ -131,6 +131,7 @@ impl QueueHandler for ControlQueue {
     fn resume(&mut self, index: u16) {
         if index == 0 {
             self.steering.set_active(1);
+            self.station.begin();
         } else {
             self.steering.resume();
         }

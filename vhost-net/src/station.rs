@@ -17,6 +17,8 @@ pub struct Station {
 
 struct State {
     mac: Option<MacAddress>,
+    /// The driver has no other: it told this process, or it cannot have told another one.
+    sure: bool,
     filter: Filter,
     /// What the kernel has.
     set: TapFilter,
@@ -32,6 +34,7 @@ impl Station {
             guarded,
             state: Mutex::new(State {
                 mac: given,
+                sure: guarded,
                 filter: Filter::default(),
                 set: TapFilter::Everything,
             }),
@@ -47,7 +50,15 @@ impl Station {
     /// VIRTIO_NET_CTRL_MAC_ADDR_SET; false where the guard forbids it or no station has it.
     pub fn set_mac(&self, mac: MacAddress) -> bool {
         let own = mac.is_station() && (!self.guarded || self.given == Some(mac));
-        own && self.change(|state| state.mac = Some(mac))
+        own && self.change(|state| {
+            state.mac = Some(mac);
+            state.sure = true;
+        })
+    }
+
+    /// A driver begins: it has the address that is in the configuration space.
+    pub fn begin(&self) {
+        self.lock().sure = true;
     }
 
     /// VIRTIO_NET_CTRL_RX.
@@ -64,6 +75,7 @@ impl Station {
     pub fn reset(&self) {
         self.change(|state| {
             state.mac = self.given;
+            state.sure = true;
             state.filter = Filter::default();
         });
     }
@@ -71,7 +83,7 @@ impl Station {
     fn change(&self, change: impl FnOnce(&mut State)) -> bool {
         let mut state = self.lock();
         change(&mut state);
-        let wanted = state.filter.tap(state.mac);
+        let wanted = state.filter.tap(state.mac.filter(|_| state.sure));
         if wanted == state.set {
             return true;
         }

@@ -185,7 +185,8 @@ impl Tap {
         }
     }
 
-    /// Header size and byte order as virtio 1.x has them, and no offload until a driver asks.
+    /// Header size and byte order as virtio 1.x has them, and no offload and no filter until a driver
+    /// asks: all of it belongs to the interface, which may have served another process.
     fn prepared(self) -> Result<Self, TapError> {
         ioctl_int(self.fd.as_fd(), libc::TUNSETVNETHDRSZ, HEADER_SIZE as c_int)
             .map_err(|error| TapError::Ioctl("TUNSETVNETHDRSZ", error.into()))?;
@@ -193,6 +194,8 @@ impl Tap {
             .map_err(|error| TapError::Ioctl("TUNSETVNETLE", error.into()))?;
         self.set_offload(TunOffload::default())
             .map_err(|error| TapError::Ioctl("TUNSETOFFLOAD", error))?;
+        self.set_filter(&TapFilter::Everything)
+            .map_err(|error| TapError::Ioctl("TUNSETTXFILTER", error))?;
         Ok(self)
     }
 

@@ -126,27 +126,30 @@ fn cpu_time(device: &Device) -> Result<Duration> {
     Ok(clock_gettime(clock)?.into())
 }
 
+/// Whether the guest receives a frame to `mac`; it does receive one behind it on `own`.
+pub fn arrives(guest: &mut Guest, host: &Host, own: &Path, mac: [u8; 6], seed: u32) -> Result<bool> {
+    let to = Path { to_mac: mac, ..*own };
+    let sent = to.udp([1, 2], &pattern(100, seed), true);
+    let behind = own.udp([1, 2], &pattern(50, seed), true);
+    host.send(&[0; 10], &sent)?;
+    host.send(&[0; 10], &behind)?;
+    let first = guest.receive(DEADLINE)?.1;
+    if first == sent {
+        ensure!(guest.receive(DEADLINE)?.1 == behind);
+        return Ok(true);
+    }
+    ensure!(first == behind, "neither frame");
+    Ok(false)
+}
+
 fn the_driver_chooses() -> Result<()> {
     let device = Device::start(&[])?;
     let host = Host::new(&device.tap.name, device.tap.host_mac())?;
     let mut guest = Guest::with_queues(device.connect()?, EVERYTHING, MERGEABLE, 3)?;
     guest.post(MERGEABLE.count)?;
     let own = Path::to_guest(&device.tap);
-    let to = |mac| Path { to_mac: mac, ..own };
     let (foreign, group) = ([2, 9, 9, 9, 9, 9], [0x33, 0x33, 0, 0, 0, 9]);
-    let arrives = |guest: &mut Guest, mac: [u8; 6], seed: u32| -> Result<bool> {
-        let sent = to(mac).udp([1, 2], &pattern(100, seed), true);
-        let behind = own.udp([1, 2], &pattern(50, seed), true);
-        host.send(&[0; 10], &sent)?;
-        host.send(&[0; 10], &behind)?;
-        let first = guest.receive(DEADLINE)?.1;
-        if first == sent {
-            ensure!(guest.receive(DEADLINE)?.1 == behind);
-            return Ok(true);
-        }
-        ensure!(first == behind, "neither frame");
-        Ok(false)
-    };
+    let arrives = |guest: &mut Guest, mac, seed| arrives(guest, &host, &own, mac, seed);
     ensure!(arrives(&mut guest, foreign, 1)?, "everything at first");
     ensure!(guest.control(CONTROL, &[0, 0, 0])? == OK, "promiscuous mode off");
     ensure!(!arrives(&mut guest, foreign, 2)?, "a foreign address");

@@ -3,7 +3,7 @@
 use crate::frames::{Path, pattern};
 use crate::guest::{DEADLINE, Guest, MERGEABLE};
 use crate::host::Host;
-use crate::link::{LINK_UP, wait_carrier, wait_status};
+use crate::link::{LINK_UP, arrives, wait_carrier, wait_status};
 use crate::namespace::{TestTap, text};
 use crate::queues::{FEW, arriving, pairs_set};
 use crate::{BINARY, Case};
@@ -20,6 +20,10 @@ use vhost_net::tap::Tap;
 pub const ALL: &[Case] = &[
     ("a_successor_keeps_the_link_down", keeps_the_link_down),
     ("a_successor_keeps_the_pairs_in_use", keeps_the_pairs),
+    (
+        "a_successor_does_not_filter_by_what_it_cannot_know",
+        does_not_filter,
+    ),
     ("a_state_that_may_shrink_is_refused", a_state_that_may_shrink),
 ];
 
@@ -31,6 +35,7 @@ struct Launcher {
     tap: TestTap,
     queues: Vec<Tap>,
     state: OwnedFd,
+    guarded: bool,
 }
 
 impl Launcher {
@@ -40,6 +45,7 @@ impl Launcher {
             queues: Tap::open(&tap.name, pairs)?,
             tap,
             state: page(SealFlag::F_SEAL_SHRINK)?,
+            guarded: true,
         })
     }
 
@@ -50,6 +56,9 @@ impl Launcher {
         command.args(["--fd=3", "--state-fd=4", &format!("--mac={mac}")]);
         command.arg(format!("--num-queues={}", 2 * self.queues.len()));
         inherit_at(&mut command, self.state.try_clone()?, 4)?;
+        if !self.guarded {
+            command.arg("--guard=off");
+        }
         if let Some(orders) = orders {
             command.arg("--link-fd=5");
             inherit_at(&mut command, orders, 5)?;
@@ -139,6 +148,48 @@ fn keeps_the_pairs() -> Result<()> {
     guest.post(FEW.count)?;
     let second = arriving(&mut guest, &host, &path, 0)?;
     ensure!(after + second == 50, "{after} and {second} of 50 flows");
+    Ok(())
+}
+
+fn does_not_filter() -> Result<()> {
+    const CONTROL: usize = 2;
+    let launcher = Launcher {
+        guarded: false,
+        ..Launcher::new(1)?
+    };
+    let (process, socket) = launcher.start(None)?;
+    let mut guest = Guest::with_queues(socket, EVERYTHING, MERGEABLE, 3)?;
+    launcher.tap.wait_up()?;
+    guest.post(MERGEABLE.count)?;
+    let host = Host::new(&launcher.tap.name, launcher.tap.host_mac())?;
+    let chosen = [2, 7, 7, 7, 7, 7];
+    let own = Path {
+        to_mac: chosen,
+        ..Path::to_guest(&launcher.tap)
+    };
+    let foreign = [2, 9, 9, 9, 9, 9];
+    let set = |mac: [u8; 6]| [&[1, 1], &mac[..]].concat();
+    let promiscuous_off = [0, 0, 0];
+    ensure!(guest.control(CONTROL, &set(chosen))? == OK);
+    ensure!(guest.control(CONTROL, &promiscuous_off)? == OK);
+    ensure!(
+        !arrives(&mut guest, &host, &own, foreign, 1)?,
+        "a foreign address"
+    );
+    // What the first process filtered passes: nobody knows what the driver asked for.
+    let (_process, mut guest) = launcher.replace(process, guest)?;
+    ensure!(
+        arrives(&mut guest, &host, &own, foreign, 2)?,
+        "a filter that nobody asked this process for"
+    );
+    // The address that the driver chose is not the one that this process was given.
+    ensure!(guest.control(CONTROL, &promiscuous_off)? == OK);
+    ensure!(arrives(&mut guest, &host, &own, foreign, 3)?, "no filter yet");
+    ensure!(guest.control(CONTROL, &set(chosen))? == OK);
+    ensure!(
+        !arrives(&mut guest, &host, &own, foreign, 4)?,
+        "a foreign address once its own is known"
+    );
     Ok(())
 }
 
