@@ -12,7 +12,7 @@ use crate::header::{HEADER_SIZE, MAX_FRAME, NetHeader};
 use crate::link::Link;
 use crate::offload::Offloads;
 use crate::pacer::Pacer;
-use crate::steering::Steering;
+use crate::steering::Running;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
@@ -73,32 +73,6 @@ struct Waiting {
     length: usize,
     /// Since there was last a new buffer, and how much room there was.
     since: Option<(Instant, usize)>,
-}
-
-/// Tells the steering whether this queue's ring runs.
-pub struct Running {
-    steering: Arc<Steering>,
-    pair: usize,
-    now: bool,
-}
-
-impl Running {
-    /// For the receive queue of pair `pair`, which does not run yet.
-    #[must_use]
-    pub fn new(steering: Arc<Steering>, pair: usize) -> Self {
-        Self {
-            steering,
-            pair,
-            now: false,
-        }
-    }
-
-    fn set(&mut self, now: bool) {
-        if self.now != now {
-            self.now = now;
-            self.steering.set_running(self.pair, now);
-        }
-    }
 }
 
 /// How long the next frames may be.
@@ -234,6 +208,23 @@ impl ReceiveQueue {
         }
     }
 
+    /// Takes one frame off the TAP that the guest does not see, as its link is down. What to wait for
+    /// if there is none.
+    fn discard(&mut self) -> Option<Wait> {
+        self.spill.resize(LONGEST, 0);
+        let mut buffers = FrameBuffers::from_storage(std::mem::take(&mut self.storage));
+        buffers.push_private(&mut self.spill);
+        let result = read_retrying(&self.pacer, &buffers);
+        self.storage = buffers.into_storage();
+        match result {
+            Ok(_) => {
+                self.give_up(Drop::Interface, &"the link is down");
+                None
+            }
+            Err(error) => Some(self.failed(&error)),
+        }
+    }
+
     fn failed(&mut self, error: &io::Error) -> Wait {
         if error.kind() == io::ErrorKind::WouldBlock {
             return self.pacer.blocked();
@@ -256,7 +247,8 @@ impl ReceiveQueue {
                 .front()
                 .is_none_or(|one| one.writable_length() < length)
             {
-                return Ok(self.give_up(&"longer than the guest's buffer"));
+                self.give_up(Drop::Buffer, &"longer than the guest's buffer");
+                return Ok(true);
             }
         } else if !self.gather(ring, length)? {
             let room = self.room;
@@ -267,7 +259,8 @@ impl ReceiveQueue {
                 .is_some_and(|(at, had)| had == room && at.elapsed() >= GRACE);
             if never || late {
                 self.hopeless = room;
-                return Ok(self.give_up(&"longer than all of the guest's buffers together"));
+                self.give_up(Drop::Buffer, &"longer than all of the guest's buffers together");
+                return Ok(true);
             }
             self.wait_for_room(frame, room);
             return Ok(false);
@@ -285,11 +278,10 @@ impl ReceiveQueue {
         Ok(true)
     }
 
-    /// Drops the frame that waits; it waits no longer.
-    fn give_up(&mut self, why: &dyn Display) -> bool {
+    /// Drops the frame in the spill buffer; it waits no longer.
+    fn give_up(&mut self, reason: Drop, why: &dyn Display) {
         self.waiting = None;
-        self.counters.receive.dropped(Drop::Buffer, why);
-        true
+        self.counters.receive.dropped(reason, why);
     }
 
     /// Sets the timer anew where there is more room than before.
@@ -335,6 +327,10 @@ impl ReceiveQueue {
     fn receive(&mut self, ring: &mut Ring) -> Result<Wait, RingFault> {
         let (mut longest, mut frames) = (0, 0);
         let wait = loop {
+            let up = self.link.is_up();
+            if self.waiting.is_some() && !up {
+                self.give_up(Drop::Interface, &"the link is down");
+            }
             if let Some(frame) = self.waiting
                 && !self.place_waiting(ring, frame)?
             {
@@ -347,6 +343,13 @@ impl ReceiveQueue {
             if frames == MOST_FRAMES {
                 // The TAP stays readable: there is another call at once.
                 break self.pacer.blocked();
+            }
+            if !up {
+                frames += 1;
+                match self.discard() {
+                    Some(wait) => break wait,
+                    None => continue,
+                }
             }
             self.gather_expected(ring)?;
             if self.chains.is_empty() {

@@ -30,6 +30,33 @@ pub struct Seat {
     signalled: AtomicBool,
 }
 
+/// Tells the steering whether a receive queue's ring runs.
+pub struct Running {
+    steering: Arc<Steering>,
+    pair: usize,
+    now: bool,
+}
+
+impl Running {
+    /// For the receive queue of pair `pair`, which does not run yet.
+    #[must_use]
+    pub fn new(steering: Arc<Steering>, pair: usize) -> Self {
+        Self {
+            steering,
+            pair,
+            now: false,
+        }
+    }
+
+    /// It runs now, or does not.
+    pub fn set(&mut self, now: bool) {
+        if self.now != now {
+            self.now = now;
+            self.steering.set_running(self.pair, now);
+        }
+    }
+}
+
 impl Steering {
     /// Of `taps`, until a driver says otherwise, all that run. What it says is kept in `state`.
     ///

@@ -15,6 +15,10 @@ use vhost_net::header::NetHeader;
 
 pub const ALL: &[Case] = &[
     ("the_launcher_takes_the_link_down_and_up", down_and_up),
+    (
+        "frames_that_wait_do_not_pass_a_link_that_is_down",
+        frames_that_wait,
+    ),
     ("a_tap_that_vanishes_takes_the_link_down", a_tap_that_vanishes),
     ("the_driver_chooses_what_it_receives", the_driver_chooses),
     ("the_driver_changes_its_address", the_driver_changes_its_address),
@@ -91,6 +95,42 @@ fn down_and_up() -> Result<()> {
     wait_status(&mut guest, LINK_UP)?;
     guest.send(NetHeader::default(), &sent)?;
     ensure!(host.receive(DEADLINE)?.1 == sent);
+    Ok(())
+}
+
+fn frames_that_wait() -> Result<()> {
+    let (theirs, ours): (OwnedFd, OwnedFd) = nix::unistd::pipe()?;
+    let device = Device::with(TestTap::new("")?, &["--link-fd=5"], Some((theirs, 5)))?;
+    let mut guest = Guest::connect(device.connect()?, EVERYTHING, MERGEABLE)?;
+    let host = Host::new(&device.tap.name, device.tap.host_mac())?;
+    let path = Path::to_guest(&device.tap);
+    let send = |seed: u32| -> Result<Vec<u8>> {
+        let frame = path.udp([1, 2], &pattern(100, seed), true);
+        host.send(&[0; 10], &frame)?;
+        Ok(frame)
+    };
+    // It waits in the TAP, as the guest has no buffers yet.
+    send(1)?;
+    nix::unistd::write(&ours, b"0")?;
+    wait_status(&mut guest, 0)?;
+    guest.post(MERGEABLE.count)?;
+    let end = Instant::now() + DEADLINE;
+    while !device
+        .process
+        .stderr()?
+        .contains("frame dropped: the link is down")
+    {
+        ensure!(
+            Instant::now() < end,
+            "the frame that waited is not dropped: {:?}",
+            guest.receive(Duration::ZERO)
+        );
+        std::thread::sleep(LOOK);
+    }
+    nix::unistd::write(&ours, b"1")?;
+    wait_carrier(&device.tap, true)?;
+    let sent = send(2)?;
+    ensure!(guest.receive(DEADLINE)?.1 == sent, "another frame");
     Ok(())
 }
 
