@@ -1,7 +1,8 @@
 //! The control queue (virtio 1.3, 5.1.6.5): pairs, what to receive, the MAC address, announcements.
 //!
 //! Each command is a class, a command and its data, then one writable byte for the answer. What is
-//! unknown, too short, too long or out of range is answered by VIRTIO_NET_ERR.
+//! unknown, too short, too long or out of range is answered by VIRTIO_NET_ERR. Only a table too long to
+//! be read is taken for one that lets everything pass: a driver may need what it added.
 
 use crate::filter::Mode;
 use crate::guard::MacAddress;
@@ -16,7 +17,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_CTRL_RX, VIRTIO_NET_ERR, VIRTIO_NET_OK,
 };
 
-/// Longest command: two tables of some 300 addresses each. A longer one is refused.
+/// Longest command that is read: two tables of some 300 addresses each.
 const LONGEST: usize = 4096;
 /// Bytes of an Ethernet address.
 const ADDRESS: usize = 6;
@@ -30,6 +31,8 @@ enum Command {
     Receive(Mode, bool),
     /// Which addresses to receive, stations' and groups' together.
     Table(Vec<MacAddress>),
+    /// More of them than are kept.
+    LongTable,
     /// The guest's own address.
     Address(MacAddress),
     /// The guest has announced itself.
@@ -64,6 +67,12 @@ impl Command {
     }
 }
 
+/// The start of a command that goes on.
+fn parse_long(bytes: &[u8]) -> Option<Command> {
+    let table = [VIRTIO_NET_CTRL_MAC as u8, VIRTIO_NET_CTRL_MAC_TABLE_SET as u8];
+    bytes.starts_with(&table).then_some(Command::LongTable)
+}
+
 /// One `struct virtio_net_ctrl_mac`, and what follows it.
 fn table(bytes: &[u8]) -> Option<(Vec<MacAddress>, &[u8])> {
     let (count, rest) = bytes.split_first_chunk::<4>()?;
@@ -96,7 +105,11 @@ impl ControlQueue {
         let mut bytes = [0; LONGEST];
         let whole = chain.readable_length() <= LONGEST;
         let length = chain.read_at(0, &mut bytes);
-        let command = Command::parse(&bytes[..length]).filter(|_| whole);
+        let command = if whole {
+            Command::parse(&bytes[..length])
+        } else {
+            parse_long(&bytes[..length])
+        };
         if command.is_some_and(|command| self.execute(command)) {
             VIRTIO_NET_OK
         } else {
@@ -114,7 +127,8 @@ impl ControlQueue {
                 known
             }
             Command::Receive(mode, on) => self.station.set_mode(mode, on),
-            Command::Table(addresses) => self.station.set_table(addresses),
+            Command::Table(addresses) => self.station.set_table(Some(addresses)),
+            Command::LongTable => self.station.set_table(None),
             Command::Address(mac) => self.station.set_mac(mac),
             Command::Announced => {
                 self.link.announced();

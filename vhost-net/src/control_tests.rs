@@ -19,6 +19,7 @@ fn encode(command: &Command) -> Vec<u8> {
             }
             bytes
         }
+        Command::LongTable => vec![1, 0],
         Command::Address(mac) => [&[1, 1], &mac.0[..]].concat(),
         Command::Announced => vec![3, 0],
     }
@@ -50,6 +51,14 @@ fn each_command_is_known_in_its_exact_length_only() {
             None,
             "{command:?} and more"
         );
+    }
+}
+
+#[test]
+fn of_commands_too_long_only_a_table_counts() {
+    assert_eq!(parse_long(&[1, 0, 0xff, 0xff, 0, 0]), Some(Command::LongTable));
+    for bad in [vec![], vec![1], vec![1, 1, 2, 3], vec![4, 0, 1, 0], vec![0, 0, 1]] {
+        assert_eq!(parse_long(&bad), None, "{bad:?}");
     }
 }
 

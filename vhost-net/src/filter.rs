@@ -83,9 +83,9 @@ impl Filter {
         }
     }
 
-    /// Replaces the table.
-    pub fn set_table(&mut self, addresses: Vec<MacAddress>) {
-        self.table = (addresses.len() <= MOST_ADDRESSES).then_some(addresses);
+    /// Replaces the table; none stands for more addresses than are kept.
+    pub fn set_table(&mut self, addresses: Option<Vec<MacAddress>>) {
+        self.table = addresses.filter(|addresses| addresses.len() <= MOST_ADDRESSES);
     }
 
     fn has(&self, mode: Mode) -> bool {
@@ -155,14 +155,17 @@ mod tests {
         assert_eq!(Filter::default().tap(Some(OWN)), TapFilter::Everything);
         assert_eq!(quiet().tap(None), TapFilter::Everything);
         let mut filter = quiet();
-        filter.set_table(vec![GROUP; MOST_ADDRESSES + 1]);
+        filter.set_table(Some(vec![GROUP; MOST_ADDRESSES + 1]));
+        assert_eq!(filter.tap(Some(OWN)), TapFilter::Everything);
+        filter.set_table(Some(vec![GROUP]));
+        filter.set_table(None);
         assert_eq!(filter.tap(Some(OWN)), TapFilter::Everything);
     }
 
     #[test]
     fn the_table_and_the_modes_make_the_list() {
         let mut filter = quiet();
-        filter.set_table(vec![GROUP, OTHER]);
+        filter.set_table(Some(vec![GROUP, OTHER]));
         assert_eq!(these(&filter), (vec![OWN, OTHER, GROUP, BROADCAST], false));
         filter.set_mode(Mode::AllMulticast, true);
         assert!(these(&filter).1);

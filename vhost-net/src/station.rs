@@ -66,8 +66,8 @@ impl Station {
         self.change(|state| state.filter.set_mode(mode, on))
     }
 
-    /// VIRTIO_NET_CTRL_MAC_TABLE_SET.
-    pub fn set_table(&self, addresses: Vec<MacAddress>) -> bool {
+    /// VIRTIO_NET_CTRL_MAC_TABLE_SET; none where there are too many to read.
+    pub fn set_table(&self, addresses: Option<Vec<MacAddress>>) -> bool {
         self.change(|state| state.filter.set_table(addresses))
     }
 

@@ -203,6 +203,18 @@ fn the_driver_chooses() -> Result<()> {
         guest.control(CONTROL, &table[..table.len() - 1])? == ERROR,
         "a short table"
     );
+    let mut long = vec![1, 0, 0, 0, 0, 0];
+    long.extend(1000_u32.to_le_bytes());
+    long.extend((0..1000_u16).flat_map(|index| [0x33, 0x33, 1, 0, (index >> 8) as u8, index as u8]));
+    ensure!(guest.control(CONTROL, &long)? == OK, "a table of 1000 groups");
+    ensure!(
+        arrives(&mut guest, [0x33, 0x33, 1, 0, 3, 0xe7], 7)?,
+        "the last of 1000 groups"
+    );
+    ensure!(guest.control(CONTROL, &table)? == OK, "the short table again");
+    ensure!(!arrives(&mut guest, foreign, 8)?, "a foreign address again");
+    long[0] = 4;
+    ensure!(guest.control(CONTROL, &long)? == ERROR, "another long command");
     // The next driver starts afresh.
     drop(guest);
     let mut guest = Guest::start(device.connect()?, EVERYTHING, MERGEABLE)?;
