@@ -7,9 +7,11 @@
 use crate::filter::Mode;
 use crate::guard::MacAddress;
 use crate::link::Link;
-use crate::station::Station;
+use crate::station::{Done, Station};
 use crate::steering::Steering;
 use std::sync::Arc;
+use std::time::Instant;
+use vhost_daemon::bucket::{Limiter, Rate};
 use vhost_daemon::{Chain, QueueHandler, Ring, RingFault, Wait};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_MAC,
@@ -19,6 +21,12 @@ use virtio_bindings::virtio_net::{
 
 /// Longest command that is read: two tables of some 300 addresses each.
 const LONGEST: usize = 4096;
+/// How often the driver may have the kernel asked, each time under its lock for all interfaces. Far more
+/// than a driver needs that is not out to hold up its neighbours.
+const ASKED: Rate = Rate {
+    per_second: 100,
+    burst: 32,
+};
 /// Bytes of an Ethernet address.
 const ADDRESS: usize = 6;
 
@@ -88,6 +96,7 @@ pub struct ControlQueue {
     steering: Arc<Steering>,
     station: Arc<Station>,
     link: Arc<Link>,
+    asked: Limiter,
 }
 
 impl ControlQueue {
@@ -98,10 +107,11 @@ impl ControlQueue {
             steering,
             station,
             link,
+            asked: Limiter::new(Some(ASKED), None, Instant::now()),
         }
     }
 
-    fn answer(&self, chain: &Chain) -> u32 {
+    fn answer(&mut self, chain: &Chain) -> u32 {
         let mut bytes = [0; LONGEST];
         let whole = chain.readable_length() <= LONGEST;
         let length = chain.read_at(0, &mut bytes);
@@ -110,21 +120,26 @@ impl ControlQueue {
         } else {
             parse_long(&bytes[..length])
         };
-        if command.is_some_and(|command| self.execute(command)) {
+        let Some(command) = command else {
+            return VIRTIO_NET_ERR;
+        };
+        let done = self.execute(command);
+        // What is refused may have asked as well.
+        for _ in 0..done.unwrap_or(1) {
+            self.asked.passed(0);
+        }
+        if done.is_some() {
             VIRTIO_NET_OK
         } else {
             VIRTIO_NET_ERR
         }
     }
 
-    fn execute(&self, command: Command) -> bool {
+    fn execute(&self, command: Command) -> Done {
         match command {
             Command::Pairs(pairs) => {
                 let known = (1..=self.steering.pairs()).contains(&pairs);
-                if known {
-                    self.steering.set_active(pairs);
-                }
-                known
+                known.then(|| self.steering.set_active(pairs))
             }
             Command::Receive(mode, on) => self.station.set_mode(mode, on),
             Command::Table(addresses) => self.station.set_table(Some(addresses)),
@@ -132,7 +147,7 @@ impl ControlQueue {
             Command::Address(mac) => self.station.set_mac(mac),
             Command::Announced => {
                 self.link.announced();
-                true
+                Some(0)
             }
         }
     }
@@ -152,7 +167,17 @@ impl QueueHandler for ControlQueue {
     }
 
     fn process(&mut self, ring: &mut Ring) -> Result<Wait, RingFault> {
-        while let Some(chain) = ring.pop()? {
+        loop {
+            if let Some(pause) = self.asked.wait(Instant::now) {
+                return Ok(Wait {
+                    available: false,
+                    pause: Some(pause),
+                    ..Wait::AVAILABLE
+                });
+            }
+            let Some(chain) = ring.pop()? else {
+                return Ok(Wait::AVAILABLE);
+            };
             if chain.writable_length() == 0 {
                 return Err(RingFault::Request("a control command has no room for its answer"));
             }
@@ -160,7 +185,6 @@ impl QueueHandler for ControlQueue {
             chain.write_at(0, &[answer]);
             ring.complete(chain, 1);
         }
-        Ok(Wait::AVAILABLE)
     }
 }
 

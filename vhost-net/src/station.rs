@@ -5,6 +5,9 @@ use crate::guard::MacAddress;
 use crate::tap::Tap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+/// How often the kernel had to be asked for what was done; none where it was not done.
+pub type Done = Option<usize>;
+
 /// The guest's address and what it wants to receive; shared by control queue and session.
 pub struct Station {
     tap: Arc<Tap>,
@@ -47,10 +50,13 @@ impl Station {
         self.lock().mac
     }
 
-    /// VIRTIO_NET_CTRL_MAC_ADDR_SET; false where the guard forbids it or no station has it.
-    pub fn set_mac(&self, mac: MacAddress) -> bool {
+    /// VIRTIO_NET_CTRL_MAC_ADDR_SET; not done where the guard forbids it or no station has it.
+    pub fn set_mac(&self, mac: MacAddress) -> Done {
         let own = mac.is_station() && (!self.guarded || self.given == Some(mac));
-        own && self.change(|state| {
+        if !own {
+            return None;
+        }
+        self.change(|state| {
             state.mac = Some(mac);
             state.sure = true;
         })
@@ -62,12 +68,12 @@ impl Station {
     }
 
     /// VIRTIO_NET_CTRL_RX.
-    pub fn set_mode(&self, mode: Mode, on: bool) -> bool {
+    pub fn set_mode(&self, mode: Mode, on: bool) -> Done {
         self.change(|state| state.filter.set_mode(mode, on))
     }
 
     /// VIRTIO_NET_CTRL_MAC_TABLE_SET; none where there are too many to read.
-    pub fn set_table(&self, addresses: Option<Vec<MacAddress>>) -> bool {
+    pub fn set_table(&self, addresses: Option<Vec<MacAddress>>) -> Done {
         self.change(|state| state.filter.set_table(addresses))
     }
 
@@ -80,21 +86,21 @@ impl Station {
         });
     }
 
-    fn change(&self, change: impl FnOnce(&mut State)) -> bool {
+    fn change(&self, change: impl FnOnce(&mut State)) -> Done {
         let mut state = self.lock();
         change(&mut state);
         let wanted = state.filter.tap(state.mac.filter(|_| state.sure));
         if wanted == state.set {
-            return true;
+            return Some(0);
         }
         match self.tap.set_filter(&wanted) {
             Ok(()) => {
                 state.set = wanted;
-                true
+                Some(1)
             }
             Err(error) => {
                 tracing::warn!(%error, "the TAP refused the driver's filter");
-                false
+                None
             }
         }
     }

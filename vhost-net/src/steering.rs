@@ -106,10 +106,10 @@ impl Steering {
         });
     }
 
-    /// The driver uses the first `pairs` pairs.
-    pub fn set_active(&self, pairs: usize) {
+    /// The driver uses the first `pairs` pairs. How often the kernel had to be asked.
+    pub fn set_active(&self, pairs: usize) -> usize {
         self.state.set_pairs(pairs);
-        self.change(|wishes| wishes.active = pairs);
+        self.change(|wishes| wishes.active = pairs)
     }
 
     /// The driver goes on with the pairs that it uses: all, if it never said which.
@@ -123,14 +123,20 @@ impl Steering {
         self.change(|wishes| wishes.active = self.pairs());
     }
 
-    fn change(&self, change: impl FnOnce(&mut Wishes)) {
+    fn change(&self, change: impl FnOnce(&mut Wishes)) -> usize {
         let mut wishes = self.wishes.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut wishes);
-        for (index, seat) in self.seats.iter().enumerate() {
+        let settle = |(index, seat): (usize, &Arc<Seat>)| {
             let running = wishes.running.get(index).copied().unwrap_or(false);
             // The first pair always stays: frames wait in its queue while no ring runs.
-            seat.settle(index == 0 || (running && index < wishes.active));
-        }
+            seat.settle(index == 0 || (running && index < wishes.active))
+        };
+        self.seats
+            .iter()
+            .enumerate()
+            .map(settle)
+            .filter(|asked| *asked)
+            .count()
     }
 }
 
@@ -155,9 +161,10 @@ impl Seat {
         }
     }
 
-    fn settle(&self, wanted: bool) {
+    /// Whether the kernel had to be asked.
+    fn settle(&self, wanted: bool) -> bool {
         if self.is_attached() == wanted {
-            return;
+            return false;
         }
         let state = if wanted {
             QueueState::Attached
@@ -173,5 +180,6 @@ impl Seat {
             }
             Err(error) => tracing::warn!(%error, ?state, "the TAP refused to steer"),
         }
+        true
     }
 }

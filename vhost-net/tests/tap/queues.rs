@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use integration_tests::process::{Process, inherit_at};
 use std::os::fd::AsFd;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vhost_net::header::NetHeader;
 use vhost_net::tap::Tap;
 use virtio_bindings::virtio_net::{VIRTIO_NET_CTRL_MQ, VIRTIO_NET_ERR, VIRTIO_NET_OK};
@@ -22,6 +22,10 @@ pub const ALL: &[Case] = &[
     (
         "without_a_control_queue_all_pairs_are_used",
         without_a_control_queue,
+    ),
+    (
+        "a_driver_that_changes_its_pairs_for_ever_is_slowed",
+        changes_for_ever,
     ),
     ("an_inherited_tap_and_socket", an_inherited_tap_and_socket),
     ("an_inherited_fd_that_is_no_tap", an_inherited_fd_that_is_no_tap),
@@ -104,6 +108,22 @@ fn each_pair_carries_frames() -> Result<()> {
     ensure!(
         (1..50).contains(&second),
         "{second} of 50 flows on the second pair"
+    );
+    Ok(())
+}
+
+fn changes_for_ever() -> Result<()> {
+    let device = Device::on(TestTap::new(" multi_queue")?, &["--num-queues=4"])?;
+    let mut guest = Guest::with_queues(device.connect()?, EVERYTHING, FEW, 5)?;
+    let start = Instant::now();
+    for pairs in [2, 1].repeat(50) {
+        ensure!(u32::from(guest.control(CONTROL, &pairs_set(pairs))?) == VIRTIO_NET_OK);
+    }
+    // 32 of them at once, the others at 100 a second.
+    let elapsed = start.elapsed();
+    ensure!(
+        elapsed > Duration::from_millis(600),
+        "100 changes took {elapsed:?}"
     );
     Ok(())
 }
