@@ -13,6 +13,7 @@ use crate::state::State;
 use crate::station::Station;
 use crate::steering::{Running, Steering};
 use crate::tap::{Tap, TapError};
+use crate::third::ThirdQueue;
 use crate::tx::TransmitQueue;
 use jailer::sandbox::Role;
 use std::error::Error;
@@ -183,7 +184,8 @@ fn open_taps(options: &Options, pairs: u16) -> Result<Vec<Arc<Tap>>, OpenError> 
     Ok(taps.into_iter().map(with_capture).collect())
 }
 
-/// Receive and transmit queues in turn, then the control queue, as virtio 1.3, 5.1.2 numbers them.
+/// Receive and transmit queues in turn, then the control queue, as virtio 1.3, 5.1.2 numbers them; the
+/// third queue is one or the other.
 fn make_handlers(
     options: &Options,
     parts: &Parts,
@@ -191,6 +193,13 @@ fn make_handlers(
 ) -> Result<Vec<Box<dyn QueueHandler>>, OpenError> {
     let receive = options.receive_limit.limiter();
     let transmit = options.transmit_limit.limiter();
+    let control = || {
+        ControlQueue::new(
+            Arc::clone(&parts.steering),
+            Arc::clone(&parts.station),
+            Arc::clone(&parts.link),
+        )
+    };
     let mut handlers: Vec<Box<dyn QueueHandler>> = Vec::with_capacity(2 * taps.len() + 1);
     for (pair, tap) in taps.iter().enumerate() {
         let pacer = |flow, limiter: &SharedLimiter, seat| {
@@ -205,7 +214,12 @@ fn make_handlers(
             Arc::clone(&parts.link),
             running,
         );
-        handlers.push(Box::new(receive_queue.map_err(OpenError::Events)?));
+        let receive_queue = receive_queue.map_err(OpenError::Events)?;
+        if pair == 1 {
+            handlers.push(Box::new(ThirdQueue::new(receive_queue, control())));
+        } else {
+            handlers.push(Box::new(receive_queue));
+        }
         let pacer_out = pacer(Flow::Transmit, &transmit, None)?;
         handlers.push(Box::new(TransmitQueue::new(
             pacer_out,
@@ -214,11 +228,7 @@ fn make_handlers(
             parts.guard.clone(),
         )));
     }
-    handlers.push(Box::new(ControlQueue::new(
-        Arc::clone(&parts.steering),
-        Arc::clone(&parts.station),
-        Arc::clone(&parts.link),
-    )));
+    handlers.push(Box::new(control()));
     Ok(handlers)
 }
 

@@ -26,6 +26,7 @@ pub mod state;
 pub mod station;
 pub mod steering;
 pub mod tap;
+pub mod third;
 pub mod tx;
 
 #[cfg(feature = "fuzzing")]

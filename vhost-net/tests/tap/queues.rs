@@ -12,7 +12,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use vhost_net::header::NetHeader;
 use vhost_net::tap::Tap;
-use virtio_bindings::virtio_net::{VIRTIO_NET_CTRL_MQ, VIRTIO_NET_ERR, VIRTIO_NET_OK};
+use virtio_bindings::virtio_net::{VIRTIO_NET_CTRL_MQ, VIRTIO_NET_ERR, VIRTIO_NET_F_MQ, VIRTIO_NET_OK};
 
 pub const ALL: &[Case] = &[
     (
@@ -22,6 +22,10 @@ pub const ALL: &[Case] = &[
     (
         "without_a_control_queue_all_pairs_are_used",
         without_a_control_queue,
+    ),
+    (
+        "a_driver_of_one_pair_finds_its_control_queue",
+        a_driver_of_one_pair,
     ),
     (
         "a_driver_that_changes_its_pairs_for_ever_is_slowed",
@@ -103,6 +107,30 @@ fn each_pair_carries_frames() -> Result<()> {
         arriving(&mut guest, &host, &path, 20)? == 0,
         "a flow on a pair not in use"
     );
+    ensure!(u32::from(guest.control(CONTROL, &pairs_set(2))?) == VIRTIO_NET_OK);
+    let second = arriving(&mut guest, &host, &path, 50)?;
+    ensure!(
+        (1..50).contains(&second),
+        "{second} of 50 flows on the second pair"
+    );
+    Ok(())
+}
+
+fn a_driver_of_one_pair() -> Result<()> {
+    let device = Device::on(TestTap::new(" multi_queue")?, &["--num-queues=4"])?;
+    let host = Host::new(&device.tap.name, device.tap.host_mac())?;
+    let path = Path::to_guest(&device.tap);
+    let features = EVERYTHING & !(1 << VIRTIO_NET_F_MQ);
+    let mut guest = Guest::with_queues(device.connect()?, features, FEW, 3)?;
+    guest.post(FEW.count)?;
+    let promiscuous_off = guest.control(2, &[0, 0, 0])?;
+    ensure!(u32::from(promiscuous_off) == VIRTIO_NET_OK);
+    ensure!(arriving(&mut guest, &host, &path, 50)? == 50, "all flows");
+    // The next driver may take all pairs.
+    drop(guest);
+    let mut guest = Guest::with_queues(device.connect()?, EVERYTHING, FEW, 5)?;
+    guest.use_pair(1);
+    guest.post(FEW.count)?;
     ensure!(u32::from(guest.control(CONTROL, &pairs_set(2))?) == VIRTIO_NET_OK);
     let second = arriving(&mut guest, &host, &path, 50)?;
     ensure!(
