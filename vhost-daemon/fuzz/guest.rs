@@ -98,6 +98,7 @@ pub fn serve(handler: &mut dyn QueueHandler, features: u64, input: &[u8]) {
         return;
     };
     handler.start(features);
+    handler.resume(0);
     let mut whole = true;
     for _ in 0..MOST_ROUNDS {
         if round(handler, &mut ring).is_err() {
