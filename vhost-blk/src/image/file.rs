@@ -15,6 +15,7 @@ use nix::sys::uio::preadv;
 use nix::unistd::{Whence, lseek};
 
 use super::buffers::Buffers;
+use super::syncs::Syncs;
 
 /// Pieces handed to the kernel in one call; longer lists take several.
 const IOVECS_PER_CALL: usize = 64;
@@ -77,7 +78,8 @@ pub trait BlockFile: Send + Sync {
     /// Cuts the file to `len` bytes if it is longer and can be cut.
     fn cut_to(&self, len: u64) -> io::Result<()>;
 
-    /// The barrier: everything written before is on stable storage when it returns (fdatasync).
+    /// The barrier: everything written before is on stable storage when it returns (fdatasync). Once one
+    /// has failed, none succeeds.
     fn sync(&self) -> io::Result<()>;
 
     /// Whether [`Self::discard_range`] gives space back. True where it cannot be told (a block device).
@@ -111,6 +113,7 @@ pub struct HostFile {
     /// Size of a block device, looked up once: finding it takes a system call that a jailed process lacks.
     fixed_size: Option<u64>,
     makes_holes: bool,
+    syncs: Syncs,
 }
 
 impl HostFile {
@@ -137,6 +140,7 @@ impl HostFile {
             file,
             fixed_size,
             makes_holes: true,
+            syncs: Syncs::default(),
         };
         if fixed_size.is_none() {
             // A hole behind the end changes nothing.
@@ -231,8 +235,16 @@ impl BlockFile for HostFile {
     /// with it is not promised by a page of the manual, but done by file systems with a journal or a log:
     /// the inode is committed as a whole.
     fn write_durably(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        let done = write_vectors(&self.file, &[piece(buf)], position(offset)?, libc::RWF_DSYNC);
-        if usize::try_from(done) == Ok(buf.len()) {
+        let position = position(offset)?;
+        let done = self.syncs.one_write(|| {
+            let done = write_vectors(&self.file, &[piece(buf)], position, libc::RWF_DSYNC);
+            usize::try_from(done).or_else(|_| match Errno::last() {
+                Errno::EINTR | Errno::EOPNOTSUPP => Ok(0),
+                // It may be the flush that failed.
+                error => Err(io::Error::from(error)),
+            })
+        })?;
+        if done == buf.len() {
             return Ok(());
         }
         self.write_at(buf, offset)?;
@@ -295,7 +307,7 @@ impl BlockFile for HostFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        self.syncs.everything(|| self.file.sync_data())
     }
 
     fn makes_holes(&self) -> bool {

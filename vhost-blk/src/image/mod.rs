@@ -11,6 +11,7 @@ mod luks;
 pub mod qcow2;
 mod raw;
 mod sparse;
+mod syncs;
 
 use std::fmt;
 use std::io;
