@@ -156,6 +156,32 @@ fn what_excludes_a_change_is_named_and_nothing_is_written() {
     refused("cluster_bits", &make(1 << 20, 22));
 }
 
+/// A change that is found out afterwards to have no refcounts would leave an image that is dirty for good.
+fn what_cannot_be_counted_after_is_refused_before() {
+    let scratch = Scratch::new();
+    let path = scratch.path("top");
+    let named = |part: &str, change: &dyn Fn(&dyn BlockFile) -> Result<(), ImageError>| {
+        let recorder = Recorder::new(contents(&path));
+        let error = change(&recorder).expect_err("is refused").to_string();
+        assert!(error.contains(part), "{error}");
+        assert_eq!(recorder.position(), 0, "{part}: it wrote");
+    };
+    let take = |file: &dyn BlockFile| qcow2::take(file, "x", Duration::ZERO);
+    create(&path, "refcount_bits=1,cluster_size=4k", "1M");
+    write(&*open(&[(&path, Format::Qcow2)]), 0, &[1; 4096]).expect("writes");
+    named("refcount_order: too small for 2 references", &take);
+
+    let (start, ..) = image_with_snapshot();
+    let word = |at: u64| u64::from_be_bytes(start[at as usize..][..8].try_into().expect("eight bytes"));
+    let table = word(word(40)) & 0x00ff_ffff_ffff_fe00;
+    std::fs::write(&path, &start).expect("writes");
+    // Not aligned to a cluster.
+    patch(&path, table + 8 * 2, &(1_u64 << 63 | 0x1200).to_be_bytes());
+    named("L2 entry", &take);
+    named("L2 entry", &|file| qcow2::delete(file, "one"));
+    named("L2 entry", &|file| qcow2::set_size(file, 5 << 20));
+}
+
 /// Kilobytes of this process that are in memory.
 fn resident() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("reads");
@@ -199,6 +225,7 @@ suite! {
         disks_grow_whole,
         repairs_count_anew,
         what_excludes_a_change_is_named_and_nothing_is_written,
+        what_cannot_be_counted_after_is_refused_before,
         a_large_disk_takes_the_cache_and_no_more,
     ],
     alone: [],

@@ -2,6 +2,7 @@
 
 use vm_spec::image::CheckResult;
 
+use super::draft::Draft;
 use super::geometry::Geometry;
 use super::header::{DIRTY, Header, INCOMPATIBLE_OFFSET};
 use super::refcount::Refcounts;
@@ -41,6 +42,7 @@ pub fn check(file: &dyn BlockFile, repair: Repair) -> Result<CheckResult, ImageE
         return Ok(result);
     }
     (result.leaks_fixed, result.corruptions_fixed) = (result.leaks, result.corruptions);
+    check_countable(file)?;
     mark_dirty(file, &header)?;
     count_anew(file)?;
     let (header, size) = super::open::read_header(file)?;
@@ -52,15 +54,46 @@ pub fn check(file: &dyn BlockFile, repair: Repair) -> Result<CheckResult, ImageE
     })
 }
 
-/// Sets the dirty bit, durably: from here on the refcounts may lie, and whoever opens the image for writing
-/// counts anew.
-pub(super) fn mark_dirty(file: &dyn BlockFile, header: &Header) -> Result<(), ImageError> {
+/// Does what `plan` does, which writes new tables behind the file's end and points the header to them, and
+/// counts anew, under the dirty bit from first to last.
+///
+/// # Errors
+/// Where the references could not be counted after it: they are, in a draft, before anything is written.
+pub(super) fn change(
+    file: &dyn BlockFile,
+    header: &Header,
+    plan: &dyn Fn(&dyn BlockFile) -> Result<(), ImageError>,
+) -> Result<(), ImageError> {
+    check_has_dirty_bit(header)?;
+    let draft = Draft::over(file)?;
+    plan(&draft)?;
+    check_countable(&draft)?;
+    mark_dirty(file, header)?;
+    plan(file)?;
+    count_anew(file)
+}
+
+/// Whether [`count_anew`] can do it; reads only.
+fn check_countable(file: &dyn BlockFile) -> Result<(), ImageError> {
+    let (header, size) = super::open::read_header(file)?;
+    let tables = tables::snapshots(&header, file, size)?;
+    repair::new_counts(file, &header, &tables, size).map(drop)
+}
+
+fn check_has_dirty_bit(header: &Header) -> Result<(), ImageError> {
     if header.geometry.version < 3 {
         return Err(ImageError::refused(
             "version",
             "2 has no dirty bit, without which this cannot be done safely; convert the image first",
         ));
     }
+    Ok(())
+}
+
+/// Sets the dirty bit, durably: from here on the refcounts may lie, and whoever opens the image for writing
+/// counts anew.
+fn mark_dirty(file: &dyn BlockFile, header: &Header) -> Result<(), ImageError> {
+    check_has_dirty_bit(header)?;
     file.write_at(&(header.incompatible | DIRTY).to_be_bytes(), INCOMPATIBLE_OFFSET)
         .and_then(|()| file.sync())
         .map_err(ImageError::io("set the dirty bit"))
@@ -82,7 +115,7 @@ pub(super) fn append(
 }
 
 /// Counts anew and clears the dirty bit.
-pub(super) fn count_anew(file: &dyn BlockFile) -> Result<(), ImageError> {
+fn count_anew(file: &dyn BlockFile) -> Result<(), ImageError> {
     let (header, size) = super::open::read_header(file)?;
     let tables = tables::snapshots(&header, file, size)?;
     repair::rebuild(file, &header, &tables, size)

@@ -1,6 +1,6 @@
 //! Making an empty image: header, L1 table, refcounts.
 
-use super::check::count_anew;
+use super::check::{append, change};
 use super::extensions;
 use super::geometry::Geometry;
 use super::header::{MAGIC, MAX_BACKING_NAME, MAX_L1_BYTES};
@@ -156,13 +156,13 @@ pub fn set_size(file: &dyn BlockFile, size: u64) -> Result<(), ImageError> {
             .and_then(|()| file.sync())
             .map_err(write_size);
     }
-    super::check::mark_dirty(file, &header)?;
     let mut l1 = vec![0; header.l1_size as usize * 8];
     file.read_at(&mut l1, header.l1_offset)
         .map_err(ImageError::io("read the L1 table"))?;
     l1.resize(l1_size as usize * 8, 0);
     let place = file_size.next_multiple_of(geometry.cluster_size());
-    super::check::append(file, geometry, &l1, place)?;
-    header.publish_l1(file, size, l1_size as u32, place)?;
-    count_anew(file)
+    change(file, &header, &|file| {
+        append(file, geometry, &l1, place)?;
+        header.publish_l1(file, size, l1_size as u32, place)
+    })
 }

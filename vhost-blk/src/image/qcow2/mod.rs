@@ -24,6 +24,7 @@ mod check;
 mod compressed;
 mod create;
 mod discard;
+mod draft;
 mod entry;
 mod extensions;
 mod free;

@@ -72,9 +72,30 @@ pub(super) fn rebuild(
     tables: &[Table],
     size: u64,
 ) -> Result<(), ImageError> {
+    let file_end = size.next_multiple_of(header.geometry.cluster_size());
+    let counts = new_counts(file, header, tables, size)?;
+    write_structure(file, &header.geometry, counts.counts.clone(), file_end)?;
+    visit_copied(file, header, &counts, file_end, Wrong::Mend)?;
+    let features = header.incompatible & !DIRTY;
+    file.write_at(&features.to_be_bytes(), INCOMPATIBLE_OFFSET)
+        .and_then(|()| file.sync())
+        .map_err(ImageError::io("clear the dirty bit"))
+}
+
+/// What [`rebuild`] writes; reads only, and refuses all that it would refuse.
+pub(super) fn new_counts(
+    file: &dyn BlockFile,
+    header: &Header,
+    tables: &[Table],
+    size: u64,
+) -> Result<Counts, ImageError> {
     let geometry = &header.geometry;
-    let file_end = size.next_multiple_of(geometry.cluster_size());
-    let counts = count(file, header, tables, file_end)?;
+    let counts = count(
+        file,
+        header,
+        tables,
+        size.next_multiple_of(geometry.cluster_size()),
+    )?;
     let most = counts.counts.iter().copied().max().unwrap_or(0);
     if u64::from(most) > geometry.max_refcount() {
         return Err(ImageError::refused(
@@ -82,12 +103,8 @@ pub(super) fn rebuild(
             format!("too small for {most} references"),
         ));
     }
-    write_structure(file, geometry, counts.counts.clone(), file_end)?;
-    visit_copied(file, header, &counts, file_end, Wrong::Mend)?;
-    let features = header.incompatible & !DIRTY;
-    file.write_at(&features.to_be_bytes(), INCOMPATIBLE_OFFSET)
-        .and_then(|()| file.sync())
-        .map_err(ImageError::io("clear the dirty bit"))
+    structure_size(geometry, counts.counts.len() as u64)?;
+    Ok(counts)
 }
 
 /// Counts the references to each cluster, but for those to the refcount structure itself.
@@ -220,14 +237,8 @@ fn count_bitmaps(file: &dyn BlockFile, header: &Header, counts: &mut Counts) -> 
     Ok(())
 }
 
-/// Writes blocks and table behind `file_end`, then points the header to them.
-pub(super) fn write_structure(
-    file: &dyn BlockFile,
-    geometry: &Geometry,
-    mut counts: Vec<u16>,
-    file_end: u64,
-) -> Result<(), ImageError> {
-    let start = counts.len() as u64;
+/// Blocks, and clusters of the table, that count `start` clusters and themselves.
+fn structure_size(geometry: &Geometry, start: u64) -> Result<(u64, u64), ImageError> {
     let (mut blocks, mut clusters) = (0, 0);
     loop {
         let total = start + blocks + clusters;
@@ -246,6 +257,18 @@ pub(super) fn write_structure(
             "the rebuilt table would be over 8 MiB",
         ));
     }
+    Ok((blocks, clusters))
+}
+
+/// Writes blocks and table behind `file_end`, then points the header to them.
+pub(super) fn write_structure(
+    file: &dyn BlockFile,
+    geometry: &Geometry,
+    mut counts: Vec<u16>,
+    file_end: u64,
+) -> Result<(), ImageError> {
+    let start = counts.len() as u64;
+    let (blocks, clusters) = structure_size(geometry, start)?;
     counts.resize((start + blocks + clusters) as usize, 1);
     let per_block = geometry.refblock_entries() as usize;
     for (index, part) in counts.chunks(per_block).enumerate() {

@@ -4,7 +4,7 @@
 //! references anew, under the dirty bit from first to last: a crash at any point leaves an image that is
 //! repaired when it is next opened for writing.
 
-use super::check::{append, count_anew, mark_dirty};
+use super::check::{append, change};
 use super::entry::COPIED;
 use super::header::{Header, SNAPSHOTS_OFFSET};
 use super::info;
@@ -45,9 +45,7 @@ pub fn take(file: &dyn BlockFile, name: &str, now: std::time::Duration) -> Resul
     let l1: Vec<u8> = words(&l1)
         .flat_map(|entry| (entry & !COPIED).to_be_bytes())
         .collect();
-    mark_dirty(file, &header)?;
     let place = size.next_multiple_of(header.geometry.cluster_size());
-    let next = append(file, &header.geometry, &l1, place)?;
     table.extend(new_entry(
         &header,
         place,
@@ -55,7 +53,10 @@ pub fn take(file: &dyn BlockFile, name: &str, now: std::time::Duration) -> Resul
         name,
         now,
     ));
-    publish(file, &header, header.snapshots + 1, &table, next)
+    change(file, &header, &|file| {
+        let next = append(file, &header.geometry, &l1, place)?;
+        publish(file, &header, header.snapshots + 1, &table, next)
+    })
 }
 
 /// Makes the disk what it was when the snapshot called, or with the id, `name` was taken.
@@ -77,11 +78,11 @@ pub fn apply(file: &dyn BlockFile, name: &str) -> Result<(), ImageError> {
         ));
     }
     l1.resize(needed as usize * 8, 0);
-    mark_dirty(file, &header)?;
     let place = size.next_multiple_of(header.geometry.cluster_size());
-    append(file, &header.geometry, &l1, place)?;
-    header.publish_l1(file, disk_size, needed as u32, place)?;
-    count_anew(file)
+    change(file, &header, &|file| {
+        append(file, &header.geometry, &l1, place)?;
+        header.publish_l1(file, disk_size, needed as u32, place)
+    })
 }
 
 /// Deletes the snapshot called, or with the id, `name`.
@@ -98,9 +99,10 @@ pub fn delete(file: &dyn BlockFile, name: &str) -> Result<(), ImageError> {
             table.extend(bytes_of(file, &entry)?);
         }
     }
-    mark_dirty(file, &header)?;
     let place = size.next_multiple_of(header.geometry.cluster_size());
-    publish(file, &header, header.snapshots - 1, &table, place)
+    change(file, &header, &|file| {
+        publish(file, &header, header.snapshots - 1, &table, place)
+    })
 }
 
 fn open(file: &dyn BlockFile) -> Result<(Header, u64), ImageError> {
@@ -172,6 +174,5 @@ fn publish(
     field[4..].copy_from_slice(&place.to_be_bytes());
     file.write_at(&field, SNAPSHOTS_OFFSET)
         .and_then(|()| file.sync())
-        .map_err(ImageError::io("write the header"))?;
-    count_anew(file)
+        .map_err(ImageError::io("write the header"))
 }
