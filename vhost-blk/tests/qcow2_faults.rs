@@ -10,7 +10,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use support::recorder::Recorder;
-use support::{Random, Request, Scratch, check_leaks_at_most, contents, create, open, qemu_contents, text};
+use support::{
+    Random, Request, Scratch, check_clean, check_leaks_at_most, contents, create, open, qemu_contents, text,
+};
 use vhost_blk::image::{BlockFile, Format, Image, OpenOptions, open_layers};
 
 /// A file that fails now and then when it is changed.
@@ -131,6 +133,45 @@ fn a_failing_host_leaves_the_image_whole() {
     }
 }
 
+/// An open image of 64 MiB in a file that fails when it is told to.
+fn failing_image(scratch: &Scratch, options: &str) -> (Arc<Failing>, Arc<dyn Image>) {
+    let path = scratch.path("top");
+    create(&path, options, "64M");
+    let file = Arc::new(Failing {
+        inner: Recorder::new(contents(&path)),
+        left: AtomicU64::new(0),
+    });
+    let layers: Vec<(Format, Arc<dyn BlockFile>)> = vec![(Format::Qcow2, file.clone())];
+    let image = open_layers(layers, None, &OpenOptions::default()).expect("opens");
+    (file, image)
+}
+
+/// A queue tries again for as long as the host fails.
+fn failed_reservations_leak_nothing() {
+    for options in ["", "cluster_size=4k,refcount_bits=64"] {
+        let scratch = Scratch::new();
+        let (file, image) = failing_image(&scratch, options);
+        // The refcounts, the file's length or what is there already, their flush.
+        for round in 0..40 {
+            file.left.store(round % 3 + 1, Ordering::Relaxed);
+            support::write(&*image, 0, &[1; 512]).expect_err("fails");
+        }
+        for (at, failures) in [(0, 0), (1 << 20, 3)] {
+            for _ in 0..failures {
+                // More than is reserved: the next run is looked for in the middle of it.
+                file.left.store(40, Ordering::Relaxed);
+                let _ = support::write(&*image, at, &vec![2; 20 << 20]);
+            }
+            file.left.store(0, Ordering::Relaxed);
+            support::write(&*image, at, &vec![3; 20 << 20]).expect("writes");
+        }
+        drop(image);
+        let path = scratch.path("top");
+        std::fs::write(&path, file.inner.after_process_death(file.inner.position())).expect("writes");
+        check_clean(&path);
+    }
+}
+
 /// Runs a request that may fail, and notes what each sector may hold then.
 fn attempt(image: &dyn Image, request: &Request, values: &mut [BTreeSet<u8>]) -> io::Result<()> {
     let (offset, len, value, result) = match request {
@@ -247,6 +288,7 @@ fn note(line: &str, values: &mut [BTreeSet<u8>]) -> bool {
 suite! {
     with_qemu_img: [
         a_failing_host_leaves_the_image_whole,
+        failed_reservations_leak_nothing,
         killed_writers_lose_no_completed_write,
     ],
     alone: [write_until_killed],

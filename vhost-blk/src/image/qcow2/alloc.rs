@@ -23,6 +23,9 @@ pub(super) struct Reserve {
     hint: u64,
     /// Bytes of the next run.
     run: u64,
+    /// A run that the host failed to make durable: it is the next to be tried, so that failures leak no
+    /// more than a crash does.
+    pending: Option<Run>,
 }
 
 impl Reserve {
@@ -31,6 +34,7 @@ impl Reserve {
             free: VecDeque::new(),
             hint: 1,
             run: FIRST_RUN,
+            pending: None,
         }
     }
 
@@ -85,27 +89,42 @@ impl Qcow2 {
     }
 
     fn reserve(&self, meta: &mut Meta) -> Result<(), ImageError> {
-        let mut run = Run::default();
-        let result = self
-            .find_free(meta, &mut run)
-            .and_then(|()| self.make_durable(meta, &run));
-        if let Err(error) = result {
-            // Blocks that the table in the file does not know are forgotten: their clusters are free.
-            for (index, block) in run.new_blocks {
-                meta.refcounts.table[index] = 0;
-                meta.kinds.remove(&self.geometry.cluster_of(block));
-                meta.refcounts
-                    .blocks
-                    .forget(block..block + self.geometry.cluster_size());
-            }
-            return Err(error);
-        }
-        meta.reserve.run = (meta.reserve.run * 2).min(LONGEST_RUN);
+        let run = match meta.reserve.pending.take() {
+            Some(run) => run,
+            None => self.next_run(meta)?,
+        };
         for cluster in run.clusters.iter().cloned().flatten() {
             meta.kinds.insert(cluster, Kind::Reserved);
         }
+        if let Err(error) = self.make_durable(meta, &run) {
+            meta.reserve.pending = Some(run);
+            return Err(error);
+        }
+        meta.reserve.run = (meta.reserve.run * 2).min(LONGEST_RUN);
         meta.reserve.free.extend(run.clusters);
         Ok(())
+    }
+
+    fn next_run(&self, meta: &mut Meta) -> Result<Run, ImageError> {
+        let mut run = Run::default();
+        match self.find_free(meta, &mut run) {
+            Ok(()) => Ok(run),
+            Err(error) => {
+                self.forget_blocks(meta, &run);
+                Err(error)
+            }
+        }
+    }
+
+    /// Forgets blocks that the table in the file does not know: their clusters are free.
+    fn forget_blocks(&self, meta: &mut Meta, run: &Run) {
+        for (index, block) in &run.new_blocks {
+            meta.refcounts.table[*index] = 0;
+            meta.kinds.remove(&self.geometry.cluster_of(*block));
+            meta.refcounts
+                .blocks
+                .forget(*block..*block + self.geometry.cluster_size());
+        }
     }
 
     /// Collects free clusters; makes the refcount blocks that they need.
@@ -339,7 +358,9 @@ impl Qcow2 {
     /// Gives back what is reserved: it was never mapped, so that no barrier is needed before.
     pub(super) fn release_reserve(&self) -> Result<(), ImageError> {
         let mut meta = self.lock();
-        let unused = std::mem::take(&mut meta.reserve.free);
+        let mut unused = std::mem::take(&mut meta.reserve.free);
+        let pending = meta.reserve.pending.take();
+        unused.extend(pending.iter().flat_map(|run| run.clusters.iter().cloned()));
         for clusters in &unused {
             meta.refcounts
                 .update(&*self.file, &self.geometry, clusters.clone(), &|_, _| Ok(0))?;
@@ -347,6 +368,9 @@ impl Qcow2 {
                 meta.kinds.remove(&cluster);
             }
             meta.reserve.freed(clusters.start);
+        }
+        if let Some(run) = pending {
+            self.forget_blocks(&mut meta, &run);
         }
         let tail = unused
             .iter()
