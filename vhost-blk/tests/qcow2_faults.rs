@@ -172,6 +172,30 @@ fn failed_reservations_leak_nothing() {
     }
 }
 
+/// The barrier stands, and the host fails the refcounts behind it, part of which may arrive: nothing is
+/// freed twice, and nothing is forgotten.
+fn a_flush_frees_later_what_it_cannot_free_now() {
+    const LEN: usize = 6 << 20;
+    for options in ["cluster_size=4k", "cluster_size=4k,refcount_bits=64"] {
+        let scratch = Scratch::new();
+        let (file, image) = failing_image(&scratch, options);
+        for failure in 1..50_u8 {
+            support::write(&*image, 0, &vec![failure; LEN]).expect("writes");
+            image.flush().expect("flushes");
+            image.discard(0, LEN as u64).expect("discards");
+            // The barrier, the holes, the refcounts.
+            file.left.store(failure.into(), Ordering::Relaxed);
+            assert_eq!(image.flush().is_ok(), failure > 1, "{failure}");
+            file.left.store(0, Ordering::Relaxed);
+            image.flush().expect("flushes");
+        }
+        drop(image);
+        let path = scratch.path("top");
+        std::fs::write(&path, file.inner.after_process_death(file.inner.position())).expect("writes");
+        check_clean(&path);
+    }
+}
+
 /// Runs a request that may fail, and notes what each sector may hold then.
 fn attempt(image: &dyn Image, request: &Request, values: &mut [BTreeSet<u8>]) -> io::Result<()> {
     let (offset, len, value, result) = match request {
@@ -289,6 +313,7 @@ suite! {
     with_qemu_img: [
         a_failing_host_leaves_the_image_whole,
         failed_reservations_leak_nothing,
+        a_flush_frees_later_what_it_cannot_free_now,
         killed_writers_lose_no_completed_write,
     ],
     alone: [write_until_killed],

@@ -1,5 +1,6 @@
 //! Giving host clusters back: L2 entry, barrier, refcount, never the other way round.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -70,8 +71,11 @@ impl Qcow2 {
         if meta.freed.waiting.is_empty() || self.corrupt.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let ready = take_ready(&mut meta);
-        let gone = self.last_references(&mut meta, &ready)?;
+        let mut ready = take_ready(&mut meta);
+        let gone = match self.last_references(&mut meta, &ready) {
+            Err(error) => return put_back(&mut meta, ready, error),
+            Ok(gone) => gone,
+        };
         drop(meta);
         // Nothing refers to these clusters and they are not yet free: nobody can reuse them meanwhile.
         for clusters in gone {
@@ -81,7 +85,12 @@ impl Qcow2 {
                 tracing::warn!(%error, "cannot give freed space back to the host");
             }
         }
-        self.lower_refcounts(&ready)
+        let mut meta = self.lock();
+        let lowered = self.lower_refcounts(&mut meta, &mut ready);
+        // In an image whose refcounts lie, something that is free now may still be mapped: what begins
+        // from here on is checked again.
+        meta.l2.forget_verified();
+        lowered.or_else(|error| put_back(&mut meta, ready, error))
     }
 
     /// Ends what epochs can end, and lets the clusters be used again that waited for that.
@@ -139,29 +148,81 @@ impl Qcow2 {
         Ok(gone)
     }
 
-    fn lower_refcounts(&self, ready: &BTreeMap<u64, u64>) -> Result<(), ImageError> {
-        let mut meta = self.lock();
-        let mut clusters = ready.keys().copied().peekable();
-        while let Some(start) = clusters.next() {
-            let mut end = start + 1;
-            while clusters.next_if_eq(&end).is_some() {
-                end += 1;
-            }
+    /// Lowers refcounts by what is `ready`, and takes from it what is done, or lost.
+    fn lower_refcounts(&self, meta: &mut Meta, ready: &mut BTreeMap<u64, u64>) -> Result<(), ImageError> {
+        while let Some(run) = first_run(ready) {
+            let before = RefCell::new(Vec::new());
             let lower = |cluster: u64, old: u64| {
+                before.borrow_mut().push((cluster, old));
                 old.checked_sub(ready.get(&cluster).copied().unwrap_or(0))
                     .ok_or_else(|| ImageError::corrupt("refcount block", "a refcount fell below 0"))
             };
-            meta.refcounts
-                .update(&*self.file, &self.geometry, start..end, &lower)?;
-            let epoch = meta.epoch;
-            meta.freed.cooling.push_back((start..end, epoch));
-            meta.freed.hot.extend(start..end);
+            let lowered = meta
+                .refcounts
+                .update(&*self.file, &self.geometry, run.clone(), &lower);
+            if let Err(error) = lowered {
+                self.sort_out(meta, ready, before.into_inner());
+                return Err(error);
+            }
+            for cluster in run.clone() {
+                ready.remove(&cluster);
+            }
+            cool_down(meta, run);
         }
-        // In an image whose refcounts lie, something that is free now may still be mapped: what begins
-        // from here on is checked again.
-        meta.l2.forget_verified();
         Ok(())
     }
+
+    /// After a write of refcounts that failed: part of it may have arrived. No reference may be dropped
+    /// twice; where that cannot be told, it is not dropped at all.
+    fn sort_out(&self, meta: &mut Meta, ready: &mut BTreeMap<u64, u64>, before: Vec<(u64, u64)>) {
+        for (cluster, old) in before {
+            match meta.refcounts.get(&*self.file, &self.geometry, cluster) {
+                Ok(now) if now == old => {}
+                lowered => {
+                    let references = ready.remove(&cluster).unwrap_or(0);
+                    if lowered.is_ok_and(|now| now + references == old) {
+                        cool_down(meta, cluster..cluster + 1);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The first clusters of `ready` that follow each other.
+fn first_run(ready: &BTreeMap<u64, u64>) -> Option<Range<u64>> {
+    let mut clusters = ready.keys().copied();
+    let start = clusters.next()?;
+    let follow = clusters
+        .zip(start + 1..)
+        .take_while(|(cluster, next)| cluster == next);
+    Some(start..start + 1 + follow.count() as u64)
+}
+
+/// Keeps clusters whose refcount is lower from being used again before running I/O has ended.
+fn cool_down(meta: &mut Meta, clusters: Range<u64>) {
+    meta.freed.hot.extend(clusters.clone());
+    meta.freed.cooling.push_back((clusters, meta.epoch));
+}
+
+/// The barrier stands: a flush has done its part, and what the host fails here is tried again by the next.
+fn put_back(meta: &mut Meta, ready: BTreeMap<u64, u64>, error: ImageError) -> Result<(), ImageError> {
+    if !matches!(error, ImageError::Io { .. }) {
+        return Err(error);
+    }
+    tracing::warn!(%error, "cannot free clusters yet");
+    for (cluster, references) in ready {
+        // Before all that waits: durable, and of no epoch that I/O runs in.
+        let dropped = Dropped {
+            cluster,
+            number: 0,
+            epoch: 0,
+        };
+        for _ in 0..references {
+            meta.freed.waiting.push_front(dropped);
+        }
+    }
+    Ok(())
 }
 
 /// Takes the references whose L2 change is durable and that no I/O can use any more.
