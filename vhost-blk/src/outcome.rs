@@ -1,7 +1,7 @@
 //! How a request ended, and what of it the driver learns.
 
 use crate::counters::Operation;
-use crate::image::ImageError;
+use crate::image;
 use crate::request::Status;
 use std::io;
 
@@ -35,11 +35,7 @@ impl Failure {
     /// What the host said, where [`Failure::may_pass`].
     pub(crate) fn passing(&self) -> Option<i32> {
         let Self::Image(error) = self else { return None };
-        let inner = error
-            .get_ref()
-            .and_then(|inner| inner.downcast_ref::<ImageError>());
-        let errno = inner.map_or_else(|| error.raw_os_error(), ImageError::host_error);
-        errno.filter(|errno| matches!(*errno, libc::ENOSPC | libc::EDQUOT | libc::EIO))
+        image::errno(error).filter(|errno| matches!(*errno, libc::ENOSPC | libc::EDQUOT | libc::EIO))
     }
 
     /// What the driver learns; the log learns why. A guest can cause this at will on a damaged image, so
@@ -70,5 +66,28 @@ impl Done {
             bytes,
             outcome,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::ImageError;
+
+    #[test]
+    fn what_may_pass_is_found_below_what_failed_for_it() {
+        let host = |errno| io::Error::from_raw_os_error(errno);
+        let passing = |error: io::Error| Failure::from(error).passing();
+        let layer = |error| io::Error::from(ImageError::io("read from the backing file")(error));
+        assert_eq!(passing(host(libc::EIO)), Some(libc::EIO));
+        assert_eq!(passing(layer(host(libc::EIO))), Some(libc::EIO));
+        assert_eq!(passing(layer(layer(host(libc::EIO)))), Some(libc::EIO));
+        assert_eq!(passing(layer(image::no_space())), Some(libc::ENOSPC));
+        assert_eq!(passing(layer(host(libc::EINVAL))), None);
+        assert_eq!(
+            passing(layer(ImageError::corrupt("L2 entry", "bad").into())),
+            None
+        );
+        assert_eq!(passing(io::Error::other("a flush that failed before")), None);
     }
 }

@@ -29,7 +29,7 @@ impl Failing {
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1))
             == Ok(1);
         if hit {
-            Err(io::ErrorKind::StorageFull.into())
+            Err(io::Error::from_raw_os_error(libc::ENOSPC))
         } else {
             Ok(())
         }

@@ -90,11 +90,27 @@ impl ImageError {
     #[must_use]
     pub fn host_error(&self) -> Option<i32> {
         match self {
-            Self::Io { source, .. } => source.raw_os_error(),
+            Self::Io { source, .. } => errno(source),
             Self::Backing { source, .. } => source.host_error(),
             _ => None,
         }
     }
+}
+
+/// The errno of the system call that the host failed: of the error itself, or of the image's that it holds,
+/// as it does where a layer below failed.
+pub(crate) fn errno(error: &io::Error) -> Option<i32> {
+    error.raw_os_error().or_else(|| {
+        error
+            .get_ref()
+            .and_then(|inner| inner.downcast_ref::<ImageError>())
+            .and_then(ImageError::host_error)
+    })
+}
+
+/// What the host would say where it is known before that there is no space.
+pub(crate) fn no_space() -> io::Error {
+    io::Error::from_raw_os_error(libc::ENOSPC)
 }
 
 impl From<ImageError> for io::Error {

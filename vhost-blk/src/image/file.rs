@@ -294,7 +294,7 @@ impl BlockFile for HostFile {
         let now = self.size()?;
         match (len > now, self.fixed_size) {
             (false, _) => Ok(()),
-            (true, Some(_)) => Err(io::ErrorKind::StorageFull.into()),
+            (true, Some(_)) => Err(super::no_space()),
             (true, None) => self.file.set_len(len),
         }
     }

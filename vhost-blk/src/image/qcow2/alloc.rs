@@ -390,5 +390,5 @@ impl Qcow2 {
 }
 
 fn no_space() -> ImageError {
-    ImageError::io("find free clusters")(std::io::ErrorKind::StorageFull.into())
+    ImageError::io("find free clusters")(crate::image::no_space())
 }

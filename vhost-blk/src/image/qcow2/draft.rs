@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::image::{BlockFile, ImageError};
+use crate::image::{BlockFile, ImageError, no_space};
 
 /// A file with writes that it does not get. For tables and header fields: each write is kept.
 pub(super) struct Draft<'a> {
@@ -72,7 +72,7 @@ impl BlockFile for Draft<'_> {
     fn grow_to(&self, len: u64) -> io::Result<()> {
         let mut state = self.lock();
         if len > state.size && self.file.has_fixed_size() {
-            return Err(io::ErrorKind::StorageFull.into());
+            return Err(no_space());
         }
         state.size = state.size.max(len);
         Ok(())
