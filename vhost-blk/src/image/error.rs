@@ -95,6 +95,10 @@ impl ImageError {
             _ => None,
         }
     }
+
+    pub(crate) fn is_no_space(&self) -> bool {
+        matches!(self.host_error(), Some(libc::ENOSPC | libc::EDQUOT))
+    }
 }
 
 /// The errno of the system call that the host failed: of the error itself, or of the image's that it holds,

@@ -93,6 +93,18 @@ impl Qcow2 {
         lowered.or_else(|error| put_back(&mut meta, ready, error))
     }
 
+    /// Does what needs space, once more if there was none and clusters wait to be freed: a guest whose
+    /// queue has stopped sends no flush.
+    pub(super) fn with_room<T>(&self, attempt: impl Fn() -> Result<T, ImageError>) -> Result<T, ImageError> {
+        match attempt() {
+            Err(error) if error.is_no_space() && !self.lock().freed.waiting.is_empty() => {
+                self.flush_and_free()?;
+                attempt()
+            }
+            done => done,
+        }
+    }
+
     /// Ends what epochs can end, and lets the clusters be used again that waited for that.
     pub(super) fn cool(&self, meta: &mut Meta) {
         self.advance_epoch(meta);

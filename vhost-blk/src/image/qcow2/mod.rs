@@ -206,7 +206,7 @@ impl Image for Qcow2 {
     fn write(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
         let from = Buffers::new(buffers);
         self.check_write(offset, from.len() as u64)?;
-        self.judge(self.write_buffers(from, offset))
+        self.judge(self.with_room(|| self.write_buffers(from, offset)))
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -218,12 +218,12 @@ impl Image for Qcow2 {
 
     fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
         self.check_write(offset, length)?;
-        self.judge(self.discard_range(offset, length))
+        self.judge(self.with_room(|| self.discard_range(offset, length)))
     }
 
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
         self.check_write(offset, length)?;
-        self.judge(self.zero_range(offset, length, unmap))
+        self.judge(self.with_room(|| self.zero_range(offset, length, unmap)))
     }
 
     fn resolve_read(&self, offset: u64, len: u64) -> io::Result<Resolved<'_>> {
