@@ -124,6 +124,7 @@ fn open_image(options: &Options) -> Result<(Arc<dyn Image>, Fence), BlkError> {
         data_file: data_file.map(Arc::new),
         passphrase: options.key.map(read_passphrase).transpose()?.map(Arc::new),
         l2_cache_size: options.l2_cache_size.unwrap_or(defaults.l2_cache_size),
+        ..defaults
     };
     let mut fence = Fence::Passed;
     let image = if options.cache == CacheMode::None {

@@ -11,7 +11,7 @@ use support::{
     write,
 };
 use vhost_blk::image::qcow2::{self, CreateOptions, Repair};
-use vhost_blk::image::{BlockFile, Format, HostFile, ImageError, OpenOptions};
+use vhost_blk::image::{BlockFile, Format, HostFile, ImageError, OpenOptions, grow_qcow2};
 
 const SIZE: usize = 1 << 20;
 
@@ -182,6 +182,41 @@ fn what_cannot_be_counted_after_is_refused_before() {
     named("L2 entry", &|file| qcow2::set_size(file, 5 << 20));
 }
 
+/// What lies below an overlay that is shorter does not show when it grows.
+fn what_lies_below_does_not_show_behind_the_old_end() {
+    const OLD: usize = (1 << 20) + 1536;
+    for options in [
+        "cluster_size=4k",
+        "extended_l2=on,cluster_size=16k",
+        "compat=0.10",
+    ] {
+        let scratch = Scratch::new();
+        let (top, base) = (scratch.path("top"), scratch.path("base"));
+        std::fs::write(&base, vec![0xab; 3 << 20]).expect("writes");
+        let backing = format!("{options},backing_file={},backing_fmt=raw", text(&base));
+        create(&top, &backing, &OLD.to_string());
+        let layers = [(top.as_path(), Format::Qcow2), (base.as_path(), Format::Raw)];
+        write(&*open(&layers), 512 << 10, &[1; 512]).expect("writes");
+        let mut expected = vec![0xab; OLD];
+        expected[512 << 10..][..512].fill(1);
+        for size in [OLD + 512, 2 << 20, 8 << 20] {
+            let old = expected.len() as u64;
+            let below = vec![(Format::Raw, support::fd(&base, false))];
+            let options = OpenOptions::default();
+            grow_qcow2(support::fd(&top, true), below, &options, old, size as u64).expect("grows");
+            expected.resize(size, 0);
+            check_clean(&top);
+            assert_same(&qemu_contents(&top, &[]), &expected, &format!("at {size}"));
+        }
+        let image = open(&layers);
+        assert_eq!(image.capacity(), 8 << 20);
+        write(&*image, OLD as u64, &[2; 512]).expect("writes");
+        expected[OLD..OLD + 512].fill(2);
+        drop(image);
+        assert_same(&qemu_contents(&top, &[]), &expected, "in the end");
+    }
+}
+
 /// Kilobytes of this process that are in memory.
 fn resident() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("reads");
@@ -226,6 +261,7 @@ suite! {
         repairs_count_anew,
         what_excludes_a_change_is_named_and_nothing_is_written,
         what_cannot_be_counted_after_is_refused_before,
+        what_lies_below_does_not_show_behind_the_old_end,
         a_large_disk_takes_the_cache_and_no_more,
     ],
     alone: [],

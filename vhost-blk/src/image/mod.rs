@@ -10,6 +10,7 @@ mod lock;
 mod luks;
 pub mod qcow2;
 mod raw;
+mod resize;
 mod sparse;
 mod syncs;
 
@@ -30,6 +31,7 @@ pub use lock::lock;
 pub use luks::Passphrase;
 pub use qcow2::Qcow2;
 pub use raw::RawImage;
+pub use resize::grow_qcow2;
 use sparse::SparseImage;
 
 /// Bytes in a sector of virtio-blk (virtio 1.3, 5.2.4).
@@ -252,6 +254,8 @@ pub struct OpenOptions {
     pub passphrase: Option<Arc<Passphrase>>,
     /// Most bytes of mapping tables kept in memory, for each layer.
     pub l2_cache_size: usize,
+    /// The disk's size where the top's header (qcow2) does not say it yet.
+    pub size: Option<u64>,
 }
 
 impl Default for OpenOptions {
@@ -261,6 +265,7 @@ impl Default for OpenOptions {
             data_file: None,
             passphrase: None,
             l2_cache_size: 8 << 20,
+            size: None,
         }
     }
 }
@@ -346,6 +351,7 @@ pub fn open_layers(
     for (depth, (format, file)) in layers.into_iter().enumerate().rev() {
         let options = OpenOptions {
             read_only: options.read_only || depth > 0,
+            size: options.size.filter(|_| depth == 0),
             ..options.clone()
         };
         let image = open_layer(format, file, data.take_if(|_| depth == 0), lower.take(), &options);

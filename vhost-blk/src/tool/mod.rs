@@ -122,6 +122,19 @@ impl Files {
         self.file()
     }
 
+    /// The files of the image, of which no other are made.
+    fn try_clone(&self) -> io::Result<Self> {
+        let layers = self.backing.iter();
+        let clones = layers.map(|(format, fd)| Ok((*format, fd.try_clone()?)));
+        Ok(Self {
+            image: self.image.try_clone()?,
+            format: self.format,
+            backing: clones.collect::<io::Result<_>>()?,
+            options: self.options.clone(),
+            target: None,
+        })
+    }
+
     fn open(self) -> Result<Arc<dyn Image>, ToolError> {
         Ok(image::open(self.image, self.format, self.backing, &self.options)?)
     }
@@ -208,6 +221,7 @@ fn resize(files: Files, size: u64, shrink: bool) -> Result<(), ToolError> {
     let failed = |error| ToolError::Io("resize the image", error);
     let format = files.format;
     let plain = HostFile::new(files.image.try_clone().map_err(failed)?).map_err(failed)?;
+    let again = files.try_clone().map_err(failed)?;
     let image = files.open()?;
     let old = image.capacity();
     if size < old && !shrink {
@@ -235,7 +249,11 @@ fn resize(files: Files, size: u64, shrink: bool) -> Result<(), ToolError> {
     }
     image.close().map_err(failed)?;
     drop(image);
-    qcow2::set_size(&plain, size)?;
+    if size < old {
+        qcow2::set_size(&plain, size)?;
+    } else {
+        image::grow_qcow2(again.image, again.backing, &again.options, old, size)?;
+    }
     Ok(())
 }
 

@@ -140,21 +140,17 @@ pub fn check_resizable(file: &dyn BlockFile, size: u64) -> Result<(), ImageError
     Ok(())
 }
 
-/// Makes the disk larger or, after its end was cleared, smaller.
+/// Makes the L1 table long enough for a disk of `size` bytes; its size is as before.
 ///
 /// # Errors
 /// As [`check_resizable`]; nothing has been written then.
-pub fn set_size(file: &dyn BlockFile, size: u64) -> Result<(), ImageError> {
+pub fn grow_tables(file: &dyn BlockFile, size: u64) -> Result<(), ImageError> {
     check_resizable(file, size)?;
     let (header, file_size) = super::open::read_header(file)?;
     let geometry = &header.geometry;
     let l1_size = geometry.l1_entries(size);
-    let write_size = ImageError::io("write the header");
     if l1_size <= u64::from(header.l1_size) {
-        return file
-            .write_at(&size.to_be_bytes(), super::header::SIZE_OFFSET)
-            .and_then(|()| file.sync())
-            .map_err(write_size);
+        return Ok(());
     }
     let mut l1 = vec![0; header.l1_size as usize * 8];
     file.read_at(&mut l1, header.l1_offset)
@@ -163,6 +159,17 @@ pub fn set_size(file: &dyn BlockFile, size: u64) -> Result<(), ImageError> {
     let place = file_size.next_multiple_of(geometry.cluster_size());
     change(file, &header, &|file| {
         append(file, geometry, &l1, place)?;
-        header.publish_l1(file, size, l1_size as u32, place)
+        header.publish_l1(file, header.size, l1_size as u32, place)
     })
+}
+
+/// Makes the disk larger or smaller, after what lies behind its old or its new end was cleared.
+///
+/// # Errors
+/// As [`check_resizable`]; nothing has been written then.
+pub fn set_size(file: &dyn BlockFile, size: u64) -> Result<(), ImageError> {
+    grow_tables(file, size)?;
+    file.write_at(&size.to_be_bytes(), super::header::SIZE_OFFSET)
+        .and_then(|()| file.sync())
+        .map_err(ImageError::io("write the header"))
 }

@@ -51,7 +51,7 @@ use vm_memory::VolatileSlice;
 use super::{BlockFile, Buffers, Extent, Image, ImageError, IoGuard, Resolved, check_range};
 use cache::Cache;
 pub use check::{Repair, check};
-pub use create::{CreateOptions, check_resizable, create, set_size};
+pub use create::{CreateOptions, check_resizable, create, grow_tables, set_size};
 use entry::Compressed;
 use geometry::Geometry;
 use header::Compression;

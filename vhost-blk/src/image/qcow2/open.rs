@@ -61,6 +61,13 @@ impl Qcow2 {
             }
         }
         let geometry = header.geometry;
+        let disk_size = options.size.unwrap_or(header.size);
+        if geometry.l1_entries(disk_size) > u64::from(header.l1_size) {
+            return Err(ImageError::refused(
+                "size",
+                format!("the L1 table does not map {disk_size} bytes"),
+            ));
+        }
         let meta = load(&*file, &header, &tables, size, options)?;
         let data = data.unwrap_or_else(|| Arc::clone(&file));
         Ok(Self {
@@ -70,7 +77,7 @@ impl Qcow2 {
             },
             file,
             geometry,
-            size: header.size,
+            size: disk_size,
             compression: header.compression,
             raw_data: header.autoclear & RAW_DATA != 0,
             backing,
