@@ -143,6 +143,44 @@ fn a_long_snapshot_table() {
     drop(open(&[(&victim.path, Format::Qcow2)]));
 }
 
+/// 32 MiB each is allowed, and all of them cost.
+fn many_long_tables_of_snapshots() {
+    const ENTRY: u64 = 40;
+    const LONGEST: u64 = 32 << 20;
+    let victim = Victim::new("");
+    let table = 1 << 20;
+    victim.u32(60, 9).u64(64, table);
+    for index in 0..9 {
+        let entry = table + index * ENTRY;
+        let offset = table + CLUSTER + index * LONGEST;
+        victim.u64(entry, offset).u32(entry + 8, (LONGEST / 8) as u32);
+    }
+    let file = std::fs::OpenOptions::new().write(true).open(&victim.path);
+    let file = file.expect("opens");
+    file.set_len(table + CLUSTER + 9 * LONGEST).expect("grows");
+    victim.never("snapshot l1_size", "over 256 MiB");
+    victim.u32(60, 8);
+    drop(open(&[(&victim.path, Format::Qcow2)]));
+}
+
+/// A repair reads them, and nothing says that they lie apart.
+fn many_long_tables_of_bitmaps() {
+    let victim = Victim::new("");
+    for index in 0..33 {
+        qemu_img(&["bitmap", "--add", text(&victim.path), &format!("{index:02}")]);
+    }
+    let directory = victim.long(victim.bitmap_directory());
+    let one = victim.long(directory);
+    for index in 0..33 {
+        // 24 bytes and a name of 2, rounded up.
+        let entry = directory + index * 32;
+        victim.u64(entry, one).u32(entry + 8, 1 << 20);
+    }
+    victim
+        .u64(72, 1)
+        .refused("bitmap directory", "over 256 MiB together");
+}
+
 suite! {
     with_qemu_img: [
         tables_of_the_header,
@@ -150,6 +188,8 @@ suite! {
         the_refcount_table,
         snapshot_tables,
         a_long_snapshot_table,
+        many_long_tables_of_snapshots,
+        many_long_tables_of_bitmaps,
     ],
     alone: [],
 }

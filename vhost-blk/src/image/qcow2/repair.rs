@@ -16,6 +16,9 @@ use crate::image::{BlockFile, ImageError};
 /// Most host clusters whose references can be counted (128 MiB of counters).
 const MOST_CLUSTERS: u64 = 64 << 20;
 
+/// Most bytes of all bitmap tables that are read for it.
+const MAX_BITMAP_TABLES: u64 = 256 << 20;
+
 /// References found, by host cluster.
 pub(super) struct Counts {
     pub(super) counts: Vec<u16>,
@@ -217,6 +220,10 @@ fn count_bitmaps(file: &dyn BlockFile, header: &Header, counts: &mut Counts) -> 
         .map_err(ImageError::io("read the bitmap directory"))?;
     let tables = super::bitmaps::tables(&directory, bitmaps.count)
         .ok_or_else(|| refuse("it is malformed, and the dirty bit asks for a repair"))?;
+    let bytes = tables.iter().map(|(_, entries)| u64::from(*entries) * 8);
+    if bytes.sum::<u64>() > MAX_BITMAP_TABLES {
+        return Err(refuse("the bitmap tables are over 256 MiB together"));
+    }
     for (offset, entries) in tables {
         let table = Table {
             name: "bitmap table",

@@ -10,6 +10,8 @@ pub(super) const SNAPSHOT_FIXED: usize = 40;
 const MAX_SNAPSHOT_TABLE: u64 = 64 << 20;
 /// Most bytes of a snapshot's extra data.
 const MAX_SNAPSHOT_EXTRA: u32 = 1024;
+/// Most bytes of all snapshots' L1 tables: bounds what opening and counting cost.
+const MAX_SNAPSHOT_L1_BYTES: u64 = 256 << 20;
 /// Most bytes of a bitmap directory.
 const MAX_BITMAP_DIRECTORY: u64 = 64 << 20;
 
@@ -125,15 +127,23 @@ pub(super) fn snapshots(header: &Header, file: &dyn BlockFile, size: u64) -> Res
         return Ok(tables);
     }
     tables.retain(|table| table.name != "snapshots_offset");
-    let mut end = header.snapshots_offset;
+    let (mut end, mut l1_bytes) = (header.snapshots_offset, 0);
     for entry in snapshot_entries(header, file) {
         let entry = entry?;
         end = entry.end;
-        if entry.l1_size > 0 {
+        let len = u64::from(entry.l1_size) * 8;
+        l1_bytes += len;
+        if l1_bytes > MAX_SNAPSHOT_L1_BYTES {
+            return Err(ImageError::refused(
+                "snapshot l1_size",
+                "the L1 tables of all snapshots are over 256 MiB",
+            ));
+        }
+        if len > 0 {
             tables.push(Table {
                 name: "snapshot l1_table_offset",
                 offset: entry.l1_offset,
-                len: u64::from(entry.l1_size) * 8,
+                len,
             });
         }
     }
