@@ -102,6 +102,37 @@ fn repairs_count_anew() {
     }
 }
 
+/// The bit that keeps a damaged image from being written to goes when the damage has gone.
+fn a_repaired_image_is_corrupt_no_more() {
+    let (start, ..) = image_with_snapshot();
+    let word = |at: u64| u64::from_be_bytes(start[at as usize..][..8].try_into().expect("eight bytes"));
+    let block = word(word(48)) as usize;
+    let table = (word(word(40)) & 0x00ff_ffff_ffff_fe00) as usize;
+    let corrupt = |file: &Recorder| file.after_process_death(file.position())[79] & 2 != 0;
+    for (at, repaired) in [(block + 20, true), (72, true), (table + 8 * 2 + 6, false)] {
+        let mut broken = start.clone();
+        broken[at] ^= 2;
+        broken[79] |= 2;
+        if at == 72 {
+            // Nothing but the bit.
+            broken[at] ^= 2;
+        }
+        let recorder = Recorder::new(broken);
+        qcow2::check(&recorder, Repair::No).expect("checks");
+        assert!(corrupt(&recorder), "a check wrote");
+        let found = qcow2::check(&recorder, Repair::Refcounts).expect("repairs");
+        assert_eq!(found.broken.is_none(), repaired, "{found:?}");
+        assert_eq!(corrupt(&recorder), !repaired, "{found:?}");
+        if repaired {
+            let scratch = Scratch::new();
+            let path = scratch.path("top");
+            std::fs::write(&path, recorder.after_process_death(recorder.position())).expect("writes");
+            check_clean(&path);
+            write(&*open(&[(&path, Format::Qcow2)]), 0, &[1; 512]).expect("writes");
+        }
+    }
+}
+
 fn what_excludes_a_change_is_named_and_nothing_is_written() {
     let scratch = Scratch::new();
     let path = scratch.path("top");
@@ -259,6 +290,7 @@ suite! {
         snapshots_are_taken_applied_and_deleted_whole,
         disks_grow_whole,
         repairs_count_anew,
+        a_repaired_image_is_corrupt_no_more,
         what_excludes_a_change_is_named_and_nothing_is_written,
         what_cannot_be_counted_after_is_refused_before,
         what_lies_below_does_not_show_behind_the_old_end,

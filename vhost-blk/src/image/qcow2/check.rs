@@ -4,7 +4,7 @@ use vm_spec::image::CheckResult;
 
 use super::draft::Draft;
 use super::geometry::Geometry;
-use super::header::{DIRTY, Header, INCOMPATIBLE_OFFSET};
+use super::header::{CORRUPT, DIRTY, Header, INCOMPATIBLE_OFFSET};
 use super::refcount::Refcounts;
 use super::repair::{self, Counts, Wrong};
 use super::tables;
@@ -37,21 +37,34 @@ pub fn check(file: &dyn BlockFile, repair: Repair) -> Result<CheckResult, ImageE
         }
         other => other?,
     };
-    let wrong = result.leaks + result.corruptions > 0 || header.is_dirty();
-    if repair == Repair::No || !wrong {
+    if repair == Repair::No {
         return Ok(result);
     }
-    (result.leaks_fixed, result.corruptions_fixed) = (result.leaks, result.corruptions);
-    check_countable(file)?;
-    mark_dirty(file, &header)?;
-    count_anew(file)?;
-    let (header, size) = super::open::read_header(file)?;
-    let after = compare(file, &header, size)?;
-    Ok(CheckResult {
-        leaks_fixed: result.leaks_fixed.saturating_sub(after.leaks),
-        corruptions_fixed: result.corruptions_fixed.saturating_sub(after.corruptions),
-        ..after
-    })
+    if result.leaks + result.corruptions > 0 || header.is_dirty() {
+        check_countable(file)?;
+        mark_dirty(file, &header)?;
+        count_anew(file)?;
+        let (header, size) = super::open::read_header(file)?;
+        let after = compare(file, &header, size)?;
+        result = CheckResult {
+            leaks_fixed: result.leaks.saturating_sub(after.leaks),
+            corruptions_fixed: result.corruptions.saturating_sub(after.corruptions),
+            ..after
+        };
+    }
+    if header.is_corrupt() && result.leaks + result.corruptions == 0 {
+        clear_corrupt(file)?;
+    }
+    Ok(result)
+}
+
+/// Clears the corrupt bit of an image that has been found sound: it can be written to again.
+fn clear_corrupt(file: &dyn BlockFile) -> Result<(), ImageError> {
+    let (header, _) = super::open::read_header(file)?;
+    let features = header.incompatible & !CORRUPT;
+    file.write_at(&features.to_be_bytes(), INCOMPATIBLE_OFFSET)
+        .and_then(|()| file.sync())
+        .map_err(ImageError::io("clear the corrupt bit"))
 }
 
 /// Does what `plan` does, which writes new tables behind the file's end and points the header to them, and
