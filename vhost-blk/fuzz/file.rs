@@ -47,7 +47,7 @@ impl MemoryFile {
         self.changes.fetch_add(1, Ordering::Relaxed);
         match self.writes_left.load(Ordering::Relaxed) {
             NEVER => Ok(()),
-            0 => Err(io::ErrorKind::StorageFull.into()),
+            0 => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
             left => {
                 self.writes_left.store(left - 1, Ordering::Relaxed);
                 Ok(())
@@ -58,7 +58,7 @@ impl MemoryFile {
     fn grown(&self, end: u64) -> io::Result<MutexGuard<'_, Vec<u8>>> {
         self.count_write()?;
         if end > CAPACITY {
-            return Err(io::ErrorKind::StorageFull.into());
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
         let mut bytes = self.lock();
         if (bytes.len() as u64) < end {
