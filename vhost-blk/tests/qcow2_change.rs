@@ -3,6 +3,8 @@
 
 mod support;
 
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use support::recorder::Recorder;
@@ -213,7 +215,19 @@ fn what_cannot_be_counted_after_is_refused_before() {
     named("L2 entry", &|file| qcow2::set_size(file, 5 << 20));
 }
 
-/// What lies below an overlay that is shorter does not show when it grows.
+/// Grows the disk over `base`; `check` gets what each crash leaves of the file, and what is there in the end.
+fn grow(file: Arc<Recorder>, base: &Path, old: u64, size: u64, mut check: impl FnMut(Vec<u8>)) {
+    let below = HostFile::new(support::fd(base, false)).expect("is a file");
+    let layers: Vec<(Format, Arc<dyn BlockFile>)> =
+        vec![(Format::Qcow2, file.clone()), (Format::Raw, Arc::new(below))];
+    grow_qcow2(layers, &OpenOptions::default(), old, size).expect("grows");
+    for count in 0..file.position() {
+        check(file.after_host_crash(count, &mut Random::new(count as u64)));
+    }
+    check(file.after_process_death(file.position()));
+}
+
+/// What lies below an overlay that is shorter does not show when it grows, nor when that is cut off.
 fn what_lies_below_does_not_show_behind_the_old_end() {
     const OLD: usize = (1 << 20) + 1536;
     for options in [
@@ -232,9 +246,23 @@ fn what_lies_below_does_not_show_behind_the_old_end() {
         expected[512 << 10..][..512].fill(1);
         for size in [OLD + 512, 2 << 20, 8 << 20] {
             let old = expected.len() as u64;
-            let below = vec![(Format::Raw, support::fd(&base, false))];
-            let options = OpenOptions::default();
-            grow_qcow2(support::fd(&top, true), below, &options, old, size as u64).expect("grows");
+            grow(
+                Arc::new(Recorder::new(contents(&top))),
+                &base,
+                old,
+                size as u64,
+                |bytes| {
+                    std::fs::write(&top, bytes).expect("writes");
+                    drop(open(&layers));
+                    support::check_leaks_at_most(&top).unwrap_or_else(|found| panic!("{found}"));
+                    let mut found = qemu_contents(&top, &[]);
+                    assert!(found.len() == expected.len() || found.len() == size);
+                    found.resize(size, 0);
+                    expected.resize(size, 0);
+                    assert_same(&found, &expected, &format!("at {size}"));
+                    expected.truncate(old as usize);
+                },
+            );
             expected.resize(size, 0);
             check_clean(&top);
             assert_same(&qemu_contents(&top, &[]), &expected, &format!("at {size}"));

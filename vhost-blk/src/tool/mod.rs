@@ -122,17 +122,15 @@ impl Files {
         self.file()
     }
 
-    /// The files of the image, of which no other are made.
-    fn try_clone(&self) -> io::Result<Self> {
-        let layers = self.backing.iter();
-        let clones = layers.map(|(format, fd)| Ok((*format, fd.try_clone()?)));
-        Ok(Self {
-            image: self.image.try_clone()?,
-            format: self.format,
-            backing: clones.collect::<io::Result<_>>()?,
-            options: self.options.clone(),
-            target: None,
-        })
+    /// The image's layers once more, from top to base; whoever opens them locks them.
+    fn layers(&self) -> io::Result<Vec<(Format, Arc<dyn BlockFile>)>> {
+        let top = (self.format, &self.image);
+        let below = self.backing.iter().map(|(format, fd)| (*format, fd));
+        let file = |fd: &OwnedFd| fd.try_clone().and_then(HostFile::new);
+        std::iter::once(top)
+            .chain(below)
+            .map(|(format, fd)| Ok((format, Arc::new(file(fd)?) as Arc<dyn BlockFile>)))
+            .collect()
     }
 
     fn open(self) -> Result<Arc<dyn Image>, ToolError> {
@@ -221,7 +219,7 @@ fn resize(files: Files, size: u64, shrink: bool) -> Result<(), ToolError> {
     let failed = |error| ToolError::Io("resize the image", error);
     let format = files.format;
     let plain = HostFile::new(files.image.try_clone().map_err(failed)?).map_err(failed)?;
-    let again = files.try_clone().map_err(failed)?;
+    let (layers, options) = (files.layers().map_err(failed)?, files.options.clone());
     let image = files.open()?;
     let old = image.capacity();
     if size < old && !shrink {
@@ -252,7 +250,7 @@ fn resize(files: Files, size: u64, shrink: bool) -> Result<(), ToolError> {
     if size < old {
         qcow2::set_size(&plain, size)?;
     } else {
-        image::grow_qcow2(again.image, again.backing, &again.options, old, size)?;
+        image::grow_qcow2(layers, &options, old, size)?;
     }
     Ok(())
 }
