@@ -238,6 +238,7 @@ impl Wires {
                 BackendInput::Images(images) => images.layers[layer].file.try_clone(),
                 _ => null(),
             },
+            Source::NicState(_) => super::net::link::make_state(),
             // No probe needs what is in them.
             Source::DirectImage(_) | Source::Key(_) | Source::DataFile(_) => null(),
             Source::LogRead(_) => {
