@@ -36,7 +36,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) fn tests() -> Vec<Trial> {
     let given = env::var(SECONDS).ok().and_then(|text| text.parse().ok());
-    let usual = if env::var_os(FULL).is_some() { 1800 } else { 20 };
+    let usual = if env::var_os(FULL).is_some() { 1800 } else { 12 };
     let time = Duration::from_secs(given.unwrap_or(usual));
     let limit = time + Duration::from_secs(300);
     vec![test_within(limit, "stress::faults_everywhere", move || {
