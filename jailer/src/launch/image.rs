@@ -3,7 +3,7 @@
 //! This process, which can open paths, parses nothing of an image: names of backing files come from the
 //! jailed tool as text, and are opened only where images may lie.
 
-use super::inputs::{folder_of, lexical_join, open_backing, open_image};
+use super::chain::{folder_of, lexical_join, open_backing, open_image};
 use super::spawn::{binary_folder, pair};
 use crate::failure::Failure;
 use crate::sandbox::child::{Child, Parent, Program, Starting, start};

@@ -4,6 +4,7 @@
 //!   machine (check) -> reaper -> inputs (open) -> plan -> spawn -> supervise
 //! ```
 
+mod chain;
 mod connector;
 mod disk;
 mod forker;

@@ -43,8 +43,7 @@ fn parent() -> PathBuf {
 pub(crate) fn find(name: &str) -> Option<PathBuf> {
     let sound = !name.is_empty() && !name.starts_with('.') && !name.contains('/');
     let parent = parent();
-    // A VM's folder is its spawner's, who for root is another; in /tmp the parent may be a stranger's.
-    let ours = fs::symlink_metadata(&parent).is_ok_and(|about| about.uid() == geteuid().as_raw());
+    let ours = check_owner(&parent).is_ok();
     Some(parent.join(name)).filter(|path| sound && ours && path.is_dir())
 }
 

@@ -1,0 +1,221 @@
+//! Opening images: the one that the spec names, and what lies behind it, below the folders that a person
+//! allowed.
+
+use super::image::printable;
+use super::machine::Device;
+use super::qcow2;
+use crate::failure::Failure;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg, OFlag, OpenHow, ResolveFlag, openat2};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Component, Path, PathBuf};
+use vm_spec::spec::{ImageFormat, VmSpec};
+
+/// Longest backing chain: a loop ends here.
+const LONGEST_CHAIN: usize = 64;
+
+/// One image of a chain.
+pub(crate) struct Layer {
+    pub(crate) format: ImageFormat,
+    pub(crate) path: PathBuf,
+    pub(crate) file: OwnedFd,
+}
+
+/// The image and its backing files, the top first.
+pub(super) fn open_chain(
+    spec: &VmSpec,
+    device: &Device,
+    path: &Path,
+    format: ImageFormat,
+    read_only: bool,
+) -> Result<Vec<Layer>, Failure> {
+    let field = format!("{}.path", device.field);
+    let top = open_image(&field, path, read_only)?;
+    let own_folder = folder_of(&field, path)?;
+    let mut allowed = vec![own_folder.clone()];
+    for folder in &spec.image_folders {
+        allowed.push(folder.canonicalize().map_err(|e| {
+            Failure::host(format!("image-folders: cannot use {}", folder.display())).because(&e)
+        })?);
+    }
+    let mut layers = vec![Layer {
+        format,
+        path: path.to_owned(),
+        file: top.into(),
+    }];
+    let mut folder = own_folder;
+    while let Some(layer) = layers.last()
+        && layer.format == ImageFormat::Qcow2
+    {
+        let Some(backing) = read_backing(&field, layer)? else {
+            break;
+        };
+        if layers.len() == LONGEST_CHAIN {
+            return Err(Failure::host(format!(
+                "{field}: the backing chain of {} is longer than {LONGEST_CHAIN} images",
+                path.display()
+            )));
+        }
+        let wanted = lexical_join(&folder, Path::new(&backing.name));
+        let file = open_backing(&field, &allowed, &wanted, &backing.name, "image-folders")?;
+        folder = wanted.parent().unwrap_or(Path::new("/")).to_owned();
+        layers.push(Layer {
+            format: backing.format,
+            path: wanted,
+            file: file.into(),
+        });
+    }
+    Ok(layers)
+}
+
+/// Opens a backing file that an image calls `name` at `wanted`, below one of `allowed`; `option` is how a
+/// person allows more.
+pub(crate) fn open_backing(
+    field: &str,
+    allowed: &[PathBuf],
+    wanted: &Path,
+    name: &str,
+    option: &str,
+) -> Result<File, Failure> {
+    let failed = || {
+        Failure::host(format!(
+            "{field}: cannot open the backing file '{}'",
+            printable(name)
+        ))
+    };
+    let file = open_below(allowed, wanted).map_err(|e| match e {
+        BelowError::Outside => failed()
+            .cause("it lies outside the folders that images may lie in")
+            .hint(format!(
+                "name its folder in {option}, or move it beside the image"
+            )),
+        BelowError::Open(e) => failed().because(&e),
+    })?;
+    is_image(&file, failed)?;
+    lock(field, wanted, &file, FlockArg::LockSharedNonblock)?;
+    Ok(file)
+}
+
+fn read_backing(field: &str, layer: &Layer) -> Result<Option<qcow2::Backing>, Failure> {
+    let failed = || {
+        Failure::host(format!(
+            "{field}: {} is no qcow2 image that can be used",
+            layer.path.display()
+        ))
+    };
+    let file = layer.file.try_clone().map_err(|e| failed().because(&e))?;
+    let mut front = vec![0; qcow2::FRONT];
+    let n = File::from(file)
+        .read_at(&mut front, 0)
+        .map_err(|e| failed().because(&e))?;
+    qcow2::backing(&front[..n]).map_err(|e| {
+        let hint = match e {
+            qcow2::HeaderError::NoMagic => "check the format: qemu-img info, then format=raw",
+            qcow2::HeaderError::NoBackingFormat => {
+                "name it in the image: qemu-img rebase -u -b BASE -F FORMAT IMAGE"
+            }
+            _ => "qemu-img check tells more",
+        };
+        failed().because(&e).hint(hint)
+    })
+}
+
+pub(crate) fn open_image(field: &str, path: &Path, read_only: bool) -> Result<File, Failure> {
+    let failed = || Failure::host(format!("{field}: cannot open {}", path.display()));
+    let file = OpenOptions::new()
+        .read(true)
+        .write(!read_only)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(|e| failed().because(&e))?;
+    is_image(&file, failed)?;
+    let how = if read_only {
+        FlockArg::LockSharedNonblock
+    } else {
+        FlockArg::LockExclusiveNonblock
+    };
+    lock(field, path, &file, how)?;
+    Ok(file)
+}
+
+/// No folder, say, by which a jailed process would reach what lies below it.
+fn is_image(file: &File, failed: impl Fn() -> Failure) -> Result<(), Failure> {
+    let kind = file.metadata().map_err(|e| failed().because(&e))?.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        Ok(())
+    } else {
+        Err(failed().cause("it is neither a regular file nor a block device"))
+    }
+}
+
+/// Holds off a second VM on the same image. The lock lives as long as any copy of the
+/// descriptor, the device process's among them.
+fn lock(field: &str, path: &Path, file: &File, how: FlockArg) -> Result<(), Failure> {
+    let failed = || Failure::host(format!("{field}: {} is in use", path.display()));
+    let copy = file.try_clone().map_err(|e| failed().because(&e))?;
+    match Flock::lock(copy, how) {
+        Ok(held) => {
+            // Dropping a Flock unlocks, for every copy; leaking this copy until exit does not.
+            std::mem::forget(held);
+            Ok(())
+        }
+        Err((_, Errno::EAGAIN)) => Err(failed()
+            .cause("another process has locked it")
+            .hint("stop the other VM, or give each its own overlay")),
+        // A file system without locks.
+        Err((_, Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENOLCK)) => Ok(()),
+        Err((_, e)) => Err(failed().because(&e)),
+    }
+}
+
+pub(crate) fn folder_of(field: &str, path: &Path) -> Result<PathBuf, Failure> {
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
+    parent.unwrap_or(Path::new(".")).canonicalize().map_err(|e| {
+        Failure::host(format!("{field}: cannot find the folder of {}", path.display())).because(&e)
+    })
+}
+
+/// `name` seen from the absolute `folder`, with `.` and `..` resolved by text alone: links are
+/// not followed when it is opened either.
+pub(crate) fn lexical_join(folder: &Path, name: &Path) -> PathBuf {
+    let mut out = PathBuf::new();
+    for part in folder.join(name).components() {
+        match part {
+            Component::ParentDir => {
+                out.pop();
+            }
+            Component::CurDir => {}
+            other => out.push(other),
+        }
+    }
+    out
+}
+
+enum BelowError {
+    Outside,
+    Open(io::Error),
+}
+
+/// Opens `path` for reading, below the first of `allowed` that contains it, following no link.
+fn open_below(allowed: &[PathBuf], path: &Path) -> Result<File, BelowError> {
+    let (folder, rest) = allowed
+        .iter()
+        .find_map(|folder| Some((folder, path.strip_prefix(folder).ok()?)))
+        .ok_or(BelowError::Outside)?;
+    let folder = File::open(folder).map_err(BelowError::Open)?;
+    let how = OpenHow::new()
+        .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)
+        .resolve(
+            ResolveFlag::RESOLVE_BENEATH
+                | ResolveFlag::RESOLVE_NO_SYMLINKS
+                | ResolveFlag::RESOLVE_NO_MAGICLINKS,
+        );
+    match openat2(folder.as_fd(), rest, how) {
+        Ok(fd) => Ok(File::from(fd)),
+        Err(Errno::ELOOP | Errno::EXDEV) => Err(BelowError::Outside),
+        Err(e) => Err(BelowError::Open(e.into())),
+    }
+}
