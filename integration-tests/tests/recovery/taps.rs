@@ -27,6 +27,11 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test_within(LIMIT, "taps::one_by_name_returns", named_tap),
+        test_within(
+            LIMIT,
+            "taps::one_of_several_queues_serves_one_pair",
+            several_queues,
+        ),
         test_within(LIMIT, "taps::one_by_descriptor_returns", inherited_tap),
         test_within(
             LIMIT,
@@ -42,7 +47,11 @@ struct Interface(String);
 
 impl Interface {
     fn make(name: &str) -> Result<Self> {
-        ip(&format!("tuntap add {name} mode tap vnet_hdr"))?;
+        Self::with(name, "vnet_hdr")
+    }
+
+    fn with(name: &str, flags: &str) -> Result<Self> {
+        ip(&format!("tuntap add {name} mode tap {flags}"))?;
         let interface = Self(name.to_owned());
         ip(&format!("link set {name} up"))?;
         Ok(interface)
@@ -134,6 +143,18 @@ fn named_tap() -> Result<()> {
     goes_and_comes(interface, guest)
 }
 
+/// Whoever made the TAP did not know how many pairs of queues would be wanted.
+fn several_queues() -> Result<()> {
+    need_root()?;
+    Host::need_tun()?;
+    let interface = Interface::with(&name('m'), "vnet_hdr multi_queue")?;
+    let launcher = Command::new(artifact(Artifact::Bulkhead)?);
+    let guest = OnTap::start(launcher, &format!("tap={}", interface.0))?;
+    ensure!(interface.is_open(), "nobody has the TAP");
+    drop(guest);
+    Ok(())
+}
+
 /// The descriptor that launchers inherit.
 const FD: i32 = 9;
 
@@ -191,6 +212,7 @@ fn bridged_tap() -> Result<()> {
     ip(&format!("link add {bridge} type bridge"))
         .map_err(|error| Skip(format!("no bridge can be made: {error:#}")))?;
     let bridge = Interface(bridge);
+    ip(&format!("link set {} mtu 9000", bridge.0))?;
     let port = || -> Result<String> {
         let mut ports = fs::read_dir(format!("/sys/class/net/{}/brif", bridge.0))?;
         let port = ports.next().context("the bridge has no port")??;
@@ -206,6 +228,13 @@ fn bridged_tap() -> Result<()> {
         }
     }
     let port = Interface(port()?);
+    let of = |what: &str| fs::read_to_string(format!("/sys/class/net/{}/{what}", port.0));
+    // A bridge without an address and an MTU of its own takes the lowest of its ports.
+    ensure!(of("mtu")?.trim() == "9000", "the bridge's MTU is lowered");
+    ensure!(
+        of("address")?.starts_with("fe:"),
+        "the bridge's address may change"
+    );
     ensure!(port.is_open(), "nobody has {}", port.0);
     guest.expect_none_died()?;
     guest.run.process.signal(Signal::SIGTERM)?;
