@@ -10,6 +10,8 @@
 mod constants;
 #[path = "../build/policy.rs"]
 mod policy;
+#[path = "../build/search.rs"]
+mod search;
 
 use jailer::sandbox::{Role, syscall_name};
 use nix::sys::signal::Signal;
