@@ -10,8 +10,8 @@ use std::path::Path;
 mod constants;
 #[path = "build/policy.rs"]
 mod policy;
-#[path = "build/search.rs"]
-mod search;
+#[path = "build/shorten.rs"]
+mod shorten;
 
 /// The roles, as `sandbox::Role` spells them, and their files.
 const ROLES: [(&str, &str); 10] = [

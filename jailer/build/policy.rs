@@ -1,8 +1,9 @@
 //! The policy language (see `policy/README.md`): reading, checking, compiling.
 
-use crate::{constants, search};
+use crate::constants;
+use crate::shorten::shorten;
 use seccompiler::{BpfProgram, TargetArch, compile_from_json};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::path::Path;
@@ -259,22 +260,16 @@ fn check_overlap(rules: &[Rule]) -> Result<(), PolicyError> {
 
 /// The BPF program that allows what `rules` allow and answers everything else with `action`.
 pub(crate) fn compile(rules: &[Rule], action: &str) -> Result<BpfProgram, PolicyError> {
-    let at = |message| PolicyError {
-        place: rules.first().map_or("policy".into(), |r| r.place.clone()),
-        message,
-    };
-    let mut named = BTreeSet::new();
-    for rule in rules {
-        let alone = compile_rules(std::slice::from_ref(rule), action).map_err(at)?;
-        named.extend(search::only_call(&alone));
-    }
-    let mut program = compile_rules(rules, action).map_err(at)?;
-    search::insert(&mut program, &named).map_err(at)?;
-    Ok(program)
+    compile_plainly(rules, action)
+        .and_then(|program| shorten(&program))
+        .map_err(|message| PolicyError {
+            place: rules.first().map_or("policy".into(), |r| r.place.clone()),
+            message,
+        })
 }
 
-/// As `seccompiler` makes it, one rule after the other.
-pub(crate) fn compile_rules(rules: &[Rule], action: &str) -> Result<BpfProgram, String> {
+/// As `seccompiler` makes it.
+pub(crate) fn compile_plainly(rules: &[Rule], action: &str) -> Result<BpfProgram, String> {
     let filter: Vec<String> = rules.iter().map(rule_json).collect();
     let json = format!(
         "{{\"it\": {{\"mismatch_action\": \"{action}\", \"match_action\": \"allow\", \

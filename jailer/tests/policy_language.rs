@@ -5,8 +5,8 @@
 mod constants;
 #[path = "../build/policy.rs"]
 mod policy;
-#[path = "../build/search.rs"]
-mod search;
+#[path = "../build/shorten.rs"]
+mod shorten;
 
 use jailer::sandbox::{Role, opcodes, rules};
 use std::path::Path;
@@ -180,17 +180,16 @@ fn roles_make_few_calls() {
     }
 }
 
-/// What `program` answers to the call `number` without arguments, and in how many instructions: the
-/// part of classic BPF that filters are made of.
-fn run(program: &[seccompiler::sock_filter], number: u32) -> (u32, usize) {
-    const X86_64: u32 = 0xC000_003E;
+/// What `program` answers to a call (`struct seccomp_data` in words): the part of classic BPF that filters
+/// are made of.
+fn run(program: &[seccompiler::sock_filter], call: &[u32; 16]) -> u32 {
     let (mut place, mut value) = (0, 0);
-    for steps in 1..10_000 {
+    loop {
         let i = &program[place];
         let jump = |taken| place + 1 + usize::from(if taken { i.jt } else { i.jf });
         place = match i.code {
             0x20 => {
-                value = [number, X86_64].get(i.k as usize / 4).copied().unwrap_or(0);
+                value = call[i.k as usize / 4];
                 place + 1
             }
             0x54 => {
@@ -201,32 +200,57 @@ fn run(program: &[seccompiler::sock_filter], number: u32) -> (u32, usize) {
             0x15 => jump(value == i.k),
             0x25 => jump(value > i.k),
             0x35 => jump(value >= i.k),
-            0x06 => return (i.k, steps),
+            0x06 => return i.k,
             other => panic!("instruction {other:#x}"),
         };
     }
-    panic!("no end")
 }
 
+/// Every call, and those with conditions with any two words of their arguments around what they compare.
 #[test]
-fn the_search_answers_as_the_rules_behind_it_and_sooner() {
+fn a_short_program_answers_as_the_long_one() {
+    const X86_64: u32 = 0xC000_003E;
+    const I386: u32 = 0x4000_0003;
     for role in Role::ALL {
         let rules = policy::load(Path::new("policy"), role.name()).unwrap();
-        let plain = policy::compile_rules(&rules, "trap").unwrap();
-        let searched = policy::compile(&rules, "trap").unwrap();
-        // Those of the x32 interface too, which have a bit of their own.
-        let calls = (0..1024_u32).flat_map(|n| [n, n | 1 << 30, u32::MAX - n]);
-        let (mut before, mut after) = (0, 0);
-        for number in calls {
-            let (expected, long) = run(&plain, number);
-            let (answer, short) = run(&searched, number);
-            assert_eq!(answer, expected, "{role}: call {number:#x}");
-            before += long;
-            after += short;
-        }
+        let long = policy::compile_plainly(&rules, "trap").unwrap();
+        let short = policy::compile(&rules, "trap").unwrap();
         assert!(
-            after * 3 < before,
-            "{role}: {after} instructions, and {before} without"
+            short.len() * 3 < long.len() * 2,
+            "{role}: {} of {}",
+            short.len(),
+            long.len()
         );
+        let same = |call: &[u32; 16]| {
+            assert_eq!(run(&short, call), run(&long, call), "{role}: {call:x?}");
+        };
+        // Those of the x32 interface too, which have a bit of their own.
+        for number in (0..1024_u32).flat_map(|n| [n, n | 1 << 30, u32::MAX - n]) {
+            for architecture in [X86_64, I386] {
+                let mut call = [0; 16];
+                (call[0], call[1]) = (number, architecture);
+                same(&call);
+            }
+        }
+        for rule in rules.iter().filter(|rule| !rule.tests.is_empty()) {
+            let own = policy::compile_plainly(std::slice::from_ref(rule), "trap").unwrap();
+            let number = own[4].k;
+            let compared = |i: &&seccompiler::sock_filter| [0x15, 0x25, 0x35, 0x54].contains(&i.code);
+            let around = |i: &seccompiler::sock_filter| [i.k, i.k.wrapping_sub(1), i.k.wrapping_add(1), !i.k];
+            let values: Vec<_> = own[5..]
+                .iter()
+                .filter(compared)
+                .flat_map(around)
+                .chain([0, !0])
+                .collect();
+            let words = || (4..16).flat_map(|place| values.iter().map(move |value| (place, *value)));
+            for (one, first) in words() {
+                for (other, second) in words() {
+                    let mut call = [0; 16];
+                    (call[0], call[1], call[one], call[other]) = (number, X86_64, first, second);
+                    same(&call);
+                }
+            }
+        }
     }
 }

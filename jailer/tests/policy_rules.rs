@@ -10,8 +10,8 @@
 mod constants;
 #[path = "../build/policy.rs"]
 mod policy;
-#[path = "../build/search.rs"]
-mod search;
+#[path = "../build/shorten.rs"]
+mod shorten;
 
 use jailer::sandbox::{Role, syscall_name};
 use nix::sys::signal::Signal;

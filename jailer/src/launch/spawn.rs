@@ -178,15 +178,18 @@ pub(crate) fn spawn(plan: &Plan, inputs: Inputs, binaries: Binaries, ends: Ends)
     let respawner = Respawner::keep(plan, fds.table, binaries);
     send_message(control.as_fd(), 1, config)
         .map_err(|e| Failure::host("cannot write the supervisor's first message").because(&e))?;
-    let workers = plan
-        .workers
-        .iter()
-        .zip(starting.into_values())
-        .map(|(worker, child)| child.finish().map_err(|e| not_started(worker, e)))
-        .collect::<Result<_, _>>()?;
+    // The last first: to be woken by each as it begins would take the processor from it.
     let supervisor = supervisor
         .finish()
         .map_err(|e| not_started(&plan.supervisor, e))?;
+    let mut workers = plan
+        .workers
+        .iter()
+        .zip(starting.into_values())
+        .rev()
+        .map(|(worker, child)| child.finish().map_err(|e| not_started(worker, e)))
+        .collect::<Result<Vec<_>, _>>()?;
+    workers.reverse();
     Ok(Running {
         workers,
         supervisor,

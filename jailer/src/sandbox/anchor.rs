@@ -6,7 +6,7 @@ use super::userns::become_id;
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::waitpid;
+use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{Pid, getpid, getppid, pause};
 use std::ffi::{c_int, c_void};
 use std::fs::File;
@@ -30,7 +30,8 @@ impl Anchor {
     /// When the kernel makes no such namespace.
     pub fn start() -> io::Result<Self> {
         let mut stack = vec![0_u128; STACK / size_of::<u128>()].into_boxed_slice();
-        let flags = libc::CLONE_NEWUSER | libc::CLONE_VM | libc::SIGCHLD;
+        // No signal tells of its end, which would wake a caller that waits for something else.
+        let flags = libc::CLONE_NEWUSER | libc::CLONE_VM;
         // By value: what we point to may be gone when the child begins.
         let parent = getpid().as_raw() as usize as *mut c_void;
         let top = stack.as_mut_ptr_range().end.cast();
@@ -64,7 +65,7 @@ impl Drop for Anchor {
     fn drop(&mut self) {
         // Both fail only where it is gone already. It is waited for, since it is in our memory.
         let _ = kill(self.pid, Signal::SIGKILL);
-        let _ = waitpid(self.pid, None);
+        let _ = waitpid(self.pid, Some(WaitPidFlag::__WCLONE));
     }
 }
 

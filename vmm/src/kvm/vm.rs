@@ -29,8 +29,7 @@ pub struct Vm {
 }
 
 /// The CPUID that all vCPUs share. Where the host is virtual itself, each leaf that KVM looks up is
-/// an exit to its own host: that takes as long as all else, and goes on beside the loading of the
-/// kernel. Not beside the calls above: they wait for other processors to leave the kernel.
+/// an exit to its own host: that takes as long as all else, and goes on beside it.
 enum Cpuid {
     Coming(JoinHandle<Result<CpuId, Error>>),
     Known(CpuId),
@@ -53,12 +52,13 @@ impl Vm {
                 "the descriptor given as /dev/kvm answers API version {version}, not {KVM_API_VERSION}"
             )));
         }
+        let kvm = Arc::new(kvm);
+        let cpuid = Cpuid::ask(kvm.clone(), cpus)?;
         let fd = kvm.create_vm().map_err(Error::kvm("create the VM"))?;
         set_slots(&fd, &ram)?;
         fd.set_tss_address(TSS_ADDRESS)
             .map_err(Error::kvm("place the task state segment"))?;
         irqchip.create(&fd)?;
-        let cpuid = Cpuid::ask(kvm, cpus)?;
         Ok(Self {
             fd: Arc::new(fd),
             ram,
@@ -102,7 +102,7 @@ impl Vm {
 
 impl Cpuid {
     /// The thread that asks is joined before the first vCPU's is confined.
-    fn ask(kvm: Kvm, cpus: u8) -> Result<Self, Error> {
+    fn ask(kvm: Arc<Kvm>, cpus: u8) -> Result<Self, Error> {
         thread::Builder::new()
             .name("cpuid".to_owned())
             .spawn(move || {
