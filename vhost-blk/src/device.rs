@@ -124,6 +124,7 @@ fn open_image(options: &Options) -> Result<(Arc<dyn Image>, Fence), BlkError> {
         data_file: data_file.map(Arc::new),
         passphrase: options.key.map(read_passphrase).transpose()?.map(Arc::new),
         l2_cache_size: options.l2_cache_size.unwrap_or(defaults.l2_cache_size),
+        writes_lost: options.writes_lost,
         ..defaults
     };
     let mut fence = Fence::Passed;
@@ -166,7 +167,9 @@ fn open_direct(
 ) -> Result<Arc<dyn Image>, ImageError> {
     let use_file = ImageError::io("use the image's file without the page cache");
     image::lock(top.as_fd(), settings.read_only)?;
-    let top = DirectFile::new(top, direct).map_err(use_file)?;
+    let top = image::host_file(top, settings)
+        .and_then(|top| DirectFile::new(top, direct))
+        .map_err(use_file)?;
     let mut layers: Vec<(Format, Arc<dyn BlockFile>)> = vec![(format, Arc::new(top))];
     for (format, fd) in backing {
         image::lock(fd.as_fd(), true)?;

@@ -32,6 +32,7 @@ pub(crate) const USAGE: &str = "  --blk-file=PATH         the image
                           queues together
   --on-error=WHAT         when the host has no space or a disk fails: report (default) it to the
                           guest, or stop the queue and try again until it succeeds
+  --writes-lost           the host failed to write back what a predecessor wrote: no flush succeeds
   --control-fd=N          take orders from this socket, a line each: size BYTES, metrics
 ";
 
@@ -93,6 +94,7 @@ pub struct Options {
     pub(crate) limits: Limits,
     pub(crate) on_error: OnError,
     pub(crate) control: Option<RawFd>,
+    pub(crate) writes_lost: bool,
 }
 
 impl Options {
@@ -121,6 +123,7 @@ impl Options {
             "serial" => self.serial = serial(parser.value()?)?,
             "limit" => self.limits = parser.value()?.parse_with(|text| Limits::parse(text, "ops"))?,
             "on-error" => self.on_error = parser.value()?.parse()?,
+            "writes-lost" => self.writes_lost = true,
             "control-fd" => self.control = Some(parser.value()?.parse()?),
             _ => return Ok(false),
         }

@@ -14,6 +14,7 @@ const READ_ONLY: OpenOptions = OpenOptions {
     data_file: None,
     passphrase: None,
     l2_cache_size: 1 << 20,
+    writes_lost: false,
     size: None,
 };
 

@@ -1,12 +1,13 @@
 //! `flushed`: writes one block after another, flushes after every few, and says each time how many
-//! blocks are safe; whatever then becomes of the VM, they must be found in the image.
+//! blocks are safe; whatever then becomes of the VM, they must be found in the image. With `lost=1` a flush
+//! fails in the end, and no later one may say that all is well.
 
 use crate::{
     blk::{Disk, FLUSH, HEADER, SECTOR, WRITE_OUT},
     cpu,
     parameters::Parameters,
     scenario::Failure,
-    serial::line,
+    serial::{self, line},
 };
 use guest_contract::fill;
 
@@ -16,6 +17,16 @@ const SIZE: usize = 4096;
 const STRIDE: u64 = 128;
 /// Blocks from flush to flush.
 const BATCH: u64 = 8;
+
+/// Says that a flush failed, and flushes again once a byte comes on the console.
+fn flush_again(disk: &mut Disk) -> Result<(), Failure> {
+    line!("lost=1");
+    serial::wait_for_byte();
+    match disk.one(FLUSH, 0, 0) {
+        Ok(_) => Err("a flush succeeded after one that failed"),
+        Err(_) => Ok(()),
+    }
+}
 
 /// Runs it; the guest halts when all blocks are written.
 pub(crate) fn scenario(parameters: Parameters<'_>) -> Result<(), Failure> {
@@ -43,7 +54,10 @@ pub(crate) fn scenario(parameters: Parameters<'_>) -> Result<(), Failure> {
                 while slots.complete(queue)?.is_some() {}
             }
         }
-        disk.one(FLUSH, 0, 0)?;
+        match disk.one(FLUSH, 0, 0) {
+            Err(_) if parameters.number("lost", 0) == 1 => return flush_again(&mut disk),
+            done => done?,
+        };
         line!("flushed={next}");
     }
     cpu::halt()

@@ -31,6 +31,11 @@ pub(crate) fn tests() -> Vec<Trial> {
         test_within(LIMIT, "trouble::no_space_qcow2", || no_space(Image::Qcow2)),
         test_within(LIMIT, "trouble::no_space_behind_a_block_device", block_device),
         test_within(LIMIT, "trouble::a_disk_that_fails", io_error),
+        test_within(
+            LIMIT,
+            "trouble::a_flush_that_failed_is_known_to_successors",
+            lost_writes,
+        ),
         test_within(LIMIT, "trouble::out_of_memory", out_of_memory),
     ]
 }
@@ -124,6 +129,34 @@ fn block_device() -> Result<()> {
     })?;
     let small = small.context("no file system")?;
     passes(&mut storm, EventKind::NoSpace, || small.grow())
+}
+
+/// The kernel tells of a write-back that failed once, and the process that it told dies: what was written is
+/// lost, and no flush of its successors may say that it is safe, though the host could write it now.
+fn lost_writes() -> Result<()> {
+    need_root()?;
+    let folder = tempfile::tempdir()?;
+    let small = Small::mount(folder.path())?;
+    let disk = folder.path().join("disk");
+    File::create(&disk)?.set_len(600 << 20)?;
+    let device = LoopDevice::over(&disk)?;
+    let flag = format!("--disk=path={},format=raw", device.path().display());
+    let mut run = Run::tiny("scenario=flushed lost=1", &[flag])?;
+    run.console
+        .wait_line("lost=1", DEADLINE)
+        .with_context(|| run.process.stderr().unwrap_or_default())?;
+    small.grow()?;
+    let mut victim = Victim::new(ProcessRole::Disk);
+    for count in 1..=2 {
+        ensure!(victim.strike(&mut run, Signal::SIGKILL, DEADLINE)?);
+        victim.wait_count(&run, EventKind::Restarted, count, DEADLINE)?;
+    }
+    run.press(b'x')?;
+    run.console
+        .wait_line("result=ok", DEADLINE)
+        .with_context(|| run.console.text())?;
+    run.wait(DEADLINE)?;
+    Ok(())
 }
 
 /// For two seconds every write fails; the guest sees nothing of it.

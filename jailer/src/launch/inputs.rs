@@ -7,6 +7,7 @@ use super::kernel::{self, Kernel};
 use super::machine::{Backend, Device, Remote};
 use super::net::{self, Nic};
 use super::run_dir::RunDir;
+use super::watch::Watch;
 use crate::failure::Failure;
 use crate::sandbox::cgroup::disk_behind;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -57,6 +58,8 @@ pub(crate) struct Images {
     pub(crate) data_file: Option<OwnedFd>,
     /// The image once more, past the page cache.
     pub(crate) direct: Option<OwnedFd>,
+    /// What watches the files that are written.
+    pub(crate) watches: Vec<Watch>,
 }
 
 /// Opens everything.
@@ -129,10 +132,17 @@ fn open_disk(spec: &VmSpec, device: &Device, disk: &Disk) -> Result<Images, Fail
     let data_file = disk.data_file.as_ref();
     let data_file =
         data_file.map(|path| open_image(&format!("{}.data-file", device.field), path, disk.read_only));
+    let data_file = data_file.transpose()?.map(OwnedFd::from);
+    let top = layers.first().map(|layer| &layer.file);
+    let written = top.into_iter().chain(&data_file).filter(|_| !disk.read_only);
+    let watches = written.map(Watch::begin).collect::<io::Result<_>>();
     Ok(Images {
+        watches: watches.map_err(|e| {
+            Failure::host(format!("{}: cannot open its image once more", device.field)).because(&e)
+        })?,
         layers,
         key: disk.key.as_ref().map(|key| open_key(device, key)).transpose()?,
-        data_file: data_file.transpose()?.map(OwnedFd::from),
+        data_file,
         direct,
     })
 }

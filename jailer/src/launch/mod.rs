@@ -24,6 +24,7 @@ mod run_dir;
 pub(crate) mod spawn;
 mod supervise;
 mod terminal;
+mod watch;
 
 #[cfg(feature = "fuzzing")]
 #[path = "../../fuzz/launch.rs"]

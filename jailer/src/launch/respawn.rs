@@ -5,6 +5,7 @@
 
 use super::plan::{Plan, ProcessPlan, Source};
 use super::spawn::{Binaries, begin, pair};
+use super::watch::Watch;
 use crate::failure::Failure;
 use crate::sandbox::SeccompMode;
 use crate::sandbox::child::{Child, Parent, Starting};
@@ -25,6 +26,8 @@ pub(crate) struct Respawner {
     /// By place in the plan; `None` for the vmm, which has no successor.
     processes: Vec<Option<ProcessPlan>>,
     kept: BTreeMap<Source, OwnedFd>,
+    /// Of the files that disks write, by device.
+    watches: BTreeMap<usize, Vec<Watch>>,
     binaries: Binaries,
     /// Other builds, by place: those that serve instead, and those that are to be tried.
     adopted: BTreeMap<usize, OwnedFd>,
@@ -40,7 +43,12 @@ pub(crate) struct Successor {
 
 impl Respawner {
     /// Keeps of `table` what device processes are given; the rest is closed.
-    pub(crate) fn keep(plan: &Plan, table: BTreeMap<Source, OwnedFd>, binaries: Binaries) -> Self {
+    pub(crate) fn keep(
+        plan: &Plan,
+        table: BTreeMap<Source, OwnedFd>,
+        watches: BTreeMap<usize, Vec<Watch>>,
+        binaries: Binaries,
+    ) -> Self {
         let processes: Vec<Option<ProcessPlan>> = plan
             .workers
             .iter()
@@ -53,6 +61,7 @@ impl Respawner {
         };
         Self {
             kept: table.into_iter().filter(|(source, _)| wanted(source)).collect(),
+            watches,
             processes,
             binaries,
             adopted: BTreeMap::new(),
@@ -92,7 +101,8 @@ impl Respawner {
     /// The numbers of all that it keeps.
     pub(crate) fn descriptors(&self) -> Vec<RawFd> {
         let kept = self.kept.values().map(AsRawFd::as_raw_fd);
-        kept.chain(self.binaries.descriptors()).collect()
+        let watches = self.watches.values().flatten().map(Watch::number);
+        kept.chain(watches).chain(self.binaries.descriptors()).collect()
     }
 
     fn binary(&self, process: usize, build: Build, plan: &ProcessPlan) -> Option<BorrowedFd<'_>> {
@@ -103,6 +113,18 @@ impl Respawner {
                 None => Some(self.binaries.of(plan)),
             },
         }
+    }
+
+    /// Whether the host lost what predecessors of this process wrote.
+    fn has_lost_writes(&self, plan: &ProcessPlan) -> bool {
+        let watches = plan.image_device().and_then(|device| self.watches.get(&device));
+        // Each is asked: it may be told only now.
+        watches
+            .into_iter()
+            .flatten()
+            .filter(|watch| watch.has_lost())
+            .count()
+            > 0
     }
 
     /// Starts a process of `build` in the place of `process`, which has been reaped.
@@ -122,8 +144,12 @@ impl Respawner {
         let binary = self
             .binary(process, build, plan)
             .ok_or_else(|| Failure::host(format!("{}: there is no other build", plan.name)))?;
+        let mut plan = plan.clone();
+        if self.has_lost_writes(&plan) {
+            plan.arguments.push("--writes-lost".into());
+        }
         let starting = begin(
-            (process, plan),
+            (process, &plan),
             &lookup,
             &self.binaries,
             binary,

@@ -6,6 +6,7 @@ use super::inputs::{BackendInput, Inputs};
 use super::net::{self, Holder, Opened};
 use super::plan::{Plan, ProcessPlan, Source};
 use super::respawn::Respawner;
+use super::watch::Watch;
 use crate::audit::wall::Removed;
 use crate::failure::Failure;
 use crate::sandbox::SeccompMode;
@@ -175,7 +176,7 @@ pub(crate) fn spawn(plan: &Plan, inputs: Inputs, binaries: Binaries, ends: Ends)
     }
     let config = ToSupervisor::Start(Box::new(supervision));
     let control = fds.spawner;
-    let respawner = Respawner::keep(plan, fds.table, binaries);
+    let respawner = Respawner::keep(plan, fds.table, fds.watches, binaries);
     send_message(control.as_fd(), 1, config)
         .map_err(|e| Failure::host("cannot write the supervisor's first message").because(&e))?;
     // The last first: to be woken by each as it begins would take the processor from it.
@@ -263,6 +264,8 @@ struct Wires {
     spawner: OwnedFd,
     /// The TAPs that are being made, by device.
     coming_taps: Vec<(usize, Holder)>,
+    /// What watches the files of disks, by device.
+    watches: BTreeMap<usize, Vec<Watch>>,
 }
 
 impl Wires {
@@ -279,6 +282,7 @@ impl Wires {
     fn make(plan: &Plan, inputs: Inputs) -> std::io::Result<Self> {
         let mut table = BTreeMap::new();
         let mut coming_taps = Vec::new();
+        let mut watches = BTreeMap::new();
         let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
         table.insert(Source::Null, null.into());
         table.insert(Source::Stderr, std::io::stderr().as_fd().try_clone_to_owned()?);
@@ -336,6 +340,7 @@ impl Wires {
                     table.extend(images.key.map(|fd| (Source::Key(n), fd)));
                     table.extend(images.data_file.map(|fd| (Source::DataFile(n), fd)));
                     table.extend(images.direct.map(|fd| (Source::DirectImage(n), fd)));
+                    watches.insert(n, images.watches);
                 }
             }
             let (front, back) = pair(SockType::Stream)?;
@@ -346,6 +351,7 @@ impl Wires {
             table,
             spawner,
             coming_taps,
+            watches,
         })
     }
 

@@ -152,6 +152,18 @@ impl HostFile {
         Ok(host)
     }
 
+    /// As [`Self::new`], of a file that lost what another process had written to it: no flush of it succeeds.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn after_loss(fd: OwnedFd) -> io::Result<Self> {
+        let host = Self::new(fd)?;
+        Ok(Self {
+            syncs: Syncs::lost(),
+            ..host
+        })
+    }
+
     /// Runs `fallocate`; says whether this file system can.
     fn allocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<bool> {
         if len == 0 {

@@ -254,6 +254,8 @@ pub struct OpenOptions {
     pub passphrase: Option<Arc<Passphrase>>,
     /// Most bytes of mapping tables kept in memory, for each layer.
     pub l2_cache_size: usize,
+    /// The host failed to write back what a predecessor wrote: no flush may succeed any more.
+    pub writes_lost: bool,
     /// The disk's size where the top's header (qcow2) does not say it yet.
     pub size: Option<u64>,
 }
@@ -265,6 +267,7 @@ impl Default for OpenOptions {
             data_file: None,
             passphrase: None,
             l2_cache_size: 8 << 20,
+            writes_lost: false,
             size: None,
         }
     }
@@ -294,9 +297,13 @@ pub fn open(
     backing: Vec<(Format, OwnedFd)>,
     options: &OpenOptions,
 ) -> Result<Arc<dyn Image>, ImageError> {
-    let mut layers = vec![(format, locked_file(top, options.read_only)?)];
+    let mut layers = vec![(format, locked_file(top, options)?)];
+    let below_top = OpenOptions {
+        read_only: true,
+        ..OpenOptions::default()
+    };
     for (index, (format, fd)) in backing.into_iter().enumerate() {
-        let file = locked_file(fd, true).map_err(|source| below(index + 1, source))?;
+        let file = locked_file(fd, &below_top).map_err(|source| below(index + 1, source))?;
         layers.push((format, file));
     }
     open_layers(layers, data_file(options)?, options)
@@ -309,7 +316,7 @@ pub fn open(
 pub fn data_file(options: &OpenOptions) -> Result<Option<Arc<dyn BlockFile>>, ImageError> {
     let data = options.data_file.as_ref().map(|fd| fd.try_clone()).transpose();
     data.map_err(ImageError::io("use the external data file"))?
-        .map(|fd| locked_file(fd, options.read_only))
+        .map(|fd| locked_file(fd, options))
         .transpose()
 }
 
@@ -320,12 +327,21 @@ fn below(depth: usize, source: ImageError) -> ImageError {
     }
 }
 
-fn locked_file(fd: OwnedFd, read_only: bool) -> Result<Arc<dyn BlockFile>, ImageError> {
-    let file = HostFile::new(fd).map_err(ImageError::io("use the image's file"))?;
+fn locked_file(fd: OwnedFd, options: &OpenOptions) -> Result<Arc<dyn BlockFile>, ImageError> {
+    let file = host_file(fd, options).map_err(ImageError::io("use the image's file"))?;
     if let Some(fd) = file.descriptor() {
-        lock(fd, read_only)?;
+        lock(fd, options.read_only)?;
     }
     Ok(Arc::new(file))
+}
+
+/// A file that is written to, unless `options` say otherwise.
+pub(crate) fn host_file(fd: OwnedFd, options: &OpenOptions) -> io::Result<HostFile> {
+    if options.writes_lost {
+        HostFile::after_loss(fd)
+    } else {
+        HostFile::new(fd)
+    }
 }
 
 /// [`open`] on files of any kind, from top to base; `data` is the top's external data file.

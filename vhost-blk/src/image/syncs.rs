@@ -16,7 +16,7 @@ pub(super) struct Syncs {
 
 #[derive(Debug, Default)]
 struct State {
-    /// One has failed; stays so until the file is opened anew, by another process.
+    /// One has failed, here or in a predecessor; stays so.
     lost: bool,
     /// Number given to the next one.
     next: u64,
@@ -30,6 +30,18 @@ struct State {
 struct Lost;
 
 impl Syncs {
+    /// Of a file that another process worked on before, and lost something of.
+    pub(super) fn lost() -> Self {
+        let state = State {
+            lost: true,
+            ..State::default()
+        };
+        Self {
+            state: Mutex::new(state),
+            ended: Condvar::new(),
+        }
+    }
+
     /// Flushes everything that was written.
     pub(super) fn everything(&self, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let mut state = self.run(sync)?.1;

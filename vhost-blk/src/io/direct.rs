@@ -28,14 +28,14 @@ impl DirectFile {
     ///
     /// # Errors
     /// When they are not the same file, or `direct` is not open with O_DIRECT (`InvalidInput`).
-    pub fn new(plain: OwnedFd, direct: OwnedFd) -> io::Result<Self> {
+    pub fn new(plain: HostFile, direct: OwnedFd) -> io::Result<Self> {
         let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
         let flags = OFlag::from_bits_truncate(fcntl(&direct, FcntlArg::F_GETFL)?);
         if !flags.contains(OFlag::O_DIRECT) {
             return Err(invalid("the second descriptor is not open with O_DIRECT"));
         }
         let (memory, offset) = alignment(direct.as_fd()).unwrap_or((SAFE_ALIGNMENT, SAFE_ALIGNMENT));
-        let (plain, direct) = (HostFile::new(plain)?, HostFile::new(direct)?);
+        let direct = HostFile::new(direct)?;
         if plain.identity()? != direct.identity()? {
             return Err(invalid("the two descriptors are of different files"));
         }
