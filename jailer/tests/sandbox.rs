@@ -3,7 +3,7 @@
 //! It runs as whoever runs the tests; as root it also runs as an unprivileged user, in a process
 //! of this test that becomes one.
 
-use jailer::sandbox::child::{Child, Parent, Program, start};
+use jailer::sandbox::child::{Child, Parent, Program, open_proc, start};
 use jailer::sandbox::{Role, SeccompMode, Witness};
 use nix::sys::wait::{WaitStatus, waitpid};
 use std::ffi::CString;
@@ -51,6 +51,7 @@ fn start_probe(binary: &Path, argument: &str) -> Probe {
     let binary = File::open(binary).expect("the probe was built");
     let (read_in, hold) = nix::unistd::pipe().expect("pipe");
     let (read_out, write_out) = nix::unistd::pipe().expect("pipe");
+    let proc = open_proc().expect("/proc");
     let program = Program {
         binary: binary.as_fd(),
         arguments: vec![
@@ -58,6 +59,8 @@ fn start_probe(binary: &Path, argument: &str) -> Probe {
             CString::new(argument).expect("no zero byte"),
         ],
         descriptors: vec![read_in.as_fd(), write_out.as_fd(), write_out.as_fd()],
+        proc: proc.as_fd(),
+        rooted: false,
         cgroup: None,
         address_space: 1 << 30,
         startup: Role::Startup,

@@ -184,9 +184,15 @@ fn jails(mut run: Run, printed: &str, expected: Option<Identity>) -> Result<()> 
     );
     identities(&state, &jailed)?;
     let spawner = state.processes.iter().find(|p| p.role == ProcessRole::Spawner);
-    confined(spawner.context("no spawner")?.pid)?;
+    let spawner = spawner.context("no spawner")?.pid;
+    confined(spawner)?;
     let forker = state.processes.iter().find(|p| p.role == ProcessRole::Forker);
-    filtered(forker.context("no forker")?.pid)?;
+    let forker = forker.context("no forker")?.pid;
+    filtered(forker)?;
+    if state.identity != Identity::Own {
+        empty_root(spawner).context("the spawner")?;
+        empty_root(forker).context("the forker")?;
+    }
     for process in jailed {
         // Of its start and of its role.
         let looked = jail(process, 2).and_then(|()| exact(process, &state, printed));
@@ -290,7 +296,19 @@ fn jail(process: &ProcessState, filters: u32) -> Result<()> {
             "the host's {name} namespace"
         );
     }
+    empty_root(process.pid)
+}
+
+/// The only mount of the process is a root that holds nothing, and that nothing can be put in.
+fn empty_root(pid: i32) -> Result<()> {
+    let proc = PathBuf::from(format!("/proc/{pid}"));
     let root: Vec<_> = fs::read_dir(proc.join("root"))?.collect();
     ensure!(root.is_empty(), "its root holds {root:?}");
+    let mounts = fs::read_to_string(proc.join("mountinfo"))?;
+    let options = mounts.split_whitespace().nth(5).unwrap_or_default();
+    ensure!(
+        mounts.lines().count() == 1 && options.starts_with("ro,nosuid,nodev,noexec"),
+        "{mounts}"
+    );
     Ok(())
 }

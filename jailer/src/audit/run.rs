@@ -9,7 +9,7 @@ use super::wall::{Removed, Wall};
 use crate::failure::Failure;
 use crate::launch::identity::{Identities, Settled};
 use crate::launch::probe::{Probe, Stage};
-use crate::sandbox::Role;
+use crate::sandbox::{Role, Root};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -57,7 +57,8 @@ pub fn run(options: &Options) -> Result<(String, u8), Failure> {
     roles.retain(|role| options.role.is_none_or(|wanted| wanted == *role));
     let attacks = chosen(options)?;
     let bare = Pass::new(&stage, &targets, Removed::ALL, Settled::Own)?.all(&roles, &attacks)?;
-    let (identity, _) = Identities::begin(&stage.binaries())?.enter(|uid, gid| targets.give_to(uid, gid))?;
+    let (identity, _) =
+        Identities::begin(&stage.binaries())?.enter(Root::Kept, |uid, gid| targets.give_to(uid, gid))?;
     targets.open_to_all().map_err(host)?;
     let removed = options.without.map_or(Removed::NONE, Removed::only);
     let jailed = Pass::new(&stage, &targets, removed, identity)?.all(&roles, &attacks)?;

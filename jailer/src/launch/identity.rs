@@ -7,7 +7,7 @@
 //! launcher opens files. Else every process is the user.
 
 use crate::failure::Failure;
-use crate::sandbox::{Anchor, caps};
+use crate::sandbox::{Anchor, Root, caps};
 use nix::unistd::{Gid, Uid, User, getgid, getpid, getuid, setgroups};
 use std::fs;
 use std::io;
@@ -150,12 +150,13 @@ impl Identities {
 
     /// Gives up root, or enters the user's own range: for good. `give` is told who the spawner is about
     /// to become, if that is another than it was. What comes back beside is to be dropped when there is
-    /// time: it waits for a process to end.
+    /// time: it waits for a process to end. What `root` says is done where ids of its own are had.
     ///
     /// # Errors
     /// A [`Failure`] when root cannot be left.
     pub(crate) fn enter(
         self,
+        root: Root,
         give: impl FnOnce(Uid, Gid) -> io::Result<()>,
     ) -> Result<(Settled, Option<Anchor>), Failure> {
         match self {
@@ -171,7 +172,7 @@ impl Identities {
                 let failed = |e: &dyn std::error::Error| Failure::host("cannot leave root").because(e);
                 give(Uid::from_raw(first), Gid::from_raw(first)).map_err(|e| failed(&e))?;
                 setgroups(&[]).map_err(|e| failed(&e))?;
-                anchor.enter().map_err(|e| failed(&e))?;
+                anchor.enter(root).map_err(|e| failed(&e))?;
                 caps::keep_only(KEPT).map_err(|e| failed(&e))?;
                 let (kind, first) = (Identity::Range, first + 1);
                 Ok((Settled::Each { kind, first }, Some(anchor)))
@@ -191,7 +192,7 @@ impl Identities {
                 let failed = |e: &dyn std::error::Error| {
                     Failure::host("cannot enter the namespace of the subordinate ids").because(e)
                 };
-                anchor.enter().map_err(|e| failed(&e))?;
+                anchor.enter(root).map_err(|e| failed(&e))?;
                 caps::keep_only(KEPT).map_err(|e| failed(&e))?;
                 let kind = Identity::Subordinate;
                 Ok((Settled::Each { kind, first }, Some(anchor)))

@@ -6,7 +6,7 @@
 use super::chain::{folder_of, lexical_join, open_backing, open_image};
 use super::spawn::{binary_folder, pair};
 use crate::failure::Failure;
-use crate::sandbox::child::{Child, Parent, Program, Starting, start};
+use crate::sandbox::child::{Child, Parent, Program, Starting, open_proc, start};
 use crate::sandbox::{Role, SeccompMode};
 use crate::wire::{Received, receive_message};
 use nix::errno::Errno;
@@ -212,10 +212,13 @@ impl Opened {
             .collect::<Result<_, _>>()
             .map_err(|e| Failure::usage("a name with a zero byte").because(&e))?;
         let binary = open_binary()?;
+        let proc = open_proc().map_err(|e| failed(&e))?;
         let program = Program {
             binary: binary.as_fd(),
             arguments,
             descriptors: fds,
+            proc: proc.as_fd(),
+            rooted: false,
             cgroup: None,
             address_space: ADDRESS_SPACE,
             startup: Role::Startup,

@@ -25,6 +25,8 @@ const LONGEST_KEY: u64 = 4096;
 
 /// The files of a VM.
 pub(crate) struct Inputs {
+    /// `/dev/null`.
+    pub(crate) null: OwnedFd,
     pub(crate) kvm: OwnedFd,
     pub(crate) kernel: OwnedFd,
     pub(crate) initrd: Option<OwnedFd>,
@@ -93,7 +95,11 @@ pub(crate) fn open(spec: &VmSpec, devices: &[Device]) -> Result<Inputs, Failure>
             *backend = open_backend(spec, device)?;
         }
     }
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null");
     Ok(Inputs {
+        null: null
+            .map_err(|e| Failure::host("cannot open /dev/null").because(&e))?
+            .into(),
         kvm,
         kernel: kernel.into(),
         initrd,

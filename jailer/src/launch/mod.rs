@@ -32,7 +32,7 @@ pub(crate) mod fuzz;
 
 use crate::failure::Failure;
 use crate::sandbox::cgroup::{CgroupError, Groups, Place};
-use crate::sandbox::{SeccompMode, share_cores_within};
+use crate::sandbox::{Root, SeccompMode, share_cores_within};
 use connector::Connector;
 use identity::{Identities, Settled};
 use inputs::{BackendInput, Inputs};
@@ -181,7 +181,11 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
         let groups = make_groups(spec, place, &plan, &inputs)?;
         let mut binaries = spawn::Binaries::open(&plan, groups.clone())?;
         let mut obituary = Obituary::begin(groups.clone());
-        let (identity, anchor) = identities.enter(|uid, gid| {
+        let root = match options.jail {
+            Jail::On => Root::Empty,
+            Jail::Off => Root::Kept,
+        };
+        let (identity, anchor) = identities.enter(root, |uid, gid| {
             if let Some(groups) = &groups {
                 groups.give_to(uid, gid).map_err(std::io::Error::other)?;
             }

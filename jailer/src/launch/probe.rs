@@ -9,7 +9,7 @@ use crate::audit::nic;
 use crate::audit::order::Order;
 use crate::audit::wall::Wall;
 use crate::failure::Failure;
-use crate::sandbox::child::{Child, Parent, Program, start_without};
+use crate::sandbox::child::{Child, Parent, Program, open_proc, start_without};
 use crate::sandbox::{Role, SeccompMode};
 use crate::wire::send_message;
 use nix::fcntl::OFlag;
@@ -136,10 +136,13 @@ impl Stage {
         order.report = process.descriptors.len() as i32;
         let mut descriptors: Vec<_> = wires.given.iter().map(AsFd::as_fd).collect();
         descriptors.extend([report.as_fd(), terminal.as_fd()]);
+        let proc = open_proc().map_err(|e| failed(&e))?;
         let program = Program {
             binary: self.binaries[process.binary].1.as_fd(),
             arguments: arguments(process, order).map_err(|e| failed(&e))?,
             descriptors,
+            proc: proc.as_fd(),
+            rooted: false,
             cgroup: None,
             address_space: address_space(process.role, of.0.vm.memory),
             startup: process.startup,

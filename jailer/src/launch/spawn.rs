@@ -49,6 +49,8 @@ pub(crate) struct Binaries {
     removed: Removed,
     /// Who their processes become.
     identity: Settled,
+    /// `/proc`, for their id maps.
+    proc: OwnedFd,
 }
 
 impl Binaries {
@@ -66,8 +68,10 @@ impl Binaries {
             })?;
             all.insert(process.binary, (path, file));
         }
+        let proc = child::open_proc().map_err(|e| Failure::host("cannot open /proc").because(&e))?;
         Ok(Self {
             files: all,
+            proc,
             groups,
             guest_memory: plan.vm.memory,
             seccomp: plan.seccomp,
@@ -93,7 +97,7 @@ impl Binaries {
     pub(crate) fn descriptors(&self) -> Vec<RawFd> {
         let files = self.files.values().map(|(_, file)| file.as_raw_fd());
         let groups = self.groups.iter().flat_map(|groups| groups.descriptors());
-        files.chain(groups).collect()
+        files.chain(groups).chain([self.proc.as_raw_fd()]).collect()
     }
 
     /// The one that `process` executes.
@@ -218,6 +222,9 @@ pub(crate) fn begin<'a>(
         binary,
         arguments,
         descriptors: process.descriptors.iter().map(|fd| lookup(fd.source)).collect(),
+        proc: binaries.proc.as_fd(),
+        // Where there are ids for a VM, the spawner is in its empty root.
+        rooted: binaries.identity != Settled::Own && binaries.removed == Removed::NONE,
         cgroup: binaries
             .groups
             .as_ref()
@@ -283,8 +290,7 @@ impl Wires {
         let mut table = BTreeMap::new();
         let mut coming_taps = Vec::new();
         let mut watches = BTreeMap::new();
-        let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
-        table.insert(Source::Null, null.into());
+        table.insert(Source::Null, inputs.null);
         table.insert(Source::Stderr, std::io::stderr().as_fd().try_clone_to_owned()?);
         table.insert(Source::Input, std::io::stdin().as_fd().try_clone_to_owned()?);
         table.insert(Source::Output, std::io::stdout().as_fd().try_clone_to_owned()?);

@@ -14,6 +14,7 @@ use super::userns::{IdMaps, become_id};
 use super::{Role, SeccompMode, caps, mounts, seccomp};
 use crate::audit::wall::{Removed, Wall};
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -43,6 +44,10 @@ pub struct Program<'a> {
     pub arguments: Vec<CString>,
     /// Its descriptors: the one at index N becomes N. It gets no other.
     pub descriptors: Vec<BorrowedFd<'a>>,
+    /// See [`open_proc`].
+    pub proc: BorrowedFd<'a>,
+    /// The caller's root is an empty one already ([`super::Root::Empty`]), and so is its copy.
+    pub rooted: bool,
     /// The cgroup (v2) that it is born in, by its folder; else the caller's.
     pub cgroup: Option<BorrowedFd<'a>>,
     /// Most bytes of address space (RLIMIT_AS).
@@ -183,8 +188,7 @@ pub fn start(program: &Program<'_>) -> Result<Starting, SpawnError> {
 /// # Errors
 /// As [`start`].
 pub fn start_without(program: &Program<'_>, removed: Removed) -> Result<Starting, SpawnError> {
-    let (report, child_report) =
-        pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| SpawnError::Pipe(e.into()))?;
+    let (report, child_report) = pipe2(OFlag::O_CLOEXEC).map_err(|e| SpawnError::Pipe(e.into()))?;
     let mut prepared = Prepared::new(program, child_report.as_raw_fd(), removed);
     let mut pidfd: RawFd = -1;
     let mut namespaces = libc::CLONE_NEWPID;
@@ -229,6 +233,17 @@ pub fn start_without(program: &Program<'_>, removed: Removed) -> Result<Starting
         },
         report,
     })
+}
+
+/// `/proc`, for children to write their id maps by: whoever makes them may see no path any more by then, and
+/// finds out here what else it takes from paths.
+///
+/// # Errors
+/// When there is none.
+pub fn open_proc() -> io::Result<OwnedFd> {
+    time_namespaces();
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    Ok(nix::fcntl::open(c"/proc", flags, nix::sys::stat::Mode::empty())?)
 }
 
 /// Kernels before 5.6 have no time namespaces, and refuse the flag. A forker, which may look at no path,
@@ -309,6 +324,8 @@ struct Prepared {
     /// Descriptors in the order of their numbers in the program.
     descriptors: Vec<RawFd>,
     binary: RawFd,
+    proc: RawFd,
+    rooted: bool,
     report: RawFd,
     removed: Removed,
     address_space: u64,
@@ -336,6 +353,8 @@ impl Prepared {
             _arguments: arguments,
             descriptors: program.descriptors.iter().map(|fd| fd.as_raw_fd()).collect(),
             binary: program.binary.as_raw_fd(),
+            proc: program.proc.as_raw_fd(),
+            rooted: program.rooted,
             report,
             removed,
             address_space: program.address_space,
@@ -380,11 +399,15 @@ fn try_build(prepared: &mut Prepared) -> Result<std::convert::Infallible, (Step,
         if prepared.identity.is_some() {
             unshare(OWNED).map_err(at(Step::Namespaces))?;
         }
-        prepared.maps.write_own().map_err(at(Step::IdMaps))?;
+        // SAFETY: the caller's descriptor, which this process has a copy of.
+        let proc = unsafe { BorrowedFd::borrow_raw(prepared.proc) };
+        prepared.maps.write_own(proc).map_err(at(Step::IdMaps))?;
         // The costliest namespace by far; made here, the children make theirs at the same time.
         unshare(CloneFlags::CLONE_NEWNET).map_err(at(Step::Network))?;
         nix::unistd::sethostname("bulkhead").map_err(at(Step::HostName))?;
-        mounts::enter_empty_root().map_err(at(Step::Root))?;
+        if !prepared.rooted {
+            mounts::enter_empty_root().map_err(at(Step::Root))?;
+        }
     }
     setsid().map_err(at(Step::Session))?;
     join_new_keyring().map_err(at(Step::Keyring))?;

@@ -25,7 +25,7 @@ mod witness;
 
 use crate::audit::wall::Wall;
 #[cfg(feature = "launcher")]
-pub use anchor::Anchor;
+pub use anchor::{Anchor, Root};
 #[cfg(feature = "launcher")]
 pub use cpu::share_cores_within;
 pub use end::{end, end_on_panic};

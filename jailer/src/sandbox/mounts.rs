@@ -12,7 +12,7 @@ const NONE: Option<&CStr> = None;
 pub(super) fn enter_empty_root() -> nix::Result<()> {
     let bare = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(NONE, c"/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)?;
-    // /proc is a directory that surely exists: the id maps were written below it.
+    // /proc is a directory that surely exists: id maps are written below it.
     mount(
         Some(c"none"),
         c"/proc",

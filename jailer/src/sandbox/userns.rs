@@ -15,11 +15,11 @@
 )]
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
+use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, write};
 use std::ffi::CStr;
-use std::os::fd::OwnedFd;
+use std::os::fd::BorrowedFd;
 
 /// The texts of `uid_map` and `gid_map`, made before the clone: the child must not allocate.
 pub(super) struct IdMaps {
@@ -36,18 +36,17 @@ impl IdMaps {
         }
     }
 
-    /// Maps the calling process, which has just entered its namespace. Async-signal-safe.
-    pub(super) fn write_own(&self) -> nix::Result<()> {
+    /// Maps the calling process, which has just entered its namespace; `proc` is `/proc`. Async-signal-safe.
+    pub(super) fn write_own(&self, proc: BorrowedFd<'_>) -> nix::Result<()> {
+        let put = |path: &CStr, text: &[u8]| {
+            let file = openat(proc, path, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+            write(&file, text).map(drop)
+        };
         // Without CAP_SETGID outside, gid_map asks for setgroups to be denied for good.
-        put(c"/proc/self/setgroups", b"deny")?;
-        put(c"/proc/self/uid_map", self.uid.as_bytes())?;
-        put(c"/proc/self/gid_map", self.gid.as_bytes())
+        put(c"self/setgroups", b"deny")?;
+        put(c"self/uid_map", self.uid.as_bytes())?;
+        put(c"self/gid_map", self.gid.as_bytes())
     }
-}
-
-fn put(path: &CStr, text: &[u8]) -> nix::Result<()> {
-    let file: OwnedFd = open(path, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
-    write(&file, text).map(drop)
 }
 
 /// Becomes user and group `id` of the caller's namespace, in no other group, with no way back.
