@@ -13,6 +13,7 @@ mod orders;
 mod run;
 mod taps;
 mod terminal;
+mod tour;
 mod traces;
 mod verbs;
 mod work;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
     tests.extend(run::tests());
     tests.extend(taps::tests());
     tests.extend(terminal::tests());
+    tests.extend(tour::tests());
     tests.extend(verbs::tests());
     tests.extend(work::tests());
     integration_tests::suite::run(tests)
