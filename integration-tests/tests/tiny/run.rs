@@ -3,9 +3,10 @@
 use super::{jails::Place, traces::Traces};
 use anyhow::{Context, Result, ensure};
 use integration_tests::{
+    artifacts::Artifact,
     host::Host,
     lent::{Lent, NOBODY, become_nobody},
-    suite::{Skip, test},
+    suite::{Skip, artifact, jail_is_off, test},
     tiny::Run,
 };
 use libtest_mimic::Trial;
@@ -14,7 +15,7 @@ use nix::{
     unistd::{Pid, Uid},
 };
 use std::{
-    fs::File,
+    fs::{self, File},
     os::unix::fs::chown,
     path::Path,
     process::Command,
@@ -63,9 +64,95 @@ pub(crate) fn tests() -> Vec<Trial> {
             }));
         }
     }
+    tests.push(test("run::exit_code_lost_disk", lost_disk));
+    tests.push(test("run::exit_code_forbidden_call", forbidden_call));
+    for mode in ["trap", "log", "off"] {
+        tests.push(test(format!("run::seccomp_{mode}"), move || seccomp_mode(mode)));
+    }
     tests.push(test("run::sigterm_leaves_nothing", sigterm));
     tests.push(test("run::20_launches", launches));
     tests
+}
+
+fn lost_disk() -> Result<()> {
+    let place = Place::make()?;
+    let mut run = halted(&place, OnDeviceDeath::End, Who::Own)?;
+    let state = run.state(DEADLINE)?;
+    let disk = state.processes.iter().find(|p| p.role == ProcessRole::Disk);
+    kill(
+        Pid::from_raw(disk.context("no disk process")?.pid),
+        Signal::SIGKILL,
+    )?;
+    let status = run.wait(DEADLINE)?;
+    ensure!(
+        status.code() == Some(exit_code::BACKEND_LOST.into()),
+        "{status}: {}",
+        run.process.stderr()?
+    );
+    Ok(())
+}
+
+fn need_filters() -> Result<()> {
+    if jail_is_off() {
+        return Err(Skip("without a jail there are no filters".to_owned()).into());
+    }
+    Ok(())
+}
+
+/// A disk process that is another program, which opens a file.
+fn forbidden_call() -> Result<()> {
+    Host::need_kvm()?;
+    need_filters()?;
+    let place = tempfile::tempdir()?;
+    let bin = place.path().join("bin");
+    fs::create_dir(&bin)?;
+    for name in [Artifact::Bulkhead, Artifact::Vmm, Artifact::Supervisor] {
+        fs::copy(artifact(name)?, bin.join(name.name()))?;
+    }
+    fs::copy(
+        artifact(Artifact::Floor)?,
+        bin.join(Artifact::VhostUserBlk.name()),
+    )?;
+    let mut launcher = Command::new(bin.join(Artifact::Bulkhead.name()));
+    launcher.env("BULKHEAD_BIN_DIR", &bin);
+    let flags = [
+        format!("--kernel={}", artifact(Artifact::TinyGuest)?.display()),
+        "--on-device-death=end".to_owned(),
+        disk_flag(&place)?,
+    ];
+    let mut run = Run::by(launcher, tempfile::tempdir()?, &flags)?;
+    let status = run.wait(DEADLINE)?;
+    let said = run.process.stderr()?;
+    ensure!(
+        status.code() == Some(exit_code::SECCOMP.into()),
+        "{status}: {said}"
+    );
+    ensure!(
+        said.contains("was stopped by seccomp: policy jailer/policy/disk.policy"),
+        "{said}"
+    );
+    Ok(())
+}
+
+/// A VM runs in each mode, without a word of calls that were not expected; the weaker ones are warned of.
+fn seccomp_mode(mode: &str) -> Result<()> {
+    Host::need_kvm()?;
+    need_filters()?;
+    let folder = tempfile::tempdir()?;
+    let disk = folder.path().join("disk");
+    File::create(&disk)?.set_len(16 << 20)?;
+    let flags = [
+        format!("--seccomp={mode}"),
+        format!("--disk=path={},format=raw", disk.display()),
+    ];
+    let mut run = Run::tiny("scenario=blk requests=64 depth=8", &flags)?;
+    let status = run.wait(DEADLINE)?;
+    let said = run.process.stderr()?;
+    run.console.expect_ok().with_context(|| said.clone())?;
+    ensure!(status.success(), "{status}: {said}");
+    let warned = said.contains(&format!("warning: --seccomp={mode}"));
+    ensure!(warned == (mode != "trap"), "{said}");
+    Ok(())
 }
 
 fn exits_with(scenario: &str, code: u8) -> Result<()> {
