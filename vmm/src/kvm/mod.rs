@@ -12,4 +12,4 @@ pub use events::EventRouter;
 pub use irqchip::{InKernel, Irqchip};
 pub use registers::{Entry, EntryMode, GDT_TABLE};
 pub use vcpu::{Kicker, Vcpu, install_kick_handler};
-pub use vm::Vm;
+pub use vm::{Host, Vm};

@@ -36,13 +36,19 @@ enum Cpuid {
     Failed,
 }
 
-impl Vm {
-    /// Makes the VM: slots first, then the irqchip (the other order costs several milliseconds).
-    /// `/dev/kvm` is closed once there is a vCPU.
+/// `/dev/kvm`, which is being asked for its CPUID.
+pub struct Host {
+    kvm: Arc<Kvm>,
+    cpuid: Cpuid,
+    cpus: u8,
+}
+
+impl Host {
+    /// Begins to ask what the `cpus` vCPUs of a VM will need to know.
     ///
     /// # Errors
-    /// [`Error::Kvm`] naming the step, [`Error::Config`] for a KVM that lacks what is needed.
-    pub fn new(kvm: OwnedFd, ram: Arc<GuestRam>, cpus: u8, irqchip: &dyn Irqchip) -> Result<Self, Error> {
+    /// [`Error::Config`] for a descriptor that is not KVM's, [`Error::System`] when no thread can be made.
+    pub fn new(kvm: OwnedFd, cpus: u8) -> Result<Self, Error> {
         // SAFETY: the descriptor is ours (OwnedFd) and ownership moves into `Kvm`. Should it not
         // be /dev/kvm, the ioctls below fail with ENOTTY.
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
@@ -54,6 +60,18 @@ impl Vm {
         }
         let kvm = Arc::new(kvm);
         let cpuid = Cpuid::ask(kvm.clone(), cpus)?;
+        Ok(Self { kvm, cpuid, cpus })
+    }
+}
+
+impl Vm {
+    /// Makes the VM: slots first, then the irqchip (the other order costs several milliseconds).
+    /// `/dev/kvm` is closed once there is a vCPU.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`] naming the step, [`Error::Config`] for a KVM that lacks what is needed.
+    pub fn new(host: Host, ram: Arc<GuestRam>, irqchip: &dyn Irqchip) -> Result<Self, Error> {
+        let Host { kvm, cpuid, cpus } = host;
         let fd = kvm.create_vm().map_err(Error::kvm("create the VM"))?;
         set_slots(&fd, &ram)?;
         fd.set_tss_address(TSS_ADDRESS)

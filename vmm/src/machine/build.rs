@@ -11,7 +11,7 @@ use crate::boot::{BootImages, Image};
 use crate::control::{ControlSocket, adopt_config};
 use crate::error::Error;
 use crate::frontend::{Deadlines, MemoryTable, RequestSockets};
-use crate::kvm::{EventRouter, InKernel, Irqchip, Vm, install_kick_handler};
+use crate::kvm::{EventRouter, Host, InKernel, Irqchip, Vm, install_kick_handler};
 use crate::memory::GuestRam;
 use crate::pci::PciBus;
 use crate::platform::{Gsi, Interrupts};
@@ -88,10 +88,11 @@ impl Build {
     pub fn build(mut self, control: &mut ControlSocket) -> Result<Machine, Error> {
         install_kick_handler()?;
         let config = &self.config;
+        // First, as its answer takes longest.
+        let host = Host::new(self.descriptors.take(config.kvm)?, config.cpus)?;
         let ram = Arc::new(GuestRam::new(config.memory, config.huge_page_size)?);
-        let kvm = self.descriptors.take(config.kvm)?;
         let irqchip = Box::new(InKernel) as Box<dyn Irqchip>;
-        let vm = Arc::new(Vm::new(kvm, ram.clone(), config.cpus, irqchip.as_ref())?);
+        let vm = Arc::new(Vm::new(host, ram.clone(), irqchip.as_ref())?);
         let events = Arc::new(Events::new().map_err(Error::system("make an eventfd"))?);
         let vcpus = Vcpus::spawn(&vm, &events, self.options.seccomp)?;
         let router = Arc::new(EventRouter::new(&vm));
