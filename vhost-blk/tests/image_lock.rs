@@ -14,7 +14,6 @@ const READ_ONLY: OpenOptions = OpenOptions {
     data_file: None,
     passphrase: None,
     l2_cache_size: 1 << 20,
-    size: None,
 };
 
 fn image() -> (Scratch, std::path::PathBuf) {

@@ -16,7 +16,6 @@ const READ_ONLY: OpenOptions = OpenOptions {
     data_file: None,
     passphrase: None,
     l2_cache_size: 1 << 20,
-    size: None,
 };
 
 /// Format, qemu-img's name of it, and its options.
