@@ -18,6 +18,8 @@ pub(super) struct Shape {
     extended: bool,
     lazy: bool,
     pub(super) backed: bool,
+    /// What lies below it is longer.
+    pub(super) longer: bool,
     /// Of the disk, in bytes.
     pub(super) size: u64,
 }
@@ -39,6 +41,7 @@ impl Shape {
             extended,
             lazy: version == 3 && first & 8 != 0,
             backed: first & 4 != 0,
+            longer: first & 16 != 0,
             size: (u64::from(sectors) + 1) * 512 * (1 + u64::from(second >> 6)),
         })
     }

@@ -47,6 +47,15 @@ impl Model {
         self.settle(image, range, 0, false);
     }
 
+    /// A growth that failed leaves the disk as long as it was.
+    pub(super) fn grow(&mut self, image: &dyn Image, capacity: u64) {
+        let before = image.capacity();
+        match image.grow(capacity, None) {
+            Ok(()) => self.bytes.resize(capacity as usize, 0),
+            Err(_) => assert!(image.capacity() == before, "a growth that failed took place"),
+        }
+    }
+
     /// A request that succeeded has taken effect; of one that failed, any part.
     fn settle(&mut self, image: &dyn Image, range: Range, tag: u8, done: bool) {
         let part = self.part(range);

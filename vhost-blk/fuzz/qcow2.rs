@@ -16,8 +16,9 @@ pub fn qcow2(input: &[u8]) {
         return;
     };
     let below = shape.backed.then(|| {
-        let sectors = shape.size as usize / 512 / 2 + 1;
-        (0..sectors)
+        let sectors = shape.size as usize / 512;
+        let half = sectors / 2 + 1;
+        (0..half + if shape.longer { sectors } else { 0 })
             .flat_map(|sector| [sector as u8 | 1; 512])
             .collect::<Vec<u8>>()
     });
@@ -89,8 +90,10 @@ impl Disk {
                     self.check(failed);
                     drop(image);
                     image = self.open();
+                    // A growth may have failed when all was done.
+                    model.bytes.resize(image.capacity() as usize, 0);
                 }
-                _ => {}
+                _ => model.grow(&*image, image.capacity() + (u64::from(low) << 9 << (high % 5))),
             }
             self.check(true);
         }

@@ -14,6 +14,7 @@ use std::fs::File;
 use std::io::{self, Seek as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use vhost_daemon::{ConfigError, Device, Program, QueueHandler, QueueLimits};
 use virtio_bindings::virtio_blk::*;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
@@ -24,6 +25,9 @@ use zerocopy::{Immutable, IntoBytes};
 const MAX_SEGMENTS: u32 = 126;
 /// Physical block size of the host's file systems, as a power of two of logical blocks.
 const PHYSICAL_BLOCK_EXPONENT: u8 = 3;
+/// How long one order may take to grow the disk: the front end's messages wait meanwhile, and whoever ordered
+/// it waits for no more than 10 s.
+const GROWTH: Duration = Duration::from_secs(2);
 
 /// Why the device cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -125,7 +129,6 @@ fn open_image(options: &Options) -> Result<(Arc<dyn Image>, Fence), BlkError> {
         passphrase: options.key.map(read_passphrase).transpose()?.map(Arc::new),
         l2_cache_size: options.l2_cache_size.unwrap_or(defaults.l2_cache_size),
         writes_lost: options.writes_lost,
-        ..defaults
     };
     let mut fence = Fence::Passed;
     let image = if options.cache == CacheMode::None {
@@ -254,7 +257,7 @@ impl BlkDevice {
     fn obey(&mut self, order: &Order) {
         let answer = match order {
             Order::Metrics => format!("{}# EOF\n", self.counters.prometheus(self.image.capacity())),
-            Order::Size(capacity) => match self.image.grow(*capacity) {
+            Order::Size(capacity) => match self.image.grow(*capacity, Some(Instant::now() + GROWTH)) {
                 Ok(()) => "ok\n".to_owned(),
                 Err(error) => refusal(&error),
             },

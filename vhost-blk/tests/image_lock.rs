@@ -15,7 +15,6 @@ const READ_ONLY: OpenOptions = OpenOptions {
     passphrase: None,
     l2_cache_size: 1 << 20,
     writes_lost: false,
-    size: None,
 };
 
 fn image() -> (Scratch, std::path::PathBuf) {

@@ -90,6 +90,63 @@ impl BlockFile for Failing {
 
 const SIZE: usize = 3 << 20;
 
+/// Whatever fails while the disk grows: it is as long as it was, goes on, and grows at the next attempt.
+fn growth_that_fails_is_tried_again() {
+    const GROWN: u64 = 200 << 20;
+    let shapes = [
+        ("cluster_size=512,refcount_bits=64", false),
+        ("cluster_size=512", true),
+        ("cluster_size=4k,compat=0.10", false),
+        ("", false),
+    ];
+    for (options, fixed) in shapes {
+        for failure in 1.. {
+            let scratch = Scratch::new();
+            let path = scratch.path("top");
+            create(&path, options, &(SIZE + 512).to_string());
+            let mut start = contents(&path);
+            if fixed {
+                start.resize(8 << 20, 0);
+            }
+            let file = Arc::new(Failing {
+                inner: Recorder::new(start),
+                left: AtomicU64::new(0),
+                errno: libc::EIO,
+                fixed,
+            });
+            let layers: Vec<(Format, Arc<dyn BlockFile>)> = vec![(Format::Qcow2, file.clone())];
+            let image = open_layers(layers, None, &OpenOptions::default()).expect("opens");
+            let end = SIZE as u64;
+            support::write(&*image, end, &[1; 512]).expect("writes");
+            file.left.store(failure, Ordering::Relaxed);
+            let failed = image.grow(GROWN, None).is_err();
+            file.left.store(0, Ordering::Relaxed);
+            assert!(!image.read_only());
+            if failed {
+                assert_eq!(image.capacity(), end + 512, "{options}: failure {failure}");
+            }
+            support::write(&*image, 0, &[2; 512]).expect("goes on");
+            image.grow(GROWN, None).expect("grows");
+            support::write(&*image, GROWN - 512, &[3; 512]).expect("writes");
+            image.flush().expect("flushes");
+            drop(image);
+            let position = file.inner.position();
+            std::fs::write(&path, file.inner.after_process_death(position)).expect("writes");
+            check_leaks_at_most(&path)
+                .unwrap_or_else(|found| panic!("{options}: failure {failure}: {found}"));
+            let image = open(&[(&path, Format::Qcow2)]);
+            for (at, tag) in [(0, 2), (end, 1), (end + 512, 0), (GROWN - 512, 3)] {
+                let found = support::read(&*image, at, 512).expect("reads");
+                assert_eq!(found, [tag; 512], "{options}: failure {failure}, at {at}");
+            }
+            if !failed {
+                assert!(failure > 4, "{options}: nothing failed");
+                break;
+            }
+        }
+    }
+}
+
 fn a_failing_host_leaves_the_image_whole() {
     let shapes = [
         "",
@@ -351,6 +408,7 @@ fn note(line: &str, values: &mut [BTreeSet<u8>]) -> bool {
 suite! {
     with_qemu_img: [
         a_failing_host_leaves_the_image_whole,
+        growth_that_fails_is_tried_again,
         failed_reservations_leak_nothing,
         a_flush_frees_later_what_it_cannot_free_now,
         dropped_clusters_make_room,

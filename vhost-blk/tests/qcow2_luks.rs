@@ -269,6 +269,31 @@ fn a_crash_shows_zeros_or_new_data_never_noise() {
     }
 }
 
+/// Neither what was behind the end nor noise: of what is new, nobody has encrypted anything.
+fn an_encrypted_disk_grows_by_zeros() {
+    const OLD: usize = (200 << 10) + 1536;
+    let scratch = Scratch::new();
+    let path = scratch.path("top");
+    create_encrypted(&path, "", ",cluster_size=4k");
+    let open = || open_with(&[(&path, Format::Qcow2)], &key(SECRET)).expect("opens");
+    write(&*open(), 0, &[0x5a; OLD + 8192]).expect("writes");
+    patch(&path, 24, &(OLD as u64).to_be_bytes());
+    let image = open();
+    write(&*image, OLD as u64 - 512, &[0x5b; 512]).expect("writes");
+    let mut expected = vec![0x5a; OLD];
+    expected[OLD - 512..].fill(0x5b);
+    for size in [OLD + 512, OLD + 4096, 5 << 20] {
+        image.grow(size as u64, None).expect("grows");
+        expected.resize(size, 0);
+        assert_same(&read(&*image, 0, size).expect("reads"), &expected, "ours");
+    }
+    write(&*image, (5 << 20) - 4608, &[0x5c; 512]).expect("writes");
+    expected[(5 << 20) - 4608..][..512].fill(0x5c);
+    drop(image);
+    assert_eq!(qemu_img_on(&path, &["check", "-U"]), Some(0));
+    assert_same(&qemu_reads(&path), &expected, "QEMU's");
+}
+
 fn the_passphrase_must_fit() {
     let scratch = Scratch::new();
     let (path, plain) = (scratch.path("top"), scratch.path("plain"));
@@ -413,6 +438,7 @@ suite! {
         snapshots_and_overlays_keep_what_they_showed,
         no_plaintext_reaches_the_file_at_any_time,
         a_crash_shows_zeros_or_new_data_never_noise,
+        an_encrypted_disk_grows_by_zeros,
         the_passphrase_must_fit,
         hostile_headers_are_refused,
         compressed_clusters_are_no_way_around_the_cipher,

@@ -17,7 +17,6 @@ const READ_ONLY: OpenOptions = OpenOptions {
     passphrase: None,
     l2_cache_size: 1 << 20,
     writes_lost: false,
-    size: None,
 };
 
 /// Format, qemu-img's name of it, and its options.

@@ -1,10 +1,10 @@
 //! Orders to a running VM's disk process: `bulkhead resize` and `bulkhead metrics`.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
-    suite::{artifact, test},
+    suite::{Skip, artifact, test},
     tiny::{Events, Run},
 };
 use libtest_mimic::Trial;
@@ -12,6 +12,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::{
     fs::{self, File},
+    io::ErrorKind,
+    os::unix::fs::FileExt,
+    path::Path,
     process::{Command, Output},
     time::Duration,
 };
@@ -22,7 +25,10 @@ const DEADLINE: Duration = Duration::from_secs(20);
 const DISK: u64 = 16 << 20;
 
 pub(crate) fn tests() -> Vec<Trial> {
-    vec![test("orders::a_disk_grows_and_tells", grows)]
+    vec![
+        test("orders::a_disk_grows_and_tells", grows),
+        test("orders::a_qcow2_disk_grows", qcow2_grows),
+    ]
 }
 
 /// `bulkhead VERB test WORDS...`.
@@ -42,6 +48,26 @@ fn said(output: &Output) -> String {
     )
 }
 
+fn start(flags: &[String]) -> Result<Run> {
+    let mut run = Run::tiny("scenario=hlt", flags)?;
+    run.console
+        .wait_line("ready=1", DEADLINE)
+        .with_context(|| run.process.stderr().unwrap_or_default())?;
+    Ok(run)
+}
+
+/// Kills the disk's process, and waits for its successor.
+fn replace_disk_process(run: &mut Run) -> Result<()> {
+    let state = run.state(DEADLINE)?;
+    let process = state.processes.iter().find(|p| p.role == ProcessRole::Disk);
+    kill(
+        Pid::from_raw(process.context("no disk process")?.pid),
+        Signal::SIGKILL,
+    )?;
+    Events::default().wait(run, DEADLINE, |event| event.event == EventKind::Restarted)?;
+    Ok(())
+}
+
 /// A successor takes orders as its predecessor did.
 fn grows() -> Result<()> {
     Host::need_kvm()?;
@@ -52,20 +78,11 @@ fn grows() -> Result<()> {
         format!("--disk=path={},format=raw", disk.display()),
         "--power-off-grace=1".to_owned(),
     ];
-    let mut run = Run::tiny("scenario=hlt", &flags)?;
-    run.console
-        .wait_line("ready=1", DEADLINE)
-        .with_context(|| run.process.stderr().unwrap_or_default())?;
+    let mut run = start(&flags)?;
     let output = order(&run, "resize", &["disk0", "32M"])?;
     ensure!(output.status.success(), "{}", said(&output));
     ensure!(fs::metadata(&disk)?.len() == 2 * DISK, "it did not grow");
-    let state = run.state(DEADLINE)?;
-    let process = state.processes.iter().find(|p| p.role == ProcessRole::Disk);
-    kill(
-        Pid::from_raw(process.context("no disk process")?.pid),
-        Signal::SIGKILL,
-    )?;
-    Events::default().wait(&run, DEADLINE, |event| event.event == EventKind::Restarted)?;
+    replace_disk_process(&mut run)?;
     let output = order(&run, "resize", &["disk0", "48M"])?;
     ensure!(output.status.success(), "{}", said(&output));
     ensure!(fs::metadata(&disk)?.len() == 3 * DISK, "it did not grow again");
@@ -91,5 +108,89 @@ fn grows() -> Result<()> {
         fs::metadata(&disk)?.len() == 3 * DISK,
         "a refused order was obeyed"
     );
+    Ok(())
+}
+
+/// Ends the VM, and with it the disk's process.
+fn end(mut run: Run) -> Result<()> {
+    run.process.signal(Signal::SIGTERM)?;
+    run.wait(DEADLINE).map(drop)
+}
+
+/// Runs qemu-img on `image`.
+fn qemu_img(words: &[&str], image: &Path) -> Result<String> {
+    let output = match Command::new("qemu-img").args(words).arg(image).output() {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            bail!(Skip("qemu-img is not installed".to_owned()))
+        }
+        output => output?,
+    };
+    ensure!(output.status.success(), "qemu-img {words:?}: {}", said(&output));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// The size that the image says, with no regard to who uses it.
+fn virtual_size(image: &Path) -> Result<u64> {
+    let info = qemu_img(&["info", "-U", "--output=json"], image)?;
+    let info: serde_json::Value = serde_json::from_str(&info)?;
+    info["virtual-size"].as_u64().context("no size")
+}
+
+/// An overlay that is shorter than its base, with a longer L1 table each time. Its process does in its jail
+/// all that growing takes.
+fn qcow2_grows() -> Result<()> {
+    Host::need_kvm()?;
+    let folder = tempfile::tempdir()?;
+    let (base, disk) = (folder.path().join("base"), folder.path().join("disk"));
+    fs::write(&base, vec![0xab; 2 * DISK as usize])?;
+    let create = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "base"];
+    qemu_img(
+        &[&create[..], &["-o", "size=16M,cluster_size=512"]].concat(),
+        &disk,
+    )?;
+    let flags = [
+        format!("--disk=path={},format=qcow2", disk.display()),
+        "--power-off-grace=1".to_owned(),
+    ];
+    let mut run = start(&flags)?;
+    let output = order(&run, "resize", &["disk0", "24M"])?;
+    ensure!(output.status.success(), "{}", said(&output));
+    ensure!(virtual_size(&disk)? == 24 << 20, "it did not grow");
+    replace_disk_process(&mut run)?;
+    let output = order(&run, "resize", &["disk0", "1G"])?;
+    ensure!(output.status.success(), "{}", said(&output));
+    ensure!(virtual_size(&disk)? == 1 << 30, "it did not grow again");
+    for (size, why) in [("1M", "size: "), ("1T", "size: the L1 table")] {
+        let output = order(&run, "resize", &["disk0", size])?;
+        ensure!(
+            output.status.code() == Some(1) && said(&output).contains(why),
+            "{size}: {}",
+            said(&output)
+        );
+    }
+    let output = order(&run, "metrics", &["disk0"])?;
+    ensure!(
+        output.status.success() && said(&output).contains("1073741824"),
+        "{}",
+        said(&output)
+    );
+    end(run)?;
+    // The process that was killed left what it had reserved, and nothing worse.
+    qemu_img(&["check", "-q", "-r", "leaks"], &disk)?;
+    let run = start(&flags)?;
+    let output = order(&run, "resize", &["disk0", "2G"])?;
+    ensure!(output.status.success(), "{}", said(&output));
+    end(run)?;
+    ensure!(virtual_size(&disk)? == 2 << 30, "another size after the end");
+    qemu_img(&["check", "-q"], &disk)?;
+    let raw = folder.path().join("raw");
+    let source = disk.to_str().context("no text")?;
+    qemu_img(&["convert", "-O", "raw", source], &raw)?;
+    let raw = File::open(raw)?;
+    for (at, expected) in [(0, 0xab), (DISK - 512, 0xab), (DISK, 0), ((2 * DISK) - 512, 0)] {
+        let mut sector = [1; 512];
+        raw.read_exact_at(&mut sector, at)?;
+        ensure!(sector == [expected; 512], "other bytes at {at}");
+    }
     Ok(())
 }

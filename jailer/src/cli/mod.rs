@@ -97,7 +97,7 @@ enum Verb {
         /// What to do
         order: Order,
     },
-    /// Give a running VM's disk another size, which its guest is told at once (raw images)
+    /// Make a running VM's disk longer, which its guest is told at once (raw and qcow2 images)
     Resize {
         /// The VM's name
         vm: String,

@@ -10,7 +10,6 @@ mod lock;
 mod luks;
 pub mod qcow2;
 mod raw;
-mod resize;
 mod sparse;
 mod syncs;
 
@@ -20,6 +19,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use vm_memory::VolatileSlice;
 
@@ -31,7 +31,6 @@ pub use lock::lock;
 pub use luks::Passphrase;
 pub use qcow2::Qcow2;
 pub use raw::RawImage;
-pub use resize::grow_qcow2;
 use sparse::SparseImage;
 
 /// Bytes in a sector of virtio-blk (virtio 1.3, 5.2.4).
@@ -152,14 +151,18 @@ pub trait Image: Send + Sync {
     /// Size of the disk in bytes; a multiple of 512. Only [`Image::grow`] changes it.
     fn capacity(&self) -> u64;
 
-    /// Makes the disk `capacity` bytes long, which is more than it is; the new part reads as zeros.
+    /// Makes the disk `capacity` bytes long, which is no less than it is; the new part reads as zeros. Other
+    /// calls may run meanwhile. A qcow2 image's new size is durable when this returns, a raw image's after
+    /// the next [`Image::flush`].
     ///
     /// # Errors
-    /// [`ImageError::Refused`] where this image cannot, or not so far; `Io` when the host fails.
-    fn grow(&self, _capacity: u64) -> Result<(), ImageError> {
+    /// [`ImageError::Refused`] where this image cannot, or not so far, or where clearing the new part lasts
+    /// past the `deadline`: the same call goes on where that one was. `Io` when the host fails. The disk is
+    /// as long as before then.
+    fn grow(&self, _capacity: u64, _deadline: Option<Instant>) -> Result<(), ImageError> {
         Err(ImageError::refused(
             "size",
-            "this image cannot grow while it is in use",
+            "images of this format can only be read",
         ))
     }
 
@@ -256,8 +259,6 @@ pub struct OpenOptions {
     pub l2_cache_size: usize,
     /// The host failed to write back what a predecessor wrote: no flush may succeed any more.
     pub writes_lost: bool,
-    /// The disk's size where the top's header (qcow2) does not say it yet.
-    pub size: Option<u64>,
 }
 
 impl Default for OpenOptions {
@@ -268,7 +269,6 @@ impl Default for OpenOptions {
             passphrase: None,
             l2_cache_size: 8 << 20,
             writes_lost: false,
-            size: None,
         }
     }
 }
@@ -367,7 +367,6 @@ pub fn open_layers(
     for (depth, (format, file)) in layers.into_iter().enumerate().rev() {
         let options = OpenOptions {
             read_only: options.read_only || depth > 0,
-            size: options.size.filter(|_| depth == 0),
             ..options.clone()
         };
         let image = open_layer(format, file, data.take_if(|_| depth == 0), lower.take(), &options);

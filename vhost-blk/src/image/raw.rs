@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use vm_memory::VolatileSlice;
 
@@ -78,7 +79,7 @@ impl Image for RawImage {
 
     /// A file is made longer. A block device has grown already, as whoever says so has seen: finding its
     /// size takes a system call that a confined process lacks.
-    fn grow(&self, capacity: u64) -> Result<(), ImageError> {
+    fn grow(&self, capacity: u64, _deadline: Option<Instant>) -> Result<(), ImageError> {
         if self.read_only {
             return Err(ImageError::ReadOnly { corrupt: false });
         }

@@ -122,17 +122,6 @@ impl Files {
         self.file()
     }
 
-    /// The image's layers once more, from top to base; whoever opens them locks them.
-    fn layers(&self) -> io::Result<Vec<(Format, Arc<dyn BlockFile>)>> {
-        let top = (self.format, &self.image);
-        let below = self.backing.iter().map(|(format, fd)| (*format, fd));
-        let file = |fd: &OwnedFd| fd.try_clone().and_then(HostFile::new);
-        std::iter::once(top)
-            .chain(below)
-            .map(|(format, fd)| Ok((format, Arc::new(file(fd)?) as Arc<dyn BlockFile>)))
-            .collect()
-    }
-
     fn open(self) -> Result<Arc<dyn Image>, ToolError> {
         Ok(image::open(self.image, self.format, self.backing, &self.options)?)
     }
@@ -218,41 +207,35 @@ fn change_snapshots(file: &HostFile, snapshot: &Snapshot) -> Result<(), ToolErro
 fn resize(files: Files, size: u64, shrink: bool) -> Result<(), ToolError> {
     let failed = |error| ToolError::Io("resize the image", error);
     let format = files.format;
+    if !matches!(format, Format::Raw | Format::Qcow2) {
+        return Err(ToolError::Refused(format!("{format} images can only be read")));
+    }
     let plain = HostFile::new(files.image.try_clone().map_err(failed)?).map_err(failed)?;
-    let (layers, options) = (files.layers().map_err(failed)?, files.options.clone());
     let image = files.open()?;
     let old = image.capacity();
-    if size < old && !shrink {
+    if size >= old {
+        if format == Format::Raw && plain.has_fixed_size() {
+            // A device that has not grown by itself does not.
+            plain.grow_to(size).map_err(failed)?;
+        }
+        image.grow(size, None)?;
+        return image.close().map_err(failed);
+    }
+    if !shrink {
         return Err(ToolError::Refused(format!(
             "{size} bytes are fewer than the disk's {old}: what lies behind is lost; say so with --shrink"
         )));
     }
     if format == Format::Raw {
         drop(image);
-        let cut = if size < old {
-            plain.cut_to(size)
-        } else {
-            plain.grow_to(size)
-        };
-        return cut.and_then(|()| plain.sync()).map_err(failed);
+        return plain.cut_to(size).and_then(|()| plain.sync()).map_err(failed);
     }
-    if format != Format::Qcow2 {
-        return Err(ToolError::Refused(format!("{format} images can only be read")));
-    }
-    qcow2::check_resizable(&plain, size)?;
-    if size < old {
-        // What comes back when the disk grows again reads as zeros.
-        image.write_zeroes(size, old - size, true).map_err(failed)?;
-        image.flush().map_err(failed)?;
-    }
+    qcow2::check_shrinkable(&plain, size)?;
+    // What comes back when the disk grows again reads as zeros.
+    image.write_zeroes(size, old - size, true).map_err(failed)?;
     image.close().map_err(failed)?;
     drop(image);
-    if size < old {
-        qcow2::set_size(&plain, size)?;
-    } else {
-        image::grow_qcow2(layers, &options, old, size)?;
-    }
-    Ok(())
+    Ok(qcow2::shrink(&plain, size)?)
 }
 
 fn chain(error: &dyn Error) -> String {

@@ -133,6 +133,9 @@ pub fn check_leaks_at_most(path: &Path) -> Result<(), String> {
 #[track_caller]
 pub fn assert_same(found: &[u8], expected: &[u8], what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}: length");
+    if found == expected {
+        return;
+    }
     if let Some(at) = found.iter().zip(expected).position(|(a, b)| a != b) {
         panic!(
             "{what}: differ first at {at:#x}: {:#x}, expected {:#x}",

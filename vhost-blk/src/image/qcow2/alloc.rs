@@ -15,6 +15,10 @@ const FIRST_RUN: u64 = 1 << 20;
 const LONGEST_RUN: u64 = 64 << 20;
 /// Clusters of the longest run: bounds what one reservation costs.
 const MOST_CLUSTERS: u64 = 8192;
+/// Clusters looked at for a long run of free ones: bounds what that costs.
+const MOST_SEEN: u64 = 16 << 20;
+/// Times that a long run is looked for anew, since what counts it may have been put into it.
+const MOST_TRIES: u32 = 16;
 
 /// Clusters reserved, and where to look for more.
 pub(super) struct Reserve {
@@ -54,6 +58,14 @@ struct Run {
 }
 
 impl Run {
+    fn of(clusters: Range<u64>) -> Self {
+        Self {
+            count: clusters.end - clusters.start,
+            clusters: vec![clusters],
+            new_blocks: Vec::new(),
+        }
+    }
+
     fn push(&mut self, cluster: u64) {
         self.count += 1;
         match self.clusters.last_mut() {
@@ -88,21 +100,122 @@ impl Qcow2 {
         Ok(taken)
     }
 
+    /// Takes `count` consecutive clusters, durably zero as reserved ones are, for a table of that length.
+    pub(super) fn take_consecutive(&self, meta: &mut Meta, count: u64) -> Result<Range<u64>, ImageError> {
+        if meta.reserve.free.is_empty() || meta.reserve.pending.is_some() {
+            self.reserve(meta)?;
+        }
+        let long = |run: &Range<u64>| run.end - run.start >= count;
+        let taken = match meta.reserve.free.iter_mut().find(|run| long(run)) {
+            Some(run) => {
+                let taken = run.start..run.start + count;
+                run.start = taken.end;
+                meta.reserve.free.retain(|run| !run.is_empty());
+                taken
+            }
+            None => {
+                let taken = self.find_consecutive(meta, count)?;
+                self.reserve_run(meta, Run::of(taken.clone()))?;
+                taken
+            }
+        };
+        for cluster in taken.clone() {
+            meta.kinds.remove(&cluster);
+        }
+        Ok(taken)
+    }
+
+    /// Free clusters in a row, with the refcount blocks that they need, which lie elsewhere.
+    fn find_consecutive(&self, meta: &mut Meta, count: u64) -> Result<Range<u64>, ImageError> {
+        let per_block = self.geometry.refblock_entries();
+        for _ in 0..MOST_TRIES {
+            let found = self.see_free(meta, count)?;
+            let blocks = found.start / per_block..(found.end - 1) / per_block + 1;
+            let missing = |index: &u64| !meta.refcounts.has_block(*index);
+            let missing: Vec<u64> = blocks.filter(missing).collect();
+            if missing.is_empty() {
+                return Ok(found);
+            }
+            for index in missing {
+                self.add_block_elsewhere(meta, index)?;
+            }
+            self.file
+                .sync()
+                .map_err(ImageError::io("flush the refcount table"))?;
+        }
+        Err(no_space())
+    }
+
+    /// The first free clusters in a row: past the end of a file, anywhere on a device.
+    fn see_free(&self, meta: &mut Meta, count: u64) -> Result<Range<u64>, ImageError> {
+        let first = if self.file.has_fixed_size() {
+            meta.reserve.hint
+        } else {
+            self.geometry.cluster_of(meta.file_end)
+        };
+        let end = self.places_end()?.min(first + MOST_SEEN + count);
+        self.cool(meta);
+        let mut start = first;
+        let mut cluster = first;
+        while cluster - start < count {
+            if cluster >= end {
+                return Err(no_space());
+            }
+            let used = meta.refcounts.get(&*self.file, &self.geometry, cluster)? != 0;
+            if used || meta.freed.is_hot(cluster) {
+                start = cluster + 1;
+            } else {
+                self.check_free(meta, cluster)?;
+            }
+            cluster += 1;
+        }
+        Ok(start..cluster)
+    }
+
+    /// Makes a refcount block in a reserved cluster, which is as an empty block must be.
+    fn add_block_elsewhere(&self, meta: &mut Meta, index: u64) -> Result<(), ImageError> {
+        if meta.reserve.free.is_empty() {
+            self.reserve(meta)?;
+        }
+        if meta.refcounts.has_block(index) {
+            return Ok(());
+        }
+        if index >= meta.refcounts.table.len() as u64 {
+            return self.grow_table(meta, index);
+        }
+        let cluster = self.take_one(meta)?;
+        let block = self.geometry.offset_of(cluster);
+        meta.kinds.insert(cluster, Kind::Refblock);
+        self.file
+            .write_at(&block.to_be_bytes(), meta.refcounts.table_offset + index * 8)
+            .map_err(ImageError::io("write the refcount table"))?;
+        meta.refcounts.table[index as usize] = block;
+        Ok(())
+    }
+
     fn reserve(&self, meta: &mut Meta) -> Result<(), ImageError> {
         let run = match meta.reserve.pending.take() {
             Some(run) => run,
             None => self.next_run(meta)?,
         };
+        let clusters = self.reserve_run(meta, run)?;
+        meta.reserve.run = (meta.reserve.run * 2).min(LONGEST_RUN);
+        meta.reserve.free.extend(clusters);
+        Ok(())
+    }
+
+    /// Makes a run durable; one that fails is the next to be tried.
+    fn reserve_run(&self, meta: &mut Meta, run: Run) -> Result<Vec<Range<u64>>, ImageError> {
         for cluster in run.clusters.iter().cloned().flatten() {
             meta.kinds.insert(cluster, Kind::Reserved);
         }
-        if let Err(error) = self.make_durable(meta, &run) {
-            meta.reserve.pending = Some(run);
-            return Err(error);
+        match self.make_durable(meta, &run) {
+            Ok(()) => Ok(run.clusters),
+            Err(error) => {
+                meta.reserve.pending = Some(run);
+                Err(error)
+            }
         }
-        meta.reserve.run = (meta.reserve.run * 2).min(LONGEST_RUN);
-        meta.reserve.free.extend(run.clusters);
-        Ok(())
     }
 
     fn next_run(&self, meta: &mut Meta) -> Result<Run, ImageError> {
@@ -131,15 +244,7 @@ impl Qcow2 {
     fn find_free(&self, meta: &mut Meta, run: &mut Run) -> Result<(), ImageError> {
         let geometry = &self.geometry;
         let want = geometry.clusters_for(meta.reserve.run).clamp(4, MOST_CLUSTERS);
-        let end = if self.file.has_fixed_size() {
-            geometry.cluster_of(
-                self.file
-                    .size()
-                    .map_err(ImageError::io("find the size of the device"))?,
-            )
-        } else {
-            geometry.cluster_of(1 << 56)
-        };
+        let end = self.places_end()?;
         self.cool(meta);
         let mut cluster = meta.reserve.hint;
         while run.count < want && cluster < end {
@@ -157,6 +262,16 @@ impl Qcow2 {
         }
         meta.reserve.hint = cluster;
         Ok(())
+    }
+
+    /// The first cluster that can be no place for anything.
+    fn places_end(&self) -> Result<u64, ImageError> {
+        if !self.file.has_fixed_size() {
+            return Ok(self.geometry.cluster_of(1 << 56));
+        }
+        let size = self.file.size();
+        let size = size.map_err(ImageError::io("find the size of the device"))?;
+        Ok(self.geometry.cluster_of(size))
     }
 
     /// An allocation must not fall on what is in use although its refcount says otherwise.

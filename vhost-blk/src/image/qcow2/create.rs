@@ -1,11 +1,10 @@
 //! Making an empty image: header, L1 table, refcounts.
 
-use super::check::{append, change};
 use super::extensions;
 use super::geometry::Geometry;
-use super::header::{MAGIC, MAX_BACKING_NAME, MAX_L1_BYTES};
+use super::header::{MAGIC, MAX_BACKING_NAME};
 use super::repair::write_structure;
-use crate::image::{BlockFile, Format, ImageError, SECTOR};
+use crate::image::{BlockFile, Format, ImageError};
 
 /// Bytes of the header, up to compression_type and its padding.
 const HEADER_LENGTH: u32 = 112;
@@ -47,12 +46,6 @@ pub fn create(file: &dyn BlockFile, options: &CreateOptions) -> Result<(), Image
             format!("{} is outside 9 to 21", options.cluster_bits),
         ));
     }
-    if !options.size.is_multiple_of(SECTOR) || i64::try_from(options.size).is_err() {
-        return Err(ImageError::refused(
-            "size",
-            format!("{} is no multiple of 512 below 2^63", options.size),
-        ));
-    }
     let geometry = Geometry {
         cluster_bits: options.cluster_bits,
         extended_l2: false,
@@ -61,13 +54,7 @@ pub fn create(file: &dyn BlockFile, options: &CreateOptions) -> Result<(), Image
         refcount_order: 4,
         version: 3,
     };
-    let l1_size = geometry.l1_entries(options.size).max(1);
-    if l1_size * 8 > MAX_L1_BYTES {
-        return Err(ImageError::refused(
-            "size",
-            "the L1 table would be over 32 MiB; take larger clusters",
-        ));
-    }
+    let l1_size = super::grow::check_size(&geometry, options.size)?.max(1);
     let first = first_cluster(&geometry, l1_size as u32, options)?;
     let clusters = 1 + geometry.clusters_for(l1_size * 8);
     let end = geometry.offset_of(clusters);
@@ -113,62 +100,29 @@ fn first_cluster(geometry: &Geometry, l1_size: u32, options: &CreateOptions) -> 
     Ok(first)
 }
 
-/// Whether [`set_size`] can do it; reads only.
+/// Whether [`shrink`] can do it; reads only.
 ///
 /// # Errors
-/// [`ImageError::Refused`] where the image's features or limits exclude it.
-pub fn check_resizable(file: &dyn BlockFile, size: u64) -> Result<(), ImageError> {
+/// [`ImageError::Refused`] where the image's features exclude it, or the disk is not so long.
+pub fn check_shrinkable(file: &dyn BlockFile, size: u64) -> Result<(), ImageError> {
     let (header, _) = super::open::read_header(file)?;
-    let geometry = &header.geometry;
-    header.check_modifiable()?;
-    if geometry.version < 3 && header.snapshots > 0 {
-        return Err(ImageError::refused(
-            "nb_snapshots",
-            "snapshots of version 2 do not say their disk's size",
-        ));
-    }
-    if !size.is_multiple_of(SECTOR) || i64::try_from(size).is_err() {
+    header.check_resizable()?;
+    super::grow::check_size(&header.geometry, size)?;
+    if size > header.size {
         return Err(ImageError::refused(
             "size",
-            format!("{size} is no multiple of 512 below 2^63"),
+            format!("{size} bytes are more than the disk's {}", header.size),
         ));
-    }
-    let l1_size = geometry.l1_entries(size);
-    if l1_size * 8 > MAX_L1_BYTES {
-        return Err(ImageError::refused("size", "the L1 table would be over 32 MiB"));
     }
     Ok(())
 }
 
-/// Makes the L1 table long enough for a disk of `size` bytes; its size is as before.
+/// Makes the disk of an image that nobody has open smaller, after what lies behind its new end was cleared.
 ///
 /// # Errors
-/// As [`check_resizable`]; nothing has been written then.
-pub fn grow_tables(file: &dyn BlockFile, size: u64) -> Result<(), ImageError> {
-    check_resizable(file, size)?;
-    let (header, file_size) = super::open::read_header(file)?;
-    let geometry = &header.geometry;
-    let l1_size = geometry.l1_entries(size);
-    if l1_size <= u64::from(header.l1_size) {
-        return Ok(());
-    }
-    let mut l1 = vec![0; header.l1_size as usize * 8];
-    file.read_at(&mut l1, header.l1_offset)
-        .map_err(ImageError::io("read the L1 table"))?;
-    l1.resize(l1_size as usize * 8, 0);
-    let place = file_size.next_multiple_of(geometry.cluster_size());
-    change(file, &header, &|file| {
-        append(file, geometry, &l1, place)?;
-        header.publish_l1(file, header.size, l1_size as u32, place)
-    })
-}
-
-/// Makes the disk larger or smaller, after what lies behind its old or its new end was cleared.
-///
-/// # Errors
-/// As [`check_resizable`]; nothing has been written then.
-pub fn set_size(file: &dyn BlockFile, size: u64) -> Result<(), ImageError> {
-    grow_tables(file, size)?;
+/// As [`check_shrinkable`]; nothing has been written then.
+pub fn shrink(file: &dyn BlockFile, size: u64) -> Result<(), ImageError> {
+    check_shrinkable(file, size)?;
     file.write_at(&size.to_be_bytes(), super::header::SIZE_OFFSET)
         .and_then(|()| file.sync())
         .map_err(ImageError::io("write the header"))

@@ -27,41 +27,39 @@ impl Qcow2 {
         if self.geometry.version < 3 && self.backing.is_some() {
             return Ok(());
         }
-        let (_, whole, _) = self.split(offset, len);
-        self.change_clusters(whole, Wish::Discard)
+        let (_, whole) = self.split(offset, len);
+        self.change_clusters(whole, offset + len, Wish::Discard).map(drop)
     }
 
     pub(super) fn zero_range(&self, offset: u64, len: u64, unmap: bool) -> Result<(), ImageError> {
         // Version 2 has no zero flag: what a backing file shows through can only be overwritten, and
         // space can only be kept by writing to it.
-        if self.geometry.version < 3 && (self.backing.is_some() || !unmap) {
-            return self.write_zeros(offset..offset + len);
+        let end = offset + len;
+        if self.geometry.version < 3 && (offset < self.covered() || !unmap) {
+            return self.write_zeros(offset..end);
         }
-        let (head, whole, tail) = self.split(offset, len);
+        let (head, whole) = self.split(offset, len);
         self.write_zeros(head)?;
-        self.change_clusters(whole, if unmap { Wish::Unmap } else { Wish::Keep })?;
-        self.write_zeros(tail)
+        let wish = if unmap { Wish::Unmap } else { Wish::Keep };
+        let done = self.change_clusters(whole, end, wish)?;
+        self.write_zeros(done..end)
     }
 
-    /// The bytes before the first whole cluster, the whole guest clusters, the bytes behind the last.
-    fn split(&self, offset: u64, len: u64) -> (Range<u64>, Range<u64>, Range<u64>) {
+    /// The bytes before the first whole cluster, and the whole guest clusters.
+    fn split(&self, offset: u64, len: u64) -> (Range<u64>, Range<u64>) {
         let geometry = &self.geometry;
         let end = offset + len;
         let first = geometry.clusters_for(offset);
         // The disk's last cluster is whole even if the disk ends inside it.
-        let last = if end == self.size {
+        let last = if end == self.limit() {
             geometry.clusters_for(end)
         } else {
             geometry.cluster_of(end)
         };
         if first >= last {
-            return (offset..end, 0..0, end..end);
+            return (offset..end, 0..0);
         }
-        (
-            offset..geometry.offset_of(first),
-            first..last,
-            geometry.offset_of(last).min(end)..end,
-        )
+        (offset..geometry.offset_of(first), first..last)
     }
 
     /// Writes zeros where something else shows.
@@ -84,16 +82,26 @@ impl Qcow2 {
         Ok(())
     }
 
-    fn change_clusters(&self, guest: Range<u64>, wish: Wish) -> Result<(), ImageError> {
+    /// Changes whole clusters of a request that ends at `end`; says where it stopped, there or before a last
+    /// cluster that is no longer whole since the disk has grown.
+    fn change_clusters(&self, guest: Range<u64>, end: u64, wish: Wish) -> Result<u64, ImageError> {
+        if guest.is_empty() {
+            return Ok(end);
+        }
         let mut at = guest.start;
-        while at < guest.end {
+        let mut last = guest.end;
+        while at < last {
             let span = self.slice_span(&self.lock(), at);
-            let part = at..guest.end.min(at + span);
+            let part = at..last.min(at + span);
             let mut meta = self.lock_idle(part.clone());
+            if self.geometry.offset_of(last) > end && end != self.limit() {
+                last = self.geometry.cluster_of(end);
+                continue;
+            }
             self.prepare(&mut meta)?;
             at = if self.needs_no_table(&meta, at)? {
                 // Nothing is mapped here and nothing shows through: on to the next table.
-                ((self.geometry.l1_index(at) + 1) << self.geometry.l2_bits()).min(guest.end)
+                ((self.geometry.l1_index(at) + 1) << self.geometry.l2_bits()).min(last)
             } else {
                 self.change_part(&mut meta, part.clone(), wish)?;
                 part.end
@@ -107,18 +115,18 @@ impl Qcow2 {
                 self.flush_and_free()?;
             }
         }
-        Ok(())
+        Ok(self.geometry.offset_of(last).min(end))
     }
 
     fn needs_no_table(&self, meta: &Meta, guest: u64) -> Result<bool, ImageError> {
-        let covered = self.backing.as_ref().map_or(0, |backing| backing.capacity());
-        Ok(!self.raw_data && !self.has_table(meta, guest)? && self.geometry.offset_of(guest) >= covered)
+        let shows_below = self.geometry.offset_of(guest) < self.covered();
+        Ok(!self.raw_data && !self.has_table(meta, guest)? && !shows_below)
     }
 
     /// A raw data file must show the zeros itself.
     fn zero_data_file(&self, guest: &Range<u64>) -> Result<(), ImageError> {
         let start = self.geometry.offset_of(guest.start);
-        let end = self.geometry.offset_of(guest.end).min(self.size);
+        let end = self.geometry.offset_of(guest.end).min(self.limit());
         self.data
             .zero_range(start, end - start)
             .map_err(ImageError::io("clear the external data file"))
@@ -167,10 +175,7 @@ impl Qcow2 {
 
     /// What a cluster becomes.
     fn emptied(&self, old: &Cluster, guest: u64, wish: Wish) -> Cluster {
-        let covered = self
-            .backing
-            .as_ref()
-            .is_some_and(|backing| self.geometry.offset_of(guest) < backing.capacity());
+        let covered = self.geometry.offset_of(guest) < self.covered();
         let all = self.geometry.all_subclusters();
         match (wish, old.host) {
             (Wish::Keep, Host::Plain { copied: true, .. }) => Cluster {

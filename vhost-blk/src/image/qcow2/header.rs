@@ -16,6 +16,8 @@ pub(super) const MAX_BACKING_NAME: u32 = 1023;
 
 pub(super) const BACKING_OFFSET: u64 = 8;
 pub(super) const SIZE_OFFSET: u64 = 24;
+/// l1_size, then l1_table_offset.
+pub(super) const L1_OFFSET: u64 = 36;
 pub(super) const SNAPSHOTS_OFFSET: u64 = 60;
 pub(super) const CRYPT_METHOD_OFFSET: u64 = 32;
 pub(super) const INCOMPATIBLE_OFFSET: u64 = 72;
@@ -251,38 +253,52 @@ impl Header {
 
     /// Refuses what a change of snapshots or size would have to bring up to date and does not.
     pub(super) fn check_modifiable(&self) -> Result<(), ImageError> {
-        let refuse = |field, reason: &str| Err(ImageError::refused(field, reason.to_owned()));
+        refuse(self.excludes_change())
+    }
+
+    /// Refuses a change of the disk's size, as [`Self::check_modifiable`] and for version 2.
+    pub(super) fn check_resizable(&self) -> Result<(), ImageError> {
+        refuse(self.excludes_resize())
+    }
+
+    /// The field that excludes another size, and why.
+    pub(super) fn excludes_resize(&self) -> Option<(&'static str, &'static str)> {
+        let snapshots = self.geometry.version < 3 && self.snapshots > 0;
+        self.excludes_change().or(snapshots.then_some((
+            "nb_snapshots",
+            "snapshots of version 2 do not say their disk's size",
+        )))
+    }
+
+    fn excludes_change(&self) -> Option<(&'static str, &'static str)> {
         if self.is_corrupt() {
-            return refuse(
+            Some((
                 "incompatible_features",
                 "the corrupt bit is set: repair the image first",
-            );
-        }
-        if self.is_dirty() {
-            return refuse(
+            ))
+        } else if self.is_dirty() {
+            Some((
                 "incompatible_features",
                 "the dirty bit is set: repair the image first",
-            );
-        }
-        if self.geometry.external_data {
-            return refuse(
+            ))
+        } else if self.geometry.external_data {
+            Some((
                 "external data file",
                 "its image can have no snapshots and no other size",
-            );
-        }
-        if self.extensions.bitmaps.is_some() {
-            return refuse(
+            ))
+        } else if self.extensions.bitmaps.is_some() {
+            Some((
                 "bitmaps extension",
                 "bitmaps would no longer tell the truth; remove them first",
-            );
-        }
-        if self.autoclear != 0 {
-            return refuse(
+            ))
+        } else if self.autoclear != 0 {
+            Some((
                 "autoclear_features",
                 "a feature that is not known here would no longer be true",
-            );
+            ))
+        } else {
+            None
         }
-        Ok(())
     }
 
     /// Writes size and place of the active L1 table, and the disk's size, in one piece.
@@ -310,6 +326,13 @@ impl Header {
 
     pub(super) fn is_corrupt(&self) -> bool {
         self.incompatible & CORRUPT != 0
+    }
+}
+
+fn refuse(excluded: Option<(&'static str, &'static str)>) -> Result<(), ImageError> {
+    match excluded {
+        Some((field, reason)) => Err(ImageError::refused(field, reason)),
+        None => Ok(()),
     }
 }
 

@@ -9,6 +9,7 @@
 //! - L2 entries go to the file before the write completes: no mapping lives in this process alone.
 //! - Clusters are freed (refcount lowered, hole punched, reused) only after a barrier behind the L2
 //!   change, and after all I/O that may still know the old place has ended ([`free`]).
+//! - The disk grows by its last step, the size in the header ([`grow`]).
 //!
 //! A limit: where damage has left a mapped data cluster with a refcount of 0, a reservation takes it for free
 //! and clears it. Metadata is known and never taken; finding mapped data would take a scan of all L2 tables.
@@ -29,6 +30,7 @@ mod entry;
 mod extensions;
 mod free;
 mod geometry;
+mod grow;
 mod header;
 mod info;
 mod map;
@@ -45,13 +47,14 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use vm_memory::VolatileSlice;
 
 use super::{BlockFile, Buffers, Extent, Image, ImageError, IoGuard, Resolved, check_range};
 use cache::Cache;
 pub use check::{Repair, check};
-pub use create::{CreateOptions, check_resizable, create, grow_tables, set_size};
+pub use create::{CreateOptions, check_shrinkable, create, shrink};
 use entry::Compressed;
 use geometry::Geometry;
 use header::Compression;
@@ -79,7 +82,11 @@ pub struct Qcow2 {
     /// The external data file, or `file` again.
     data: Arc<dyn BlockFile>,
     geometry: Geometry,
-    size: u64,
+    /// Bytes that requests may reach.
+    size: AtomicU64,
+    /// The disk's end as allocations see it: past `size` while the disk grows. Changes under the lock.
+    limit: AtomicU64,
+    growth: Mutex<grow::Growth>,
     compression: Compression,
     /// The external data file must stay a consistent raw image.
     raw_data: bool,
@@ -121,6 +128,19 @@ impl Qcow2 {
         self.meta.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn limit(&self) -> u64 {
+        self.limit.load(Ordering::Acquire)
+    }
+
+    /// Guest bytes that the backing file has something to show for.
+    fn covered(&self) -> u64 {
+        self.backing.as_ref().map_or(0, |backing| backing.capacity())
+    }
+
     fn is_writable(&self) -> Result<(), ImageError> {
         let corrupt = self.corrupt.load(Ordering::Relaxed);
         if self.read_only || corrupt {
@@ -137,8 +157,12 @@ impl Qcow2 {
         IoGuard(Some(count))
     }
 
-    /// Notes a contradiction in the image: from now on it is read-only.
     fn judge<T>(&self, result: Result<T, ImageError>) -> io::Result<T> {
+        self.note(result).map_err(io::Error::from)
+    }
+
+    /// Notes a contradiction in the image: from now on it is read-only.
+    fn note<T>(&self, result: Result<T, ImageError>) -> Result<T, ImageError> {
         if let Err(error @ ImageError::Corrupt { .. }) = &result
             && !self.read_only
             && !self.corrupt.swap(true, Ordering::Relaxed)
@@ -148,7 +172,7 @@ impl Qcow2 {
                 tracing::error!(%error, "cannot set the corrupt bit");
             }
         }
-        result.map_err(io::Error::from)
+        result
     }
 
     /// Incompatible bit 1; version 2 has none.
@@ -166,7 +190,7 @@ impl Qcow2 {
 
     fn check_write(&self, offset: u64, len: u64) -> Result<(), ImageError> {
         self.is_writable()?;
-        check_range(offset, len, self.size)
+        check_range(offset, len, self.size())
     }
 
     /// Makes everything written durable, in the order data, metadata.
@@ -182,7 +206,11 @@ impl Qcow2 {
 
 impl Image for Qcow2 {
     fn capacity(&self) -> u64 {
-        self.size
+        self.size()
+    }
+
+    fn grow(&self, capacity: u64, deadline: Option<Instant>) -> Result<(), ImageError> {
+        self.note(self.grow_disk(capacity, deadline))
     }
 
     fn read_only(&self) -> bool {
@@ -199,7 +227,7 @@ impl Image for Qcow2 {
 
     fn read(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
         let to = Buffers::new(buffers);
-        check_range(offset, to.len() as u64, self.size)?;
+        check_range(offset, to.len() as u64, self.size())?;
         self.judge(self.read_buffers(to, offset))
     }
 
@@ -227,7 +255,7 @@ impl Image for Qcow2 {
     }
 
     fn resolve_read(&self, offset: u64, len: u64) -> io::Result<Resolved<'_>> {
-        check_range(offset, len, self.size)?;
+        check_range(offset, len, self.size())?;
         let mut meta = self.lock();
         Ok(match self.judge(self.locate(&mut meta, offset, len))? {
             Piece::Zero { len } => Resolved::Zero { len },
@@ -270,7 +298,7 @@ impl Image for Qcow2 {
         format!(
             "qcow2 version {}, {} bytes in clusters of {}{}{}",
             self.geometry.version,
-            self.size,
+            self.size(),
             self.geometry.cluster_size(),
             if self.backing.is_some() {
                 ", with a backing file"

@@ -9,6 +9,7 @@ use super::cache::Cache;
 use super::entry::L1Entry;
 use super::extensions::EncryptionHeader;
 use super::geometry::Geometry;
+use super::grow::Growth;
 use super::header::{Header, RAW_DATA};
 use super::refcount::{Refcounts, words};
 use super::tables::Table;
@@ -61,13 +62,6 @@ impl Qcow2 {
             }
         }
         let geometry = header.geometry;
-        let disk_size = options.size.unwrap_or(header.size);
-        if geometry.l1_entries(disk_size) > u64::from(header.l1_size) {
-            return Err(ImageError::refused(
-                "size",
-                format!("the L1 table does not map {disk_size} bytes"),
-            ));
-        }
         let meta = load(&*file, &header, &tables, size, options)?;
         let data = data.unwrap_or_else(|| Arc::clone(&file));
         Ok(Self {
@@ -77,7 +71,9 @@ impl Qcow2 {
             },
             file,
             geometry,
-            size: disk_size,
+            size: AtomicU64::new(header.size),
+            limit: AtomicU64::new(header.size),
+            growth: Mutex::new(Growth::new(header.excludes_resize())),
             compression: header.compression,
             raw_data: header.autoclear & RAW_DATA != 0,
             backing,

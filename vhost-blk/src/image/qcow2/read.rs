@@ -105,7 +105,7 @@ impl Qcow2 {
 
     /// What shows through an unallocated range: the backing file up to its end, then zeros.
     fn below(&self, offset: u64, len: u64) -> Piece {
-        let end = self.backing.as_ref().map_or(0, |backing| backing.capacity());
+        let end = self.covered();
         if offset < end {
             Piece::Below {
                 len: len.min(end - offset),

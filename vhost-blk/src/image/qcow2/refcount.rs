@@ -54,6 +54,12 @@ impl Refcounts {
         self.table.get(index).copied().filter(|block| *block != 0)
     }
 
+    /// Whether the block of this number exists.
+    pub(super) fn has_block(&self, index: u64) -> bool {
+        let index = usize::try_from(index).unwrap_or(usize::MAX);
+        self.table.get(index).is_some_and(|block| *block != 0)
+    }
+
     /// Where the refcounts of a run of clusters, which one block covers, lie in the file.
     pub(super) fn bytes_of(&self, geometry: &Geometry, clusters: Range<u64>) -> Option<Range<u64>> {
         let block = self.block_of(geometry, clusters.start)?;

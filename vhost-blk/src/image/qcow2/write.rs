@@ -163,7 +163,7 @@ impl Qcow2 {
         };
         let (head, tail) = (unit(old.first()), unit(old.last()));
         let start = write.start & !(head - 1);
-        start..write.end.next_multiple_of(tail).min(self.size)
+        start..write.end.next_multiple_of(tail).min(self.limit())
     }
 
     /// Does a job's I/O and publishes it; whatever happens, its clusters are no longer busy after.
@@ -241,7 +241,7 @@ impl Qcow2 {
             let base = geometry.offset_of(guest);
             let start = job.map.start.max(base);
             let end = match job.map.end.min(base + geometry.cluster_size()) {
-                end if end == self.size => base + geometry.cluster_size(),
+                end if end == self.limit() => base + geometry.cluster_size(),
                 end => end,
             };
             let mapped = geometry.subcluster_mask(start - base, end - start);
