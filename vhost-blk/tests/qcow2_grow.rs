@@ -20,6 +20,15 @@ use vhost_blk::image::{BlockFile, Format, HostFile, Image, ImageError, OpenOptio
 /// No multiple of any cluster size but the smallest.
 const OLD: u64 = (1 << 20) + 1536;
 
+/// Crashes of the host that are tried at each point.
+fn seeds() -> u64 {
+    if std::env::var_os("BULKHEAD_FULL").is_some() {
+        8
+    } else {
+        3
+    }
+}
+
 /// Opens the image in `file`, over a raw one in `base`.
 fn open_recorded(file: &Arc<Recorder>, base: Option<&Path>) -> Arc<dyn Image> {
     let mut layers: Vec<(Format, Arc<dyn BlockFile>)> = vec![(Format::Qcow2, file.clone())];
@@ -121,7 +130,7 @@ impl Disk {
             let what = format!("{}: {old} to {size}, after {count} of {total}", self.options);
             let crash =
                 |seed: u64| file.after_host_crash(count, &mut Random::new(seed * 1000 + count as u64));
-            for seed in 0..8 {
+            for seed in 0..seeds() {
                 self.survives(crash(seed), old, &format!("{what}, seed {seed}"));
             }
             self.survives(file.after_process_death(count), old, &what);
