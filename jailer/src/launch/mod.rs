@@ -19,6 +19,7 @@ mod plan;
 pub(crate) mod probe;
 mod qcow2;
 mod reaper;
+mod record;
 mod respawn;
 mod run_dir;
 pub(crate) mod spawn;
@@ -32,24 +33,24 @@ pub(crate) mod fuzz;
 
 use crate::failure::Failure;
 use crate::sandbox::cgroup::{CgroupError, Groups, Place};
-use crate::sandbox::{Root, SeccompMode, share_cores_within};
+use crate::sandbox::{Anchor, Root, SeccompMode, share_cores_within};
 use connector::Connector;
 use identity::{Identities, Settled};
 use inputs::{BackendInput, Inputs};
+use nix::sys::signalfd::SignalFd;
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Pid, getpid};
-use obituary::{Known, Obituary};
+use obituary::Obituary;
 use plan::{Choices, Plan};
 use reaper::Reaper;
+use record::Record;
 use run_dir::RunDir;
 use spawn::Ends;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
-use vm_spec::events::{self, VmEvent};
-use vm_spec::run_state::{self, ProcessRole, ProcessState, RunState};
+use terminal::Saved;
 use vm_spec::spec::VmSpec;
-use vm_spec::supervise::ExitStatus;
 
 /// Whether a VM's processes are jailed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
@@ -140,111 +141,28 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
     } else if let Some(warning) = options.seccomp.warning() {
         eprintln!("bulkhead: warning: --seccomp={}: {warning}", options.seccomp);
     }
-    let limited = !spec.limits.controllers().is_empty();
-    // As early as can be: a user's range takes longer to get than all that comes before its use.
-    let early = match limited {
-        true => None,
-        false => Some(Identities::begin(&spawn::installed())?),
-    };
-    let run_dir = run_dir::create(&name)?;
-    // Before any other process is made: all are in the VM's groups.
-    let place = match limited {
-        true => Some(Place::find(&name).and_then(Place::claim).map_err(no_limits)?),
-        false => None,
-    };
-    let identities = match early.map_or_else(|| Identities::begin(&spawn::installed()), Ok) {
-        Ok(identities) => identities,
-        Err(failure) => {
-            // There is no reaper yet.
-            place.iter().for_each(Place::remove);
-            run_dir.remove();
-            return Err(failure);
-        }
-    };
+    let Ground {
+        run_dir,
+        place,
+        identities,
+    } = Ground::claim(spec, &name)?;
     let saved = terminal::save();
     let signals = supervise::block_signals().map_err(|e| Failure::host("cannot take signals").because(&e))?;
     let reaper = Reaper::start(&run_dir, saved.as_ref(), place.as_ref())
         .map_err(|e| Failure::host("cannot start the reaper").because(&e))?;
-    let result = (|| {
-        // Before anything that it need not hold is opened.
-        let connector = Connector::start(&devices)
-            .map_err(|e| Failure::host("cannot start the connector").because(&e))?;
-        let mut inputs = inputs::open(spec, &devices)?;
-        inputs.begin_captures(&devices)?;
-        inputs.make_links(&run_dir, &devices)?;
-        // Until the end of this block: their namespaces end with these.
-        let holders = inputs.holders();
-        let plan = make_plan(spec, &name, &devices, options, &inputs, saved.is_some());
-        let clients = run_dir
-            .listen()
-            .map_err(|e| Failure::host("cannot make the VM's control socket").because(&e))?;
-        let groups = make_groups(spec, place, &plan, &inputs)?;
-        let mut binaries = spawn::Binaries::open(&plan, groups.clone())?;
-        let mut obituary = Obituary::begin(groups.clone());
-        let root = match options.jail {
-            Jail::On => Root::Empty,
-            Jail::Off => Root::Kept,
-        };
-        let (identity, anchor) = identities.enter(root, |uid, gid| {
-            if let Some(groups) = &groups {
-                groups.give_to(uid, gid).map_err(std::io::Error::other)?;
-            }
-            run_dir.give_to(uid, gid)
-        })?;
-        binaries.run_as(identity);
-        nix::sys::prctl::set_no_new_privs()
-            .map_err(|e| Failure::host("cannot give up new privileges").because(&e))?;
-        if let Some(saved) = &saved {
-            terminal::make_raw(saved);
-        }
-        let helpers = describe_helpers(&reaper, connector.as_ref(), &holders);
-        let connector = connector.map(|connector| connector.socket);
-        let running = spawn::spawn(&plan, inputs, binaries, Ends { clients, connector })?;
-        drop(anchor);
-        let mut state = describe(&plan, &running, helpers, identity, launched_ns);
-        save_state(&run_dir, &state);
-        let guards = holders
-            .iter()
-            .map(|holder| (holder.pid, "holder of a network namespace"))
-            .chain([(reaper.pid, "reaper")])
-            .collect();
-        let grace = Duration::from_secs(spec.power_off_grace.into());
-        let spawner = supervise::Spawner::new(running, guards, signals, grace);
-        let code = spawner.serve(&mut |event| {
-            match event {
-                supervise::Event::Running {
-                    started_ns,
-                    first_instruction_ns,
-                } => {
-                    state.machine_started_ns = Some(started_ns);
-                    state.first_instruction_ns = Some(first_instruction_ns);
-                }
-                supervise::Event::Forked(pid) => {
-                    let forker = unjailed("forker", ProcessRole::Forker, pid);
-                    state.processes.push(forker);
-                }
-                supervise::Event::Respawned { predecessor, pid } => {
-                    let of = |process: &&mut ProcessState| process.pid == predecessor.as_raw();
-                    if let Some(process) = state.processes.iter_mut().find(of) {
-                        process.pid = pid.as_raw();
-                    }
-                }
-                supervise::Event::Signalled(pid, signal, why) => {
-                    let process = state.processes.iter().find(|p| p.pid == pid.as_raw());
-                    if obituary.write(process, signal) == Known::OutOfMemory {
-                        *why = ExitStatus::OutOfMemory;
-                    }
-                    return;
-                }
-                supervise::Event::Happened(event) => return note(&run_dir, &event),
-            }
-            save_state(&run_dir, &state);
-        });
-        state.ended_ns = Some(monotonic_ns());
-        state.exit_code = Some(code);
-        save_state(&run_dir, &state);
-        Ok(code)
-    })();
+    let launch = Launch {
+        spec,
+        options,
+        name: &name,
+        devices: &devices,
+        run_dir: &run_dir,
+        reaper: reaper.pid,
+        saved: saved.as_ref(),
+        launched_ns,
+    };
+    let result = launch
+        .start(place, identities)
+        .map(|started| started.serve(reaper.pid, signals));
     if let Some(saved) = &saved {
         terminal::restore(saved);
     }
@@ -252,6 +170,139 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
         run_dir.remove();
     }
     result
+}
+
+/// What a VM is given before any other process is made.
+struct Ground {
+    run_dir: RunDir,
+    /// Where its groups will be, if it is limited: all processes are in them.
+    place: Option<Place>,
+    identities: Identities,
+}
+
+impl Ground {
+    fn claim(spec: &VmSpec, name: &str) -> Result<Self, Failure> {
+        let identities = || Identities::begin(&spawn::installed());
+        if spec.limits.controllers().is_empty() {
+            // As early as can be: a user's range takes longer to get than all that comes before its use.
+            let identities = identities()?;
+            return Ok(Self {
+                run_dir: run_dir::create(name)?,
+                place: None,
+                identities,
+            });
+        }
+        let run_dir = run_dir::create(name)?;
+        // There is no reaper yet.
+        let place = Place::find(name).and_then(Place::claim);
+        let place = place.map_err(no_limits).inspect_err(|_| run_dir.remove())?;
+        match identities() {
+            Ok(identities) => Ok(Self {
+                run_dir,
+                place: Some(place),
+                identities,
+            }),
+            Err(failure) => {
+                place.remove();
+                run_dir.remove();
+                Err(failure)
+            }
+        }
+    }
+}
+
+/// A launch that has a reaper.
+struct Launch<'a> {
+    spec: &'a VmSpec,
+    options: &'a Options,
+    name: &'a str,
+    devices: &'a [machine::Device],
+    run_dir: &'a RunDir,
+    reaper: Pid,
+    saved: Option<&'a Saved>,
+    launched_ns: u64,
+}
+
+/// A VM whose processes are made.
+struct Started<'a> {
+    running: spawn::Running,
+    record: Record<'a>,
+    /// Their namespaces end with these.
+    holders: Vec<net::Holder>,
+    grace: Duration,
+}
+
+impl<'a> Launch<'a> {
+    /// Opens everything, becomes who the VM's spawner is, and makes the processes.
+    fn start(&self, place: Option<Place>, identities: Identities) -> Result<Started<'a>, Failure> {
+        // Before anything that it need not hold is opened.
+        let connector = Connector::start(self.devices)
+            .map_err(|e| Failure::host("cannot start the connector").because(&e))?;
+        let mut inputs = inputs::open(self.spec, self.devices)?;
+        inputs.begin_captures(self.devices)?;
+        inputs.make_links(self.run_dir, self.devices)?;
+        let holders = inputs.holders();
+        let raw = self.saved.is_some();
+        let plan = make_plan(self.spec, self.name, self.devices, self.options, &inputs, raw);
+        let clients = self
+            .run_dir
+            .listen()
+            .map_err(|e| Failure::host("cannot make the VM's control socket").because(&e))?;
+        let groups = make_groups(self.spec, place, &plan, &inputs)?;
+        let mut binaries = spawn::Binaries::open(&plan, groups.clone())?;
+        let obituary = Obituary::begin(groups.clone());
+        let (identity, anchor) = self.become_spawner(identities, groups.as_deref())?;
+        binaries.run_as(identity);
+        nix::sys::prctl::set_no_new_privs()
+            .map_err(|e| Failure::host("cannot give up new privileges").because(&e))?;
+        if let Some(saved) = self.saved {
+            terminal::make_raw(saved);
+        }
+        let helpers = record::helpers(self.reaper, connector.as_ref(), &holders);
+        let connector = connector.map(|connector| connector.socket);
+        let running = spawn::spawn(&plan, inputs, binaries, Ends { clients, connector })?;
+        drop(anchor);
+        let state = record::describe(&plan, &running, helpers, identity, self.launched_ns);
+        Ok(Started {
+            running,
+            record: Record::begin(self.run_dir, state, obituary),
+            holders,
+            grace: Duration::from_secs(self.spec.power_off_grace.into()),
+        })
+    }
+
+    fn become_spawner(
+        &self,
+        identities: Identities,
+        groups: Option<&Groups>,
+    ) -> Result<(Settled, Option<Anchor>), Failure> {
+        let root = match self.options.jail {
+            Jail::On => Root::Empty,
+            Jail::Off => Root::Kept,
+        };
+        identities.enter(root, |uid, gid| {
+            if let Some(groups) = groups {
+                groups.give_to(uid, gid).map_err(std::io::Error::other)?;
+            }
+            self.run_dir.give_to(uid, gid)
+        })
+    }
+}
+
+impl Started<'_> {
+    /// Serves until the VM is over; its exit code.
+    fn serve(mut self, reaper: Pid, signals: SignalFd) -> u8 {
+        let guards = self
+            .holders
+            .iter()
+            .map(|holder| (holder.pid, "holder of a network namespace"))
+            .chain([(reaper, "reaper")])
+            .collect();
+        let spawner = supervise::Spawner::new(self.running, guards, signals, self.grace);
+        let code = spawner.serve(&mut |event| self.record.note(event));
+        self.record.end(code);
+        code
+    }
 }
 
 fn default_name() -> String {
@@ -324,87 +375,4 @@ fn no_limits(error: CgroupError) -> Failure {
         }
     };
     Failure::host("limits: cannot be kept").because(&error).hint(hint)
-}
-
-/// As [`save_state`].
-fn note(run_dir: &RunDir, event: &VmEvent) {
-    if let Err(error) = run_dir.write_event(event) {
-        eprintln!("bulkhead: cannot write {}: {error}", events::FILE_NAME);
-    }
-}
-
-/// The state is for others to read: a full disk does not end the VM.
-fn save_state(run_dir: &RunDir, state: &RunState) {
-    if let Err(error) = run_dir.write_state(state) {
-        eprintln!(
-            "bulkhead: cannot write {}: {error}",
-            run_dir.path().join(run_state::FILE_NAME).display()
-        );
-    }
-}
-
-fn unjailed(name: &str, role: ProcessRole, pid: Pid) -> ProcessState {
-    ProcessState {
-        name: name.to_owned(),
-        role,
-        pid: pid.as_raw(),
-        id: None,
-        jailed: false,
-        fds: Vec::new(),
-        made: Vec::new(),
-    }
-}
-
-/// The processes that are no part of the plan.
-fn describe_helpers(
-    reaper: &Reaper,
-    connector: Option<&Connector>,
-    holders: &[net::Holder],
-) -> Vec<ProcessState> {
-    let mut processes = vec![
-        unjailed("spawner", ProcessRole::Spawner, getpid()),
-        unjailed("reaper", ProcessRole::Reaper, reaper.pid),
-    ];
-    let connector = connector.map(|connector| connector.pid);
-    processes.extend(connector.map(|pid| unjailed("connector", ProcessRole::Connector, pid)));
-    for holder in holders {
-        processes.push(unjailed("netns", ProcessRole::NetNamespace, holder.pid));
-    }
-    processes
-}
-
-fn describe(
-    plan: &Plan,
-    running: &spawn::Running,
-    mut processes: Vec<ProcessState>,
-    identity: Settled,
-    launched_ns: u64,
-) -> RunState {
-    let jailed = plan.workers.iter().zip(&running.workers);
-    for (place, (process, child)) in jailed
-        .chain([(&plan.supervisor, &running.supervisor)])
-        .enumerate()
-    {
-        processes.push(ProcessState {
-            name: process.name.clone(),
-            role: process.role,
-            pid: child.pid.as_raw(),
-            id: identity.outside(place),
-            jailed: plan.jail == Jail::On,
-            fds: process.fd_states(),
-            made: process.made.clone(),
-        });
-    }
-    RunState {
-        version: run_state::VERSION,
-        name: plan.name.clone(),
-        identity: identity.kind(),
-        processes,
-        launched_ns,
-        spawned_ns: monotonic_ns(),
-        machine_started_ns: None,
-        first_instruction_ns: None,
-        ended_ns: None,
-        exit_code: None,
-    }
 }

@@ -1,0 +1,153 @@
+//! What others can read of a running VM: its state, and what happened.
+
+use super::connector::Connector;
+use super::identity::Settled;
+use super::obituary::{Known, Obituary};
+use super::plan::Plan;
+use super::run_dir::RunDir;
+use super::supervise::Event;
+use super::{Jail, monotonic_ns, net, spawn};
+use nix::unistd::{Pid, getpid};
+use vm_spec::events;
+use vm_spec::run_state::{self, ProcessRole, ProcessState, RunState};
+use vm_spec::supervise::ExitStatus;
+
+/// The state and the events in the run-time folder. They are for others to read: a full disk does not end the VM.
+pub(super) struct Record<'a> {
+    run_dir: &'a RunDir,
+    state: RunState,
+    obituary: Obituary,
+}
+
+impl<'a> Record<'a> {
+    /// Writes `state` down for the first time.
+    pub(super) fn begin(run_dir: &'a RunDir, state: RunState, obituary: Obituary) -> Self {
+        let record = Self {
+            run_dir,
+            state,
+            obituary,
+        };
+        record.save();
+        record
+    }
+
+    /// Writes down what has happened.
+    pub(super) fn note(&mut self, event: Event<'_>) {
+        match event {
+            Event::Running {
+                started_ns,
+                first_instruction_ns,
+            } => {
+                self.state.machine_started_ns = Some(started_ns);
+                self.state.first_instruction_ns = Some(first_instruction_ns);
+            }
+            Event::Forked(pid) => {
+                let forker = unjailed("forker", ProcessRole::Forker, pid);
+                self.state.processes.push(forker);
+            }
+            Event::Respawned { predecessor, pid } => {
+                let of = |process: &&mut ProcessState| process.pid == predecessor.as_raw();
+                if let Some(process) = self.state.processes.iter_mut().find(of) {
+                    process.pid = pid.as_raw();
+                }
+            }
+            Event::Signalled(pid, signal, why) => {
+                let process = self.state.processes.iter().find(|p| p.pid == pid.as_raw());
+                if self.obituary.write(process, signal) == Known::OutOfMemory {
+                    *why = ExitStatus::OutOfMemory;
+                }
+                return;
+            }
+            Event::Happened(event) => {
+                if let Err(error) = self.run_dir.write_event(&event) {
+                    eprintln!("bulkhead: cannot write {}: {error}", events::FILE_NAME);
+                }
+                return;
+            }
+        }
+        self.save();
+    }
+
+    /// Writes down that the VM is over.
+    pub(super) fn end(mut self, code: u8) {
+        self.state.ended_ns = Some(monotonic_ns());
+        self.state.exit_code = Some(code);
+        self.save();
+    }
+
+    fn save(&self) {
+        if let Err(error) = self.run_dir.write_state(&self.state) {
+            eprintln!(
+                "bulkhead: cannot write {}: {error}",
+                self.run_dir.path().join(run_state::FILE_NAME).display()
+            );
+        }
+    }
+}
+
+fn unjailed(name: &str, role: ProcessRole, pid: Pid) -> ProcessState {
+    ProcessState {
+        name: name.to_owned(),
+        role,
+        pid: pid.as_raw(),
+        id: None,
+        jailed: false,
+        fds: Vec::new(),
+        made: Vec::new(),
+    }
+}
+
+/// The processes that are no part of the plan.
+pub(super) fn helpers(
+    reaper: Pid,
+    connector: Option<&Connector>,
+    holders: &[net::Holder],
+) -> Vec<ProcessState> {
+    let mut processes = vec![
+        unjailed("spawner", ProcessRole::Spawner, getpid()),
+        unjailed("reaper", ProcessRole::Reaper, reaper),
+    ];
+    let connector = connector.map(|connector| connector.pid);
+    processes.extend(connector.map(|pid| unjailed("connector", ProcessRole::Connector, pid)));
+    for holder in holders {
+        processes.push(unjailed("netns", ProcessRole::NetNamespace, holder.pid));
+    }
+    processes
+}
+
+/// The VM as it begins.
+pub(super) fn describe(
+    plan: &Plan,
+    running: &spawn::Running,
+    mut processes: Vec<ProcessState>,
+    identity: Settled,
+    launched_ns: u64,
+) -> RunState {
+    let jailed = plan.workers.iter().zip(&running.workers);
+    for (place, (process, child)) in jailed
+        .chain([(&plan.supervisor, &running.supervisor)])
+        .enumerate()
+    {
+        processes.push(ProcessState {
+            name: process.name.clone(),
+            role: process.role,
+            pid: child.pid.as_raw(),
+            id: identity.outside(place),
+            jailed: plan.jail == Jail::On,
+            fds: process.fd_states(),
+            made: process.made.clone(),
+        });
+    }
+    RunState {
+        version: run_state::VERSION,
+        name: plan.name.clone(),
+        identity: identity.kind(),
+        processes,
+        launched_ns,
+        spawned_ns: monotonic_ns(),
+        machine_started_ns: None,
+        first_instruction_ns: None,
+        ended_ns: None,
+        exit_code: None,
+    }
+}
