@@ -3,10 +3,10 @@
 
 mod support;
 
-use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
+use support::hooked::Hooked;
 use support::recorder::{Op, Recorder};
 use support::{Scratch, check_clean, contents, create, open, write};
 use vhost_blk::image::{BlockFile, Format, OpenOptions, Resolved, open_layers};
@@ -159,71 +159,19 @@ fn io_in_flight_by_another_mapping_keeps_it_too() {
     assert!(is_reused(), "never given out");
 }
 
-/// A file that does something once, at the end of the next barrier.
-struct Hooked {
-    inner: Recorder,
-    hook: Mutex<Option<Box<dyn FnOnce() + Send>>>,
-}
-
-impl BlockFile for Hooked {
-    fn size(&self) -> io::Result<u64> {
-        self.inner.size()
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.inner.read_at(buf, offset)
-    }
-
-    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.inner.write_at(buf, offset)
-    }
-
-    fn write_durably(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.inner.write_durably(buf, offset)
-    }
-
-    fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.inner.zero_range(offset, len)
-    }
-
-    fn grow_to(&self, len: u64) -> io::Result<()> {
-        self.inner.grow_to(len)
-    }
-
-    fn cut_to(&self, len: u64) -> io::Result<()> {
-        self.inner.cut_to(len)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.inner.sync()?;
-        let hook = self.hook.lock().expect("nobody panicked").take();
-        if let Some(hook) = hook {
-            hook();
-        }
-        Ok(())
-    }
-
-    fn identity(&self) -> io::Result<(u64, u64)> {
-        self.inner.identity()
-    }
-}
-
 /// What another queue drops while a flush's barrier runs, that barrier does not cover.
 fn a_drop_during_the_barrier_waits_for_the_next() {
     let scratch = Scratch::new();
     let path = scratch.path("top");
     create(&path, "", "64M");
-    let file = Arc::new(Hooked {
-        inner: Recorder::new(contents(&path)),
-        hook: Mutex::new(None),
-    });
+    let file = Arc::new(Hooked::new(Recorder::new(contents(&path))));
     let layers: Vec<(Format, Arc<dyn BlockFile>)> = vec![(Format::Qcow2, file.clone())];
     let image = open_layers(layers, None, &OpenOptions::default()).expect("opens");
     write(&*image, 0, &vec![1; CLUSTER as usize]).expect("writes");
     image.flush().expect("flushes");
     let host = host_of_first(&file.inner.after_process_death(file.inner.position()));
     let other_queue = Arc::clone(&image);
-    *file.hook.lock().expect("nobody panicked") = Some(Box::new(move || {
+    *file.after_sync.lock().expect("nobody panicked") = Some(Box::new(move || {
         other_queue.discard(0, CLUSTER).expect("discards");
     }));
     let before = file.inner.position();

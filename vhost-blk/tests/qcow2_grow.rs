@@ -3,12 +3,12 @@
 
 mod support;
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use support::hooked::Hooked;
 use support::recorder::Recorder;
 use support::{
     Random, Scratch, assert_same, check_clean, check_leaks_at_most, contents, create, open, open_with, patch,
@@ -363,50 +363,6 @@ fn a_late_request_leaves_what_is_new() {
     }
 }
 
-/// A file on which a write of `0x99` takes a while.
-struct Slow {
-    inner: Recorder,
-    entered: AtomicBool,
-}
-
-impl BlockFile for Slow {
-    fn size(&self) -> io::Result<u64> {
-        self.inner.size()
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.inner.read_at(buf, offset)
-    }
-
-    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        if buf.first() == Some(&0x99) {
-            self.entered.store(true, Ordering::Release);
-            std::thread::sleep(Duration::from_millis(300));
-        }
-        self.inner.write_at(buf, offset)
-    }
-
-    fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.inner.zero_range(offset, len)
-    }
-
-    fn grow_to(&self, len: u64) -> io::Result<()> {
-        self.inner.grow_to(len)
-    }
-
-    fn cut_to(&self, len: u64) -> io::Result<()> {
-        self.inner.cut_to(len)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.inner.sync()
-    }
-
-    fn identity(&self) -> io::Result<(u64, u64)> {
-        self.inner.identity()
-    }
-}
-
 /// A write into the last cluster that was planned before the disk grew maps a place where old data lies
 /// behind the old end.
 fn a_slow_write_shows_nothing_behind_the_old_end() {
@@ -419,15 +375,22 @@ fn a_slow_write_shows_nothing_behind_the_old_end() {
         image.write_zeroes(1 << 20, 1 << 20, false).expect("zeroes");
         drop(image);
         patch(&disk.top, 24, &OLD.to_be_bytes());
-        let file = Arc::new(Slow {
-            inner: Recorder::new(contents(&disk.top)),
-            entered: AtomicBool::new(false),
+        let entered = Arc::new(AtomicBool::new(false));
+        let told = entered.clone();
+        let mut file = Hooked::new(Recorder::new(contents(&disk.top)));
+        // This one takes a while.
+        file.before_write = Box::new(move |bytes| {
+            if bytes.first() == Some(&0x99) {
+                told.store(true, Ordering::Release);
+                std::thread::sleep(Duration::from_millis(300));
+            }
         });
+        let file = Arc::new(file);
         let layers: Vec<(Format, Arc<dyn BlockFile>)> = vec![(Format::Qcow2, file.clone())];
         let image = open_layers(layers, None, &OpenOptions::default()).expect("opens");
         std::thread::scope(|scope| {
             scope.spawn(|| write(&*image, OLD - 1536, &[0x99; 1536]).expect("writes"));
-            while !file.entered.load(Ordering::Acquire) {
+            while !entered.load(Ordering::Acquire) {
                 std::thread::yield_now();
             }
             image.grow(2 << 20, None).expect("grows");

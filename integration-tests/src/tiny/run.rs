@@ -7,6 +7,7 @@ use crate::{
     suite::{artifact, jail_flags},
 };
 use anyhow::{Context, Result, ensure};
+use nix::unistd::Pid;
 use std::{
     fs,
     io::Write,
@@ -16,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tempfile::TempDir;
-use vm_spec::run_state::{FILE_NAME, RunState};
+use vm_spec::run_state::{FILE_NAME, ProcessRole, RunState};
 
 const NAME: &str = "test";
 /// Between two looks at the run-time folder.
@@ -126,6 +127,16 @@ impl Run {
             );
             thread::sleep(LOOK);
         }
+    }
+
+    /// The process of the first device, or other part, of this role.
+    ///
+    /// # Errors
+    /// As [`Self::state`]; when there is none.
+    pub fn pid_of(&mut self, role: ProcessRole, deadline: Duration) -> Result<Pid> {
+        let state = self.state(deadline)?;
+        let process = state.processes.iter().find(|process| process.role == role);
+        Ok(Pid::from_raw(process.context("no such process")?.pid))
     }
 
     /// Waits for the end.

@@ -9,7 +9,6 @@ use integration_tests::{
 };
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use std::{
     fs::{self, File},
     io::ErrorKind,
@@ -58,12 +57,7 @@ fn start(flags: &[String]) -> Result<Run> {
 
 /// Kills the disk's process, and waits for its successor.
 fn replace_disk_process(run: &mut Run) -> Result<()> {
-    let state = run.state(DEADLINE)?;
-    let process = state.processes.iter().find(|p| p.role == ProcessRole::Disk);
-    kill(
-        Pid::from_raw(process.context("no disk process")?.pid),
-        Signal::SIGKILL,
-    )?;
+    kill(run.pid_of(ProcessRole::Disk, DEADLINE)?, Signal::SIGKILL)?;
     Events::default().wait(run, DEADLINE, |event| event.event == EventKind::Restarted)?;
     Ok(())
 }

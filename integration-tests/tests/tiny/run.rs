@@ -77,12 +77,7 @@ pub(crate) fn tests() -> Vec<Trial> {
 fn lost_disk() -> Result<()> {
     let place = Place::make()?;
     let mut run = halted(&place, OnDeviceDeath::End, Who::Own)?;
-    let state = run.state(DEADLINE)?;
-    let disk = state.processes.iter().find(|p| p.role == ProcessRole::Disk);
-    kill(
-        Pid::from_raw(disk.context("no disk process")?.pid),
-        Signal::SIGKILL,
-    )?;
+    kill(run.pid_of(ProcessRole::Disk, DEADLINE)?, Signal::SIGKILL)?;
     let status = run.wait(DEADLINE)?;
     ensure!(
         status.code() == Some(exit_code::BACKEND_LOST.into()),

@@ -1,0 +1,72 @@
+//! A recorded file that does something at a write, or once at the end of a barrier.
+
+use std::io;
+use std::sync::Mutex;
+
+use vhost_blk::image::BlockFile;
+
+use super::recorder::Recorder;
+
+type BeforeWrite = dyn Fn(&[u8]) + Send + Sync;
+
+pub struct Hooked {
+    pub inner: Recorder,
+    /// Given the bytes of each write, before it.
+    pub before_write: Box<BeforeWrite>,
+    /// At the end of the next barrier.
+    pub after_sync: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl Hooked {
+    pub fn new(inner: Recorder) -> Self {
+        Self {
+            inner,
+            before_write: Box::new(|_| {}),
+            after_sync: Mutex::new(None),
+        }
+    }
+}
+
+impl BlockFile for Hooked {
+    fn size(&self) -> io::Result<u64> {
+        self.inner.size()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.inner.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        (self.before_write)(buf);
+        self.inner.write_at(buf, offset)
+    }
+
+    fn write_durably(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.inner.write_durably(buf, offset)
+    }
+
+    fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.inner.zero_range(offset, len)
+    }
+
+    fn grow_to(&self, len: u64) -> io::Result<()> {
+        self.inner.grow_to(len)
+    }
+
+    fn cut_to(&self, len: u64) -> io::Result<()> {
+        self.inner.cut_to(len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.inner.sync()?;
+        let hook = self.after_sync.lock().expect("nobody panicked").take();
+        if let Some(hook) = hook {
+            hook();
+        }
+        Ok(())
+    }
+
+    fn identity(&self) -> io::Result<(u64, u64)> {
+        self.inner.identity()
+    }
+}
