@@ -30,10 +30,10 @@ impl Watch {
         })
     }
 
-    /// Whether a write-back of the file has failed. Waits for that of the first page, if it is under way, and
-    /// begins none.
+    /// Whether a write-back of the file has failed. Begins none, and waits for none: the kernel waits for that
+    /// of a range before it tells, and no disk reaches as far as this one.
     pub(crate) fn has_lost(&self) -> bool {
-        let (first, length) = (0, 1);
+        let (first, length) = (1 << 62, 1);
         // SAFETY: a descriptor that is ours, and no pointers.
         let rc = unsafe {
             libc::sync_file_range(
