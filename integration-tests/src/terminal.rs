@@ -4,7 +4,9 @@
 use crate::tiny::Console;
 use anyhow::{Context, Result};
 use nix::pty::{OpenptyResult, openpty};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
+use nix::unistd::Pid;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -84,6 +86,15 @@ impl Terminal {
     /// The system's.
     pub fn is_as_before(&self) -> Result<bool> {
         Ok(tcgetattr(&self.program_side)? == self.before)
+    }
+
+    /// Sends the program a signal.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.program.id())?;
+        Ok(kill(Pid::from_raw(pid), signal)?)
     }
 
     /// Waits for the program's end.

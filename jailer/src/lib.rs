@@ -6,6 +6,7 @@
 pub mod audit;
 #[cfg(feature = "launcher")]
 pub mod cli;
+mod escape;
 #[cfg(feature = "launcher")]
 pub mod failure;
 pub mod inherit;

@@ -27,6 +27,22 @@ pub enum Request {
         /// The line, at most [`MAX_ORDER`] bytes.
         line: String,
     },
+    /// Listen to the console or the log. Answered by [`Answer::Listening`] or [`Answer::Failed`].
+    Listen {
+        /// To what.
+        channel: Channel,
+        /// Until the VM is over; without it, only to what was said already.
+        follow: bool,
+    },
+}
+
+/// What a client can listen to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Channel {
+    /// What the guest writes; what the client says is typed at it.
+    Console,
+    /// What the VM's processes log, whole lines. The client says nothing.
+    Log,
 }
 
 /// Longest order in bytes.
@@ -49,6 +65,9 @@ pub enum Answer {
         /// Its lines.
         String,
     ),
+    /// This connection carries no more messages: datagrams of plain bytes follow, of at most 4096 bytes from the
+    /// supervisor and 256 from the client, until either side ends it.
+    Listening,
     /// It was not done; for an upgrade: the old build serves, or will in a moment.
     Failed(
         /// Why, one line.

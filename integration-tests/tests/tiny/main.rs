@@ -8,6 +8,7 @@ mod fixture;
 mod hostile;
 mod jails;
 mod limits;
+mod listen;
 mod net;
 mod orders;
 mod run;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
     tests.extend(hostile::tests());
     tests.extend(jails::tests());
     tests.extend(limits::tests());
+    tests.extend(listen::tests());
     tests.extend(net::tests());
     tests.extend(orders::tests());
     tests.extend(run::tests());

@@ -56,7 +56,7 @@ fn start(flags: &[String]) -> Result<Run> {
 }
 
 /// Kills the disk's process, and waits for its successor.
-fn replace_disk_process(run: &mut Run) -> Result<()> {
+pub(crate) fn replace_disk_process(run: &mut Run) -> Result<()> {
     kill(run.pid_of(ProcessRole::Disk, DEADLINE)?, Signal::SIGKILL)?;
     Events::default().wait(run, DEADLINE, |event| event.event == EventKind::Restarted)?;
     Ok(())

@@ -8,13 +8,14 @@ use integration_tests::{
     host::Host,
     process::Process,
     suite::{artifact, test},
+    tiny::Console,
 };
 use libtest_mimic::Trial;
 use nix::sys::signal::Signal;
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 use tempfile::TempDir;
@@ -134,17 +135,27 @@ impl Tour {
             ["bulkhead", "run", SPEC] => self.start_web(),
             [
                 "bulkhead",
-                verb @ ("ps" | "events" | "metrics" | "stop" | "kill"),
+                verb @ ("ps" | "inspect" | "logs" | "events" | "metrics" | "stop" | "kill"),
                 ..,
             ] => {
                 self.start_web()?;
                 let said = self.ends(&line)?;
-                ensure!(verb == "events" || !said.is_empty(), "it says nothing");
+                // Nothing may have happened yet.
+                let quiet = matches!(verb, "events" | "logs");
+                ensure!(quiet || !said.is_empty(), "it says nothing");
                 if matches!(verb, "stop" | "kill") {
                     let mut web = self.web.take().context("no VM")?;
                     web.wait(DEADLINE)?;
                 }
                 Ok(())
+            }
+            ["bulkhead", "console", ..] => {
+                self.start_web()?;
+                let mut command = self.shell(&line)?;
+                command.stdout(Stdio::piped());
+                let mut visit = Process::start(command)?;
+                let stdout = visit.child().stdout.take().context("no stdout")?;
+                Console::new(stdout).wait_line("ready=1", DEADLINE)
             }
             ["vhost-user-blk", .., "&"] => self.start_back_end(line.trim_end_matches('&')),
             _ => {

@@ -35,6 +35,11 @@ impl Connection {
         }
     }
 
+    /// The connection, for one that carries no more messages.
+    pub(super) fn into_socket(self) -> OwnedFd {
+        self.socket
+    }
+
     /// Asks, with a file where one belongs to the request, and waits for the answer.
     ///
     /// # Errors

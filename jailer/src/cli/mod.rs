@@ -5,6 +5,8 @@ mod doctor;
 mod events;
 mod flags;
 mod image;
+mod inspect;
+mod listen;
 mod man;
 mod orders;
 mod pidfd;
@@ -66,6 +68,27 @@ enum Verb {
         /// Print JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Say all that is known of a running VM: its processes, their ids, and what each holds open
+    Inspect {
+        /// The VM's name
+        vm: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Join a running VM's console (Ctrl-A x leaves it, and the VM runs on)
+    Console {
+        /// The VM's name
+        vm: String,
+    },
+    /// Print what a running VM's processes logged last
+    Logs {
+        /// The VM's name
+        vm: String,
+        /// Go on until the VM is over
+        #[arg(long, short)]
+        follow: bool,
     },
     /// Ask a VM's guest to power off, and wait until the VM is over; asked again, the VM is killed
     Stop {
@@ -293,6 +316,9 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
         Verb::Run(args) if args.dry_run => print(&launch::dry_run(&args.spec()?, &args.options())?),
         Verb::Run(args) => launch::run(&args.spec()?, &args.options(), launched_ns),
         Verb::Ps { json } => print(&ps::show(json)?),
+        Verb::Inspect { vm, json } => print(&inspect::show(&vm, json)?),
+        Verb::Console { vm } => listen::console(&vm),
+        Verb::Logs { vm, follow } => listen::logs(&vm, follow),
         Verb::Stop { vm, timeout } => {
             let (text, code) = stop::stop(&vm, Duration::from_secs(timeout.into()))?;
             print(&text)?;

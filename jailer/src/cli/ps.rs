@@ -59,7 +59,7 @@ impl RunningVm {
         launch::is_run_by(&self.folder, self.pid).unwrap_or(false)
     }
 
-    fn phase(&self) -> &'static str {
+    pub(super) fn phase(&self) -> &'static str {
         match (self.state.first_instruction_ns, self.state.ended_ns) {
             (_, Some(_)) => "ending",
             (Some(_), None) => "running",
@@ -67,8 +67,15 @@ impl RunningVm {
         }
     }
 
-    fn up(&self) -> Duration {
+    pub(super) fn up(&self) -> Duration {
         Duration::from_nanos(launch::monotonic_ns().saturating_sub(self.state.launched_ns))
+    }
+
+    /// When it was launched, in seconds of the Unix epoch.
+    pub(super) fn since(&self) -> u64 {
+        let since = SystemTime::now().checked_sub(self.up());
+        let since = since.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
+        since.unwrap_or_default().as_secs()
     }
 
     /// Those with a process of ours.
@@ -116,7 +123,7 @@ fn to_text(all: &[RunningVm]) -> String {
 }
 
 /// The two largest units.
-fn in_words(time: Duration) -> String {
+pub(super) fn in_words(time: Duration) -> String {
     let seconds = time.as_secs();
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
     match (days, hours, minutes) {
@@ -128,17 +135,14 @@ fn in_words(time: Duration) -> String {
 }
 
 fn to_json(all: &[RunningVm]) -> String {
-    let now = SystemTime::now();
     let all: Vec<_> = all
         .iter()
         .map(|vm| {
-            let since = now.checked_sub(vm.up());
-            let since = since.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
             serde_json::json!({
                 "name": vm.name(),
                 "pid": vm.pid,
                 "state": vm.phase(),
-                "since": since.unwrap_or_default().as_secs(),
+                "since": vm.since(),
                 "devices": vm.devices().collect::<Vec<_>>(),
             })
         })

@@ -15,7 +15,7 @@ mod kernel;
 mod machine;
 pub(crate) mod net;
 mod obituary;
-mod plan;
+pub(crate) mod plan;
 pub(crate) mod probe;
 mod qcow2;
 mod reaper;
@@ -24,7 +24,7 @@ mod respawn;
 mod run_dir;
 pub(crate) mod spawn;
 mod supervise;
-mod terminal;
+pub(crate) mod terminal;
 mod watch;
 
 #[cfg(feature = "fuzzing")]

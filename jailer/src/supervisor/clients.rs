@@ -2,12 +2,13 @@
 //! a time, each with a deadline, and nobody is waited for.
 
 use super::Supervisor;
+use super::audience::MOST_LISTENERS;
 use crate::wire::{Received, send_message};
 use crate::wire_fds::receive_with_fds;
 use nix::sys::socket::{SockFlag, accept4};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
-use vm_spec::client::{Answer, Request};
+use vm_spec::client::{Answer, Channel, Request};
 
 /// Most clients at a time; another one is turned away.
 pub const MOST_CLIENTS: u32 = 8;
@@ -60,12 +61,12 @@ impl Clients {
         idle.min().map(|since| since + IDLE_DEADLINE)
     }
 
-    /// Lets new ones in and idle ones go.
-    fn look(&mut self, now: Instant) {
+    /// Lets new ones in and idle ones go; `listeners` have their places too.
+    fn look(&mut self, listeners: usize, now: Instant) {
         self.all
             .retain(|client| client.idle.is_none_or(|since| now < since + IDLE_DEADLINE));
         while let Ok(socket) = accept(&self.listener) {
-            if self.all.len() < MOST_CLIENTS as usize {
+            if self.all.len() + listeners < MOST_CLIENTS as usize {
                 self.count += 1;
                 self.all.push(Client {
                     socket,
@@ -106,6 +107,14 @@ impl Clients {
         })
     }
 
+    /// Answers, and lets it go from here: it makes no more requests.
+    fn release(&mut self, asker: Asker, answer: Answer) -> Option<OwnedFd> {
+        let at = self.all.iter().position(|c| c.number == asker.client)?;
+        let socket = self.all.remove(at).socket;
+        let sent = send_message(socket.as_fd(), asker.request, answer);
+        sent.is_ok().then_some(socket)
+    }
+
     /// Answers; a client that is gone or does not read is forgotten.
     pub(super) fn answer(&mut self, asker: Asker, answer: Answer, now: Instant) {
         let Some(at) = self.all.iter().position(|c| c.number == asker.client) else {
@@ -126,7 +135,8 @@ fn accept(listener: &OwnedFd) -> nix::Result<OwnedFd> {
 impl Supervisor {
     /// Serves clients.
     pub(super) fn hear_clients(&mut self, now: Instant) {
-        self.clients.look(now);
+        let listeners = self.console.audience.count() + self.log.audience.count();
+        self.clients.look(listeners, now);
         while let Some((asker, request, fd)) = self.clients.next() {
             let greeted = self.clients.greet(asker, &request);
             let refused = match (request, fd) {
@@ -145,9 +155,29 @@ impl Supervisor {
                     Ok(()) => continue,
                     Err(why) => why,
                 },
+                (Request::Listen { channel, follow }, _) => match self.listen(channel, follow, asker) {
+                    Ok(()) => continue,
+                    Err(why) => why,
+                },
                 (Request::Upgrade { .. }, None) => "no binary came with the request".to_owned(),
             };
             self.clients.answer(asker, Answer::Failed(refused), now);
         }
+    }
+
+    /// Makes a client a listener.
+    fn listen(&mut self, channel: Channel, follow: bool, asker: Asker) -> Result<(), String> {
+        let audience = match channel {
+            Channel::Console => &mut self.console.audience,
+            Channel::Log => &mut self.log.audience,
+        };
+        if !audience.has_room() {
+            return Err(format!("{MOST_LISTENERS} others listen already"));
+        }
+        // One that is gone meanwhile hears nothing.
+        if let Some(socket) = self.clients.release(asker, Answer::Listening) {
+            audience.admit(socket, channel == Channel::Log, follow);
+        }
+        Ok(())
     }
 }

@@ -1,6 +1,9 @@
-//! The console relay: bounded buffers between the vmm's stream socket and the person.
+//! The console relay: bounded buffers between the vmm's stream socket, the person, and who else listens.
 
+use super::audience::Audience;
+use crate::escape::{Command, EscapeReader};
 use nix::errno::Errno;
+use nix::poll::PollFlags;
 use nix::unistd::{read, write};
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -10,15 +13,8 @@ const MOST_FOR_PERSON: usize = 64 << 10;
 const MOST_FOR_GUEST: usize = 4 << 10;
 /// Bytes written to the person at once: what a pipe that polls writable takes without blocking.
 const PIECE: usize = 4096;
-/// Ctrl-A, which starts a command.
-const ESCAPE: u8 = 1;
-
-/// What the person asked for with Ctrl-A.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Command {
-    /// Ctrl-A x.
-    Quit,
-}
+/// Bytes that someone who comes to listen hears of what was said before.
+const REMEMBERED: usize = 16 << 10;
 
 /// Both directions of the console.
 pub(super) struct Console {
@@ -28,6 +24,8 @@ pub(super) struct Console {
     escape: Option<EscapeReader>,
     for_person: Vec<u8>,
     for_guest: Vec<u8>,
+    /// Other commands of the VM's owner.
+    pub(super) audience: Audience,
 }
 
 impl Console {
@@ -39,6 +37,7 @@ impl Console {
             escape: escape.then(EscapeReader::default),
             for_person: Vec::new(),
             for_guest: Vec::new(),
+            audience: Audience::new(REMEMBERED),
         }
     }
 
@@ -56,9 +55,22 @@ impl Console {
 
     /// The person's input, where it is to be read.
     pub(super) fn input(&self) -> Option<&OwnedFd> {
-        self.input
-            .as_ref()
-            .filter(|_| self.guest.is_some() && self.for_guest.len() < MOST_FOR_GUEST)
+        self.input.as_ref().filter(|_| self.has_room_for_guest())
+    }
+
+    fn has_room_for_guest(&self) -> bool {
+        self.guest.is_some() && self.for_guest.len() < MOST_FOR_GUEST
+    }
+
+    /// Who else listens, and may type.
+    pub(super) fn listeners(&self) -> impl Iterator<Item = (&OwnedFd, PollFlags)> {
+        self.audience.sources(self.has_room_for_guest())
+    }
+
+    /// Serves those for which a poll found something.
+    pub(super) fn serve_listeners(&mut self, found: &[PollFlags]) {
+        let typed = self.has_room_for_guest().then_some(&mut self.for_guest);
+        self.audience.serve(found, typed);
     }
 
     /// The person's output, where bytes wait for it.
@@ -67,8 +79,8 @@ impl Console {
     }
 
     /// Whether all that the guest wrote has been passed on.
-    pub(super) fn drained(&self) -> bool {
-        self.guest.is_none() && self.for_person.is_empty()
+    pub(super) fn drained(&mut self) -> bool {
+        self.guest.is_none() && self.for_person.is_empty() && self.audience.drained()
     }
 
     /// Takes what the guest wrote.
@@ -77,8 +89,13 @@ impl Console {
         let mut bytes = [0; PIECE];
         match read(guest, &mut bytes) {
             Ok(0) => self.guest = None,
-            Ok(n) if self.output.is_some() => self.for_person.extend_from_slice(&bytes[..n]),
-            Ok(_) | Err(Errno::EAGAIN | Errno::EINTR) => {}
+            Ok(n) => {
+                self.audience.hear(&bytes[..n]);
+                if self.output.is_some() {
+                    self.for_person.extend_from_slice(&bytes[..n]);
+                }
+            }
+            Err(Errno::EAGAIN | Errno::EINTR) => {}
             Err(_) => self.guest = None,
         }
     }
@@ -131,51 +148,5 @@ fn advance(fd: &impl AsFd, bytes: &mut Vec<u8>, most: usize) -> bool {
         }
         Err(Errno::EAGAIN | Errno::EINTR) => true,
         Err(_) => false,
-    }
-}
-
-/// Finds Ctrl-A commands in what is typed.
-#[derive(Default)]
-struct EscapeReader {
-    escaped: bool,
-}
-
-impl EscapeReader {
-    /// Passes on all but commands. Ctrl-A Ctrl-A is one Ctrl-A.
-    fn pass(&mut self, typed: &[u8], out: &mut Vec<u8>) -> Option<Command> {
-        for &byte in typed {
-            match (std::mem::take(&mut self.escaped), byte) {
-                (true, b'x' | b'X') => return Some(Command::Quit),
-                (true, ESCAPE) => out.push(ESCAPE),
-                (false, ESCAPE) => self.escaped = true,
-                (true, other) => out.extend([ESCAPE, other]),
-                (false, other) => out.push(other),
-            }
-        }
-        None
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ctrl_a_x_quits_across_reads_and_ctrl_a_twice_is_one() {
-        let mut reader = EscapeReader::default();
-        let mut out = Vec::new();
-        assert_eq!(reader.pass(b"ls\x01", &mut out), None);
-        assert_eq!(reader.pass(b"\x01x", &mut out), None);
-        assert_eq!(out, b"ls\x01x");
-        assert_eq!(reader.pass(b"\x01", &mut out), None);
-        assert_eq!(reader.pass(b"x", &mut out), Some(Command::Quit));
-        assert_eq!(out, b"ls\x01x");
-    }
-
-    #[test]
-    fn another_key_after_ctrl_a_passes_with_it() {
-        let mut out = Vec::new();
-        assert_eq!(EscapeReader::default().pass(b"\x01c", &mut out), None);
-        assert_eq!(out, b"\x01c");
     }
 }

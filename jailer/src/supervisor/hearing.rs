@@ -48,7 +48,7 @@ impl Supervisor {
             return;
         };
         process.alive = false;
-        process.log.read(&self.log, now);
+        process.log.read(&mut self.log, now);
         let is_device = process.about.role.is_device();
         if is_device && self.restarts_devices() && (self.guest_runs || was_killed(status)) {
             return self.device_ended(index, status, now);

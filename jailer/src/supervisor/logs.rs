@@ -1,6 +1,7 @@
 //! The log pipes of the jailed processes: lines of bounded length, at a bounded rate, each with
 //! the name of who wrote it. Stops a process that a guest controls from flooding the terminal.
 
+use super::audience::Audience;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{read, write};
@@ -17,6 +18,8 @@ const LONGEST_LINE: usize = 2048;
 const MOST_AT_ONCE: usize = 4096;
 /// Of a text that is longer as a line: even if each byte takes six as JSON.
 const CERTAIN_TO_FIT: usize = 600;
+/// Bytes of lines that someone who comes to listen hears of what was said before.
+const REMEMBERED: usize = 32 << 10;
 /// Lines that a process may write within [`PERIOD`].
 const LINES_A_PERIOD: u32 = 200;
 /// See [`LINES_A_PERIOD`].
@@ -53,7 +56,7 @@ impl LogPipe {
     }
 
     /// Reads what is there, at most one pipe's full.
-    pub(super) fn read(&mut self, log: &Log, now: Instant) {
+    pub(super) fn read(&mut self, log: &mut Log, now: Instant) {
         for _ in 0..16 {
             let Some(pipe) = &self.pipe else { return };
             let mut bytes = [0; 4096];
@@ -70,7 +73,7 @@ impl LogPipe {
         }
     }
 
-    fn take(&mut self, bytes: &[u8], log: &Log, now: Instant) {
+    fn take(&mut self, bytes: &[u8], log: &mut Log, now: Instant) {
         for &byte in bytes {
             match byte {
                 b'\n' => self.end_line(log, now),
@@ -80,7 +83,7 @@ impl LogPipe {
         }
     }
 
-    fn end_line(&mut self, log: &Log, now: Instant) {
+    fn end_line(&mut self, log: &mut Log, now: Instant) {
         if self.line.is_empty() {
             return;
         }
@@ -100,7 +103,7 @@ impl LogPipe {
         }
     }
 
-    fn report_dropped(&mut self, log: &Log) {
+    fn report_dropped(&mut self, log: &mut Log) {
         if self.dropped > 0 {
             let text = format!("{} log lines dropped", self.dropped);
             if log.line(&self.name, &text) {
@@ -110,19 +113,29 @@ impl LogPipe {
     }
 }
 
-/// Where lines go: standard error, plain or as JSON objects.
+/// Where lines go: standard error and whoever listens, plain or as JSON objects.
 pub(super) struct Log {
     /// One JSON object a line.
-    pub(super) json: bool,
+    json: bool,
+    /// Other commands of the VM's owner.
+    pub(super) audience: Audience,
 }
 
 impl Log {
+    pub(super) fn new(json: bool) -> Self {
+        Self {
+            json,
+            audience: Audience::new(REMEMBERED),
+        }
+    }
+
     /// Writes one line. A standard error that is not read (a full pipe) loses it: false.
-    pub(super) fn line(&self, process: &str, text: &str) -> bool {
+    pub(super) fn line(&mut self, process: &str, text: &str) -> bool {
         let mut line = self.format(process, text);
         if line.len() > MOST_AT_ONCE {
             line = self.format(process, &text[..text.floor_char_boundary(CERTAIN_TO_FIT)]);
         }
+        self.audience.hear(line.as_bytes());
         let stderr = std::io::stderr();
         let mut ready = [PollFd::new(std::os::fd::AsFd::as_fd(&stderr), PollFlags::POLLOUT)];
         poll(&mut ready, PollTimeout::ZERO) == Ok(1) && write(&stderr, line.as_bytes()).is_ok()
@@ -221,7 +234,7 @@ mod tests {
     fn lines_are_whole_and_short() {
         let text = "\u{1b}".repeat(3000);
         for json in [false, true] {
-            let line = Log { json }.format("disk0", &text[..CERTAIN_TO_FIT]);
+            let line = Log::new(json).format("disk0", &text[..CERTAIN_TO_FIT]);
             assert!(line.len() <= MOST_AT_ONCE && line.ends_with('\n'));
         }
     }

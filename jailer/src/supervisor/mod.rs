@@ -7,6 +7,7 @@
 //!      +------------------- Ended(reason) ----------------+    (all exited, or killed)
 //! ```
 
+mod audience;
 mod clients;
 mod console;
 mod devices;
@@ -19,12 +20,13 @@ mod recovery;
 mod remote;
 mod upgrade;
 
+use crate::escape::Command;
 use crate::inherit;
 use crate::sandbox::{self, LockdownError, Locked, Role, SeccompMode};
 use crate::wire::{Received, TransferError, receive_message, send_message};
 use clients::Clients;
 pub use clients::MOST_CLIENTS;
-use console::{Command, Console};
+use console::Console;
 use devices::Counters;
 use logs::{Log, LogPipe};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -185,9 +187,7 @@ impl Supervisor {
                 .map(|about| Remote::new(about, now))
                 .collect(),
             connector: config.connector.map(take).transpose()?,
-            log: Log {
-                json: config.log_json,
-            },
+            log: Log::new(config.log_json),
             grace: Duration::from_secs(config.power_off_grace.into()),
             phase: Phase::Running,
             outcome: None,
@@ -237,6 +237,7 @@ impl Supervisor {
         if ready.guest_readable {
             self.console.read_guest();
         }
+        self.console.serve_listeners(&ready.console_listeners);
         // What was just read goes on at once, where it can.
         if ready.guest_writable {
             self.console.write_guest();
@@ -246,10 +247,11 @@ impl Supervisor {
         }
         for (process, readable) in self.processes.iter_mut().zip(ready.logs) {
             if readable {
-                process.log.read(&self.log, now);
+                process.log.read(&mut self.log, now);
             }
         }
-        if command == Some(Command::Quit) {
+        self.log.audience.serve(&ready.log_listeners, None);
+        if command == Some(Command::Leave) {
             self.conclude(Outcome {
                 code: exit_code::POWER_OFF,
                 line: None,
@@ -349,13 +351,13 @@ impl Supervisor {
         }
     }
 
-    fn tell_spawner(&self, message: FromSupervisor) {
+    fn tell_spawner(&mut self, message: FromSupervisor) {
         if let Err(error) = send_message(self.spawner.as_fd(), 0, message) {
             self.say(&format!("cannot tell the spawner: {error}"));
         }
     }
 
-    fn say(&self, text: &str) {
+    fn say(&mut self, text: &str) {
         for line in text.lines() {
             self.log.line("bulkhead", line);
         }
@@ -363,13 +365,13 @@ impl Supervisor {
 
     /// Passes the last output on, and leaves.
     fn finish(mut self) -> Result<(), SupervisorError> {
-        let deadline = Instant::now() + DRAIN_DEADLINE;
-        while !self.console.drained() && Instant::now() < deadline {
-            self.wait(Some(deadline))?;
-        }
         let now = Instant::now();
+        let deadline = now + DRAIN_DEADLINE;
         for process in &mut self.processes {
-            process.log.read(&self.log, now);
+            process.log.read(&mut self.log, now);
+        }
+        while !(self.console.drained() && self.log.audience.drained()) && Instant::now() < deadline {
+            self.wait(Some(deadline))?;
         }
         let code = self.outcome.as_ref().map_or(exit_code::ERROR, |o| o.code);
         self.tell_spawner(FromSupervisor::Finished { code });

@@ -13,6 +13,9 @@ pub(super) struct Ready {
     pub(super) input: bool,
     pub(super) output: bool,
     pub(super) logs: Vec<bool>,
+    /// What was found of each, in their order.
+    pub(super) console_listeners: Vec<PollFlags>,
+    pub(super) log_listeners: Vec<PollFlags>,
 }
 
 impl Ready {
@@ -32,6 +35,11 @@ impl Ready {
             (orders, PollFlags::POLLIN)
         }));
         wanted.extend(of.clients.sockets().map(|fd| (Some(fd), PollFlags::POLLIN)));
+        let console_at = wanted.len();
+        wanted.extend(of.console.listeners().map(|(fd, flags)| (Some(fd), flags)));
+        let log_at = wanted.len();
+        let listeners = of.log.audience.sources(true);
+        wanted.extend(listeners.map(|(fd, flags)| (Some(fd), flags)));
         // What has nothing to wait for is left out; `places` keeps the order.
         let mut fds = Vec::with_capacity(wanted.len());
         let places: Vec<Option<usize>> = wanted
@@ -47,14 +55,19 @@ impl Ready {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(e) => return Err(SupervisorError::Poll(e.into())),
         }
-        let ready =
-            |place: &Option<usize>| place.is_some_and(|i| fds[i].revents().is_some_and(|r| !r.is_empty()));
+        let found = |place: &Option<usize>| {
+            let found = place.and_then(|i| fds[i].revents());
+            found.unwrap_or(PollFlags::empty())
+        };
+        let ready = |place: &Option<usize>| !found(place).is_empty();
         Ok(Self {
             guest_readable: ready(&places[2]),
             guest_writable: ready(&places[3]),
             input: ready(&places[4]),
             output: ready(&places[5]),
             logs: places[7..7 + of.processes.len()].iter().map(ready).collect(),
+            console_listeners: places[console_at..log_at].iter().map(found).collect(),
+            log_listeners: places[log_at..].iter().map(found).collect(),
         })
     }
 }

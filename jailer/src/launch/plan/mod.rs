@@ -2,7 +2,7 @@
 //! `--dry-run` prints and `spawn` carries out.
 
 mod device;
-mod print;
+pub(crate) mod print;
 mod supervisor;
 mod vmm;
 

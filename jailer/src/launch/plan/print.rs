@@ -27,19 +27,33 @@ impl Plan {
                 process.role.policy().unwrap_or("none"),
                 process.startup,
             );
-            for (number, fd) in process.descriptors.iter().enumerate() {
-                let kept = match fd.kept {
-                    Kept::Always => "",
-                    Kept::UntilLockdown => ", until lockdown",
-                    Kept::UntilEndOfFile => ", until its end",
-                };
-                let _ = writeln!(out, "  fd {number} {}{kept}", fd.what);
-            }
-            for fds in &process.made {
-                let _ = writeln!(out, "  makes {}", describe(fds));
-            }
+            let fds = process.descriptors.iter().zip(0..);
+            held(
+                &mut out,
+                fds.map(|(fd, n)| (n, &*fd.what, fd.kept)),
+                &process.made,
+            );
         }
         out
+    }
+}
+
+/// The descriptors (number, what it is, how long it is kept) of a process.
+pub(crate) fn held<'a>(
+    out: &mut String,
+    given: impl Iterator<Item = (i32, &'a str, Kept)>,
+    made: &[MadeFds],
+) {
+    for (number, what, kept) in given {
+        let kept = match kept {
+            Kept::Always => "",
+            Kept::UntilLockdown => ", until lockdown",
+            Kept::UntilEndOfFile => ", until its end",
+        };
+        let _ = writeln!(out, "  fd {number} {what}{kept}");
+    }
+    for fds in made {
+        let _ = writeln!(out, "  makes {}", describe(fds));
     }
 }
 

@@ -1,0 +1,228 @@
+//! `bulkhead console VM` and `bulkhead logs VM`: what a running VM's guest and processes say.
+
+use super::connection::Connection;
+use crate::escape::EscapeReader;
+use crate::failure::Failure;
+use crate::launch;
+use crate::launch::terminal::{self, Saved};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::{MsgFlags, recv, send};
+use nix::unistd::read;
+use std::io::{self, ErrorKind, IsTerminal, Write, stdin};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::Duration;
+use vm_spec::client::{Answer, Channel, Request};
+
+/// For the supervisor to take a listener.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// Longest datagram from the supervisor.
+const LONGEST: usize = 4096;
+/// Longest to it.
+const PIECE: usize = 256;
+/// Most bytes held that the guest has not taken. When full, keys are lost, as on any terminal; a file or
+/// pipe is not read.
+const MOST_TYPED: usize = 4096;
+/// They leave the console, as Ctrl-A x does.
+const ENDING: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
+
+fn listen(vm: &str, channel: Channel, follow: bool) -> Result<OwnedFd, Failure> {
+    let mut connection = Connection::open(vm, &launch::run_folder(vm)?)?;
+    match connection.ask(Request::Listen { channel, follow }, None, DEADLINE)? {
+        Answer::Listening => Ok(connection.into_socket()),
+        Answer::Failed(why) => Err(Failure::host(format!("cannot listen to the VM '{vm}'")).cause(why)),
+        _ => Err(Failure::host("the supervisor gave no answer to the request")),
+    }
+}
+
+/// Prints the last of what the VM's processes logged, and with `follow` what they will, until it is over.
+///
+/// # Errors
+/// A [`Failure`] when no such VM runs, or standard output cannot be written.
+pub(super) fn logs(vm: &str, follow: bool) -> Result<u8, Failure> {
+    let socket = listen(vm, Channel::Log, follow)?;
+    while let Some(bytes) = next(&socket, MsgFlags::empty())? {
+        if !print(&bytes)? {
+            break;
+        }
+    }
+    Ok(0)
+}
+
+/// Joins the guest's console: what it wrote last, what it writes, and what is typed, until the VM is over or
+/// the person leaves by Ctrl-A x.
+///
+/// # Errors
+/// As [`logs`].
+pub(super) fn console(vm: &str) -> Result<u8, Failure> {
+    let socket = listen(vm, Channel::Console, true)?;
+    let failed = |e: Errno| Failure::host("cannot take signals").because(&e);
+    let mut set = SigSet::empty();
+    ENDING.iter().for_each(|signal| set.add(*signal));
+    set.thread_block().map_err(failed)?;
+    let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+    let mut visit = Visit {
+        socket,
+        signals: SignalFd::with_flags(&set, flags).map_err(failed)?,
+        reads: terminal::has_input(),
+        keyboard: stdin().is_terminal(),
+        escape: EscapeReader::default(),
+        typed: Vec::new(),
+    };
+    let raw = Raw(terminal::save());
+    if let Some(saved) = &raw.0 {
+        eprintln!("console of '{vm}': Ctrl-A x leaves it");
+        terminal::make_raw(saved);
+    }
+    let end = visit.stay()?;
+    drop(raw);
+    Ok(match end {
+        End::Left => 0,
+        End::Over => {
+            eprintln!("the VM '{vm}' is over");
+            0
+        }
+        End::Signal(number) => 128_u8.saturating_add(number),
+    })
+}
+
+/// A terminal that becomes what it was, however we leave.
+struct Raw(Option<Saved>);
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        if let Some(saved) = &self.0 {
+            terminal::restore(saved);
+        }
+    }
+}
+
+/// Why a visit to a console is over.
+enum End {
+    Left,
+    Over,
+    Signal(u8),
+}
+
+/// Someone at a console.
+struct Visit {
+    socket: OwnedFd,
+    signals: SignalFd,
+    /// There is input, and it has not ended.
+    reads: bool,
+    /// Input comes from a person.
+    keyboard: bool,
+    escape: EscapeReader,
+    typed: Vec<u8>,
+}
+
+impl Visit {
+    fn stay(&mut self) -> Result<End, Failure> {
+        loop {
+            let mut socket = PollFlags::POLLIN;
+            socket.set(PollFlags::POLLOUT, !self.typed.is_empty());
+            let input = stdin();
+            let mut fds = vec![
+                PollFd::new(self.socket.as_fd(), socket),
+                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+            ];
+            if self.reads && (self.keyboard || self.typed.len() < MOST_TYPED) {
+                fds.push(PollFd::new(input.as_fd(), PollFlags::POLLIN));
+            }
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(e) => return Err(Failure::host("poll").because(&e)),
+            }
+            let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
+            if ready[1]
+                && let Ok(Some(info)) = self.signals.read_signal()
+            {
+                return Ok(End::Signal(u8::try_from(info.ssi_signo).unwrap_or(0)));
+            }
+            if ready.get(2) == Some(&true) && self.read() {
+                return Ok(End::Left);
+            }
+            if ready[0]
+                && let Some(end) = self.hear()?
+            {
+                return Ok(end);
+            }
+            self.send();
+        }
+    }
+
+    /// Prints what was said; the end, if that was all.
+    fn hear(&self) -> Result<Option<End>, Failure> {
+        Ok(match next(&self.socket, MsgFlags::MSG_DONTWAIT)? {
+            Some(bytes) if print(&bytes)? => None,
+            Some(_) => Some(End::Left),
+            None => Some(End::Over),
+        })
+    }
+
+    /// Takes what was typed; true: the person leaves.
+    fn read(&mut self) -> bool {
+        let mut bytes = [0; PIECE];
+        let mut keys = Vec::new();
+        let left = match read(stdin(), &mut bytes) {
+            // What is no terminal has no commands.
+            Ok(count) if count > 0 && !self.keyboard => {
+                keys.extend_from_slice(&bytes[..count]);
+                false
+            }
+            Ok(count) if count > 0 => self.escape.pass(&bytes[..count], &mut keys).is_some(),
+            Err(Errno::EAGAIN | Errno::EINTR) => false,
+            _ => {
+                self.reads = false;
+                false
+            }
+        };
+        if self.typed.len() < MOST_TYPED {
+            self.typed.extend(keys);
+        }
+        left
+    }
+
+    /// Sends what can be sent at once. That the supervisor is gone is found by [`Self::hear`].
+    fn send(&mut self) {
+        while !self.typed.is_empty() {
+            let piece = &self.typed[..self.typed.len().min(PIECE)];
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            match send(self.socket.as_raw_fd(), piece, flags) {
+                Ok(count) => drop(self.typed.drain(..count)),
+                Err(Errno::EINTR) => {}
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+/// The next datagram, empty where none has come yet; `None`: there will be no more.
+fn next(socket: &OwnedFd, flags: MsgFlags) -> Result<Option<Vec<u8>>, Failure> {
+    let mut bytes = vec![0; LONGEST];
+    loop {
+        match recv(socket.as_raw_fd(), &mut bytes, flags) {
+            Ok(0) => return Ok(None),
+            Ok(count) => {
+                bytes.truncate(count);
+                return Ok(Some(bytes));
+            }
+            Err(Errno::EAGAIN) => return Ok(Some(Vec::new())),
+            // Told once, of a supervisor that left with something of ours unread.
+            Err(Errno::EINTR | Errno::ECONNRESET) => {}
+            Err(e) => return Err(Failure::host("cannot hear the supervisor").because(&e)),
+        }
+    }
+}
+
+/// False: nobody reads it any more.
+fn print(bytes: &[u8]) -> Result<bool, Failure> {
+    let mut out = io::stdout();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(false),
+        Err(e) => Err(Failure::host("cannot write to standard output").because(&e)),
+    }
+}
