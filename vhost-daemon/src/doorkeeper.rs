@@ -1,5 +1,5 @@
 //! Who holds a listening socket: accepts front ends for the confined process, which may not, and removes
-//! the socket's path when that process ends, whatever ends it.
+//! the socket's path, if that was made here, when that process ends, whatever ends it.
 //!
 //! It is a child, forked before there are threads. It keeps the listening socket, one end of a socket
 //! pair and the right to remove a path, and it sees no byte of a front end. Asked to, it accepts one
@@ -30,11 +30,10 @@ pub(crate) struct Doorkeeper {
 }
 
 impl Doorkeeper {
-    /// Gives `listener`, which this process has just bound to `path`, to a doorkeeper. To be called
-    /// while this process has one thread.
-    pub(crate) fn start(listener: UnixListener, path: &Path) -> io::Result<Self> {
-        let path = std::path::absolute(path)?;
-        let made = identity(&path)?;
+    /// Gives `listener` to a doorkeeper, with the `path` that this process has just bound it to, if it has. To be
+    /// called while this process has one thread.
+    pub(crate) fn start(listener: UnixListener, path: Option<&Path>) -> io::Result<Self> {
+        let made = path.map(Made::just_now).transpose()?;
         let (channel, theirs) = UnixStream::pair()?;
         let (done, busy) = pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
         // SAFETY: there is one thread, so the child finds no lock held and no state half-changed.
@@ -46,7 +45,9 @@ impl Doorkeeper {
             ForkResult::Child => {
                 keep_only([listener.as_raw_fd(), theirs.as_raw_fd(), busy.as_raw_fd()]);
                 keep_the_door(&listener, &theirs);
-                remove(&path, made);
+                if let Some(made) = made {
+                    made.remove();
+                }
                 // SAFETY: ends this child without running the parent's destructors.
                 unsafe { libc::_exit(0) }
             }
@@ -124,9 +125,23 @@ fn hand_over(parent: &UnixStream, socket: &UnixStream) -> nix::Result<()> {
     sendmsg::<()>(parent.as_raw_fd(), &next, &control, MsgFlags::MSG_NOSIGNAL, None).map(drop)
 }
 
-fn remove(path: &PathBuf, made: (u64, u64)) {
-    if identity(path).is_ok_and(|found| found == made) {
-        let _ = fs::remove_file(path);
+/// A path that was made here.
+struct Made {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl Made {
+    fn just_now(path: &Path) -> io::Result<Self> {
+        let path = std::path::absolute(path)?;
+        let identity = identity(&path)?;
+        Ok(Self { path, identity })
+    }
+
+    fn remove(&self) {
+        if identity(&self.path).is_ok_and(|found| found == self.identity) {
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -164,16 +179,25 @@ mod tests {
     #[test]
     fn the_path_goes_with_its_owner() {
         let path = socket("gone");
-        let keeper = Doorkeeper::start(UnixListener::bind(&path).unwrap(), &path).unwrap();
+        let keeper = Doorkeeper::start(UnixListener::bind(&path).unwrap(), Some(&path)).unwrap();
         assert!(path.exists());
         drop(keeper);
         assert!(!path.exists());
     }
 
     #[test]
+    fn the_path_of_someone_else_stays() {
+        let path = socket("kept");
+        let keeper = Doorkeeper::start(UnixListener::bind(&path).unwrap(), None).unwrap();
+        drop(keeper);
+        assert!(path.exists());
+        fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
     fn a_successors_socket_stays() {
         let path = socket("stays");
-        let keeper = Doorkeeper::start(UnixListener::bind(&path).unwrap(), &path).unwrap();
+        let keeper = Doorkeeper::start(UnixListener::bind(&path).unwrap(), Some(&path)).unwrap();
         fs::remove_file(&path).unwrap();
         let _second = UnixListener::bind(&path).unwrap();
         drop(keeper);
@@ -184,7 +208,7 @@ mod tests {
     #[test]
     fn front_ends_come_one_for_each_question() {
         let path = socket("front-ends");
-        let keeper = Doorkeeper::start(UnixListener::bind(&path).unwrap(), &path).unwrap();
+        let keeper = Doorkeeper::start(UnixListener::bind(&path).unwrap(), Some(&path)).unwrap();
         let mut clients = [1, 2].map(|_| UnixStream::connect(&path).unwrap());
         for client in &mut clients {
             keeper.ask().unwrap();

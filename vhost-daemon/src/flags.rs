@@ -18,6 +18,20 @@ pub(crate) enum Connection {
     Path(PathBuf),
     /// A connected socket: one front end.
     Fd(RawFd),
+    /// A socket that listens already: as [`Connection::Path`].
+    Listening(RawFd),
+}
+
+/// The first descriptor that whoever listens for this process passes (sd_listen_fds(3)).
+const FIRST_ACTIVATED: RawFd = 3;
+
+impl Connection {
+    /// What the environment says that this process is started for (systemd's socket activation).
+    fn activated(variable: impl Fn(&str) -> Option<String>, own_pid: u32) -> Option<Self> {
+        // Meant for another, which has passed its environment on.
+        let ours = variable("LISTEN_PID")? == own_pid.to_string();
+        (ours && variable("LISTEN_FDS")? == "1").then_some(Self::Listening(FIRST_ACTIVATED))
+    }
 }
 
 /// What the command line asks for.
@@ -44,6 +58,7 @@ pub(crate) struct Settings {
 const SHARED_USAGE: &str =
     "  --socket-path=PATH      listen here; serves one front end after another until SIGTERM
   --fd=N                  a connected socket; serves it to its end
+                          neither is needed where systemd passes a listening socket (LISTEN_FDS)
   --print-capabilities    print what this program can do as JSON, and exit
   --num-queues=N          request queues
   --poll-us=N             after a request, look N microseconds for the next one before sleeping;
@@ -56,7 +71,7 @@ const SHARED_USAGE: &str =
 
 /// What `--help` prints.
 pub(crate) fn help<P: Program>() -> String {
-    let mut text = format!("Usage: {} (--socket-path=PATH | --fd=N) FLAGS\n\n", P::NAME);
+    let mut text = format!("Usage: {} [--socket-path=PATH | --fd=N] FLAGS\n\n", P::NAME);
     text.push_str(P::USAGE);
     let _ = write!(text, "\n{SHARED_USAGE}");
     text
@@ -100,7 +115,10 @@ pub(crate) fn parse<P: Program>(
             _ => return Err(Arg::Long(&name).unexpected()),
         }
     }
-    let connection = connection.ok_or("one of --socket-path and --fd is needed")?;
+    let activated = || Connection::activated(|name| std::env::var(name).ok(), std::process::id());
+    let connection = connection
+        .or_else(activated)
+        .ok_or("one of --socket-path and --fd is needed")?;
     P::check(&options)?;
     let settings = Settings {
         connection,

@@ -1,12 +1,13 @@
-//! `--socket-path`: a listening socket that a dead predecessor's does not block.
+//! `--socket-path`: a listening socket that a dead predecessor's does not block; or one that is inherited.
 
 use crate::descriptors::receive;
 use crate::doorkeeper::Doorkeeper;
 use crate::signals::Termination;
 use crate::wait::{is_ready, wait};
 use nix::poll::{PollFd, PollFlags};
+use nix::sys::socket::{SockType, getsockopt, sockopt};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -29,7 +30,23 @@ impl Listener {
             }
             other => other,
         };
-        Doorkeeper::start(socket?, path).map(Self)
+        Doorkeeper::start(socket?, Some(path)).map(Self)
+    }
+
+    /// Listens on a socket that someone else has made, and keeps. To be called while this process has one thread.
+    ///
+    /// # Errors
+    /// When it is no stream socket of the Unix domain, or does not listen.
+    pub(crate) fn inherited(fd: OwnedFd) -> io::Result<Self> {
+        let stream = getsockopt(&fd, sockopt::SockType)? == SockType::Stream;
+        if !stream || !getsockopt(&fd, sockopt::AcceptConn)? {
+            let why = "it is not a stream socket that listens";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        let listener = UnixListener::from(fd);
+        // Fails in another domain.
+        listener.local_addr()?;
+        Doorkeeper::start(listener, None).map(Self)
     }
 
     /// The next front end; `None` when the process is asked to end.

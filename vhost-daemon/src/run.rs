@@ -35,6 +35,9 @@ pub enum DaemonError {
         #[source]
         source: io::Error,
     },
+    /// Socket activation.
+    #[error("LISTEN_FDS: cannot listen on descriptor 3")]
+    Activation(#[source] io::Error),
     /// No memfd for the in-flight region.
     #[error("cannot make the in-flight region")]
     Inflight(#[source] io::Error),
@@ -124,6 +127,11 @@ fn start<P: Program>(settings: Settings, options: P::Options) -> Result<(), Daem
             Ok(listener) => (Front::Listening(listener), Sealing::Preferred),
             Err(source) => return Err(DaemonError::Listen { path, source }),
         },
+        Connection::Listening(number) => {
+            let fd = descriptors::inherited(number).map_err(DaemonError::Activation)?;
+            let listener = Listener::inherited(fd).map_err(DaemonError::Activation)?;
+            (Front::Listening(listener), Sealing::Preferred)
+        }
     };
     let own_inflight = inflight(device.as_ref(), settings.num_queues).map_err(DaemonError::Inflight)?;
     let workers = Worker::spawn_all(device.as_mut(), P::ROLE, settings.seccomp, settings.patience)?;

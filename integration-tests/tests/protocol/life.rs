@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use guest_contract::holds;
 use integration_tests::{
     frontend_harness::{BASE, BlockDriver, DEADLINE, Memory, Options, STATUS_OK, Session, protocol, request},
-    process::{Process, connect},
+    process::{Process, connect, inherit_at},
     suite::{artifact, test},
 };
 use libtest_mimic::Trial;
@@ -17,7 +17,11 @@ use nix::{
     },
 };
 use std::{
-    os::{fd::AsFd, unix::net::UnixStream},
+    fs::File,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::{UnixListener, UnixStream},
+    },
     process::Command,
     sync::Arc,
     time::Duration,
@@ -30,6 +34,8 @@ pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("life::capabilities", capabilities),
         test("life::reconnect", reconnect),
+        test("life::socket_activation", socket_activation),
+        test("life::socket_activation_by_what_is_no_listener", no_listener),
         test("life::sigterm", sigterm),
         test("life::sigterm_amid_a_message", sigterm_amid_a_message),
         test("life::unsealed_memory_is_refused_in_the_jail", unsealed),
@@ -98,6 +104,68 @@ fn reconnect() -> Result<()> {
     ensure!(status.success(), "{status}: {}", process.stderr()?);
     ensure!(!path.exists(), "the socket is left behind");
     check_blocks(&disk.content()?, 9, 5)
+}
+
+/// As systemd starts a service for a socket of its own: descriptor 3, and who it is for.
+fn activate(disk: &Disk, socket: OwnedFd) -> Result<Process> {
+    let served = disk.command()?;
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$@\"", "sh"])
+        .arg(served.get_program())
+        .args(served.get_args());
+    inherit_at(&mut command, socket, 3)?;
+    Process::start(command)
+}
+
+/// The socket is served to one front end after another, and stays its owner's.
+fn socket_activation() -> Result<()> {
+    let disk = Disk::new(Kind::Qcow2)?;
+    let path = disk.folder.path().join("sock");
+    let listener = UnixListener::bind(&path)?;
+    // A front end may come before there is a process.
+    let first = UnixStream::connect(&path)?;
+    let mut process = activate(&disk, listener.try_clone()?.into())?;
+    driver(first)?.done(0, &write_block(9, 0))?;
+    let mut second = driver(UnixStream::connect(&path)?)?;
+    ensure!(
+        holds(&second.done(0, &read_block(0))?, 9, 0),
+        "the data is not there"
+    );
+    process.signal(Signal::SIGTERM)?;
+    let status = process.wait(QUICK)?;
+    ensure!(status.success(), "{status}: {}", process.stderr()?);
+    ensure!(path.exists(), "someone else's socket was removed");
+    let third = UnixStream::connect(&path)?;
+    let _process = activate(&disk, listener.into())?;
+    ensure!(
+        holds(&driver(third)?.done(0, &read_block(0))?, 9, 0),
+        "the data is not there"
+    );
+    Ok(())
+}
+
+fn no_listener() -> Result<()> {
+    let disk = Disk::new(Kind::Raw)?;
+    let (connected, _peer) = UnixStream::pair()?;
+    let udp = std::net::UdpSocket::bind("127.0.0.1:0")?;
+    let tcp = std::net::TcpListener::bind("127.0.0.1:0")?;
+    for socket in [
+        connected.into(),
+        udp.into(),
+        tcp.into(),
+        File::open("/dev/null")?.into(),
+    ] {
+        let mut process = activate(&disk, socket)?;
+        let status = process.wait(QUICK)?;
+        let said = process.stderr()?;
+        ensure!(status.code() == Some(1), "{status}: {said}");
+        ensure!(
+            said.contains("LISTEN_FDS: cannot listen on descriptor 3: "),
+            "{said}"
+        );
+    }
+    Ok(())
 }
 
 fn sigterm() -> Result<()> {

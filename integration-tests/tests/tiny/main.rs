@@ -12,6 +12,7 @@ mod listen;
 mod net;
 mod orders;
 mod run;
+mod service;
 mod taps;
 mod terminal;
 mod tour;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
     tests.extend(net::tests());
     tests.extend(orders::tests());
     tests.extend(run::tests());
+    tests.extend(service::tests());
     tests.extend(taps::tests());
     tests.extend(terminal::tests());
     tests.extend(tour::tests());

@@ -224,3 +224,69 @@ fn wait(socket: BorrowedFd<'_>, limit: Option<Duration>) -> nix::Result<()> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader};
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Command, Stdio};
+
+    /// The spawner's side of a forker that this test plays.
+    fn forker() -> (Forker, OwnedFd) {
+        let (ours, theirs) = super::super::spawn::pair(SockType::SeqPacket).unwrap();
+        let forker = Forker {
+            pid: nix::unistd::getpid(),
+            socket: ours,
+            order: Cell::new(1),
+        };
+        (forker, theirs)
+    }
+
+    /// Two answers wait: that to an order of before, and that to the next one.
+    fn next_order_fails_by_its_own_answer(late: i32) {
+        let (forker, theirs) = forker();
+        send_message(theirs.as_fd(), 1, Answer::Started { pid: late }).unwrap();
+        let why = "no memory".to_owned();
+        send_message(theirs.as_fd(), 2, Answer::Refused { why }).unwrap();
+        let refused = forker.successor(0, Build::Current).unwrap_err().to_string();
+        assert!(refused.contains("no memory"), "{refused}");
+    }
+
+    #[test]
+    fn a_process_that_came_too_late_is_ended() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        next_order_fails_by_its_own_answer(child.id() as i32);
+        assert_eq!(child.wait().unwrap().signal(), Some(Signal::SIGKILL as i32));
+    }
+
+    #[test]
+    fn a_number_that_is_no_childs_is_left_alone() {
+        let mut child = Command::new("sh")
+            .args(["-c", "sleep 60 & echo $!; wait"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        let mut said = BufReader::new(child.stdout.take().unwrap());
+        said.read_line(&mut line).unwrap();
+        let grandchild = Pid::from_raw(line.trim().parse().unwrap());
+        next_order_fails_by_its_own_answer(grandchild.as_raw());
+        assert_eq!(kill(grandchild, None), Ok(()), "it was killed");
+        kill(grandchild, Signal::SIGKILL).unwrap();
+        assert!(
+            child.wait().unwrap().success(),
+            "the grandchild's parent waits for it"
+        );
+    }
+
+    #[test]
+    fn an_answer_without_its_socket_is_none() {
+        let (forker, theirs) = forker();
+        send_message(theirs.as_fd(), 2, Answer::Started { pid: 1 << 30 }).unwrap();
+        let failed = forker.successor(0, Build::Current).unwrap_err().to_string();
+        assert!(failed.contains("does not answer"), "{failed}");
+        drop(theirs);
+        assert!(forker.successor(0, Build::Current).is_err());
+    }
+}

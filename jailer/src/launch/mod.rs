@@ -14,6 +14,7 @@ mod inputs;
 mod kernel;
 mod machine;
 pub(crate) mod net;
+mod notify;
 mod obituary;
 pub(crate) mod plan;
 pub(crate) mod probe;
@@ -40,6 +41,7 @@ use inputs::{BackendInput, Inputs};
 use nix::sys::signalfd::SignalFd;
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Pid, getpid};
+use notify::Notify;
 use obituary::Obituary;
 use plan::{Choices, Plan};
 use reaper::Reaper;
@@ -49,6 +51,7 @@ use spawn::Ends;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
+use supervise::Event;
 use terminal::Saved;
 use vm_spec::spec::VmSpec;
 
@@ -150,6 +153,7 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
     let signals = supervise::block_signals().map_err(|e| Failure::host("cannot take signals").because(&e))?;
     let reaper = Reaper::start(&run_dir, saved.as_ref(), place.as_ref())
         .map_err(|e| Failure::host("cannot start the reaper").because(&e))?;
+    let notify = Notify::connect();
     let launch = Launch {
         spec,
         options,
@@ -162,7 +166,7 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
     };
     let result = launch
         .start(place, identities)
-        .map(|started| started.serve(reaper.pid, signals));
+        .map(|started| started.serve(reaper.pid, signals, &notify));
     if let Some(saved) = &saved {
         terminal::restore(saved);
     }
@@ -291,7 +295,7 @@ impl<'a> Launch<'a> {
 
 impl Started<'_> {
     /// Serves until the VM is over; its exit code.
-    fn serve(mut self, reaper: Pid, signals: SignalFd) -> u8 {
+    fn serve(mut self, reaper: Pid, signals: SignalFd, notify: &Notify) -> u8 {
         let guards = self
             .holders
             .iter()
@@ -299,7 +303,14 @@ impl Started<'_> {
             .chain([(reaper, "reaper")])
             .collect();
         let spawner = supervise::Spawner::new(self.running, guards, signals, self.grace);
-        let code = spawner.serve(&mut |event| self.record.note(event));
+        let code = spawner.serve(&mut |event| {
+            match event {
+                Event::Running { .. } => notify.ready(),
+                Event::Ending => notify.stopping(),
+                _ => {}
+            }
+            self.record.note(event);
+        });
         self.record.end(code);
         code
     }

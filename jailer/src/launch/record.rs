@@ -58,6 +58,7 @@ impl<'a> Record<'a> {
                 }
                 return;
             }
+            Event::Ending => return,
             Event::Happened(event) => {
                 if let Err(error) = self.run_dir.write_event(&event) {
                     eprintln!("bulkhead: cannot write {}: {error}", events::FILE_NAME);

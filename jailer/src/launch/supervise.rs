@@ -58,6 +58,8 @@ pub(crate) enum Event<'a> {
     Respawned { predecessor: Pid, pid: Pid },
     /// A process was ended by a signal; set what is known of why.
     Signalled(Pid, u8, &'a mut ExitStatus),
+    /// The guest was asked to power off, or the VM is over; told once.
+    Ending,
     /// To be written down.
     Happened(VmEvent),
 }
@@ -82,6 +84,7 @@ pub(crate) struct Spawner {
     deadline: Option<Instant>,
     grace: Duration,
     asked: bool,
+    told_ending: bool,
 }
 
 impl Spawner {
@@ -110,6 +113,7 @@ impl Spawner {
             deadline: None,
             grace,
             asked: false,
+            told_ending: false,
         }
     }
 
@@ -126,6 +130,7 @@ impl Spawner {
             }
             self.hear_supervisor(MESSAGES_A_TURN, on_event);
             self.take_signals();
+            self.tell_ending(on_event);
             self.reap(on_event);
             if self.deadline.is_some_and(|at| Instant::now() >= at) {
                 eprintln!("bulkhead: the VM did not end in time: killed");
@@ -135,6 +140,7 @@ impl Spawner {
         }
         self.hear_supervisor(LAST_MESSAGES, on_event);
         self.kill_all();
+        self.tell_ending(on_event);
         if let Some(pid) = self.supervisor {
             let _ = kill(pid, Signal::SIGKILL);
         }
@@ -222,6 +228,13 @@ impl Spawner {
                     }
                 }
             }
+        }
+    }
+
+    fn tell_ending(&mut self, on_event: &mut dyn FnMut(Event<'_>)) {
+        let ends = self.asked || self.ending || self.code.is_some();
+        if ends && !std::mem::replace(&mut self.told_ending, true) {
+            on_event(Event::Ending);
         }
     }
 

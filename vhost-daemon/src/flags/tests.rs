@@ -97,3 +97,25 @@ fn questions_are_answered_without_the_needed_flags() {
         serde_json::json!({ "type": "net", "features": ["tap-fd"] })
     );
 }
+
+#[test]
+fn a_socket_is_taken_from_the_environment_only_where_it_is_meant() {
+    let activated = |pid: Option<&str>, fds: Option<&str>| {
+        let variable = |name: &str| match name {
+            "LISTEN_PID" => pid.map(str::to_owned),
+            "LISTEN_FDS" => fds.map(str::to_owned),
+            _ => None,
+        };
+        Connection::activated(variable, 12)
+    };
+    assert_eq!(activated(Some("12"), Some("1")), Some(Connection::Listening(3)));
+    for (pid, fds) in [
+        (Some("13"), Some("1")),
+        (None, Some("1")),
+        (Some("12"), None),
+        (Some("12"), Some("2")),
+        (Some("12"), Some("0")),
+    ] {
+        assert_eq!(activated(pid, fds), None, "{pid:?} {fds:?}");
+    }
+}
