@@ -16,9 +16,10 @@ use std::process::Command;
 /// A user that owns nothing here.
 const UNPRIVILEGED: u32 = 12345;
 
-/// Builds the probe as shipped binaries are built: static, for an empty root.
+/// Builds the probe as shipped binaries are built: static, for an empty root. What it depends on, the audit's
+/// probes have built there already, most often.
 fn probe() -> PathBuf {
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("probe");
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("probes");
     let status = Command::new(env!("CARGO"))
         .args([
             "build",

@@ -3,9 +3,10 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Command, Output};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use support::recorder::Recorder;
 use support::victim::refused;
@@ -26,19 +27,28 @@ fn key(secret: &str) -> OpenOptions {
     }
 }
 
-/// Makes an encrypted image; false where this qemu-img lacks the cipher or hash.
+/// Makes an encrypted image; false where this qemu-img lacks the cipher or hash. qemu-img spends two seconds
+/// on measuring the hash: what was made once is copied.
 fn create_encrypted(path: &Path, luks: &str, options: &str) -> bool {
+    static MADE: Mutex<BTreeMap<String, Option<Vec<u8>>>> = Mutex::new(BTreeMap::new());
     let options = format!("encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1{luks}{options}");
-    let secret = format!("secret,id=s,data={SECRET}");
-    let args = ["create", "-q", "-f", "qcow2", "--object", &secret, "-o", &options];
-    let size = SIZE.to_string();
-    let output = qemu_img_output(&[&args[..], &[text(path), &size]].concat());
-    let error = String::from_utf8_lossy(&output.stderr).into_owned();
-    if error.contains("ash algorithm ripemd160") {
-        return false;
+    let mut made = MADE.lock().expect("no test died in here");
+    let image = made.entry(options).or_insert_with_key(|options| {
+        let secret = format!("secret,id=s,data={SECRET}");
+        let args = ["create", "-q", "-f", "qcow2", "--object", &secret, "-o", options];
+        let size = SIZE.to_string();
+        let output = qemu_img_output(&[&args[..], &[text(path), &size]].concat());
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        if error.contains("ash algorithm ripemd160") {
+            return None;
+        }
+        assert!(output.status.success(), "{error}");
+        Some(contents(path))
+    });
+    if let Some(image) = image {
+        std::fs::write(path, image).expect("writes");
     }
-    assert!(output.status.success(), "{error}");
-    true
+    image.is_some()
 }
 
 fn image_options(path: &Path) -> String {
@@ -103,7 +113,7 @@ fn qemu_io_agrees(path: &Path, commands: &[&str]) {
 }
 
 fn both_sides_read_what_either_wrote() {
-    // Few: to make one, qemu-img spends two seconds on measuring the hash.
+    // Few: see `create_encrypted`.
     let variants = [
         ("", ""),
         (

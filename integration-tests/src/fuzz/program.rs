@@ -50,8 +50,15 @@ impl Program {
     /// When it does not build.
     pub fn build() -> anyhow::Result<Self> {
         let format = ["--quiet", "--message-format=json-render-diagnostics"];
-        let output = cargo("build")?.args(format).stderr(Stdio::inherit()).output();
-        let output = output.context("cargo")?;
+        let mut build = cargo("build");
+        build
+            .args(["--profile=fuzz", "--target", TRIPLE])
+            .args(format)
+            .env("CARGO_TARGET_DIR", folder()?)
+            .env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\x1f"))
+            .env_remove("RUSTFLAGS")
+            .stderr(Stdio::inherit());
+        let output = build.output().context("cargo")?;
         ensure!(output.status.success(), "the fuzz targets do not compile");
         let path = output
             .stdout
@@ -64,13 +71,15 @@ impl Program {
         })
     }
 
-    /// Clippy on all that only fuzzing compiles.
+    /// Clippy on all that only fuzzing compiles. As the workspace is checked: nothing of ours depends on the
+    /// instrumentation, and what is checked already is not checked again.
     ///
     /// # Errors
     /// What clippy says.
     pub fn lint() -> anyhow::Result<()> {
-        let output = cargo("clippy")?.args(["--quiet", "--", "-Dwarnings"]).output();
-        let output = output.context("cargo clippy")?;
+        let mut clippy = cargo("clippy");
+        clippy.args(["--quiet", "--", "-Dwarnings"]);
+        let output = clippy.output().context("cargo clippy")?;
         ensure!(
             output.status.success(),
             "{}",
@@ -168,17 +177,11 @@ fn folder() -> anyhow::Result<PathBuf> {
     Ok(folder)
 }
 
-fn cargo(command: &str) -> anyhow::Result<Command> {
+fn cargo(command: &str) -> Command {
     let mut cargo = Command::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned()));
-    let arguments = ["--profile=fuzz", "--package=fuzz-targets", "--features=libfuzzer"];
     cargo
-        .arg(command)
-        .args(arguments)
-        .args(["--target", TRIPLE])
+        .args([command, "--package=fuzz-targets", "--features=libfuzzer"])
         .current_dir(workspace())
-        .env("CARGO_TARGET_DIR", folder()?)
-        .env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\x1f"))
-        .env_remove("RUSTFLAGS")
         .stdin(Stdio::null());
-    Ok(cargo)
+    cargo
 }
