@@ -13,6 +13,7 @@ const MOST_POLL_US: u32 = 10_000;
 
 /// A disk: an image that our own process serves, or a socket that anyone serves.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct DiskSpec {
     /// Name in messages; default `disk0`, `disk1` and so on.
@@ -46,13 +47,16 @@ pub struct DiskSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache: Option<CacheMode>,
     /// Memory for mapping tables, for each layer of the image, 64K to 1G; default 8M.
+    #[cfg_attr(test, schemars(with = "Option<ByteSize>"))]
     #[serde(deserialize_with = "l2_cache_size", skip_serializing_if = "Option::is_none")]
     pub l2_cache_size: Option<ByteSize>,
     /// What the guest reads as the disk's serial number, at most 20 bytes; default the id.
+    #[cfg_attr(test, schemars(with = "Option<String>", length(max = SERIAL_LENGTH)))]
     #[serde(deserialize_with = "serial", skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
     /// Microseconds, at most 10000, in which each queue looks for its next request before it sleeps;
     /// default 0.
+    #[cfg_attr(test, schemars(with = "Option<u32>", range(max = MOST_POLL_US)))]
     #[serde(deserialize_with = "poll_us", skip_serializing_if = "Option::is_none")]
     pub poll_us: Option<u32>,
     /// What becomes of a request that the host fails.
@@ -80,6 +84,7 @@ pub struct DiskSpec {
 
 /// What the host keeps of an image in memory; QEMU's names.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum CacheMode {
     /// The host's page cache.
@@ -101,6 +106,7 @@ impl CacheMode {
 
 /// What becomes of a request that the host fails: no space is left, or a disk is broken.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum OnError {
     /// The guest is told.

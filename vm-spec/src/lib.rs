@@ -12,6 +12,7 @@ pub mod image;
 pub mod machine;
 pub mod net;
 pub mod run_state;
+pub mod schema;
 pub mod size;
 pub mod spec;
 pub mod supervise;

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 /// A network interface: exactly one of `tap`, `tap-fd`, `bridge`, `user`, `isolated`, `private`,
 /// `vhost-user`.
 #[derive(Clone, PartialEq, Default, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct NetSpec {
     /// Name in messages; default `net0`, `net1` and so on.
@@ -17,6 +18,7 @@ pub struct NetSpec {
     pub tap: Option<String>,
     /// An existing TAP, by inherited file descriptor: one for each pair of queues. Should it vanish and return, it
     /// is found again only in the launcher's own network namespace and with CAP_NET_ADMIN.
+    #[cfg_attr(test, schemars(with = "OneOrMore<i32>"))]
     #[serde(deserialize_with = "one_or_more", skip_serializing_if = "Vec::is_empty")]
     pub tap_fd: Vec<i32>,
     /// A bridge of the host, to which the launcher adds a TAP that it makes; needs CAP_NET_ADMIN.
@@ -27,6 +29,7 @@ pub struct NetSpec {
     pub user: bool,
     /// Ports of the host that lead to the guest, with `user`:
     /// `[ADDRESS:]HOST-PORT:GUEST-PORT[/tcp|/udp]`.
+    #[cfg_attr(test, schemars(with = "OneOrMore<String>"))]
     #[serde(deserialize_with = "one_or_more", skip_serializing_if = "Vec::is_empty")]
     pub publish: Vec<String>,
     /// A segment of this name, which all VMs of this user that name it share, and nobody else.
@@ -43,6 +46,7 @@ pub struct NetSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mac: Option<String>,
     /// Addresses or prefixes, IPv4 or IPv6, that the guest may use; default: any.
+    #[cfg_attr(test, schemars(with = "OneOrMore<String>"))]
     #[serde(deserialize_with = "one_or_more", skip_serializing_if = "Vec::is_empty")]
     pub ip: Vec<String>,
     /// Refuse frames from other addresses than the guest's; default: true.
@@ -87,17 +91,19 @@ pub struct NetSpec {
 }
 
 /// A list, or its only item.
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(inline))]
+#[serde(untagged, expecting = "a value of the key's type, or a list of such")]
+enum OneOrMore<T> {
+    One(T),
+    More(Vec<T>),
+}
+
 fn one_or_more<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     D: Deserializer<'de>,
     T: Deserialize<'de>,
 {
-    #[derive(Deserialize)]
-    #[serde(untagged, expecting = "a value of the key's type, or a list of such")]
-    enum OneOrMore<T> {
-        One(T),
-        More(Vec<T>),
-    }
     Ok(match OneOrMore::deserialize(deserializer)? {
         OneOrMore::One(one) => vec![one],
         OneOrMore::More(more) => more,

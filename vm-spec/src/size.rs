@@ -96,6 +96,23 @@ impl<'de> Deserialize<'de> for ByteSize {
 }
 
 #[cfg(test)]
+impl schemars::JsonSchema for ByteSize {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "ByteSize".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "description": "A number of bytes, or a text such as 512M: K, M, G and T are powers of 1024.",
+            "anyOf": [
+                { "type": "integer", "minimum": 0 },
+                { "type": "string", "pattern": "^[0-9]+ *([kKmMgGtT]([iI]?[bB])?|[bB])?$" },
+            ],
+        })
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 /// A virtual machine.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct VmSpec {
     /// The name that verbs use; also the guest's run-time folder. Default: `vm-PID`.
@@ -52,6 +53,7 @@ pub struct VmSpec {
 
 /// What to boot.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct BootSpec {
     /// An uncompressed ELF with a PVH note, or a bzImage; the file's magic tells which.
@@ -66,6 +68,7 @@ pub struct BootSpec {
 
 /// A disk image's format. It is always given, never guessed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum ImageFormat {
     /// The file is the disk.
@@ -115,6 +118,7 @@ impl ImageFormat {
 
 /// A vhost-user back end of any type.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct VhostUserSpec {
     /// Name in messages; default the type's name and a number.
@@ -142,6 +146,7 @@ pub struct VhostUserSpec {
 
 /// What a VM may take of the host. All but `core-scheduling` need cgroup v2.
 #[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct LimitsSpec {
     /// Memory of all its processes together: the guest's RAM, and 64M or more beside it.
@@ -185,6 +190,7 @@ impl LimitsSpec {
 
 /// What a guest's reboot does.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum OnReboot {
     /// The machine starts again from its kernel.
@@ -196,6 +202,7 @@ pub enum OnReboot {
 
 /// What the end of a device's process does, where nobody asked for it.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum OnDeviceDeath {
     /// A new process takes over; the guest only waits.

@@ -52,6 +52,11 @@ fn block(begin: &str) -> Result<&'static str> {
     Ok(block)
 }
 
+/// `web.toml`.
+pub(crate) fn spec() -> Result<&'static str> {
+    block("```toml\n# web.toml\n")
+}
+
 /// The tour's lines, without what follows them as a comment.
 fn commands() -> Result<Vec<String>> {
     let (_, tour) = README
@@ -83,8 +88,7 @@ impl Tour {
         let path = |name: &str| folder.path().join(name);
         fs::copy(artifact(Artifact::TinyGuest)?, path("vmlinux"))?;
         fs::write(path("initrd.img"), [0; 4096])?;
-        let spec = block("```toml\n# web.toml\n")?;
-        let spec = spec.replace("init=/bin/sh", "scenario=hlt");
+        let spec = spec()?.replace("init=/bin/sh", "scenario=hlt");
         fs::write(path(SPEC), format!("power-off-grace = 1\n{spec}"))?;
         let bulkhead = artifact(Artifact::Bulkhead)?;
         let tour = Self {

@@ -39,6 +39,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("verbs::a_dry_run_keeps_a_capture", dry_run),
         test("verbs::doctor", doctor),
         test("verbs::completions", completions),
+        test("verbs::schema", schema),
         test("verbs::sigterm_has_an_exit_code", sigterm),
         test("verbs::run_with_stdin_closed", || run_without("<&-")),
         test("verbs::run_with_stdout_closed", || run_without(">&-")),
@@ -264,6 +265,29 @@ fn completions() -> Result<()> {
         &bulkhead(folder.path(), &["completions", "csh"])?,
         exit_code::USAGE,
     )?;
+    Ok(())
+}
+
+/// Of the README's spec, each key is in it; no kernel is needed to get it.
+fn schema() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let schema = expect(&bulkhead(folder.path(), &["run", "--print-schema"])?, 0)?;
+    let schema: Value = serde_json::from_str(&schema)?;
+    let text = super::tour::spec()?;
+    let mut keys = &schema["properties"];
+    for line in text.lines() {
+        if let Some(table) = line.strip_prefix('[') {
+            let table = table.trim_matches(['[', ']']);
+            let known = &schema["properties"][table];
+            let list = known["items"]["$ref"].as_str();
+            let kind = list.or_else(|| known["$ref"].as_str());
+            let kind = kind.with_context(|| format!("no {table}"))?;
+            let kind = kind.trim_start_matches("#/$defs/");
+            keys = &schema["$defs"][kind]["properties"];
+        } else if let Some((key, _)) = line.split_once(" = ") {
+            ensure!(keys[key]["description"].is_string(), "{key} is not in {keys}");
+        }
+    }
     Ok(())
 }
 

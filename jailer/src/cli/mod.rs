@@ -223,6 +223,9 @@ struct RunArgs {
     spec: Option<PathBuf>,
     #[command(flatten)]
     vm: flags::VmFlags,
+    /// Print the JSON schema of specs, for editors and programs, and run nothing
+    #[arg(long)]
+    print_schema: bool,
     /// Print the processes, descriptors and policies that would run, and run nothing
     #[arg(long)]
     dry_run: bool,
@@ -313,6 +316,7 @@ fn parse(arguments: Vec<OsString>) -> Result<Verb, clap::Error> {
 
 fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
     match verb {
+        Verb::Run(args) if args.print_schema => print(vm_spec::schema::SCHEMA),
         Verb::Run(args) if args.dry_run => print(&launch::dry_run(&args.spec()?, &args.options())?),
         Verb::Run(args) => launch::run(&args.spec()?, &args.options(), launched_ns),
         Verb::Ps { json } => print(&ps::show(json)?),
