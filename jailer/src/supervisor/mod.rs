@@ -18,6 +18,8 @@ mod outcome;
 mod ready;
 mod recovery;
 mod remote;
+#[cfg(test)]
+mod tests;
 mod upgrade;
 
 use crate::escape::Command;

@@ -215,3 +215,130 @@ fn quiet(result: nix::Result<usize>) -> io::Result<Option<usize>> {
         Err(e) => Err(e.into()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
+
+    /// Datagrams stand for a TAP's frames.
+    fn pair(kind: SockType) -> (OwnedFd, OwnedFd) {
+        let (ours, theirs) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        for fd in [&ours, &theirs] {
+            fcntl(fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        }
+        (ours, theirs)
+    }
+
+    /// As the kernel gives and takes it.
+    fn frame(length: usize, fill: u8) -> Vec<u8> {
+        [vec![0; HEADER], vec![fill; length]].concat()
+    }
+
+    fn with_length(length: usize, fill: u8) -> Vec<u8> {
+        [(length as u32).to_be_bytes().to_vec(), vec![fill; length]].concat()
+    }
+
+    /// All that can be read now, in the pieces in which it comes.
+    fn pieces(fd: &OwnedFd) -> Vec<Vec<u8>> {
+        let mut all = Vec::new();
+        loop {
+            let mut bytes = vec![0; HEADER + LONGEST];
+            match nix::unistd::read(fd, &mut bytes) {
+                Ok(count) if count > 0 => all.push(bytes[..count].to_vec()),
+                _ => return all,
+            }
+        }
+    }
+
+    #[test]
+    fn only_what_passt_takes_goes_out() {
+        let (tap, guest) = pair(SockType::SeqPacket);
+        let (stream, passt) = pair(SockType::Stream);
+        let mut outgoing = Outgoing::new();
+        let mut heard = Vec::new();
+        // A guest's frame is as long as its TAP lets it be.
+        for length in [0, 13, 14, 1514, 65535, 65536, LONGEST] {
+            write(&guest, &frame(length, length as u8)).unwrap();
+            outgoing.fill(&tap).unwrap();
+            while !outgoing.is_empty() {
+                outgoing.empty_into(&stream).unwrap();
+                heard.extend(pieces(&passt).concat());
+            }
+        }
+        // Shorter than the header that each has.
+        write(&guest, &[0; 3]).unwrap();
+        outgoing.fill(&tap).unwrap();
+        assert!(outgoing.is_empty());
+        let wanted = [14, 1514, 65535].map(|length| with_length(length, length as u8));
+        assert!(heard == wanted.concat());
+    }
+
+    #[test]
+    fn frames_come_in_whatever_pieces() {
+        let bytes: Vec<u8> = (1..40_u8)
+            .flat_map(|n| with_length(usize::from(n) * 37, n))
+            .collect();
+        let wanted: Vec<_> = (1..40_u8).map(|n| frame(usize::from(n) * 37, n)).collect();
+        for piece in [1, 3, 4, 5, 500, 1500, bytes.len()] {
+            let (tap, guest) = pair(SockType::SeqPacket);
+            let (stream, passt) = pair(SockType::Stream);
+            let mut incoming = Incoming::new();
+            let mut heard = Vec::new();
+            for part in bytes.chunks(piece) {
+                assert_eq!(write(&passt, part), Ok(part.len()));
+                incoming.fill(&stream).unwrap();
+                incoming.empty_into(&tap).unwrap();
+                heard.extend(pieces(&guest));
+            }
+            assert!(heard == wanted, "in pieces of {piece}");
+        }
+    }
+
+    #[test]
+    fn a_length_that_no_frame_has_ends_it() {
+        for length in [LONGEST + 1, u32::MAX as usize] {
+            let (tap, guest) = pair(SockType::SeqPacket);
+            let (stream, passt) = pair(SockType::Stream);
+            let mut incoming = Incoming::new();
+            write(&passt, &with_length(60, 1)).unwrap();
+            write(&passt, &(length as u32).to_be_bytes()).unwrap();
+            incoming.fill(&stream).unwrap();
+            let error = incoming.empty_into(&tap).unwrap_err().to_string();
+            assert!(error.contains("too long"), "{error}");
+            assert_eq!(pieces(&guest).len(), 1, "what came before it");
+        }
+    }
+
+    #[test]
+    fn a_guest_that_does_not_read_loses_nothing_of_a_frame() {
+        let (tap, guest) = pair(SockType::SeqPacket);
+        let (stream, passt) = pair(SockType::Stream);
+        setsockopt(&tap, sockopt::SndBuf, &8192).unwrap();
+        let mut incoming = Incoming::new();
+        let bytes: Vec<u8> = (0..100_u8).flat_map(|n| with_length(1400, n)).collect();
+        assert_eq!(write(&passt, &bytes), Ok(bytes.len()));
+        let (mut heard, mut refused) = (Vec::new(), 0);
+        for _ in 0..200 {
+            incoming.fill(&stream).unwrap();
+            incoming.empty_into(&tap).unwrap();
+            refused += u32::from(incoming.has_frame());
+            heard.extend(pieces(&guest));
+        }
+        let wanted: Vec<_> = (0..100).map(|n| frame(1400, n)).collect();
+        assert!(heard == wanted);
+        assert!(refused > 5, "the guest's end was never full: {refused}");
+    }
+
+    #[test]
+    fn a_passt_that_is_gone_is_told() {
+        let (stream, passt) = pair(SockType::Stream);
+        drop(passt);
+        let error = Incoming::new().fill(&stream).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        let mut outgoing = Outgoing::new();
+        outgoing.end = 100;
+        assert!(outgoing.empty_into(&stream).is_err());
+    }
+}

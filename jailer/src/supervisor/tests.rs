@@ -1,0 +1,258 @@
+//! A supervisor whose spawner, vmm and clients the tests play.
+
+use super::*;
+use crate::wire_fds::receive_with_fds;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket, socketpair,
+};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicI32, Ordering};
+use vm_spec::client::{Answer, Channel, Request};
+use vm_spec::control::FromVmm;
+
+/// What the supervisor inherits has numbers that nothing else ever has.
+static NEXT: AtomicI32 = AtomicI32::new(500);
+
+fn give(fd: OwnedFd) -> FdNumber {
+    let least = NEXT.fetch_add(1, Ordering::Relaxed);
+    FdNumber(fcntl(&fd, FcntlArg::F_DUPFD(least)).unwrap())
+}
+
+fn pair(kind: SockType) -> (OwnedFd, OwnedFd) {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    socketpair(AddressFamily::Unix, kind, None, flags).unwrap()
+}
+
+struct Play {
+    supervisor: Supervisor,
+    spawner: OwnedFd,
+    vmm: OwnedFd,
+    guest: OwnedFd,
+    address: UnixAddr,
+}
+
+impl Play {
+    fn begin(name: &str) -> Self {
+        let (spawner, of_spawner) = pair(SockType::SeqPacket);
+        let (vmm, of_vmm) = pair(SockType::SeqPacket);
+        let (guest, of_guest) = pair(SockType::Stream);
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let clients = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
+        let name = format!("bulkhead-supervisor-{name}-{}", std::process::id());
+        let address = UnixAddr::new_abstract(name.as_bytes()).unwrap();
+        bind(clients.as_raw_fd(), &address).unwrap();
+        listen(&clients, Backlog::new(32).unwrap()).unwrap();
+        let config = SupervisorConfig {
+            vmm: give(of_vmm),
+            clients: give(clients),
+            console: give(of_guest),
+            input: None,
+            output: None,
+            escape: false,
+            processes: Vec::new(),
+            remotes: Vec::new(),
+            connector: None,
+            power_off_grace: 10,
+            log_json: false,
+            on_device_death: OnDeviceDeath::Restart,
+        };
+        Self {
+            supervisor: Supervisor::new(of_spawner, config).unwrap(),
+            spawner,
+            vmm,
+            guest,
+            address,
+        }
+    }
+
+    fn client(&self) -> OwnedFd {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let client = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
+        connect(client.as_raw_fd(), &self.address).unwrap();
+        client
+    }
+
+    /// One request of it, and what came of it; `None`: it was turned away.
+    fn ask(&mut self, client: &OwnedFd, request: Request) -> Option<Answer> {
+        // To one that was turned away nothing can be sent.
+        let _ = send_message(client.as_fd(), 7, request);
+        self.supervisor.hear_clients(Instant::now());
+        match receive_message(client.as_fd()) {
+            Ok(Received::Message(7, answer)) => Some(answer),
+            Ok(Received::End) => None,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Another one that listens; or why it may not.
+    fn listener(&mut self, channel: Channel) -> Result<OwnedFd, String> {
+        let client = self.client();
+        assert_eq!(self.ask(&client, Request::Hello), Some(Answer::Hello));
+        let follow = true;
+        match self.ask(&client, Request::Listen { channel, follow }) {
+            Some(Answer::Listening) => Ok(client),
+            other => Err(format!("{other:?}")),
+        }
+    }
+
+    /// Some events are served.
+    fn settle(&mut self) {
+        for _ in 0..20 {
+            self.supervisor.wait(Some(Instant::now())).unwrap();
+        }
+    }
+}
+
+/// How many messages are left in a socket.
+fn left<T: serde::Serialize + serde::de::DeserializeOwned>(socket: &OwnedFd) -> usize {
+    let more = || matches!(receive_message::<T>(socket.as_fd()), Ok(Received::Message(..)));
+    std::iter::from_fn(|| more().then_some(())).count()
+}
+
+#[test]
+fn a_vmm_that_talks_without_end_is_heard_in_turns() {
+    let mut play = Play::begin("vmm");
+    for _ in 0..hearing::MESSAGES_A_TURN + 20 {
+        send_message(play.vmm.as_fd(), 0, FromVmm::Rebooted).unwrap();
+    }
+    play.supervisor.hear_vmm(hearing::MESSAGES_A_TURN, Instant::now());
+    assert_eq!(left::<FromVmm>(play.supervisor.vmm.as_ref().unwrap()), 20);
+}
+
+#[test]
+fn a_spawner_that_talks_without_end_is_heard_in_turns() {
+    let mut play = Play::begin("spawner");
+    for process in 0..hearing::MESSAGES_A_TURN as u16 + 20 {
+        let message = ToSupervisor::Stopped {
+            process,
+            stopped: true,
+        };
+        send_message(play.spawner.as_fd(), 0, message).unwrap();
+    }
+    play.supervisor.hear_spawner(Instant::now()).unwrap();
+    assert_eq!(left::<ToSupervisor>(&play.supervisor.spawner), 20);
+}
+
+#[test]
+fn a_client_says_hello_first() {
+    let mut play = Play::begin("hello");
+    let client = play.client();
+    let order = || Request::Order {
+        device: "disk0".to_owned(),
+        line: "metrics".to_owned(),
+    };
+    let answer = play.ask(&client, order());
+    assert_eq!(answer, Some(Answer::Failed("say hello first".to_owned())));
+    assert_eq!(play.ask(&client, Request::Hello), Some(Answer::Hello));
+    let answer = play.ask(&client, order());
+    assert!(matches!(answer, Some(Answer::Failed(why)) if why.contains("no disk 'disk0'")));
+}
+
+#[test]
+fn clients_are_few_and_not_waited_for() {
+    let mut play = Play::begin("few");
+    let clients: Vec<_> = (0..MOST_CLIENTS).map(|_| play.client()).collect();
+    let first = play.ask(&clients[0], Request::Hello);
+    assert_eq!(first, Some(Answer::Hello));
+    let one_more = play.client();
+    assert_eq!(play.ask(&one_more, Request::Hello), None);
+    // They say nothing for too long.
+    let later = play.supervisor.clients.deadline().expect("they are idle");
+    assert!(later > Instant::now() + Duration::from_secs(5));
+    play.supervisor.hear_clients(later + Duration::from_secs(10));
+    for client in &clients {
+        let end = receive_with_fds::<Answer>(client.as_fd());
+        assert!(matches!(end, Ok((Received::End, _))), "{end:?}");
+    }
+    let one_more = play.client();
+    assert_eq!(play.ask(&one_more, Request::Hello), Some(Answer::Hello));
+}
+
+#[test]
+fn what_is_no_message_ends_its_client_only() {
+    let mut play = Play::begin("noise");
+    let (good, bad) = (play.client(), play.client());
+    assert_eq!(play.ask(&good, Request::Hello), Some(Answer::Hello));
+    nix::unistd::write(&bad, &[0xff; 100]).unwrap();
+    play.supervisor.hear_clients(Instant::now());
+    let end = receive_with_fds::<Answer>(bad.as_fd());
+    assert!(matches!(end, Ok((Received::End, _))), "{end:?}");
+    assert_eq!(play.ask(&good, Request::Hello), Some(Answer::Hello));
+}
+
+#[test]
+fn listeners_leave_places_for_orders() {
+    let mut play = Play::begin("listeners");
+    let mut admitted = Vec::new();
+    for channel in [Channel::Console, Channel::Log] {
+        for n in 0..=audience::MOST_LISTENERS {
+            match play.listener(channel) {
+                Ok(client) => admitted.push(client),
+                Err(why) => assert!(n == audience::MOST_LISTENERS, "{why}"),
+            }
+        }
+    }
+    assert_eq!(admitted.len(), 2 * audience::MOST_LISTENERS);
+    let client = play.client();
+    assert_eq!(play.ask(&client, Request::Hello), Some(Answer::Hello));
+    // All at the console hear the guest, and it hears one of them.
+    nix::unistd::write(&play.guest, b"login: ").unwrap();
+    nix::unistd::write(&admitted[0], b"root\n").unwrap();
+    play.settle();
+    let mut bytes = [0; 100];
+    for listener in &admitted[..audience::MOST_LISTENERS] {
+        assert_eq!(nix::unistd::read(listener, &mut bytes), Ok(7));
+        assert_eq!(&bytes[..7], b"login: ");
+    }
+    assert_eq!(nix::unistd::read(&play.guest, &mut bytes), Ok(5));
+    assert_eq!(&bytes[..5], b"root\n");
+}
+
+/// Types until nobody takes any more: the guest's socket, the supervisor and the client's socket are full.
+fn type_all(play: &mut Play, client: &OwnedFd) -> usize {
+    let keys = [b'k'; 256];
+    let mut typed = 0;
+    loop {
+        let before = typed;
+        while let Ok(count) = nix::unistd::write(client, &keys) {
+            typed += count;
+        }
+        play.settle();
+        if typed == before {
+            return typed;
+        }
+    }
+}
+
+#[test]
+fn keys_wait_for_a_guest_that_reads_none() {
+    let mut play = Play::begin("keys");
+    let client = play.listener(Channel::Console).unwrap();
+    let typed = type_all(&mut play, &client);
+    let mut heard = 0;
+    let mut bytes = [0; 4096];
+    for _ in 0..typed {
+        while let Ok(count) = nix::unistd::read(&play.guest, &mut bytes) {
+            assert!(bytes[..count].iter().all(|byte| *byte == b'k'));
+            heard += count;
+        }
+        if heard == typed {
+            break;
+        }
+        play.settle();
+    }
+    assert_eq!(heard, typed);
+    assert_eq!(play.supervisor.console.audience.count(), 1);
+}
+
+/// That must not wake the supervisor for ever.
+#[test]
+fn who_leaves_while_keys_wait_is_noticed() {
+    let mut play = Play::begin("leaves");
+    let client = play.listener(Channel::Console).unwrap();
+    type_all(&mut play, &client);
+    drop(client);
+    play.settle();
+    assert_eq!(play.supervisor.console.audience.count(), 0);
+}
