@@ -26,6 +26,9 @@ use std::process::Command;
 use std::thread;
 use std::time::Instant;
 
+/// Part of the names of tests that hardly use a processor, and do not mind that others do.
+const WAITS: &str = "(waits)";
+
 /// How the tests of a tier choose where they run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Needs {
@@ -137,11 +140,10 @@ fn tests(report: &mut Report, programs: &[TestProgram], binaries: &Path, host: H
     });
     runs.into_iter().for_each(|run| report.add_suite(run));
     for program in &here {
-        let sequential: &[&str] = match needs(program) {
-            Needs::Nothing => &[],
-            Needs::Kvm | Needs::LinuxKvm => &["--test-threads=1"],
-        };
-        report.add_suite(places.here(program, sequential));
+        match needs(program) {
+            Needs::Nothing => report.add_suite(places.here(program, &[])),
+            Needs::Kvm | Needs::LinuxKvm => one_by_one(report, program, &places),
+        }
     }
     if !host.runs_linux() {
         retry_nested(report, &here, &mut runner);
@@ -165,6 +167,18 @@ fn tests(report: &mut Report, programs: &[TestProgram], binaries: &Path, host: H
             report.add_suite(runner.run(program, alone).full_only("nested, jail off"));
         }
     }
+}
+
+/// Runs tests one after the other, but for those that wait for the most part: they run beside the others.
+fn one_by_one(report: &mut Report, program: &TestProgram, places: &Places) {
+    let (others, waiting) = thread::scope(|scope| {
+        let waiting = scope.spawn(|| places.here(program, &["--test-threads=4", WAITS]));
+        let others = places.here(program, &["--test-threads=1", "--skip", WAITS]);
+        let waiting = waiting.join();
+        (others, waiting.expect("to run a program does not panic"))
+    });
+    report.add_suite(others);
+    report.add_suite(waiting);
 }
 
 /// What needs no test program.

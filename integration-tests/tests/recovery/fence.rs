@@ -16,6 +16,7 @@ use std::{
     fs,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
     thread,
     time::Duration,
 };
@@ -30,8 +31,8 @@ const THROTTLE: &str = "/sys/fs/cgroup/blkio";
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        test_within(LIMIT, "fence::ext4", || fence(Place::Waits("ext4"))),
-        test_within(LIMIT, "fence::xfs", || fence(Place::Waits("xfs"))),
+        test_within(LIMIT, "fence::ext4 (waits)", || fence(Place::Waits("ext4"))),
+        test_within(LIMIT, "fence::xfs (waits)", || fence(Place::Waits("xfs"))),
         test_within(LIMIT, "fence::btrfs", || fence(Place::Calls("btrfs"))),
         test_within(LIMIT, "fence::block_device", || fence(Place::BlockDevice)),
     ]
@@ -58,7 +59,9 @@ impl SlowDisk {
     fn make(file: &Path) -> Result<Self> {
         fs::File::create(file)?.set_len(640 << 20)?;
         let device = LoopDevice::over(file)?;
-        let group = Path::new(THROTTLE).join(format!("bulkhead-fence-{}", std::process::id()));
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let (process, count) = (std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let group = Path::new(THROTTLE).join(format!("bulkhead-fence-{process}-{count}"));
         fs::create_dir(&group).context("a group that is throttled")?;
         Ok(Self { device, group })
     }

@@ -42,7 +42,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         "forced::a_queue_that_spins_is_replaced",
         spins,
     ));
-    tests.push(test_within(limit, "forced::a_slow_disk_is_no_hang", slow));
+    tests.push(test_within(limit, "forced::a_slow_disk_is_no_hang (waits)", slow));
     tests
 }
 

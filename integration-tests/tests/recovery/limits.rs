@@ -18,7 +18,7 @@ const DEADLINE: Duration = Duration::from_secs(20);
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        test("limits::gives_up_and_the_vm_lives", gives_up),
+        test("limits::gives_up_and_the_vm_lives (waits)", gives_up),
         test("limits::the_net_process_is_replaced", net),
         test("limits::events_tell_what_happened", events),
     ]

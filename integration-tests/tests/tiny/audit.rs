@@ -31,7 +31,11 @@ pub(crate) fn tests() -> Vec<Trial> {
             "audit::without_seccomp_the_next_wall_holds",
             without_seccomp,
         ),
-        test_within(DEADLINE, "audit::a_binary_that_is_no_probe_is_found", no_probe),
+        test_within(
+            DEADLINE,
+            "audit::a_binary_that_is_no_probe_is_found (waits)",
+            no_probe,
+        ),
     ]
 }
 

@@ -31,8 +31,8 @@ pub(crate) fn tests() -> Vec<Trial> {
     tests.push(test("bad_input::kernel_larger_than_memory", kernel_too_large));
     tests.push(test("bad_input::unknown_key_in_a_file", unknown_key));
     let back_ends: [(&str, Conduct, &[&str]); 3] = [
-        ("exits_at_once", drop, &["disk0", "closed"]),
-        ("hangs_in_the_handshake", hang, &["disk0", "GET_FEATURES"]),
+        ("exits_at_once (waits)", drop, &["disk0", "closed"]),
+        ("hangs_in_the_handshake (waits)", hang, &["disk0", "GET_FEATURES"]),
         ("offers_no_version_1", old, &["disk0", "VERSION_1"]),
     ];
     for (name, conduct, words) in back_ends {
