@@ -84,10 +84,7 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
     let mut report = Report::default();
     report.add_suite(check("formatting", cargo::formatting));
     eprintln!("verify: building the release binaries and the tests");
-    Artifacts::build(Profile::Release)?.copy_to(binaries.path())?;
-    stage_probes(&binaries.path().join(place::PROBES_FOLDER)).context("the audit's probes")?;
-    Images::write(&binaries.path().join(place::IMAGES_FILE)).context("the test guests' images")?;
-    let programs = cargo::build_tests()?;
+    let programs = build(binaries.path())?;
     tests(&mut report, &programs, binaries.path(), host, full);
     report.add_suite(SuiteRun::of("README", "cargo demo", || {
         vec![("cargo demo".to_owned(), readme::demo())]
@@ -100,6 +97,20 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
     let count = report.count();
     println!("\n{}verify: {minutes} minutes\n{count}", report.details());
     Ok(count.failed == 0)
+}
+
+/// Builds everything under test into `folder`, and the test programs; two things at a time, since each has
+/// stretches in which it keeps one processor busy.
+fn build(folder: &Path) -> anyhow::Result<Vec<TestProgram>> {
+    thread::scope(|scope| {
+        let release = scope.spawn(|| Artifacts::build(Profile::Release));
+        Images::write(&folder.join(place::IMAGES_FILE)).context("the test guests' images")?;
+        stage_probes(&folder.join(place::PROBES_FOLDER)).context("the audit's probes")?;
+        let programs = cargo::build_tests()?;
+        let release = release.join().expect("to run cargo does not panic");
+        release?.copy_to(folder)?;
+        Ok(programs)
+    })
 }
 
 /// Builds the audit's probes and copies them to `folder`, which the nested runner sees.

@@ -9,14 +9,15 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::read;
 use std::io::{self, ErrorKind, IsTerminal, Write, stdin};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
 use vm_spec::client::{Answer, Channel, Request};
 
-/// For the supervisor to take a listener.
+/// For the supervisor to take a listener, and to say what there is.
 const DEADLINE: Duration = Duration::from_secs(5);
 /// Longest datagram from the supervisor.
 const LONGEST: usize = 4096;
@@ -43,7 +44,16 @@ fn listen(vm: &str, channel: Channel, follow: bool) -> Result<OwnedFd, Failure> 
 /// A [`Failure`] when no such VM runs, or standard output cannot be written.
 pub(super) fn logs(vm: &str, follow: bool) -> Result<u8, Failure> {
     let socket = listen(vm, Channel::Log, follow)?;
+    if !follow {
+        // What there is comes at once.
+        let limit = TimeVal::seconds(DEADLINE.as_secs() as i64);
+        setsockopt(&socket, sockopt::ReceiveTimeout, &limit)
+            .map_err(|e| Failure::host("cannot limit the wait").because(&e))?;
+    }
     while let Some(bytes) = next(&socket, MsgFlags::empty())? {
+        if bytes.is_empty() {
+            return Err(Failure::host(format!("no answer within {DEADLINE:?}")));
+        }
         if !print(&bytes)? {
             break;
         }

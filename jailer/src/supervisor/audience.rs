@@ -1,5 +1,6 @@
 //! Clients that listen to the console, or to the log: each has what was said last, and from then on
-//! what is said. A slow one loses some, and is told how much; nobody else waits for it.
+//! what is said. A slow one loses some, and is told how much; nobody waits for it, but for a moment at the
+//! VM's end.
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
