@@ -3,6 +3,7 @@
 
 use super::Supervisor;
 use super::audience::MOST_LISTENERS;
+use super::hearing::MESSAGES_A_TURN;
 use crate::wire::{Received, send_message};
 use crate::wire_fds::receive_with_fds;
 use nix::sys::socket::{SockFlag, accept4};
@@ -65,7 +66,8 @@ impl Clients {
     fn look(&mut self, listeners: usize, now: Instant) {
         self.all
             .retain(|client| client.idle.is_none_or(|since| now < since + IDLE_DEADLINE));
-        while let Ok(socket) = accept(&self.listener) {
+        for _ in 0..MESSAGES_A_TURN {
+            let Ok(socket) = accept(&self.listener) else { break };
             if self.all.len() + listeners < MOST_CLIENTS as usize {
                 self.count += 1;
                 self.all.push(Client {
@@ -133,11 +135,14 @@ fn accept(listener: &OwnedFd) -> nix::Result<OwnedFd> {
 }
 
 impl Supervisor {
-    /// Serves clients.
+    /// Serves clients, of whom none can keep the others waiting; what is left wakes again.
     pub(super) fn hear_clients(&mut self, now: Instant) {
         let listeners = self.console.audience.count() + self.log.audience.count();
         self.clients.look(listeners, now);
-        while let Some((asker, request, fd)) = self.clients.next() {
+        for _ in 0..MESSAGES_A_TURN {
+            let Some((asker, request, fd)) = self.clients.next() else {
+                break;
+            };
             let greeted = self.clients.greet(asker, &request);
             let refused = match (request, fd) {
                 _ if !greeted => "say hello first".to_owned(),

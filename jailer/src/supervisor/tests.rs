@@ -135,6 +135,19 @@ fn a_spawner_that_talks_without_end_is_heard_in_turns() {
 }
 
 #[test]
+fn a_client_that_asks_without_end_is_heard_in_turns() {
+    let mut play = Play::begin("endless");
+    let client = play.client();
+    for _ in 0..hearing::MESSAGES_A_TURN + 20 {
+        send_message(client.as_fd(), 7, Request::Hello).unwrap();
+    }
+    play.supervisor.hear_clients(Instant::now());
+    assert_eq!(left::<Answer>(&client), hearing::MESSAGES_A_TURN);
+    play.supervisor.hear_clients(Instant::now());
+    assert_eq!(left::<Answer>(&client), 20);
+}
+
+#[test]
 fn a_client_says_hello_first() {
     let mut play = Play::begin("hello");
     let client = play.client();
