@@ -1,6 +1,6 @@
 //! The block device: features and configuration space (virtio 1.3, 5.2.3 and 5.2.4).
 
-use crate::control::{Control, Order};
+use crate::control::Order;
 use crate::counters::{Counters, QueueCounters};
 use crate::image::{self, BlockFile, Format, Image, ImageError, OpenOptions, Passphrase, SECTOR};
 use crate::io::{CacheMode, DirectFile, Fence, IoMode, RestrictedRing, await_direct_writes};
@@ -15,7 +15,7 @@ use std::io::{self, Seek as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use vhost_daemon::{ConfigError, Device, Program, QueueHandler, QueueLimits};
+use vhost_daemon::{ConfigError, Device, Orders, Program, QueueHandler, QueueLimits};
 use virtio_bindings::virtio_blk::*;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes};
@@ -82,8 +82,8 @@ impl Program for BlkProgram {
         let (image, fence) = open_image(&options)?;
         tracing::info!(image = image.describe(), "disk image is open");
         let rings = make_rings(&options, fence, num_queues)?;
-        let control = options.control.map(vhost_daemon::inherited).transpose();
-        let control = control.and_then(Control::new).map_err(BlkError::Control)?;
+        let orders = options.control.map(vhost_daemon::inherited).transpose();
+        let orders = orders.and_then(Orders::new).map_err(BlkError::Control)?;
         let settings = Settings {
             serial: options.serial.into(),
             limits: options.limits.limiter(),
@@ -97,7 +97,7 @@ impl Program for BlkProgram {
             settings,
             counters: Counters::new(num_queues),
             rings,
-            control,
+            orders,
         }))
     }
 }
@@ -245,7 +245,7 @@ pub struct BlkDevice {
     counters: Counters,
     /// One for each queue, or none.
     rings: Vec<RestrictedRing>,
-    control: Control,
+    orders: Orders,
 }
 
 impl BlkDevice {
@@ -254,16 +254,21 @@ impl BlkDevice {
         self.counters.queues().len() as u16
     }
 
-    fn obey(&mut self, order: &Order) {
-        let answer = match order {
-            Order::Metrics => format!("{}# EOF\n", self.counters.prometheus(self.image.capacity())),
-            Order::Size(capacity) => match self.image.grow(*capacity, Some(Instant::now() + GROWTH)) {
-                Ok(()) => "ok\n".to_owned(),
-                Err(error) => refusal(&error),
+    fn obey(&mut self, line: &str) {
+        match Order::parse(line) {
+            Order::Metrics => {
+                let metrics = self.counters.prometheus(self.image.capacity());
+                self.orders.answer_at_length(&metrics);
+            }
+            Order::Size(capacity) => match self.image.grow(capacity, Some(Instant::now() + GROWTH)) {
+                Ok(()) => self.orders.answer("ok\n"),
+                Err(error) => self.orders.answer(&refusal(&error)),
             },
-            Order::Unknown(line) => format!("error: {line:?} is no order: write size BYTES or metrics\n"),
-        };
-        self.control.answer(&answer);
+            Order::Unknown => {
+                let error = format!("error: {line:?} is no order: write size BYTES or metrics\n");
+                self.orders.answer(&error);
+            }
+        }
     }
 }
 
@@ -352,13 +357,13 @@ impl Device for BlkDevice {
     }
 
     fn config_source(&self) -> Option<BorrowedFd<'_>> {
-        self.control.source()
+        self.orders.source()
     }
 
     fn config_changed(&mut self) -> bool {
         let before = self.image.capacity();
-        for order in self.control.orders() {
-            self.obey(&order);
+        for line in self.orders.lines() {
+            self.obey(&line);
         }
         self.image.capacity() != before
     }

@@ -1,5 +1,6 @@
 //! What passed and what was dropped, and why: bounded logging of what a guest can trigger.
 
+use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Why a frame did not pass.
@@ -14,6 +15,14 @@ pub enum Drop {
     /// The guest's buffer is too small for the frame, or its chain has too many segments.
     Buffer,
 }
+
+/// With its name in metrics.
+const REASONS: [(Drop, &str); 4] = [
+    (Drop::Header, "header"),
+    (Drop::Guard, "guard"),
+    (Drop::Interface, "interface"),
+    (Drop::Buffer, "buffer"),
+];
 
 /// What one queue passed and nobody counted yet.
 #[derive(Clone, Copy, Default, Debug)]
@@ -68,11 +77,16 @@ impl Direction {
         self.dropped[reason as usize].load(Ordering::Relaxed)
     }
 
+    /// Bytes of frames that passed, without their virtio-net headers.
+    fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
     fn log(&self, direction: &str) {
         tracing::info!(
             direction,
             frames = self.frames(),
-            bytes = self.bytes.load(Ordering::Relaxed),
+            bytes = self.bytes(),
             dropped_header = self.drops(Drop::Header),
             dropped_guard = self.drops(Drop::Guard),
             dropped_interface = self.drops(Drop::Interface),
@@ -94,7 +108,74 @@ pub struct Counters {
 impl Counters {
     /// One line for each direction.
     pub fn log(&self) {
-        self.receive.log("receive");
-        self.transmit.log("transmit");
+        for (name, direction) in self.directions() {
+            direction.log(name);
+        }
+    }
+
+    fn directions(&self) -> [(&'static str, &Direction); 2] {
+        [("receive", &self.receive), ("transmit", &self.transmit)]
+    }
+
+    /// Prometheus' text format, a few lines; what the guest receives is `receive`.
+    #[must_use]
+    pub fn prometheus(&self, link_up: bool) -> String {
+        let up = u8::from(link_up);
+        let mut text = format!("# TYPE bulkhead_net_link_up gauge\nbulkhead_net_link_up {up}\n");
+        // Writing to a String cannot fail.
+        type Count = fn(&Direction) -> u64;
+        for (name, count) in [
+            ("frames", Direction::frames as Count),
+            ("bytes", Direction::bytes),
+        ] {
+            let _ = writeln!(text, "# TYPE bulkhead_net_{name}_total counter");
+            for (direction, counters) in self.directions() {
+                let count = count(counters);
+                let _ = writeln!(
+                    text,
+                    "bulkhead_net_{name}_total{{direction=\"{direction}\"}} {count}"
+                );
+            }
+        }
+        text.push_str("# TYPE bulkhead_net_dropped_total counter\n");
+        for (direction, counters) in self.directions() {
+            for (reason, name) in REASONS {
+                let count = counters.drops(reason);
+                let _ = writeln!(
+                    text,
+                    "bulkhead_net_dropped_total{{direction=\"{direction}\",reason=\"{name}\"}} {count}"
+                );
+            }
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_has_every_sample() {
+        let counters = Counters::default();
+        let mut batch = Batch::default();
+        batch.passed(60);
+        batch.passed(1514);
+        counters.receive.add(&mut batch);
+        counters.transmit.dropped(Drop::Guard, &"not its own");
+        let text = counters.prometheus(true);
+        for line in [
+            "# TYPE bulkhead_net_link_up gauge",
+            "bulkhead_net_link_up 1",
+            "# TYPE bulkhead_net_frames_total counter",
+            "bulkhead_net_frames_total{direction=\"receive\"} 2",
+            "bulkhead_net_frames_total{direction=\"transmit\"} 0",
+            "bulkhead_net_bytes_total{direction=\"receive\"} 1574",
+            "bulkhead_net_dropped_total{direction=\"transmit\",reason=\"guard\"} 1",
+            "bulkhead_net_dropped_total{direction=\"receive\",reason=\"buffer\"} 0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
+        }
+        assert!(counters.prometheus(false).contains("bulkhead_net_link_up 0\n"));
     }
 }

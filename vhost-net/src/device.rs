@@ -21,7 +21,7 @@ use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
 use vhost_daemon::device::QueueLimits;
-use vhost_daemon::{ConfigError, Device, Program, QueueHandler, SharedLimiter};
+use vhost_daemon::{ConfigError, Device, Orders, Program, QueueHandler, SharedLimiter};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VQ,
     VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
@@ -52,6 +52,9 @@ pub enum OpenError {
     /// `--link-fd` names nothing that can be waited for.
     #[error("--link-fd")]
     Link(#[source] io::Error),
+    /// `--control-fd` names no socket.
+    #[error("--control-fd")]
+    Control(#[source] io::Error),
     /// No timer, eventfd or epoll instance.
     #[error("cannot make a timer and an epoll instance")]
     Events(#[source] io::Error),
@@ -63,7 +66,14 @@ pub struct NetProgram;
 impl Program for NetProgram {
     const NAME: &'static str = "vhost-user-net";
     const KIND: &'static str = "net";
-    const CAPABILITIES: &'static [&'static str] = &["tap-name", "tap-fd", "link-fd", "state-fd", "pcap-fd"];
+    const CAPABILITIES: &'static [&'static str] = &[
+        "tap-name",
+        "tap-fd",
+        "link-fd",
+        "control-fd",
+        "state-fd",
+        "pcap-fd",
+    ];
     const ROLE: Role = Role::Net;
     const USAGE: &'static str = crate::options::USAGE;
     const QUEUES: QueueLimits = QueueLimits {
@@ -127,7 +137,9 @@ impl NetDevice {
         };
         let orders = options.link_fd.map(vhost_daemon::inherited).transpose();
         let orders = orders.map_err(OpenError::Link)?;
-        let watch = LinkWatch::new(Arc::clone(&parts.link), orders);
+        let control = options.control_fd.map(vhost_daemon::inherited).transpose();
+        let control = control.and_then(Orders::new).map_err(OpenError::Control)?;
+        let watch = LinkWatch::new(Arc::clone(&parts.link), orders, control);
         let handlers = make_handlers(&options, &parts, &taps)?;
         tracing::info!(
             tap = first.name(),
@@ -287,6 +299,8 @@ impl Device for NetDevice {
     }
 
     fn config_changed(&mut self) -> bool {
+        let Parts { counters, link, .. } = &self.parts;
+        self.watch.control(|| counters.prometheus(link.is_up()));
         self.watch.changed()
     }
 

@@ -1,7 +1,8 @@
 //! The link as the driver sees it: the launcher may take it down, and a TAP that vanishes does.
 //!
 //! Queues' threads tell of a TAP that is gone; the session's thread reads what the launcher wants
-//! from `--link-fd` and tells the driver by a change of the configuration space (virtio 1.3, 5.1.4).
+//! from `--link-fd` and tells the driver by a change of the configuration space (virtio 1.3, 5.1.4). It
+//! watches `--control-fd` by the same descriptor.
 
 use crate::state::State;
 use crate::tap::Tap;
@@ -13,6 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use vhost_daemon::Orders;
 use vhost_daemon::event::{Happening, tell};
 use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 
@@ -114,16 +116,17 @@ pub struct LinkWatch {
     link: Arc<Link>,
     epoll: Epoll,
     orders: Option<OwnedFd>,
+    control: Orders,
     announces: bool,
 }
 
 impl LinkWatch {
-    /// Watches `link` and what the launcher sends through `orders`, the read end of a pipe or a
-    /// socket. Before lockdown.
+    /// Watches `link`, what the launcher sends through `orders`, the read end of a pipe or a
+    /// socket, and `control`. Before lockdown.
     ///
     /// # Errors
-    /// When the fd cannot be waited for.
-    pub fn new(link: Arc<Link>, orders: Option<OwnedFd>) -> io::Result<Self> {
+    /// When one of them cannot be waited for.
+    pub fn new(link: Arc<Link>, orders: Option<OwnedFd>, control: Orders) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&link.wake, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
         if let Some(orders) = &orders {
@@ -131,10 +134,14 @@ impl LinkWatch {
             fcntl(orders, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
             epoll.add(orders, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
         }
+        if let Some(source) = control.source() {
+            epoll.add(source, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+        }
         Ok(Self {
             link,
             epoll,
             orders,
+            control,
             announces: false,
         })
     }
@@ -166,6 +173,25 @@ impl LinkWatch {
             Err(_) => {}
         }
         lost || self.link.status() != before
+    }
+
+    /// Takes orders that came by `--control-fd`; `metrics` is what one of them asks for.
+    pub fn control(&mut self, metrics: impl Fn() -> String) {
+        for line in self.control.lines() {
+            match line.trim_ascii() {
+                "metrics" => self.control.answer_at_length(&metrics()),
+                other => {
+                    let error = format!("error: {other:?} is no order: write metrics\n");
+                    self.control.answer(&error);
+                }
+            }
+        }
+        // Others have copies of it: to close this one does not end the watch.
+        if let Some(socket) = self.control.take_over()
+            && let Err(error) = self.epoll.delete(&socket)
+        {
+            tracing::warn!(%error, "cannot stop to watch --control-fd");
+        }
     }
 
     fn obey(&self, order: u8) {

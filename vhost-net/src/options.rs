@@ -18,6 +18,8 @@ pub struct Options {
     pub tap_fds: Vec<RawFd>,
     /// `--link-fd`.
     pub link_fd: Option<RawFd>,
+    /// `--control-fd`.
+    pub control_fd: Option<RawFd>,
     /// `--state-fd`.
     pub state_fd: Option<RawFd>,
     /// `--pcap-fd`.
@@ -64,6 +66,7 @@ pub const USAGE: &str = concat!(
     "                          once for each pair of queues\n",
     "  --link-fd=N             read orders from this pipe or socket, a byte each: 0 link down,\n",
     "                          1 link up, a have the guest announce itself\n",
+    "  --control-fd=N          take orders from this socket, a line each: metrics\n",
     "  --state-fd=N            keep what a successor has to know in this page: a memfd of\n",
     "                          4096 bytes, sealed with F_SEAL_SHRINK\n",
     "  --pcap-fd=N             append a capture of the frames to this file (1 GiB at most)\n",
@@ -90,6 +93,7 @@ impl Options {
             "tap-name" => self.tap_name = Some(text(parser)?),
             "tap-fd" => self.tap_fds.push(parsed(name, parser)?),
             "link-fd" => self.link_fd = Some(parsed(name, parser)?),
+            "control-fd" => self.control_fd = Some(parsed(name, parser)?),
             "state-fd" => self.state_fd = Some(parsed(name, parser)?),
             "pcap-fd" => self.pcap_fd = Some(parsed(name, parser)?),
             "mac" => self.mac = Some(parsed(name, parser)?),

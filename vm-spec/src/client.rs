@@ -19,7 +19,7 @@ pub enum Request {
         /// The device's id.
         device: String,
     },
-    /// Pass an order on to a running disk process (`vhost-user-blk --control-fd`): one line without its end.
+    /// Pass an order on to a running device process (its `--control-fd`): one line without its end.
     /// Answered by [`Answer::Ordered`] or [`Answer::Failed`].
     Order {
         /// The device's id.

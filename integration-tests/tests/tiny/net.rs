@@ -316,6 +316,22 @@ fn limits() -> Result<()> {
     let start = Instant::now();
     let net = format!("{ASKING},isolated={name},transmit-packets=1000,transmit-packets-burst=100");
     let mut asking = Run::tiny("scenario=net packets=1100 depth=64", &[format!("--net={net}")])?;
+    let mut seen = String::new();
+    wait_until("frames are counted", || {
+        let mut metrics = Command::new(artifact(Artifact::Bulkhead)?);
+        metrics.args(["metrics", "test", "net0"]);
+        let output = metrics.env("XDG_RUNTIME_DIR", answering.folder()).output()?;
+        seen = String::from_utf8_lossy(&output.stdout).into_owned();
+        let count = |of: &str| -> Option<u64> {
+            let line = seen.lines().find(|line| line.starts_with(of))?;
+            line.rsplit(' ').next()?.parse().ok()
+        };
+        let frames = |direction| count(&format!("bulkhead_net_frames_total{{direction=\"{direction}\"}}"));
+        // Each is answered, and has the least length.
+        let bytes = count("bulkhead_net_bytes_total{direction=\"receive\"}");
+        Ok(frames("transmit") > Some(0) && bytes >= frames("receive").map(|n| n * 60))
+    })
+    .with_context(|| seen.clone())?;
     expect_ok(&mut asking)?;
     expect_ok(&mut answering)?;
     let took = start.elapsed();

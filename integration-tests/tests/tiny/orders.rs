@@ -1,4 +1,4 @@
-//! Orders to a running VM's disk process: `bulkhead resize` and `bulkhead metrics`.
+//! Orders to a running VM's device processes: `bulkhead resize` and `bulkhead metrics`.
 
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
@@ -27,6 +27,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("orders::a_disk_grows_and_tells", grows),
         test("orders::a_qcow2_disk_grows", qcow2_grows),
+        test("orders::a_nic_tells_what_it_counts", nic),
     ]
 }
 
@@ -57,7 +58,11 @@ fn start(flags: &[String]) -> Result<Run> {
 
 /// Kills the disk's process, and waits for its successor.
 pub(crate) fn replace_disk_process(run: &mut Run) -> Result<()> {
-    kill(run.pid_of(ProcessRole::Disk, DEADLINE)?, Signal::SIGKILL)?;
+    replace_process(run, ProcessRole::Disk)
+}
+
+fn replace_process(run: &mut Run, role: ProcessRole) -> Result<()> {
+    kill(run.pid_of(role, DEADLINE)?, Signal::SIGKILL)?;
     Events::default().wait(run, DEADLINE, |event| event.event == EventKind::Restarted)?;
     Ok(())
 }
@@ -88,8 +93,8 @@ fn grows() -> Result<()> {
     );
     for (words, why) in [
         (["disk0", "1M"], "size: "),
-        (["disk7", "64M"], "no disk 'disk7'"),
-        (["net0", "64M"], "no disk 'net0'"),
+        (["disk7", "64M"], "no device 'disk7'"),
+        (["net0", "64M"], "no device 'net0'"),
     ] {
         let output = order(&run, "resize", &words)?;
         ensure!(
@@ -103,6 +108,38 @@ fn grows() -> Result<()> {
         "a refused order was obeyed"
     );
     Ok(())
+}
+
+/// A successor counts from the beginning, and knows how the link is.
+fn nic() -> Result<()> {
+    Host::need_kvm()?;
+    Host::need_tun()?;
+    let flags = [
+        "--net=private=10.213.9.1/24".to_owned(),
+        "--power-off-grace=1".to_owned(),
+    ];
+    let mut run = start(&flags)?;
+    let tells = |run: &Run, line: &str| -> Result<()> {
+        let output = order(run, "metrics", &["net0"])?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        ensure!(output.status.success() && said.ends_with("# EOF\n"), "{output:?}");
+        ensure!(said.lines().any(|told| told == line), "no {line:?} in\n{said}");
+        Ok(())
+    };
+    tells(&run, "bulkhead_net_link_up 1")?;
+    tells(&run, "bulkhead_net_frames_total{direction=\"transmit\"} 0")?;
+    let output = order(&run, "link", &["net0", "down"])?;
+    ensure!(output.status.success(), "{}", said(&output));
+    tells(&run, "bulkhead_net_link_up 0")?;
+    replace_process(&mut run, ProcessRole::Net)?;
+    tells(&run, "bulkhead_net_link_up 0")?;
+    let output = order(&run, "resize", &["net0", "64M"])?;
+    ensure!(
+        output.status.code() == Some(1) && said(&output).contains("is no order: write metrics"),
+        "{}",
+        said(&output)
+    );
+    end(run)
 }
 
 /// Ends the VM, and with it the disk's process.

@@ -139,13 +139,13 @@ impl Tour {
             ["bulkhead", "run", SPEC] => self.start_web(),
             [
                 "bulkhead",
-                verb @ ("ps" | "inspect" | "logs" | "events" | "metrics" | "stop" | "kill"),
+                verb @ ("ps" | "inspect" | "logs" | "events" | "metrics" | "resize" | "stop" | "kill"),
                 ..,
             ] => {
                 self.start_web()?;
                 let said = self.ends(&line)?;
-                // Nothing may have happened yet.
-                let quiet = matches!(verb, "events" | "logs");
+                // Nothing may have happened yet, or all went well.
+                let quiet = matches!(verb, "events" | "logs" | "resize");
                 ensure!(quiet || !said.is_empty(), "it says nothing");
                 if matches!(verb, "stop" | "kill") {
                     let mut web = self.web.take().context("no VM")?;

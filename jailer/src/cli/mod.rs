@@ -129,12 +129,12 @@ enum Verb {
         /// The new size, such as 20G
         size: ByteSize,
     },
-    /// Print what a running VM's disk process counts, in Prometheus' text format
+    /// Print what a running VM's device process counts, in Prometheus' text format
     Metrics {
         /// The VM's name
         vm: String,
-        /// The disk's id, such as disk0
-        disk: String,
+        /// The id of a disk or NIC, such as disk0
+        device: String,
     },
     /// Replace a running VM's device processes by another build, while its guest works
     Upgrade {
@@ -332,7 +332,7 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
         Verb::Events { vm, follow } => events::show(&vm, follow),
         Verb::Link { vm, nic, order } => link::order(&vm, &nic, order),
         Verb::Resize { vm, disk, size } => print(&orders::resize(&vm, &disk, size)?),
-        Verb::Metrics { vm, disk } => print(&orders::metrics(&vm, &disk)?),
+        Verb::Metrics { vm, device } => print(&orders::metrics(&vm, &device)?),
         Verb::Upgrade { vm, device, binary } => print(&upgrade::upgrade(&vm, device.as_deref(), &binary)?),
         Verb::Doctor { json } => {
             let (text, code) = doctor::examine(json);

@@ -1,4 +1,4 @@
-//! `bulkhead resize` and `bulkhead metrics`: orders to a running VM's disk process.
+//! `bulkhead resize` and `bulkhead metrics`: orders to a running VM's device processes.
 
 use super::connection::Connection;
 use crate::failure::Failure;
@@ -22,12 +22,12 @@ pub(super) fn resize(vm: &str, disk: &str, size: ByteSize) -> Result<String, Fai
     }
 }
 
-/// What the disk's process counts, in Prometheus' text format.
+/// What the device's process counts, in Prometheus' text format.
 ///
 /// # Errors
-/// A [`Failure`] when no such VM or disk runs.
-pub(super) fn metrics(vm: &str, disk: &str) -> Result<String, Failure> {
-    order(vm, disk, "metrics".to_owned())
+/// A [`Failure`] when no such VM or device runs.
+pub(super) fn metrics(vm: &str, device: &str) -> Result<String, Failure> {
+    order(vm, device, "metrics".to_owned())
 }
 
 fn order(vm: &str, device: &str, line: String) -> Result<String, Failure> {

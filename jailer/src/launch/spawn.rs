@@ -340,9 +340,6 @@ impl Wires {
                     for (m, layer) in images.layers.into_iter().enumerate() {
                         table.insert(Source::Image(n, m), layer.file);
                     }
-                    let (disk, supervisor) = pair(SockType::Stream)?;
-                    table.insert(Source::Orders(n), disk);
-                    table.insert(Source::OrdersPeer(n), supervisor);
                     table.extend(images.key.map(|fd| (Source::Key(n), fd)));
                     table.extend(images.data_file.map(|fd| (Source::DataFile(n), fd)));
                     table.extend(images.direct.map(|fd| (Source::DirectImage(n), fd)));
@@ -352,6 +349,9 @@ impl Wires {
             let (front, back) = pair(SockType::Stream)?;
             table.insert(Source::FrontEnd(n), front);
             table.insert(Source::BackEnd(n), back);
+            let (device, supervisor) = pair(SockType::Stream)?;
+            table.insert(Source::Orders(n), device);
+            table.insert(Source::OrdersPeer(n), supervisor);
         }
         Ok(Self {
             table,

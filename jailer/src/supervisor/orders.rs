@@ -1,4 +1,4 @@
-//! Orders of clients to disk processes: one at a time for each, with a deadline. The process is not believed:
+//! Orders of clients to device processes: one at a time for each, with a deadline. The process is not believed:
 //! its answer is bounded, and what comes unasked is dropped.
 
 use super::Supervisor;
@@ -126,11 +126,11 @@ impl Supervisor {
         let process = self.processes.iter_mut().find(|p| p.about.name == device);
         match process.and_then(|process| process.orders.as_mut()) {
             Some(orders) => orders.give(line, asker, now),
-            None => Err(format!("the VM has no disk '{device}' that takes orders")),
+            None => Err(format!("the VM has no device '{device}' that takes orders")),
         }
     }
 
-    /// Answers who waits for a disk's process.
+    /// Answers who waits for a device's process.
     pub(super) fn hear_orders(&mut self, now: Instant) {
         for process in &mut self.processes {
             if let Some((asker, answer)) = process.orders.as_mut().and_then(|orders| orders.hear(now)) {

@@ -159,7 +159,7 @@ fn a_client_says_hello_first() {
     assert_eq!(answer, Some(Answer::Failed("say hello first".to_owned())));
     assert_eq!(play.ask(&client, Request::Hello), Some(Answer::Hello));
     let answer = play.ask(&client, order());
-    assert!(matches!(answer, Some(Answer::Failed(why)) if why.contains("no disk 'disk0'")));
+    assert!(matches!(answer, Some(Answer::Failed(why)) if why.contains("no device 'disk0'")));
 }
 
 #[test]

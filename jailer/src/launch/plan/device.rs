@@ -117,6 +117,8 @@ fn plan_nic(n: usize, nic: &Nic, fds: &mut Table) -> Vec<String> {
     }
     arguments.push(format!("--num-queues={}", 2 * nic.queues));
     arguments.extend(nic.mtu.map(|mtu| format!("--mtu={mtu}")));
+    let orders = fds.add(Source::Orders(n), "orders by the supervisor: metrics");
+    arguments.push(format!("--control-fd={}", orders.0));
     let link = fds.add(Source::Link(n), "pipe with orders for the link");
     arguments.push(format!("--link-fd={}", link.0));
     let state = fds.add(Source::NicState(n), "what a successor must know");

@@ -56,7 +56,7 @@ pub(crate) enum Source {
     Key(usize),
     /// The external data file of a device's image.
     DataFile(usize),
-    /// A disk process's and the supervisor's ends of the socket for orders.
+    /// A device process's and the supervisor's ends of the socket for orders.
     Orders(usize),
     OrdersPeer(usize),
     /// A queue of a NIC's TAP.

@@ -50,7 +50,9 @@ pub(super) fn plan(
             ),
             slot,
             tap: connector::tap_place(devices, &worker.name),
-            orders: (worker.role == ProcessRole::Disk)
+            orders: worker
+                .role
+                .is_device()
                 .then(|| devices.iter().position(|device| device.id == worker.name))
                 .flatten()
                 .map(|n| fds.add(Source::OrdersPeer(n), format!("orders to {}", worker.name))),
