@@ -323,12 +323,13 @@ fn limits() -> Result<()> {
         let output = metrics.env("XDG_RUNTIME_DIR", answering.folder()).output()?;
         seen = String::from_utf8_lossy(&output.stdout).into_owned();
         let count = |of: &str| -> Option<u64> {
-            let line = seen.lines().find(|line| line.starts_with(of))?;
+            let line = seen.lines().find(|line| line.contains(of))?;
             line.rsplit(' ').next()?.parse().ok()
         };
-        let frames = |direction| count(&format!("bulkhead_net_frames_total{{direction=\"{direction}\"}}"));
+        let of = "vm=\"test\",device=\"net0\",direction";
+        let frames = |direction| count(&format!("bulkhead_net_frames_total{{{of}=\"{direction}\"}}"));
         // Each is answered, and has the least length.
-        let bytes = count("bulkhead_net_bytes_total{direction=\"receive\"}");
+        let bytes = count(&format!("bulkhead_net_bytes_total{{{of}=\"receive\"}}"));
         Ok(frames("transmit") > Some(0) && bytes >= frames("receive").map(|n| n * 60))
     })
     .with_context(|| seen.clone())?;

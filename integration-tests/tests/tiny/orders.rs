@@ -119,20 +119,25 @@ fn nic() -> Result<()> {
         "--power-off-grace=1".to_owned(),
     ];
     let mut run = start(&flags)?;
+    let of = "vm=\"test\",device=\"net0\"";
     let tells = |run: &Run, line: &str| -> Result<()> {
-        let output = order(run, "metrics", &["net0"])?;
+        // Of all devices, of which there is one.
+        let output = order(run, "metrics", &[])?;
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         ensure!(output.status.success() && said.ends_with("# EOF\n"), "{output:?}");
         ensure!(said.lines().any(|told| told == line), "no {line:?} in\n{said}");
         Ok(())
     };
-    tells(&run, "bulkhead_net_link_up 1")?;
-    tells(&run, "bulkhead_net_frames_total{direction=\"transmit\"} 0")?;
+    tells(&run, &format!("bulkhead_net_link_up{{{of}}} 1"))?;
+    tells(
+        &run,
+        &format!("bulkhead_net_frames_total{{{of},direction=\"transmit\"}} 0"),
+    )?;
     let output = order(&run, "link", &["net0", "down"])?;
     ensure!(output.status.success(), "{}", said(&output));
-    tells(&run, "bulkhead_net_link_up 0")?;
+    tells(&run, &format!("bulkhead_net_link_up{{{of}}} 0"))?;
     replace_process(&mut run, ProcessRole::Net)?;
-    tells(&run, "bulkhead_net_link_up 0")?;
+    tells(&run, &format!("bulkhead_net_link_up{{{of}}} 0"))?;
     let output = order(&run, "resize", &["net0", "64M"])?;
     ensure!(
         output.status.code() == Some(1) && said(&output).contains("is no order: write metrics"),

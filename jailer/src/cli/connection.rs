@@ -2,6 +2,7 @@
 
 use crate::failure::Failure;
 use crate::launch;
+use crate::supervisor::printable;
 use crate::wire::{Received, send_message};
 use crate::wire_fds::{receive_with_fds, send_with_fd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -18,6 +19,14 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 pub(super) struct Connection {
     socket: OwnedFd,
     requests: u64,
+}
+
+/// A reason may be in the words of a process that its guest has broken into.
+fn quiet(answer: Answer) -> Answer {
+    match answer {
+        Answer::Failed(why) => Answer::Failed(printable(&why)),
+        other => other,
+    }
 }
 
 impl Connection {
@@ -61,7 +70,7 @@ impl Connection {
         let deadline = Instant::now() + limit;
         loop {
             match receive_with_fds(socket).map_err(|e| failed(&e))? {
-                (Received::Message(id, answer), _) if id == self.requests => return Ok(answer),
+                (Received::Message(id, answer), _) if id == self.requests => return Ok(quiet(answer)),
                 (Received::Message(..), _) => {}
                 (Received::End, _) => return Err(Failure::host("the VM ended")),
                 (Received::Nothing, _) => {

@@ -8,6 +8,7 @@ mod image;
 mod inspect;
 mod listen;
 mod man;
+mod metrics;
 mod orders;
 mod pidfd;
 mod policy;
@@ -129,12 +130,12 @@ enum Verb {
         /// The new size, such as 20G
         size: ByteSize,
     },
-    /// Print what a running VM's device process counts, in Prometheus' text format
+    /// Print what a running VM's device processes count, in Prometheus' text format
     Metrics {
         /// The VM's name
         vm: String,
-        /// The id of a disk or NIC, such as disk0
-        device: String,
+        /// Only this disk or NIC, such as disk0
+        device: Option<String>,
     },
     /// Replace a running VM's device processes by another build, while its guest works
     Upgrade {
@@ -332,7 +333,7 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
         Verb::Events { vm, follow } => events::show(&vm, follow),
         Verb::Link { vm, nic, order } => link::order(&vm, &nic, order),
         Verb::Resize { vm, disk, size } => print(&orders::resize(&vm, &disk, size)?),
-        Verb::Metrics { vm, device } => print(&orders::metrics(&vm, &device)?),
+        Verb::Metrics { vm, device } => print(&metrics::show(&vm, device.as_deref())?),
         Verb::Upgrade { vm, device, binary } => print(&upgrade::upgrade(&vm, device.as_deref(), &binary)?),
         Verb::Doctor { json } => {
             let (text, code) = doctor::examine(json);

@@ -1,8 +1,9 @@
-//! `bulkhead resize` and `bulkhead metrics`: orders to a running VM's device processes.
+//! Orders to a running VM's device processes, and `bulkhead resize`.
 
 use super::connection::Connection;
 use crate::failure::Failure;
 use crate::launch;
+use crate::supervisor::printable;
 use std::time::Duration;
 use vm_spec::client::{Answer, Request};
 use vm_spec::size::ByteSize;
@@ -17,20 +18,16 @@ const DEADLINE: Duration = Duration::from_secs(20);
 pub(super) fn resize(vm: &str, disk: &str, size: ByteSize) -> Result<String, Failure> {
     let said = order(vm, disk, format!("size {}", size.0))?;
     match said.trim().strip_prefix("error: ") {
-        Some(why) => Err(Failure::host(format!("{disk} was not resized")).cause(why)),
+        Some(why) => Err(Failure::host(format!("{disk} was not resized")).cause(printable(why))),
         None => Ok(String::new()),
     }
 }
 
-/// What the device's process counts, in Prometheus' text format.
+/// What the device's process answers to `line`. It may be anything.
 ///
 /// # Errors
 /// A [`Failure`] when no such VM or device runs.
-pub(super) fn metrics(vm: &str, device: &str) -> Result<String, Failure> {
-    order(vm, device, "metrics".to_owned())
-}
-
-fn order(vm: &str, device: &str, line: String) -> Result<String, Failure> {
+pub(super) fn order(vm: &str, device: &str, line: String) -> Result<String, Failure> {
     let folder = launch::run_folder(vm)?;
     let request = Request::Order {
         device: device.to_owned(),

@@ -79,7 +79,7 @@ impl RunningVm {
     }
 
     /// Those with a process of ours.
-    fn devices(&self) -> impl Iterator<Item = &str> {
+    pub(super) fn devices(&self) -> impl Iterator<Item = &str> {
         let devices = self.state.processes.iter().filter(|p| p.role.is_device());
         devices.map(|process| process.name.as_str())
     }

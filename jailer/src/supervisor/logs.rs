@@ -157,7 +157,7 @@ fn happening(line: &str) -> Option<(EventKind, String)> {
 }
 
 /// `text` without what would steer a terminal.
-fn printable(text: &str) -> String {
+pub(crate) fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() && c != '\t' { '.' } else { c })
         .collect()

@@ -1,0 +1,174 @@
+//! `bulkhead metrics VM [DEVICE]`: what a running VM's device processes count, in Prometheus' text format.
+//!
+//! A process that its guest has broken into may say anything: only what is a metric is passed on.
+
+use super::orders;
+use super::ps;
+use crate::failure::Failure;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+/// What begins every name.
+const PREFIX: &str = "bulkhead_";
+const KINDS: [&str; 3] = ["counter", "gauge", "histogram"];
+
+/// Of one device, or of all that have a process of ours; each sample says whose it is.
+///
+/// # Errors
+/// A [`Failure`] when no such VM or device runs, or a process says what is no metric.
+pub(super) fn show(vm: &str, device: Option<&str>) -> Result<String, Failure> {
+    let running = ps::find(vm)?;
+    let devices: Vec<&str> = match device {
+        Some(device) => vec![device],
+        None => running.devices().collect(),
+    };
+    let mut families = Families::default();
+    for device in devices {
+        let said = orders::order(vm, device, "metrics".to_owned())?;
+        families.add(&said, vm, device).ok_or_else(|| {
+            Failure::host(format!("the process of {device} does not tell what it counts"))
+                .cause("it says what is no metric")
+        })?;
+    }
+    Ok(families.text())
+}
+
+/// Samples by the metric that they belong to: the format wants those of one together.
+#[derive(Default)]
+struct Families(BTreeMap<String, Family>);
+
+struct Family {
+    kind: String,
+    samples: String,
+}
+
+impl Families {
+    /// Adds what a device's process said; `None`: it is none of this.
+    fn add(&mut self, said: &str, vm: &str, device: &str) -> Option<()> {
+        let mut family = None;
+        for line in said.lines().take_while(|line| *line != "# EOF") {
+            if let Some(declared) = line.strip_prefix("# TYPE ") {
+                let (name, kind) = declared.split_once(' ')?;
+                if !is_name(name) || !KINDS.contains(&kind) {
+                    return None;
+                }
+                let new = || Family {
+                    kind: kind.to_owned(),
+                    samples: String::new(),
+                };
+                let known = self.0.entry(name.to_owned()).or_insert_with(new);
+                family = Some((name, known)).filter(|(_, known)| known.kind == kind);
+            } else {
+                let (name, family) = family.as_mut()?;
+                let sample = Sample::parse(line).filter(|sample| sample.name.starts_with(*name))?;
+                let Sample { name, labels, value } = sample;
+                let comma = if labels.is_empty() { "" } else { "," };
+                // Writing to a String cannot fail.
+                let _ = writeln!(
+                    family.samples,
+                    "{name}{{vm=\"{vm}\",device=\"{device}\"{comma}{labels}}} {value}"
+                );
+            }
+        }
+        Some(())
+    }
+
+    fn text(&self) -> String {
+        let mut text = String::new();
+        for (name, Family { kind, samples }) in &self.0 {
+            let _ = write!(text, "# TYPE {name} {kind}\n{samples}");
+        }
+        text + "# EOF\n"
+    }
+}
+
+/// `NAME VALUE` or `NAME{LABELS} VALUE`.
+struct Sample<'a> {
+    name: &'a str,
+    labels: &'a str,
+    value: &'a str,
+}
+
+impl<'a> Sample<'a> {
+    fn parse(line: &'a str) -> Option<Self> {
+        let (series, value) = line.rsplit_once(' ')?;
+        let (name, labels) = match series.split_once('{') {
+            Some((name, rest)) => (name, rest.strip_suffix('}')?),
+            None => (series, ""),
+        };
+        let printable = labels.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ');
+        let inside = !labels.contains(['{', '}']);
+        let sound = is_name(name) && printable && inside && value.parse::<f64>().is_ok();
+        sound.then_some(Self { name, labels, value })
+    }
+}
+
+fn is_name(name: &str) -> bool {
+    name.starts_with(PREFIX) && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_of_one_metric_stand_together_and_say_whose_they_are() {
+        let mut all = Families::default();
+        let disk = "# TYPE bulkhead_blk_size gauge\nbulkhead_blk_size 7\n# TYPE bulkhead_blk_ops_total counter\n\
+                    bulkhead_blk_ops_total{queue=\"0\",op=\"read\"} 3\n# EOF\n";
+        all.add(disk, "web", "disk0").unwrap();
+        all.add(disk, "web", "disk1").unwrap();
+        let expected = "# TYPE bulkhead_blk_ops_total counter\n\
+                        bulkhead_blk_ops_total{vm=\"web\",device=\"disk0\",queue=\"0\",op=\"read\"} 3\n\
+                        bulkhead_blk_ops_total{vm=\"web\",device=\"disk1\",queue=\"0\",op=\"read\"} 3\n\
+                        # TYPE bulkhead_blk_size gauge\n\
+                        bulkhead_blk_size{vm=\"web\",device=\"disk0\"} 7\n\
+                        bulkhead_blk_size{vm=\"web\",device=\"disk1\"} 7\n\
+                        # EOF\n";
+        assert_eq!(all.text(), expected);
+    }
+
+    #[test]
+    fn a_histogram_has_samples_of_longer_names() {
+        let mut all = Families::default();
+        let said =
+            "# TYPE bulkhead_a histogram\nbulkhead_a_bucket{le=\"+Inf\"} 1\nbulkhead_a_sum 0.5\n# EOF\n";
+        all.add(said, "web", "disk0").unwrap();
+        assert!(
+            all.text()
+                .contains("bulkhead_a_sum{vm=\"web\",device=\"disk0\"} 0.5\n")
+        );
+    }
+
+    #[test]
+    fn what_is_no_metric_is_not_passed_on() {
+        let sample = |line: &str| format!("# TYPE bulkhead_a gauge\n{line}\n# EOF\n");
+        for said in [
+            "bulkhead_a 1\n# EOF\n".to_owned(),
+            "# TYPE bulkhead_a gouge\n# EOF\n".to_owned(),
+            "# TYPE node_load1 gauge\n# EOF\n".to_owned(),
+            "# TYPE bulkhead_a gauge\n# TYPE bulkhead_a counter\nbulkhead_a 1\n# EOF\n".to_owned(),
+            "# HELP bulkhead_a x\n# EOF\n".to_owned(),
+            sample("bulkhead_a one"),
+            sample("bulkhead_a"),
+            sample("bulkhead_b 1"),
+            sample("bulkhead_a\u{1b}[2J 1"),
+            sample("bulkhead_a{x=\"\u{1b}[2J\"} 1"),
+            sample("bulkhead_a{x=\"1\"} 2{y=\"1\"} 3"),
+            sample("bulkhead_a{x=\"1\" 1"),
+            sample("error: \u{1b}]0;x"),
+        ] {
+            assert!(
+                Families::default().add(&said, "web", "disk0").is_none(),
+                "{said:?}"
+            );
+        }
+        let mut all = Families::default();
+        assert!(
+            all.add(&sample("bulkhead_a{x=\"a b\"} 1e3"), "web", "d")
+                .is_some()
+        );
+        // What follows the end is not looked at.
+        assert!(all.add("# EOF\nwhatever\n", "web", "d").is_some());
+    }
+}
