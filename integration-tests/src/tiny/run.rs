@@ -80,6 +80,24 @@ impl Run {
         })
     }
 
+    /// `bulkhead VERB NAME WORDS...` for this VM.
+    ///
+    /// # Errors
+    /// When there is no such program.
+    pub fn verb(&self, verb: &str, words: &[&str]) -> Result<Command> {
+        Ok(self.verb_by(Command::new(artifact(Artifact::Bulkhead)?), verb, words))
+    }
+
+    /// As [`Self::verb`], by a command that ends in the launcher's path.
+    #[must_use]
+    pub fn verb_by(&self, mut command: Command, verb: &str, words: &[&str]) -> Command {
+        command
+            .args([verb, NAME])
+            .args(words)
+            .env("XDG_RUNTIME_DIR", self.folder());
+        command
+    }
+
     /// Types one byte on the console.
     ///
     /// # Errors

@@ -3,14 +3,13 @@
 use crate::victim::Victim;
 use anyhow::{Context, Result, ensure};
 use integration_tests::{
-    artifacts::Artifact,
     host::Host,
-    suite::{Skip, artifact, test},
+    suite::{Skip, test},
     tiny::Run,
 };
 use libtest_mimic::Trial;
 use nix::sys::signal::Signal;
-use std::{fs::File, path::Path, process::Command, time::Duration};
+use std::{fs::File, path::Path, time::Duration};
 use tempfile::TempDir;
 use vm_spec::{events::EventKind, run_state::ProcessRole};
 
@@ -119,14 +118,7 @@ fn events() -> Result<()> {
 
 /// `bulkhead events` prints these, in this order.
 fn printed(run: &Run, kinds: &[&str]) -> Result<()> {
-    let folder = run.run_folder();
-    let name = folder.file_name().context("no name")?;
-    let base = folder.ancestors().nth(2).context("no folder")?;
-    let output = Command::new(artifact(Artifact::Bulkhead)?)
-        .arg("events")
-        .arg(name)
-        .env("XDG_RUNTIME_DIR", base)
-        .output()?;
+    let output = run.verb("events", &[])?.output()?;
     let text = String::from_utf8_lossy(&output.stdout);
     ensure!(
         output.status.success() && text.lines().count() == kinds.len(),

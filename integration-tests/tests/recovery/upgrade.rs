@@ -1,19 +1,14 @@
 //! `bulkhead upgrade` in the middle of a storm.
 
 use crate::storm::{DEADLINE, Image, Storm};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
     suite::{artifact, test_within},
 };
 use libtest_mimic::Trial;
-use std::{
-    path::Path,
-    process::{Command, Output},
-    thread,
-    time::Duration,
-};
+use std::{path::Path, process::Output, thread, time::Duration};
 use vm_spec::events::EventKind;
 
 pub(crate) fn tests() -> Vec<Trial> {
@@ -31,17 +26,8 @@ pub(crate) fn tests() -> Vec<Trial> {
 
 /// `bulkhead upgrade` on the storm's VM.
 pub(crate) fn upgrade(storm: &Storm, arguments: &[&str], binary: &Path) -> Result<Output> {
-    let folder = storm.run.run_folder();
-    let name = folder.file_name().context("no name")?;
-    let base = folder.ancestors().nth(2).context("no folder")?;
-    Ok(Command::new(artifact(Artifact::Bulkhead)?)
-        .arg("upgrade")
-        .arg(name)
-        .args(arguments)
-        .arg("--binary")
-        .arg(binary)
-        .env("XDG_RUNTIME_DIR", base)
-        .output()?)
+    let mut command = storm.run.verb("upgrade", arguments)?;
+    Ok(command.arg("--binary").arg(binary).output()?)
 }
 
 /// Between two builds, several times.

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
-    lent::{Lent, NOBODY, become_user},
+    lent::{Lent, NOBODY, become_nobody, become_user},
     mounts::show_instead,
     suite::{Skip, artifact, need_jail, test},
     tiny::{Events, Run},
@@ -160,6 +160,50 @@ impl Place {
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+}
+
+/// A VM of a user who owns nothing, and whose spawner may not be of the same user namespace. Its guest is halted.
+pub(crate) struct NobodysVm {
+    pub(crate) run: Run,
+    place: Place,
+    _lent: Lent,
+}
+
+impl NobodysVm {
+    pub(crate) fn start() -> Result<Self> {
+        Host::need_kvm()?;
+        if !Uid::effective().is_root() {
+            bail!(Skip("only root can become another user".to_owned()));
+        }
+        let lent = Lent::to(NOBODY)?;
+        let (place, runtime) = (Place::make()?, tempfile::tempdir()?);
+        let (user, group) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
+        chown(runtime.path(), Some(user), Some(group))?;
+        let flags = [
+            format!("--kernel={}", place.path("tiny-guest").display()),
+            "--memory=64M".to_owned(),
+            "--cmdline=scenario=hlt".to_owned(),
+        ];
+        let mut run = Run::by(become_nobody(&place.path("bulkhead")), runtime, &flags)?;
+        run.state(DEADLINE)?;
+        Ok(Self {
+            run,
+            place,
+            _lent: lent,
+        })
+    }
+
+    /// `bulkhead` by that user.
+    pub(crate) fn bulkhead(&self) -> Command {
+        let mut command = become_nobody(&self.place.path("bulkhead"));
+        command.env("XDG_RUNTIME_DIR", self.run.folder());
+        command
+    }
+
+    /// `bulkhead VERB test WORDS...` by that user.
+    pub(crate) fn verb(&self, verb: &str, words: &[&str]) -> Command {
+        self.run.verb_by(self.bulkhead(), verb, words)
     }
 }
 

@@ -1,24 +1,21 @@
 //! Others who look at a running VM: `bulkhead console`, `bulkhead logs`, `bulkhead inspect`.
 
-use super::{jails::Place, orders::replace_disk_process};
-use anyhow::{Context, Result, bail, ensure};
+use super::{jails::NobodysVm, orders::replace_disk_process};
+use anyhow::{Context, Result, ensure};
 use integration_tests::{
-    artifacts::Artifact,
     host::Host,
-    lent::{Lent, NOBODY, become_nobody},
     process::Process,
-    suite::{Skip, artifact, need_jail, test},
+    suite::{need_jail, test},
     terminal::Terminal,
     tiny::{Console, Run},
 };
 use libtest_mimic::Trial;
-use nix::{sys::signal::Signal, unistd::Uid};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::{
     fs::File,
     io::Write,
-    os::unix::fs::chown,
-    process::{Command, Output, Stdio},
+    process::{Output, Stdio},
     time::Duration,
 };
 use tempfile::TempDir;
@@ -55,12 +52,6 @@ fn start(cmdline: &str, place: &TempDir) -> Result<Run> {
 /// It waits for a key before its work and after it.
 const KEYS: &str = "scenario=blk sync=1 requests=10 size=4096 depth=1";
 
-fn verb(run: &Run, words: &[&str]) -> Result<Command> {
-    let mut command = Command::new(artifact(Artifact::Bulkhead)?);
-    command.args(words).env("XDG_RUNTIME_DIR", run.folder());
-    Ok(command)
-}
-
 fn text(output: &Output) -> Result<String> {
     ensure!(output.status.success(), "{output:?}");
     Ok(String::from_utf8(output.stdout.clone())?)
@@ -71,7 +62,7 @@ fn console() -> Result<()> {
     let place = tempfile::tempdir()?;
     let mut run = start(KEYS, &place)?;
     run.console.wait_line("phase=work", DEADLINE)?;
-    let mut person = Terminal::start(verb(&run, &["console", "test"])?)?;
+    let mut person = Terminal::start(run.verb("console", &[])?)?;
     person
         .screen
         .wait_line("console of 'test': Ctrl-A x leaves it", DEADLINE)?;
@@ -86,7 +77,7 @@ fn console() -> Result<()> {
     ensure!(status.success(), "{status}: {}", person.screen.text());
     ensure!(person.is_as_before()?, "the terminal's settings have changed");
     ensure!(run.process.alive()?, "the VM is over");
-    let mut person = Terminal::start(verb(&run, &["console", "test"])?)?;
+    let mut person = Terminal::start(run.verb("console", &[])?)?;
     person.screen.wait_line("phase=done", DEADLINE)?;
     person.type_keys(b"k")?;
     person.screen.wait_line("result=ok", DEADLINE)?;
@@ -99,9 +90,9 @@ fn console() -> Result<()> {
     Ok(())
 }
 
-/// `bulkhead VERB test` with pipes.
-fn start_verb(run: &Run, words: &[&str]) -> Result<(Process, Console)> {
-    let mut command = verb(run, words)?;
+/// A verb with pipes.
+fn start_verb(run: &Run, verb: &str, words: &[&str]) -> Result<(Process, Console)> {
+    let mut command = run.verb(verb, words)?;
     command.stdout(Stdio::piped());
     let mut process = Process::start_with_input(command, Stdio::piped())?;
     let stdout = process.child().stdout.take().context("no stdout")?;
@@ -112,7 +103,7 @@ fn start_verb(run: &Run, words: &[&str]) -> Result<(Process, Console)> {
 fn console_by_pipe() -> Result<()> {
     let place = tempfile::tempdir()?;
     let mut run = start(KEYS, &place)?;
-    let (mut process, mut screen) = start_verb(&run, &["console", "test"])?;
+    let (mut process, mut screen) = start_verb(&run, "console", &[])?;
     screen.wait_line("phase=work", DEADLINE)?;
     let mut input = process.child().stdin.take().context("no stdin")?;
     input.write_all(b"\x01")?;
@@ -142,7 +133,7 @@ fn console_by_pipe() -> Result<()> {
 fn console_signalled() -> Result<()> {
     let place = tempfile::tempdir()?;
     let mut run = start(KEYS, &place)?;
-    let mut person = Terminal::start(verb(&run, &["console", "test"])?)?;
+    let mut person = Terminal::start(run.verb("console", &[])?)?;
     person.screen.wait_line("phase=work", DEADLINE)?;
     person.signal(Signal::SIGTERM)?;
     let status = person.wait(DEADLINE)?;
@@ -157,15 +148,15 @@ fn logs() -> Result<()> {
     let place = tempfile::tempdir()?;
     let mut run = start("scenario=hlt", &place)?;
     run.console.wait_line("ready=1", DEADLINE)?;
-    let before = text(&verb(&run, &["logs", "test"])?.output()?)?;
+    let before = text(&run.verb("logs", &[])?.output()?)?;
     ensure!(!before.contains("signal 9"), "{before}");
     replace_disk_process(&mut run)?;
-    let before = text(&verb(&run, &["logs", "test"])?.output()?)?;
+    let before = text(&run.verb("logs", &[])?.output()?)?;
     ensure!(
         before.contains("bulkhead: disk0") && before.contains("signal 9"),
         "{before}"
     );
-    let (mut process, mut lines) = start_verb(&run, &["logs", "--follow", "test"])?;
+    let (mut process, mut lines) = start_verb(&run, "logs", &["--follow"])?;
     lines.wait_line(before.lines().next().context("no line")?, DEADLINE)?;
     replace_disk_process(&mut run)?;
     run.process.signal(Signal::SIGTERM)?;
@@ -197,31 +188,31 @@ fn few() -> Result<()> {
     run.console.wait_line("ready=1", DEADLINE)?;
     // By this each listener is known to have come.
     replace_disk_process(&mut run)?;
-    let logged = text(&verb(&run, &["logs", "test"])?.output()?)?;
+    let logged = text(&run.verb("logs", &[])?.output()?)?;
     let logged = logged.lines().next().context("nothing is logged")?;
     let mut all = Vec::new();
-    for (words, line) in [
-        (["logs", "--follow", "test"].as_slice(), logged),
-        (&["console", "test"], "ready=1"),
+    for (verb, words, line) in [
+        ("logs", ["--follow"].as_slice(), logged),
+        ("console", &[], "ready=1"),
     ] {
         for _ in 0..3 {
-            let (process, mut screen) = start_verb(&run, words)?;
+            let (process, mut screen) = start_verb(&run, verb, words)?;
             screen
                 .wait_line(line, DEADLINE)
                 .with_context(|| process.stderr().unwrap_or_default())?;
             all.push((process, screen));
         }
     }
-    for words in [["logs", "test"], ["console", "test"]] {
-        let refused = verb(&run, &words)?.output()?;
+    for verb in ["logs", "console"] {
+        let refused = run.verb(verb, &[])?.output()?;
         let words = String::from_utf8_lossy(&refused.stderr).into_owned();
         ensure!(refused.status.code() == Some(1), "{refused:?}");
         ensure!(words.contains("3 others listen already"), "{words}");
     }
-    text(&verb(&run, &["metrics", "test", "disk0"])?.output()?)?;
+    text(&run.verb("metrics", &["disk0"])?.output()?)?;
     // One that goes makes room.
     all.pop();
-    let (process, mut screen) = start_verb(&run, &["console", "test"])?;
+    let (process, mut screen) = start_verb(&run, "console", &[])?;
     screen
         .wait_line("ready=1", DEADLINE)
         .with_context(|| process.stderr().unwrap_or_default())?;
@@ -233,13 +224,13 @@ fn inspect() -> Result<()> {
     let place = tempfile::tempdir()?;
     let mut run = start("scenario=hlt", &place)?;
     let state = run.state(DEADLINE)?;
-    let json = text(&verb(&run, &["inspect", "--json", "test"])?.output()?)?;
+    let json = text(&run.verb("inspect", &["--json"])?.output()?)?;
     let told: Value = serde_json::from_str(&json)?;
     ensure!(told["state"] == "running" && told["name"] == "test", "{json}");
     ensure!(told["folder"] == *run.run_folder().to_string_lossy(), "{json}");
     let told: RunState = serde_json::from_value(told)?;
     ensure!(told.processes.len() >= state.processes.len(), "{json}");
-    let said = text(&verb(&run, &["inspect", "test"])?.output()?)?;
+    let said = text(&run.verb("inspect", &[])?.output()?)?;
     for process in &told.processes {
         let (_, part) = said
             .split_once(&format!("process {}\n", process.name))
@@ -256,34 +247,15 @@ fn inspect() -> Result<()> {
     Ok(())
 }
 
-/// All three, and all that is theirs, need no privilege.
+/// All three need no privilege.
 fn unprivileged() -> Result<()> {
-    Host::need_kvm()?;
     need_jail()?;
-    if !Uid::effective().is_root() {
-        bail!(Skip("only root can become another user".to_owned()));
-    }
-    let _lent = Lent::to(NOBODY)?;
-    let (place, runtime) = (Place::make()?, tempfile::tempdir()?);
-    chown(runtime.path(), Some(NOBODY), Some(NOBODY))?;
-    let program = place.path("bulkhead");
-    let flags = [
-        format!("--kernel={}", place.path("tiny-guest").display()),
-        "--memory=64M".to_owned(),
-        "--cmdline=scenario=hlt".to_owned(),
-    ];
-    let mut run = Run::by(become_nobody(&program), runtime, &flags)?;
-    run.state(DEADLINE)?;
-    run.console.wait_line("ready=1", DEADLINE)?;
-    let verb = |words: &[&str]| -> Result<Command> {
-        let mut command = become_nobody(&program);
-        command.args(words).env("XDG_RUNTIME_DIR", run.folder());
-        Ok(command)
-    };
-    text(&verb(&["logs", "test"])?.output()?)?;
-    let said = text(&verb(&["inspect", "test"])?.output()?)?;
+    let mut vm = NobodysVm::start()?;
+    vm.run.console.wait_line("ready=1", DEADLINE)?;
+    text(&vm.verb("logs", &[]).output()?)?;
+    let said = text(&vm.verb("inspect", &[]).output()?)?;
     ensure!(said.contains("\nprocess vmm\n"), "{said}");
-    let mut person = Terminal::start(verb(&["console", "test"])?)?;
+    let mut person = Terminal::start(vm.verb("console", &[]))?;
     person.screen.wait_line("ready=1", DEADLINE)?;
     person.type_keys(b"\x01x")?;
     ensure!(person.wait(DEADLINE)?.success(), "{}", person.screen.text());

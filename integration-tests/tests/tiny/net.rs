@@ -278,9 +278,7 @@ fn bridge() -> Result<()> {
     ensure!(ports()? == 2, "{} TAPs on the bridge", ports()?);
     // The host's end of a link that is down has no carrier.
     let link = |order: &str| -> Result<()> {
-        let mut command = Command::new(artifact(Artifact::Bulkhead)?);
-        command.args(["link", "test", "net1", order]);
-        let output = command.env("XDG_RUNTIME_DIR", run.folder()).output()?;
+        let output = run.verb("link", &["net1", order])?.output()?;
         ensure!(
             output.status.success(),
             "{}",
@@ -318,9 +316,7 @@ fn limits() -> Result<()> {
     let mut asking = Run::tiny("scenario=net packets=1100 depth=64", &[format!("--net={net}")])?;
     let mut seen = String::new();
     wait_until("frames are counted", || {
-        let mut metrics = Command::new(artifact(Artifact::Bulkhead)?);
-        metrics.args(["metrics", "test", "net0"]);
-        let output = metrics.env("XDG_RUNTIME_DIR", answering.folder()).output()?;
+        let output = answering.verb("metrics", &["net0"])?.output()?;
         seen = String::from_utf8_lossy(&output.stdout).into_owned();
         let count = |of: &str| -> Option<u64> {
             let line = seen.lines().find(|line| line.contains(of))?;

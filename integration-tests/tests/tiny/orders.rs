@@ -2,9 +2,8 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
-    artifacts::Artifact,
     host::Host,
-    suite::{Skip, artifact, test},
+    suite::{Skip, test},
     tiny::{Events, Run},
 };
 use libtest_mimic::Trial;
@@ -33,9 +32,7 @@ pub(crate) fn tests() -> Vec<Trial> {
 
 /// `bulkhead VERB test WORDS...`.
 fn order(run: &Run, verb: &str, words: &[&str]) -> Result<Output> {
-    let mut command = Command::new(artifact(Artifact::Bulkhead)?);
-    command.args([verb, "test"]).args(words);
-    Ok(command.env("XDG_RUNTIME_DIR", run.folder()).output()?)
+    Ok(run.verb(verb, words)?.output()?)
 }
 
 fn said(output: &Output) -> String {

@@ -1,23 +1,19 @@
 //! The verbs beside `run`, and `run` where nobody is at the keyboard.
 
-use super::{jails::Place, run::gone, traces::Traces};
+use super::{jails::NobodysVm, run::gone, traces::Traces};
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
-    lent::{Lent, NOBODY, become_nobody},
-    suite::{Skip, artifact, test},
+    suite::{artifact, test},
     tiny::Run,
 };
 use libtest_mimic::Trial;
-use nix::{
-    sys::signal::Signal,
-    unistd::{Uid, getpid},
-};
+use nix::{sys::signal::Signal, unistd::getpid};
 use serde_json::Value;
 use std::{
     fs::{self, File},
-    os::unix::{fs::chown, process::ExitStatusExt},
+    os::unix::process::ExitStatusExt,
     path::Path,
     process::{Command, Output},
     time::{Duration, SystemTime},
@@ -182,33 +178,13 @@ fn kill() -> Result<()> {
     Ok(())
 }
 
-/// By a user who owns nothing, and whose spawner may not be of the same user namespace.
 fn kill_unprivileged() -> Result<()> {
-    Host::need_kvm()?;
-    if !Uid::effective().is_root() {
-        bail!(Skip("only root can become another user".to_owned()));
-    }
-    let _lent = Lent::to(NOBODY)?;
-    let (place, runtime) = (Place::make()?, tempfile::tempdir()?);
-    chown(runtime.path(), Some(NOBODY), Some(NOBODY))?;
-    let program = place.path("bulkhead");
-    let flags = [
-        format!("--kernel={}", place.path("tiny-guest").display()),
-        "--memory=64M".to_owned(),
-        "--cmdline=scenario=hlt".to_owned(),
-    ];
-    let mut run = Run::by(become_nobody(&program), runtime, &flags)?;
-    run.state(DEADLINE)?;
-    let verb = |words: &[&str]| -> Result<Output> {
-        let mut command = become_nobody(&program);
-        command.args(words).env("XDG_RUNTIME_DIR", run.folder());
-        Ok(command.output()?)
-    };
-    let text = expect(&verb(&["ps"])?, 0)?;
+    let mut vm = NobodysVm::start()?;
+    let text = expect(&vm.bulkhead().arg("ps").output()?, 0)?;
     ensure!(text.contains("\ntest "), "{text}");
-    let said = expect(&verb(&["kill", "test"])?, 0)?;
+    let said = expect(&vm.verb("kill", &[]).output()?, 0)?;
     ensure!(said == "test: killed\n", "{said}");
-    let status = run.wait(DEADLINE)?;
+    let status = vm.run.wait(DEADLINE)?;
     ensure!(status.signal() == Some(Signal::SIGKILL as i32), "{status}");
     Ok(())
 }
