@@ -5,11 +5,13 @@ use crate::guest::{DEADLINE, Guest, MERGEABLE};
 use crate::host::Host;
 use crate::namespace::{TestTap, ip};
 use crate::{Case, Device};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::InterfaceFlags;
 use nix::time::{ClockId, clock_gettime};
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 use vhost_net::header::NetHeader;
 
@@ -20,6 +22,7 @@ pub const ALL: &[Case] = &[
         frames_that_wait,
     ),
     ("a_tap_that_vanishes_takes_the_link_down", a_tap_that_vanishes),
+    ("orders_are_answered_until_nobody_gives_them", orders),
     ("the_driver_chooses_what_it_receives", the_driver_chooses),
     ("the_driver_changes_its_address", the_driver_changes_its_address),
     (
@@ -157,14 +160,58 @@ fn a_tap_that_vanishes() -> Result<()> {
         wait_status(&mut guest, 0)?;
         // Its frames are dropped, and it goes on: with buffers that no frame will fill, and idle.
         guest.send(NetHeader::default(), &frame)?;
-        let before = cpu_time(&device)?;
-        std::thread::sleep(Duration::from_millis(500));
-        let used = cpu_time(&device)?.saturating_sub(before);
-        ensure!(
-            used < Duration::from_millis(50),
-            "{used:?} of a CPU for no TAP, with {flags:?}"
-        );
+        is_idle(&device).with_context(|| format!("without its TAP, with {flags:?}"))?;
     }
+    Ok(())
+}
+
+fn is_idle(device: &Device) -> Result<()> {
+    let before = cpu_time(device)?;
+    std::thread::sleep(Duration::from_millis(500));
+    let used = cpu_time(device)?.saturating_sub(before);
+    ensure!(used < Duration::from_millis(50), "{used:?} of a CPU for nothing");
+    Ok(())
+}
+
+fn orders() -> Result<()> {
+    let (theirs, mut ours) = UnixStream::pair()?;
+    ours.set_read_timeout(Some(DEADLINE))?;
+    // Whoever makes a successor has it, too.
+    let _copy = theirs.try_clone()?;
+    let device = Device::with(TestTap::new("")?, &["--control-fd=5"], Some((theirs.into(), 5)))?;
+    let host = Host::new(&device.tap.name, device.tap.host_mac())?;
+    let mut guest = Guest::connect(device.connect()?, EVERYTHING, MERGEABLE)?;
+    let sent = Path::to_host(&device.tap).udp([1, 2], &pattern(100, 1), true);
+    guest.send(NetHeader::default(), &sent)?;
+    ensure!(host.receive(DEADLINE)?.1 == sent);
+    let mut answers = BufReader::new(ours.try_clone()?);
+    let bytes = format!(
+        "bulkhead_net_bytes_total{{direction=\"transmit\"}} {}",
+        sent.len()
+    );
+    let end = Instant::now() + DEADLINE;
+    loop {
+        ours.write_all(b"metrics\n")?;
+        let mut metrics = String::new();
+        while !metrics.ends_with("# EOF\n") {
+            ensure!(answers.read_line(&mut metrics)? > 0, "no end: {metrics}");
+        }
+        let tells = |line: &str| metrics.lines().any(|told| told == line);
+        ensure!(tells("bulkhead_net_link_up 1"), "{metrics}");
+        // A frame is counted a moment after it has passed.
+        if tells(&bytes) {
+            break;
+        }
+        ensure!(Instant::now() < end, "no {bytes:?} in {metrics}");
+    }
+    ours.write_all(b"size 1\n")?;
+    let mut answer = String::new();
+    answers.read_line(&mut answer)?;
+    ensure!(answer.contains("\"size 1\" is no order"), "{answer}");
+    drop((answers, ours));
+    is_idle(&device).context("without anybody who gives orders")?;
+    guest.send(NetHeader::default(), &sent)?;
+    ensure!(host.receive(DEADLINE)?.1 == sent);
     Ok(())
 }
 
