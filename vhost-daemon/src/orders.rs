@@ -4,11 +4,10 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use vm_spec::client::LAST_LINE;
 
 /// Longest line: nothing is read behind what comes without an end.
 const MAX_LINE: usize = 64;
-/// The last line of an answer that has several.
-const END: &str = "# EOF\n";
 
 /// The socket, until it is over: its other end is closed, sends too long a line or takes no answers.
 #[derive(Debug)]
@@ -92,7 +91,7 @@ impl Orders {
 
     /// As [`Self::answer`], by several lines.
     pub fn answer_at_length(&mut self, lines: &str) {
-        self.answer(&format!("{lines}{END}"));
+        self.answer(&format!("{lines}{LAST_LINE}\n"));
     }
 }
 

@@ -45,6 +45,9 @@ pub enum Channel {
     Log,
 }
 
+/// Ends what a device process answers by several lines.
+pub const LAST_LINE: &str = "# EOF";
+
 /// Longest order in bytes.
 pub const MAX_ORDER: usize = 60;
 

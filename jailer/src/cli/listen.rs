@@ -1,18 +1,20 @@
 //! `bulkhead console VM` and `bulkhead logs VM`: what a running VM's guest and processes say.
 
 use super::connection::Connection;
+use super::put_out;
 use crate::escape::EscapeReader;
 use crate::failure::Failure;
 use crate::launch;
+use crate::launch::supervise::take_by_descriptor;
 use crate::launch::terminal::{self, Saved};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::signal::Signal;
+use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::read;
-use std::io::{self, ErrorKind, IsTerminal, Write, stdin};
+use std::io::{IsTerminal, stdin};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
 use vm_spec::client::{Answer, Channel, Request};
@@ -54,7 +56,7 @@ pub(super) fn logs(vm: &str, follow: bool) -> Result<u8, Failure> {
         if bytes.is_empty() {
             return Err(Failure::host(format!("no answer within {DEADLINE:?}")));
         }
-        if !print(&bytes)? {
+        if !put_out(&bytes)? {
             break;
         }
     }
@@ -68,14 +70,10 @@ pub(super) fn logs(vm: &str, follow: bool) -> Result<u8, Failure> {
 /// As [`logs`].
 pub(super) fn console(vm: &str) -> Result<u8, Failure> {
     let socket = listen(vm, Channel::Console, true)?;
-    let failed = |e: Errno| Failure::host("cannot take signals").because(&e);
-    let mut set = SigSet::empty();
-    ENDING.iter().for_each(|signal| set.add(*signal));
-    set.thread_block().map_err(failed)?;
-    let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+    let signals = take_by_descriptor(ENDING).map_err(|e| Failure::host("cannot take signals").because(&e))?;
     let mut visit = Visit {
         socket,
-        signals: SignalFd::with_flags(&set, flags).map_err(failed)?,
+        signals,
         reads: terminal::has_input(),
         keyboard: stdin().is_terminal(),
         escape: EscapeReader::default(),
@@ -166,7 +164,7 @@ impl Visit {
     /// Prints what was said; the end, if that was all.
     fn hear(&self) -> Result<Option<End>, Failure> {
         Ok(match next(&self.socket, MsgFlags::MSG_DONTWAIT)? {
-            Some(bytes) if print(&bytes)? => None,
+            Some(bytes) if put_out(&bytes)? => None,
             Some(_) => Some(End::Left),
             None => Some(End::Over),
         })
@@ -224,15 +222,5 @@ fn next(socket: &OwnedFd, flags: MsgFlags) -> Result<Option<Vec<u8>>, Failure> {
             Err(Errno::EINTR | Errno::ECONNRESET) => {}
             Err(e) => return Err(Failure::host("cannot hear the supervisor").because(&e)),
         }
-    }
-}
-
-/// False: nobody reads it any more.
-fn print(bytes: &[u8]) -> Result<bool, Failure> {
-    let mut out = io::stdout();
-    match out.write_all(bytes).and_then(|()| out.flush()) {
-        Ok(()) => Ok(true),
-        Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(false),
-        Err(e) => Err(Failure::host("cannot write to standard output").because(&e)),
     }
 }

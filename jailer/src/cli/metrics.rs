@@ -2,11 +2,13 @@
 //!
 //! A process that its guest has broken into may say anything: only what is a metric is passed on.
 
+use super::connection::Connection;
 use super::orders;
 use super::ps;
 use crate::failure::Failure;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use vm_spec::client::LAST_LINE;
 
 /// What begins every name.
 const PREFIX: &str = "bulkhead_";
@@ -22,9 +24,10 @@ pub(super) fn show(vm: &str, device: Option<&str>) -> Result<String, Failure> {
         Some(device) => vec![device],
         None => running.devices().collect(),
     };
+    let mut connection = Connection::open(vm, &running.folder)?;
     let mut families = Families::default();
     for device in devices {
-        let said = orders::order(vm, device, "metrics".to_owned())?;
+        let said = orders::order(&mut connection, device, "metrics".to_owned())?;
         families.add(&said, vm, device).ok_or_else(|| {
             Failure::host(format!("the process of {device} does not tell what it counts"))
                 .cause("it says what is no metric")
@@ -46,7 +49,7 @@ impl Families {
     /// Adds what a device's process said; `None`: it is none of this.
     fn add(&mut self, said: &str, vm: &str, device: &str) -> Option<()> {
         let mut family = None;
-        for line in said.lines().take_while(|line| *line != "# EOF") {
+        for line in said.lines().take_while(|line| *line != LAST_LINE) {
             if let Some(declared) = line.strip_prefix("# TYPE ") {
                 let (name, kind) = declared.split_once(' ')?;
                 if !is_name(name) || !KINDS.contains(&kind) {
@@ -78,7 +81,7 @@ impl Families {
         for (name, Family { kind, samples }) in &self.0 {
             let _ = write!(text, "# TYPE {name} {kind}\n{samples}");
         }
-        text + "# EOF\n"
+        text + LAST_LINE + "\n"
     }
 }
 

@@ -377,10 +377,15 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
 
 /// Data goes to standard output; a reader that left early is no error.
 fn print(text: &str) -> Result<u8, Failure> {
-    match std::io::stdout().write_all(text.as_bytes()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Failure::host("cannot write to standard output").because(&e))
-        }
-        _ => Ok(0),
+    put_out(text.as_bytes()).map(|_| 0)
+}
+
+/// Writes to standard output at once; false: nobody reads it any more.
+fn put_out(bytes: &[u8]) -> Result<bool, Failure> {
+    let mut out = std::io::stdout();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(e) => Err(Failure::host("cannot write to standard output").because(&e)),
     }
 }

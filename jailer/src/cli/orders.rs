@@ -16,7 +16,8 @@ const DEADLINE: Duration = Duration::from_secs(20);
 /// # Errors
 /// A [`Failure`] when no such VM or disk runs, or its format cannot do that.
 pub(super) fn resize(vm: &str, disk: &str, size: ByteSize) -> Result<String, Failure> {
-    let said = order(vm, disk, format!("size {}", size.0))?;
+    let mut connection = Connection::open(vm, &launch::run_folder(vm)?)?;
+    let said = order(&mut connection, disk, format!("size {}", size.0))?;
     match said.trim().strip_prefix("error: ") {
         Some(why) => Err(Failure::host(format!("{disk} was not resized")).cause(printable(why))),
         None => Ok(String::new()),
@@ -26,14 +27,13 @@ pub(super) fn resize(vm: &str, disk: &str, size: ByteSize) -> Result<String, Fai
 /// What the device's process answers to `line`. It may be anything.
 ///
 /// # Errors
-/// A [`Failure`] when no such VM or device runs.
-pub(super) fn order(vm: &str, device: &str, line: String) -> Result<String, Failure> {
-    let folder = launch::run_folder(vm)?;
+/// A [`Failure`] when no such device runs.
+pub(super) fn order(connection: &mut Connection, device: &str, line: String) -> Result<String, Failure> {
     let request = Request::Order {
         device: device.to_owned(),
         line,
     };
-    match Connection::open(vm, &folder)?.ask(request, None, DEADLINE)? {
+    match connection.ask(request, None, DEADLINE)? {
         Answer::Ordered(said) => Ok(said),
         Answer::Failed(why) => Err(Failure::host(format!("{device} took no order")).cause(why)),
         _ => Err(Failure::host("the supervisor gave no answer to the request")),

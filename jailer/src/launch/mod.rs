@@ -24,7 +24,7 @@ mod record;
 mod respawn;
 mod run_dir;
 pub(crate) mod spawn;
-mod supervise;
+pub(crate) mod supervise;
 pub(crate) mod terminal;
 mod watch;
 

@@ -37,10 +37,13 @@ const ENDING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 /// Blocks the signals that the loop takes from a descriptor. Before any process is made: they
 /// unblock them again.
 pub(crate) fn block_signals() -> nix::Result<SignalFd> {
-    let mut set = SigSet::empty();
-    for signal in ENDING.into_iter().chain([Signal::SIGCHLD]) {
-        set.add(signal);
-    }
+    let all = ENDING.into_iter().chain([Signal::SIGCHLD]);
+    take_by_descriptor(all)
+}
+
+/// Blocks `signals`: they come by the descriptor.
+pub(crate) fn take_by_descriptor(signals: impl IntoIterator<Item = Signal>) -> nix::Result<SignalFd> {
+    let set: SigSet = signals.into_iter().collect();
     set.thread_block()?;
     SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
 }

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, send};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
-use vm_spec::client::{Answer, MAX_ORDER};
+use vm_spec::client::{Answer, LAST_LINE, MAX_ORDER};
 
 /// Longest wait for an answer: a file system may take its time to lengthen a file.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -15,8 +15,6 @@ const DEADLINE: Duration = Duration::from_secs(10);
 const LONGEST: usize = 48 << 10;
 /// Reads of what nobody asked for, before an order: more than the socket holds.
 const MOST_STALE: usize = 256;
-/// The last line of an answer that has several.
-const END: &[u8] = b"# EOF\n";
 
 /// The socket to one process, and to its successors.
 pub(super) struct Orders {
@@ -95,7 +93,10 @@ impl Orders {
         let waiting = self.waiting.as_mut()?;
         waiting.answer.extend(came);
         let whole = match waiting.long {
-            true => waiting.answer.ends_with(END),
+            true => {
+                let rest = waiting.answer.strip_suffix(b"\n");
+                rest.is_some_and(|rest| rest.ends_with(LAST_LINE.as_bytes()))
+            }
             false => waiting.answer.ends_with(b"\n"),
         };
         let failed = if waiting.answer.len() > LONGEST {
