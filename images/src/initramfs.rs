@@ -19,6 +19,9 @@ const PRELUDE: &str = "#!/bin/busybox sh\n\
     /bin/busybox insmod /modules/$module.ko || echo \"init: cannot load $module\"\n\
     done\n";
 
+/// Programs that have names of their own: what the script around `bulkhead run -- COMMAND` asks for.
+const APPLETS: [&str; 7] = ["dd", "mkdir", "mount", "setsid", "sh", "sleep", "sync"];
+
 /// What an initial RAM disk holds.
 #[derive(Debug)]
 pub struct Initramfs<'a> {
@@ -40,7 +43,7 @@ impl Initramfs<'_> {
     /// A module or busybox is missing, or the file system fails.
     pub fn build(&self, cache: &Cache, apt: &Apt) -> Result<PathBuf> {
         let busybox = busybox(apt)?;
-        let mut recipe = Recipe::new("initramfs", 3)
+        let mut recipe = Recipe::new("initramfs", 4)
             .with(&self.kernel.release)
             .with(crate::cache::text(&self.kernel.modules)?)
             .with(crate::cache::text(&busybox)?)
@@ -67,7 +70,9 @@ impl Initramfs<'_> {
         archive.character_device("dev/console", 5, 1);
         let program = std::fs::read(busybox).at("read", busybox)?;
         archive.file("bin/busybox", 0o755, &program);
-        archive.link("bin/sh", "busybox");
+        for name in APPLETS {
+            archive.link(&format!("bin/{name}"), "busybox");
+        }
         let mut order = String::new();
         for module in self.kernel.modules()?.resolve(self.modules)? {
             order = order + &module.name + "\n";

@@ -109,6 +109,8 @@ pub struct VmConfig {
     pub devices: Vec<DeviceConfig>,
     /// A guest's reboot restarts the machine (or ends the VM).
     pub restart_on_reboot: bool,
+    /// The guest runs one command, whose exit status it writes to [`crate::machine::STATUS_PORT`].
+    pub takes_status: bool,
 }
 
 /// One vhost-user device as the vmm sees it.
@@ -247,6 +249,10 @@ pub enum Loss {
 pub enum EndReason {
     /// ACPI S5.
     PowerOff,
+    /// The guest's command ended with this status.
+    Exited(u8),
+    /// ACPI S5, where a command's status was to come first.
+    NoStatus,
     /// Reset, where the spec says that a reset ends the VM.
     Reset,
     /// Reset, reboot or triple fault before the guest wrote to its console or drove a device.

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod client;
+pub mod command;
 pub mod control;
 pub mod disk;
 pub mod events;

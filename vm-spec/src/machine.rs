@@ -62,6 +62,8 @@ pub const PVPANIC_PORT: u16 = 0x505;
 pub const GED_PORT: u16 = 0x604;
 /// Generic event device: its global system interrupt.
 pub const GED_GSI: u32 = 9;
+/// Exit status (8 bits, I/O space, write only), where the spec has a command: what is written ends the VM.
+pub const STATUS_PORT: u16 = 0x608;
 /// Reserved I/O ports for PCI hot-plug registers (16 ports).
 pub const HOTPLUG_PORT: u16 = 0x610;
 /// Reserved guest memory for a VM generation id (one page, below the PCI hole's end).

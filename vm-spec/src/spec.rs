@@ -64,6 +64,11 @@ pub struct BootSpec {
     /// Kernel command line, at most 2047 bytes.
     #[serde(default)]
     pub cmdline: String,
+    /// A command and its arguments that the guest's `/bin/sh` runs in place of an init; its exit status becomes
+    /// that of `bulkhead run`. It runs in the root that `cmdline` names, or else in the initial RAM disk. A
+    /// reboot ends the VM.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub command: Vec<String>,
 }
 
 /// A disk image's format. It is always given, never guessed.

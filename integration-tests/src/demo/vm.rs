@@ -90,6 +90,7 @@ fn boot(stage: &Stage, work: &Path, token: &str) -> anyhow::Result<BootSpec> {
         kernel,
         initrd: Some(initrd),
         cmdline: format!("console=ttyS0 quiet mitigations=off panic=-1 demo.token={token}"),
+        command: Vec::new(),
     })
 }
 

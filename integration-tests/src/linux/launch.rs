@@ -55,6 +55,8 @@ pub struct Launch {
     pub reboots: u32,
     /// Further words of the kernel's command line.
     pub words: &'static str,
+    /// What it runs in place of its init, in the initial RAM disk.
+    pub command: &'static [&'static str],
     /// Size of the pages behind its RAM in bytes.
     pub huge_pages: Option<u64>,
     /// Who runs it, if not this user; see [`Work::give_to`].
@@ -76,6 +78,7 @@ impl Launch {
             nets: Vec::new(),
             reboots: 0,
             words: "",
+            command: &[],
             huge_pages: None,
             user: None,
             deadline,
@@ -243,6 +246,7 @@ impl Work {
                 kernel,
                 initrd: Some(self.kernel.initrd.clone()),
                 cmdline,
+                command: launch.command.iter().map(|&word| word.to_owned()).collect(),
             },
             cpus: launch.cpus,
             memory: ByteSize(launch.memory_mib << 20),

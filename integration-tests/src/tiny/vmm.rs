@@ -195,6 +195,7 @@ impl Vm {
             console: FdNumber(CONSOLE),
             devices: configs,
             restart_on_reboot: options.restart_on_reboot,
+            takes_status: false,
         })))?;
         Ok(vm)
     }

@@ -5,7 +5,7 @@ use crate::default_kernel;
 use anyhow::{Result, ensure};
 use integration_tests::artifacts::Artifact;
 use integration_tests::host::Host;
-use integration_tests::linux::{Launch, Work};
+use integration_tests::linux::{Launch, Ran, Work};
 use integration_tests::nested::Ended;
 use integration_tests::suite::{artifact, jail_flags, test_within};
 use integration_tests::terminal::Terminal;
@@ -34,6 +34,31 @@ pub(crate) fn tests() -> Vec<Trial> {
                 "triple fault",
             )
         }),
+        test_within(
+            BOOT + GRACE,
+            "a command whose exit status is the launcher's",
+            || {
+                command(
+                    &["sh", "-c", "echo \"guest: <$1>\"; exit 42", "sh", "it's  *"],
+                    42,
+                    "<it's  *>",
+                )
+            },
+        ),
+        test_within(BOOT + GRACE, "a command that cannot be found", || {
+            command(&["no-such-command"], 127, "")
+        }),
+        test_within(BOOT + GRACE, "a command that powers off tells no status", || {
+            let (code, line) = (exit_code::ERROR, "had told no exit status");
+            let ran = run_command(&["sh", "-c", "echo o >/proc/sysrq-trigger; sleep 60"], code)?;
+            ensure!(
+                ran.stderr.contains(line),
+                "it does not say {line:?}: {}",
+                ran.stderr
+            );
+            Ok(())
+        }),
+        test_within(BOOT + LEAVE, "Ctrl-C reaches a command", interrupted),
         test_within(BOOT + LEAVE, "a person at a shell's prompt", prompt),
     ]
 }
@@ -58,6 +83,61 @@ fn ends(words: &'static str, code: u8, line: &str) -> Result<()> {
     Ok(())
 }
 
+/// The status becomes ours, and so far nothing is said.
+fn command(words: &'static [&'static str], code: u8, report: &str) -> Result<()> {
+    let ran = run_command(words, code)?;
+    ensure!(ran.stderr.is_empty(), "it said: {}", ran.stderr);
+    ensure!(
+        report.is_empty() || ran.reports == [report],
+        "the console:\n{}",
+        ran.console
+    );
+    Ok(())
+}
+
+fn run_command(command: &'static [&'static str], code: u8) -> Result<Ran> {
+    Host::need_linux_kvm()?;
+    let ran = Work::new(default_kernel()?)?.run(&Launch {
+        command,
+        ..Launch::small(BOOT)
+    })?;
+    ensure!(
+        ran.ended == Ended::Exited(code.into()),
+        "{:?}, not {code}: {}\nthe console:\n{}",
+        ran.ended,
+        ran.stderr,
+        ran.console
+    );
+    Ok(ran)
+}
+
+/// A command that a person interrupts, as a shell would tell it.
+fn interrupted() -> Result<()> {
+    Host::need_linux_kvm()?;
+    let work = Work::new(default_kernel()?)?;
+    let launch = Launch {
+        command: &["sh", "-c", "echo runs; exec sleep 1000"],
+        ..Launch::small(BOOT)
+    };
+    let mut terminal = run_in_terminal(&work, &launch)?;
+    terminal.screen.wait_line("runs", BOOT)?;
+    terminal.type_keys(b"\x03")?;
+    let status = terminal.wait(LEAVE)?;
+    ensure!(status.code() == Some(130), "{status}: {}", terminal.screen.text());
+    Ok(())
+}
+
+fn run_in_terminal(work: &Work, launch: &Launch) -> Result<Terminal> {
+    let mut command = Command::new(artifact(Artifact::Bulkhead)?);
+    command
+        .arg("run")
+        .args(jail_flags())
+        .arg(work.write_spec(launch, None)?)
+        .arg("--power-off-grace=1")
+        .env("XDG_RUNTIME_DIR", work.path());
+    Terminal::start(command)
+}
+
 /// Types a command, sees its output, and leaves with Ctrl-A x.
 fn prompt() -> Result<()> {
     Host::need_linux_kvm()?;
@@ -66,14 +146,7 @@ fn prompt() -> Result<()> {
         words: "guest.end=shell",
         ..Launch::small(BOOT)
     };
-    let mut command = Command::new(artifact(Artifact::Bulkhead)?);
-    command
-        .arg("run")
-        .args(jail_flags())
-        .arg(work.write_spec(&launch, None)?)
-        .arg("--power-off-grace=1")
-        .env("XDG_RUNTIME_DIR", work.path());
-    let mut terminal = Terminal::start(command)?;
+    let mut terminal = run_in_terminal(&work, &launch)?;
     terminal.screen.wait_line("guest: end", BOOT)?;
     terminal.type_keys(b"echo $((6 * 7))\r")?;
     terminal.screen.wait_line("42", BOOT)?;

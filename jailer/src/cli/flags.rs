@@ -84,6 +84,9 @@ pub(super) struct VmFlags {
     /// A further folder that backing files may lie in
     #[arg(long = "image-folder", value_name = "FOLDER")]
     image_folders: Vec<PathBuf>,
+    /// A command that the guest's /bin/sh runs in place of an init; its exit status becomes that of bulkhead run
+    #[arg(last = true)]
+    command: Vec<String>,
 }
 
 fn on_reboot(text: &str) -> Result<OnReboot, &'static str> {
@@ -112,6 +115,7 @@ impl VmFlags {
             kernel,
             initrd: None,
             cmdline: String::new(),
+            command: Vec::new(),
         };
         let minimal = toml::Table::try_from(Minimal { boot })
             .and_then(|table| toml::to_string(&table))
@@ -128,6 +132,9 @@ impl VmFlags {
         set(&mut spec.on_reboot, &self.on_reboot);
         set(&mut spec.on_device_death, &self.on_device_death);
         set(&mut spec.power_off_grace, &self.power_off_grace);
+        if !self.command.is_empty() {
+            spec.boot.command.clone_from(&self.command);
+        }
         spec.boot.initrd = self.initrd.clone().or(spec.boot.initrd);
         spec.huge_pages = self.huge_pages.or(spec.huge_pages);
         spec.name = self.name.clone().or(spec.name);

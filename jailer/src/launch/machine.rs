@@ -7,7 +7,7 @@ use crate::failure::Failure;
 use std::path::{Path, PathBuf};
 use vm_spec::machine::{FIRST_SLOT, LAST_SLOT, MAX_CPUS, MAX_MEMORY, MIN_MEMORY};
 use vm_spec::size::ByteSize;
-use vm_spec::spec::{VhostUserSpec, VmSpec};
+use vm_spec::spec::{BootSpec, VhostUserSpec, VmSpec};
 
 /// Longest kernel command line in bytes (x86 COMMAND_LINE_SIZE less the end).
 const LONGEST_CMDLINE: usize = 2047;
@@ -126,16 +126,26 @@ fn check_machine(spec: &VmSpec) -> Result<(), Failure> {
             ByteSize(unit)
         )));
     }
-    if spec.boot.cmdline.len() > LONGEST_CMDLINE {
-        return Err(Failure::usage(format!(
-            "boot.cmdline: {} bytes, and a kernel takes {LONGEST_CMDLINE}",
-            spec.boot.cmdline.len()
-        )));
+    cmdline(&spec.boot).map(drop)
+}
+
+/// The kernel command line, with the command.
+pub(super) fn cmdline(boot: &BootSpec) -> Result<String, Failure> {
+    let line = boot.command_line().map_err(|e| Failure::usage(e.to_string()))?;
+    if line.len() > LONGEST_CMDLINE {
+        let with = if boot.command.is_empty() {
+            ""
+        } else {
+            " with boot.command, in which a blank takes four"
+        };
+        let length = line.len();
+        let what = format!("boot.cmdline: {length} bytes{with}, and a kernel takes {LONGEST_CMDLINE}");
+        return Err(Failure::usage(what));
     }
-    if spec.boot.cmdline.contains('\0') {
+    if line.contains('\0') {
         return Err(Failure::usage("boot.cmdline: contains a zero byte"));
     }
-    Ok(())
+    Ok(line.into_owned())
 }
 
 /// Names become file names and prefixes of log lines.

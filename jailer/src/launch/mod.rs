@@ -127,7 +127,7 @@ pub fn dry_run(spec: &VmSpec, options: &Options) -> Result<String, Failure> {
     net::choose_servers(&mut devices);
     let mut inputs = inputs::open(spec, &devices)?;
     inputs.settle()?;
-    let plan = make_plan(spec, &name, &devices, options, &inputs, false);
+    let plan = make_plan(spec, &name, &devices, options, &inputs, false)?;
     let identity = identity::describe(&spawn::installed());
     Ok(plan.describe(&identity))
 }
@@ -247,7 +247,7 @@ impl<'a> Launch<'a> {
         inputs.make_links(self.run_dir, self.devices)?;
         let holders = inputs.holders();
         let raw = self.saved.is_some();
-        let plan = make_plan(self.spec, self.name, self.devices, self.options, &inputs, raw);
+        let plan = make_plan(self.spec, self.name, self.devices, self.options, &inputs, raw)?;
         let clients = self
             .run_dir
             .listen()
@@ -327,7 +327,7 @@ fn make_plan(
     options: &Options,
     inputs: &Inputs,
     raw_terminal: bool,
-) -> Plan {
+) -> Result<Plan, Failure> {
     let chains = inputs.backends.iter().map(|backend| match backend {
         BackendInput::Images(images) => images.layers.iter().map(|layer| layer.format).collect(),
         _ => Vec::new(),
@@ -343,8 +343,9 @@ fn make_plan(
         has_input: terminal::has_input(),
         raw_terminal,
         chains: chains.collect(),
+        cmdline: machine::cmdline(&spec.boot)?,
     };
-    plan::plan(spec, name, devices, &choices)
+    Ok(plan::plan(spec, name, devices, &choices))
 }
 
 /// The VM's groups with its limits; `None` where the spec limits nothing.

@@ -19,6 +19,11 @@ impl Outcome {
     pub(super) fn of_guest(reason: EndReason) -> Self {
         let (code, line) = match reason {
             EndReason::PowerOff => (exit_code::POWER_OFF, None),
+            EndReason::Exited(status) => (status, None),
+            EndReason::NoStatus => (
+                exit_code::ERROR,
+                Some("the guest powered off, and its command had told no exit status"),
+            ),
             EndReason::Reset => (exit_code::RESET, Some("the guest reset")),
             EndReason::InstantReset => (
                 exit_code::INSTANT_RESET,

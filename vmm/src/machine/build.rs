@@ -100,7 +100,7 @@ impl Build {
         let images = self.images()?;
         let entry = images.load(&ram, self.config.cpus)?;
         let com1 = self.com1(&router)?;
-        let ports = Ports::new().map_err(Error::system("make an eventfd"))?;
+        let ports = Ports::new(self.config.takes_status).map_err(Error::system("make an eventfd"))?;
         router
             .attach(Gsi(machine::GED_GSI), ports.interrupt())
             .map_err(Error::system("connect the event device's interrupt"))?;
@@ -119,6 +119,7 @@ impl Build {
             vm,
             entry,
             restart_on_reboot: self.config.restart_on_reboot,
+            takes_status: self.config.takes_status,
             seccomp: self.options.seccomp,
             early,
         })

@@ -151,7 +151,7 @@ mod tests {
         let (console, _theirs) = UnixStream::pair().unwrap();
         let platform = Platform {
             com1: Com1::new(Arc::new(ConsoleOutput::new(console.into()).unwrap())).unwrap(),
-            ports: Ports::new().unwrap(),
+            ports: Ports::new(false).unwrap(),
             pci: PciBus::new(),
         };
         platform.ports.press_power_button().unwrap();

@@ -33,6 +33,7 @@ pub struct Machine {
     pub(super) vm: Arc<Vm>,
     pub(super) entry: Entry,
     pub(super) restart_on_reboot: bool,
+    pub(super) takes_status: bool,
     pub(super) seccomp: SeccompMode,
     /// Control messages that came while the machine was built.
     pub(super) early: Vec<(Box<Envelope<ToVmm>>, Vec<OwnedFd>)>,
@@ -272,7 +273,9 @@ impl Machine {
     fn judge(&self, event: GuestEvent, silent: bool) -> Option<EndReason> {
         let instant = silent && !self.devices.iter().any(Device::driven);
         match event {
+            GuestEvent::PowerOff if self.takes_status => Some(EndReason::NoStatus),
             GuestEvent::PowerOff => Some(EndReason::PowerOff),
+            GuestEvent::Exit(status) => Some(EndReason::Exited(status)),
             GuestEvent::Panic => Some(EndReason::Panic),
             GuestEvent::Reset | GuestEvent::TripleFault if instant => Some(EndReason::InstantReset),
             GuestEvent::TripleFault => Some(EndReason::TripleFault),

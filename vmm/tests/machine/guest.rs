@@ -9,7 +9,7 @@ pub(crate) const LOAD_ADDRESS: u32 = 0x10_0000;
 const CODE_OFFSET: usize = 0x200;
 
 /// 32-bit code, one instruction after another.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(crate) struct Code(Vec<u8>);
 
 impl Code {

@@ -19,10 +19,11 @@ type Test = (&'static str, fn() -> Outcome);
 fn main() {
     let arguments = Arguments::from_args();
     let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
-    let tests: [Test; 16] = [
+    let tests: [Test; 17] = [
         ("a_byte_and_a_power_off", a_byte_and_a_power_off),
         ("more_memory_than_the_hole_and_many_vcpus", more_memory_and_vcpus),
         ("each_end_is_told_apart", each_end_is_told_apart),
+        ("a_commands_exit_status", exit_status),
         ("a_reset_before_anything_is_no_success", instant_reset),
         ("twenty_reboots_in_one_process", twenty_reboots),
         (
@@ -88,6 +89,23 @@ fn each_end_is_told_apart() -> Outcome {
         (Code::default().print("x").out(0x505, 1).spin(), EndReason::Panic),
     ] {
         assert_eq!(run(Guest::new(&code.elf())).1, reason);
+    }
+    Ok(())
+}
+
+fn exit_status() -> Outcome {
+    let status = Code::default().out(0x608, 42).power_off().spin();
+    let no_status = Code::default().power_off().spin();
+    for (code, takes_status, reason) in [
+        (&status, true, EndReason::Exited(42)),
+        (&status, false, EndReason::PowerOff),
+        (&no_status, true, EndReason::NoStatus),
+    ] {
+        let guest = Guest {
+            takes_status,
+            ..Guest::new(&code.clone().elf())
+        };
+        assert_eq!(run(guest).1, reason);
     }
     Ok(())
 }

@@ -32,6 +32,8 @@ pub(crate) struct Guest {
     pub(crate) memory: u64,
     pub(crate) cpus: u8,
     pub(crate) restart_on_reboot: bool,
+    /// There is a command, whose exit status is awaited.
+    pub(crate) takes_status: bool,
     /// The back end of a block device in slot [`SLOT`].
     pub(crate) disk: Option<UnixStream>,
 }
@@ -46,6 +48,7 @@ impl Guest {
             memory: machine::MIN_MEMORY,
             cpus: 1,
             restart_on_reboot: true,
+            takes_status: false,
             disk: None,
         }
     }
@@ -97,6 +100,7 @@ impl Vmm {
                 .into_iter()
                 .collect(),
             restart_on_reboot: guest.restart_on_reboot,
+            takes_status: guest.takes_status,
         };
         let first = Envelope::new(1, ToVmm::Start(Box::new(config))).encode().unwrap();
         send(control.as_raw_fd(), &first, MsgFlags::empty()).unwrap();

@@ -137,6 +137,8 @@ pub(crate) struct Choices<'a> {
     pub(crate) raw_terminal: bool,
     /// For each device the formats of its image chain, the top first; empty where it has none.
     pub(crate) chains: Vec<Vec<ImageFormat>>,
+    /// The kernel command line, with the command that the guest is to run.
+    pub(crate) cmdline: String,
 }
 
 impl Choices<'_> {

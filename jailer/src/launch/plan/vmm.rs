@@ -52,10 +52,11 @@ pub(super) fn plan(spec: &VmSpec, devices: &[Device], choices: &Choices<'_>) -> 
         kvm,
         kernel,
         initrd,
-        cmdline: spec.boot.cmdline.clone(),
+        cmdline: choices.cmdline.clone(),
         console,
         devices,
-        restart_on_reboot: spec.on_reboot == OnReboot::Restart,
+        restart_on_reboot: spec.on_reboot == OnReboot::Restart && spec.boot.command.is_empty(),
+        takes_status: !spec.boot.command.is_empty(),
     };
     let mut arguments = vec!["--control-fd=3".to_owned()];
     arguments.extend(choices.common_arguments());
