@@ -3,7 +3,9 @@
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::signal::Signal;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Mutex;
 use vm_spec::control::FdNumber;
@@ -29,6 +31,17 @@ pub fn take(number: FdNumber) -> io::Result<OwnedFd> {
     taken.push(number.0);
     // SAFETY: it is open, came by exec (no Rust value made it), and `taken` keeps it single.
     Ok(unsafe { OwnedFd::from_raw_fd(number.0) })
+}
+
+/// Whether whoever started this process had `signal` ignored.
+#[must_use]
+pub fn is_ignored(signal: Signal) -> bool {
+    let mut now = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: with no new action the call only writes the present one, for which there is room.
+    let asked = unsafe { libc::sigaction(signal as i32, std::ptr::null(), now.as_mut_ptr()) };
+    // SAFETY: all zeros, which it was made of, are a valid value, as is what the kernel has written.
+    let now = unsafe { now.assume_init() };
+    asked == 0 && now.sa_sigaction == libc::SIG_IGN
 }
 
 /// Closes the descriptors `first` to `last` (both included), whichever are open.

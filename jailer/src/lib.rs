@@ -2,6 +2,7 @@
 //!
 //! [`sandbox`] is all that the vmm and the device processes link; [`supervisor`] is the resident
 //! process beside them; the rest belongs to the short-lived launcher and its feature.
+#![cfg_attr(not(test), deny(clippy::print_stderr))]
 
 pub mod audit;
 #[cfg(feature = "launcher")]
@@ -14,6 +15,7 @@ pub mod inherit;
 pub mod launch;
 pub mod sandbox;
 pub mod supervisor;
+pub mod tell;
 pub mod wire;
 pub mod wire_fds;
 

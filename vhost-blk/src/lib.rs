@@ -2,6 +2,7 @@
 //!
 //! Trust: the guest writes request headers and the image's contents; both are checked here and
 //! reach nothing but this image and the guest's own memory.
+#![cfg_attr(not(test), deny(clippy::print_stderr))]
 
 mod control;
 mod counters;

@@ -17,6 +17,7 @@
 //! Trust: everything in guest memory is hostile and is checked in [`ring`] and [`memory`]; the
 //! front end is more trusted than this process, yet its messages are checked in `session`, since
 //! one that is wrong would break memory safety here.
+#![cfg_attr(not(test), deny(clippy::print_stderr))]
 
 pub mod allocator;
 pub mod bucket;

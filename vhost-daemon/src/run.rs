@@ -9,6 +9,7 @@ use crate::signals::{self, Termination};
 use crate::worker::{Worker, WorkerError};
 use crate::{Device, Program, descriptors, log};
 use jailer::sandbox::{LockdownError, Locked, end, end_on_panic, lockdown_main};
+use jailer::tell::say;
 use std::error::Error;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -63,7 +64,7 @@ pub fn run<P: Program>() -> ExitCode {
     let request = match flags::parse::<P>(std::env::args_os().skip(1)) {
         Ok(request) => request,
         Err(error) => {
-            eprintln!("{}: {error}\nTry '{} --help'.", P::NAME, P::NAME);
+            say(format_args!("{}: {error}\nTry '{} --help'.", P::NAME, P::NAME));
             return ExitCode::from(2);
         }
     };
@@ -98,7 +99,7 @@ fn report(name: &str, error: &dyn Error) {
         line.push_str(&error.to_string());
         cause = error.source();
     }
-    eprintln!("{line}");
+    say(format_args!("{line}"));
 }
 
 /// The front end, or where it will come.

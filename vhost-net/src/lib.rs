@@ -8,6 +8,7 @@
 //!
 //! Trust: the guest's headers and frames are hostile and are checked in [`header`] and [`guard`];
 //! its rings are checked by `vhost-daemon`. Only [`tap`] talks to the kernel about the interface.
+#![cfg_attr(not(test), deny(clippy::print_stderr))]
 
 pub mod buffers;
 pub mod capture;

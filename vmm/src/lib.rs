@@ -1,5 +1,6 @@
 //! The KVM process of a microVM: vCPUs, guest RAM, the virtio-pci transport and a generic
 //! vhost-user front end. No device is emulated behind virtio.
+#![cfg_attr(not(test), deny(clippy::print_stderr))]
 
 pub mod boot;
 pub mod control;

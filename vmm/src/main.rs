@@ -1,7 +1,9 @@
 //! `bulkhead-vmm --control-fd=N [--seccomp=enforce|trap|log|off] [--log-level=L]`: one VM, described by
 //! the first message on the control socket.
+#![cfg_attr(not(test), deny(clippy::print_stderr))]
 
 use jailer::sandbox::{SeccompMode, end, end_on_panic};
+use jailer::tell::tell;
 use std::mem::ManuallyDrop;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -30,7 +32,7 @@ fn main() -> ExitCode {
     let arguments = match parse() {
         Ok(arguments) => arguments,
         Err(error) => {
-            eprintln!("bulkhead-vmm: {error}\n{USAGE}");
+            tell(format_args!("bulkhead-vmm: {error}\n{USAGE}"));
             return ExitCode::from(vm_spec::control::exit_code::USAGE);
         }
     };
@@ -42,7 +44,7 @@ fn main() -> ExitCode {
     let socket = match adopt(FdNumber(arguments.control), "control socket") {
         Ok(socket) => socket,
         Err(error) => {
-            eprintln!("bulkhead-vmm: {error}\n{USAGE}");
+            tell(format_args!("bulkhead-vmm: {error}\n{USAGE}"));
             return ExitCode::from(vm_spec::control::exit_code::USAGE);
         }
     };

@@ -1,8 +1,19 @@
 //! What a process of a VM holds open, against what `--dry-run` printed: nothing more, nothing less.
 
 use anyhow::{Context, Result, ensure};
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
 use vm_spec::run_state::{FdLink, Kept, MadeFds, ProcessState, RunState};
+
+/// Messages that are under way have been dealt with by then.
+const SETTLED: Duration = Duration::from_secs(2);
+/// Between two looks at what a process has open.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// `/proc/PID/fd`: what each number links to.
 fn open(pid: i32) -> Result<BTreeMap<i32, String>> {
@@ -24,6 +35,17 @@ fn open(pid: i32) -> Result<BTreeMap<i32, String>> {
 /// Naming what is missing, or too much.
 pub(crate) fn exact(process: &ProcessState, state: &RunState, printed: &str) -> Result<()> {
     is_printed(process, printed)?;
+    let end = Instant::now() + SETTLED;
+    loop {
+        match look(process, state) {
+            // A message's descriptor is open for as long as the message is dealt with.
+            Err(_) if Instant::now() < end => thread::sleep(LOOK),
+            looked => return looked,
+        }
+    }
+}
+
+fn look(process: &ProcessState, state: &RunState) -> Result<()> {
     let mut rest = open(process.pid)?;
     for fd in &process.fds {
         match fd.kept {

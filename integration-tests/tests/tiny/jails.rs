@@ -91,8 +91,12 @@ fn as_nobody() -> Result<()> {
     as_another(NOBODY, NOBODY, Identity::Own)
 }
 
-/// As a user who has a range, in a mount namespace where the host's files say so.
 fn with_subordinate_ids() -> Result<()> {
+    by_user_with_ids(|user, group| as_another(user, group, Identity::Subordinate))
+}
+
+/// For a user who has subordinate ids, in a mount namespace where the host's files say so.
+pub(crate) fn by_user_with_ids(test: fn(u32, u32) -> Result<()>) -> Result<()> {
     if !Uid::effective().is_root() {
         bail!(Skip("only root can give subordinate ids".to_owned()));
     }
@@ -101,14 +105,14 @@ fn with_subordinate_ids() -> Result<()> {
             bail!(Skip(format!("no {needed}")));
         }
     }
-    let inside = thread::spawn(|| {
+    let inside = thread::spawn(move || {
         let folder = tempfile::tempdir()?;
         let ids = folder.path().join("ids");
         fs::write(&ids, "nobody:2000000000:65536\n")?;
         show_instead(&[(&ids, "/etc/subuid"), (&ids, "/etc/subgid")])?;
         // newuidmap wants a name.
         let nobody = User::from_name("nobody")?.context("no user nobody")?;
-        as_another(nobody.uid.as_raw(), nobody.gid.as_raw(), Identity::Subordinate)
+        test(nobody.uid.as_raw(), nobody.gid.as_raw())
     });
     inside
         .join()

@@ -17,6 +17,7 @@ mod taps;
 mod terminal;
 mod tour;
 mod traces;
+mod unread;
 mod verbs;
 mod work;
 
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
     tests.extend(taps::tests());
     tests.extend(terminal::tests());
     tests.extend(tour::tests());
+    tests.extend(unread::tests());
     tests.extend(verbs::tests());
     tests.extend(work::tests());
     integration_tests::suite::run(tests)

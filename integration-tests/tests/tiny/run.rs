@@ -1,11 +1,14 @@
 //! `bulkhead run` with the tiny guest: exit codes, jails, and what is left behind.
 
-use super::{jails::Place, traces::Traces};
+use super::{
+    jails::{Place, by_user_with_ids},
+    traces::Traces,
+};
 use anyhow::{Context, Result, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
-    lent::{Lent, NOBODY, become_nobody},
+    lent::{Lent, NOBODY, become_user},
     suite::{Skip, artifact, jail_is_off, test},
     tiny::Run,
 };
@@ -58,12 +61,16 @@ pub(crate) fn tests() -> Vec<Trial> {
         ("net_namespace", ProcessRole::NetNamespace),
     ];
     for (name, role) in roles {
-        for who in [Who::Own, Who::Nobody] {
-            tests.push(test(format!("run::kill_{name}{}", who.suffix()), move || {
+        for (who, suffix) in [(Who::Own, ""), (Who::Other(NOBODY, NOBODY), "_unprivileged")] {
+            tests.push(test(format!("run::kill_{name}{suffix}"), move || {
                 killed(name, role, who)
             }));
         }
     }
+    // Whose spawner sees no path.
+    tests.push(test("run::kill_reaper_with_subordinate_ids", || {
+        by_user_with_ids(|user, group| killed("reaper", ProcessRole::Reaper, Who::Other(user, group)))
+    }));
     tests.push(test("run::exit_code_lost_disk", lost_disk));
     tests.push(test("run::exit_code_forbidden_call", forbidden_call));
     for mode in ["trap", "log", "off"] {
@@ -174,17 +181,8 @@ fn disk_flag(folder: &TempDir) -> Result<String> {
 enum Who {
     /// Of whoever runs the tests.
     Own,
-    /// Of a user who owns nothing.
-    Nobody,
-}
-
-impl Who {
-    fn suffix(self) -> &'static str {
-        match self {
-            Self::Own => "",
-            Self::Nobody => "_unprivileged",
-        }
-    }
+    /// Of this user and group.
+    Other(u32, u32),
 }
 
 /// A halted guest with a disk, and a NIC where the host has TAPs.
@@ -206,10 +204,10 @@ fn halted(place: &Place, on_device_death: OnDeviceDeath, who: Who) -> Result<Run
     let (launcher, folder) = (place.path("bulkhead"), tempfile::tempdir()?);
     let launcher = match who {
         Who::Own => Command::new(launcher),
-        Who::Nobody => {
-            chown(folder.path(), Some(NOBODY), Some(NOBODY))?;
-            chown(place.path("disk"), Some(NOBODY), Some(NOBODY))?;
-            become_nobody(&launcher)
+        Who::Other(user, group) => {
+            chown(folder.path(), Some(user), Some(group))?;
+            chown(place.path("disk"), Some(user), Some(group))?;
+            become_user(user, group, &launcher)
         }
     };
     let mut run = Run::by(launcher, folder, &flags)?;
@@ -222,10 +220,10 @@ fn halted(place: &Place, on_device_death: OnDeviceDeath, who: Who) -> Result<Run
 fn killed(name: &str, role: ProcessRole, who: Who) -> Result<()> {
     let _lent = match who {
         Who::Own => None,
-        Who::Nobody if !Uid::effective().is_root() => {
+        Who::Other(..) if !Uid::effective().is_root() => {
             return Err(Skip("only root can become another user".to_owned()).into());
         }
-        Who::Nobody => Some(Lent::to(NOBODY)?),
+        Who::Other(user, _) => Some(Lent::to(user)?),
     };
     let place = Place::make()?;
     // The tests of recovery are about what happens otherwise.

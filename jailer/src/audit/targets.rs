@@ -5,6 +5,7 @@
 use super::order::Order;
 use super::wall::Removed;
 use crate::sandbox::Role;
+use crate::tell::tell;
 use nix::pty::openpty;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
@@ -101,7 +102,10 @@ impl Targets {
 impl Drop for Targets {
     fn drop(&mut self) {
         if let Err(e) = fs::remove_dir_all(&self.folder) {
-            eprintln!("bulkhead: cannot remove {}: {e}", self.folder.display());
+            tell(format_args!(
+                "bulkhead: cannot remove {}: {e}",
+                self.folder.display()
+            ));
         }
     }
 }

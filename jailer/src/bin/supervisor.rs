@@ -3,6 +3,7 @@
 
 use jailer::sandbox::{SeccompMode, end, end_on_panic};
 use jailer::supervisor::SupervisorError;
+use jailer::tell::tell;
 use std::error::Error;
 use std::process::ExitCode;
 
@@ -16,7 +17,9 @@ fn main() -> ExitCode {
         match argument.strip_prefix("--seccomp=").map(str::parse) {
             Some(Ok(given)) => mode = given,
             _ => {
-                eprintln!("supervisor: '{argument}' is no argument: it is started by bulkhead run");
+                tell(format_args!(
+                    "supervisor: '{argument}' is no argument: it is started by bulkhead run"
+                ));
                 return ExitCode::from(vm_spec::control::exit_code::USAGE);
             }
         }
@@ -26,10 +29,10 @@ fn main() -> ExitCode {
         Ok(()) => end(0),
         Err(SupervisorError::SpawnerGone) => end(1),
         Err(error) => {
-            eprintln!("supervisor: {error}");
+            tell(format_args!("supervisor: {error}"));
             let mut cause = error.source();
             while let Some(error) = cause {
-                eprintln!("  cause: {error}");
+                tell(format_args!("  cause: {error}"));
                 cause = error.source();
             }
             end(1)

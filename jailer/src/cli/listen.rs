@@ -7,6 +7,7 @@ use crate::failure::Failure;
 use crate::launch;
 use crate::launch::supervise::take_by_descriptor;
 use crate::launch::terminal::{self, Saved};
+use crate::tell::say;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
@@ -81,7 +82,7 @@ pub(super) fn console(vm: &str) -> Result<u8, Failure> {
     };
     let raw = Raw(terminal::save());
     if let Some(saved) = &raw.0 {
-        eprintln!("console of '{vm}': Ctrl-A x leaves it");
+        say(format_args!("console of '{vm}': Ctrl-A x leaves it"));
         terminal::make_raw(saved);
     }
     let end = visit.stay()?;
@@ -89,7 +90,7 @@ pub(super) fn console(vm: &str) -> Result<u8, Failure> {
     Ok(match end {
         End::Left => 0,
         End::Over => {
-            eprintln!("the VM '{vm}' is over");
+            say(format_args!("the VM '{vm}' is over"));
             0
         }
         End::Signal(number) => 128_u8.saturating_add(number),

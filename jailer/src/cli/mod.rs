@@ -29,6 +29,7 @@ use crate::failure::Failure;
 use crate::launch::net::link::{self, Order};
 use crate::launch::{self, Jail, Options};
 use crate::sandbox::{Role, SeccompMode};
+use crate::tell::say;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
 use std::io::Write;
@@ -300,7 +301,7 @@ pub fn main() -> u8 {
     match carry_out(verb, launched_ns) {
         Ok(code) => code,
         Err(failure) => {
-            eprintln!("{failure}");
+            say(format_args!("{failure}"));
             failure.code()
         }
     }

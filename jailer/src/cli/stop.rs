@@ -3,6 +3,7 @@
 use super::pidfd::PidFd;
 use super::ps::{self, RunningVm};
 use crate::failure::Failure;
+use crate::tell::say;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
@@ -27,7 +28,9 @@ pub(super) fn stop(name: &str, limit: Duration) -> Result<(String, u8), Failure>
     let mut ending = Ending::begin(name)?;
     ending.signal(Signal::SIGTERM)?;
     if !ending.wait(limit)? {
-        eprintln!("error: the VM '{name}' still runs after {limit:?}\n  hint: bulkhead kill {name}");
+        say(format_args!(
+            "error: the VM '{name}' still runs after {limit:?}\n  hint: bulkhead kill {name}"
+        ));
         return Ok((String::new(), exit_code::TIMEOUT));
     }
     let how = match ending.code() {

@@ -15,6 +15,7 @@ use super::net::detach;
 use super::respawn::Respawner;
 use crate::failure::Failure;
 use crate::sandbox::lockdown_forker;
+use crate::tell::tell;
 use crate::wire::{Received, TransferError, send_message};
 use crate::wire_fds::{receive_with_fds, send_with_fd, send_with_fds};
 use nix::errno::Errno;
@@ -80,7 +81,10 @@ impl Forker {
                 detach(&keep);
                 match lockdown_forker(respawner.seccomp()) {
                     Ok(()) => serve(theirs.as_fd(), respawner),
-                    Err(error) => eprintln!("bulkhead: the forker: {}", crate::failure::chain(&error)),
+                    Err(error) => tell(format_args!(
+                        "bulkhead: the forker: {}",
+                        crate::failure::chain(&error)
+                    )),
                 }
                 // SAFETY: ends the child without running what the parent registered for its exit.
                 unsafe { libc::_exit(0) }

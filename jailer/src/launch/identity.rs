@@ -8,6 +8,7 @@
 
 use crate::failure::Failure;
 use crate::sandbox::{Anchor, Root, caps};
+use crate::tell::tell;
 use nix::unistd::{Gid, Uid, User, getgid, getpid, getuid, setgroups};
 use std::fs;
 use std::io;
@@ -103,6 +104,11 @@ pub(crate) fn describe(binaries: &[PathBuf]) -> String {
 }
 
 impl Identities {
+    /// Whether the spawner goes on seeing the launcher's paths, as their user.
+    pub(crate) fn keep_paths(&self) -> bool {
+        matches!(self, Self::Own(_))
+    }
+
     /// Looks for ids, and begins to have them mapped. The calling process must have one thread.
     pub(crate) fn begin(binaries: &[PathBuf]) -> Result<Self, Failure> {
         let failed = |e: io::Error| {
@@ -163,7 +169,9 @@ impl Identities {
             Self::Own(why) => {
                 if why == TAKEN {
                     // Not what this user is used to: whoever took the names may have meant it.
-                    eprintln!("bulkhead: warning: every process is this user: {why}");
+                    tell(format_args!(
+                        "bulkhead: warning: every process is this user: {why}"
+                    ));
                 }
                 tracing::debug!(why, "every process is this user");
                 Ok((Settled::Own, None))
@@ -185,7 +193,9 @@ impl Identities {
                 for mut helper in helpers {
                     // What is wrong it has said itself.
                     if !helper.wait().is_ok_and(|status| status.success()) {
-                        eprintln!("bulkhead: no subordinate ids: every process is this user");
+                        tell(format_args!(
+                            "bulkhead: no subordinate ids: every process is this user"
+                        ));
                         return Ok((Settled::Own, None));
                     }
                 }

@@ -2,11 +2,13 @@
 //! processes get descriptors.
 
 use super::chain::{Layer, open_chain, open_image};
+use super::connector::connect_within;
 use super::disk::{Disk, Key};
 use super::kernel::{self, Kernel};
 use super::machine::{Backend, Device, Remote};
 use super::net::{self, Nic};
 use super::run_dir::RunDir;
+use super::supervise::interruptibly;
 use super::watch::Watch;
 use crate::failure::Failure;
 use crate::sandbox::cgroup::disk_behind;
@@ -15,13 +17,16 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 use vm_spec::control::FdNumber;
 use vm_spec::spec::{BootSpec, VmSpec};
 
 /// Most bytes of a passphrase that are copied: more than any disk process takes.
 const LONGEST_KEY: u64 = 4096;
+
+/// How long someone else's back end may take to accept us.
+const ACCEPT_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The files of a VM.
 pub(crate) struct Inputs {
@@ -114,18 +119,21 @@ fn open_backend(spec: &VmSpec, device: &Device) -> Result<Option<BackendInput>, 
         Backend::Disk(disk) => open_disk(spec, device, disk).map(|images| Some(BackendInput::Images(images))),
         Backend::Net(_) => Ok(None),
         Backend::Passt { passt, publish, mtu } => {
-            net::serve(&device.field, passt, publish, *mtu).map(|socket| Some(BackendInput::Socket(socket)))
+            interruptibly(|| net::serve(&device.field, passt, publish, *mtu))
+                .map(|socket| Some(BackendInput::Socket(socket)))
         }
-        Backend::External(Remote { socket, .. }) => match UnixStream::connect(socket) {
-            Ok(stream) => Ok(Some(BackendInput::Socket(stream.into()))),
-            Err(e) => Err(Failure::host(format!(
-                "{}: cannot connect to the back end at {}",
-                device.field,
-                socket.display()
-            ))
-            .because(&e)
-            .hint("start the back end first, with this socket path")),
-        },
+        Backend::External(Remote { socket, .. }) => {
+            match interruptibly(|| connect_within(socket, ACCEPT_DEADLINE)) {
+                Ok(stream) => Ok(Some(BackendInput::Socket(stream))),
+                Err(e) => Err(Failure::host(format!(
+                    "{}: cannot connect to the back end at {}",
+                    device.field,
+                    socket.display()
+                ))
+                .because(&e)
+                .hint("start the back end first, with this socket path")),
+            }
+        }
     }
 }
 
@@ -177,7 +185,7 @@ fn open_direct(device: &Device, disk: &Disk, image: &OwnedFd) -> Result<OwnedFd,
 fn open_key(device: &Device, key: &Key) -> Result<OwnedFd, Failure> {
     match key {
         Key::File(path) => open_file(&format!("{}.key-file", device.field), path).map(OwnedFd::from),
-        Key::Inherited(number) => copy_key(*number).map_err(|e| {
+        Key::Inherited(number) => interruptibly(|| copy_key(*number)).map_err(|e| {
             Failure::host(format!(
                 "{}.key-fd: cannot read descriptor {number}",
                 device.field

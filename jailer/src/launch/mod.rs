@@ -35,6 +35,7 @@ pub(crate) mod fuzz;
 use crate::failure::Failure;
 use crate::sandbox::cgroup::{CgroupError, Groups, Place};
 use crate::sandbox::{Anchor, Root, SeccompMode, share_cores_within};
+use crate::tell::tell;
 use connector::Connector;
 use identity::{Identities, Settled};
 use inputs::{BackendInput, Inputs};
@@ -140,18 +141,24 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
     let (name, mut devices) = machine::check(spec, &default_name())?;
     net::choose_servers(&mut devices);
     if options.jail == Jail::Off {
-        eprintln!("bulkhead: warning: --jail=off: nothing is around a process that is broken into");
+        tell(format_args!(
+            "bulkhead: warning: --jail=off: nothing is around a process that is broken into"
+        ));
     } else if let Some(warning) = options.seccomp.warning() {
-        eprintln!("bulkhead: warning: --seccomp={}: {warning}", options.seccomp);
+        tell(format_args!(
+            "bulkhead: warning: --seccomp={}: {warning}",
+            options.seccomp
+        ));
     }
     let Ground {
         run_dir,
         place,
         identities,
     } = Ground::claim(spec, &name)?;
+    terminal::never_wait();
     let saved = terminal::save();
     let signals = supervise::block_signals().map_err(|e| Failure::host("cannot take signals").because(&e))?;
-    let reaper = Reaper::start(&run_dir, saved.as_ref(), place.as_ref())
+    let reaper = Reaper::start(&run_dir, saved.as_ref(), place.as_ref(), identities.keep_paths())
         .map_err(|e| Failure::host("cannot start the reaper").because(&e))?;
     let notify = Notify::connect();
     let launch = Launch {

@@ -1,5 +1,6 @@
 //! Tells whoever started `bulkhead run` as a service how the VM is doing (sd_notify(3)).
 
+use crate::tell::tell;
 use std::env;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
@@ -30,7 +31,9 @@ impl Notify {
         match address.and_then(connect) {
             Ok(socket) => Self(Some(socket)),
             Err(error) => {
-                eprintln!("bulkhead: warning: {VARIABLE}: cannot reach the service manager: {error}");
+                tell(format_args!(
+                    "bulkhead: warning: {VARIABLE}: cannot reach the service manager: {error}"
+                ));
                 Self(None)
             }
         }

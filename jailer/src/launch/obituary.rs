@@ -2,6 +2,7 @@
 
 use crate::sandbox::Witness;
 use crate::sandbox::cgroup::Groups;
+use crate::tell::tell;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use std::collections::BTreeMap;
@@ -45,7 +46,7 @@ impl Obituary {
             let role = process.role.policy().and_then(|name| name.parse().ok());
             let verdict = role.and_then(|role| self.witness.testify(Pid::from_raw(pid), role));
             if let Some(verdict) = verdict {
-                eprintln!("bulkhead: {name} (pid {pid}): {verdict}");
+                tell(format_args!("bulkhead: {name} (pid {pid}): {verdict}"));
             }
         } else if signal == Signal::SIGKILL as u8
             && let Some(groups) = &self.groups

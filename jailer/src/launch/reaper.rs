@@ -6,10 +6,11 @@
 use super::run_dir::RunDir;
 use super::terminal::{self, Saved};
 use crate::sandbox::cgroup::Place;
+use crate::tell::tell;
 use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{ForkResult, Pid, fork, geteuid, getpid, pipe2, read, setsid, write};
+use nix::unistd::{ForkResult, Pid, fork, getpid, pipe2, read, setsid, write};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 /// What the spawner writes before it ends as it should.
@@ -24,7 +25,8 @@ pub(crate) struct Reaper {
 }
 
 impl Reaper {
-    /// Starts the reaper. Only its own pipe, standard error, the terminal and the run-time
+    /// Starts the reaper, and a second one where `paths_remain` is false: the spawner will not see the paths that
+    /// are to be removed, should the first be killed. Only its own pipe, standard error, the terminal and the run-time
     /// folder's lock may be open besides: everything else is opened after it.
     ///
     /// The calling process must have one thread only.
@@ -32,6 +34,7 @@ impl Reaper {
         run_dir: &RunDir,
         saved: Option<&Saved>,
         groups: Option<&Place>,
+        paths_remain: bool,
     ) -> nix::Result<Self> {
         let (ours, theirs) = pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
         let spawner = getpid();
@@ -51,6 +54,7 @@ impl Reaper {
                         groups,
                         spawner,
                     },
+                    paths_remain,
                 );
                 // SAFETY: ends the child without running what the parent registered.
                 unsafe { libc::_exit(0) }
@@ -66,11 +70,10 @@ impl Reaper {
     }
 }
 
-/// The life of the reaper. Root's spawner soon is another user, who cannot remove what lies in
-/// root's folder should the reaper be killed: there a second one stands by.
-fn reap(pipe: &OwnedFd, remains: &Remains<'_>) {
+/// The life of the reaper.
+fn reap(pipe: &OwnedFd, remains: &Remains<'_>, paths_remain: bool) {
     let mut second = None;
-    if geteuid().is_root() {
+    if !paths_remain {
         // SAFETY: this process has one thread, so the child may do whatever the parent might.
         match unsafe { fork() } {
             Ok(ForkResult::Child) => {
@@ -84,11 +87,13 @@ fn reap(pipe: &OwnedFd, remains: &Remains<'_>) {
         }
     }
     let in_order = wait(pipe, remains.run_dir);
+    remains.clean_up();
     if !in_order {
         let spawner = remains.spawner;
-        eprintln!("bulkhead: the spawner (pid {spawner}) died: its VM was ended");
+        tell(format_args!(
+            "bulkhead: the spawner (pid {spawner}) died: its VM was ended"
+        ));
     }
-    remains.clean_up();
     if second.is_some() {
         // It holds the folder's lock too: the VM is over when both let go.
         let _ = waitpid(second, None);

@@ -7,6 +7,7 @@ use super::plan::Plan;
 use super::run_dir::RunDir;
 use super::supervise::Event;
 use super::{Jail, monotonic_ns, net, spawn};
+use crate::tell::tell;
 use nix::unistd::{Pid, getpid};
 use vm_spec::events;
 use vm_spec::run_state::{self, ProcessRole, ProcessState, RunState};
@@ -61,7 +62,10 @@ impl<'a> Record<'a> {
             Event::Ending => return,
             Event::Happened(event) => {
                 if let Err(error) = self.run_dir.write_event(&event) {
-                    eprintln!("bulkhead: cannot write {}: {error}", events::FILE_NAME);
+                    tell(format_args!(
+                        "bulkhead: cannot write {}: {error}",
+                        events::FILE_NAME
+                    ));
                 }
                 return;
             }
@@ -78,10 +82,10 @@ impl<'a> Record<'a> {
 
     fn save(&self) {
         if let Err(error) = self.run_dir.write_state(&self.state) {
-            eprintln!(
+            tell(format_args!(
                 "bulkhead: cannot write {}: {error}",
                 self.run_dir.path().join(run_state::FILE_NAME).display()
-            );
+            ));
         }
     }
 }

@@ -9,6 +9,7 @@ use super::watch::Watch;
 use crate::failure::Failure;
 use crate::sandbox::SeccompMode;
 use crate::sandbox::child::{Child, Parent, Starting};
+use crate::tell::tell;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::SockType;
@@ -172,14 +173,16 @@ impl Successor {
         let mut ready = [PollFd::new(self.starting.report(), PollFlags::POLLIN)];
         let timeout = PollTimeout::try_from(JAIL_DEADLINE).unwrap_or(PollTimeout::MAX);
         if poll(&mut ready, timeout) == Ok(0) {
-            eprintln!("bulkhead: pid {pid} did not build its jail within {JAIL_DEADLINE:?}: killed");
+            tell(format_args!(
+                "bulkhead: pid {pid} did not build its jail within {JAIL_DEADLINE:?}: killed"
+            ));
             let _ = kill(pid, Signal::SIGKILL);
             return None;
         }
         match self.starting.finish() {
             Ok(child) => Some(child),
             Err(error) => {
-                eprintln!("bulkhead: {}", crate::failure::chain(&error));
+                tell(format_args!("bulkhead: {}", crate::failure::chain(&error)));
                 None
             }
         }

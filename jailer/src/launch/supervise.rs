@@ -6,12 +6,14 @@ use super::forker::Forker;
 use super::respawn::Respawner;
 use super::spawn::Running;
 use crate::failure::Failure;
+use crate::inherit;
 use crate::sandbox::lockdown_spawner;
+use crate::tell::tell;
 use crate::wire::{Received, TransferError, send_message};
 use crate::wire_fds::{receive_with_fds, send_with_fd};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -41,11 +43,27 @@ pub(crate) fn block_signals() -> nix::Result<SignalFd> {
     take_by_descriptor(all)
 }
 
-/// Blocks `signals`: they come by the descriptor.
+/// Blocks `signals`: they come by the descriptor. Not those of a terminal that whoever started us had ignored, as
+/// `nohup` and a shell's `&` do: a descriptor would bring them all the same.
 pub(crate) fn take_by_descriptor(signals: impl IntoIterator<Item = Signal>) -> nix::Result<SignalFd> {
-    let set: SigSet = signals.into_iter().collect();
+    let terminals = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGHUP];
+    let wanted = |signal: &Signal| !(terminals.contains(signal) && inherit::is_ignored(*signal));
+    let set: SigSet = signals.into_iter().filter(wanted).collect();
     set.thread_block()?;
     SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
+}
+
+/// Carries out `wait`, which may take as long as someone else likes, with the signals that end a VM ending this
+/// process at once. The reaper then removes what there is.
+pub(crate) fn interruptibly<T>(wait: impl FnOnce() -> T) -> T {
+    let ending: SigSet = ENDING.into_iter().collect();
+    let before = ending.thread_swap_mask(SigmaskHow::SIG_UNBLOCK);
+    let result = wait();
+    if let Ok(before) = before {
+        // Of the masks that there are none is refused.
+        let _ = before.thread_set_mask();
+    }
+    result
 }
 
 /// What the loop tells its caller about.
@@ -124,11 +142,11 @@ impl Spawner {
     pub(crate) fn serve(mut self, on_event: &mut dyn FnMut(Event<'_>)) -> u8 {
         while self.supervisor.is_some() {
             if let Err(error) = self.wait() {
-                eprintln!("bulkhead: the spawner cannot wait: {error}");
+                tell(format_args!("bulkhead: the spawner cannot wait: {error}"));
                 break;
             }
             if let Err(failure) = self.confine(on_event) {
-                eprintln!("bulkhead: {failure}");
+                tell(format_args!("bulkhead: {failure}"));
                 break;
             }
             self.hear_supervisor(MESSAGES_A_TURN, on_event);
@@ -136,7 +154,7 @@ impl Spawner {
             self.tell_ending(on_event);
             self.reap(on_event);
             if self.deadline.is_some_and(|at| Instant::now() >= at) {
-                eprintln!("bulkhead: the VM did not end in time: killed");
+                tell(format_args!("bulkhead: the VM did not end in time: killed"));
                 self.code.get_or_insert(exit_code::TIMEOUT);
                 break;
             }
@@ -224,7 +242,9 @@ impl Spawner {
                 // Its death is heard as a signal; a supervisor that breaks the protocol is ended.
                 Ok((Received::End, _)) => self.control = None,
                 Err(error) => {
-                    eprintln!("bulkhead: the supervisor broke the control protocol: {error}");
+                    tell(format_args!(
+                        "bulkhead: the supervisor broke the control protocol: {error}"
+                    ));
                     self.control = None;
                     if let Some(pid) = self.supervisor {
                         let _ = kill(pid, Signal::SIGKILL);
@@ -252,7 +272,7 @@ impl Spawner {
                     self.tell(ToSupervisor::PowerOff);
                 }
                 (true, true) => {
-                    eprintln!("bulkhead: asked twice: the VM is killed");
+                    tell(format_args!("bulkhead: asked twice: the VM is killed"));
                     self.code
                         .get_or_insert(128 + u8::try_from(info.ssi_signo).unwrap_or(0));
                     self.kill_all();
@@ -285,7 +305,9 @@ impl Spawner {
                 self.hear_supervisor(LAST_MESSAGES, on_event);
                 if self.code.is_none() {
                     let (code, how) = describe(status);
-                    eprintln!("bulkhead: the supervisor (pid {pid}) {how}: its VM was ended");
+                    tell(format_args!(
+                        "bulkhead: the supervisor (pid {pid}) {how}: its VM was ended"
+                    ));
                     self.code = Some(code);
                 }
             } else if let Some((_, name)) = self.guards.iter().find(|(p, _)| *p == pid) {
@@ -295,7 +317,9 @@ impl Spawner {
                     continue;
                 }
                 let (code, how) = describe(status);
-                eprintln!("bulkhead: the {name} (pid {pid}) {how}: its VM was ended");
+                tell(format_args!(
+                    "bulkhead: the {name} (pid {pid}) {how}: its VM was ended"
+                ));
                 self.code = Some(code);
                 // Why is said; the supervisor need not find reasons for what follows.
                 if let Some(pid) = self.supervisor {
@@ -318,7 +342,7 @@ impl Spawner {
         let Some(control) = &self.control else { return };
         if let Err(error) = send_message(control.as_fd(), 0, message) {
             // It is gone or stuck; its end, or the deadline, ends the VM.
-            eprintln!("bulkhead: cannot tell the supervisor: {error}");
+            tell(format_args!("bulkhead: cannot tell the supervisor: {error}"));
             self.deadline.get_or_insert(Instant::now() + SUPERVISOR_GRACE);
         }
     }
@@ -346,7 +370,7 @@ impl Spawner {
         if let Some(control) = &self.control
             && let Err(error) = send_with_fd(control.as_fd(), 0, message, socket.as_fd())
         {
-            eprintln!("bulkhead: cannot tell the supervisor: {error}");
+            tell(format_args!("bulkhead: cannot tell the supervisor: {error}"));
             self.deadline.get_or_insert(Instant::now() + SUPERVISOR_GRACE);
         }
         on_event(Event::Respawned { predecessor, pid });
@@ -385,7 +409,7 @@ impl Spawner {
 /// A forker that does not take an order is gone, or will not answer the next: that is told then.
 fn forget(sent: Result<(), TransferError>) {
     if let Err(error) = sent {
-        eprintln!("bulkhead: cannot tell the forker: {error}");
+        tell(format_args!("bulkhead: cannot tell the forker: {error}"));
     }
 }
 

@@ -1,8 +1,11 @@
 //! The person's terminal: raw while a guest has it, and as it was afterwards.
 
 use nix::sys::termios::{LocalFlags, OutputFlags, SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
-use nix::unistd::{getpgrp, tcgetpgrp};
-use std::io::{IsTerminal, stdin};
+use nix::unistd::{dup2_stderr, dup2_stdout, getpgrp, tcgetpgrp};
+use std::fs::OpenOptions;
+use std::io::{IsTerminal, stderr, stdin, stdout};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
 
 /// What a terminal was before.
 #[derive(Clone)]
@@ -29,6 +32,23 @@ pub(crate) fn make_raw(saved: &Saved) {
     raw.local_flags -= LocalFlags::ECHO;
     // A terminal that is gone is found by the supervisor.
     let _ = tcsetattr(stdin(), SetArg::TCSANOW, &raw);
+}
+
+/// Lets standard output and standard error, where they are terminals, be opened by us alone and non-blocking: a
+/// terminal that is stopped polls writable with less room than is written, and stops who writes. What else has
+/// the terminal open does not notice. One that may not be opened stays as it is.
+pub(crate) fn never_wait() {
+    let open = |fd: BorrowedFd<'_>| {
+        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+        let own = fd
+            .is_terminal()
+            .then(|| OpenOptions::new().write(true).custom_flags(flags).open(path));
+        own.and_then(Result::ok)
+    };
+    // The numbers are open: nothing else fails.
+    let _ = open(stdout().as_fd()).map(dup2_stdout);
+    let _ = open(stderr().as_fd()).map(dup2_stderr);
 }
 
 /// Undoes [`make_raw`]. A terminal that is gone needs nothing.

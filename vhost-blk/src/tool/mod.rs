@@ -6,6 +6,7 @@
 mod arguments;
 mod convert;
 
+use jailer::tell::tell;
 use std::error::Error;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -66,7 +67,9 @@ pub fn main() -> ExitCode {
     let mut arguments = match Arguments::parse(lexopt::Parser::from_env()) {
         Ok(arguments) => arguments,
         Err(error) => {
-            eprintln!("bulkhead-image is started by `bulkhead image`: {error}");
+            tell(format_args!(
+                "bulkhead-image is started by `bulkhead image`: {error}"
+            ));
             return ExitCode::from(2);
         }
     };
@@ -74,14 +77,14 @@ pub fn main() -> ExitCode {
     let locked = match lockdown(Role::Image, arguments.seccomp) {
         Ok(locked) => locked,
         Err(error) => {
-            eprintln!("{}", chain(&error));
+            tell(format_args!("{}", chain(&error)));
             return ExitCode::FAILURE;
         }
     };
     let (reports, files) = match prepared {
         Ok(prepared) => prepared,
         Err(error) => {
-            eprintln!("{}", chain(&error));
+            tell(format_args!("{}", chain(&error)));
             return ExitCode::FAILURE;
         }
     };

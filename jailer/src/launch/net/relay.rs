@@ -1,6 +1,7 @@
 //! Carries frames between a TAP and passt's stream, in which each follows its length (4 bytes, in
 //! network order). It looks at lengths only.
 
+use crate::tell::tell;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, send};
@@ -33,7 +34,9 @@ pub(super) fn run(tap: &OwnedFd, stream: &OwnedFd, lifeline: &OwnedFd) {
     };
     while relay.wait(lifeline) {
         if let Err(error) = relay.turn() {
-            eprintln!("bulkhead: passt is gone, the guest's network with it: {error}");
+            tell(format_args!(
+                "bulkhead: passt is gone, the guest's network with it: {error}"
+            ));
             relay.alive = false;
         }
     }
