@@ -3,7 +3,9 @@
 //!
 //! The supervisor, which was told of the loss, kills the process and asks for a successor only once
 //! it was reaped; or it gives the device up. Nobody knows the process of a back end that was
-//! connected to: what it does is waited for as long as a process may take to end.
+//! connected to: what it does is waited for as long as a process may take to end, or until its server,
+//! connected to again, answers. That it can be connected to says nothing: a listener's backlog takes
+//! connections while nobody serves them.
 
 use super::device::DeviceEvent;
 use super::mailbox::Answer;
@@ -25,8 +27,12 @@ impl Held {
     /// Until it waits no longer.
     pub(super) fn timeout(&self) -> PollTimeout {
         // One more millisecond, so that the time has come when poll returns.
-        let left = self.until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+        let left = self.left() + Duration::from_millis(1);
         PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+    }
+
+    pub(super) fn left(&self) -> Duration {
+        self.until.saturating_duration_since(Instant::now())
     }
 }
 

@@ -1,13 +1,19 @@
 use super::DeviceEvent;
-use super::rig::{Rig, script};
-use crate::frontend::Deadlines;
-use crate::frontend::fake_backend::{FakeBackend, deadlines};
+use super::rig::{Rig, script, spec};
+use crate::frontend::fake_backend::{FakeBackend, Quirk, Script, deadlines};
+use crate::frontend::{Deadlines, Error};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 use vhost::vhost_user::message::FrontendReq as Req;
+use vm_spec::control::{DeviceConfig, Loss};
 
 /// A device that was lost while its rings ran; its process has so long to end.
 fn lost(end: Duration) -> Rig {
-    let rig = Rig::with_deadlines(script(), Deadlines { end, ..deadlines() });
+    lost_of(spec(), end)
+}
+
+fn lost_of(config: DeviceConfig, end: Duration) -> Rig {
+    let rig = Rig::build(config, script(), Deadlines { end, ..deadlines() });
     rig.drive();
     rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
     rig.fake.kill();
@@ -82,4 +88,62 @@ fn the_end_of_the_vm_waits_for_no_lost_back_end() {
     rig.device.refuse_successors();
     rig.bus.reset();
     assert!(began.elapsed() < Duration::from_secs(10));
+}
+
+fn others() -> DeviceConfig {
+    DeviceConfig {
+        ours: false,
+        ..spec()
+    }
+}
+
+/// A connection that a listener's backlog took, though nobody serves it.
+fn unanswered(rig: &Rig) {
+    let (_listener, socket) = UnixStream::pair().unwrap();
+    let error = rig.replace(socket.into()).unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error}");
+}
+
+#[test]
+fn a_connection_does_not_say_that_someone_elses_back_end_has_let_go() {
+    let quirk = |at| match at {
+        Req::GET_VRING_BASE => Quirk::Silent,
+        _ => Quirk::Normal,
+    };
+    let stalled = Script {
+        quirk: Box::new(quirk),
+        ..script()
+    };
+    let times = Deadlines {
+        drain: Duration::from_secs(1),
+        end: LONG,
+        ..deadlines()
+    };
+    let rig = Rig::build(others(), stalled, times);
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    rig.set_status(0);
+    match rig.event() {
+        DeviceEvent::BackendLost { loss, .. } => assert_eq!(loss, Loss::Silent),
+        other => panic!("{other:?}"),
+    }
+    unanswered(&rig);
+    settle(&rig);
+    assert_eq!(rig.status(), 15, "the old one may still write");
+    // One that answers has ended the session before.
+    let (heir, socket) = FakeBackend::start(script());
+    rig.replace(socket).unwrap();
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    rig.drive();
+    heir.look(Req::SET_VRING_ENABLE, 2, |_| ());
+}
+
+#[test]
+fn a_connection_without_an_answer_makes_no_reset_longer() {
+    let rig = lost_of(others(), Duration::from_secs(1));
+    rig.set_status(0);
+    let began = Instant::now();
+    unanswered(&rig);
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    assert!(began.elapsed() < deadlines().drain / 2);
 }

@@ -19,7 +19,10 @@ impl Worker {
             // One that does not drain is lost, and has been reported as that.
             let _ = self.drain();
         }
-        self.predecessor_ended();
+        if self.context.options.ours {
+            // Its process was reaped before it was given a successor.
+            self.predecessor_ended();
+        }
         let (session, config) = match self.prepare(successor.socket) {
             Ok(ready) => ready,
             Err(error) => {
@@ -29,6 +32,8 @@ impl Worker {
                 return Err(error);
             }
         };
+        // Whoever serves one front end at a time and answers has let go of the one before.
+        self.predecessor_ended();
         self.session = Some(session);
         self.generation = successor.generation;
         self.resume()?;
@@ -56,6 +61,11 @@ impl Worker {
         if self.session.is_none() {
             // It first waits for what its predecessor had begun on the disk, which may be a slow one.
             options.deadlines.first_answer = options.deadlines.drain;
+        }
+        if let Some(held) = &self.held {
+            // A connection alone says nothing of who had the rings: one to a server that does not
+            // answer must not make the reset longer.
+            options.deadlines.first_answer = options.deadlines.first_answer.min(held.left());
         }
         let mut session = Session::connect(socket, options)?;
         let config = self.check(&mut session)?;
