@@ -270,6 +270,38 @@ fn net_takes_its_configuration_from_the_spec() {
 }
 
 #[test]
+fn a_control_queue_needs_a_back_end_that_serves_it() {
+    const CONFIG: u64 = 1 << 9;
+    const CTRL_VQ: u64 = 1 << 17;
+    // CTRL_GUEST_OFFLOADS, CTRL_RX, GUEST_ANNOUNCE, MQ, HASH_TUNNEL, VQ_NOTF_COAL, NOTF_COAL.
+    let needs_it = [2, 18, 21, 22, 51, 52, 53]
+        .iter()
+        .fold(0, |all, bit| all | 1 << bit);
+    let others = |protocol| {
+        let net = DeviceConfig {
+            device_type: 1,
+            num_queues: None,
+            ours: false,
+            ..spec()
+        };
+        let script = Script {
+            features: Script::default().features | CTRL_VQ | needs_it,
+            protocol,
+            ..Script::default()
+        };
+        let mut config = vec![0; 10];
+        config[8] = 2;
+        *script.config.lock().unwrap() = config;
+        let rig = Rig::with(net, script);
+        rig.set_command(2);
+        (rig.offered(), rig.read::<2>(18)[0])
+    };
+    let all = Script::default().protocol;
+    assert_eq!(others(all & !CONFIG), (1 << 32, 2));
+    assert_eq!(others(all), (1 << 32 | CTRL_VQ | needs_it, 5), "two pairs");
+}
+
+#[test]
 fn block_queues_are_clamped() {
     for (asked, queues, expected) in [(Some(2), 4, 2), (Some(32), 3, 3), (None, 64, 4), (Some(4), 1, 1)] {
         let script = Script { queues, ..script() };

@@ -22,14 +22,20 @@ const DEFAULT_BLOCK_QUEUES: u16 = 4;
 
 const NET_MQ: u64 = 1 << virtio_net::VIRTIO_NET_F_MQ;
 const NET_CTRL_VQ: u64 = 1 << virtio_net::VIRTIO_NET_F_CTRL_VQ;
-/// Features that require VIRTIO_NET_F_CTRL_VQ (virtio 1.3, 5.1.3.1).
+/// VIRTIO_NET_F_HASH_TUNNEL.
+const NET_F_HASH_TUNNEL: u32 = 51;
+/// Features that require VIRTIO_NET_F_CTRL_VQ (virtio 1.3, 5.1.3.1), or are of use by it alone.
 const NET_NEED_CTRL_VQ: u64 = NET_MQ
+    | 1 << virtio_net::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS
     | 1 << virtio_net::VIRTIO_NET_F_CTRL_RX
     | 1 << virtio_net::VIRTIO_NET_F_CTRL_VLAN
     | 1 << virtio_net::VIRTIO_NET_F_GUEST_ANNOUNCE
     | 1 << virtio_net::VIRTIO_NET_F_CTRL_MAC_ADDR
-    | 1 << virtio_net::VIRTIO_NET_F_RSS
-    | 1 << virtio_net::VIRTIO_NET_F_HASH_REPORT;
+    | 1 << NET_F_HASH_TUNNEL
+    | 1 << virtio_net::VIRTIO_NET_F_VQ_NOTF_COAL
+    | 1 << virtio_net::VIRTIO_NET_F_NOTF_COAL
+    | 1 << virtio_net::VIRTIO_NET_F_HASH_REPORT
+    | 1 << virtio_net::VIRTIO_NET_F_RSS;
 const BLK_MQ: u64 = 1 << virtio_blk::VIRTIO_BLK_F_MQ;
 
 /// Fields of `struct virtio_net_config` with the feature that makes each valid (5.1.4).
@@ -74,7 +80,7 @@ pub(super) fn make(session: &mut Session, spec: &DeviceConfig) -> Result<Offer, 
     };
     let limit = session.queue_limit();
     offer.queues = match kind {
-        DeviceType::NET => net_queues(&mut offer, limit),
+        DeviceType::NET => net_queues(&mut offer, spec.ours, limit),
         DeviceType::BLOCK => block_queues(&mut offer, spec.num_queues, limit),
         _ => {
             let by_back_end = || limit.map(|limit| limit.min(MAX_QUEUES.into()) as u16);
@@ -133,7 +139,12 @@ pub(super) fn narrow(old: &Offer, features: u64, spec: &DeviceConfig) -> u64 {
 }
 
 /// receiveq and transmitq for each pair, then controlq (5.1.2).
-fn net_queues(offer: &mut Offer, limit: Option<u64>) -> u16 {
+fn net_queues(offer: &mut Offer, ours: bool, limit: Option<u64>) -> u16 {
+    // One that keeps no configuration space (DPDK's) expects the front end to serve the control
+    // queue, and takes its ring for one of another pair: a driver's command would never be answered.
+    if !ours && !offer.own_config {
+        offer.features &= !NET_CTRL_VQ;
+    }
     if offer.features & NET_CTRL_VQ == 0 {
         offer.features &= !NET_NEED_CTRL_VQ;
     }
