@@ -334,7 +334,7 @@ impl Connecting {
             registers: Mutex::new(Registers::new(offer.features, offer.config, offer.queues)),
             msix: Mutex::new(msix),
             mailbox: Arc::clone(&self.thread.mailbox),
-            takes_config: AtomicBool::new(offer.own_config),
+            takes_config: offer.own_config,
             driven: AtomicBool::new(false),
         });
         // The thread waits for it, or has failed to confine itself: then it has hung up.

@@ -59,6 +59,12 @@ impl DeviceType {
         }
     }
 
+    /// Whether what a driver writes to the configuration space stays as it was written. In the others
+    /// a write is an act: a character for the console (5.3.4), events that were seen (5.7.4).
+    pub(super) fn keeps_writes(self) -> bool {
+        !matches!(self, Self::CONSOLE | Self::GPU)
+    }
+
     /// Queues by the device's chapter in virtio 1.3, where `config` says or the type fixes it.
     pub(super) fn queues(self, config: &[u8]) -> Option<u16> {
         let word = |offset: usize| {

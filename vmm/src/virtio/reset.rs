@@ -53,10 +53,16 @@ impl Worker {
             );
         }
         self.phase = Phase::Idle;
+        self.written.forget_untaken();
         if running {
             let queues = 0..self.offer.served;
             // A failure was reported by `with_session`.
             let _ = self.with_session(|s| s.reset(queues));
+            if !self.written.is_empty() {
+                // Some back ends undo it, some do not: a successor must be as the next driver finds
+                // this one.
+                self.refresh_config();
+            }
             if let Some(region) = &self.inflight
                 && let Err(error) = region.zero()
             {

@@ -43,9 +43,10 @@ impl Worker {
             self.offer.features = offer::narrow(&self.offer, session.features(), &self.context.spec);
             self.transport.offer_next(self.offer.features);
         }
+        self.written.settle(&config);
+        self.transport.set_config(&config);
         if config != self.offer.config {
             self.offer.config = config;
-            self.transport.set_config(&self.offer.config);
             self.transport.config_changed();
         }
         Ok(())
@@ -86,8 +87,8 @@ impl Worker {
     }
 
     /// The guest was promised features, queues and a configuration space: the successor must keep
-    /// all of them. Returns the configuration as it is now.
-    fn check(&self, session: &mut Session) -> Result<Vec<u8>, Error> {
+    /// all of them, and what the driver has configured. Returns the configuration as it is now.
+    fn check(&mut self, session: &mut Session) -> Result<Vec<u8>, Error> {
         let spec = &self.context.spec;
         let kind = DeviceType(spec.device_type);
         let promised = match &self.phase {
@@ -106,6 +107,9 @@ impl Worker {
         }
         if self.inflight.is_some() && !session.has_inflight() && !matches!(self.phase, Phase::Drained(_)) {
             return Err(Error::Successor("it cannot take over requests in flight"));
+        }
+        if session.has_config() {
+            self.written.replay(session)?;
         }
         match offer::read_config(session, kind)? {
             Some(base) => Ok(offer::refresh(&self.offer, base, spec)),
