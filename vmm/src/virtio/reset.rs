@@ -63,13 +63,7 @@ impl Worker {
                 // this one.
                 self.refresh_config();
             }
-            if let Some(region) = &self.inflight
-                && let Err(error) = region.zero()
-            {
-                // Without it a crashed back end cannot be replaced, but nothing wrong is replayed.
-                tracing::warn!(error = chain(&error), "in-flight region dropped");
-                self.inflight = None;
-            }
+            self.forget_inflight();
         }
         if self.has_rings && !self.abandoned && !self.is_ending() {
             let until = Instant::now() + self.context.options.deadlines.end;
@@ -95,6 +89,8 @@ impl Worker {
     pub(super) fn predecessor_ended(&mut self) {
         self.has_rings = false;
         if self.held.is_some() {
+            // It may have noted requests since the reset began.
+            self.forget_inflight();
             self.complete_reset();
         }
     }
@@ -111,6 +107,16 @@ impl Worker {
                 "reset, though nobody said that the lost back end has ended"
             );
             self.predecessor_ended();
+        }
+    }
+
+    fn forget_inflight(&mut self) {
+        if let Some(region) = &self.inflight
+            && let Err(error) = region.zero()
+        {
+            // Without it a crashed back end cannot be replaced, but nothing wrong is replayed.
+            tracing::warn!(error = chain(&error), "in-flight region dropped");
+            self.inflight = None;
         }
     }
 

@@ -2,6 +2,7 @@ use super::DeviceEvent;
 use super::rig::{Rig, script, spec};
 use crate::frontend::fake_backend::{FakeBackend, Quirk, Script, deadlines};
 use crate::frontend::{Deadlines, Error};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 use vhost::vhost_user::message::FrontendReq as Req;
@@ -77,6 +78,28 @@ fn the_machine_hears_of_a_reset_that_was_held() {
     rig.bus.finish_reset();
     rig.set_command(2);
     assert_eq!(rig.status(), 0);
+}
+
+#[test]
+fn what_a_lost_back_end_notes_while_a_reset_is_held_is_forgotten() {
+    let rig = lost(LONG);
+    let region = rig.fake.fd(Req::SET_INFLIGHT_FD, 1);
+    rig.set_status(0);
+    settle(&rig);
+    assert_eq!(rig.status(), 15);
+    region.write_all_at(b"in flight", 0).unwrap();
+    // The next driver is there before the next back end, which takes over that one's record.
+    rig.device.give_up("no successor");
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    rig.drive();
+    let (heir, socket) = FakeBackend::start(script());
+    rig.replace(socket).unwrap();
+    let mut noted = [0xFF; 9];
+    heir.fd(Req::SET_INFLIGHT_FD, 1)
+        .read_exact_at(&mut noted, 0)
+        .unwrap();
+    assert!(!heir.requests().contains(&Req::GET_INFLIGHT_FD));
+    assert_eq!(noted, [0; 9]);
 }
 
 #[test]
