@@ -65,7 +65,9 @@ impl Worker {
             }
             self.forget_inflight();
         }
-        if self.has_rings && !self.abandoned && !self.is_ending() {
+        // That nobody can connect to someone else's back end does not end its process.
+        let given_up = self.abandoned && self.context.options.ours;
+        if self.has_rings && !given_up && !self.is_ending() {
             let until = Instant::now() + self.context.options.deadlines.end;
             self.held.get_or_insert(Held {
                 until,

@@ -162,6 +162,20 @@ fn a_connection_does_not_say_that_someone_elses_back_end_has_let_go() {
 }
 
 #[test]
+fn a_reset_waits_for_someone_elses_back_end_though_nobody_can_connect_to_it() {
+    let rig = lost_of(others(), LONG);
+    rig.set_status(0);
+    rig.device.give_up("no connector");
+    assert!(matches!(rig.event(), DeviceEvent::NeedsReset { .. }));
+    settle(&rig);
+    assert_ne!(rig.status(), 0, "it may still write");
+    let rig = lost_of(others(), Duration::from_millis(50));
+    rig.device.give_up("no connector");
+    rig.set_status(0);
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+}
+
+#[test]
 fn a_connection_without_an_answer_makes_no_reset_longer() {
     let rig = lost_of(others(), Duration::from_secs(1));
     rig.set_status(0);

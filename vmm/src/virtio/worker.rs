@@ -215,7 +215,9 @@ impl Worker {
                     self.abandoned = true;
                     // Before a reset that waits is done: whoever waits for status 0 must see it.
                     self.needs_reset(reason);
-                    self.predecessor_ended();
+                    if self.context.options.ours {
+                        self.predecessor_ended();
+                    }
                 }
             }
         }
