@@ -13,6 +13,10 @@ use zerocopy::{FromBytes, IntoBytes};
 /// Most messages taken at one time, so that a back end that floods does not hold the thread.
 const BURST: usize = 16;
 
+/// Most bytes dropped of what a back end has left: more than a socket holds, unless somebody goes on
+/// writing.
+const MOST_WASTE: usize = 1 << 20;
+
 /// Our end, and the end that back ends are given: one after the other the same, because the vmm
 /// makes no sockets.
 #[derive(Debug)]
@@ -53,7 +57,7 @@ impl BackendChannel {
     /// A channel for a new peer: what the last one left is dropped. `acks`: REPLY_ACK is agreed.
     pub(super) fn new(sockets: Arc<RequestSockets>, acks: bool) -> Self {
         let mut waste = [0; MAX_PAYLOAD];
-        for _ in 0..BURST {
+        for _ in 0..MOST_WASTE / MAX_PAYLOAD {
             if !matches!((&sockets.ours).read(&mut waste), Ok(1..)) {
                 break;
             }

@@ -6,7 +6,7 @@ use super::message::{Ack, Header, Inflight};
 use super::{Error, ReplyProblem, Ring, RingAddresses, RingEvents, Session, SessionOptions, new_event};
 use nix::fcntl::SealFlag;
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 use vhost::vhost_user::message::FrontendReq as Req;
@@ -268,7 +268,7 @@ fn config_change_is_noted_and_answered() {
     let (fake, session) = connect(script);
     let mut session = session.unwrap();
     let fd = fake.fd(Req::SET_BACKEND_REQ_FD, 1);
-    let mut channel = UnixStream::from(std::os::fd::OwnedFd::from(fd));
+    let mut channel = UnixStream::from(OwnedFd::from(fd));
     channel.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     channel.write_all(&request).unwrap();
     assert!(session.take_config_change());
@@ -287,6 +287,28 @@ fn config_change_is_noted_and_answered() {
     assert!(!session.take_config_change());
     assert!(session.request_channel().is_none());
     session.read_config(8).unwrap();
+}
+
+#[test]
+fn what_a_back_end_left_in_its_channel_is_not_its_successors() {
+    let options = options();
+    let (first, socket) = FakeBackend::start(Script::default());
+    Session::connect(socket, options.clone()).unwrap();
+    let mut channel = UnixStream::from(OwnedFd::from(first.fd(Req::SET_BACKEND_REQ_FD, 1)));
+    // As much as there is room for, which is not a whole number of messages.
+    channel.set_nonblocking(true).unwrap();
+    let mut left = 0;
+    while let Ok(count) = channel.write(&[7; 0x7001]) {
+        left += count;
+    }
+    assert!(left > 100 << 10, "{left} bytes");
+    channel.set_nonblocking(false).unwrap();
+    let (heir, socket) = FakeBackend::start(Script::default());
+    let mut session = Session::connect(socket, options).unwrap();
+    let mut channel = heir.fd(Req::SET_BACKEND_REQ_FD, 1);
+    let change = Header::request(2, 0, Ack::None);
+    channel.write_all(change.as_bytes()).unwrap();
+    assert!(session.take_config_change());
 }
 
 #[test]

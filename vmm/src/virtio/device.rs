@@ -242,7 +242,7 @@ impl Device {
 
     /// Goes on with another back end: negotiation, memory, rings and the in-flight region are
     /// replayed, and the guest notices nothing. The old back end is drained first if it still
-    /// answers. The caller has made sure that a dead one no longer writes.
+    /// answers. The caller has made sure that a dead one of ours no longer writes.
     ///
     /// Nobody waits: `done` is told on the device's thread. When the new back end fails or does
     /// not fit, a live old one goes on, and another one may be tried.
@@ -334,7 +334,7 @@ impl Connecting {
             registers: Mutex::new(Registers::new(offer.features, offer.config, offer.queues)),
             msix: Mutex::new(msix),
             mailbox: Arc::clone(&self.thread.mailbox),
-            takes_config: AtomicBool::new(offer.own_config),
+            takes_config: offer.own_config,
             driven: AtomicBool::new(false),
         });
         // The thread waits for it, or has failed to confine itself: then it has hung up.

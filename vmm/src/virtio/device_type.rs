@@ -10,7 +10,7 @@ pub(super) struct DeviceType(pub(super) u16);
 impl DeviceType {
     pub(super) const NET: Self = Self(1);
     pub(super) const BLOCK: Self = Self(2);
-    const CONSOLE: Self = Self(3);
+    pub(super) const CONSOLE: Self = Self(3);
     const ENTROPY: Self = Self(4);
     const SCSI: Self = Self(8);
     const GPU: Self = Self(16);
@@ -59,8 +59,15 @@ impl DeviceType {
         }
     }
 
-    /// Queues by the device's chapter in virtio 1.3, where `config` says or the type fixes it.
-    pub(super) fn queues(self, config: &[u8]) -> Option<u16> {
+    /// Whether what a driver writes to the configuration space stays as it was written. In the others
+    /// a write is an act: a character for the console (5.3.4), events that were seen (5.7.4).
+    pub(super) fn keeps_writes(self) -> bool {
+        !matches!(self, Self::CONSOLE | Self::GPU)
+    }
+
+    /// Queues by the device's chapter in virtio 1.3, where `config` and what is offered say or the type
+    /// fixes it.
+    pub(super) fn queues(self, features: u64, config: &[u8]) -> Option<u16> {
         let word = |offset: usize| {
             let bytes = config.get(offset..offset + 4)?;
             Some(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
@@ -68,11 +75,16 @@ impl DeviceType {
         let clamp = |count: u32| count.min(MAX_QUEUES.into()) as u16;
         match self {
             Self::ENTROPY | Self::PMEM | Self::I2C => Some(1),
-            Self::CONSOLE | Self::GPU | Self::INPUT | Self::GPIO => Some(2),
+            // requestq, and with VIRTIO_GPIO_F_IRQ eventq (5.18.2).
+            Self::GPIO => Some(1 + (features & 1) as u16),
+            Self::GPU | Self::INPUT => Some(2),
             Self::VSOCK => Some(3),
             Self::SOUND => Some(4),
-            // hiprio, then the request queues (5.11.2; a space without the number has one).
-            Self::FS => Some(clamp(word(36).unwrap_or(1).clamp(1, 255) + 1)),
+            // hiprio, with VIRTIO_FS_F_NOTIFICATION one for that, then the request queues (5.11.2; a
+            // space without the number has one).
+            Self::FS => Some(clamp(
+                word(36).unwrap_or(1).clamp(1, 255) + 1 + (features & 1) as u32,
+            )),
             // controlq and eventq, then num_queues (5.6.2).
             Self::SCSI => word(0).map(|n| clamp(n.clamp(1, 254) + 2)),
             // max_dataqueues, then controlq (5.9.2).

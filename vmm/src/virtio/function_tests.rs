@@ -270,6 +270,38 @@ fn net_takes_its_configuration_from_the_spec() {
 }
 
 #[test]
+fn a_control_queue_needs_a_back_end_that_serves_it() {
+    const CONFIG: u64 = 1 << 9;
+    const CTRL_VQ: u64 = 1 << 17;
+    // CTRL_GUEST_OFFLOADS, CTRL_RX, GUEST_ANNOUNCE, MQ, HASH_TUNNEL, VQ_NOTF_COAL, NOTF_COAL.
+    let needs_it = [2, 18, 21, 22, 51, 52, 53]
+        .iter()
+        .fold(0, |all, bit| all | 1 << bit);
+    let others = |protocol| {
+        let net = DeviceConfig {
+            device_type: 1,
+            num_queues: None,
+            ours: false,
+            ..spec()
+        };
+        let script = Script {
+            features: Script::default().features | CTRL_VQ | needs_it,
+            protocol,
+            ..Script::default()
+        };
+        let mut config = vec![0; 10];
+        config[8] = 2;
+        *script.config.lock().unwrap() = config;
+        let rig = Rig::with(net, script);
+        rig.set_command(2);
+        (rig.offered(), rig.read::<2>(18)[0])
+    };
+    let all = Script::default().protocol;
+    assert_eq!(others(all & !CONFIG), (1 << 32, 2));
+    assert_eq!(others(all), (1 << 32 | CTRL_VQ | needs_it, 5), "two pairs");
+}
+
+#[test]
 fn block_queues_are_clamped() {
     for (asked, queues, expected) in [(Some(2), 4, 2), (Some(32), 3, 3), (None, 64, 4), (Some(4), 1, 1)] {
         let script = Script { queues, ..script() };
@@ -285,6 +317,50 @@ fn block_queues_are_clamped() {
         assert_eq!(rig.config(34), expected);
         assert_eq!(rig.offered() >> 12 & 1 != 0, expected > 1);
     }
+}
+
+/// The queues that a driver finds, and its configuration space, of a device with these features.
+fn queues_of(device_type: u16, features: u64, config: &[u8], limit: u64) -> (u16, Vec<u8>) {
+    let device = DeviceConfig {
+        device_type,
+        num_queues: None,
+        ..spec()
+    };
+    let script = Script {
+        features: Script::default().features | features,
+        queues: limit,
+        ..Script::default()
+    };
+    *script.config.lock().unwrap() = config.to_vec();
+    let rig = Rig::with(device, script);
+    rig.set_command(2);
+    assert_eq!(rig.offered(), 1 << 32 | features);
+    let space = (0..config.len()).map(|at| rig.config(at as u64)).collect();
+    (u16::from_le_bytes(rig.read(18)), space)
+}
+
+#[test]
+fn features_decide_how_many_queues_there_are() {
+    // A console's ports, and what comes of a number that no machine has.
+    let ports = |number: u32| [&[80, 0, 25, 0], number.to_le_bytes().as_slice(), &[0; 4]].concat();
+    for (features, number, expected, told) in [
+        (0, 31, 2, 31),
+        (2, 31, 64, 31),
+        (2, 0, 4, 1),
+        (2, u32::MAX, 256, 127),
+    ] {
+        assert_eq!(
+            queues_of(3, features, &ports(number), 256),
+            (expected, ports(told)),
+            "{features} {number}"
+        );
+    }
+    let mut fs = vec![0; 44];
+    fs[36] = 2;
+    assert_eq!(queues_of(26, 0, &fs, 256).0, 3);
+    assert_eq!(queues_of(26, 1, &fs, 256).0, 4, "one for notifications");
+    assert_eq!(queues_of(41, 0, &[0; 8], 1).0, 1, "lines without interrupts");
+    assert_eq!(queues_of(41, 1, &[0; 8], 2).0, 2);
 }
 
 #[test]

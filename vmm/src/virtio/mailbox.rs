@@ -4,13 +4,14 @@
 use crate::frontend::{Error, QueueState, Ring};
 use nix::sys::eventfd::EventFd;
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Most configuration writes kept: a guest that writes faster than its back end takes loses the
 /// rest, as if the device had ignored them.
-const MAX_CONFIG_WRITES: usize = 64;
+pub(super) const MAX_CONFIG_WRITES: usize = 64;
 /// Most control commands kept.
 const MAX_COMMANDS: usize = 16;
 
@@ -57,10 +58,15 @@ pub(super) struct ConfigWrite {
 }
 
 impl ConfigWrite {
+    /// What it writes to.
+    pub(super) fn range(&self) -> Range<usize> {
+        let start = self.offset as usize;
+        start..start + self.data.len()
+    }
+
     /// Writes to a copy of the configuration; what lies outside it is ignored.
     pub(super) fn apply(&self, config: &mut [u8]) {
-        let start = self.offset as usize;
-        if let Some(bytes) = config.get_mut(start..start + self.data.len()) {
+        if let Some(bytes) = config.get_mut(self.range()) {
             bytes.copy_from_slice(&self.data);
         }
     }

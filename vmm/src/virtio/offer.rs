@@ -3,6 +3,7 @@
 
 use super::device_type::DeviceType;
 use crate::frontend::{Error, MAX_QUEUES, Session};
+use std::ops::Range;
 use virtio_bindings::{virtio_blk, virtio_config, virtio_net, virtio_ring};
 use vm_spec::control::DeviceConfig;
 
@@ -22,25 +23,34 @@ const DEFAULT_BLOCK_QUEUES: u16 = 4;
 
 const NET_MQ: u64 = 1 << virtio_net::VIRTIO_NET_F_MQ;
 const NET_CTRL_VQ: u64 = 1 << virtio_net::VIRTIO_NET_F_CTRL_VQ;
-/// Features that require VIRTIO_NET_F_CTRL_VQ (virtio 1.3, 5.1.3.1).
+/// VIRTIO_NET_F_HASH_TUNNEL.
+const NET_F_HASH_TUNNEL: u32 = 51;
+/// Features that require VIRTIO_NET_F_CTRL_VQ (virtio 1.3, 5.1.3.1), or are of use by it alone.
 const NET_NEED_CTRL_VQ: u64 = NET_MQ
+    | 1 << virtio_net::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS
     | 1 << virtio_net::VIRTIO_NET_F_CTRL_RX
     | 1 << virtio_net::VIRTIO_NET_F_CTRL_VLAN
     | 1 << virtio_net::VIRTIO_NET_F_GUEST_ANNOUNCE
     | 1 << virtio_net::VIRTIO_NET_F_CTRL_MAC_ADDR
-    | 1 << virtio_net::VIRTIO_NET_F_RSS
-    | 1 << virtio_net::VIRTIO_NET_F_HASH_REPORT;
+    | 1 << NET_F_HASH_TUNNEL
+    | 1 << virtio_net::VIRTIO_NET_F_VQ_NOTF_COAL
+    | 1 << virtio_net::VIRTIO_NET_F_NOTF_COAL
+    | 1 << virtio_net::VIRTIO_NET_F_HASH_REPORT
+    | 1 << virtio_net::VIRTIO_NET_F_RSS;
 const BLK_MQ: u64 = 1 << virtio_blk::VIRTIO_BLK_F_MQ;
 
 /// Fields of `struct virtio_net_config` with the feature that makes each valid (5.1.4).
 const NET_STATUS: u64 = 1 << virtio_net::VIRTIO_NET_F_STATUS;
-const NET_FIELDS: [(u64, std::ops::Range<usize>); 3] = [
+const NET_FIELDS: [(u64, Range<usize>); 3] = [
     (1 << virtio_net::VIRTIO_NET_F_MAC, 0..6),
     (NET_STATUS, 6..8),
     (1 << virtio_net::VIRTIO_NET_F_MTU, 10..12),
 ];
 const NET_MAX_PAIRS: usize = 8;
 const BLK_NUM_QUEUES: usize = 34;
+/// VIRTIO_CONSOLE_F_MULTIPORT.
+const CONSOLE_MULTIPORT: u64 = 1 << 1;
+const CONSOLE_MAX_PORTS: Range<usize> = 4..8;
 
 /// A device as the guest sees it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -74,11 +84,12 @@ pub(super) fn make(session: &mut Session, spec: &DeviceConfig) -> Result<Offer, 
     };
     let limit = session.queue_limit();
     offer.queues = match kind {
-        DeviceType::NET => net_queues(&mut offer, limit),
+        DeviceType::NET => net_queues(&mut offer, spec.ours, limit),
         DeviceType::BLOCK => block_queues(&mut offer, spec.num_queues, limit),
+        DeviceType::CONSOLE => console_queues(&mut offer),
         _ => {
             let by_back_end = || limit.map(|limit| limit.min(MAX_QUEUES.into()) as u16);
-            let own = kind.queues(&offer.config).or(spec.num_queues);
+            let own = kind.queues(offer.features, &offer.config).or(spec.num_queues);
             own.or_else(by_back_end).unwrap_or(1).clamp(1, MAX_QUEUES)
         }
     };
@@ -133,7 +144,12 @@ pub(super) fn narrow(old: &Offer, features: u64, spec: &DeviceConfig) -> u64 {
 }
 
 /// receiveq and transmitq for each pair, then controlq (5.1.2).
-fn net_queues(offer: &mut Offer, limit: Option<u64>) -> u16 {
+fn net_queues(offer: &mut Offer, ours: bool, limit: Option<u64>) -> u16 {
+    // One that keeps no configuration space (DPDK's) expects the front end to serve the control
+    // queue, and takes its ring for one of another pair: a driver's command would never be answered.
+    if !ours && !offer.own_config {
+        offer.features &= !NET_CTRL_VQ;
+    }
     if offer.features & NET_CTRL_VQ == 0 {
         offer.features &= !NET_NEED_CTRL_VQ;
     }
@@ -166,6 +182,26 @@ fn block_queues(offer: &mut Offer, asked: Option<u16>, limit: Option<u64>) -> u1
     queues
 }
 
+/// receiveq and transmitq of each port, and with VIRTIO_CONSOLE_F_MULTIPORT two for control (5.3.2). The
+/// driver counts the ports itself.
+fn console_queues(offer: &mut Offer) -> u16 {
+    if offer.features & CONSOLE_MULTIPORT == 0 {
+        return 2;
+    }
+    let Some(place) = offer.config.get_mut(CONSOLE_MAX_PORTS) else {
+        offer.features &= !CONSOLE_MULTIPORT;
+        return 2;
+    };
+    let most = u32::from(MAX_QUEUES / 2 - 1);
+    let ports = place
+        .iter()
+        .rev()
+        .fold(0, |high, low| high << 8 | u32::from(*low));
+    let ports = ports.clamp(1, most);
+    place.copy_from_slice(&ports.to_le_bytes());
+    2 + 2 * ports as u16
+}
+
 fn half_word(config: &[u8], offset: usize) -> u16 {
     config
         .get(offset..offset + 2)
@@ -185,11 +221,14 @@ pub(super) fn refresh(old: &Offer, base: Vec<u8>, spec: &DeviceConfig) -> Vec<u8
     let mut new = config(Some(base), old.own_features, spec, kind);
     new.resize(old.config.len(), 0);
     let fixed = match kind {
-        DeviceType::NET if old.features & NET_MQ != 0 => NET_MAX_PAIRS,
-        DeviceType::BLOCK => BLK_NUM_QUEUES,
+        DeviceType::NET if old.features & NET_MQ != 0 => NET_MAX_PAIRS..NET_MAX_PAIRS + 2,
+        DeviceType::BLOCK => BLK_NUM_QUEUES..BLK_NUM_QUEUES + 2,
+        DeviceType::CONSOLE if old.features & CONSOLE_MULTIPORT != 0 => CONSOLE_MAX_PORTS,
         _ => return new,
     };
-    put_half_word(&mut new, fixed, half_word(&old.config, fixed));
+    if let (Some(place), Some(promised)) = (new.get_mut(fixed.clone()), old.config.get(fixed)) {
+        place.copy_from_slice(promised);
+    }
     new
 }
 

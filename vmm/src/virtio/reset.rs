@@ -3,7 +3,9 @@
 //!
 //! The supervisor, which was told of the loss, kills the process and asks for a successor only once
 //! it was reaped; or it gives the device up. Nobody knows the process of a back end that was
-//! connected to: what it does is waited for as long as a process may take to end.
+//! connected to: what it does is waited for as long as a process may take to end, or until its server,
+//! connected to again, answers. That it can be connected to says nothing: a listener's backlog takes
+//! connections while nobody serves them.
 
 use super::device::DeviceEvent;
 use super::mailbox::Answer;
@@ -25,8 +27,12 @@ impl Held {
     /// Until it waits no longer.
     pub(super) fn timeout(&self) -> PollTimeout {
         // One more millisecond, so that the time has come when poll returns.
-        let left = self.until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+        let left = self.left() + Duration::from_millis(1);
         PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+    }
+
+    pub(super) fn left(&self) -> Duration {
+        self.until.saturating_duration_since(Instant::now())
     }
 }
 
@@ -47,19 +53,21 @@ impl Worker {
             );
         }
         self.phase = Phase::Idle;
+        self.written.forget_untaken();
         if running {
             let queues = 0..self.offer.served;
             // A failure was reported by `with_session`.
             let _ = self.with_session(|s| s.reset(queues));
-            if let Some(region) = &self.inflight
-                && let Err(error) = region.zero()
-            {
-                // Without it a crashed back end cannot be replaced, but nothing wrong is replayed.
-                tracing::warn!(error = chain(&error), "in-flight region dropped");
-                self.inflight = None;
+            if !self.written.is_empty() {
+                // Some back ends undo it, some do not: a successor must be as the next driver finds
+                // this one.
+                self.refresh_config();
             }
+            self.forget_inflight();
         }
-        if self.has_rings && !self.abandoned && !self.is_ending() {
+        // That nobody can connect to someone else's back end does not end its process.
+        let given_up = self.abandoned && self.context.options.ours;
+        if self.has_rings && !given_up && !self.is_ending() {
             let until = Instant::now() + self.context.options.deadlines.end;
             self.held.get_or_insert(Held {
                 until,
@@ -83,6 +91,8 @@ impl Worker {
     pub(super) fn predecessor_ended(&mut self) {
         self.has_rings = false;
         if self.held.is_some() {
+            // It may have noted requests since the reset began.
+            self.forget_inflight();
             self.complete_reset();
         }
     }
@@ -99,6 +109,16 @@ impl Worker {
                 "reset, though nobody said that the lost back end has ended"
             );
             self.predecessor_ended();
+        }
+    }
+
+    fn forget_inflight(&mut self) {
+        if let Some(region) = &self.inflight
+            && let Err(error) = region.zero()
+        {
+            // Without it a crashed back end cannot be replaced, but nothing wrong is replayed.
+            tracing::warn!(error = chain(&error), "in-flight region dropped");
+            self.inflight = None;
         }
     }
 

@@ -1,13 +1,20 @@
 use super::DeviceEvent;
-use super::rig::{Rig, script};
-use crate::frontend::Deadlines;
-use crate::frontend::fake_backend::{FakeBackend, deadlines};
+use super::rig::{Rig, script, spec};
+use crate::frontend::fake_backend::{FakeBackend, Quirk, Script, deadlines};
+use crate::frontend::{Deadlines, Error};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 use vhost::vhost_user::message::FrontendReq as Req;
+use vm_spec::control::{DeviceConfig, Loss};
 
 /// A device that was lost while its rings ran; its process has so long to end.
 fn lost(end: Duration) -> Rig {
-    let rig = Rig::with_deadlines(script(), Deadlines { end, ..deadlines() });
+    lost_of(spec(), end)
+}
+
+fn lost_of(config: DeviceConfig, end: Duration) -> Rig {
+    let rig = Rig::build(config, script(), Deadlines { end, ..deadlines() });
     rig.drive();
     rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
     rig.fake.kill();
@@ -74,6 +81,28 @@ fn the_machine_hears_of_a_reset_that_was_held() {
 }
 
 #[test]
+fn what_a_lost_back_end_notes_while_a_reset_is_held_is_forgotten() {
+    let rig = lost(LONG);
+    let region = rig.fake.fd(Req::SET_INFLIGHT_FD, 1);
+    rig.set_status(0);
+    settle(&rig);
+    assert_eq!(rig.status(), 15);
+    region.write_all_at(b"in flight", 0).unwrap();
+    // The next driver is there before the next back end, which takes over that one's record.
+    rig.device.give_up("no successor");
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    rig.drive();
+    let (heir, socket) = FakeBackend::start(script());
+    rig.replace(socket).unwrap();
+    let mut noted = [0xFF; 9];
+    heir.fd(Req::SET_INFLIGHT_FD, 1)
+        .read_exact_at(&mut noted, 0)
+        .unwrap();
+    assert!(!heir.requests().contains(&Req::GET_INFLIGHT_FD));
+    assert_eq!(noted, [0; 9]);
+}
+
+#[test]
 fn the_end_of_the_vm_waits_for_no_lost_back_end() {
     let rig = lost(LONG);
     rig.set_status(0);
@@ -82,4 +111,76 @@ fn the_end_of_the_vm_waits_for_no_lost_back_end() {
     rig.device.refuse_successors();
     rig.bus.reset();
     assert!(began.elapsed() < Duration::from_secs(10));
+}
+
+fn others() -> DeviceConfig {
+    DeviceConfig {
+        ours: false,
+        ..spec()
+    }
+}
+
+/// A connection that a listener's backlog took, though nobody serves it.
+fn unanswered(rig: &Rig) {
+    let (_listener, socket) = UnixStream::pair().unwrap();
+    let error = rig.replace(socket.into()).unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error}");
+}
+
+#[test]
+fn a_connection_does_not_say_that_someone_elses_back_end_has_let_go() {
+    let quirk = |at| match at {
+        Req::GET_VRING_BASE => Quirk::Silent,
+        _ => Quirk::Normal,
+    };
+    let stalled = Script {
+        quirk: Box::new(quirk),
+        ..script()
+    };
+    let times = Deadlines {
+        drain: Duration::from_secs(1),
+        end: LONG,
+        ..deadlines()
+    };
+    let rig = Rig::build(others(), stalled, times);
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    rig.set_status(0);
+    match rig.event() {
+        DeviceEvent::BackendLost { loss, .. } => assert_eq!(loss, Loss::Silent),
+        other => panic!("{other:?}"),
+    }
+    unanswered(&rig);
+    settle(&rig);
+    assert_eq!(rig.status(), 15, "the old one may still write");
+    // One that answers has ended the session before.
+    let (heir, socket) = FakeBackend::start(script());
+    rig.replace(socket).unwrap();
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    rig.drive();
+    heir.look(Req::SET_VRING_ENABLE, 2, |_| ());
+}
+
+#[test]
+fn a_reset_waits_for_someone_elses_back_end_though_nobody_can_connect_to_it() {
+    let rig = lost_of(others(), LONG);
+    rig.set_status(0);
+    rig.device.give_up("no connector");
+    assert!(matches!(rig.event(), DeviceEvent::NeedsReset { .. }));
+    settle(&rig);
+    assert_ne!(rig.status(), 0, "it may still write");
+    let rig = lost_of(others(), Duration::from_millis(50));
+    rig.device.give_up("no connector");
+    rig.set_status(0);
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+}
+
+#[test]
+fn a_connection_without_an_answer_makes_no_reset_longer() {
+    let rig = lost_of(others(), Duration::from_secs(1));
+    rig.set_status(0);
+    let began = Instant::now();
+    unanswered(&rig);
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    assert!(began.elapsed() < deadlines().drain / 2);
 }

@@ -71,7 +71,7 @@ impl Rig {
         Self::build(config, script, deadlines())
     }
 
-    fn build(config: DeviceConfig, script: Script, deadlines: Deadlines) -> Self {
+    pub(crate) fn build(config: DeviceConfig, script: Script, deadlines: Deadlines) -> Self {
         let (fake, socket) = FakeBackend::start(script);
         let interrupts = Arc::new(FakeInterrupts::default());
         let doorbells = Arc::new(FakeDoorbells::default());

@@ -19,7 +19,10 @@ impl Worker {
             // One that does not drain is lost, and has been reported as that.
             let _ = self.drain();
         }
-        self.predecessor_ended();
+        if self.context.options.ours {
+            // Its process was reaped before it was given a successor.
+            self.predecessor_ended();
+        }
         let (session, config) = match self.prepare(successor.socket) {
             Ok(ready) => ready,
             Err(error) => {
@@ -29,6 +32,8 @@ impl Worker {
                 return Err(error);
             }
         };
+        // Whoever serves one front end at a time and answers has let go of the one before.
+        self.predecessor_ended();
         self.session = Some(session);
         self.generation = successor.generation;
         self.resume()?;
@@ -38,9 +43,10 @@ impl Worker {
             self.offer.features = offer::narrow(&self.offer, session.features(), &self.context.spec);
             self.transport.offer_next(self.offer.features);
         }
+        self.written.settle(&config);
+        self.transport.set_config(&config);
         if config != self.offer.config {
             self.offer.config = config;
-            self.transport.set_config(&self.offer.config);
             self.transport.config_changed();
         }
         Ok(())
@@ -56,6 +62,11 @@ impl Worker {
         if self.session.is_none() {
             // It first waits for what its predecessor had begun on the disk, which may be a slow one.
             options.deadlines.first_answer = options.deadlines.drain;
+        }
+        if let Some(held) = &self.held {
+            // A connection alone says nothing of who had the rings: one to a server that does not
+            // answer must not make the reset longer.
+            options.deadlines.first_answer = options.deadlines.first_answer.min(held.left());
         }
         let mut session = Session::connect(socket, options)?;
         let config = self.check(&mut session)?;
@@ -76,8 +87,8 @@ impl Worker {
     }
 
     /// The guest was promised features, queues and a configuration space: the successor must keep
-    /// all of them. Returns the configuration as it is now.
-    fn check(&self, session: &mut Session) -> Result<Vec<u8>, Error> {
+    /// all of them, and what the driver has configured. Returns the configuration as it is now.
+    fn check(&mut self, session: &mut Session) -> Result<Vec<u8>, Error> {
         let spec = &self.context.spec;
         let kind = DeviceType(spec.device_type);
         let promised = match &self.phase {
@@ -96,6 +107,9 @@ impl Worker {
         }
         if self.inflight.is_some() && !session.has_inflight() && !matches!(self.phase, Phase::Drained(_)) {
             return Err(Error::Successor("it cannot take over requests in flight"));
+        }
+        if session.has_config() {
+            self.written.replay(session)?;
         }
         match offer::read_config(session, kind)? {
             Some(base) => Ok(offer::refresh(&self.offer, base, spec)),

@@ -1,4 +1,5 @@
 use super::DeviceEvent;
+use super::layout::DEVICE;
 use super::rig::{Rig, script, spec};
 use crate::frontend::fake_backend::{FakeBackend, Gate, Quirk, Script, deadlines};
 use crate::frontend::{Deadlines, Error};
@@ -10,6 +11,8 @@ use vhost::vhost_user::message::FrontendReq as Req;
 use vm_spec::control::DeviceConfig;
 
 const NEEDS_RESET: u8 = 0x40;
+/// `writeback` of a disk (virtio 1.3, 5.2.4).
+const WRITEBACK: u64 = 32;
 
 #[test]
 fn a_successor_takes_over_after_a_crash() {
@@ -221,4 +224,164 @@ fn a_device_that_completes_in_order_needs_no_record() {
     rig.replace(socket).unwrap();
     heir.look(Req::SET_VRING_ENABLE, 2, |_| ());
     assert_eq!(rig.status() & NEEDS_RESET, 0);
+}
+
+/// A disk that begins with a cache (VIRTIO_BLK_F_CONFIG_WCE) and takes the order to do without.
+fn with_cache() -> Script {
+    let script = script();
+    let config = script.config.clone();
+    config.lock().unwrap()[WRITEBACK as usize] = 1;
+    let quirk = move |at| {
+        if at == Req::SET_CONFIG {
+            config.lock().unwrap()[WRITEBACK as usize] = 0;
+        }
+        Quirk::Normal
+    };
+    Script {
+        features: script.features | 1 << 11,
+        quirk: Box::new(quirk),
+        ..script
+    }
+}
+
+/// One that refuses it.
+fn stubborn() -> Script {
+    let quirk = |at| match at {
+        Req::SET_CONFIG => Quirk::Payload(vec![1, 0, 0, 0, 0, 0, 0, 0]),
+        _ => Quirk::Normal,
+    };
+    Script {
+        quirk: Box::new(quirk),
+        ..with_cache()
+    }
+}
+
+/// The cache of a back end that runs is turned off.
+fn without_cache() -> Rig {
+    let rig = Rig::new(with_cache());
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    rig.write(DEVICE.start + WRITEBACK, &[0]);
+    // The back end's own word for it has been read.
+    rig.fake.look(Req::SET_CONFIG, 1, |_| ());
+    assert!(!rig.device.drain().unwrap().is_empty());
+    rig.device.resume().unwrap();
+    rig
+}
+
+fn kill(rig: &Rig) {
+    rig.fake.kill();
+    assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
+}
+
+/// What the back end was told of its configuration, and whether its rings ran before.
+fn told(fake: &FakeBackend) -> (Vec<u8>, bool) {
+    let payload = fake.look(Req::SET_CONFIG, 1, |seen| seen.payload.clone());
+    let requests = fake.requests();
+    let first = |request| requests.iter().position(|r| *r == request);
+    let late = first(Req::SET_VRING_KICK).is_some_and(|kick| Some(kick) < first(Req::SET_CONFIG));
+    (payload, late)
+}
+
+const CACHE_OFF: [u8; 13] = [WRITEBACK as u8, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0];
+
+#[test]
+fn a_successor_is_configured_as_the_driver_left_its_predecessor() {
+    let rig = without_cache();
+    kill(&rig);
+    let (_unfit, socket) = FakeBackend::start(stubborn());
+    let refused = rig.replace(socket).unwrap_err();
+    assert!(matches!(refused, Error::Successor(_)), "{refused:?}");
+    let (heir, socket) = FakeBackend::start(with_cache());
+    rig.replace(socket).unwrap();
+    heir.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    assert_eq!(told(&heir), (CACHE_OFF.to_vec(), false));
+    assert_eq!(rig.config(WRITEBACK), 0);
+    assert_eq!(rig.interrupts.injected(0), 0, "nothing has changed");
+}
+
+#[test]
+fn a_write_that_a_back_end_died_of_reaches_its_successor() {
+    let close = |at| match at {
+        Req::SET_CONFIG => Quirk::Close,
+        _ => Quirk::Normal,
+    };
+    let rig = Rig::new(Script {
+        quirk: Box::new(close),
+        ..with_cache()
+    });
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    rig.write(DEVICE.start + WRITEBACK, &[0]);
+    assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
+    rig.device.drain().unwrap_err();
+    assert_eq!(rig.config(WRITEBACK), 0, "the driver goes by what it wrote");
+    let (heir, socket) = FakeBackend::start(with_cache());
+    rig.replace(socket).unwrap();
+    assert_eq!(told(&heir), (CACHE_OFF.to_vec(), false));
+    assert_eq!(rig.config(WRITEBACK), 0);
+}
+
+#[test]
+fn what_the_first_to_hear_of_it_refuses_is_forgotten() {
+    let rig = Rig::new(stubborn());
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    kill(&rig);
+    // As it is already, and another.
+    rig.write(DEVICE.start + WRITEBACK, &[1]);
+    rig.write(DEVICE.start + WRITEBACK + 1, &[1]);
+    for _ in 0..2 {
+        let (heir, socket) = FakeBackend::start(stubborn());
+        rig.replace(socket).unwrap();
+        assert_eq!([0, 1].map(|at| rig.config(WRITEBACK + at)), [1, 0]);
+        heir.kill();
+        assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
+    }
+}
+
+#[test]
+fn a_successor_is_not_told_what_its_predecessor_did_not_take() {
+    let rig = Rig::new(script());
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    rig.write(DEVICE.start + WRITEBACK, &[1]);
+    rig.fake.look(Req::SET_CONFIG, 1, |_| ());
+    rig.device.drain().unwrap();
+    assert_eq!(rig.config(WRITEBACK), 0);
+    rig.device.resume().unwrap();
+    kill(&rig);
+    let (heir, socket) = FakeBackend::start(script());
+    rig.replace(socket).unwrap();
+    assert!(!heir.requests().contains(&Req::SET_CONFIG));
+}
+
+#[test]
+fn a_successor_is_as_a_reset_left_its_predecessor() {
+    for undone in [false, true] {
+        let script = with_cache();
+        let config = script.config.clone();
+        let mut inner = script.quirk;
+        let quirk = move |at| {
+            if at == Req::RESET_DEVICE && undone {
+                config.lock().unwrap()[WRITEBACK as usize] = 1;
+            }
+            inner(at)
+        };
+        let rig = Rig::new(Script {
+            quirk: Box::new(quirk),
+            ..script
+        });
+        rig.drive();
+        rig.write(DEVICE.start + WRITEBACK, &[0]);
+        rig.fake.look(Req::SET_CONFIG, 1, |_| ());
+        rig.set_status(0);
+        rig.wait_for("the reset", |rig| rig.status() == 0);
+        assert_eq!(rig.config(WRITEBACK), u8::from(undone));
+        kill(&rig);
+        let (heir, socket) = FakeBackend::start(with_cache());
+        rig.replace(socket).unwrap();
+        assert_eq!(heir.requests().contains(&Req::SET_CONFIG), !undone);
+        assert_eq!(rig.config(WRITEBACK), u8::from(undone));
+    }
 }

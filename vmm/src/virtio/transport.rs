@@ -23,8 +23,8 @@ pub(super) struct Transport {
     pub(super) msix: Mutex<Msix>,
     pub(super) doorbells: Mutex<DoorbellSet>,
     pub(super) mailbox: Arc<Mailbox>,
-    /// A back end is there that keeps the configuration space.
-    pub(super) takes_config: AtomicBool,
+    /// Back ends keep the configuration space, and one that is to come takes what is written now.
+    pub(super) takes_config: bool,
     /// A driver has set DRIVER_OK at least once in this boot.
     pub(super) driven: AtomicBool,
 }
@@ -73,7 +73,7 @@ impl Transport {
             offset: offset as u32,
             data: data.to_vec(),
         });
-        if self.takes_config.load(Ordering::Relaxed) {
+        if self.takes_config {
             self.mailbox.foresee(&mut registers.config);
         }
     }
@@ -154,7 +154,7 @@ impl Transport {
     pub(super) fn set_config(&self, config: &[u8]) {
         let mut registers = lock(&self.registers);
         let mut config = config.to_vec();
-        if self.takes_config.load(Ordering::Relaxed) {
+        if self.takes_config {
             self.mailbox.foresee(&mut config);
         }
         registers.set_config(config);

@@ -9,10 +9,10 @@
 //! that a successor can take over from there.
 
 use super::MAX_QUEUE_SIZE;
+use super::configuration::Written;
 use super::device::{Confine, DeviceEvent, EventSink};
-use super::device_type::DeviceType;
 use super::limiter::Limiter;
-use super::mailbox::{Command, ConfigWrite, Mail, Mailbox, StartOrder};
+use super::mailbox::{Command, Mail, Mailbox, StartOrder};
 use super::offer::{self, Offer};
 use super::pulse::Pulse;
 use super::reset::Held;
@@ -26,7 +26,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender};
 use vm_spec::control::{DeviceConfig, Loss};
 
@@ -61,6 +60,7 @@ pub(super) struct Worker {
     pub(super) transport: Arc<Transport>,
     pub(super) session: Option<Session>,
     pub(super) offer: Offer,
+    pub(super) written: Written,
     pub(super) inflight: Option<InflightRegion>,
     /// One for all queues: a back end's word that a ring is broken.
     pub(super) ring_error: Arc<EventFd>,
@@ -114,6 +114,7 @@ pub(super) fn run(
         transport,
         session: Some(session),
         offer,
+        written: Written::default(),
         inflight,
         ring_error,
         phase: Phase::Idle,
@@ -161,8 +162,6 @@ impl Worker {
             self.look_at_session();
             self.look_for_progress();
             self.look_at_reset();
-            let takes_config = self.session.is_some() && self.offer.own_config;
-            self.transport.takes_config.store(takes_config, Ordering::Relaxed);
         }
     }
 
@@ -197,7 +196,7 @@ impl Worker {
             self.reset();
         }
         // Before the start: those of a driver that sets the device up come before it.
-        self.write_config(&mail.config_writes);
+        self.write_config(mail.config_writes);
         if let Some(order) = mail.start {
             self.start(order);
         }
@@ -216,7 +215,9 @@ impl Worker {
                     self.abandoned = true;
                     // Before a reset that waits is done: whoever waits for status 0 must see it.
                     self.needs_reset(reason);
-                    self.predecessor_ended();
+                    if self.context.options.ours {
+                        self.predecessor_ended();
+                    }
                 }
             }
         }
@@ -338,42 +339,6 @@ impl Worker {
             let _ = ring.events.call.write(1);
         }
         Phase::Running(order)
-    }
-
-    /// Passes on what the driver wrote, and corrects what it reads by what came of it.
-    fn write_config(&mut self, writes: &[ConfigWrite]) {
-        for write in writes {
-            let Some(session) = self.session.as_mut().filter(|s| s.has_config()) else {
-                break;
-            };
-            match session.write_config(write.offset, &write.data) {
-                Ok(()) => {}
-                Err(error @ Error::Refused(_)) => tracing::debug!(%error, "configuration write refused"),
-                Err(error) => self.lose(&error),
-            }
-        }
-        if !writes.is_empty() && !self.refresh_config() {
-            self.transport.set_config(&self.offer.config);
-        }
-    }
-
-    fn reread_config(&mut self) {
-        if self.refresh_config() {
-            self.transport.config_changed();
-        }
-    }
-
-    /// Reads the back end's configuration again. False: it has none, or is lost.
-    fn refresh_config(&mut self) -> bool {
-        let kind = DeviceType(self.context.spec.device_type);
-        match self.with_session(|s| offer::read_config(s, kind)) {
-            Ok(Some(base)) => {
-                self.offer.config = offer::refresh(&self.offer, base, &self.context.spec);
-                self.transport.set_config(&self.offer.config);
-                true
-            }
-            _ => false,
-        }
     }
 }
 
