@@ -1,13 +1,16 @@
 //! `bulkhead run ... -- COMMAND`: the kernel command line that makes a guest run one command as its first
-//! process, and say its exit status by [`STATUS_PORT`].
+//! process, and say its exit status by [`STATUS_REGISTER`].
 //!
 //! The guest needs no agent: the kernel hands what follows `--` to init, which is the guest's own `/bin/sh`.
 //! Init scripts of initial RAM disks, Debian's among them, pass it on.
 
-use crate::machine::STATUS_PORT;
+use crate::machine::STATUS_REGISTER;
 use crate::spec::BootSpec;
 use std::borrow::Cow;
 use std::fmt::Write as _;
+
+/// Its configuration space, as Linux shows it: kernels without `/dev/port` have that.
+const HOST_BRIDGE: &str = "/sys/bus/pci/devices/0000:00:00.0/config";
 
 /// Why a command cannot be put on the kernel's command line.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -54,7 +57,7 @@ const BEFORE: &str = "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/
     mkdir -p /proc /sys /dev 2>/dev/null;\
     [ -e /proc/self ]||mount -t proc proc /proc;\
     [ -e /sys/class ]||mount -t sysfs sys /sys;\
-    [ -c /dev/port ]||mount -t devtmpfs dev /dev;\
+    [ -c /dev/null ]||mount -t devtmpfs dev /dev;\
     t=;[ -t 0 ]&&command -v setsid>/dev/null&&t='setsid -c';$t ";
 
 /// And after it. Where the status cannot be told it powers off, which is no end with a status; to end is a
@@ -62,7 +65,7 @@ const BEFORE: &str = "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/
 fn after() -> String {
     format!(
         ";s=$?;sync;mount -o remount,ro / 2>/dev/null;\
-         printf \"\\\\$(printf %o $s)\"|dd of=/dev/port bs=1 seek={STATUS_PORT} 2>/dev/null;\
+         printf \"\\\\$(printf %o $s)\"|dd of={HOST_BRIDGE} bs=1 seek={STATUS_REGISTER} conv=notrunc 2>/dev/null;\
          echo o>/proc/sysrq-trigger;sleep 9"
     )
 }

@@ -109,7 +109,7 @@ pub struct VmConfig {
     pub devices: Vec<DeviceConfig>,
     /// A guest's reboot restarts the machine (or ends the VM).
     pub restart_on_reboot: bool,
-    /// The guest runs one command, whose exit status it writes to [`crate::machine::STATUS_PORT`].
+    /// The guest runs one command, whose exit status it writes to [`crate::machine::STATUS_REGISTER`].
     pub takes_status: bool,
 }
 

@@ -39,6 +39,10 @@ pub const FIRST_SLOT: u8 = 1;
 /// The last PCI device number.
 pub const LAST_SLOT: u8 = 31;
 
+/// Where the spec has a command: its exit status (8 bits), in a vendor-specific capability of the host bridge
+/// (PCI 3.0, appendix H). What is written there ends the VM.
+pub const STATUS_REGISTER: u16 = 0x44;
+
 /// COM1: first I/O port (8 ports).
 pub const COM1_PORT: u16 = 0x3F8;
 /// COM1: global system interrupt.
@@ -62,8 +66,6 @@ pub const PVPANIC_PORT: u16 = 0x505;
 pub const GED_PORT: u16 = 0x604;
 /// Generic event device: its global system interrupt.
 pub const GED_GSI: u32 = 9;
-/// Exit status (8 bits, I/O space, write only), where the spec has a command: what is written ends the VM.
-pub const STATUS_PORT: u16 = 0x608;
 /// Reserved I/O ports for PCI hot-plug registers (16 ports).
 pub const HOTPLUG_PORT: u16 = 0x610;
 /// Reserved guest memory for a VM generation id (one page, below the PCI hole's end).

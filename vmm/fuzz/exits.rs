@@ -33,7 +33,7 @@ pub fn exits(input: &[u8]) {
     let platform = Platform {
         com1: Com1::new(Arc::new(output)).expect("a UART"),
         ports: Ports::new().expect("ports"),
-        pci: PciBus::new(),
+        pci: PciBus::new(true),
     };
     let counters = ExitCounters::default();
     let mut input = Unstructured::new(input);

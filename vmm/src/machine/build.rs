@@ -100,11 +100,11 @@ impl Build {
         let images = self.images()?;
         let entry = images.load(&ram, self.config.cpus)?;
         let com1 = self.com1(&router)?;
-        let ports = Ports::new(self.config.takes_status).map_err(Error::system("make an eventfd"))?;
+        let ports = Ports::new().map_err(Error::system("make an eventfd"))?;
         router
             .attach(Gsi(machine::GED_GSI), ports.interrupt())
             .map_err(Error::system("connect the event device's interrupt"))?;
-        let mut pci = PciBus::new();
+        let mut pci = PciBus::new(self.config.takes_status);
         let mut early = Early::new(control);
         let devices = connector.finish(connecting, &mut pci, &mut early)?;
         let early = early.unheard();

@@ -16,7 +16,7 @@ const MAX_DEVICE_EVENTS: usize = 256;
 pub enum GuestEvent {
     /// ACPI S5.
     PowerOff,
-    /// The status port: the guest's command ended.
+    /// The status register: the guest's command ended.
     Exit(u8),
     /// Any of the reset registers.
     Reset,

@@ -31,7 +31,7 @@ impl Platform {
             VcpuExit::IoOut(port, data) => return self.port_write(port, data),
             VcpuExit::IoIn(port, data) => self.port_read(port, data),
             VcpuExit::MmioRead(address, data) => self.mmio_read(address, data),
-            VcpuExit::MmioWrite(address, data) => self.mmio_write(address, data),
+            VcpuExit::MmioWrite(address, data) => return self.mmio_write(address, data),
             VcpuExit::Shutdown => return Some(GuestEvent::TripleFault),
             VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
             VcpuExit::FailEntry(reason, cpu) => {
@@ -55,7 +55,7 @@ impl Platform {
             return Some(event);
         }
         self.pci.io_write(port, data);
-        None
+        self.pci.take_status().map(GuestEvent::Exit)
     }
 
     fn port_read(&self, port: u16, data: &mut [u8]) {
@@ -79,13 +79,13 @@ impl Platform {
         }
     }
 
-    fn mmio_write(&self, address: u64, data: &[u8]) {
-        match address {
-            machine::ECAM_START..ECAM_END => self.pci.ecam_write(address - machine::ECAM_START, data),
-            _ => {
-                self.pci.mmio_write(address, data);
-            }
+    fn mmio_write(&self, address: u64, data: &[u8]) -> Option<GuestEvent> {
+        if let machine::ECAM_START..ECAM_END = address {
+            self.pci.ecam_write(address - machine::ECAM_START, data);
+            return self.pci.take_status().map(GuestEvent::Exit);
         }
+        self.pci.mmio_write(address, data);
+        None
     }
 }
 
@@ -151,8 +151,8 @@ mod tests {
         let (console, _theirs) = UnixStream::pair().unwrap();
         let platform = Platform {
             com1: Com1::new(Arc::new(ConsoleOutput::new(console.into()).unwrap())).unwrap(),
-            ports: Ports::new(false).unwrap(),
-            pci: PciBus::new(),
+            ports: Ports::new().unwrap(),
+            pci: PciBus::new(false),
         };
         platform.ports.press_power_button().unwrap();
         let (mut wide, mut byte) = ([0; 4], [0]);

@@ -1,5 +1,5 @@
-//! Ports that end, reset or signal: ACPI sleep and reset registers, the old reset ports, a
-//! command's exit status, the panic device and the generic event device.
+//! Ports that end, reset or signal: ACPI sleep and reset registers, the old reset ports, the
+//! panic device and the generic event device.
 
 use super::events::GuestEvent;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -28,19 +28,17 @@ const KEYBOARD_READY: u8 = 0;
 /// The platform's single-byte registers.
 pub struct Ports {
     pending: AtomicU8,
-    takes_status: bool,
     interrupt: EventFd,
 }
 
 impl Ports {
-    /// Registers at power-on. `takes_status`: the status port is among them.
+    /// Registers at power-on.
     ///
     /// # Errors
     /// When no eventfd can be made.
-    pub fn new(takes_status: bool) -> io::Result<Self> {
+    pub fn new() -> io::Result<Self> {
         Ok(Self {
             pending: AtomicU8::new(0),
-            takes_status,
             interrupt: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
         })
     }
@@ -88,7 +86,6 @@ impl Ports {
                 (value & SLEEP_ENABLE != 0 && kind == machine::S5_SLEEP_TYPE).then_some(GuestEvent::PowerOff)
             }
             machine::RESET_PORT => (value == machine::RESET_VALUE).then_some(GuestEvent::Reset),
-            machine::STATUS_PORT => self.takes_status.then_some(GuestEvent::Exit(value)),
             machine::PVPANIC_PORT => (value & PANICKED != 0).then_some(GuestEvent::Panic),
             KEYBOARD_COMMAND => (value == PULSE_RESET).then_some(GuestEvent::Reset),
             RESET_CONTROL => (value & RESET_CPU != 0).then_some(GuestEvent::Reset),
@@ -103,7 +100,7 @@ mod tests {
 
     #[test]
     fn each_register_ends_the_boot_its_own_way_and_only_with_its_value() {
-        let ports = Ports::new(false).unwrap();
+        let ports = Ports::new().unwrap();
         let s5 = SLEEP_ENABLE | machine::S5_SLEEP_TYPE << SLEEP_TYPE_SHIFT;
         for (port, value, event) in [
             (machine::SLEEP_CONTROL_PORT, s5, GuestEvent::PowerOff),
@@ -119,17 +116,8 @@ mod tests {
     }
 
     #[test]
-    fn a_status_is_taken_only_where_there_is_a_command() {
-        for status in [0, 255] {
-            let write = |ports: Ports| ports.write(machine::STATUS_PORT, status);
-            assert_eq!(write(Ports::new(true).unwrap()), Some(GuestEvent::Exit(status)));
-            assert_eq!(write(Ports::new(false).unwrap()), None);
-        }
-    }
-
-    #[test]
     fn a_pressed_power_button_is_read_once_and_raises_the_interrupt() {
-        let ports = Ports::new(false).unwrap();
+        let ports = Ports::new().unwrap();
         ports.press_power_button().unwrap();
         assert_eq!(ports.interrupt.read().unwrap(), 1);
         assert_eq!(ports.read(machine::GED_PORT), Some(POWER_BUTTON));

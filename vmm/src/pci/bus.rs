@@ -22,17 +22,20 @@ pub struct SlotTaken(pub u8);
 
 /// PCI segment 0, bus 0. Built before the vCPUs run, then shared among them.
 pub struct PciBus {
+    bridge: Arc<HostBridge>,
     functions: [Option<Arc<dyn Function>>; DEVICES],
     address: AtomicU32,
 }
 
 impl PciBus {
-    /// A bus with its host bridge at device 0.
+    /// A bus with its host bridge at device 0, which has a register for an exit status where it `takes_status`.
     #[must_use]
-    pub fn new() -> Self {
+    pub fn new(takes_status: bool) -> Self {
+        let bridge = Arc::new(HostBridge::new(takes_status));
         let mut functions = [const { None }; DEVICES];
-        functions[0] = Some(Arc::new(HostBridge::new()) as Arc<dyn Function>);
+        functions[0] = Some(Arc::clone(&bridge) as Arc<dyn Function>);
         Self {
+            bridge,
             functions,
             address: AtomicU32::new(0),
         }
@@ -101,6 +104,12 @@ impl PciBus {
         if let Some((function, register)) = self.enhanced(offset, data.len()) {
             function.config_write(register, data);
         }
+    }
+
+    /// The exit status that was written since the last look: to be asked for after each write to a
+    /// configuration space.
+    pub fn take_status(&self) -> Option<u8> {
+        self.bridge.take_status()
     }
 
     /// A read of guest physical address `gpa`. False: no BAR is decoded there.
@@ -184,12 +193,6 @@ impl PciBus {
     }
 }
 
-impl Default for PciBus {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 fn fits(offset: u64, length: usize, size: u64) -> bool {
     u64::try_from(length).is_ok_and(|length| length <= size - offset)
 }
@@ -207,7 +210,7 @@ mod tests {
 
     #[test]
     fn linux_type_1_probe_succeeds() {
-        let bus = PciBus::new();
+        let bus = PciBus::new(false);
         assert!(bus.io_write(0xCFB, &[1]));
         assert!(bus.io_write(0xCF8, &0x8000_0000u32.to_le_bytes()));
         let mut address = [0; 4];
@@ -222,7 +225,7 @@ mod tests {
 
     #[test]
     fn lanes_and_absent_functions() {
-        let bus = PciBus::new();
+        let bus = PciBus::new(false);
         assert_eq!(probe(&bus, 0x8000_0000, 0xCFC, 4), [0x36, 0x1B, 0x08, 0x00]);
         assert_eq!(probe(&bus, 0x8000_0000, 0xCFD, 2), [0x1B, 0x08]);
         assert_eq!(
@@ -240,7 +243,7 @@ mod tests {
 
     #[test]
     fn ecam_has_bounds() {
-        let bus = PciBus::new();
+        let bus = PciBus::new(false);
         let mut data = [0; 4];
         bus.ecam_read(0, &mut data);
         assert_eq!(data, [0x36, 0x1B, 0x08, 0x00]);
@@ -256,8 +259,8 @@ mod tests {
 
     #[test]
     fn a_slot_is_given_once() {
-        let mut bus = PciBus::new();
-        let function = Arc::new(HostBridge::new());
+        let mut bus = PciBus::new(false);
+        let function = Arc::new(HostBridge::new(false));
         assert_eq!(bus.add(0, function.clone()), Err(SlotTaken(0)));
         assert_eq!(bus.add(32, function.clone()), Err(SlotTaken(32)));
         assert_eq!(bus.add(31, function.clone()), Ok(()));

@@ -90,7 +90,7 @@ impl Rig {
             confine: Box::new(|| Ok(())),
         })
         .unwrap();
-        let mut bus = PciBus::new();
+        let mut bus = PciBus::new(false);
         bus.add(SLOT, device.function()).unwrap();
         Self {
             bus,

@@ -20,6 +20,15 @@ impl Code {
         self
     }
 
+    /// `out` of four bytes to a port.
+    pub(crate) fn out_long(mut self, port: u16, value: u32) -> Self {
+        let [low, high] = port.to_le_bytes();
+        self.0.extend([0x66, 0xBA, low, high, 0xB8]);
+        self.0.extend(value.to_le_bytes());
+        self.0.push(0xEF);
+        self
+    }
+
     /// Writes a text to COM1.
     pub(crate) fn print(self, text: &str) -> Self {
         text.bytes().fold(self, |code, byte| code.out(0x3F8, byte))
@@ -74,7 +83,7 @@ impl Code {
     }
 
     /// Writes to memory, one, two or four bytes.
-    fn store(mut self, address: u64, bytes: &[u8]) -> Self {
+    pub(crate) fn store(mut self, address: u64, bytes: &[u8]) -> Self {
         // mov [address], value
         match bytes.len() {
             1 => self.0.extend([0xC6, 0x05]),

@@ -94,11 +94,15 @@ fn each_end_is_told_apart() -> Outcome {
 }
 
 fn exit_status() -> Outcome {
-    let status = Code::default().out(0x608, 42).power_off().spin();
+    // By the enhanced configuration space, and by ports.
+    let status = Code::default().store(0xE000_0044, &[42]).power_off().spin();
+    let by_ports = Code::default().out_long(0xCF8, 0x8000_0044).out(0xCFC, 0);
+    let by_ports = by_ports.power_off().spin();
     let no_status = Code::default().power_off().spin();
     for (code, takes_status, reason) in [
         (&status, true, EndReason::Exited(42)),
         (&status, false, EndReason::PowerOff),
+        (&by_ports, true, EndReason::Exited(0)),
         (&no_status, true, EndReason::NoStatus),
     ] {
         let guest = Guest {
