@@ -1,7 +1,8 @@
 //! Fuzz targets: each queue of a NIC, its control commands, and what a guest may send.
 
+use crate::address::MacAddress;
 use crate::device::NetDevice;
-use crate::guard::{Guard, MacAddress};
+use crate::guard::Guard;
 use crate::header::{ETHERNET_HEADER, HEADER_SIZE, MAX_FRAME, NetHeader, TxHeader};
 use crate::offload::Offloads;
 use crate::options::Options;

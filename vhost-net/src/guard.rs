@@ -3,10 +3,9 @@
 //! Looks at a private copy of the frame's first bytes, so that the guest cannot change them between
 //! the look and the kernel's read. What does not parse within them is refused.
 
+use crate::address::{Addresses, MacAddress};
 use crate::header::ETHERNET_HEADER;
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::str::FromStr;
 
 /// Bytes of each frame that are copied out and looked at: enough for two tags, IPv6, a few
 /// extension headers and a neighbour message with its options.
@@ -25,107 +24,6 @@ const PROTOCOL_FRAGMENT: u8 = 44;
 const EXTENSIONS: [u8; 3] = [0, 43, 60];
 const DHCP_CLIENT: u16 = 68;
 const DHCP_SERVER: u16 = 67;
-
-/// An Ethernet address.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct MacAddress(pub [u8; 6]);
-
-impl MacAddress {
-    /// The group bit is set: no station's own address.
-    #[must_use]
-    pub fn is_group(self) -> bool {
-        self.0[0] & 1 != 0
-    }
-
-    /// A station may have it: neither a group's nor all zero.
-    #[must_use]
-    pub fn is_station(self) -> bool {
-        !self.is_group() && self.0 != [0; 6]
-    }
-
-    /// The link-local address that RFC 4291, appendix A derives from it.
-    fn link_local(self) -> Ipv6Addr {
-        let [a, b, c, d, e, f] = self.0;
-        Ipv6Addr::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
-    }
-}
-
-impl FromStr for MacAddress {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        const ERROR: &str = "a MAC address is six hexadecimal bytes, such as 52:54:00:12:34:56";
-        let mut bytes = [0; 6];
-        let mut parts = text.split(':');
-        for byte in &mut bytes {
-            let part = parts.next().filter(|part| part.len() == 2).ok_or(ERROR)?;
-            if !part.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-                return Err(ERROR);
-            }
-            *byte = u8::from_str_radix(part, 16).map_err(|_| ERROR)?;
-        }
-        let address = Self(bytes);
-        if parts.next().is_some() {
-            Err(ERROR)
-        } else if !address.is_station() {
-            Err("a NIC cannot have a multicast or all-zero MAC address")
-        } else {
-            Ok(address)
-        }
-    }
-}
-
-impl fmt::Display for MacAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
-    }
-}
-
-/// One address, or all that begin alike: `10.0.0.2`, `2001:db8::/64`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Addresses {
-    first: IpAddr,
-    /// Leading bits that are fixed, at most those of the address.
-    bits: u8,
-}
-
-impl Addresses {
-    /// Whether `address` is of the same family and begins alike.
-    #[must_use]
-    pub fn contains(&self, address: IpAddr) -> bool {
-        let same =
-            |a: u128, b: u128, width: u8| (a ^ b).checked_shr((width - self.bits).into()).unwrap_or(0) == 0;
-        match (self.first, address) {
-            (IpAddr::V4(a), IpAddr::V4(b)) => same(a.to_bits().into(), b.to_bits().into(), 32),
-            (IpAddr::V6(a), IpAddr::V6(b)) => same(a.to_bits(), b.to_bits(), 128),
-            _ => false,
-        }
-    }
-}
-
-impl From<IpAddr> for Addresses {
-    fn from(first: IpAddr) -> Self {
-        let bits = if first.is_ipv4() { 32 } else { 128 };
-        Self { first, bits }
-    }
-}
-
-impl FromStr for Addresses {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        const ERROR: &str = "an IP address or a prefix, such as 10.0.0.2 or 2001:db8::/64";
-        let (address, bits) = text.split_once('/').map_or((text, None), |(a, b)| (a, Some(b)));
-        let whole = Self::from(address.parse::<IpAddr>().map_err(|_| ERROR)?);
-        let bits = bits.map_or(Ok(whole.bits), str::parse).map_err(|_| ERROR)?;
-        if bits <= whole.bits {
-            Ok(Self { bits, ..whole })
-        } else {
-            Err(ERROR)
-        }
-    }
-}
 
 /// Why a frame was refused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]

@@ -203,21 +203,6 @@ fn extension_headers_do_not_hide_a_neighbour_message() {
     assert_eq!(strict().check(&own(TYPE_IPV6, &endless)), Err(Refusal::Malformed));
 }
 
-#[test]
-fn mac_addresses_read_as_people_write_them() {
-    assert_eq!("52:54:00:01:02:03".parse(), Ok(MAC));
-    assert_eq!(MAC.to_string(), "52:54:00:01:02:03");
-    for bad in [
-        "",
-        "52:54:00:01:02",
-        "52:54:00:01:02:03:04",
-        "52:54:00:01:02:+3",
-        "01:00:00:00:00:00",
-    ] {
-        assert!(bad.parse::<MacAddress>().is_err(), "{bad}");
-    }
-}
-
 proptest! {
     #[test]
     fn no_frame_makes_it_panic_or_lets_a_foreign_mac_through(
@@ -235,22 +220,6 @@ proptest! {
         if strict().check(&frame).is_ok() {
             prop_assert_eq!(&frame[6..12], &MAC.0);
         }
-    }
-}
-
-#[test]
-fn prefixes_hold_what_begins_alike() {
-    let holds = |prefix: &str, address: &str| {
-        let prefix: Addresses = prefix.parse().unwrap();
-        prefix.contains(address.parse().unwrap())
-    };
-    assert!(holds("10.1.0.0/16", "10.1.255.7") && !holds("10.1.0.0/16", "10.2.0.0"));
-    assert!(holds("10.1.0.9", "10.1.0.9") && !holds("10.1.0.9", "10.1.0.8"));
-    assert!(holds("fe80::/10", "febf::1") && !holds("fe80::/10", "fec0::1"));
-    assert!(holds("0.0.0.0/0", "255.255.255.255") && holds("::/0", "ffff::"));
-    assert!(!holds("0.0.0.0/0", "::1") && !holds("::/0", "127.0.0.1"));
-    for bad in ["", "10.0.0.1/33", "::/129", "1.2.3/8", "::/-1", "::/", "::/x"] {
-        assert!(bad.parse::<Addresses>().is_err(), "{bad}");
     }
 }
 

@@ -9,6 +9,7 @@
 //! Trust: the guest's headers and frames are hostile and are checked in [`header`] and [`guard`];
 //! its rings are checked by `vhost-daemon`. Only [`tap`] talks to the kernel about the interface.
 
+pub mod address;
 pub mod buffers;
 pub mod capture;
 pub mod control;

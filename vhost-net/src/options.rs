@@ -1,6 +1,7 @@
 //! The flags that only `vhost-user-net` has.
 
-use crate::guard::{Addresses, Guard, MacAddress};
+use crate::address::{Addresses, MacAddress};
+use crate::guard::Guard;
 use std::fmt::Display;
 use std::os::fd::RawFd;
 use std::str::FromStr;
