@@ -1,3 +1,6 @@
+#[path = "guard_checksum_tests.rs"]
+mod checksums;
+
 use super::*;
 use proptest::prelude::*;
 
@@ -69,17 +72,17 @@ fn neighbour(kind: u8, target: Ipv6Addr, option: Option<[u8; 6]>) -> Vec<u8> {
 fn another_source_mac_is_refused() {
     let packet = ipv4(IP4, [1, 2]);
     let spoofed = frame(OTHER, &[TYPE_IPV4], &packet);
-    assert_eq!(strict().check(&spoofed), Err(Refusal::SourceMac));
-    assert_eq!(strict().check(&own(TYPE_IPV4, &packet)), Ok(()));
+    assert_eq!(strict().check(&spoofed, None), Err(Refusal::SourceMac));
+    assert_eq!(strict().check(&own(TYPE_IPV4, &packet), None), Ok(()));
     let lax = Guard::new(MAC, vec![]);
-    assert_eq!(lax.check(&spoofed), Err(Refusal::SourceMac));
-    assert_eq!(lax.check(&own(0x88cc, &[])), Ok(()));
-    assert_eq!(strict().check(&own(0x88cc, &[])), Err(Refusal::Protocol));
+    assert_eq!(lax.check(&spoofed, None), Err(Refusal::SourceMac));
+    assert_eq!(lax.check(&own(0x88cc, &[]), None), Ok(()));
+    assert_eq!(strict().check(&own(0x88cc, &[]), None), Err(Refusal::Protocol));
 }
 
 #[test]
 fn ipv4_sources_are_the_guests_or_a_dhcp_question() {
-    let check = |source, ports| strict().check(&own(TYPE_IPV4, &ipv4(source, ports)));
+    let check = |source, ports| strict().check(&own(TYPE_IPV4, &ipv4(source, ports)), None);
     assert_eq!(check(Ipv4Addr::new(10, 0, 0, 3), [1, 2]), Err(Refusal::SourceIp));
     assert_eq!(check(Ipv4Addr::UNSPECIFIED, [68, 67]), Ok(()));
     assert_eq!(check(Ipv4Addr::UNSPECIFIED, [68, 53]), Err(Refusal::SourceIp));
@@ -90,18 +93,22 @@ fn tags_do_not_hide_a_source() {
     let stranger = ipv4(Ipv4Addr::new(10, 0, 0, 3), [1, 2]);
     for tags in [vec![0x8100, TYPE_IPV4], vec![0x88a8, 0x8100, TYPE_IPV4]] {
         let tagged = frame(MAC.0, &tags, &stranger);
-        assert_eq!(strict().check(&tagged), Err(Refusal::SourceIp));
+        assert_eq!(strict().check(&tagged, None), Err(Refusal::SourceIp));
     }
     let three = frame(MAC.0, &[0x88a8, 0x8100, 0x8100, TYPE_IPV4], &stranger);
-    assert_eq!(strict().check(&three), Err(Refusal::Protocol));
-    assert_eq!(Guard::new(MAC, vec![]).check(&three), Err(Refusal::Malformed));
+    assert_eq!(strict().check(&three, None), Err(Refusal::Protocol));
+    assert_eq!(
+        Guard::new(MAC, vec![]).check(&three, None),
+        Err(Refusal::Malformed)
+    );
 }
 
 #[test]
 fn arp_speaks_for_the_guest_only() {
     let stranger = Ipv4Addr::new(10, 0, 0, 1);
     let nobody = Ipv4Addr::UNSPECIFIED;
-    let check = |hardware, sender, target| strict().check(&own(TYPE_ARP, &arp(hardware, sender, target)));
+    let check =
+        |hardware, sender, target| strict().check(&own(TYPE_ARP, &arp(hardware, sender, target)), None);
     assert_eq!(check(MAC.0, IP4, stranger), Ok(()));
     assert_eq!(check(MAC.0, stranger, IP4), Err(Refusal::Arp));
     assert_eq!(check(OTHER, IP4, stranger), Err(Refusal::Arp));
@@ -109,12 +116,16 @@ fn arp_speaks_for_the_guest_only() {
     assert_eq!(check(MAC.0, nobody, IP4), Ok(()));
     assert_eq!(check(MAC.0, nobody, stranger), Err(Refusal::Arp));
     let lax = Guard::new(MAC, vec![]);
-    assert_eq!(lax.check(&own(TYPE_ARP, &arp(MAC.0, nobody, stranger))), Ok(()));
+    assert_eq!(
+        lax.check(&own(TYPE_ARP, &arp(MAC.0, nobody, stranger)), None),
+        Ok(())
+    );
 }
 
 #[test]
 fn ipv6_sources_and_neighbour_messages() {
-    let check = |source, next, payload: &[u8]| strict().check(&own(TYPE_IPV6, &ipv6(source, next, payload)));
+    let check =
+        |source, next, payload: &[u8]| strict().check(&own(TYPE_IPV6, &ipv6(source, next, payload)), None);
     let stranger = "2001:db8::3".parse().unwrap();
     let link_local = "fe80::5054:ff:fe01:203".parse().unwrap();
     assert_eq!(check(IP6, 6, &[]), Ok(()));
@@ -131,7 +142,7 @@ fn ipv6_sources_and_neighbour_messages() {
     assert_eq!(check(IP6, 58, &neighbour(135, stranger, Some(MAC.0))), Ok(()));
     let lax = Guard::new(MAC, vec![]);
     let packet = ipv6(Ipv6Addr::UNSPECIFIED, 58, &neighbour(135, stranger, None));
-    assert_eq!(lax.check(&own(TYPE_IPV6, &packet)), Ok(()));
+    assert_eq!(lax.check(&own(TYPE_IPV6, &packet), None), Ok(()));
     assert_eq!(check(IP6, 58, &neighbour(136, IP6, Some(MAC.0))), Ok(()));
     let refused = Err(Refusal::Neighbour);
     assert_eq!(check(IP6, 58, &neighbour(136, stranger, None)), refused);
@@ -146,7 +157,7 @@ fn no_option_of_a_neighbour_message_goes_unseen() {
         message.extend(options);
         let mut frame = own(TYPE_IPV6, &ipv6(IP6, PROTOCOL_ICMPV6, &message));
         frame.truncate(PREFIX);
-        strict().check(&frame)
+        strict().check(&frame, None)
     };
     // 14 and 40 bytes of headers, 32 of the message: 168 are left.
     let mut long = vec![14, 21];
@@ -163,29 +174,38 @@ fn no_option_of_a_neighbour_message_goes_unseen() {
     message.resize(8 + 28 * 8, 0);
     let mut frame = own(TYPE_IPV6, &ipv6(IP6, PROTOCOL_ICMPV6, &message));
     frame.truncate(PREFIX);
-    assert_eq!(strict().check(&frame), Err(Refusal::Malformed));
+    assert_eq!(strict().check(&frame, None), Err(Refusal::Malformed));
     // A long echo is none.
     let mut frame = own(TYPE_IPV6, &ipv6(IP6, PROTOCOL_ICMPV6, &[128; 1000]));
     frame.truncate(PREFIX);
-    assert_eq!(strict().check(&frame), Ok(()));
+    assert_eq!(strict().check(&frame, None), Ok(()));
 }
 
 #[test]
 fn what_lies_behind_the_payload_is_no_part_of_the_packet() {
     let mut packet = ipv6(IP6, 0, &[PROTOCOL_ICMPV6, 0, 0, 0, 0, 0, 0, 0]);
     packet.extend(neighbour(136, IP6, Some(MAC.0)));
-    assert_eq!(strict().check(&own(TYPE_IPV6, &packet)), Err(Refusal::Malformed));
+    assert_eq!(
+        strict().check(&own(TYPE_IPV6, &packet), None),
+        Err(Refusal::Malformed)
+    );
     packet[5] = 4;
-    assert_eq!(strict().check(&own(TYPE_IPV6, &packet)), Err(Refusal::Malformed));
+    assert_eq!(
+        strict().check(&own(TYPE_IPV6, &packet), None),
+        Err(Refusal::Malformed)
+    );
     // A header behind the first fragment, where the next fragment has another one.
     let fragment = [60, 0, 0, 1, 0, 0, 0, 9, 60, 0, 1, 4, 0, 0, 0, 0];
     let mut packet = ipv6(IP6, PROTOCOL_FRAGMENT, &fragment);
     packet.extend([6, 0, 1, 4, 0, 0, 0, 0]);
-    assert_eq!(strict().check(&own(TYPE_IPV6, &packet)), Err(Refusal::Malformed));
+    assert_eq!(
+        strict().check(&own(TYPE_IPV6, &packet), None),
+        Err(Refusal::Malformed)
+    );
     // Padding behind a whole message.
     let mut packet = ipv6(IP6, PROTOCOL_ICMPV6, &neighbour(136, IP6, None));
     packet.extend([2, 1, 0, 0]);
-    assert_eq!(strict().check(&own(TYPE_IPV6, &packet)), Ok(()));
+    assert_eq!(strict().check(&own(TYPE_IPV6, &packet), None), Ok(()));
 }
 
 #[test]
@@ -194,13 +214,22 @@ fn extension_headers_do_not_hide_a_neighbour_message() {
     let mut hidden = vec![58, 0, 0, 0, 0, 0, 0, 0];
     hidden.extend(neighbour(136, stranger, None));
     let packet = ipv6(IP6, 0, &hidden);
-    assert_eq!(strict().check(&own(TYPE_IPV6, &packet)), Err(Refusal::Neighbour));
+    assert_eq!(
+        strict().check(&own(TYPE_IPV6, &packet), None),
+        Err(Refusal::Neighbour)
+    );
     let mut fragment = vec![58, 0, 0, 1, 0, 0, 0, 9];
     fragment.extend(neighbour(136, IP6, None));
     let packet = ipv6(IP6, 44, &fragment);
-    assert_eq!(strict().check(&own(TYPE_IPV6, &packet)), Err(Refusal::Neighbour));
+    assert_eq!(
+        strict().check(&own(TYPE_IPV6, &packet), None),
+        Err(Refusal::Neighbour)
+    );
     let endless = ipv6(IP6, 0, &[0, 31, 0, 0, 0, 0, 0, 0]);
-    assert_eq!(strict().check(&own(TYPE_IPV6, &endless)), Err(Refusal::Malformed));
+    assert_eq!(
+        strict().check(&own(TYPE_IPV6, &endless), None),
+        Err(Refusal::Malformed)
+    );
 }
 
 proptest! {
@@ -217,7 +246,7 @@ proptest! {
             }
             frame[12..14].copy_from_slice(&kind.to_be_bytes());
         }
-        if strict().check(&frame).is_ok() {
+        if strict().check(&frame, None).is_ok() {
             prop_assert_eq!(&frame[6..12], &MAC.0);
         }
     }
@@ -250,12 +279,12 @@ fn a_link_local_address_that_the_guest_chose_has_to_be_named() {
     ];
     for (guard, address, may) in cases {
         assert_eq!(
-            guard.check(&solicit(address)).is_ok(),
+            guard.check(&solicit(address), None).is_ok(),
             may,
             "solicit from {address}"
         );
         assert_eq!(
-            guard.check(&advertise(address)).is_ok(),
+            guard.check(&advertise(address), None).is_ok(),
             may,
             "advertise {address}"
         );
