@@ -20,6 +20,8 @@ pub const PREFIX: usize = 256;
 const TYPE_IPV4: u16 = 0x0800;
 const TYPE_ARP: u16 = 0x0806;
 const TYPE_IPV6: u16 = 0x86dd;
+/// A smaller number is a length (IEEE 802.3, 3.2.6).
+const FIRST_TYPE: u16 = 0x0600;
 /// 802.1Q and 802.1ad tags.
 const TYPE_TAGS: [u16; 2] = [0x8100, 0x88a8];
 const MOST_TAGS: usize = 2;
@@ -49,6 +51,10 @@ pub enum Refusal {
     /// A protocol that cannot be checked, while addresses are to be checked.
     #[error("only IPv4, IPv6 and ARP can be checked for their source")]
     Protocol,
+    /// An LLC frame: behind SNAP, or a SAP of its own, it may carry any protocol past the guard
+    /// (CVE-2021-27861, CVE-2021-27862).
+    #[error("a length instead of a type: what LLC frames carry is not looked at")]
+    Length,
     /// The kernel's checksum would overwrite what was looked at, or lie in what cannot be looked at.
     #[error("checksum to be filled in among the headers that were checked")]
     Checksum,
@@ -58,6 +64,10 @@ pub enum Refusal {
 }
 
 /// Which addresses a guest may use.
+///
+/// Where only its MAC address is known, ARP and IPv6 neighbour messages are held to that, a router's are
+/// refused, and any IPv4 and any other type passes unread. Frames with a length for a type (LLC: SNAP,
+/// IS-IS, a bridge's spanning tree) are refused always.
 ///
 /// Of the link-local addresses only the one that follows from its MAC address (RFC 4291, appendix A)
 /// is the guest's unasked. One that the guest chose (RFC 7217, RFC 8981) has to be named: whoever may
@@ -114,6 +124,7 @@ impl Guard {
             TYPE_IPV4 => 0..usize::MAX,
             _ if self.checks_addresses() => return Err(Refusal::Protocol),
             tag if TYPE_TAGS.contains(&tag) => return Err(Refusal::Malformed),
+            length if length < FIRST_TYPE => return Err(Refusal::Length),
             _ => NOWHERE,
         };
         match checksum.map(|field| field.checked_sub(at + 2)) {

@@ -104,6 +104,29 @@ fn tags_do_not_hide_a_source() {
 }
 
 #[test]
+fn a_length_for_a_type_hides_nothing() {
+    let stranger = arp(OTHER, IP4, IP4);
+    let advertisement = ipv6(MAC.link_local(), PROTOCOL_ICMPV6, &neighbour(134, IP6, None));
+    let snap = |kind: u16, packet: &[u8]| {
+        let mut llc = vec![0xaa, 0xaa, 3, 0, 0, 0];
+        llc.extend(kind.to_be_bytes());
+        llc.extend(packet);
+        llc
+    };
+    let bridge = vec![0x42, 0x42, 3, 0, 0, 0, 0];
+    for llc in [snap(TYPE_ARP, &stranger), snap(TYPE_IPV6, &advertisement), bridge] {
+        for length in [llc.len() as u16, 0, 0x05ff] {
+            for tags in [vec![length], vec![0x8100, length], vec![0x88a8, 0x8100, length]] {
+                let frame = frame(MAC.0, &tags, &llc);
+                assert_eq!(Guard::new(MAC, vec![]).check(&frame, None), Err(Refusal::Length));
+                assert_eq!(strict().check(&frame, None), Err(Refusal::Protocol));
+            }
+        }
+    }
+    assert_eq!(Guard::new(MAC, vec![]).check(&own(0x0600, &[]), None), Ok(()));
+}
+
+#[test]
 fn arp_speaks_for_the_guest_only() {
     let stranger = Ipv4Addr::new(10, 0, 0, 1);
     let nobody = Ipv4Addr::UNSPECIFIED;
