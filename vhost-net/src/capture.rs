@@ -99,9 +99,16 @@ impl Capture {
                 -1
             }
         };
-        if let Err(error) = Errno::result(written)
-            && !self.failed.swap(true, Ordering::Relaxed)
-        {
+        let error = match Errno::result(written) {
+            Ok(written) if written.unsigned_abs() as u64 == bytes => return,
+            // The file system is full. Behind a part of a record nobody finds the next.
+            Ok(_) => {
+                self.left.store(0, Ordering::Relaxed);
+                Errno::ENOSPC
+            }
+            Err(error) => error,
+        };
+        if !self.failed.swap(true, Ordering::Relaxed) {
             tracing::warn!(%error, "the capture is incomplete");
         }
     }
@@ -118,6 +125,7 @@ fn part(start: *mut libc::c_void, length: usize) -> libc::iovec {
 mod tests {
     use super::*;
     use crate::buffers::Storage;
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use std::fs::File;
     use std::os::unix::fs::FileExt;
@@ -154,5 +162,29 @@ mod tests {
         capture.record(&buffers, frame.len());
         capture.record(&buffers, frame.len());
         assert_eq!(File::from(file).metadata().unwrap().len(), 24 + 16 + 60);
+    }
+
+    #[test]
+    fn nothing_follows_a_part_of_a_record() {
+        let (read, write) = nix::unistd::pipe2(OFlag::O_NONBLOCK).unwrap();
+        let room = fcntl(&write, FcntlArg::F_SETPIPE_SZ(4096)).unwrap() as usize;
+        let capture = Capture::new(write).unwrap();
+        let record = |length: usize| {
+            let frame = vec![0; HEADER_SIZE + length];
+            let mut buffers = FrameBuffers::from_storage(Storage::default());
+            buffers.push_readable(&frame);
+            capture.record(&buffers, frame.len());
+        };
+        let mut bytes = vec![0; 2 * room];
+        record(60);
+        record(room);
+        let taken = nix::unistd::read(&read, &mut bytes).unwrap();
+        let (one, both) = (24 + 16 + 60, 24 + 16 + 60 + 16 + room);
+        assert!(
+            one < taken && taken < both,
+            "{taken} bytes are no part of a record"
+        );
+        record(60);
+        assert_eq!(nix::unistd::read(&read, &mut bytes), Err(Errno::EAGAIN));
     }
 }

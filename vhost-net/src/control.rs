@@ -4,8 +4,8 @@
 //! unknown, too short, too long or out of range is answered by VIRTIO_NET_ERR. Only a table too long to
 //! be read is taken for one that lets everything pass: a driver may need what it added.
 
+use crate::address::MacAddress;
 use crate::filter::Mode;
-use crate::guard::MacAddress;
 use crate::link::Link;
 use crate::station::{Done, Station};
 use crate::steering::Steering;

@@ -1,7 +1,7 @@
 //! What the driver wants to receive (virtio 1.3, 5.1.6.5.1 and 5.1.6.5.2), kept by the kernel: the TAP
 //! drops the rest before it costs us a system call.
 
-use crate::guard::MacAddress;
+use crate::address::MacAddress;
 
 /// Most addresses of the driver's that are kept; with more, all frames are received, as a driver has
 /// to expect (5.1.6.5.2.2).

@@ -2,11 +2,16 @@
 //!
 //! Looks at a private copy of the frame's first bytes, so that the guest cannot change them between
 //! the look and the kernel's read. What does not parse within them is refused.
+//!
+//! The kernel itself writes into a frame whose checksum the guest left open (NEEDS_CSUM), and the guest
+//! chooses what comes out: it places the two bytes, and whatever is summed up. So they may lie only where
+//! nothing was looked at. What cutting a frame rewrites (lengths, identification, TCP's and UDP's own
+//! fields) is not looked at, nor do others than TCP and UDP come through it.
 
+use crate::address::{Addresses, MacAddress};
 use crate::header::ETHERNET_HEADER;
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::str::FromStr;
+use std::ops::Range;
 
 /// Bytes of each frame that are copied out and looked at: enough for two tags, IPv6, a few
 /// extension headers and a neighbour message with its options.
@@ -15,6 +20,8 @@ pub const PREFIX: usize = 256;
 const TYPE_IPV4: u16 = 0x0800;
 const TYPE_ARP: u16 = 0x0806;
 const TYPE_IPV6: u16 = 0x86dd;
+/// A smaller number is a length (IEEE 802.3, 3.2.6).
+const FIRST_TYPE: u16 = 0x0600;
 /// 802.1Q and 802.1ad tags.
 const TYPE_TAGS: [u16; 2] = [0x8100, 0x88a8];
 const MOST_TAGS: usize = 2;
@@ -25,107 +32,6 @@ const PROTOCOL_FRAGMENT: u8 = 44;
 const EXTENSIONS: [u8; 3] = [0, 43, 60];
 const DHCP_CLIENT: u16 = 68;
 const DHCP_SERVER: u16 = 67;
-
-/// An Ethernet address.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct MacAddress(pub [u8; 6]);
-
-impl MacAddress {
-    /// The group bit is set: no station's own address.
-    #[must_use]
-    pub fn is_group(self) -> bool {
-        self.0[0] & 1 != 0
-    }
-
-    /// A station may have it: neither a group's nor all zero.
-    #[must_use]
-    pub fn is_station(self) -> bool {
-        !self.is_group() && self.0 != [0; 6]
-    }
-
-    /// The link-local address that RFC 4291, appendix A derives from it.
-    fn link_local(self) -> Ipv6Addr {
-        let [a, b, c, d, e, f] = self.0;
-        Ipv6Addr::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
-    }
-}
-
-impl FromStr for MacAddress {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        const ERROR: &str = "a MAC address is six hexadecimal bytes, such as 52:54:00:12:34:56";
-        let mut bytes = [0; 6];
-        let mut parts = text.split(':');
-        for byte in &mut bytes {
-            let part = parts.next().filter(|part| part.len() == 2).ok_or(ERROR)?;
-            if !part.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-                return Err(ERROR);
-            }
-            *byte = u8::from_str_radix(part, 16).map_err(|_| ERROR)?;
-        }
-        let address = Self(bytes);
-        if parts.next().is_some() {
-            Err(ERROR)
-        } else if !address.is_station() {
-            Err("a NIC cannot have a multicast or all-zero MAC address")
-        } else {
-            Ok(address)
-        }
-    }
-}
-
-impl fmt::Display for MacAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
-    }
-}
-
-/// One address, or all that begin alike: `10.0.0.2`, `2001:db8::/64`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Addresses {
-    first: IpAddr,
-    /// Leading bits that are fixed, at most those of the address.
-    bits: u8,
-}
-
-impl Addresses {
-    /// Whether `address` is of the same family and begins alike.
-    #[must_use]
-    pub fn contains(&self, address: IpAddr) -> bool {
-        let same =
-            |a: u128, b: u128, width: u8| (a ^ b).checked_shr((width - self.bits).into()).unwrap_or(0) == 0;
-        match (self.first, address) {
-            (IpAddr::V4(a), IpAddr::V4(b)) => same(a.to_bits().into(), b.to_bits().into(), 32),
-            (IpAddr::V6(a), IpAddr::V6(b)) => same(a.to_bits(), b.to_bits(), 128),
-            _ => false,
-        }
-    }
-}
-
-impl From<IpAddr> for Addresses {
-    fn from(first: IpAddr) -> Self {
-        let bits = if first.is_ipv4() { 32 } else { 128 };
-        Self { first, bits }
-    }
-}
-
-impl FromStr for Addresses {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        const ERROR: &str = "an IP address or a prefix, such as 10.0.0.2 or 2001:db8::/64";
-        let (address, bits) = text.split_once('/').map_or((text, None), |(a, b)| (a, Some(b)));
-        let whole = Self::from(address.parse::<IpAddr>().map_err(|_| ERROR)?);
-        let bits = bits.map_or(Ok(whole.bits), str::parse).map_err(|_| ERROR)?;
-        if bits <= whole.bits {
-            Ok(Self { bits, ..whole })
-        } else {
-            Err(ERROR)
-        }
-    }
-}
 
 /// Why a frame was refused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -145,12 +51,23 @@ pub enum Refusal {
     /// A protocol that cannot be checked, while addresses are to be checked.
     #[error("only IPv4, IPv6 and ARP can be checked for their source")]
     Protocol,
+    /// An LLC frame: behind SNAP, or a SAP of its own, it may carry any protocol past the guard
+    /// (CVE-2021-27861, CVE-2021-27862).
+    #[error("a length instead of a type: what LLC frames carry is not looked at")]
+    Length,
+    /// The kernel's checksum would overwrite what was looked at, or lie in what cannot be looked at.
+    #[error("checksum to be filled in among the headers that were checked")]
+    Checksum,
     /// The headers end early, or do not end within [`PREFIX`].
     #[error("headers do not parse")]
     Malformed,
 }
 
 /// Which addresses a guest may use.
+///
+/// Where only its MAC address is known, ARP and IPv6 neighbour messages are held to that, a router's are
+/// refused, and any IPv4 and any other type passes unread. Frames with a length for a type (LLC: SNAP,
+/// IS-IS, a bridge's spanning tree) are refused always.
 ///
 /// Of the link-local addresses only the one that follows from its MAC address (RFC 4291, appendix A)
 /// is the guest's unasked. One that the guest chose (RFC 7217, RFC 8981) has to be named: whoever may
@@ -179,11 +96,14 @@ impl Guard {
         }
     }
 
-    /// Judges a frame by its first bytes: all of it, or [`PREFIX`] bytes.
+    /// Judges a frame by its first bytes: all of it, or [`PREFIX`] bytes; `checksum` is where in it the
+    /// kernel will write two bytes.
+    ///
+    /// It need not be the checksum of the outermost protocol: of tunnels Linux leaves the inner one open.
     ///
     /// # Errors
     /// The first [`Refusal`] that applies.
-    pub fn check(&self, frame: &[u8]) -> Result<(), Refusal> {
+    pub fn check(&self, frame: &[u8], checksum: Option<usize>) -> Result<(), Refusal> {
         if bytes::<6>(frame, 6)? != self.mac.0 {
             return Err(Refusal::SourceMac);
         }
@@ -196,14 +116,21 @@ impl Guard {
             }
         }
         let packet = frame.get(at + 2..).ok_or(Refusal::Malformed)?;
-        match kind {
-            TYPE_ARP => self.check_arp(packet),
-            TYPE_IPV4 if self.checks_addresses() => self.check_ipv4(packet),
-            TYPE_IPV6 => self.check_ipv6(packet),
-            TYPE_IPV4 => Ok(()),
-            _ if self.checks_addresses() => Err(Refusal::Protocol),
-            tag if TYPE_TAGS.contains(&tag) => Err(Refusal::Malformed),
-            _ => Ok(()),
+        let open = match kind {
+            TYPE_ARP => self.check_arp(packet)?,
+            TYPE_IPV4 if self.checks_addresses() => self.check_ipv4(packet)?,
+            TYPE_IPV6 => self.check_ipv6(packet)?,
+            // Nothing in it is looked at.
+            TYPE_IPV4 => 0..usize::MAX,
+            _ if self.checks_addresses() => return Err(Refusal::Protocol),
+            tag if TYPE_TAGS.contains(&tag) => return Err(Refusal::Malformed),
+            length if length < FIRST_TYPE => return Err(Refusal::Length),
+            _ => NOWHERE,
+        };
+        match checksum.map(|field| field.checked_sub(at + 2)) {
+            None => Ok(()),
+            Some(Some(field)) if open.start <= field && field + 2 <= open.end => Ok(()),
+            Some(_) => Err(Refusal::Checksum),
         }
     }
 
@@ -225,7 +152,7 @@ impl Guard {
 
     /// RFC 826 for Ethernet and IPv4. A sender address of 0.0.0.0 is a probe: it keeps others from
     /// using the address that it asks for (RFC 5227, 2.1.1), which is the guest's own.
-    fn check_arp(&self, arp: &[u8]) -> Result<(), Refusal> {
+    fn check_arp(&self, arp: &[u8]) -> Result<Open, Refusal> {
         if bytes::<6>(arp, 0)? != [0, 1, 8, 0, 6, 4] {
             return Err(Refusal::Arp);
         }
@@ -236,10 +163,10 @@ impl Guard {
             sender
         };
         let own = bytes::<6>(arp, 8)? == self.mac.0 && self.is_own4(claimed);
-        own.then_some(()).ok_or(Refusal::Arp)
+        own.then_some(NOWHERE).ok_or(Refusal::Arp)
     }
 
-    fn check_ipv4(&self, packet: &[u8]) -> Result<(), Refusal> {
+    fn check_ipv4(&self, packet: &[u8]) -> Result<Open, Refusal> {
         let version = bytes::<1>(packet, 0)?[0];
         let header = usize::from(version & 0xf) * 4;
         if version >> 4 != 4 || header < 20 {
@@ -247,17 +174,17 @@ impl Guard {
         }
         let source = Ipv4Addr::from(bytes::<4>(packet, 12)?);
         if self.is_own4(source) {
-            return Ok(());
+            return Ok(header..usize::MAX);
         }
         // Who has no address yet asks a DHCP server for one.
         let dhcp = source.is_unspecified()
             && bytes::<1>(packet, 9)?[0] == PROTOCOL_UDP
             && be16(packet, header)? == DHCP_CLIENT
             && be16(packet, header + 2)? == DHCP_SERVER;
-        dhcp.then_some(()).ok_or(Refusal::SourceIp)
+        dhcp.then_some(header + 4..usize::MAX).ok_or(Refusal::SourceIp)
     }
 
-    fn check_ipv6(&self, packet: &[u8]) -> Result<(), Refusal> {
+    fn check_ipv6(&self, packet: &[u8]) -> Result<Open, Refusal> {
         if bytes::<1>(packet, 0)?[0] >> 4 != 6 {
             return Err(Refusal::Malformed);
         }
@@ -269,22 +196,24 @@ impl Guard {
         match upper {
             Upper::Icmp(icmp) => self.check_icmpv6(source, &icmp),
             // Only multicast listener and neighbour messages come from an unspecified source.
-            Upper::Other if source.is_unspecified() && self.checks_addresses() => Err(Refusal::SourceIp),
-            Upper::Other => Ok(()),
+            Upper::Other(_) if source.is_unspecified() && self.checks_addresses() => Err(Refusal::SourceIp),
+            Upper::Other(start) => Ok(start..usize::MAX),
         }
     }
 
-    fn check_icmpv6(&self, source: Ipv6Addr, icmp: &Icmp<'_>) -> Result<(), Refusal> {
+    fn check_icmpv6(&self, source: Ipv6Addr, icmp: &Icmp<'_>) -> Result<Open, Refusal> {
         const LISTENER: [u8; 4] = [130, 131, 132, 143];
         const SOLICIT_ROUTER: u8 = 133;
         const SOLICIT: u8 = 135;
         const ADVERTISE: u8 = 136;
         const NEIGHBOUR_DISCOVERY: std::ops::RangeInclusive<u8> = 133..=137;
         let message = icmp.message;
+        let checksum = icmp.start + 2;
         let kind = bytes::<1>(message, 0)?[0];
         if !NEIGHBOUR_DISCOVERY.contains(&kind) {
             let may = !source.is_unspecified() || LISTENER.contains(&kind) || !self.checks_addresses();
-            return may.then_some(()).ok_or(Refusal::SourceIp);
+            // Behind type and code.
+            return may.then_some(checksum..usize::MAX).ok_or(Refusal::SourceIp);
         }
         // RFC 6980: neighbour messages are never fragmented.
         if icmp.fragmented {
@@ -295,20 +224,21 @@ impl Guard {
             return Err(Refusal::Malformed);
         }
         match kind {
-            SOLICIT_ROUTER => self.check_link_options(message, 8),
+            SOLICIT_ROUTER => self.check_link_options(message, 8)?,
             // From nowhere it asks whether the address is free, and keeps others from using it
             // (RFC 4862, 5.4.3).
-            SOLICIT if !source.is_unspecified() => self.check_link_options(message, 24),
+            SOLICIT if !source.is_unspecified() => self.check_link_options(message, 24)?,
             SOLICIT | ADVERTISE => {
                 let target = Ipv6Addr::from(bytes::<16>(message, 8)?);
                 if !self.is_own6(target) {
                     return Err(Refusal::Neighbour);
                 }
-                self.check_link_options(message, 24)
+                self.check_link_options(message, 24)?;
             }
             // A guest is no router: no advertisements, no redirects.
-            _ => Err(Refusal::Neighbour),
+            _ => return Err(Refusal::Neighbour),
         }
+        Ok(checksum..checksum + 2)
     }
 
     /// Source and target link-layer address options (RFC 4861, 4.6.1) name the guest.
@@ -332,12 +262,19 @@ impl Guard {
     }
 }
 
+/// Where in a packet the kernel may write: the bytes that were not looked at.
+type Open = Range<usize>;
+const NOWHERE: Open = 0..0;
+
 enum Upper<'f> {
     Icmp(Icmp<'f>),
-    Other,
+    /// Another, which begins here in the packet.
+    Other(usize),
 }
 
 struct Icmp<'f> {
+    /// Where in the packet it begins.
+    start: usize,
     /// As much as is looked at.
     message: &'f [u8],
     /// That is all of it.
@@ -359,6 +296,7 @@ fn upper_layer(packet: &[u8]) -> Result<Upper<'_>, Refusal> {
         if next == PROTOCOL_ICMPV6 {
             let message = packet.get(at..).ok_or(Refusal::Malformed)?;
             return Ok(Upper::Icmp(Icmp {
+                start: at,
                 message,
                 whole,
                 fragmented,
@@ -366,7 +304,7 @@ fn upper_layer(packet: &[u8]) -> Result<Upper<'_>, Refusal> {
         } else if next == PROTOCOL_FRAGMENT {
             let offset = be16(packet, at + 2)? >> 3;
             if offset != 0 {
-                return Ok(Upper::Other);
+                return Ok(Upper::Other(at + 8));
             }
             fragmented = true;
             next = bytes::<1>(packet, at)?[0];
@@ -376,7 +314,7 @@ fn upper_layer(packet: &[u8]) -> Result<Upper<'_>, Refusal> {
             next = following;
             at += (usize::from(units) + 1) * 8;
         } else {
-            return Ok(Upper::Other);
+            return Ok(Upper::Other(at));
         }
     }
 }

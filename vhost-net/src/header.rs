@@ -146,6 +146,13 @@ impl TxHeader {
         self.cut
     }
 
+    /// Where in the frame the kernel will write the two bytes of a checksum.
+    #[must_use]
+    pub fn checksum(&self) -> Option<usize> {
+        let field = usize::from(self.clean.csum_start.get()) + usize::from(self.clean.csum_offset.get());
+        (self.clean.flags & F_NEEDS_CSUM != 0).then_some(field)
+    }
+
     /// The frame is to be segmented.
     #[must_use]
     pub fn is_segmented(&self) -> bool {

@@ -10,6 +10,7 @@
 //! its rings are checked by `vhost-daemon`. Only [`tap`] talks to the kernel about the interface.
 #![cfg_attr(not(test), deny(clippy::print_stderr))]
 
+pub mod address;
 pub mod buffers;
 pub mod capture;
 pub mod control;

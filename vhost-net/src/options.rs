@@ -1,6 +1,7 @@
 //! The flags that only `vhost-user-net` has.
 
-use crate::guard::{Addresses, Guard, MacAddress};
+use crate::address::{Addresses, MacAddress};
+use crate::guard::Guard;
 use std::fmt::Display;
 use std::os::fd::RawFd;
 use std::str::FromStr;
@@ -75,7 +76,8 @@ pub const USAGE: &str = concat!(
     "  --ip=A[/N]              an address or prefix that the guest may use; repeatable; the\n",
     "                          link-local address of --mac is one always, any other is to\n",
     "                          be named (fe80::/10 where all on the segment are trusted)\n",
-    "  --guard=on|off          refuse frames from other addresses than the guest's\n",
+    "  --guard=on|off          refuse frames from other addresses than the guest's, and LLC\n",
+    "                          frames, such as a bridge's spanning tree\n",
     "                          (default: on where --mac is given)\n",
     "  --receive-limit=L, --transmit-limit=L\n",
     "                          L is packets=N,bytes=SIZE a second, with bursts\n",

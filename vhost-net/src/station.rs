@@ -1,7 +1,7 @@
 //! What the driver said about itself on the control queue, and the kernel's filter that follows.
 
+use crate::address::MacAddress;
 use crate::filter::{Filter, Mode, TapFilter};
-use crate::guard::MacAddress;
 use crate::tap::Tap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

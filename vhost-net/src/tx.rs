@@ -131,23 +131,21 @@ impl TransmitQueue {
             return None;
         };
         let fields = NetHeader::read_from_bytes(header).ok()?;
-        let cut = match TxHeader::check(fields, total - HEADER_SIZE, &self.offloads) {
-            Ok(clean) => {
-                header.copy_from_slice(clean.as_bytes());
-                clean.cut()
-            }
+        let clean = match TxHeader::check(fields, total - HEADER_SIZE, &self.offloads) {
+            Ok(clean) => clean,
             Err(error) => {
                 transmit.dropped(Drop::Header, &error);
                 return None;
             }
         };
+        header.copy_from_slice(clean.as_bytes());
         if let Some(guard) = &self.guard
-            && let Err(refusal) = guard.check(frame)
+            && let Err(refusal) = guard.check(frame, clean.checksum())
         {
             transmit.dropped(Drop::Guard, &refusal);
             return None;
         }
-        Some(cut)
+        Some(clean.cut())
     }
 
     fn sent(&mut self, result: io::Result<()>, length: usize, cut: Cut) -> Sent {

@@ -209,13 +209,22 @@ impl Session {
     }
 
     /// Tells the front end that the configuration space changed (BACKEND_CONFIG_CHANGE_MSG). No
-    /// answer is asked for, so that this side never waits.
-    pub(super) fn send_config_change(&self) -> io::Result<()> {
+    /// answer is asked for, so that this side never waits. A notice that nobody takes ends no session:
+    /// the next one reads the configuration anyway.
+    pub(super) fn send_config_change(&mut self) {
         let Some(channel) = &self.backend_channel else {
-            return Ok(());
+            return;
         };
         let message = header(CONFIG_CHANGE_MSG, VERSION, 0);
-        send_whole(channel.as_raw_fd(), &message, &[])
+        match send_whole(channel.as_raw_fd(), &message, &[]) {
+            Ok(()) => {}
+            // Whoever reads what fills it finds this change too.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => {
+                tracing::warn!(%error, "the front end hears of no more configuration changes");
+                self.backend_channel = None;
+            }
+        }
     }
 }
 

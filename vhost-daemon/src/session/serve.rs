@@ -82,7 +82,7 @@ pub(crate) fn messages(
         if ready.config {
             let mut session = lock(session);
             if session.device.config_changed() {
-                session.send_config_change()?;
+                session.send_config_change();
             }
         }
         if !ready.message {

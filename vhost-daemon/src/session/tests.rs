@@ -119,6 +119,20 @@ impl Front {
         body
     }
 
+    /// A channel for the back end's requests: the end that they are read from, and the one that is given.
+    fn channel(&mut self) -> (UnixStream, UnixStream) {
+        let (mine, theirs) = UnixStream::pair().unwrap();
+        mine.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        self.send(21, 8, &[0; 8], &[theirs.as_raw_fd()]);
+        assert_eq!(receive(&mut self.socket), (21, Vec::from(0u64.to_le_bytes())));
+        (mine, theirs)
+    }
+
+    /// The device's configuration changes.
+    fn change(&self) {
+        nix::unistd::write(&self.change, &1u64.to_ne_bytes()).unwrap();
+    }
+
     /// Hangs up.
     fn end(self) -> Result<End, String> {
         drop(self.socket);
@@ -169,11 +183,30 @@ fn messages_that_come_together_are_told_apart() {
 #[test]
 fn a_configuration_change_reaches_the_front_end() {
     let mut front = Front::new();
-    let (mut mine, theirs) = UnixStream::pair().unwrap();
-    mine.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-    front.send(21, 8, &[0; 8], &[theirs.as_raw_fd()]);
-    assert_eq!(receive(&mut front.socket), (21, Vec::from(0u64.to_le_bytes())));
-    nix::unistd::write(&front.change, &1u64.to_ne_bytes()).unwrap();
+    let (mut mine, _theirs) = front.channel();
+    front.change();
+    assert_eq!(receive(&mut mine), (2, Vec::new()));
+    assert_eq!(front.end(), Ok(End::Disconnected));
+}
+
+#[test]
+fn a_configuration_change_that_nobody_hears_of_ends_no_session() {
+    let mut front = Front::new();
+    let (mine, _theirs) = front.channel();
+    drop(mine);
+    for _ in 0..2 {
+        // The change is handled ahead of the question.
+        front.change();
+        assert_eq!(front.ask(40, 0, &[]), 0u64.to_le_bytes());
+    }
+    let (mut mine, mut theirs) = front.channel();
+    theirs.set_nonblocking(true).unwrap();
+    let full = std::iter::from_fn(|| theirs.write(&[0]).ok()).count();
+    front.change();
+    assert_eq!(front.ask(40, 0, &[]), 0u64.to_le_bytes());
+    // Once there is room, it hears again.
+    mine.read_exact(&mut vec![0; full]).unwrap();
+    front.change();
     assert_eq!(receive(&mut mine), (2, Vec::new()));
     assert_eq!(front.end(), Ok(End::Disconnected));
 }

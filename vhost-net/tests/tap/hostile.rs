@@ -231,11 +231,23 @@ fn foreign_addresses_are_dropped() -> Result<()> {
         guest.send(NetHeader::default(), &path.udp([1, 2], &pattern(300, seed), true))?;
         still_sends(&mut guest, &host, &device, seed)?;
     }
+    // Its own address, which the kernel would make another's.
+    let rewritten = NetHeader {
+        flags: F_NEEDS_CSUM,
+        csum_start: 20.into(),
+        csum_offset: 8.into(),
+        ..NetHeader::default()
+    };
+    guest.send(rewritten, &own.udp([1, 2], &pattern(300, 9), true))?;
+    still_sends(&mut guest, &host, &device, 9)?;
     let log = device.process.stderr()?;
-    ensure!(
-        log.contains("source MAC address") && log.contains("source IP address"),
-        "{log}"
-    );
+    for refusal in [
+        "source MAC address",
+        "source IP address",
+        "checksum to be filled in",
+    ] {
+        ensure!(log.contains(refusal), "{log}");
+    }
     Ok(())
 }
 
