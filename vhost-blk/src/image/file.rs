@@ -104,6 +104,11 @@ pub trait BlockFile: Send + Sync {
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         None
     }
+
+    /// As [`Self::descriptor`], to write to this range; `None` too where only [`Self::write_buffers`] may.
+    fn descriptor_to_write(&self, _offset: u64, _len: u64) -> Option<BorrowedFd<'_>> {
+        self.descriptor()
+    }
 }
 
 /// A regular file or block device of the host.
