@@ -169,7 +169,7 @@ impl HostFile {
         })
     }
 
-    /// Runs `fallocate`; says whether this file system can.
+    /// Runs `fallocate`; says whether this file system can, or this block device with such a range.
     fn allocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<bool> {
         if len == 0 {
             return Ok(true);
@@ -184,6 +184,8 @@ impl HostFile {
                 // An end in the ring interrupts other calls of its thread.
                 Err(Errno::EINTR) => continue,
                 Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(false),
+                // A device takes whole logical blocks of its own, which may be larger than a sector.
+                Err(Errno::EINVAL) if self.fixed_size.is_some() => Ok(false),
                 Err(error) => Err(error.into()),
             };
         }
