@@ -1,7 +1,8 @@
 //! What a disk process can be ordered to do by `--control-fd`.
 //!
 //! ```text
-//! size BYTES    the disk is to be this long; answered "ok\n" or "error: REASON\n"
+//! size BYTES    the disk is to be this long; answered "ok\n" or "error: REASON\n" once it is, other orders
+//!               meanwhile; with an error at once while it grows already
 //! metrics       answered by Prometheus' text format and a line "# EOF\n"
 //! ```
 

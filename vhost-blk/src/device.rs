@@ -2,6 +2,7 @@
 
 use crate::control::Order;
 use crate::counters::{Counters, QueueCounters};
+use crate::growth::Growth;
 use crate::image::{self, BlockFile, Format, Image, ImageError, OpenOptions, Passphrase, SECTOR};
 use crate::io::{CacheMode, DirectFile, Fence, IoMode, RestrictedRing, await_direct_writes};
 use crate::options::{Options, Place, USAGE};
@@ -14,7 +15,7 @@ use std::fs::File;
 use std::io::{self, Seek as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use vhost_daemon::device::Errands;
 use vhost_daemon::{ConfigError, Device, Orders, Program, QueueHandler, QueueLimits};
 use virtio_bindings::virtio_blk::*;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
@@ -25,9 +26,6 @@ use zerocopy::{Immutable, IntoBytes};
 const MAX_SEGMENTS: u32 = 126;
 /// Physical block size of the host's file systems, as a power of two of logical blocks.
 const PHYSICAL_BLOCK_EXPONENT: u8 = 3;
-/// How long one order may take to grow the disk: the front end's messages wait meanwhile, and whoever ordered
-/// it waits for no more than 10 s.
-const GROWTH: Duration = Duration::from_secs(2);
 
 /// Why the device cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +80,8 @@ impl Program for BlkProgram {
         let (image, fence) = open_image(&options)?;
         tracing::info!(image = image.describe(), "disk image is open");
         let rings = make_rings(&options, fence, num_queues)?;
+        let growth = options.control.map(|_| Growth::new()).transpose();
+        let growth = growth.map_err(BlkError::Control)?;
         let orders = options.control.map(vhost_daemon::inherited).transpose();
         let orders = orders.and_then(Orders::new).map_err(BlkError::Control)?;
         let settings = Settings {
@@ -98,6 +98,8 @@ impl Program for BlkProgram {
             counters: Counters::new(num_queues),
             rings,
             orders,
+            growth,
+            told: image.capacity(),
         }))
     }
 }
@@ -246,6 +248,10 @@ pub struct BlkDevice {
     /// One for each queue, or none.
     rings: Vec<RestrictedRing>,
     orders: Orders,
+    /// Where there may be orders.
+    growth: Option<Growth>,
+    /// The capacity that the driver was last told of.
+    told: u64,
 }
 
 impl BlkDevice {
@@ -260,29 +266,25 @@ impl BlkDevice {
                 let metrics = self.counters.prometheus(self.image.capacity());
                 self.orders.answer_at_length(&metrics);
             }
-            Order::Size(capacity) => match self.image.grow(capacity, Some(Instant::now() + GROWTH)) {
-                Ok(()) => self.orders.answer("ok\n"),
-                Err(error) => self.orders.answer(&refusal(&error)),
-            },
+            Order::Size(capacity) => {
+                // The answer follows when it has grown.
+                if !self.growth.as_ref().is_some_and(|growth| growth.begin(capacity)) {
+                    self.orders.answer("error: another order to grow is under way\n");
+                }
+            }
             Order::Unknown => {
                 let error = format!("error: {line:?} is no order: write size BYTES or metrics\n");
                 self.orders.answer(&error);
             }
         }
     }
-}
 
-/// One line with the causes.
-fn refusal(error: &ImageError) -> String {
-    let mut text = format!("error: {error}");
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
+    /// Answers the order to grow the disk, once that has ended.
+    fn answer_growth(&mut self) {
+        if let Some(answer) = self.growth.as_ref().and_then(Growth::answer) {
+            self.orders.answer(&answer);
+        }
     }
-    text.push('\n');
-    text
 }
 
 impl Device for BlkDevice {
@@ -360,18 +362,34 @@ impl Device for BlkDevice {
         self.orders.source()
     }
 
+    fn take_errands(&mut self) -> Option<Errands> {
+        self.growth.as_ref().map(|growth| growth.errands(self.image))
+    }
+
+    fn errand_source(&self) -> Option<BorrowedFd<'_>> {
+        self.growth.as_ref().and_then(Growth::source)
+    }
+
     fn config_changed(&mut self) -> bool {
-        let before = self.image.capacity();
+        self.answer_growth();
         for line in self.orders.lines() {
             self.obey(&line);
         }
-        self.image.capacity() != before
+        let capacity = self.image.capacity();
+        std::mem::replace(&mut self.told, capacity) != capacity
     }
 
     fn reset(&mut self) {}
 
     fn flush(&mut self) -> io::Result<()> {
         self.counters.log();
+        if let Some(growth) = &self.growth {
+            growth.finish();
+        }
+        self.answer_growth();
         self.image.close()
     }
 }
+
+#[cfg(test)]
+mod tests;

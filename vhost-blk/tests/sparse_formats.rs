@@ -176,6 +176,44 @@ fn what_needs_another_file_is_refused() {
     refused(&[(&vhd, Format::Vhd)], &READ_ONLY, "disk type", "differencing");
 }
 
+/// Who wrote a vhd image says whether its field or its geometry is the disk's size.
+fn the_creator_of_a_vhd_says_where_its_size_is() {
+    let scratch = Scratch::new();
+    let path = convert(&scratch, "vpc", "subformat=fixed");
+    let footer = std::fs::metadata(&path).expect("exists").len() - 512;
+    patch(&path, footer + 48, &(footer - 4096).to_be_bytes());
+    let mut sizes = Vec::new();
+    for creator in [
+        b"win ",
+        b"qem2",
+        b"d2v ",
+        b"tap\0",
+        b"CTXS",
+        b"wa\0\0",
+        b"wa  ",
+        b"vpc ",
+        b"qemu",
+        b"vs  ",
+        b"vbox",
+        b"pgp\0",
+        b"\0\0\0\0",
+    ] {
+        patch(&path, footer + 28, creator);
+        patch(&path, footer + 64, &[0; 4]);
+        let bytes = contents(&path)[footer as usize..].to_vec();
+        let sum: u32 = bytes.iter().map(|byte| u32::from(*byte)).sum();
+        patch(&path, footer + 64, &(!sum).to_be_bytes());
+        let image = open_with(&[(&path, Format::Vhd)], &READ_ONLY).expect("opens");
+        let info = qemu_img(&["info", "-f", "vpc", "--output=json", text(&path)]);
+        let expected = format!("\"virtual-size\": {},", image.capacity());
+        assert!(info.contains(&expected), "{creator:?}: {expected} not in {info}");
+        sizes.push(image.capacity());
+    }
+    sizes.sort_unstable();
+    sizes.dedup();
+    assert_eq!(sizes.len(), 2, "geometry and field differ: {sizes:?}");
+}
+
 fn find(path: &Path, what: &[u8]) -> u64 {
     let bytes = contents(path);
     let at = bytes.windows(what.len()).position(|part| part == what);
@@ -240,6 +278,7 @@ suite! {
         they_lie_below_overlays,
         what_needs_another_file_is_refused,
         damage_never_panics,
+        the_creator_of_a_vhd_says_where_its_size_is,
     ],
     alone: [no_format_is_taken_for_another],
 }

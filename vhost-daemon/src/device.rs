@@ -2,6 +2,7 @@
 
 use crate::ring::{Ring, RingFault};
 use jailer::sandbox::Role;
+use std::convert::Infallible;
 use std::error::Error;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -66,6 +67,9 @@ pub struct QueueLimits {
     pub multiple: u16,
 }
 
+/// What a device does on a thread of its own, without an end.
+pub type Errands = Box<dyn FnOnce() -> Infallible + Send>;
+
 /// One virtio device. Its methods run on the session's thread; its queues have threads of their
 /// own, see [`Device::take_handlers`].
 pub trait Device: Send {
@@ -107,8 +111,19 @@ pub trait Device: Send {
         None
     }
 
-    /// Called when [`Device::config_source`] is readable: takes the event off the fd and says whether
-    /// the driver has to be told.
+    /// What the device has done on a thread of its own, confined as its queues' are: what may wait for the
+    /// host for longer than a front end waits for an answer. Called once, before lockdown.
+    fn take_errands(&mut self) -> Option<Errands> {
+        None
+    }
+
+    /// As [`Device::config_source`]: readable when the thread of [`Device::take_errands`] has done something.
+    fn errand_source(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Called when [`Device::config_source`] or [`Device::errand_source`] is readable: takes the event off the
+    /// fd and says whether the driver has to be told.
     fn config_changed(&mut self) -> bool {
         false
     }

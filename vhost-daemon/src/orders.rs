@@ -1,4 +1,5 @@
-//! Orders of whoever started the process, by `--control-fd`, a stream socket: a line each, answered in turn.
+//! Orders of whoever started the process, by `--control-fd`, a stream socket: a line each, answered in turn
+//! but for what takes its time.
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};

@@ -1,5 +1,6 @@
 //! From the command line to the exit code.
 
+use crate::device::Errands;
 use crate::flags::{self, Connection, Request, Settings};
 use crate::listener::Listener;
 use crate::memory::Sealing;
@@ -8,7 +9,9 @@ use crate::session::{End, ServeError, Session, SessionError, serve};
 use crate::signals::{self, Termination};
 use crate::worker::{Worker, WorkerError};
 use crate::{Device, Program, descriptors, log};
-use jailer::sandbox::{LockdownError, Locked, end, end_on_panic, lockdown_main};
+use jailer::sandbox::{
+    LockdownError, Locked, Role, SeccompMode, end, end_on_panic, lockdown_main, lockdown_thread,
+};
 use jailer::tell::say;
 use std::error::Error;
 use std::io;
@@ -16,7 +19,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+/// Stack of a device's own thread. It formats log lines and inflates image clusters; nothing recurses.
+const ERRANDS_STACK: usize = 256 << 10;
+/// For a thread to be confined.
+const CONFINEMENT_DEADLINE: Duration = Duration::from_secs(60);
 
 /// What ended the process before its time. Exit code 1.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +57,9 @@ pub enum DaemonError {
     /// A queue's thread.
     #[error(transparent)]
     Worker(#[from] WorkerError),
+    /// The device's own thread.
+    #[error("cannot start the device's thread")]
+    Errands(#[source] io::Error),
     /// The process could not be confined, so it does not serve.
     #[error("cannot confine the process")]
     Lockdown(#[from] LockdownError),
@@ -135,7 +147,14 @@ fn start<P: Program>(settings: Settings, options: P::Options) -> Result<(), Daem
         }
     };
     let own_inflight = inflight(device.as_ref(), settings.num_queues).map_err(DaemonError::Inflight)?;
+    // It confines itself while the others are made.
+    let own_thread = device.take_errands();
+    let own_thread = own_thread.map(|errands| OwnThread::spawn(errands, P::ROLE, settings.seccomp));
+    let own_thread = own_thread.transpose()?;
     let workers = Worker::spawn_all(device.as_mut(), P::ROLE, settings.seccomp, settings.patience)?;
+    if let Some(thread) = own_thread {
+        thread.confined()?;
+    }
     let session = Arc::new(Mutex::new(Session::new(device, workers, sealing, own_inflight)));
     // Each thread confined itself when it started; the main one is the last.
     let locked = lockdown_main(P::ROLE, settings.seccomp)?;
@@ -145,6 +164,47 @@ fn start<P: Program>(settings: Settings, options: P::Options) -> Result<(), Daem
         locked,
     };
     stage.play(front)
+}
+
+/// What came of a thread's confinement, once that is over.
+type Confinement = (Mutex<Option<Result<(), LockdownError>>>, Condvar);
+
+/// A device's own thread, which confines itself before it does anything else.
+struct OwnThread(Arc<Confinement>);
+
+impl OwnThread {
+    fn spawn(errands: Errands, role: Role, mode: SeccompMode) -> Result<Self, DaemonError> {
+        let confined = Arc::<Confinement>::default();
+        let told = Arc::clone(&confined);
+        let body = move || {
+            let locked = lockdown_thread(role, mode);
+            let failed = locked.is_err();
+            *told.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(locked);
+            told.1.notify_all();
+            if !failed {
+                errands();
+            }
+        };
+        let builder = std::thread::Builder::new().name("errands".to_owned());
+        builder
+            .stack_size(ERRANDS_STACK)
+            .spawn(body)
+            .map_err(DaemonError::Errands)?;
+        Ok(Self(confined))
+    }
+
+    /// Waits until it is confined.
+    fn confined(&self) -> Result<(), DaemonError> {
+        let (result, changed) = &*self.0;
+        let result = result.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut result, _) = changed
+            .wait_timeout_while(result, CONFINEMENT_DEADLINE, |result| result.is_none())
+            .unwrap_or_else(PoisonError::into_inner);
+        match result.take() {
+            Some(result) => Ok(result?),
+            None => Err(DaemonError::Errands(io::ErrorKind::TimedOut.into())),
+        }
+    }
 }
 
 /// A socket that is a stream socket of the Unix domain.

@@ -104,6 +104,11 @@ pub trait BlockFile: Send + Sync {
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         None
     }
+
+    /// As [`Self::descriptor`], to write to this range; `None` too where only [`Self::write_buffers`] may.
+    fn descriptor_to_write(&self, _offset: u64, _len: u64) -> Option<BorrowedFd<'_>> {
+        self.descriptor()
+    }
 }
 
 /// A regular file or block device of the host.
@@ -164,7 +169,7 @@ impl HostFile {
         })
     }
 
-    /// Runs `fallocate`; says whether this file system can.
+    /// Runs `fallocate`; says whether this file system can, or this block device with such a range.
     fn allocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<bool> {
         if len == 0 {
             return Ok(true);
@@ -179,6 +184,8 @@ impl HostFile {
                 // An end in the ring interrupts other calls of its thread.
                 Err(Errno::EINTR) => continue,
                 Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(false),
+                // A device takes whole logical blocks of its own, which may be larger than a sector.
+                Err(Errno::EINVAL) if self.fixed_size.is_some() => Ok(false),
                 Err(error) => Err(error.into()),
             };
         }

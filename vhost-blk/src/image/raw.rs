@@ -1,7 +1,7 @@
 //! The raw format: byte N of the file is byte N of the disk.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -63,12 +63,13 @@ impl RawImage {
         }
         check_range(offset, len, self.capacity())
     }
+}
 
-    fn resolve(&self, offset: u64, len: u64) -> Resolved<'_> {
-        match self.file.descriptor() {
-            Some(file) => Resolved::Mapped(Extent { file, offset, len }, IoGuard::none()),
-            None => Resolved::Elsewhere { len },
-        }
+/// All of a range, in `file` if that can be had.
+fn resolved(file: Option<BorrowedFd<'_>>, offset: u64, len: u64) -> Resolved<'_> {
+    match file {
+        Some(file) => Resolved::Mapped(Extent { file, offset, len }, IoGuard::none()),
+        None => Resolved::Elsewhere { len },
     }
 }
 
@@ -141,12 +142,12 @@ impl Image for RawImage {
 
     fn resolve_read(&self, offset: u64, len: u64) -> io::Result<Resolved<'_>> {
         check_range(offset, len, self.capacity())?;
-        Ok(self.resolve(offset, len))
+        Ok(resolved(self.file.descriptor(), offset, len))
     }
 
     fn resolve_write(&self, offset: u64, len: u64) -> io::Result<Resolved<'_>> {
         self.check_write(offset, len)?;
-        Ok(self.resolve(offset, len))
+        Ok(resolved(self.file.descriptor_to_write(offset, len), offset, len))
     }
 
     fn describe(&self) -> String {

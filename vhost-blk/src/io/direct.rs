@@ -1,5 +1,10 @@
 //! An image's file without the page cache: guest data by O_DIRECT, metadata and what is not aligned by
-//! a second open file description of the same file, which the kernel keeps coherent.
+//! a second open file description of the same file.
+//!
+//! The kernel keeps the two coherent as long as no page is written both ways at once: one that becomes dirty
+//! while a direct write to a part of it is under way may bring that part's old content back. So only whole
+//! pages are written past the cache. Metadata, small clusters and parts of pages then never share one with
+//! such a write, unless the guest's own writes overlap.
 #![expect(unsafe_code, reason = "statx for the alignment, which nix does not offer")]
 
 use crate::image::{BlockFile, Buffers, HostFile};
@@ -12,6 +17,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// What every O_DIRECT transfer is aligned to where the host does not say.
 const SAFE_ALIGNMENT: u64 = 4096;
+/// Of the page cache (x86-64).
+const PAGE: u64 = 4096;
 
 /// Two descriptions of one file.
 #[derive(Debug)]
@@ -47,10 +54,9 @@ impl DirectFile {
         })
     }
 
-    /// Whether the host takes this transfer past the page cache.
-    fn takes(&self, buffers: Buffers<'_>, offset: u64) -> bool {
-        let mut fits =
-            offset.is_multiple_of(self.offset) && (buffers.len() as u64).is_multiple_of(self.offset);
+    /// Whether the host takes this transfer, of whole units, past the page cache.
+    fn takes(&self, buffers: Buffers<'_>, offset: u64, unit: u64) -> bool {
+        let mut fits = is_whole(offset, buffers.len() as u64, unit);
         buffers.with_slices(|slices| {
             for slice in slices {
                 let address = slice.ptr_guard().as_ptr() as u64;
@@ -60,6 +66,15 @@ impl DirectFile {
         });
         fits
     }
+
+    /// What is written past the cache is a multiple of this, and lies at one.
+    fn write_unit(&self) -> u64 {
+        self.offset.max(PAGE)
+    }
+}
+
+fn is_whole(offset: u64, len: u64, unit: u64) -> bool {
+    offset.is_multiple_of(unit) && len.is_multiple_of(unit)
 }
 
 /// Whether direct writes that a killed process had begun by an io_uring can be waited for; they would
@@ -135,7 +150,7 @@ impl BlockFile for DirectFile {
     }
 
     fn read_buffers(&self, to: Buffers<'_>, offset: u64) -> io::Result<()> {
-        if self.takes(to, offset) {
+        if self.takes(to, offset, self.offset) {
             self.direct.read_buffers(to, offset)
         } else {
             self.plain.read_buffers(to, offset)
@@ -143,7 +158,7 @@ impl BlockFile for DirectFile {
     }
 
     fn write_buffers(&self, from: Buffers<'_>, offset: u64) -> io::Result<()> {
-        if self.takes(from, offset) {
+        if self.takes(from, offset, self.write_unit()) {
             self.direct.write_buffers(from, offset)
         } else {
             self.plain.write_buffers(from, offset)
@@ -188,5 +203,74 @@ impl BlockFile for DirectFile {
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.direct.descriptor()
+    }
+
+    fn descriptor_to_write(&self, offset: u64, len: u64) -> Option<BorrowedFd<'_>> {
+        self.descriptor()
+            .filter(|_| is_whole(offset, len, self.write_unit()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::OpenOptions;
+    use std::os::unix::fs::{FileExt, OpenOptionsExt};
+    use vm_memory::VolatileSlice;
+
+    const PAGES: usize = 4 * PAGE as usize;
+
+    /// A file whose descriptor with O_DIRECT refuses writes; `None` where the host has no O_DIRECT.
+    fn file() -> Option<(tempfile::TempDir, DirectFile)> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        std::fs::write(&path, [1; PAGES]).unwrap();
+        let plain = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        let direct = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(&path);
+        let Ok(direct) = direct else {
+            eprintln!("no O_DIRECT in {}", path.display());
+            return None;
+        };
+        let plain = HostFile::new(plain.into()).unwrap();
+        Some((folder, DirectFile::new(plain, direct.into()).unwrap()))
+    }
+
+    #[test]
+    fn a_part_of_a_page_is_not_written_past_the_cache() {
+        let Some((folder, file)) = file() else { return };
+        let mut memory = vec![7; PAGES + PAGE as usize];
+        let start = memory.as_ptr().align_offset(PAGE as usize);
+        let write = |memory: &mut [u8], offset: u64, len: usize| {
+            let slices = [VolatileSlice::from(&mut memory[start..][..len])];
+            let error = file.write_buffers(Buffers::new(&slices), offset).err();
+            assert_eq!(
+                error.is_some(),
+                file.descriptor_to_write(offset, len as u64).is_some(),
+                "one way for calls and rings"
+            );
+            error.and_then(|error| error.raw_os_error())
+        };
+        for (offset, len) in [(512, 512), (0, 512), (3584, 1024), (512, 4096), (8192, 4608)] {
+            assert_eq!(write(&mut memory, offset, len), None, "{len} bytes at {offset}");
+        }
+        let path = folder.path().join("file");
+        let mut bytes = [0; PAGES];
+        let plain = std::fs::File::open(path).unwrap();
+        plain.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!(
+            (bytes[4607], bytes[4608], bytes[12_799], bytes[12_800]),
+            (7, 1, 7, 1)
+        );
+        for (offset, len) in [(0, 4096), (4096, 8192)] {
+            assert_eq!(
+                write(&mut memory, offset, len),
+                Some(libc::EBADF),
+                "{len} bytes at {offset}"
+            );
+        }
+        assert!(file.descriptor().is_some(), "reads need no whole pages");
     }
 }

@@ -35,8 +35,8 @@ pub(super) enum Snapshot {
 pub(super) struct Create {
     pub(super) size: Option<u64>,
     pub(super) cluster_bits: Option<u32>,
-    lazy_refcounts: bool,
-    backing: Option<(String, Format)>,
+    pub(super) lazy_refcounts: bool,
+    pub(super) backing: Option<(String, Format)>,
 }
 
 impl Create {

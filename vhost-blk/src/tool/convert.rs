@@ -7,7 +7,7 @@ use std::sync::Arc;
 use vm_memory::VolatileSlice;
 use vm_spec::image::FromImageTool;
 
-use super::{Files, Reports, ToolError, make};
+use super::{Files, Reports, ToolError, make, refuse_ignored};
 use crate::image::qcow2::CreateOptions;
 use crate::image::{Format, HostFile, Image, OpenOptions, Resolved, lock, open_layers};
 
@@ -26,6 +26,7 @@ pub(super) fn convert(
         .target
         .take()
         .ok_or_else(|| ToolError::Refused("there is nothing to convert to".into()))?;
+    refuse_ignored(format, "cluster size", cluster_bits.is_some())?;
     let source = files.open()?;
     let size = source.capacity();
     lock(target.as_fd(), false)?;

@@ -180,8 +180,18 @@ fn create(mut files: Files, mut options: arguments::Create) -> Result<(), ToolEr
         options.size = Some(image::open(top, format, layers.collect(), &read_only)?.capacity());
     }
     let format = files.format;
+    refuse_ignored(format, "cluster size", options.cluster_bits.is_some())?;
+    refuse_ignored(format, "refcounts", options.lazy_refcounts)?;
     let file = files.file()?;
     make(&file, format, &options.into_qcow2())
+}
+
+/// Refuses a choice that means nothing to an image of this format.
+fn refuse_ignored(format: Format, what: &str, chosen: bool) -> Result<(), ToolError> {
+    if chosen && format != Format::Qcow2 {
+        return Err(ToolError::Refused(format!("a {format} image has no {what}")));
+    }
+    Ok(())
 }
 
 /// Writes an empty disk to an empty file.
@@ -258,4 +268,58 @@ fn passphrase(number: i32) -> Result<Arc<Passphrase>, ToolError> {
         .and_then(|fd| Passphrase::read(std::fs::File::from(fd)))
         .map(Arc::new)
         .map_err(|error| ToolError::Io("read the passphrase", error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arguments::Create;
+    use std::fs::File;
+    use std::os::unix::net::UnixDatagram;
+
+    fn files(image: &File, format: Format, target: Option<&File>) -> Files {
+        Files {
+            image: image.try_clone().unwrap().into(),
+            format,
+            backing: Vec::new(),
+            options: OpenOptions::default(),
+            target: target.map(|file| file.try_clone().unwrap().into()),
+        }
+    }
+
+    fn length(file: &File) -> u64 {
+        file.metadata().unwrap().len()
+    }
+
+    #[test]
+    fn what_a_format_has_not_is_refused() {
+        for (cluster_bits, lazy_refcounts, what) in
+            [(Some(16), false, "cluster size"), (None, true, "refcounts")]
+        {
+            let options = || Create {
+                size: Some(1 << 20),
+                cluster_bits,
+                lazy_refcounts,
+                ..Create::default()
+            };
+            let image = tempfile::tempfile().unwrap();
+            let error = create(files(&image, Format::Raw, None), options()).unwrap_err();
+            assert_eq!(error.to_string(), format!("a raw image has no {what}"));
+            assert_eq!(length(&image), 0, "it was made all the same");
+            create(files(&image, Format::Qcow2, None), options()).unwrap();
+        }
+        let (source, target) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        source.set_len(1 << 20).unwrap();
+        let (ours, _theirs) = UnixDatagram::pair().unwrap();
+        let reports = Reports(ours.into());
+        let convert = |bits| {
+            let files = files(&source, Format::Raw, Some(&target));
+            convert::convert(files, Format::Raw, bits, &reports)
+        };
+        let error = convert(Some(16)).unwrap_err();
+        assert_eq!(error.to_string(), "a raw image has no cluster size");
+        assert_eq!(length(&target), 0);
+        convert(None).unwrap();
+        assert_eq!(length(&target), 1 << 20);
+    }
 }

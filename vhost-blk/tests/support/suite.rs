@@ -24,6 +24,11 @@ pub fn test_with_qemu_img(name: &str, body: fn()) -> Trial {
     })
 }
 
+/// A test that finds out itself whether it can run here.
+pub fn test_if_possible(name: &str, body: fn() -> Completion) -> Trial {
+    Trial::ignorable_test(name, move || Ok::<Completion, Failed>(body()))
+}
+
 /// Runs the tests that the command line asks for, one at a time unless it says otherwise: a process that
 /// another test starts holds a copy of this test's locked descriptors from its fork to its exec.
 pub fn run(tests: Vec<Trial>) -> ExitCode {

@@ -69,12 +69,15 @@ pub(crate) fn messages(
     let mut handler = BackendReqHandler::from_stream(socket, Arc::clone(session));
     loop {
         // Asked for each time: a device may have nothing more to wait for.
-        let config_source = {
+        let config_sources = {
             let session = lock(session);
-            let source = session.device.config_source();
-            source.map(|fd| fd.try_clone_to_owned()).transpose()?
+            let sources = [session.device.config_source(), session.device.errand_source()];
+            let sources = sources.into_iter().flatten();
+            sources
+                .map(|fd| fd.try_clone_to_owned())
+                .collect::<io::Result<Vec<_>>>()?
         };
-        let ready = wait(&watched, termination, config_source.as_ref())?;
+        let ready = wait(&watched, termination, &config_sources)?;
         if ready.termination {
             termination.acknowledge();
             return Ok(End::Terminated);
@@ -187,17 +190,16 @@ struct Ready {
 }
 
 /// Waits without a limit: a guest that changes nothing is no fault.
-fn wait(socket: &UnixStream, termination: &Termination, config: Option<&OwnedFd>) -> io::Result<Ready> {
+fn wait(socket: &UnixStream, termination: &Termination, config: &[OwnedFd]) -> io::Result<Ready> {
     let mut fds = vec![
         PollFd::new(socket.as_fd(), PollFlags::POLLIN),
         PollFd::new(termination.as_fd(), PollFlags::POLLIN),
     ];
-    fds.extend(config.map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
+    fds.extend(config.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
     wait::wait(&mut fds, None)?;
-    let ready = |at: usize| fds.get(at).is_some_and(is_ready);
     Ok(Ready {
-        message: ready(0),
-        termination: ready(1),
-        config: ready(2),
+        message: is_ready(&fds[0]),
+        termination: is_ready(&fds[1]),
+        config: fds[2..].iter().any(is_ready),
     })
 }

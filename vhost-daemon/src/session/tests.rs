@@ -23,6 +23,8 @@ const INFLIGHT: u64 = 1 << 12;
 /// A device with no queue whose configuration changes when its eventfd is signalled.
 struct Fake {
     change: EventFd,
+    /// Whether it is a thread of the device's own that signals it.
+    aside: bool,
     resets: Arc<Mutex<u32>>,
 }
 
@@ -44,7 +46,10 @@ impl Device for Fake {
         Vec::new()
     }
     fn config_source(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.change.as_fd())
+        (!self.aside).then(|| self.change.as_fd())
+    }
+    fn errand_source(&self) -> Option<BorrowedFd<'_>> {
+        self.aside.then(|| self.change.as_fd())
     }
     fn config_changed(&mut self) -> bool {
         self.change.read().is_ok()
@@ -67,6 +72,10 @@ struct Front {
 
 impl Front {
     fn new() -> Self {
+        Self::told_aside(false)
+    }
+
+    fn told_aside(aside: bool) -> Self {
         let (socket, theirs) = UnixStream::pair().unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         let change = EventFd::new().unwrap();
@@ -74,6 +83,7 @@ impl Front {
         let resets = Arc::new(Mutex::new(0));
         let device = Box::new(Fake {
             change,
+            aside,
             resets: Arc::clone(&resets),
         });
         let inflight = InflightRegion::create(2, 128).unwrap();
@@ -182,11 +192,13 @@ fn messages_that_come_together_are_told_apart() {
 
 #[test]
 fn a_configuration_change_reaches_the_front_end() {
-    let mut front = Front::new();
-    let (mut mine, _theirs) = front.channel();
-    front.change();
-    assert_eq!(receive(&mut mine), (2, Vec::new()));
-    assert_eq!(front.end(), Ok(End::Disconnected));
+    for aside in [false, true] {
+        let mut front = Front::told_aside(aside);
+        let (mut mine, _theirs) = front.channel();
+        front.change();
+        assert_eq!(receive(&mut mine), (2, Vec::new()));
+        assert_eq!(front.end(), Ok(End::Disconnected));
+    }
 }
 
 #[test]

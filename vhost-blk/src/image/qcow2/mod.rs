@@ -278,11 +278,13 @@ impl Image for Qcow2 {
         self.check_write(offset, len)?;
         let mut meta = self.lock();
         let found = self.judge(self.in_place(&mut meta, offset, len))?;
-        Ok(match (found, self.data.descriptor()) {
-            (Some((offset, len)), Some(file)) => {
-                Resolved::Mapped(Extent { file, offset, len }, self.guard(&meta))
-            }
-            _ => Resolved::Elsewhere { len },
+        let mapped = found.and_then(|(offset, len)| {
+            let file = self.data.descriptor_to_write(offset, len)?;
+            Some(Extent { file, offset, len })
+        });
+        Ok(match mapped {
+            Some(extent) => Resolved::Mapped(extent, self.guard(&meta)),
+            None => Resolved::Elsewhere { len },
         })
     }
 

@@ -153,15 +153,23 @@ impl Qcow2 {
         )))
     }
 
-    /// What a job maps: whole clusters where old data moves along, else whole subclusters.
+    /// What a job maps: whole clusters where old data moves along, else whole subclusters. Of subclusters that
+    /// keep their data where it is, only what is written: the rest needs no copy, and one would undo a write to
+    /// it that began in place before this job and still runs.
     fn mapped_range(&self, old: &[Cluster], write: &Range<u64>) -> Range<u64> {
-        let unit = |cluster: Option<&Cluster>| match cluster.map(|cluster| cluster.host) {
-            Some(Host::Plain { copied: true, .. }) | Some(Host::None) | None => {
-                self.geometry.subcluster_size()
+        let geometry = &self.geometry;
+        let unit = |cluster: Option<&Cluster>, at: u64| match cluster.map(|old| (old.host, old.allocated)) {
+            Some((Host::Plain { copied, .. }, allocated)) if copied || geometry.external_data => {
+                match allocated & geometry.subcluster_mask(geometry.within(at), 1) {
+                    0 => geometry.subcluster_size(),
+                    _ => 1,
+                }
             }
-            Some(Host::Plain { copied: false, .. } | Host::Compressed(_)) => self.geometry.cluster_size(),
+            Some((Host::Plain { .. } | Host::Compressed(_), _)) => geometry.cluster_size(),
+            Some((Host::None, _)) | None => geometry.subcluster_size(),
         };
-        let (head, tail) = (unit(old.first()), unit(old.last()));
+        let head = unit(old.first(), write.start);
+        let tail = unit(old.last(), write.end - 1);
         let start = write.start & !(head - 1);
         start..write.end.next_multiple_of(tail).min(self.limit())
     }

@@ -6,8 +6,9 @@ use crate::image::{BlockFile, ImageError};
 
 const FIXED: u32 = 2;
 const DYNAMIC: u32 = 3;
-/// Who writes the disk's size into `current size`; for all others its geometry counts, as in QEMU.
-const SIZE_BY_FIELD: [&[u8; 4]; 5] = [b"win ", b"qem2", b"d2v ", b"tap\0", b"CTXS"];
+/// Whose disks have the size of their geometry, which cannot say every one: Virtual PC and an old QEMU. All
+/// others (Hyper-V, Azure, Xen, Disk2vhd) mean `current size`, as QEMU 10 has it.
+const SIZE_BY_GEOMETRY: [&[u8; 4]; 2] = [b"vpc ", b"qemu"];
 /// Sectors of the largest geometry: then too the field counts.
 const LARGEST_GEOMETRY: u64 = 65535 * 16 * 255;
 const NO_BLOCK: u32 = u32::MAX;
@@ -81,11 +82,11 @@ fn is_sound(bytes: &[u8], checksum_at: usize) -> bool {
 
 fn capacity(footer: &[u8]) -> u64 {
     let sectors = u64::from(be16(footer, 56)) * u64::from(footer[58]) * u64::from(footer[59]);
-    let by_field = SIZE_BY_FIELD.iter().any(|name| footer[28..32] == name[..]);
-    if by_field || sectors == LARGEST_GEOMETRY {
-        be64(footer, 48)
-    } else {
+    let by_geometry = SIZE_BY_GEOMETRY.iter().any(|name| footer[28..32] == name[..]);
+    if by_geometry && sectors != LARGEST_GEOMETRY {
         sectors * 512
+    } else {
+        be64(footer, 48)
     }
 }
 

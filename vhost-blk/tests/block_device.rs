@@ -1,0 +1,72 @@
+//! A disk on a block device whose logical blocks are larger than the guest's sectors.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use libtest_mimic::Completion;
+use support::{Scratch, assert_same, open, read, write};
+use vhost_blk::image::Format;
+
+const SIZE: usize = 1 << 20;
+
+/// A loop device; detached when dropped.
+struct LoopDevice(PathBuf);
+
+impl LoopDevice {
+    /// One with logical blocks of 4096 bytes; `None` where there is none to be had.
+    fn over(file: &Path) -> Option<Self> {
+        let mut losetup = Command::new("losetup");
+        losetup
+            .args(["--find", "--show", "--sector-size", "4096"])
+            .arg(file);
+        let output = losetup.output().ok().filter(|output| output.status.success())?;
+        let path = String::from_utf8(output.stdout).expect("a path");
+        Some(Self(path.trim().into()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+fn sectors_are_zeroed_and_discarded() -> Completion {
+    let scratch = Scratch::new();
+    let file = scratch.path("file");
+    std::fs::write(&file, vec![0; SIZE]).expect("writes");
+    let Some(device) = LoopDevice::over(&file) else {
+        return Completion::ignored_with("no loop devices with blocks of 4096 bytes here");
+    };
+    let image = open(&[(&device.0, Format::Raw)]);
+    let mut expected = vec![7; SIZE];
+    write(&*image, 0, &expected).expect("writes");
+    for (offset, length, unmap) in [
+        (512, 512, true),
+        (8192 + 512, 3 * 4096, true),
+        (64 << 10, 4096, true),
+        (128 << 10, 1536, false),
+        (256 << 10, 8192, false),
+    ] {
+        let zeroed = image.write_zeroes(offset, length, unmap);
+        assert!(zeroed.is_ok(), "{length} bytes at {offset}: {zeroed:?}");
+        expected[offset as usize..][..length as usize].fill(0);
+    }
+    assert_same(&read(&*image, 0, SIZE).expect("reads"), &expected, "zeroed");
+    // What a discarded range shows is not said.
+    image.discard(512 << 10, 512).expect("a sector");
+    image.discard(600 << 10, 64 << 10).expect("whole blocks");
+    image.flush().expect("flushes");
+    let found = read(&*image, 0, 512 << 10).expect("reads");
+    assert_same(&found, &expected[..512 << 10], "before what was discarded");
+    Completion::Completed
+}
+
+fn main() -> ExitCode {
+    support::suite::run(vec![support::suite::test_if_possible(
+        "sectors_are_zeroed_and_discarded",
+        sectors_are_zeroed_and_discarded,
+    )])
+}
