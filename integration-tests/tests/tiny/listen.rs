@@ -3,23 +3,31 @@
 use super::{jails::NobodysVm, orders::replace_disk_process};
 use anyhow::{Context, Result, ensure};
 use integration_tests::{
+    artifacts::Artifact,
     host::Host,
     process::Process,
-    suite::{need_jail, test},
+    suite::{artifact, jail_flags, need_jail, test},
     terminal::Terminal,
     tiny::{Console, Run},
 };
 use libtest_mimic::Trial;
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
 use std::{
-    fs::File,
+    fs::{self, File},
     io::Write,
-    process::{Output, Stdio},
+    process::{Command, Output, Stdio},
     time::Duration,
 };
 use tempfile::TempDir;
-use vm_spec::run_state::RunState;
+use vm_spec::{
+    control::exit_code,
+    events::FILE_NAME,
+    run_state::{ProcessRole, RunState},
+};
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
@@ -32,6 +40,8 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("listen::listeners_are_few", few),
         test("listen::inspect", inspect),
         test("listen::by_a_user_who_owns_nothing", unprivileged),
+        test("listen::events_end_with_their_vm", events_of_one_vm),
+        test("listen::a_folder_that_nobody_holds_is_no_vm", left_folder),
     ]
 }
 
@@ -259,5 +269,87 @@ fn unprivileged() -> Result<()> {
     person.screen.wait_line("ready=1", DEADLINE)?;
     person.type_keys(b"\x01x")?;
     ensure!(person.wait(DEADLINE)?.success(), "{}", person.screen.text());
+    Ok(())
+}
+
+/// `bulkhead events --follow`, once it has said what there is.
+fn follow_events(run: &mut Run) -> Result<(Process, Console)> {
+    replace_disk_process(run)?;
+    let events = fs::read_to_string(run.run_folder().join(FILE_NAME))?;
+    let (process, mut lines) = start_verb(run, "events", &["--follow"])?;
+    lines.wait_line(events.lines().next().context("no event")?, DEADLINE)?;
+    Ok((process, lines))
+}
+
+/// Whoever follows a VM does not go on to the next one of its name.
+fn events_of_one_vm() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let mut run = start("scenario=hlt", &place)?;
+    run.console.wait_line("ready=1", DEADLINE)?;
+    let (mut process, _lines) = follow_events(&mut run)?;
+    process.signal(Signal::SIGSTOP)?;
+    run.process.signal(Signal::SIGTERM)?;
+    run.wait(DEADLINE)?;
+    let kernel = format!("--kernel={}", artifact(Artifact::TinyGuest)?.display());
+    let mut next = Command::new(artifact(Artifact::Bulkhead)?);
+    next.args([
+        "run",
+        "--name=test",
+        &kernel,
+        "--memory=64M",
+        "--cmdline=scenario=hlt",
+    ])
+    .args(jail_flags())
+    .env("XDG_RUNTIME_DIR", run.folder())
+    .stdout(Stdio::piped());
+    let mut next = Process::start(next)?;
+    let mut console = Console::new(next.child().stdout.take().context("no stdout")?);
+    console.wait_line("ready=1", DEADLINE)?;
+    process.signal(Signal::SIGCONT)?;
+    let status = process.wait(DEADLINE)?;
+    ensure!(status.success(), "{status}: {}", process.stderr()?);
+    ensure!(next.alive()?, "the second VM is over");
+    Ok(())
+}
+
+/// What is left of a VM whose reaper was killed too: who followed it ends, and no verb takes it for a VM.
+fn left_folder() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let mut run = start("scenario=hlt", &place)?;
+    run.console.wait_line("ready=1", DEADLINE)?;
+    let (mut process, _lines) = follow_events(&mut run)?;
+    let reaper = run.pid_of(ProcessRole::Reaper, DEADLINE)?;
+    // So that it does not tidy up for its reaper.
+    run.process.signal(Signal::SIGSTOP)?;
+    // Root's has one that stands by.
+    let second = fs::read_to_string(format!("/proc/{reaper}/task/{reaper}/children"))?;
+    for one in second.split_whitespace() {
+        kill(Pid::from_raw(one.parse()?), Signal::SIGKILL)?;
+    }
+    kill(reaper, Signal::SIGKILL)?;
+    run.process.signal(Signal::SIGKILL)?;
+    run.wait(DEADLINE)?;
+    let status = process.wait(DEADLINE)?;
+    ensure!(status.success(), "{status}: {}", process.stderr()?);
+    ensure!(run.run_folder().exists(), "nothing is left to try it with");
+    for (verb, words) in [
+        ("events", [].as_slice()),
+        ("events", &["--follow"]),
+        ("logs", &[]),
+        ("console", &[]),
+        ("inspect", &[]),
+        ("metrics", &[]),
+        ("resize", &["disk0", "32M"]),
+        ("link", &["net0", "down"]),
+        ("upgrade", &["disk0", "--binary=/dev/null"]),
+    ] {
+        let mut process = Process::start(run.verb(verb, words)?)?;
+        let status = process.wait(DEADLINE)?;
+        let said = process.stderr()?;
+        ensure!(
+            status.code() == Some(exit_code::USAGE.into()) && said.contains("no VM 'test' runs"),
+            "{verb}: {status}: {said}"
+        );
+    }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! The connection of a command to a running VM's supervisor.
 
+use super::ps::RunningVm;
 use crate::failure::Failure;
 use crate::launch;
 use crate::supervisor::printable;
@@ -8,7 +9,6 @@ use crate::wire_fds::{receive_with_fds, send_with_fd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 use std::time::{Duration, Instant};
 use vm_spec::client::{Answer, Request};
 
@@ -34,9 +34,10 @@ impl Connection {
     ///
     /// # Errors
     /// Nobody listens there, or speaks this protocol.
-    pub(super) fn open(vm: &str, folder: &Path) -> Result<Self, Failure> {
-        let socket = launch::connect_to(folder)
-            .map_err(|e| Failure::host(format!("cannot reach the supervisor of '{vm}'")).because(&e))?;
+    pub(super) fn open(vm: &RunningVm) -> Result<Self, Failure> {
+        let socket = launch::connect_to(&vm.folder).map_err(|e| {
+            Failure::host(format!("cannot reach the supervisor of '{}'", vm.name())).because(&e)
+        })?;
         let mut connection = Self { socket, requests: 0 };
         match connection.ask(Request::Hello, None, HELLO_DEADLINE)? {
             Answer::Hello => Ok(connection),

@@ -1,10 +1,9 @@
 //! `bulkhead console VM` and `bulkhead logs VM`: what a running VM's guest and processes say.
 
 use super::connection::Connection;
-use super::put_out;
+use super::{ps, put_out};
 use crate::escape::EscapeReader;
 use crate::failure::Failure;
-use crate::launch;
 use crate::launch::supervise::take_by_descriptor;
 use crate::launch::terminal::{self, Saved};
 use nix::errno::Errno;
@@ -32,7 +31,7 @@ const MOST_TYPED: usize = 4096;
 const ENDING: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
 
 fn listen(vm: &str, channel: Channel, follow: bool) -> Result<OwnedFd, Failure> {
-    let mut connection = Connection::open(vm, &launch::run_folder(vm)?)?;
+    let mut connection = Connection::open(&ps::find(vm)?)?;
     match connection.ask(Request::Listen { channel, follow }, None, DEADLINE)? {
         Answer::Listening => Ok(connection.into_socket()),
         Answer::Failed(why) => Err(Failure::host(format!("cannot listen to the VM '{vm}'")).cause(why)),

@@ -331,7 +331,11 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
         }
         Verb::Kill { vm } => print(&stop::kill(&vm)?),
         Verb::Events { vm, follow } => events::show(&vm, follow),
-        Verb::Link { vm, nic, order } => link::order(&vm, &nic, order),
+        Verb::Link { vm, nic, order } => {
+            // A pipe of a VM that is over takes orders as well.
+            ps::find(&vm)?;
+            link::order(&vm, &nic, order)
+        }
         Verb::Resize { vm, disk, size } => print(&orders::resize(&vm, &disk, size)?),
         Verb::Metrics { vm, device } => print(&metrics::show(&vm, device.as_deref())?),
         Verb::Upgrade { vm, device, binary } => print(&upgrade::upgrade(&vm, device.as_deref(), &binary)?),
