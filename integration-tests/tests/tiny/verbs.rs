@@ -5,6 +5,7 @@ use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
+    process::Process,
     suite::{artifact, test},
     tiny::Run,
 };
@@ -16,12 +17,15 @@ use std::{
     os::unix::process::ExitStatusExt,
     path::Path,
     process::{Command, Output},
-    time::{Duration, SystemTime},
+    thread,
+    time::{Duration, Instant, SystemTime},
 };
 use tempfile::TempDir;
 use vm_spec::{control::exit_code, run_state::FILE_NAME};
 
 const DEADLINE: Duration = Duration::from_secs(20);
+/// Between two looks at a folder.
+const LOOK: Duration = Duration::from_millis(2);
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
@@ -37,6 +41,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("verbs::completions", completions),
         test("verbs::schema", schema),
         test("verbs::sigterm_has_an_exit_code", sigterm),
+        test("verbs::an_interrupted_image_is_removed", interrupted_image),
         test("verbs::run_with_stdin_closed", || run_without("<&-")),
         test("verbs::run_with_stdout_closed", || run_without(">&-")),
     ]
@@ -301,6 +306,40 @@ fn run_without(redirection: &str) -> Result<()> {
     ensure!(status.success(), "{status}: {}", run.process.stderr()?);
     if redirection.starts_with('<') {
         run.console.expect_ok()?;
+    }
+    Ok(())
+}
+
+/// Nobody takes half a copy for a disk; who has the signal ignored gets a whole one.
+fn interrupted_image() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let path = |name: &str| place.path().join(name);
+    fs::write(path("a.raw"), vec![7; 128 << 20])?;
+    for (shell, signal, code) in [
+        ("exec \"$@\"", Signal::SIGINT, 130),
+        ("exec \"$@\"", Signal::SIGTERM, 143),
+        ("trap '' HUP; exec \"$@\"", Signal::SIGHUP, 0),
+    ] {
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", shell, "sh"])
+            .arg(artifact(Artifact::Bulkhead)?)
+            .args(["image", "convert"])
+            .args([path("a.raw"), path("b.qcow2")]);
+        let mut process = Process::start(command)?;
+        let end = Instant::now() + DEADLINE;
+        while !path("b.qcow2").exists() {
+            ensure!(process.alive()? && Instant::now() < end, "{}", process.stderr()?);
+            thread::sleep(LOOK);
+        }
+        process.signal(signal)?;
+        let status = process.wait(DEADLINE)?;
+        ensure!(
+            status.code() == Some(code),
+            "{signal}: {status}: {}",
+            process.stderr()?
+        );
+        ensure!(path("b.qcow2").exists() == (code == 0), "{signal}: half a copy");
     }
     Ok(())
 }
