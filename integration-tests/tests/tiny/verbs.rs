@@ -42,6 +42,8 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("verbs::schema", schema),
         test("verbs::sigterm_has_an_exit_code", sigterm),
         test("verbs::an_interrupted_image_is_removed", interrupted_image),
+        test("verbs::a_check_that_failed_is_no_verdict", unchecked),
+        test("verbs::an_audit_of_nothing_does_not_pass", empty_audit),
         test("verbs::run_with_stdin_closed", || run_without("<&-")),
         test("verbs::run_with_stdout_closed", || run_without(">&-")),
     ]
@@ -242,6 +244,15 @@ fn completions() -> Result<()> {
             ensure!(script.contains(word), "{shell}: no {word}");
         }
     }
+    let script = expect(&bulkhead(folder.path(), &["completions", "bash"])?, 0)?;
+    for words in [
+        "enforce trap log off",
+        "seccomp namespace",
+        "restart exit",
+        "spawner forker",
+    ] {
+        ensure!(script.contains(words), "no {words}");
+    }
     expect(
         &bulkhead(folder.path(), &["completions", "csh"])?,
         exit_code::USAGE,
@@ -340,6 +351,42 @@ fn interrupted_image() -> Result<()> {
             process.stderr()?
         );
         ensure!(path("b.qcow2").exists() == (code == 0), "{signal}: half a copy");
+    }
+    Ok(())
+}
+
+/// 2 says that an image is corrupt, which nobody has looked at.
+fn unchecked() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("a");
+    fs::write(&path, "")?;
+    let path = path.to_str().context("no name")?;
+    for words in [
+        [path].as_slice(),
+        &["--bad", path],
+        &[path, "--format=dmg"],
+        &["b.qcow2"],
+        &[],
+    ] {
+        let words = [&["image", "check"], words].concat();
+        expect(&bulkhead(folder.path(), &words)?, exit_code::ERROR)?;
+    }
+    for (words, code) in [
+        (["image", "check", "--help"], 0),
+        (["image", "info", path], exit_code::USAGE),
+        (["image", "info", "--bad"], exit_code::USAGE),
+    ] {
+        expect(&bulkhead(folder.path(), &words)?, code)?;
+    }
+    Ok(())
+}
+
+fn empty_audit() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for role in ["spawner", "forker", "image", "startup-ring"] {
+        let output = bulkhead(folder.path(), &["audit", "--role", role])?;
+        let said = expect(&output, exit_code::USAGE)?;
+        ensure!(said.is_empty(), "{role}: {said}");
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Flags that describe a VM. Each key=value list becomes the same type that the TOML file
 //! becomes, by the same deserialiser.
 
-use super::spec_file;
+use super::{spec_file, values};
 use crate::failure::Failure;
 use clap::Args;
 use serde::de::DeserializeOwned;
@@ -70,10 +70,10 @@ pub(super) struct VmFlags {
     #[arg(long)]
     name: Option<String>,
     /// What a guest's reboot does: restart or exit
-    #[arg(long, value_name = "WHAT", value_parser = on_reboot)]
+    #[arg(long, value_name = "WHAT", value_parser = values::on_reboot(), hide_possible_values = true)]
     on_reboot: Option<OnReboot>,
     /// What the end of a device's process does: restart (it) or end (the VM)
-    #[arg(long, value_name = "WHAT", value_parser = on_device_death)]
+    #[arg(long, value_name = "WHAT", value_parser = values::on_device_death(), hide_possible_values = true)]
     on_device_death: Option<OnDeviceDeath>,
     /// Seconds a guest has to power off when asked
     #[arg(long, value_name = "SECONDS")]
@@ -84,22 +84,6 @@ pub(super) struct VmFlags {
     /// A further folder that backing files may lie in
     #[arg(long = "image-folder", value_name = "FOLDER")]
     image_folders: Vec<PathBuf>,
-}
-
-fn on_reboot(text: &str) -> Result<OnReboot, &'static str> {
-    match text {
-        "restart" => Ok(OnReboot::Restart),
-        "exit" => Ok(OnReboot::Exit),
-        _ => Err("write restart or exit"),
-    }
-}
-
-fn on_device_death(text: &str) -> Result<OnDeviceDeath, &'static str> {
-    match text {
-        "restart" => Ok(OnDeviceDeath::Restart),
-        "end" => Ok(OnDeviceDeath::End),
-        _ => Err("write restart or end"),
-    }
 }
 
 impl VmFlags {

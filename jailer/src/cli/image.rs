@@ -2,14 +2,17 @@
 
 mod words;
 
+use super::values;
 use crate::failure::Failure;
 use crate::launch::image::{Access, Opened, Setting};
 use crate::sandbox::SeccompMode;
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
+use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use vm_spec::control::exit_code;
 use vm_spec::image::{CheckResult, FromImageTool};
 use vm_spec::size::ByteSize;
 use vm_spec::spec::ImageFormat;
@@ -17,6 +20,14 @@ use vm_spec::spec::ImageFormat;
 /// `check`'s exit codes, which are qemu-img's.
 const CORRUPT: u8 = 2;
 const LEAKS: u8 = 3;
+
+/// The exit code of a wrong command line: that of `check` means something else.
+pub(super) fn usage_code(arguments: &[OsString]) -> u8 {
+    match arguments {
+        [_, image, check, ..] if image == "image" && check == "check" => exit_code::ERROR,
+        _ => exit_code::USAGE,
+    }
+}
 
 /// `bulkhead image`'s verbs.
 #[derive(Subcommand, Debug)]
@@ -29,7 +40,8 @@ pub(super) enum ImageVerb {
         #[arg(long)]
         json: bool,
     },
-    /// Check a qcow2 image; exits 0 if it is sound, 2 if it is corrupt, 3 if it leaks space only
+    /// Check a qcow2 image; exits 0 if it is sound, 2 if it is corrupt, 3 if it leaks space only, 1 if it could
+    /// not be checked
     Check {
         #[command(flatten)]
         image: ImageArgs,
@@ -105,7 +117,8 @@ pub(super) struct ImageArgs {
     #[arg(long, value_name = "FILE")]
     key_file: Option<PathBuf>,
     /// What becomes of a system call that no policy allows: enforce, trap, log or off
-    #[arg(long, value_name = "MODE", default_value_t = SeccompMode::Enforce)]
+    #[arg(long, value_name = "MODE", default_value_t = SeccompMode::Enforce, value_parser = values::seccomp(),
+        hide_possible_values = true)]
     seccomp: SeccompMode,
 }
 

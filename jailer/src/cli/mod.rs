@@ -18,6 +18,7 @@ mod stop;
 #[cfg(test)]
 mod tests;
 mod upgrade;
+mod values;
 
 #[cfg(feature = "fuzzing")]
 #[path = "../../fuzz/cli.rs"]
@@ -34,6 +35,8 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
+use values::any_of;
+use vm_spec::control::exit_code::USAGE;
 use vm_spec::size::ByteSize;
 use vm_spec::spec::VmSpec;
 
@@ -155,10 +158,9 @@ enum Verb {
     },
     /// Attack every jail from inside, and say which wall held
     Audit {
-        #[arg(long, value_name = "WALL", help = without_help())]
+        #[arg(long, value_name = "WALL", help = without_help(), value_parser = values::wall(), hide_possible_values = true)]
         without: Option<Wall>,
-        /// Only this role: vmm, vcpu, disk, net, supervisor or startup
-        #[arg(long)]
+        #[arg(long, help = audited_help(), value_parser = values::audited(), hide_possible_values = true)]
         role: Option<Role>,
         /// Only this attack
         #[arg(long, value_name = "NAME")]
@@ -196,7 +198,7 @@ enum Verb {
 enum PolicyVerb {
     /// Print every rule of a role, with its reason
     Show {
-        #[arg(help = any_of(&Role::ALL.map(Role::name)))]
+        #[arg(help = any_of(&Role::ALL.map(Role::name)), value_parser = values::role(), hide_possible_values = true)]
         role: Role,
         /// Print JSON
         #[arg(long)]
@@ -209,12 +211,8 @@ fn without_help() -> String {
     format!("Take one wall away, and show that the next one holds: {walls}")
 }
 
-/// In a help's words.
-fn any_of(names: &[&str]) -> String {
-    match names {
-        [others @ .., last] if !others.is_empty() => format!("{} or {last}", others.join(", ")),
-        names => names.concat(),
-    }
+fn audited_help() -> String {
+    format!("Only this role: {}", any_of(&values::AUDITED.map(Role::name)))
 }
 
 /// `bulkhead run`'s arguments.
@@ -231,7 +229,8 @@ struct RunArgs {
     #[arg(long)]
     dry_run: bool,
     /// What becomes of a system call that no policy allows: enforce, trap, log or off
-    #[arg(long, value_name = "MODE", default_value_t = SeccompMode::Enforce)]
+    #[arg(long, value_name = "MODE", default_value_t = SeccompMode::Enforce, value_parser = values::seccomp(),
+        hide_possible_values = true)]
     seccomp: SeccompMode,
     /// Whether processes have namespaces, limits and filters: off is for finding faults only
     #[arg(long, value_enum, value_name = "WHETHER", default_value_t = Jail::On)]
@@ -289,19 +288,22 @@ impl RunArgs {
 /// Runs the command line and returns the exit code.
 pub fn main() -> u8 {
     let launched_ns = launch::monotonic_ns();
-    let verb = match parse(std::env::args_os().collect()) {
+    let arguments: Vec<_> = std::env::args_os().collect();
+    let usage = image::usage_code(&arguments);
+    let of = |code| if code == USAGE { usage } else { code };
+    let verb = match parse(arguments) {
         Ok(verb) => verb,
         Err(error) => {
             // Help and version are no errors, and clap knows where each goes.
             let _ = error.print();
-            return u8::try_from(error.exit_code()).unwrap_or(vm_spec::control::exit_code::USAGE);
+            return of(u8::try_from(error.exit_code()).unwrap_or(USAGE));
         }
     };
     match carry_out(verb, launched_ns) {
         Ok(code) => code,
         Err(failure) => {
             eprintln!("{failure}");
-            failure.code()
+            of(failure.code())
         }
     }
 }
