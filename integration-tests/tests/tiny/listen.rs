@@ -12,19 +12,23 @@ use integration_tests::{
 };
 use libtest_mimic::Trial;
 use nix::{
+    errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
     sys::signal::{Signal, kill},
+    sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket},
     unistd::Pid,
 };
 use serde_json::Value;
 use std::{
     fs::{self, File},
     io::{Read, Write, pipe},
+    os::fd::{AsRawFd, OwnedFd},
     process::{Command, Output, Stdio},
     time::Duration,
 };
 use tempfile::TempDir;
 use vm_spec::{
+    client::SOCKET_NAME,
     control::exit_code,
     events::FILE_NAME,
     run_state::{ProcessRole, RunState},
@@ -42,6 +46,8 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("listen::listeners_are_few", few),
         test("listen::inspect", inspect),
         test("listen::by_a_user_who_owns_nothing", unprivileged),
+        test("listen::a_full_supervisor_says_so", full),
+        test("listen::a_supervisor_that_hangs_is_not_waited_for (waits)", hung),
         test("listen::events_end_with_their_vm", events_of_one_vm),
         test("listen::a_folder_that_nobody_holds_is_no_vm", left_folder),
     ]
@@ -381,4 +387,49 @@ fn console_unread() -> Result<()> {
     ensure!(status.code() == Some(128 + Signal::SIGTERM as i32), "{status}");
     ensure!(run.process.alive()?, "the VM is over");
     Ok(())
+}
+
+/// A client that says nothing. `None`: it would have to wait to be let in.
+fn silent_client(run: &Run) -> Result<Option<OwnedFd>> {
+    let flags = SockFlag::SOCK_NONBLOCK;
+    let client = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+    let address = UnixAddr::new(&run.run_folder().join(SOCKET_NAME))?;
+    match connect(client.as_raw_fd(), &address) {
+        Ok(()) => Ok(Some(client)),
+        Err(Errno::EAGAIN) => Ok(None),
+        Err(e) => Err(e.into()),
+    }
+}
+
+fn refused(run: &Run, words: &str) -> Result<()> {
+    let mut process = Process::start(run.verb("metrics", &[])?)?;
+    let status = process.wait(DEADLINE)?;
+    let said = process.stderr()?;
+    ensure!(
+        status.code() == Some(1) && said.contains(words),
+        "{status}: {said}"
+    );
+    Ok(())
+}
+
+fn full() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let mut run = start("scenario=hlt", &place)?;
+    run.console.wait_line("ready=1", DEADLINE)?;
+    let all: Vec<_> = (0..8).map(|_| silent_client(&run)).collect::<Result<_>>()?;
+    ensure!(all.iter().all(Option::is_some), "one waits");
+    refused(&run, "8 others talk to it")
+}
+
+fn hung() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let mut run = start("scenario=hlt", &place)?;
+    run.console.wait_line("ready=1", DEADLINE)?;
+    let supervisor = run.pid_of(ProcessRole::Supervisor, DEADLINE)?;
+    kill(supervisor, Signal::SIGSTOP)?;
+    let mut waiting = Vec::new();
+    while let Some(client) = silent_client(&run)? {
+        waiting.push(client);
+    }
+    refused(&run, "cannot reach the supervisor of 'test'")
 }

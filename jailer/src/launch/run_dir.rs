@@ -2,9 +2,13 @@
 //! lock says whether the VM runs, and whoever comes next sweeps what nobody holds.
 
 use crate::failure::Failure;
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag, openat, renameat};
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, setsockopt, socket, sockopt,
+};
 use nix::sys::stat::Mode;
+use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::{Gid, Uid, geteuid};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
@@ -17,6 +21,8 @@ use vm_spec::run_state::{self, RunState};
 
 /// Another start or sweep of the same name is waited out this many times.
 const ATTEMPTS: usize = 8;
+/// For a supervisor to let a client in.
+const CONNECT_SECONDS: i64 = 5;
 /// The files that a run-time folder may hold.
 const FILES: [&str; 4] = [
     run_state::FILE_NAME,
@@ -94,8 +100,16 @@ pub(crate) fn connect_to(path: &Path) -> io::Result<OwnedFd> {
     let folder = File::open(path)?;
     let kind = SockType::SeqPacket;
     let socket = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None)?;
-    connect(socket.as_raw_fd(), &socket_address(folder.as_raw_fd())?)?;
-    Ok(socket)
+    // What bounds the wait for a place among those that it has not let in yet, where it is stopped.
+    setsockopt(&socket, sockopt::SendTimeout, &TimeVal::seconds(CONNECT_SECONDS))?;
+    match connect(socket.as_raw_fd(), &socket_address(folder.as_raw_fd())?) {
+        Ok(()) => Ok(socket),
+        Err(Errno::EAGAIN) => {
+            let why = format!("it has let nobody in within {CONNECT_SECONDS} s");
+            Err(io::Error::new(io::ErrorKind::TimedOut, why))
+        }
+        Err(e) => Err(e.into()),
+    }
 }
 
 /// Makes and locks the folder of VM `name`, after sweeping those of VMs that are gone.
@@ -157,7 +171,7 @@ fn try_lock(path: &Path) -> io::Result<Option<Flock<File>>> {
                 Err(io::ErrorKind::NotFound.into())
             }
         }
-        Err((_, nix::errno::Errno::EAGAIN)) => Ok(None),
+        Err((_, Errno::EAGAIN)) => Ok(None),
         Err((_, e)) => Err(e.into()),
     }
 }
