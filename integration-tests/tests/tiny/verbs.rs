@@ -74,6 +74,10 @@ fn dry_run() -> Result<()> {
     let output = bulkhead(folder.path(), &["run", "--dry-run", &kernel, &net])?;
     ensure!(expect(&output, 0)?.contains("vhost-user-net"), "{output:?}");
     ensure!(fs::read(&capture)? == b"frames", "the capture was emptied");
+    fs::remove_file(&capture)?;
+    let output = bulkhead(folder.path(), &["run", "--dry-run", &kernel, &net])?;
+    ensure!(expect(&output, 0)?.contains("vhost-user-net"), "{output:?}");
+    ensure!(!capture.exists(), "a capture was made");
     Ok(())
 }
 
