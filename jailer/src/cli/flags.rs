@@ -4,6 +4,7 @@
 use super::{spec_file, values};
 use crate::failure::Failure;
 use clap::Args;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::path::PathBuf;
 use vm_spec::disk::DiskSpec;
@@ -117,7 +118,7 @@ impl VmFlags {
         spec.name = self.name.clone().or(spec.name);
         spec.image_folders.extend(self.image_folders.clone());
         if let Some(text) = &self.limits {
-            spec.limits = list("--limits", text)?;
+            spec.limits = list_over("--limits", text, &spec.limits)?;
         }
         for text in &self.disk {
             spec.disks.push(list::<DiskSpec>("--disk", text)?);
@@ -133,7 +134,7 @@ impl VmFlags {
 }
 
 /// The least spec, so that every default is the deserialiser's.
-#[derive(serde::Serialize)]
+#[derive(Serialize)]
 struct Minimal {
     boot: BootSpec,
 }
@@ -146,6 +147,25 @@ fn set<T: Clone>(field: &mut T, flag: &Option<T>) {
 
 /// Reads one `key=value,key=value` list. A comma in a value is written twice.
 fn list<T: DeserializeOwned>(flag: &str, text: &str) -> Result<T, Failure> {
+    read(flag, text, table(flag, text)?)
+}
+
+/// As [`list`]: what it says instead of what `known` has, and besides.
+fn list_over<T: Serialize + DeserializeOwned>(flag: &str, text: &str, known: &T) -> Result<T, Failure> {
+    let given = table(flag, text)?;
+    let known = toml::Table::try_from(known);
+    let mut all = known.map_err(|e| Failure::usage(format!("{flag} {text}")).because(&e))?;
+    all.extend(given);
+    read(flag, text, all)
+}
+
+fn read<T: DeserializeOwned>(flag: &str, text: &str, table: toml::Table) -> Result<T, Failure> {
+    toml::Value::Table(table)
+        .try_into()
+        .map_err(|e: toml::de::Error| spec_file::explain(&format!("{flag} {text}"), e.message()))
+}
+
+fn table(flag: &str, text: &str) -> Result<toml::Table, Failure> {
     let mut table = toml::Table::new();
     for item in split(text) {
         let (key, value) = match item.split_once('=') {
@@ -174,9 +194,7 @@ fn list<T: DeserializeOwned>(flag: &str, text: &str) -> Result<T, Failure> {
             Some(_) => return Err(Failure::usage(format!("{flag} {text}: '{key}' is given twice"))),
         }
     }
-    toml::Value::Table(table)
-        .try_into()
-        .map_err(|e: toml::de::Error| spec_file::explain(&format!("{flag} {text}"), e.message()))
+    Ok(table)
 }
 
 fn split(text: &str) -> Vec<String> {
@@ -245,6 +263,21 @@ mod tests {
         assert!(wrong("path=/a,slot=x").contains("invalid type"));
         assert!(wrong("path=/a,cache=non").contains("did you mean 'none'?"));
         assert!(wrong("path=/a,poll-us=20000").contains("longer than 10000"));
+    }
+
+    #[test]
+    fn limits_add_to_a_files() {
+        let flags = VmFlags {
+            kernel: Some("k".into()),
+            limits: Some("pids=50,core-scheduling".into()),
+            ..VmFlags::default()
+        };
+        let mut spec = flags.alone().unwrap();
+        spec.limits.memory = Some(ByteSize(1000));
+        spec.limits.pids = Some(9);
+        let limits = flags.over(spec).unwrap().limits;
+        assert_eq!((limits.memory, limits.pids), (Some(ByteSize(1000)), Some(50)));
+        assert!(limits.core_scheduling && limits.cpu_percent.is_none());
     }
 
     #[test]
