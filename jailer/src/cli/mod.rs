@@ -185,8 +185,8 @@ enum Verb {
     },
     /// Print the manual page, or that of a verb, for man -l
     Man {
-        /// The verb
-        verb: Option<String>,
+        /// The verb, such as run or image info
+        verb: Vec<String>,
     },
     /// Print a completion script
     Completions {
@@ -373,7 +373,7 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
         Verb::Policy {
             verb: PolicyVerb::Show { role, json },
         } => print(&policy::show(role, json)),
-        Verb::Man { verb } => print(&man::page(Cli::command(), verb.as_deref())?),
+        Verb::Man { verb } => print(&man::page(Cli::command(), &verb)?),
         Verb::Completions { shell } => {
             let mut out = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "bulkhead", &mut out);
