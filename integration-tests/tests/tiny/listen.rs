@@ -3,36 +3,26 @@
 use super::{jails::NobodysVm, orders::replace_disk_process};
 use anyhow::{Context, Result, ensure};
 use integration_tests::{
-    artifacts::Artifact,
     host::Host,
     process::Process,
-    suite::{artifact, jail_flags, need_jail, test},
+    suite::{need_jail, test},
     terminal::Terminal,
     tiny::{Console, Run},
 };
 use libtest_mimic::Trial;
 use nix::{
-    errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
-    sys::signal::{Signal, kill},
-    sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket},
-    unistd::Pid,
+    sys::signal::Signal,
 };
 use serde_json::Value;
 use std::{
-    fs::{self, File},
+    fs::File,
     io::{Read, Write, pipe},
-    os::fd::{AsRawFd, OwnedFd},
-    process::{Command, Output, Stdio},
+    process::{Output, Stdio},
     time::Duration,
 };
 use tempfile::TempDir;
-use vm_spec::{
-    client::SOCKET_NAME,
-    control::exit_code,
-    events::FILE_NAME,
-    run_state::{ProcessRole, RunState},
-};
+use vm_spec::run_state::RunState;
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
@@ -46,15 +36,11 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("listen::listeners_are_few", few),
         test("listen::inspect", inspect),
         test("listen::by_a_user_who_owns_nothing", unprivileged),
-        test("listen::a_full_supervisor_says_so", full),
-        test("listen::a_supervisor_that_hangs_is_not_waited_for (waits)", hung),
-        test("listen::events_end_with_their_vm", events_of_one_vm),
-        test("listen::a_folder_that_nobody_holds_is_no_vm", left_folder),
     ]
 }
 
 /// A VM with a disk, and nobody at its console.
-fn start(cmdline: &str, place: &TempDir) -> Result<Run> {
+pub(crate) fn start(cmdline: &str, place: &TempDir) -> Result<Run> {
     Host::need_kvm()?;
     let disk = place.path().join("disk");
     File::create(&disk)?.set_len(16 << 20)?;
@@ -109,7 +95,7 @@ fn console() -> Result<()> {
 }
 
 /// A verb with pipes.
-fn start_verb(run: &Run, verb: &str, words: &[&str]) -> Result<(Process, Console)> {
+pub(crate) fn start_verb(run: &Run, verb: &str, words: &[&str]) -> Result<(Process, Console)> {
     let mut command = run.verb(verb, words)?;
     command.stdout(Stdio::piped());
     let mut process = Process::start_with_input(command, Stdio::piped())?;
@@ -280,88 +266,6 @@ fn unprivileged() -> Result<()> {
     Ok(())
 }
 
-/// `bulkhead events --follow`, once it has said what there is.
-fn follow_events(run: &mut Run) -> Result<(Process, Console)> {
-    replace_disk_process(run)?;
-    let events = fs::read_to_string(run.run_folder().join(FILE_NAME))?;
-    let (process, mut lines) = start_verb(run, "events", &["--follow"])?;
-    lines.wait_line(events.lines().next().context("no event")?, DEADLINE)?;
-    Ok((process, lines))
-}
-
-/// Whoever follows a VM does not go on to the next one of its name.
-fn events_of_one_vm() -> Result<()> {
-    let place = tempfile::tempdir()?;
-    let mut run = start("scenario=hlt", &place)?;
-    run.console.wait_line("ready=1", DEADLINE)?;
-    let (mut process, _lines) = follow_events(&mut run)?;
-    process.signal(Signal::SIGSTOP)?;
-    run.process.signal(Signal::SIGTERM)?;
-    run.wait(DEADLINE)?;
-    let kernel = format!("--kernel={}", artifact(Artifact::TinyGuest)?.display());
-    let mut next = Command::new(artifact(Artifact::Bulkhead)?);
-    next.args([
-        "run",
-        "--name=test",
-        &kernel,
-        "--memory=64M",
-        "--cmdline=scenario=hlt",
-    ])
-    .args(jail_flags())
-    .env("XDG_RUNTIME_DIR", run.folder())
-    .stdout(Stdio::piped());
-    let mut next = Process::start(next)?;
-    let mut console = Console::new(next.child().stdout.take().context("no stdout")?);
-    console.wait_line("ready=1", DEADLINE)?;
-    process.signal(Signal::SIGCONT)?;
-    let status = process.wait(DEADLINE)?;
-    ensure!(status.success(), "{status}: {}", process.stderr()?);
-    ensure!(next.alive()?, "the second VM is over");
-    Ok(())
-}
-
-/// What is left of a VM whose reaper was killed too: who followed it ends, and no verb takes it for a VM.
-fn left_folder() -> Result<()> {
-    let place = tempfile::tempdir()?;
-    let mut run = start("scenario=hlt", &place)?;
-    run.console.wait_line("ready=1", DEADLINE)?;
-    let (mut process, _lines) = follow_events(&mut run)?;
-    let reaper = run.pid_of(ProcessRole::Reaper, DEADLINE)?;
-    // So that it does not tidy up for its reaper.
-    run.process.signal(Signal::SIGSTOP)?;
-    // Root's has one that stands by.
-    let second = fs::read_to_string(format!("/proc/{reaper}/task/{reaper}/children"))?;
-    for one in second.split_whitespace() {
-        kill(Pid::from_raw(one.parse()?), Signal::SIGKILL)?;
-    }
-    kill(reaper, Signal::SIGKILL)?;
-    run.process.signal(Signal::SIGKILL)?;
-    run.wait(DEADLINE)?;
-    let status = process.wait(DEADLINE)?;
-    ensure!(status.success(), "{status}: {}", process.stderr()?);
-    ensure!(run.run_folder().exists(), "nothing is left to try it with");
-    for (verb, words) in [
-        ("events", [].as_slice()),
-        ("events", &["--follow"]),
-        ("logs", &[]),
-        ("console", &[]),
-        ("inspect", &[]),
-        ("metrics", &[]),
-        ("resize", &["disk0", "32M"]),
-        ("link", &["net0", "down"]),
-        ("upgrade", &["disk0", "--binary=/dev/null"]),
-    ] {
-        let mut process = Process::start(run.verb(verb, words)?)?;
-        let status = process.wait(DEADLINE)?;
-        let said = process.stderr()?;
-        ensure!(
-            status.code() == Some(exit_code::USAGE.into()) && said.contains("no VM 'test' runs"),
-            "{verb}: {status}: {said}"
-        );
-    }
-    Ok(())
-}
-
 /// A signal ends it also where its output is a pipe that is full.
 fn console_unread() -> Result<()> {
     let place = tempfile::tempdir()?;
@@ -387,49 +291,4 @@ fn console_unread() -> Result<()> {
     ensure!(status.code() == Some(128 + Signal::SIGTERM as i32), "{status}");
     ensure!(run.process.alive()?, "the VM is over");
     Ok(())
-}
-
-/// A client that says nothing. `None`: it would have to wait to be let in.
-fn silent_client(run: &Run) -> Result<Option<OwnedFd>> {
-    let flags = SockFlag::SOCK_NONBLOCK;
-    let client = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
-    let address = UnixAddr::new(&run.run_folder().join(SOCKET_NAME))?;
-    match connect(client.as_raw_fd(), &address) {
-        Ok(()) => Ok(Some(client)),
-        Err(Errno::EAGAIN) => Ok(None),
-        Err(e) => Err(e.into()),
-    }
-}
-
-fn refused(run: &Run, words: &str) -> Result<()> {
-    let mut process = Process::start(run.verb("metrics", &[])?)?;
-    let status = process.wait(DEADLINE)?;
-    let said = process.stderr()?;
-    ensure!(
-        status.code() == Some(1) && said.contains(words),
-        "{status}: {said}"
-    );
-    Ok(())
-}
-
-fn full() -> Result<()> {
-    let place = tempfile::tempdir()?;
-    let mut run = start("scenario=hlt", &place)?;
-    run.console.wait_line("ready=1", DEADLINE)?;
-    let all: Vec<_> = (0..8).map(|_| silent_client(&run)).collect::<Result<_>>()?;
-    ensure!(all.iter().all(Option::is_some), "one waits");
-    refused(&run, "8 others talk to it")
-}
-
-fn hung() -> Result<()> {
-    let place = tempfile::tempdir()?;
-    let mut run = start("scenario=hlt", &place)?;
-    run.console.wait_line("ready=1", DEADLINE)?;
-    let supervisor = run.pid_of(ProcessRole::Supervisor, DEADLINE)?;
-    kill(supervisor, Signal::SIGSTOP)?;
-    let mut waiting = Vec::new();
-    while let Some(client) = silent_client(&run)? {
-        waiting.push(client);
-    }
-    refused(&run, "cannot reach the supervisor of 'test'")
 }

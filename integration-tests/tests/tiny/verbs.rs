@@ -5,7 +5,6 @@ use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
-    process::Process,
     suite::{artifact, test},
     tiny::Run,
 };
@@ -17,15 +16,12 @@ use std::{
     os::unix::process::ExitStatusExt,
     path::Path,
     process::{Command, Output},
-    thread,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 use tempfile::TempDir;
 use vm_spec::{control::exit_code, run_state::FILE_NAME};
 
 const DEADLINE: Duration = Duration::from_secs(20);
-/// Between two looks at a folder.
-const LOOK: Duration = Duration::from_millis(2);
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
@@ -41,8 +37,6 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("verbs::completions", completions),
         test("verbs::schema", schema),
         test("verbs::sigterm_has_an_exit_code", sigterm),
-        test("verbs::an_interrupted_image_is_removed", interrupted_image),
-        test("verbs::a_check_that_failed_is_no_verdict", unchecked),
         test("verbs::an_audit_of_nothing_does_not_pass", empty_audit),
         test("verbs::run_with_stdin_closed", || run_without("<&-")),
         test("verbs::run_with_stdout_closed", || run_without(">&-")),
@@ -50,14 +44,14 @@ pub(crate) fn tests() -> Vec<Trial> {
 }
 
 /// `bulkhead`, with `folder` for the run-time folders.
-fn bulkhead(folder: &Path, arguments: &[&str]) -> Result<Output> {
+pub(crate) fn bulkhead(folder: &Path, arguments: &[&str]) -> Result<Output> {
     Ok(Command::new(artifact(Artifact::Bulkhead)?)
         .args(arguments)
         .env("XDG_RUNTIME_DIR", folder)
         .output()?)
 }
 
-fn expect(output: &Output, code: u8) -> Result<String> {
+pub(crate) fn expect(output: &Output, code: u8) -> Result<String> {
     ensure!(output.status.code() == Some(i32::from(code)), "{output:?}");
     Ok(String::from_utf8(output.stdout.clone())?)
 }
@@ -321,66 +315,6 @@ fn run_without(redirection: &str) -> Result<()> {
     ensure!(status.success(), "{status}: {}", run.process.stderr()?);
     if redirection.starts_with('<') {
         run.console.expect_ok()?;
-    }
-    Ok(())
-}
-
-/// Nobody takes half a copy for a disk; who has the signal ignored gets a whole one.
-fn interrupted_image() -> Result<()> {
-    let place = tempfile::tempdir()?;
-    let path = |name: &str| place.path().join(name);
-    fs::write(path("a.raw"), vec![7; 128 << 20])?;
-    for (shell, signal, code) in [
-        ("exec \"$@\"", Signal::SIGINT, 130),
-        ("exec \"$@\"", Signal::SIGTERM, 143),
-        ("trap '' HUP; exec \"$@\"", Signal::SIGHUP, 0),
-    ] {
-        let mut command = Command::new("sh");
-        command
-            .args(["-c", shell, "sh"])
-            .arg(artifact(Artifact::Bulkhead)?)
-            .args(["image", "convert"])
-            .args([path("a.raw"), path("b.qcow2")]);
-        let mut process = Process::start(command)?;
-        let end = Instant::now() + DEADLINE;
-        while !path("b.qcow2").exists() {
-            ensure!(process.alive()? && Instant::now() < end, "{}", process.stderr()?);
-            thread::sleep(LOOK);
-        }
-        process.signal(signal)?;
-        let status = process.wait(DEADLINE)?;
-        ensure!(
-            status.code() == Some(code),
-            "{signal}: {status}: {}",
-            process.stderr()?
-        );
-        ensure!(path("b.qcow2").exists() == (code == 0), "{signal}: half a copy");
-    }
-    Ok(())
-}
-
-/// 2 says that an image is corrupt, which nobody has looked at.
-fn unchecked() -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let path = folder.path().join("a");
-    fs::write(&path, "")?;
-    let path = path.to_str().context("no name")?;
-    for words in [
-        [path].as_slice(),
-        &["--bad", path],
-        &[path, "--format=dmg"],
-        &["b.qcow2"],
-        &[],
-    ] {
-        let words = [&["image", "check"], words].concat();
-        expect(&bulkhead(folder.path(), &words)?, exit_code::ERROR)?;
-    }
-    for (words, code) in [
-        (["image", "check", "--help"], 0),
-        (["image", "info", path], exit_code::USAGE),
-        (["image", "info", "--bad"], exit_code::USAGE),
-    ] {
-        expect(&bulkhead(folder.path(), &words)?, code)?;
     }
     Ok(())
 }
