@@ -1,7 +1,7 @@
 //! The verbs beside `run`, and `run` where nobody is at the keyboard.
 
 use super::{jails::NobodysVm, run::gone, traces::Traces};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
@@ -13,9 +13,12 @@ use nix::{sys::signal::Signal, unistd::getpid};
 use serde_json::Value;
 use std::{
     fs::{self, File},
+    io,
     os::unix::process::ExitStatusExt,
     path::Path,
     process::{Command, Output},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
     time::{Duration, SystemTime},
 };
 use tempfile::TempDir;
@@ -27,6 +30,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("verbs::ps", ps),
         test("verbs::ps_believes_no_folder", ps_believes_no_folder),
+        test("verbs::ps_where_others_lock_files", ps_among_locks),
         test("verbs::stop", stop),
         test("verbs::stop_waits_no_longer_than_told", stop_in_time),
         test("verbs::kill", kill),
@@ -141,6 +145,33 @@ fn ps_believes_no_folder() -> Result<()> {
     let text = expect(&bulkhead(run.folder(), &["ps"])?, 0)?;
     ensure!(text.lines().count() == 2 && text.contains("\ntest "), "{text}");
     Ok(())
+}
+
+/// The kernel's list of locks, which says who runs, changes while it is read.
+fn ps_among_locks() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let run = halted(&place, 1)?;
+    let files: Vec<_> = (0..20)
+        .map(|n| File::create(place.path().join(n.to_string())))
+        .collect::<io::Result<_>>()?;
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let others = scope.spawn(|| -> Result<()> {
+            while !over.load(Ordering::Relaxed) {
+                files.iter().try_for_each(File::lock)?;
+                files.iter().try_for_each(File::unlock)?;
+            }
+            Ok(())
+        });
+        let listed = (0..100).try_for_each(|n| {
+            let text = expect(&bulkhead(run.folder(), &["ps"])?, 0)?;
+            ensure!(text.contains("\ntest "), "look {n}: {text}");
+            Ok(())
+        });
+        over.store(true, Ordering::Relaxed);
+        others.join().map_err(|_| anyhow!("the others failed"))??;
+        listed
+    })
 }
 
 fn stop() -> Result<()> {
