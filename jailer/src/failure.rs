@@ -54,6 +54,13 @@ impl Failure {
         self
     }
 
+    /// With another exit code than the kind's own.
+    #[must_use]
+    pub fn exiting(mut self, code: u8) -> Self {
+        self.code = code;
+        self
+    }
+
     /// The exit code.
     pub fn code(&self) -> u8 {
         self.code

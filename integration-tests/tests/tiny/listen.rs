@@ -10,11 +10,14 @@ use integration_tests::{
     tiny::{Console, Run},
 };
 use libtest_mimic::Trial;
-use nix::sys::signal::Signal;
+use nix::{
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::signal::Signal,
+};
 use serde_json::Value;
 use std::{
     fs::File,
-    io::Write,
+    io::{Read, Write, pipe},
     process::{Output, Stdio},
     time::Duration,
 };
@@ -28,6 +31,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("listen::a_console_is_joined_and_left", console),
         test("listen::a_console_without_a_terminal", console_by_pipe),
         test("listen::a_console_left_by_a_signal", console_signalled),
+        test("listen::a_console_that_nobody_reads", console_unread),
         test("listen::logs", logs),
         test("listen::listeners_are_few", few),
         test("listen::inspect", inspect),
@@ -36,7 +40,7 @@ pub(crate) fn tests() -> Vec<Trial> {
 }
 
 /// A VM with a disk, and nobody at its console.
-fn start(cmdline: &str, place: &TempDir) -> Result<Run> {
+pub(crate) fn start(cmdline: &str, place: &TempDir) -> Result<Run> {
     Host::need_kvm()?;
     let disk = place.path().join("disk");
     File::create(&disk)?.set_len(16 << 20)?;
@@ -91,7 +95,7 @@ fn console() -> Result<()> {
 }
 
 /// A verb with pipes.
-fn start_verb(run: &Run, verb: &str, words: &[&str]) -> Result<(Process, Console)> {
+pub(crate) fn start_verb(run: &Run, verb: &str, words: &[&str]) -> Result<(Process, Console)> {
     let mut command = run.verb(verb, words)?;
     command.stdout(Stdio::piped());
     let mut process = Process::start_with_input(command, Stdio::piped())?;
@@ -259,5 +263,32 @@ fn unprivileged() -> Result<()> {
     person.screen.wait_line("ready=1", DEADLINE)?;
     person.type_keys(b"\x01x")?;
     ensure!(person.wait(DEADLINE)?.success(), "{}", person.screen.text());
+    Ok(())
+}
+
+/// A signal ends it also where its output is a pipe that is full.
+fn console_unread() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let mut run = start(KEYS, &place)?;
+    let (mut reader, writer) = pipe()?;
+    let mut command = run.verb("console", &[])?;
+    command.stdout(writer.try_clone()?);
+    let mut process = Process::start(command)?;
+    let mut said = String::new();
+    while !said.contains("phase=work") {
+        let mut bytes = [0; 512];
+        let count = reader.read(&mut bytes)?;
+        said += std::str::from_utf8(&bytes[..count])?;
+    }
+    // The console's own writes wait.
+    fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    while (&writer).write(&[b'x'; 4096]).is_ok() {}
+    fcntl(&writer, FcntlArg::F_SETFL(OFlag::empty()))?;
+    run.press(b'k')?;
+    run.console.wait_line("phase=done", DEADLINE)?;
+    process.signal(Signal::SIGTERM)?;
+    let status = process.wait(DEADLINE)?;
+    ensure!(status.code() == Some(128 + Signal::SIGTERM as i32), "{status}");
+    ensure!(run.process.alive()?, "the VM is over");
     Ok(())
 }

@@ -2,10 +2,12 @@
 
 mod audit;
 mod bad_input;
+mod clients;
 mod descriptors;
 mod ends;
 mod fixture;
 mod hostile;
+mod images;
 mod jails;
 mod limits;
 mod listen;
@@ -28,8 +30,10 @@ fn main() -> ExitCode {
     let mut tests = Vec::new();
     tests.extend(audit::tests());
     tests.extend(bad_input::tests());
+    tests.extend(clients::tests());
     tests.extend(ends::tests());
     tests.extend(hostile::tests());
+    tests.extend(images::tests());
     tests.extend(jails::tests());
     tests.extend(limits::tests());
     tests.extend(listen::tests());

@@ -1,7 +1,7 @@
 //! The verbs beside `run`, and `run` where nobody is at the keyboard.
 
 use super::{jails::NobodysVm, run::gone, traces::Traces};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
@@ -13,9 +13,12 @@ use nix::{sys::signal::Signal, unistd::getpid};
 use serde_json::Value;
 use std::{
     fs::{self, File},
+    io,
     os::unix::process::ExitStatusExt,
     path::Path,
     process::{Command, Output},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
     time::{Duration, SystemTime},
 };
 use tempfile::TempDir;
@@ -27,6 +30,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("verbs::ps", ps),
         test("verbs::ps_believes_no_folder", ps_believes_no_folder),
+        test("verbs::ps_where_others_lock_files", ps_among_locks),
         test("verbs::stop", stop),
         test("verbs::stop_waits_no_longer_than_told", stop_in_time),
         test("verbs::kill", kill),
@@ -37,20 +41,21 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("verbs::completions", completions),
         test("verbs::schema", schema),
         test("verbs::sigterm_has_an_exit_code", sigterm),
+        test("verbs::an_audit_of_nothing_does_not_pass", empty_audit),
         test("verbs::run_with_stdin_closed", || run_without("<&-")),
         test("verbs::run_with_stdout_closed", || run_without(">&-")),
     ]
 }
 
 /// `bulkhead`, with `folder` for the run-time folders.
-fn bulkhead(folder: &Path, arguments: &[&str]) -> Result<Output> {
+pub(crate) fn bulkhead(folder: &Path, arguments: &[&str]) -> Result<Output> {
     Ok(Command::new(artifact(Artifact::Bulkhead)?)
         .args(arguments)
         .env("XDG_RUNTIME_DIR", folder)
         .output()?)
 }
 
-fn expect(output: &Output, code: u8) -> Result<String> {
+pub(crate) fn expect(output: &Output, code: u8) -> Result<String> {
     ensure!(output.status.code() == Some(i32::from(code)), "{output:?}");
     Ok(String::from_utf8(output.stdout.clone())?)
 }
@@ -67,6 +72,10 @@ fn dry_run() -> Result<()> {
     let output = bulkhead(folder.path(), &["run", "--dry-run", &kernel, &net])?;
     ensure!(expect(&output, 0)?.contains("vhost-user-net"), "{output:?}");
     ensure!(fs::read(&capture)? == b"frames", "the capture was emptied");
+    fs::remove_file(&capture)?;
+    let output = bulkhead(folder.path(), &["run", "--dry-run", &kernel, &net])?;
+    ensure!(expect(&output, 0)?.contains("vhost-user-net"), "{output:?}");
+    ensure!(!capture.exists(), "a capture was made");
     Ok(())
 }
 
@@ -136,6 +145,33 @@ fn ps_believes_no_folder() -> Result<()> {
     let text = expect(&bulkhead(run.folder(), &["ps"])?, 0)?;
     ensure!(text.lines().count() == 2 && text.contains("\ntest "), "{text}");
     Ok(())
+}
+
+/// The kernel's list of locks, which says who runs, changes while it is read.
+fn ps_among_locks() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let run = halted(&place, 1)?;
+    let files: Vec<_> = (0..20)
+        .map(|n| File::create(place.path().join(n.to_string())))
+        .collect::<io::Result<_>>()?;
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let others = scope.spawn(|| -> Result<()> {
+            while !over.load(Ordering::Relaxed) {
+                files.iter().try_for_each(File::lock)?;
+                files.iter().try_for_each(File::unlock)?;
+            }
+            Ok(())
+        });
+        let listed = (0..100).try_for_each(|n| {
+            let text = expect(&bulkhead(run.folder(), &["ps"])?, 0)?;
+            ensure!(text.contains("\ntest "), "look {n}: {text}");
+            Ok(())
+        });
+        over.store(true, Ordering::Relaxed);
+        others.join().map_err(|_| anyhow!("the others failed"))??;
+        listed
+    })
 }
 
 fn stop() -> Result<()> {
@@ -237,6 +273,15 @@ fn completions() -> Result<()> {
             ensure!(script.contains(word), "{shell}: no {word}");
         }
     }
+    let script = expect(&bulkhead(folder.path(), &["completions", "bash"])?, 0)?;
+    for words in [
+        "enforce trap log off",
+        "seccomp namespace",
+        "restart exit",
+        "spawner forker",
+    ] {
+        ensure!(script.contains(words), "no {words}");
+    }
     expect(
         &bulkhead(folder.path(), &["completions", "csh"])?,
         exit_code::USAGE,
@@ -301,6 +346,16 @@ fn run_without(redirection: &str) -> Result<()> {
     ensure!(status.success(), "{status}: {}", run.process.stderr()?);
     if redirection.starts_with('<') {
         run.console.expect_ok()?;
+    }
+    Ok(())
+}
+
+fn empty_audit() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for role in ["spawner", "forker", "image", "startup-ring"] {
+        let output = bulkhead(folder.path(), &["audit", "--role", role])?;
+        let said = expect(&output, exit_code::USAGE)?;
+        ensure!(said.is_empty(), "{role}: {said}");
     }
     Ok(())
 }

@@ -1,14 +1,15 @@
 //! The connection of a command to a running VM's supervisor.
 
+use super::ps::RunningVm;
 use crate::failure::Failure;
 use crate::launch;
-use crate::supervisor::printable;
-use crate::wire::{Received, send_message};
+use crate::supervisor::{NO_REQUEST, printable};
+use crate::wire::{Received, TransferError, send_message};
 use crate::wire_fds::{receive_with_fds, send_with_fd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 use std::time::{Duration, Instant};
 use vm_spec::client::{Answer, Request};
 
@@ -34,12 +35,19 @@ impl Connection {
     ///
     /// # Errors
     /// Nobody listens there, or speaks this protocol.
-    pub(super) fn open(vm: &str, folder: &Path) -> Result<Self, Failure> {
-        let socket = launch::connect_to(folder)
-            .map_err(|e| Failure::host(format!("cannot reach the supervisor of '{vm}'")).because(&e))?;
+    pub(super) fn open(vm: &RunningVm) -> Result<Self, Failure> {
+        let socket = launch::connect_to(&vm.folder).map_err(|e| {
+            Failure::host(format!("cannot reach the supervisor of '{}'", vm.name())).because(&e)
+        })?;
         let mut connection = Self { socket, requests: 0 };
         match connection.ask(Request::Hello, None, HELLO_DEADLINE)? {
             Answer::Hello => Ok(connection),
+            Answer::Failed(why) => {
+                let what = format!("cannot talk to the supervisor of '{}'", vm.name());
+                Err(Failure::host(what)
+                    .cause(why)
+                    .hint("try again once one of them is done"))
+            }
             _ => Err(Failure::host("the supervisor does not speak this protocol")),
         }
     }
@@ -66,11 +74,17 @@ impl Connection {
             None => send_message(socket, self.requests, request),
         };
         let failed = |e: &dyn std::error::Error| Failure::host("cannot talk to the supervisor").because(e);
-        sent.map_err(|e| failed(&e))?;
+        match sent {
+            // Whoever is turned away is told why before.
+            Err(TransferError::Socket(e)) if e.kind() == io::ErrorKind::BrokenPipe => {}
+            sent => sent.map_err(|e| failed(&e))?,
+        }
         let deadline = Instant::now() + limit;
         loop {
             match receive_with_fds(socket).map_err(|e| failed(&e))? {
-                (Received::Message(id, answer), _) if id == self.requests => return Ok(quiet(answer)),
+                (Received::Message(id, answer), _) if [self.requests, NO_REQUEST].contains(&id) => {
+                    return Ok(quiet(answer));
+                }
                 (Received::Message(..), _) => {}
                 (Received::End, _) => return Err(Failure::host("the VM ended")),
                 (Received::Nothing, _) => {

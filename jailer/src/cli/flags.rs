@@ -1,9 +1,10 @@
 //! Flags that describe a VM. Each key=value list becomes the same type that the TOML file
 //! becomes, by the same deserialiser.
 
-use super::spec_file;
+use super::{spec_file, values};
 use crate::failure::Failure;
 use clap::Args;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::path::PathBuf;
 use vm_spec::disk::DiskSpec;
@@ -70,10 +71,10 @@ pub(super) struct VmFlags {
     #[arg(long)]
     name: Option<String>,
     /// What a guest's reboot does: restart or exit
-    #[arg(long, value_name = "WHAT", value_parser = on_reboot)]
+    #[arg(long, value_name = "WHAT", value_parser = values::on_reboot(), hide_possible_values = true)]
     on_reboot: Option<OnReboot>,
     /// What the end of a device's process does: restart (it) or end (the VM)
-    #[arg(long, value_name = "WHAT", value_parser = on_device_death)]
+    #[arg(long, value_name = "WHAT", value_parser = values::on_device_death(), hide_possible_values = true)]
     on_device_death: Option<OnDeviceDeath>,
     /// Seconds a guest has to power off when asked
     #[arg(long, value_name = "SECONDS")]
@@ -87,22 +88,6 @@ pub(super) struct VmFlags {
     /// A command that the guest's /bin/sh runs in place of an init; its exit status becomes that of bulkhead run
     #[arg(last = true)]
     command: Vec<String>,
-}
-
-fn on_reboot(text: &str) -> Result<OnReboot, &'static str> {
-    match text {
-        "restart" => Ok(OnReboot::Restart),
-        "exit" => Ok(OnReboot::Exit),
-        _ => Err("write restart or exit"),
-    }
-}
-
-fn on_device_death(text: &str) -> Result<OnDeviceDeath, &'static str> {
-    match text {
-        "restart" => Ok(OnDeviceDeath::Restart),
-        "end" => Ok(OnDeviceDeath::End),
-        _ => Err("write restart or end"),
-    }
 }
 
 impl VmFlags {
@@ -140,7 +125,7 @@ impl VmFlags {
         spec.name = self.name.clone().or(spec.name);
         spec.image_folders.extend(self.image_folders.clone());
         if let Some(text) = &self.limits {
-            spec.limits = list("--limits", text)?;
+            spec.limits = list_over("--limits", text, &spec.limits)?;
         }
         for text in &self.disk {
             spec.disks.push(list::<DiskSpec>("--disk", text)?);
@@ -156,7 +141,7 @@ impl VmFlags {
 }
 
 /// The least spec, so that every default is the deserialiser's.
-#[derive(serde::Serialize)]
+#[derive(Serialize)]
 struct Minimal {
     boot: BootSpec,
 }
@@ -169,6 +154,25 @@ fn set<T: Clone>(field: &mut T, flag: &Option<T>) {
 
 /// Reads one `key=value,key=value` list. A comma in a value is written twice.
 fn list<T: DeserializeOwned>(flag: &str, text: &str) -> Result<T, Failure> {
+    read(flag, text, table(flag, text)?)
+}
+
+/// As [`list`]: what it says instead of what `known` has, and besides.
+fn list_over<T: Serialize + DeserializeOwned>(flag: &str, text: &str, known: &T) -> Result<T, Failure> {
+    let given = table(flag, text)?;
+    let known = toml::Table::try_from(known);
+    let mut all = known.map_err(|e| Failure::usage(format!("{flag} {text}")).because(&e))?;
+    all.extend(given);
+    read(flag, text, all)
+}
+
+fn read<T: DeserializeOwned>(flag: &str, text: &str, table: toml::Table) -> Result<T, Failure> {
+    toml::Value::Table(table)
+        .try_into()
+        .map_err(|e: toml::de::Error| spec_file::explain(&format!("{flag} {text}"), e.message()))
+}
+
+fn table(flag: &str, text: &str) -> Result<toml::Table, Failure> {
     let mut table = toml::Table::new();
     for item in split(text) {
         let (key, value) = match item.split_once('=') {
@@ -197,9 +201,7 @@ fn list<T: DeserializeOwned>(flag: &str, text: &str) -> Result<T, Failure> {
             Some(_) => return Err(Failure::usage(format!("{flag} {text}: '{key}' is given twice"))),
         }
     }
-    toml::Value::Table(table)
-        .try_into()
-        .map_err(|e: toml::de::Error| spec_file::explain(&format!("{flag} {text}"), e.message()))
+    Ok(table)
 }
 
 fn split(text: &str) -> Vec<String> {
@@ -268,6 +270,21 @@ mod tests {
         assert!(wrong("path=/a,slot=x").contains("invalid type"));
         assert!(wrong("path=/a,cache=non").contains("did you mean 'none'?"));
         assert!(wrong("path=/a,poll-us=20000").contains("longer than 10000"));
+    }
+
+    #[test]
+    fn limits_add_to_a_files() {
+        let flags = VmFlags {
+            kernel: Some("k".into()),
+            limits: Some("pids=50,core-scheduling".into()),
+            ..VmFlags::default()
+        };
+        let mut spec = flags.alone().unwrap();
+        spec.limits.memory = Some(ByteSize(1000));
+        spec.limits.pids = Some(9);
+        let limits = flags.over(spec).unwrap().limits;
+        assert_eq!((limits.memory, limits.pids), (Some(ByteSize(1000)), Some(50)));
+        assert!(limits.core_scheduling && limits.cpu_percent.is_none());
     }
 
     #[test]

@@ -1,15 +1,18 @@
 //! `bulkhead image`: what people know from qemu-img, with the parsing in a jail.
 
+mod args;
 mod words;
 
 use crate::failure::Failure;
 use crate::launch::image::{Access, Opened, Setting};
-use crate::sandbox::SeccompMode;
-use clap::{Args, Subcommand};
+pub(super) use args::ImageVerb;
+use args::{ImageArgs, Shape, SnapshotAction};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
+use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use vm_spec::control::exit_code;
 use vm_spec::image::{CheckResult, FromImageTool};
 use vm_spec::size::ByteSize;
 use vm_spec::spec::ImageFormat;
@@ -18,141 +21,12 @@ use vm_spec::spec::ImageFormat;
 const CORRUPT: u8 = 2;
 const LEAKS: u8 = 3;
 
-/// `bulkhead image`'s verbs.
-#[derive(Subcommand, Debug)]
-pub(super) enum ImageVerb {
-    /// Say what an image is
-    Info {
-        #[command(flatten)]
-        image: ImageArgs,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-    },
-    /// Check a qcow2 image; exits 0 if it is sound, 2 if it is corrupt, 3 if it leaks space only
-    Check {
-        #[command(flatten)]
-        image: ImageArgs,
-        /// Count the references anew if they are wrong
-        #[arg(long, short)]
-        repair: bool,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-    },
-    /// Make an empty raw or qcow2 image
-    Create {
-        #[command(flatten)]
-        image: ImageArgs,
-        /// Size of the disk, such as 20G (default: the backing file's)
-        size: Option<ByteSize>,
-        /// The image that shows through where nothing was written, as the new image is to name it
-        #[arg(long, short, value_name = "FILE", requires = "backing_format")]
-        backing: Option<PathBuf>,
-        /// Format of the backing file
-        #[arg(long, short = 'F', value_name = "FORMAT", value_parser = parse_format)]
-        backing_format: Option<ImageFormat>,
-        #[command(flatten)]
-        shape: Shape,
-        /// Let QEMU write refcounts late
-        #[arg(long)]
-        lazy_refcounts: bool,
-    },
-    /// Copy a disk into a new image
-    Convert {
-        #[command(flatten)]
-        image: ImageArgs,
-        /// The new image
-        target: PathBuf,
-        /// The new image's format: raw or qcow2 (default: by its name)
-        #[arg(long, short = 'O', value_name = "FORMAT", value_parser = parse_format)]
-        output_format: Option<ImageFormat>,
-        #[command(flatten)]
-        shape: Shape,
-    },
-    /// List, take, apply or delete internal snapshots of a qcow2 image
-    Snapshot {
-        #[command(flatten)]
-        image: ImageArgs,
-        #[command(flatten)]
-        action: SnapshotAction,
-    },
-    /// Make a disk larger, or smaller with --shrink
-    Resize {
-        #[command(flatten)]
-        image: ImageArgs,
-        /// The new size, or +SIZE or -SIZE for a change
-        #[arg(allow_hyphen_values = true)]
-        size: String,
-        /// Allow what lies behind the new end to be lost
-        #[arg(long)]
-        shrink: bool,
-    },
-}
-
-/// The image, and how to open it.
-#[derive(Args, Debug)]
-pub(super) struct ImageArgs {
-    /// The image
-    file: PathBuf,
-    /// Its format: raw, qcow2, vmdk, vdi, vhdx or vhd (default: by its name; never by its content)
-    #[arg(long, short, value_name = "FORMAT", value_parser = parse_format)]
-    format: Option<ImageFormat>,
-    /// Folder that backing files may lie in, beside the image's own
-    #[arg(long, value_name = "FOLDER")]
-    image_folder: Vec<PathBuf>,
-    /// File with the passphrase of an encrypted image, taken whole
-    #[arg(long, value_name = "FILE")]
-    key_file: Option<PathBuf>,
-    /// What becomes of a system call that no policy allows: enforce, trap, log or off
-    #[arg(long, value_name = "MODE", default_value_t = SeccompMode::Enforce)]
-    seccomp: SeccompMode,
-}
-
-#[derive(Args, Debug)]
-pub(super) struct Shape {
-    /// Bytes of a qcow2 cluster: a power of two from 512 to 2M
-    #[arg(long, value_name = "SIZE")]
-    cluster_size: Option<ByteSize>,
-}
-
-impl Shape {
-    fn flag(&self) -> Result<Option<String>, Failure> {
-        let Some(size) = self.cluster_size else {
-            return Ok(None);
-        };
-        let bytes = size.0;
-        if !bytes.is_power_of_two() {
-            return Err(Failure::usage(format!(
-                "--cluster-size: {bytes} is no power of two"
-            )));
-        }
-        Ok(Some(format!("--cluster-bits={}", bytes.trailing_zeros())))
+/// The exit code of a wrong command line: that of `check` means something else.
+pub(super) fn usage_code(arguments: &[OsString]) -> u8 {
+    match arguments {
+        [_, image, check, ..] if image == "image" && check == "check" => exit_code::ERROR,
+        _ => exit_code::USAGE,
     }
-}
-
-#[derive(Args, Debug)]
-#[group(required = true, multiple = false)]
-pub(super) struct SnapshotAction {
-    /// List them
-    #[arg(long, short)]
-    list: bool,
-    /// Take one with this name
-    #[arg(long, short, value_name = "NAME")]
-    create: Option<String>,
-    /// Make the disk what it was when this one, by id or name, was taken
-    #[arg(long, short, value_name = "SNAPSHOT")]
-    apply: Option<String>,
-    /// Delete this one, by id or name
-    #[arg(long, short, value_name = "SNAPSHOT")]
-    delete: Option<String>,
-}
-
-fn parse_format(text: &str) -> Result<ImageFormat, String> {
-    ImageFormat::named(text).ok_or_else(|| {
-        let known = ImageFormat::ALL.map(ImageFormat::name).join(", ");
-        format!("expected one of {known}")
-    })
 }
 
 /// What a person called the file; the content is never looked at.
@@ -209,7 +83,13 @@ pub(super) fn carry_out(verb: &ImageVerb) -> Result<(String, u8), Failure> {
             shape,
             lazy_refcounts,
         } => {
-            let mut flags: Vec<String> = shape.flag()?.into_iter().collect();
+            let format = image.format()?;
+            if *lazy_refcounts && format != ImageFormat::Qcow2 {
+                return Err(Failure::usage(
+                    "--lazy-refcounts: only a qcow2 image counts references",
+                ));
+            }
+            let mut flags: Vec<String> = shape.flag(format)?.into_iter().collect();
             flags.extend(size.map(|size| format!("--size={}", size.0)));
             if *lazy_refcounts {
                 flags.push("--lazy-refcounts".into());
@@ -223,7 +103,7 @@ pub(super) fn carry_out(verb: &ImageVerb) -> Result<(String, u8), Failure> {
             output_format,
             shape,
         } => convert(image, target, *output_format, shape),
-        ImageVerb::Snapshot { image, action } => snapshot(image, action),
+        ImageVerb::Snapshot { image, action, json } => snapshot(image, action, *json),
         ImageVerb::Resize { image, size, shrink } => resize(image, size, *shrink),
     }
 }
@@ -312,7 +192,7 @@ fn convert(
     shape: &Shape,
 ) -> Result<(String, u8), Failure> {
     let format = format_of(target, format)?;
-    let flags: Vec<String> = shape.flag()?.into_iter().collect();
+    let flags: Vec<String> = shape.flag(format)?.into_iter().collect();
     let source = image.chain(Access::Read)?;
     let new = Opened::new_file(target, format)?;
     let bar = ProgressBar::new(0);
@@ -331,7 +211,7 @@ fn convert(
         .map(|()| (String::new(), 0))
 }
 
-fn snapshot(image: &ImageArgs, action: &SnapshotAction) -> Result<(String, u8), Failure> {
+fn snapshot(image: &ImageArgs, action: &SnapshotAction, as_json: bool) -> Result<(String, u8), Failure> {
     let given = [
         ("take", &action.create),
         ("apply", &action.apply),
@@ -351,7 +231,11 @@ fn snapshot(image: &ImageArgs, action: &SnapshotAction) -> Result<(String, u8), 
         }
     }
     let found = image.alone(Access::Read)?.describe(&image.setting())?;
-    Ok((words::snapshot_text(&found), 0))
+    let text = match as_json {
+        true => format!("{:#}\n", json!(words::snapshots_json(&found))),
+        false => words::snapshot_text(&found),
+    };
+    Ok((text, 0))
 }
 
 fn resize(image: &ImageArgs, size: &str, shrink: bool) -> Result<(String, u8), Failure> {
@@ -371,7 +255,10 @@ fn resize(image: &ImageArgs, size: &str, shrink: bool) -> Result<(String, u8), F
             } else {
                 now.checked_sub(amount)
             };
-            changed.ok_or_else(bad)?
+            changed.ok_or_else(|| {
+                Failure::usage(format!("{size} is no change that this disk can make"))
+                    .cause(format!("it has {} ({now} bytes)", ByteSize(now)))
+            })?
         }
     };
     let mut flags = vec![format!("--size={new}")];

@@ -1,10 +1,9 @@
 //! `bulkhead console VM` and `bulkhead logs VM`: what a running VM's guest and processes say.
 
 use super::connection::Connection;
-use super::put_out;
+use super::{ps, put_out};
 use crate::escape::EscapeReader;
 use crate::failure::Failure;
-use crate::launch;
 use crate::launch::supervise::take_by_descriptor;
 use crate::launch::terminal::{self, Saved};
 use crate::tell::say;
@@ -15,8 +14,10 @@ use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::read;
-use std::io::{IsTerminal, stdin};
+use std::fs::{File, OpenOptions};
+use std::io::{ErrorKind, IsTerminal, Write, stdin, stdout};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::time::Duration;
 use vm_spec::client::{Answer, Channel, Request};
 
@@ -33,7 +34,7 @@ const MOST_TYPED: usize = 4096;
 const ENDING: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
 
 fn listen(vm: &str, channel: Channel, follow: bool) -> Result<OwnedFd, Failure> {
-    let mut connection = Connection::open(vm, &launch::run_folder(vm)?)?;
+    let mut connection = Connection::open(&ps::find(vm)?)?;
     match connection.ask(Request::Listen { channel, follow }, None, DEADLINE)? {
         Answer::Listening => Ok(connection.into_socket()),
         Answer::Failed(why) => Err(Failure::host(format!("cannot listen to the VM '{vm}'")).cause(why)),
@@ -75,6 +76,7 @@ pub(super) fn console(vm: &str) -> Result<u8, Failure> {
     let mut visit = Visit {
         socket,
         signals,
+        out: Out::open()?,
         reads: terminal::has_input(),
         keyboard: stdin().is_terminal(),
         escape: EscapeReader::default(),
@@ -115,10 +117,48 @@ enum End {
     Signal(u8),
 }
 
+/// Standard output, which is never waited for in a write: signals are blocked there.
+struct Out {
+    file: File,
+    /// What was said and is not written yet. Until it is, nothing else is heard.
+    pending: Vec<u8>,
+}
+
+impl Out {
+    fn open() -> Result<Self, Failure> {
+        let own = stdout().as_fd().try_clone_to_owned().map(File::from);
+        let own = own.map_err(|e| Failure::host("cannot write to standard output").because(&e))?;
+        let blocks = own.is_terminal() || own.metadata().is_ok_and(|about| about.file_type().is_fifo());
+        // Opened once more: others may write by the description that we were given, and want to wait. A
+        // terminal is ready when it has room for a single byte.
+        let mut again = OpenOptions::new();
+        again.write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+        let path = format!("/proc/self/fd/{}", own.as_raw_fd());
+        Ok(Self {
+            file: blocks.then(|| again.open(path).ok()).flatten().unwrap_or(own),
+            pending: Vec::new(),
+        })
+    }
+
+    /// Writes what there is room for, in a file that is ready; false: nobody reads it any more.
+    fn write(&mut self) -> Result<bool, Failure> {
+        // A pipe that is ready has room for as much.
+        let piece = &self.pending[..self.pending.len().min(libc::PIPE_BUF)];
+        match self.file.write(piece) {
+            Ok(count) => drop(self.pending.drain(..count)),
+            Err(e) if e.kind() == ErrorKind::BrokenPipe => return Ok(false),
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+            Err(e) => return Err(Failure::host("cannot write to standard output").because(&e)),
+        }
+        Ok(true)
+    }
+}
+
 /// Someone at a console.
 struct Visit {
     socket: OwnedFd,
     signals: SignalFd,
+    out: Out,
     /// There is input, and it has not ended.
     reads: bool,
     /// Input comes from a person.
@@ -134,7 +174,10 @@ impl Visit {
             socket.set(PollFlags::POLLOUT, !self.typed.is_empty());
             let input = stdin();
             let mut fds = vec![
-                PollFd::new(self.socket.as_fd(), socket),
+                match self.out.pending.is_empty() {
+                    true => PollFd::new(self.socket.as_fd(), socket),
+                    false => PollFd::new(self.out.file.as_fd(), PollFlags::POLLOUT),
+                },
                 PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
             ];
             if self.reads && (self.keyboard || self.typed.len() < MOST_TYPED) {
@@ -162,13 +205,16 @@ impl Visit {
         }
     }
 
-    /// Prints what was said; the end, if that was all.
-    fn hear(&self) -> Result<Option<End>, Failure> {
-        Ok(match next(&self.socket, MsgFlags::MSG_DONTWAIT)? {
-            Some(bytes) if put_out(&bytes)? => None,
-            Some(_) => Some(End::Left),
-            None => Some(End::Over),
-        })
+    /// Takes what was said, or prints what is left of it; the end, if that was all.
+    fn hear(&mut self) -> Result<Option<End>, Failure> {
+        if !self.out.pending.is_empty() {
+            return Ok((!self.out.write()?).then_some(End::Left));
+        }
+        match next(&self.socket, MsgFlags::MSG_DONTWAIT)? {
+            Some(bytes) => self.out.pending = bytes,
+            None => return Ok(Some(End::Over)),
+        }
+        Ok(None)
     }
 
     /// Takes what was typed; true: the person leaves.

@@ -3,15 +3,16 @@
 use crate::failure::Failure;
 use clap::Command;
 
-/// The page of `command`, or of one of its verbs.
+/// The page of `command`, or of one of its verbs, or of one of that one's.
 ///
 /// # Errors
 /// A [`Failure`] when there is no such verb.
-pub(super) fn page(mut command: Command, verb: Option<&str>) -> Result<String, Failure> {
+pub(super) fn page(mut command: Command, verb: &[String]) -> Result<String, Failure> {
     // For each verb's own name, as in its usage.
     command.build();
-    if let Some(verb) = verb {
-        command = command.find_subcommand(verb).cloned().ok_or_else(|| {
+    for word in verb {
+        command = command.find_subcommand(word).cloned().ok_or_else(|| {
+            let verb = verb.join(" ");
             Failure::usage(format!("man: there is no verb '{verb}'")).hint("bulkhead --help names them")
         })?;
     }
@@ -24,22 +25,32 @@ pub(super) fn page(mut command: Command, verb: Option<&str>) -> Result<String, F
 #[cfg(test)]
 mod tests {
     use super::super::Cli;
-    use super::*;
+    use crate::failure::Failure;
     use clap::CommandFactory;
+
+    fn page(words: &[&str]) -> Result<String, Failure> {
+        let words: Vec<_> = words.iter().map(ToString::to_string).collect();
+        super::page(Cli::command(), &words)
+    }
 
     #[test]
     fn every_verb_has_a_manual_page() {
-        let all = page(Cli::command(), None).unwrap();
+        let all = page(&[]).unwrap();
         for verb in Cli::command().get_subcommands() {
-            let page = page(Cli::command(), Some(verb.get_name())).unwrap();
-            assert!(page.contains(".SH SYNOPSIS"), "{page}");
-            assert!(all.contains(verb.get_name()), "{all}");
+            let name = verb.get_name();
+            let of_verb = page(&[name]).unwrap();
+            assert!(of_verb.contains(".SH SYNOPSIS"), "{of_verb}");
+            assert!(all.contains(name), "{all}");
+            // Those that its page refers to.
+            for below in verb.get_subcommands() {
+                let title = format!(".TH bulkhead-{name}-{}", below.get_name());
+                let page = page(&[name, below.get_name()]).unwrap();
+                assert!(page.contains(&title), "no {title}: {page}");
+            }
         }
-        assert!(
-            page(Cli::command(), Some("run"))
-                .unwrap()
-                .contains(r"power\-off\-grace")
-        );
-        assert_eq!(page(Cli::command(), Some("rum")).unwrap_err().code(), 2);
+        assert!(page(&["run"]).unwrap().contains(r"power\-off\-grace"));
+        for unknown in [["rum", "x"].as_slice(), &["image", "inf"], &["run", "x"]] {
+            assert_eq!(page(unknown).unwrap_err().code(), 2);
+        }
     }
 }

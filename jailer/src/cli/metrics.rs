@@ -24,7 +24,7 @@ pub(super) fn show(vm: &str, device: Option<&str>) -> Result<String, Failure> {
         Some(device) => vec![device],
         None => running.devices().collect(),
     };
-    let mut connection = Connection::open(vm, &running.folder)?;
+    let mut connection = Connection::open(&running)?;
     let mut families = Families::default();
     for device in devices {
         let said = orders::order(&mut connection, device, "metrics".to_owned())?;

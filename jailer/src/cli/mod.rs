@@ -2,6 +2,7 @@
 
 mod connection;
 mod doctor;
+mod dry_run;
 mod events;
 mod flags;
 mod image;
@@ -18,6 +19,7 @@ mod stop;
 #[cfg(test)]
 mod tests;
 mod upgrade;
+mod values;
 
 #[cfg(feature = "fuzzing")]
 #[path = "../../fuzz/cli.rs"]
@@ -35,6 +37,8 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
+use values::any_of;
+use vm_spec::control::exit_code::USAGE;
 use vm_spec::size::ByteSize;
 use vm_spec::spec::VmSpec;
 
@@ -156,10 +160,9 @@ enum Verb {
     },
     /// Attack every jail from inside, and say which wall held
     Audit {
-        #[arg(long, value_name = "WALL", help = without_help())]
+        #[arg(long, value_name = "WALL", help = without_help(), value_parser = values::wall(), hide_possible_values = true)]
         without: Option<Wall>,
-        /// Only this role: vmm, vcpu, disk, net, supervisor or startup
-        #[arg(long)]
+        #[arg(long, help = audited_help(), value_parser = values::audited(), hide_possible_values = true)]
         role: Option<Role>,
         /// Only this attack
         #[arg(long, value_name = "NAME")]
@@ -183,8 +186,8 @@ enum Verb {
     },
     /// Print the manual page, or that of a verb, for man -l
     Man {
-        /// The verb
-        verb: Option<String>,
+        /// The verb, such as run or image info
+        verb: Vec<String>,
     },
     /// Print a completion script
     Completions {
@@ -197,7 +200,7 @@ enum Verb {
 enum PolicyVerb {
     /// Print every rule of a role, with its reason
     Show {
-        #[arg(help = any_of(&Role::ALL.map(Role::name)))]
+        #[arg(help = any_of(&Role::ALL.map(Role::name)), value_parser = values::role(), hide_possible_values = true)]
         role: Role,
         /// Print JSON
         #[arg(long)]
@@ -210,12 +213,8 @@ fn without_help() -> String {
     format!("Take one wall away, and show that the next one holds: {walls}")
 }
 
-/// In a help's words.
-fn any_of(names: &[&str]) -> String {
-    match names {
-        [others @ .., last] if !others.is_empty() => format!("{} or {last}", others.join(", ")),
-        names => names.concat(),
-    }
+fn audited_help() -> String {
+    format!("Only this role: {}", any_of(&values::AUDITED.map(Role::name)))
 }
 
 /// `bulkhead run`'s arguments.
@@ -232,7 +231,8 @@ struct RunArgs {
     #[arg(long)]
     dry_run: bool,
     /// What becomes of a system call that no policy allows: enforce, trap, log or off
-    #[arg(long, value_name = "MODE", default_value_t = SeccompMode::Enforce)]
+    #[arg(long, value_name = "MODE", default_value_t = SeccompMode::Enforce, value_parser = values::seccomp(),
+        hide_possible_values = true)]
     seccomp: SeccompMode,
     /// Whether processes have namespaces, limits and filters: off is for finding faults only
     #[arg(long, value_enum, value_name = "WHETHER", default_value_t = Jail::On)]
@@ -290,19 +290,22 @@ impl RunArgs {
 /// Runs the command line and returns the exit code.
 pub fn main() -> u8 {
     let launched_ns = launch::monotonic_ns();
-    let verb = match parse(std::env::args_os().collect()) {
+    let arguments: Vec<_> = std::env::args_os().collect();
+    let usage = image::usage_code(&arguments);
+    let of = |code| if code == USAGE { usage } else { code };
+    let verb = match parse(arguments) {
         Ok(verb) => verb,
         Err(error) => {
             // Help and version are no errors, and clap knows where each goes.
             let _ = error.print();
-            return u8::try_from(error.exit_code()).unwrap_or(vm_spec::control::exit_code::USAGE);
+            return of(u8::try_from(error.exit_code()).unwrap_or(USAGE));
         }
     };
     match carry_out(verb, launched_ns) {
         Ok(code) => code,
         Err(failure) => {
             say(format_args!("{failure}"));
-            failure.code()
+            of(failure.code())
         }
     }
 }
@@ -319,7 +322,7 @@ fn parse(arguments: Vec<OsString>) -> Result<Verb, clap::Error> {
 fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
     match verb {
         Verb::Run(args) if args.print_schema => print(vm_spec::schema::SCHEMA),
-        Verb::Run(args) if args.dry_run => print(&launch::dry_run(&args.spec()?, &args.options())?),
+        Verb::Run(args) if args.dry_run => print(&dry_run::show(&args.spec()?, &args.options())?),
         Verb::Run(args) => launch::run(&args.spec()?, &args.options(), launched_ns),
         Verb::Ps { json } => print(&ps::show(json)?),
         Verb::Inspect { vm, json } => print(&inspect::show(&vm, json)?),
@@ -332,7 +335,11 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
         }
         Verb::Kill { vm } => print(&stop::kill(&vm)?),
         Verb::Events { vm, follow } => events::show(&vm, follow),
-        Verb::Link { vm, nic, order } => link::order(&vm, &nic, order),
+        Verb::Link { vm, nic, order } => {
+            // A pipe of a VM that is over takes orders as well.
+            ps::find(&vm)?;
+            link::order(&vm, &nic, order)
+        }
         Verb::Resize { vm, disk, size } => print(&orders::resize(&vm, &disk, size)?),
         Verb::Metrics { vm, device } => print(&metrics::show(&vm, device.as_deref())?),
         Verb::Upgrade { vm, device, binary } => print(&upgrade::upgrade(&vm, device.as_deref(), &binary)?),
@@ -367,7 +374,7 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
         Verb::Policy {
             verb: PolicyVerb::Show { role, json },
         } => print(&policy::show(role, json)),
-        Verb::Man { verb } => print(&man::page(Cli::command(), verb.as_deref())?),
+        Verb::Man { verb } => print(&man::page(Cli::command(), &verb)?),
         Verb::Completions { shell } => {
             let mut out = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "bulkhead", &mut out);

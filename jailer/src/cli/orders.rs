@@ -1,8 +1,8 @@
 //! Orders to a running VM's device processes, and `bulkhead resize`.
 
 use super::connection::Connection;
+use super::ps;
 use crate::failure::Failure;
-use crate::launch;
 use crate::supervisor::printable;
 use std::time::Duration;
 use vm_spec::client::{Answer, Request};
@@ -16,7 +16,7 @@ const DEADLINE: Duration = Duration::from_secs(20);
 /// # Errors
 /// A [`Failure`] when no such VM or disk runs, or its format cannot do that.
 pub(super) fn resize(vm: &str, disk: &str, size: ByteSize) -> Result<String, Failure> {
-    let mut connection = Connection::open(vm, &launch::run_folder(vm)?)?;
+    let mut connection = Connection::open(&ps::find(vm)?)?;
     let said = order(&mut connection, disk, format!("size {}", size.0))?;
     match said.trim().strip_prefix("error: ") {
         Some(why) => Err(Failure::host(format!("{disk} was not resized")).cause(printable(why))),

@@ -1,6 +1,8 @@
 //! A process, held so that no later one with its number is taken for it.
 #![expect(unsafe_code, reason = "pidfd_open and pidfd_send_signal have no safe form")]
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -38,10 +40,27 @@ impl AsFd for PidFd {
     }
 }
 
+/// Waits until one of `processes` has ended or `other` can be read; those that have ended are taken out.
+pub(super) fn wait_for_one(
+    processes: &mut Vec<PidFd>,
+    other: BorrowedFd<'_>,
+    timeout: PollTimeout,
+) -> io::Result<()> {
+    let all = processes.iter().map(AsFd::as_fd).chain([other]);
+    let mut ready: Vec<_> = all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+    match poll(&mut ready, timeout) {
+        Ok(_) | Err(Errno::EINTR) => {}
+        Err(e) => return Err(e.into()),
+    }
+    let ended: Vec<_> = ready.iter().map(|fd| fd.any().unwrap_or(false)).collect();
+    let mut ended = ended.into_iter();
+    processes.retain(|_| !ended.next().unwrap_or(false));
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::poll::{PollFd, PollFlags, poll};
     use std::process::Command;
 
     #[test]

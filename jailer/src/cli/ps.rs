@@ -8,6 +8,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 use vm_spec::run_state::{FILE_NAME, ProcessRole, RunState};
 
+/// How often the kernel's list of locks is looked at before a VM is taken for over. It is read piece by piece,
+/// and a lock that someone else lets go meanwhile hides another one.
+const LOOKS: usize = 8;
+
 /// A VM that runs.
 pub(super) struct RunningVm {
     pub(super) folder: PathBuf,
@@ -56,7 +60,7 @@ impl RunningVm {
 
     /// Whether it is not over yet.
     pub(super) fn runs(&self) -> bool {
-        launch::is_run_by(&self.folder, self.pid).unwrap_or(false)
+        (0..LOOKS).any(|_| launch::is_run_by(&self.folder, self.pid).unwrap_or(false))
     }
 
     pub(super) fn phase(&self) -> &'static str {

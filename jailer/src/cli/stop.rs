@@ -1,11 +1,10 @@
 //! `bulkhead stop VM` and `bulkhead kill VM`: end a VM from elsewhere, and wait until nothing of it is left.
 
-use super::pidfd::PidFd;
+use super::pidfd::{PidFd, wait_for_one};
 use super::ps::{self, RunningVm};
 use crate::failure::Failure;
 use crate::tell::say;
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollTimeout;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::Signal;
 use std::fs::File;
@@ -124,23 +123,9 @@ impl Ending {
     }
 
     fn wait_for_change(&mut self, limit: Duration) -> io::Result<()> {
-        let mut ready: Vec<_> = self
-            .processes
-            .iter()
-            .map(AsFd::as_fd)
-            .chain([self.folder.as_fd()])
-            .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
-            .collect();
         // Rounded up: what is left of a millisecond is no reason to go round and round.
         let timeout = PollTimeout::try_from(limit + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
-        match poll(&mut ready, timeout) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(e) => return Err(e.into()),
-        }
-        let ended: Vec<_> = ready.iter().map(|fd| fd.any().unwrap_or(false)).collect();
-        let mut ended = ended.into_iter();
-        self.processes.retain(|_| !ended.next().unwrap_or(false));
-        Ok(())
+        wait_for_one(&mut self.processes, self.folder.as_fd(), timeout)
     }
 
     /// Opens the states that the spawner writes, the last of which says how it ended: it soon is removed.

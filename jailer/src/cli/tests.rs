@@ -30,9 +30,20 @@ fn helps_name_all_that_can_be_given() {
     for wall in Wall::ALL {
         named("audit", wall.name());
     }
-    named("audit", "supervisor or startup");
+    for role in values::AUDITED {
+        named("audit", role.name());
+    }
     for verb in ["run", "image info"] {
         named(verb, "enforce, trap, log or off");
+    }
+}
+
+/// A role without attacks would pass an audit that tried nothing.
+#[test]
+fn only_roles_with_attacks_are_audited() {
+    let audit = |role: Role| Cli::try_parse_from(["bulkhead", "audit", "--role", role.name()]);
+    for role in Role::ALL {
+        assert_eq!(audit(role).is_ok(), values::AUDITED.contains(&role), "{role}");
     }
 }
 

@@ -2,14 +2,14 @@
 //! build, while the guest works.
 
 use super::connection::Connection;
+use super::ps;
 use crate::failure::Failure;
-use crate::launch;
 use std::fmt::Write as _;
-use std::fs::{self, File};
+use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
 use vm_spec::client::{Answer, Request};
-use vm_spec::run_state::{self, ProcessRole, RunState};
+use vm_spec::run_state::{ProcessRole, RunState};
 
 /// For one device: its drain, the new build's start, and the old one's if that fails.
 const UPGRADE_DEADLINE: Duration = Duration::from_secs(120);
@@ -21,18 +21,21 @@ const UPGRADE_DEADLINE: Duration = Duration::from_secs(120);
 /// A [`Failure`] when no such VM or device runs, or a new process does not serve (then the old
 /// build does).
 pub(super) fn upgrade(vm: &str, device: Option<&str>, binary: &Path) -> Result<String, Failure> {
-    let folder = launch::run_folder(vm)?;
-    let state = read_state(vm, &folder)?;
+    let running = ps::find(vm)?;
     let file = File::open(binary)
         .map_err(|e| Failure::usage(format!("--binary: cannot open {}", binary.display())).because(&e))?;
     let names = match device {
         Some(name) => vec![name.to_owned()],
-        None => suitable(&state, binary)?,
+        None => suitable(&running.state, binary)?,
     };
-    let mut connection = Connection::open(vm, &folder)?;
+    let mut connection = Connection::open(&running)?;
     let mut out = String::new();
     for name in names {
-        let before = state.processes.iter().find(|process| process.name == name);
+        let before = running
+            .state
+            .processes
+            .iter()
+            .find(|process| process.name == name);
         let before = before.map_or(0, |process| process.pid);
         match connection.ask(
             Request::Upgrade { device: name.clone() },
@@ -56,14 +59,6 @@ pub(super) fn upgrade(vm: &str, device: Option<&str>, binary: &Path) -> Result<S
         }
     }
     Ok(out)
-}
-
-fn read_state(vm: &str, folder: &Path) -> Result<RunState, Failure> {
-    let failed = |e: &dyn std::error::Error| {
-        Failure::host(format!("cannot read the state of the VM '{vm}'")).because(e)
-    };
-    let text = fs::read(folder.join(run_state::FILE_NAME)).map_err(|e| failed(&e))?;
-    serde_json::from_slice(&text).map_err(|e| failed(&e))
 }
 
 /// The devices whose processes are of the kind that the file's name says.

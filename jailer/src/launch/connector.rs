@@ -15,10 +15,8 @@ use super::net::{self, Holder, NetError};
 use crate::sandbox::caps;
 use crate::wire::{Received, receive_message};
 use crate::wire_fds::send_with_fds;
-use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
-use nix::sys::time::{TimeVal, TimeValLike as _};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::unistd::Pid;
 use std::collections::BTreeMap;
 use std::io;
@@ -196,31 +194,6 @@ fn connect_at(path: &Path) -> io::Result<OwnedFd> {
     let stream = UnixStream::from(fd);
     stream.set_nonblocking(false)?;
     Ok(stream.into())
-}
-
-/// Connects, and waits until `limit` for a listener that accepts nobody.
-pub(crate) fn connect_within(path: &Path, limit: Duration) -> io::Result<OwnedFd> {
-    let fd = socket(
-        AddressFamily::Unix,
-        SockType::Stream,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )?;
-    let send_limit = |limit: Duration| {
-        let limit = TimeVal::milliseconds(i64::try_from(limit.as_millis()).unwrap_or(i64::MAX));
-        setsockopt(&fd, sockopt::SendTimeout, &limit)
-    };
-    // It bounds connecting too.
-    send_limit(limit)?;
-    match connect(fd.as_raw_fd(), &UnixAddr::new(path)?) {
-        Err(Errno::EAGAIN) => {
-            let why = format!("it listens, but has accepted nobody within {limit:?}");
-            return Err(io::Error::new(io::ErrorKind::TimedOut, why));
-        }
-        connected => connected?,
-    }
-    send_limit(Duration::ZERO)?;
-    Ok(fd)
 }
 
 #[cfg(test)]

@@ -5,16 +5,20 @@
 
 use super::chain::{folder_of, lexical_join, open_backing, open_image};
 use super::spawn::{binary_folder, pair};
+use super::supervise::take_by_descriptor;
 use crate::failure::Failure;
 use crate::sandbox::child::{Child, Parent, Program, Starting, open_proc, start};
 use crate::sandbox::{Role, SeccompMode};
 use crate::wire::{Received, receive_message};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::SockType;
 use nix::sys::wait::{WaitStatus, waitpid};
 use std::ffi::CString;
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use vm_spec::image::{FromImageTool, ImageInfo, MAX_SNAPSHOTS, SnapshotInfo};
@@ -25,6 +29,8 @@ const ADDRESS_SPACE: u64 = 4 << 30;
 const BINARY: &str = "bulkhead-image";
 /// How long the tool may be silent: it counts the references of a large image without a word.
 const PATIENCE_MS: i32 = 600_000;
+/// They end a verb that makes a file, which then is removed.
+const ENDING: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
 /// Longest chain that is resolved; the engine's own bound.
 const LONGEST_CHAIN: usize = 16;
 
@@ -42,6 +48,8 @@ pub(crate) struct Opened {
     path: PathBuf,
     layers: Vec<(ImageFormat, File)>,
     read_only: bool,
+    /// Of a new file: [`ENDING`].
+    signals: Option<SignalFd>,
 }
 
 /// What `info` says.
@@ -65,11 +73,14 @@ impl Opened {
             path: path.to_owned(),
             layers: vec![(format, open_image("image", path, read_only)?)],
             read_only,
+            signals: None,
         })
     }
 
-    /// A new, empty file.
+    /// A new, empty file. From here on the signals that end us are waited for by [`Self::run`] alone.
     pub(crate) fn new_file(path: &Path, format: ImageFormat) -> Result<Self, Failure> {
+        let signals =
+            take_by_descriptor(ENDING).map_err(|e| Failure::host("cannot take signals").because(&e))?;
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -84,6 +95,7 @@ impl Opened {
             path: path.to_owned(),
             layers: vec![(format, file)],
             read_only: false,
+            signals: Some(signals),
         })
     }
 
@@ -112,6 +124,7 @@ impl Opened {
                         .map_err(|e| Failure::host("image: no descriptor").because(&e))?,
                 )],
                 read_only: true,
+                signals: None,
             };
             let Some(qcow2) = layer.describe(setting)?.info.qcow2 else {
                 break;
@@ -147,7 +160,7 @@ impl Opened {
     /// Removes the file; for one that [`Self::new_file`] made and that came to nothing.
     pub(crate) fn discard(&self) {
         // What cannot be removed stays; the failure that led here is what the person is told.
-        let _ = std::fs::remove_file(&self.path);
+        let _ = fs::remove_file(&self.path);
     }
 
     /// What the image says about itself.
@@ -174,7 +187,7 @@ impl Opened {
     ) -> Result<(), Failure> {
         let failed = |e: &dyn std::error::Error| Failure::host("cannot start the image tool").because(e);
         let null = File::open("/dev/null").map_err(|e| failed(&e))?;
-        let stderr = std::io::stderr();
+        let stderr = io::stderr();
         let (ours, theirs) = pair(SockType::SeqPacket).map_err(|e| failed(&e))?;
         let key = setting
             .key_file
@@ -230,7 +243,15 @@ impl Opened {
             .and_then(Starting::finish)
             .map_err(|e| failed(&e).hint("bulkhead doctor tells what is missing"))?;
         drop(theirs);
-        let outcome = listen(&ours, on_message);
+        let signals = [Some(self), target]
+            .into_iter()
+            .flatten()
+            .find_map(|opened| opened.signals.as_ref());
+        let outcome = listen(&ours, signals, on_message);
+        if matches!(outcome, Err(Problem::Signal(_))) {
+            // What it has made is removed.
+            let _ = kill(child.pid, Signal::SIGKILL);
+        }
         finish(&child, ours);
         outcome.map_err(|problem| match problem {
             Problem::Told(why) => {
@@ -239,6 +260,10 @@ impl Opened {
             Problem::Lost(why) => Failure::host(format!("{}: the image tool was lost", self.path.display()))
                 .cause(why)
                 .hint("with --seccomp=log the kernel's log names a system call that was stopped"),
+            Problem::Signal(number) => {
+                Failure::host(format!("{}: {verb} was ended by a signal", self.path.display()))
+                    .exiting(128_u8.saturating_add(number))
+            }
         })
     }
 }
@@ -255,19 +280,29 @@ fn open_binary() -> Result<File, Failure> {
 enum Problem {
     Told(String),
     Lost(String),
+    /// Someone wants us to end.
+    Signal(u8),
 }
 
-/// Reads messages to the last one.
-fn listen(socket: &OwnedFd, on_message: &mut dyn FnMut(FromImageTool)) -> Result<(), Problem> {
+/// Reads messages to the last one, or to a signal.
+fn listen(
+    socket: &OwnedFd,
+    signals: Option<&SignalFd>,
+    on_message: &mut dyn FnMut(FromImageTool),
+) -> Result<(), Problem> {
     let lost = |e: &dyn std::error::Error| Problem::Lost(crate::failure::chain(e));
     loop {
+        if let Some(Ok(Some(info))) = signals.map(SignalFd::read_signal) {
+            return Err(Problem::Signal(u8::try_from(info.ssi_signo).unwrap_or(0)));
+        }
         match receive_message(socket.as_fd()).map_err(|e| lost(&e))? {
             Received::Message(_, FromImageTool::Done) => return Ok(()),
             Received::Message(_, FromImageTool::Failed(why)) => return Err(Problem::Told(why)),
             Received::Message(_, message) => on_message(message),
             Received::End => return Err(Problem::Lost("it ended without an answer".into())),
             Received::Nothing => {
-                let mut ready = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+                let all = [socket.as_fd()].into_iter().chain(signals.map(AsFd::as_fd));
+                let mut ready: Vec<_> = all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
                 let patience = PollTimeout::try_from(PATIENCE_MS).unwrap_or(PollTimeout::MAX);
                 match poll(&mut ready, patience) {
                     Ok(0) => return Err(Problem::Lost("it has been silent for ten minutes".into())),
@@ -285,7 +320,7 @@ fn finish(child: &Child, socket: OwnedFd) {
     drop(socket);
     // It has nothing left to do but to exit; if it does not, or was given up, it is killed.
     if !matches!(poll(&mut ended, PollTimeout::from(2000_u16)), Ok(1)) {
-        let _ = nix::sys::signal::kill(child.pid, nix::sys::signal::Signal::SIGKILL);
+        let _ = kill(child.pid, Signal::SIGKILL);
     }
     if let Ok(WaitStatus::Signaled(_, signal, _)) = waitpid(child.pid, None) {
         tracing::debug!(%signal, fd = child.pidfd.as_raw_fd(), "the image tool was ended");

@@ -2,7 +2,7 @@
 //! processes get descriptors.
 
 use super::chain::{Layer, open_chain, open_image};
-use super::connector::connect_within;
+use super::connect::connect_within;
 use super::disk::{Disk, Key};
 use super::kernel::{self, Kernel};
 use super::machine::{Backend, Device, Remote};
@@ -13,6 +13,7 @@ use super::watch::Watch;
 use crate::failure::Failure;
 use crate::sandbox::cgroup::disk_behind;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{SockType, UnixAddr};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -122,19 +123,21 @@ fn open_backend(spec: &VmSpec, device: &Device) -> Result<Option<BackendInput>, 
             interruptibly(|| net::serve(&device.field, passt, publish, *mtu))
                 .map(|socket| Some(BackendInput::Socket(socket)))
         }
-        Backend::External(Remote { socket, .. }) => {
-            match interruptibly(|| connect_within(socket, ACCEPT_DEADLINE)) {
-                Ok(stream) => Ok(Some(BackendInput::Socket(stream))),
-                Err(e) => Err(Failure::host(format!(
-                    "{}: cannot connect to the back end at {}",
-                    device.field,
-                    socket.display()
-                ))
-                .because(&e)
-                .hint("start the back end first, with this socket path")),
-            }
-        }
+        Backend::External(Remote { socket, .. }) => match interruptibly(|| connect(socket)) {
+            Ok(stream) => Ok(Some(BackendInput::Socket(stream))),
+            Err(e) => Err(Failure::host(format!(
+                "{}: cannot connect to the back end at {}",
+                device.field,
+                socket.display()
+            ))
+            .because(&e)
+            .hint("start the back end first, with this socket path")),
+        },
     }
+}
+
+fn connect(socket: &Path) -> io::Result<OwnedFd> {
+    connect_within(SockType::Stream, &UnixAddr::new(socket)?, ACCEPT_DEADLINE)
 }
 
 fn open_disk(spec: &VmSpec, device: &Device, disk: &Disk) -> Result<Images, Failure> {

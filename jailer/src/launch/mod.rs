@@ -5,6 +5,7 @@
 //! ```
 
 mod chain;
+mod connect;
 mod connector;
 mod disk;
 mod forker;

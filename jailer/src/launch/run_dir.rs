@@ -1,9 +1,11 @@
 //! A VM's run-time folder, `$XDG_RUNTIME_DIR/bulkhead/NAME` or `/tmp/bulkhead-UID/NAME`: its
 //! lock says whether the VM runs, and whoever comes next sweeps what nobody holds.
 
+use super::connect::connect_within;
 use crate::failure::Failure;
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag, openat, renameat};
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, geteuid};
 use std::fs::{self, DirBuilder, File};
@@ -11,12 +13,15 @@ use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use vm_spec::client;
 use vm_spec::events::{self, VmEvent};
 use vm_spec::run_state::{self, RunState};
 
 /// Another start or sweep of the same name is waited out this many times.
 const ATTEMPTS: usize = 8;
+/// For a supervisor to let a client in.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 /// The files that a run-time folder may hold.
 const FILES: [&str; 4] = [
     run_state::FILE_NAME,
@@ -92,10 +97,8 @@ fn socket_address(folder: i32) -> nix::Result<UnixAddr> {
 /// Connects to the supervisor of the VM whose folder `path` is.
 pub(crate) fn connect_to(path: &Path) -> io::Result<OwnedFd> {
     let folder = File::open(path)?;
-    let kind = SockType::SeqPacket;
-    let socket = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None)?;
-    connect(socket.as_raw_fd(), &socket_address(folder.as_raw_fd())?)?;
-    Ok(socket)
+    let address = socket_address(folder.as_raw_fd())?;
+    connect_within(SockType::SeqPacket, &address, CONNECT_DEADLINE)
 }
 
 /// Makes and locks the folder of VM `name`, after sweeping those of VMs that are gone.
@@ -157,7 +160,7 @@ fn try_lock(path: &Path) -> io::Result<Option<Flock<File>>> {
                 Err(io::ErrorKind::NotFound.into())
             }
         }
-        Err((_, nix::errno::Errno::EAGAIN)) => Ok(None),
+        Err((_, Errno::EAGAIN)) => Ok(None),
         Err((_, e)) => Err(e.into()),
     }
 }

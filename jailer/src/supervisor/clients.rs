@@ -13,6 +13,8 @@ use vm_spec::client::{Answer, Channel, Request};
 
 /// Most clients at a time; another one is turned away.
 pub const MOST_CLIENTS: u32 = 8;
+/// What a client that is turned away is told has this number, which no request has.
+pub const NO_REQUEST: u64 = 0;
 /// A client that asks for nothing for this long is turned away.
 const IDLE_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -76,6 +78,10 @@ impl Clients {
                     idle: Some(now),
                     number: self.count,
                 });
+            } else {
+                let why = format!("{MOST_CLIENTS} others talk to it already");
+                // It is let go in any case.
+                let _ = send_message(socket.as_fd(), NO_REQUEST, Answer::Failed(why));
             }
         }
     }

@@ -27,7 +27,7 @@ use crate::inherit;
 use crate::sandbox::{self, LockdownError, Locked, Role, SeccompMode};
 use crate::wire::{Received, TransferError, receive_message, send_message};
 use clients::Clients;
-pub use clients::MOST_CLIENTS;
+pub use clients::{MOST_CLIENTS, NO_REQUEST};
 use console::Console;
 use devices::Counters;
 #[cfg(feature = "launcher")]

@@ -79,7 +79,7 @@ impl Play {
         let _ = send_message(client.as_fd(), 7, request);
         self.supervisor.hear_clients(Instant::now());
         match receive_message(client.as_fd()) {
-            Ok(Received::Message(7, answer)) => Some(answer),
+            Ok(Received::Message(7 | NO_REQUEST, answer)) => Some(answer),
             Ok(Received::End) => None,
             other => panic!("{other:?}"),
         }
@@ -169,6 +169,8 @@ fn clients_are_few_and_not_waited_for() {
     let first = play.ask(&clients[0], Request::Hello);
     assert_eq!(first, Some(Answer::Hello));
     let one_more = play.client();
+    let told = play.ask(&one_more, Request::Hello);
+    assert!(matches!(told, Some(Answer::Failed(why)) if why.contains("8 others")));
     assert_eq!(play.ask(&one_more, Request::Hello), None);
     // They say nothing for too long.
     let later = play.supervisor.clients.deadline().expect("they are idle");

@@ -44,6 +44,15 @@ pub(super) fn info_json(path: &Path, format: ImageFormat, found: &Described, use
         }
         put("format-specific", json!({ "type": "qcow2", "data": data }));
     }
+    let snapshots = snapshots_json(found);
+    if !snapshots.is_empty() {
+        put("snapshots", json!(snapshots));
+    }
+    Value::Object(all)
+}
+
+/// The internal snapshots, as they are among what [`info_json`] says.
+pub(super) fn snapshots_json(found: &Described) -> Vec<Value> {
     let snapshots = found.snapshots.iter().map(|snapshot| {
         json!({
             "id": snapshot.id, "name": snapshot.name, "vm-state-size": snapshot.vm_state_size,
@@ -52,11 +61,7 @@ pub(super) fn info_json(path: &Path, format: ImageFormat, found: &Described, use
             "vm-clock-nsec": snapshot.vm_clock_nsec % 1_000_000_000,
         })
     });
-    let snapshots: Vec<_> = snapshots.collect();
-    if !snapshots.is_empty() {
-        put("snapshots", json!(snapshots));
-    }
-    Value::Object(all)
+    snapshots.collect()
 }
 
 /// QEMU's name of a format.

@@ -1,0 +1,63 @@
+//! Values that are one of a few words: the parser, completions and helps name the same.
+
+use crate::audit::wall::Wall;
+use crate::sandbox::{Role, SeccompMode};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use vm_spec::spec::{OnDeviceDeath, OnReboot};
+
+/// Those that `bulkhead audit` has attacks for.
+pub(super) const AUDITED: [Role; 6] = [
+    Role::Vmm,
+    Role::Vcpu,
+    Role::Disk,
+    Role::Net,
+    Role::Supervisor,
+    Role::Startup,
+];
+
+fn one_of<T, const N: usize>(words: [(&'static str, T); N]) -> impl TypedValueParser<Value = T>
+where
+    T: Copy + Send + Sync + 'static,
+{
+    PossibleValuesParser::new(words.map(|(word, _)| word)).try_map(move |given| {
+        let known = words.iter().find(|(word, _)| *word == given);
+        known.map(|(_, value)| *value).ok_or("there is no such word")
+    })
+}
+
+pub(super) fn role() -> impl TypedValueParser<Value = Role> {
+    one_of(Role::ALL.map(|role| (role.name(), role)))
+}
+
+pub(super) fn audited() -> impl TypedValueParser<Value = Role> {
+    one_of(AUDITED.map(|role| (role.name(), role)))
+}
+
+pub(super) fn wall() -> impl TypedValueParser<Value = Wall> {
+    one_of(Wall::ALL.map(|wall| (wall.name(), wall)))
+}
+
+pub(super) fn seccomp() -> impl TypedValueParser<Value = SeccompMode> {
+    one_of([
+        ("enforce", SeccompMode::Enforce),
+        ("trap", SeccompMode::Trap),
+        ("log", SeccompMode::Log),
+        ("off", SeccompMode::Off),
+    ])
+}
+
+pub(super) fn on_reboot() -> impl TypedValueParser<Value = OnReboot> {
+    one_of([("restart", OnReboot::Restart), ("exit", OnReboot::Exit)])
+}
+
+pub(super) fn on_device_death() -> impl TypedValueParser<Value = OnDeviceDeath> {
+    one_of([("restart", OnDeviceDeath::Restart), ("end", OnDeviceDeath::End)])
+}
+
+/// In a help's words.
+pub(super) fn any_of(names: &[&str]) -> String {
+    match names {
+        [others @ .., last] if !others.is_empty() => format!("{} or {last}", others.join(", ")),
+        names => names.concat(),
+    }
+}
