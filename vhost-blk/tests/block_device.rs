@@ -1,4 +1,4 @@
-//! A disk on a block device whose logical blocks are larger than the guest's sectors.
+//! A disk on a block device, whose logical blocks are larger than the guest's sectors.
 
 mod support;
 
@@ -64,9 +64,45 @@ fn sectors_are_zeroed_and_discarded() -> Completion {
     Completion::Completed
 }
 
+fn a_disk_is_no_longer_than_its_device() -> Completion {
+    let scratch = Scratch::new();
+    let file = scratch.path("file");
+    std::fs::write(&file, vec![0; SIZE]).expect("writes");
+    let Some(device) = LoopDevice::over(&file) else {
+        return Completion::ignored_with("no loop devices with blocks of 4096 bytes here");
+    };
+    let image = open(&[(&device.0, Format::Raw)]);
+    let twice = 2 * SIZE as u64;
+    assert!(image.grow(twice, None).is_err(), "the device is not that long");
+    assert_eq!(image.capacity(), SIZE as u64);
+    let longer = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&file)
+        .expect("opens");
+    longer.set_len(twice).expect("grows");
+    let mut losetup = Command::new("losetup");
+    let status = losetup.arg("--set-capacity").arg(&device.0).status();
+    assert!(status.expect("losetup").success());
+    image.grow(twice, None).expect("the device is that long now");
+    assert_eq!(image.capacity(), twice);
+    write(&*image, twice - 512, &[7; 512]).expect("writes");
+    assert_same(
+        &read(&*image, twice - 512, 512).expect("reads"),
+        &[7; 512],
+        "the end",
+    );
+    Completion::Completed
+}
+
 fn main() -> ExitCode {
-    support::suite::run(vec![support::suite::test_if_possible(
-        "sectors_are_zeroed_and_discarded",
-        sectors_are_zeroed_and_discarded,
-    )])
+    support::suite::run(vec![
+        support::suite::test_if_possible(
+            "sectors_are_zeroed_and_discarded",
+            sectors_are_zeroed_and_discarded,
+        ),
+        support::suite::test_if_possible(
+            "a_disk_is_no_longer_than_its_device",
+            a_disk_is_no_longer_than_its_device,
+        ),
+    ])
 }

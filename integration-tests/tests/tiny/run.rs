@@ -71,6 +71,10 @@ pub(crate) fn tests() -> Vec<Trial> {
     tests.push(test("run::kill_reaper_with_subordinate_ids", || {
         by_user_with_ids(|user, group| killed("reaper", ProcessRole::Reaper, Who::Other(user, group)))
     }));
+    tests.push(test("run::with_a_capability_of_the_file", with_a_capability));
+    tests.push(test("run::root_of_two_pid_namespaces", two_pid_namespaces));
+    tests.push(test("run::with_few_open_files", few_open_files));
+    tests.push(test("run::with_little_address_space", little_address_space));
     tests.push(test("run::exit_code_lost_disk", lost_disk));
     tests.push(test("run::exit_code_forbidden_call", forbidden_call));
     for mode in ["trap", "log", "off"] {
@@ -249,6 +253,96 @@ fn killed(name: &str, role: ProcessRole, who: Who) -> Result<()> {
     ensure!(lines == 1, "{lines} lines name the {called}: {words:?}");
     let status = run.process.wait(DEADLINE)?;
     ensure!(!status.success(), "{status} after {name} was killed");
+    Ok(())
+}
+
+/// As doctor advises it for bridges.
+fn with_a_capability() -> Result<()> {
+    if !Uid::effective().is_root() {
+        return Err(Skip("only root can become another user".to_owned()).into());
+    }
+    let _lent = Lent::to(NOBODY)?;
+    let place = Place::make()?;
+    let setcap = Command::new("setcap")
+        .arg("cap_net_admin+ep")
+        .arg(place.path("bulkhead"))
+        .status();
+    if !setcap.is_ok_and(|status| status.success()) {
+        return Err(Skip("no setcap, or no file system for it".to_owned()).into());
+    }
+    let mut run = halted(&place, OnDeviceDeath::End, Who::Other(NOBODY, NOBODY))?;
+    run.process.signal(Signal::SIGTERM)?;
+    let status = run.wait(DEADLINE)?;
+    ensure!(status.code() == Some(exit_code::TIMEOUT.into()), "{status}");
+    Ok(())
+}
+
+/// A process id is the same in both: the users must not be.
+fn two_pid_namespaces() -> Result<()> {
+    Host::need_kvm()?;
+    if !Uid::effective().is_root() || jail_is_off() {
+        return Err(Skip("only root has ranges of ids, in a jail".to_owned()).into());
+    }
+    let start = || -> Result<Run> {
+        let mut command = Command::new("unshare");
+        command
+            .args(["--pid", "--fork", "--kill-child", "--mount-proc"])
+            .arg(artifact(Artifact::Bulkhead)?);
+        let flags = [
+            format!("--kernel={}", artifact(Artifact::TinyGuest)?.display()),
+            "--cmdline=scenario=hlt".to_owned(),
+        ];
+        Run::by(command, tempfile::tempdir()?, &flags)
+    };
+    let (mut one, mut other) = (start()?, start()?);
+    let id = |run: &mut Run| -> Result<Option<u32>> {
+        let state = run.state(DEADLINE)?;
+        let vmm = state
+            .processes
+            .iter()
+            .find(|process| process.role == ProcessRole::Vmm);
+        Ok(vmm.context("no vmm")?.id)
+    };
+    let (one, other) = (id(&mut one)?, id(&mut other)?);
+    ensure!(one.is_some() && one != other, "{one:?} and {other:?}");
+    Ok(())
+}
+
+/// `bulkhead run` by a shell that has set a limit.
+fn limited(limit: &str) -> Result<Run> {
+    Host::need_kvm()?;
+    let mut shell = Command::new("sh");
+    shell
+        .args(["-c", &format!("ulimit {limit}; exec \"$@\""), "sh"])
+        .arg(artifact(Artifact::Bulkhead)?);
+    let flags = [
+        format!("--kernel={}", artifact(Artifact::TinyGuest)?.display()),
+        "--memory=64M".to_owned(),
+        "--cmdline=scenario=poweroff".to_owned(),
+    ];
+    Run::by(shell, tempfile::tempdir()?, &flags)
+}
+
+fn few_open_files() -> Result<()> {
+    for few in [20, 1023] {
+        let mut run = limited(&format!("-n {few}"))?;
+        let status = run.wait(DEADLINE)?;
+        let said = run.process.stderr()?;
+        ensure!(status.code() == Some(exit_code::ERROR.into()), "{status}: {said}");
+        let expected = format!("the limit on open files is {few}, and 1024 are needed");
+        ensure!(said.contains(&expected), "{said}");
+    }
+    let mut run = limited("-n 1024")?;
+    let status = run.wait(DEADLINE)?;
+    ensure!(status.success(), "{status}: {}", run.process.stderr()?);
+    Ok(())
+}
+
+/// Less than a process's bound of its own.
+fn little_address_space() -> Result<()> {
+    let mut run = limited("-v 2000000")?;
+    let status = run.wait(DEADLINE)?;
+    ensure!(status.success(), "{status}: {}", run.process.stderr()?);
     Ok(())
 }
 

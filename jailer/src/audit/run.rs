@@ -56,8 +56,10 @@ pub fn run(options: &Options) -> Result<(String, u8), Failure> {
     let mut roles = stage.roles();
     roles.retain(|role| options.role.is_none_or(|wanted| wanted == *role));
     if let (Some(role), true) = (options.role, roles.is_empty()) {
-        return Err(Failure::host(format!("--role: nothing on this host runs as {role}"))
-            .hint("without /dev/net/tun there is no NIC"));
+        return Err(
+            Failure::host(format!("--role: nothing on this host runs as {role}"))
+                .hint("without /dev/net/tun there is no NIC"),
+        );
     }
     let attacks = chosen(options)?;
     let bare = Pass::new(&stage, &targets, Removed::ALL, Settled::Own)?.all(&roles, &attacks)?;

@@ -2,8 +2,8 @@
 
 mod net;
 
-use crate::launch::identity;
 use crate::launch::spawn::installed;
+use crate::launch::{self, identity};
 use crate::sandbox::cgroup::Place;
 use crate::sandbox::landlock_level;
 use nix::sched::{CloneFlags, unshare};
@@ -57,6 +57,7 @@ pub(super) fn examine(json: bool) -> (String, u8) {
     let findings = [
         kvm(),
         kvm_kind(),
+        open_files(),
         user_namespaces(),
         identity(),
         landlock(),
@@ -147,6 +148,14 @@ fn kvm_kind() -> Finding {
         ),
         Some(module) => Finding::good(name, format!("hardware ({module})")),
         None => Finding::bad(name, Level::Note, "no KVM module that is known", ""),
+    }
+}
+
+fn open_files() -> Finding {
+    let name = "open files";
+    match launch::too_few_open_files() {
+        None => Finding::good(name, "their limit is high enough"),
+        Some(too_few) => Finding::bad(name, Level::Missing, too_few, launch::MORE_OPEN_FILES),
     }
 }
 

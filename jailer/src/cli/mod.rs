@@ -33,6 +33,7 @@ use crate::launch::{self, Jail, Options};
 use crate::sandbox::{Role, SeccompMode};
 use crate::tell::say;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use nix::sys::prctl;
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
@@ -290,6 +291,10 @@ impl RunArgs {
 /// Runs the command line and returns the exit code.
 pub fn main() -> u8 {
     let launched_ns = launch::monotonic_ns();
+    // A capability of the file (setcap) makes what is in /proc about us root's, and namespaces want it.
+    if prctl::get_dumpable() == Ok(false) {
+        let _ = prctl::set_dumpable(true);
+    }
     let arguments: Vec<_> = std::env::args_os().collect();
     let usage = image::usage_code(&arguments);
     let of = |code| if code == USAGE { usage } else { code };

@@ -10,11 +10,11 @@ use crate::failure::Failure;
 use crate::sandbox::{Anchor, Root, caps};
 use crate::tell::tell;
 use nix::unistd::{Gid, Uid, User, getgid, getpid, getuid, setgroups};
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read as _};
 use std::os::fd::IntoRawFd;
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt};
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -24,14 +24,23 @@ use vm_spec::run_state::Identity;
 /// containers (systemd's documented UID ranges).
 const ROOT_RANGES: u32 = 0x7000_0000;
 /// Ids of a VM: the spawner's, the vmm's, the supervisor's, 32 devices'. With the largest process id,
-/// 2^22, ranges end at 2^31.
+/// ranges end at 2^31.
 const IDS: u32 = 64;
+/// On any host.
+const LARGEST_PID: u32 = 1 << 22;
+/// Ranges behind those of process ids, short of the last ids there are.
+const DRAWN: u32 = (1 << 25) - 2;
+/// `PROC_PID_INIT_INO` of the kernel.
+const FIRST_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
 /// `CAP_KILL`, `CAP_SETGID`, `CAP_SETUID` and `CAP_SYS_ADMIN` within the VM's own user namespace: what
 /// it takes to make, and to end, processes of other users in it.
 const KEPT: u64 = 1 << 5 | 1 << 6 | 1 << 7 | 1 << 21;
 
 /// Why there may be none although there are subordinate ids.
 const TAKEN: &str = "all subordinate ids are in use";
+/// Where programs are without a PATH: where the C library looks for them.
+const DEFAULT_PATH: &str = "/usr/bin:/bin";
+
 /// Why root of a user namespace has no range.
 const NO_RANGE: &str = "a user namespace has no ids to spare";
 
@@ -120,7 +129,7 @@ impl Identities {
             return Ok(Self::Own(NO_RANGE));
         }
         if getuid().is_root() {
-            let first = ROOT_RANGES + getpid().as_raw().unsigned_abs() * IDS;
+            let first = ROOT_RANGES + root_range().map_err(failed)? * IDS;
             let anchor = Anchor::start().map_err(failed)?;
             for map in ["gid_map", "uid_map"] {
                 let path = format!("/proc/{}/{map}", anchor.pid());
@@ -213,6 +222,17 @@ impl Identities {
 
 /// Root is root of a user namespace only, such as a container's: outside it is a user, and what is
 /// outside the namespace it cannot be.
+/// Which of root's ranges is ours: that of our process id, which is the host's own. In another pid namespace, a
+/// container's, it may be another VM's as well: there one is drawn from all that lie behind those.
+fn root_range() -> io::Result<u32> {
+    if fs::metadata("/proc/self/ns/pid")?.ino() == FIRST_PID_NAMESPACE {
+        return Ok(getpid().as_raw().unsigned_abs());
+    }
+    let mut drawn = [0; 4];
+    File::open("/dev/urandom")?.read_exact(&mut drawn)?;
+    Ok(LARGEST_PID + 1 + u32::from_ne_bytes(drawn) % DRAWN)
+}
+
 fn in_namespace() -> bool {
     let own = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     !own.split_whitespace().eq(["0", "0", "4294967295"])
@@ -289,7 +309,7 @@ fn owned(text: &str, owners: &[String; 2]) -> Option<Owned> {
 }
 
 fn in_path(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
+    let path = std::env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
     std::env::split_paths(&path).any(|folder: PathBuf| Path::new(&folder).join(program).is_file())
 }
 

@@ -35,11 +35,13 @@ pub(crate) mod fuzz;
 
 use crate::failure::Failure;
 use crate::sandbox::cgroup::{CgroupError, Groups, Place};
+use crate::sandbox::child::MAX_OPEN_FILES;
 use crate::sandbox::{Anchor, Root, SeccompMode, share_cores_within};
 use crate::tell::tell;
 use connector::Connector;
 use identity::{Identities, Settled};
 use inputs::{BackendInput, Inputs};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signalfd::SignalFd;
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Pid, getpid};
@@ -184,6 +186,16 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
     result
 }
 
+/// What mends [`too_few_open_files`].
+pub(crate) const MORE_OPEN_FILES: &str = "ulimit -Hn 1024, or LimitNOFILE=1024 of a service";
+
+/// That this process may not open as many files as a jailed process has numbers for, if so.
+pub(crate) fn too_few_open_files() -> Option<String> {
+    let needed = MAX_OPEN_FILES + 1;
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
+    (hard < needed).then(|| format!("the limit on open files is {hard}, and {needed} are needed"))
+}
+
 /// What a VM is given before any other process is made.
 struct Ground {
     run_dir: RunDir,
@@ -194,6 +206,9 @@ struct Ground {
 
 impl Ground {
     fn claim(spec: &VmSpec, name: &str) -> Result<Self, Failure> {
+        if let Some(too_few) = too_few_open_files() {
+            return Err(Failure::host(too_few).hint(MORE_OPEN_FILES));
+        }
         let identities = || Identities::begin(&spawn::installed());
         if spec.limits.controllers().is_empty() {
             // As early as can be: a user's range takes longer to get than all that comes before its use.

@@ -311,7 +311,7 @@ const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 /// A step's number and an errno.
 const REPORT_LEN: usize = 5;
 /// Most open descriptors of a jailed process.
-const MAX_OPEN_FILES: u64 = 1023;
+pub(crate) const MAX_OPEN_FILES: u64 = 1023;
 /// The binary's number at exec, which `startup.policy` names: with [`MAX_OPEN_FILES`] no descriptor
 /// gets it again, so that nothing can be executed once more.
 const BINARY: RawFd = MAX_OPEN_FILES as RawFd;
@@ -416,7 +416,9 @@ fn try_build(prepared: &mut Prepared) -> Result<std::convert::Infallible, (Step,
     if !prepared.removed.has(Wall::Limit) {
         setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(at(Step::Limits))?;
         setrlimit(Resource::RLIMIT_NOFILE, MAX_OPEN_FILES, MAX_OPEN_FILES).map_err(at(Step::Limits))?;
-        let most = prepared.address_space;
+        // Who started us may have bounded it closer.
+        let (_, hard) = getrlimit(Resource::RLIMIT_AS).map_err(at(Step::Limits))?;
+        let most = prepared.address_space.min(hard);
         setrlimit(Resource::RLIMIT_AS, most, most).map_err(at(Step::Limits))?;
     }
     nix::sys::signal::sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)

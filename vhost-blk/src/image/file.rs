@@ -72,7 +72,8 @@ pub trait BlockFile: Send + Sync {
         self.zero_range(offset, len)
     }
 
-    /// Makes the file at least `len` bytes long; the new part reads as zeros.
+    /// Makes the file at least `len` bytes long; the new part reads as zeros. A block device has to be that long
+    /// already, and shows what it holds.
     fn grow_to(&self, len: u64) -> io::Result<()>;
 
     /// Cuts the file to `len` bytes if it is longer and can be cut.
@@ -187,6 +188,17 @@ impl HostFile {
                 // A device takes whole logical blocks of its own, which may be larger than a sector.
                 Err(Errno::EINVAL) if self.fixed_size.is_some() => Ok(false),
                 Err(error) => Err(error.into()),
+            };
+        }
+    }
+
+    /// Whether a block device is this long by now.
+    fn reaches(&self, len: u64) -> io::Result<bool> {
+        let last = position(len.saturating_sub(1))?;
+        loop {
+            return match preadv(&self.file, &mut [IoSliceMut::new(&mut [0])], last) {
+                Err(Errno::EINTR) => continue,
+                found => Ok(found? == 1),
             };
         }
     }
@@ -313,6 +325,7 @@ impl BlockFile for HostFile {
         let now = self.size()?;
         match (len > now, self.fixed_size) {
             (false, _) => Ok(()),
+            (true, Some(_)) if self.reaches(len)? => Ok(()),
             (true, Some(_)) => Err(super::no_space()),
             (true, None) => self.file.set_len(len),
         }

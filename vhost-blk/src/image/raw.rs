@@ -89,11 +89,9 @@ impl Image for RawImage {
             let reason = format!("{capacity} bytes is not a multiple of {SECTOR}, or less than now ({now})");
             return Err(ImageError::refused("size", reason));
         }
-        if !self.file.has_fixed_size() {
-            self.file
-                .grow_to(capacity)
-                .map_err(ImageError::io("make the raw image longer"))?;
-        }
+        self.file
+            .grow_to(capacity)
+            .map_err(ImageError::io("make the raw image longer"))?;
         self.capacity.store(capacity, Ordering::Release);
         Ok(())
     }
