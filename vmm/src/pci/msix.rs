@@ -25,6 +25,8 @@ pub struct Msix {
     interrupts: Arc<dyn Interrupts>,
     vectors: Vec<Vector>,
     control: u16,
+    /// The guest has switched bus mastering off.
+    stopped: bool,
 }
 
 impl Msix {
@@ -40,6 +42,7 @@ impl Msix {
             interrupts,
             vectors,
             control: 0,
+            stopped: false,
         })
     }
 
@@ -60,9 +63,16 @@ impl Msix {
     pub fn set_control(&mut self, control: u16) {
         if self.control != control {
             self.control = control;
-            for index in 0..self.vectors.len() {
-                self.settle(index);
-            }
+            self.settle_all();
+        }
+    }
+
+    /// The guest has switched bus mastering on or off. Off is as if the function were masked: what
+    /// is signalled meanwhile is pending.
+    pub fn set_bus_master(&mut self, on: bool) {
+        if self.stopped == on {
+            self.stopped = !on;
+            self.settle_all();
         }
     }
 
@@ -143,6 +153,7 @@ impl Msix {
     pub fn reset(&mut self) {
         self.release();
         self.control = 0;
+        self.stopped = false;
         for index in 0..self.vectors.len() {
             self.vectors[index].masked = true;
             self.vectors[index].message = Default::default();
@@ -150,8 +161,14 @@ impl Msix {
         }
     }
 
+    fn settle_all(&mut self) {
+        for index in 0..self.vectors.len() {
+            self.settle(index);
+        }
+    }
+
     fn settle(&mut self, index: usize) -> bool {
-        let open = self.control & CONTROL_WRITABLE == CONTROL_ENABLE;
+        let open = !self.stopped && self.control & CONTROL_WRITABLE == CONTROL_ENABLE;
         let result = self.vectors[index].settle(self.interrupts.as_ref(), open);
         if let Err(error) = &result {
             // What could not be attached keeps counting: it is delivered by the next unmask.

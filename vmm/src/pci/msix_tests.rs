@@ -64,6 +64,31 @@ fn pending_while_masked_and_delivered_at_unmask() {
     assert_eq!((interrupts.injected(1), pending(&msix)), (3, 0));
 }
 
+#[test]
+fn pending_while_bus_mastering_is_off() {
+    let (interrupts, mut msix) = msix(1);
+    let source = assigned(&mut msix, 0);
+    msix.set_control(ENABLE);
+    program(&mut msix, 0, 7);
+    msix.set_bus_master(true);
+    msix.set_bus_master(false);
+    source.write(1).unwrap();
+    msix.set_control(ENABLE | FUNCTION_MASK);
+    msix.set_control(ENABLE);
+    mask(&mut msix, 0, true);
+    mask(&mut msix, 0, false);
+    assert_eq!((interrupts.injected(0), pending(&msix)), (0, 1));
+    msix.set_bus_master(true);
+    assert_eq!((interrupts.injected(0), pending(&msix)), (1, 0));
+    msix.set_bus_master(false);
+    msix.reset();
+    let source = assigned(&mut msix, 0);
+    msix.set_control(ENABLE);
+    program(&mut msix, 0, 7);
+    source.write(1).unwrap();
+    assert_eq!(interrupts.injected(0), 2, "at power-on nothing is switched off");
+}
+
 /// One signal at each step of a mask and an unmask: whenever it comes, it is injected at least
 /// once after it was made, and pending until then if the vector is masked.
 #[test]

@@ -60,7 +60,8 @@ impl Vector {
         }
     }
 
-    /// Makes KVM agree with the table. `open`: MSI-X is enabled and the function not masked.
+    /// Makes KVM agree with the table. `open`: MSI-X is enabled, the function not masked, and it
+    /// may send messages.
     pub(super) fn settle(&mut self, interrupts: &dyn Interrupts, open: bool) -> io::Result<()> {
         self.live = open && !self.masked;
         if self.live {

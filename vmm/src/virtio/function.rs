@@ -85,9 +85,14 @@ impl Function for VirtioFunction {
             self.transport.bar_write(at, data);
         }
         let mut space = lock(&self.space);
+        let before = space.command();
         space.write(offset, data);
         // Under the lock: two vCPUs that move the BAR do so one after the other.
         self.settle(&space);
+        let after = space.command();
+        if (before ^ after) & command::BUS_MASTER != 0 {
+            self.transport.set_bus_master(after & command::BUS_MASTER != 0);
+        }
     }
 
     fn window(&self) -> Option<Window> {
@@ -117,6 +122,8 @@ impl Function for VirtioFunction {
         self.worker.finish_reset();
         self.transport.driven.store(false, Ordering::Relaxed);
         lock(&self.transport.msix).reset();
+        // As one that was never switched off.
+        self.transport.mailbox.set_bus_master(true);
         let mut space = lock(&self.space);
         *space = self.power_on.clone();
         self.settle(&space);

@@ -77,6 +77,10 @@ impl ConfigWrite {
 pub(super) struct Mail {
     /// The thread ends.
     pub(super) quit: bool,
+    /// Bus mastering was switched off.
+    pub(super) master_off: bool,
+    /// It was switched on, and is.
+    pub(super) master_on: bool,
     pub(super) reset: bool,
     pub(super) start: Option<StartOrder>,
     pub(super) config_writes: Vec<ConfigWrite>,
@@ -112,6 +116,14 @@ impl Mailbox {
             mail.start = None;
             mail.config_writes.clear();
             mail.reset = true;
+        });
+    }
+
+    /// Bus mastering was switched on or off.
+    pub(super) fn set_bus_master(&self, on: bool) {
+        self.leave(|mail| {
+            mail.master_off |= !on;
+            mail.master_on = on;
         });
     }
 

@@ -13,6 +13,7 @@
 //! ioeventfds, eventfds). It never waits for a back end: a driver's reset reads as not done until
 //! the device's thread has drained the rings, or the process of a lost back end has ended.
 
+mod bus_master;
 mod configuration;
 mod device;
 mod device_type;
@@ -30,6 +31,8 @@ mod successor;
 mod transport;
 mod worker;
 
+#[cfg(test)]
+mod bus_master_tests;
 #[cfg(test)]
 mod device_tests;
 #[cfg(test)]

@@ -68,7 +68,7 @@ impl Pulse {
 impl Worker {
     /// Requests that the driver made available and has not seen completed.
     pub(super) fn outstanding(&self) -> u32 {
-        let (Phase::Running(order) | Phase::Drained(order)) = &self.phase else {
+        let (Phase::Running(order) | Phase::Drained(order) | Phase::Orphaned(order)) = &self.phase else {
             return 0;
         };
         let memory = &self.transport.memory;

@@ -53,6 +53,7 @@ impl Worker {
             );
         }
         self.phase = Phase::Idle;
+        self.bus_master.note_reset();
         self.written.forget_untaken();
         if running {
             let queues = 0..self.offer.served;

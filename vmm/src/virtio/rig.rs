@@ -208,6 +208,11 @@ impl Rig {
     /// The same with a driver that knows only these features.
     pub(crate) fn drive_with(&self, known: u64) {
         self.set_command(6);
+        self.set_up_with(known);
+    }
+
+    /// The same with the command register as it is.
+    pub(crate) fn set_up_with(&self, known: u64) {
         self.enable_msix();
         (0..3).for_each(|vector| self.program_vector(vector));
         self.set_status(1);

@@ -72,8 +72,8 @@ impl Worker {
         let config = self.check(&mut session)?;
         match &self.phase {
             Phase::Idle => self.inflight = session.get_inflight(self.offer.served, MAX_QUEUE_SIZE)?,
-            Phase::Running(order) => match self.after_a_crash(order)? {
-                Some(order) => self.phase = Phase::Drained(order),
+            Phase::Running(order) | Phase::Orphaned(order) => match self.after_a_crash(order)? {
+                Some(order) => self.phase = Phase::Orphaned(order),
                 None => self.strand(&mut session)?,
             },
             // Nothing is in flight: a record may begin, or end, here.
@@ -93,7 +93,7 @@ impl Worker {
         let kind = DeviceType(spec.device_type);
         let promised = match &self.phase {
             Phase::Idle => self.offer.features,
-            Phase::Running(order) | Phase::Drained(order) => order.features,
+            Phase::Running(order) | Phase::Drained(order) | Phase::Orphaned(order) => order.features,
         };
         if promised & !spec.config_features & !session.features() != 0 {
             return Err(Error::Successor("it lacks features that the guest uses"));

@@ -107,6 +107,13 @@ impl Transport {
         }
     }
 
+    /// The driver has switched bus mastering on or off: the device's messages are such accesses
+    /// too (PCI Express 4.0, 7.5.1.1.3).
+    pub(super) fn set_bus_master(&self, on: bool) {
+        lock(&self.msix).set_bus_master(on);
+        self.mailbox.set_bus_master(on);
+    }
+
     fn rings(&self, registers: &Registers) -> Vec<Ring> {
         let queues = registers.queues.iter().zip(&self.events).zip(0..self.served);
         queues

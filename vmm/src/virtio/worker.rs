@@ -5,10 +5,12 @@
 //!   ^                    |                  |
 //!   +------- reset ------+------------------+
 //! ```
+//! While bus mastering is switched off DRIVER_OK leads to Drained, and nothing from there to Running.
 //! The session may be missing in any of these: a lost back end leaves the phase as it is, so
 //! that a successor can take over from there.
 
 use super::MAX_QUEUE_SIZE;
+use super::bus_master::BusMaster;
 use super::configuration::Written;
 use super::device::{Confine, DeviceEvent, EventSink};
 use super::limiter::Limiter;
@@ -53,6 +55,9 @@ pub(super) enum Phase {
     Running(StartOrder),
     /// Stopped, each ring's base set to where it stopped; nobody has been told to go on from there.
     Drained(StartOrder),
+    /// The back end was lost while they ran, its successor has not been told of them yet: each ring's base
+    /// is where completions stand, and requests may be in flight.
+    Orphaned(StartOrder),
 }
 
 pub(super) struct Worker {
@@ -65,6 +70,7 @@ pub(super) struct Worker {
     /// One for all queues: a back end's word that a ring is broken.
     pub(super) ring_error: Arc<EventFd>,
     pub(super) phase: Phase,
+    pub(super) bus_master: BusMaster,
     /// The latest back end, be it lost, was given rings and has not been seen to stop.
     pub(super) has_rings: bool,
     /// A reset that is not done.
@@ -118,6 +124,7 @@ pub(super) fn run(
         inflight,
         ring_error,
         phase: Phase::Idle,
+        bus_master: BusMaster::On,
         has_rings: false,
         held: None,
         limiter: Limiter::new(),
@@ -162,6 +169,7 @@ impl Worker {
             self.look_at_session();
             self.look_for_progress();
             self.look_at_reset();
+            self.look_at_bus_master();
         }
     }
 
@@ -179,9 +187,10 @@ impl Worker {
                     .map(|fd| PollFd::new(fd, PollFlags::POLLIN)),
             );
         }
-        let timeout = match (&self.held, &self.phase) {
-            (Some(held), _) => held.timeout(),
-            (None, Phase::Running(_)) if self.session.is_some() => self.pulse.timeout(),
+        let timeout = match (&self.held, self.bus_master.timeout(), &self.phase) {
+            (Some(held), ..) => held.timeout(),
+            (None, Some(timeout), _) => timeout,
+            (None, None, Phase::Running(_)) if self.session.is_some() => self.pulse.timeout(),
             _ => PollTimeout::NONE,
         };
         match poll(&mut fds, timeout) {
@@ -192,6 +201,8 @@ impl Worker {
     }
 
     fn read_mail(&mut self, mail: Mail) {
+        // Before the reset: rings that it ends do not go on first.
+        self.set_bus_master(mail.master_off, mail.master_on);
         if mail.reset {
             self.reset();
         }
@@ -277,18 +288,29 @@ impl Worker {
     }
 
     fn start(&mut self, order: StartOrder) {
-        self.has_rings |= self.session.is_some();
-        let inflight = self.inflight.take();
-        let started = self.with_session(|s| s.start(order.features, &order.rings, inflight.as_ref()));
-        self.inflight = inflight;
-        // Also when it failed: a successor starts these rings.
-        self.phase = Phase::Running(order);
+        let started = if self.masters_bus() {
+            let started = self.start_rings(&order);
+            // Also when it failed: a successor starts these rings.
+            self.phase = Phase::Running(order);
+            started
+        } else {
+            self.phase = Phase::Drained(order);
+            self.with_session(|_| Ok(()))
+        };
         match started {
             Err(error) if self.abandoned => self.needs_reset(chain(&error)),
             Err(error @ Error::NoBackend) if self.limiter.allows() => self.report_lost(&error),
             // Any other failure was reported as it cost the session.
             Err(_) | Ok(()) => {}
         }
+    }
+
+    fn start_rings(&mut self, order: &StartOrder) -> Result<(), Error> {
+        self.has_rings |= self.session.is_some();
+        let inflight = self.inflight.take();
+        let started = self.with_session(|s| s.start(order.features, &order.rings, inflight.as_ref()));
+        self.inflight = inflight;
+        started
     }
 
     pub(super) fn drain(&mut self) -> Result<Vec<QueueState>, Error> {
@@ -304,31 +326,32 @@ impl Worker {
             }
         }
         match &self.phase {
-            Phase::Drained(order) => Ok(order.rings.iter().map(state_of).collect()),
+            Phase::Drained(order) | Phase::Orphaned(order) => Ok(order.rings.iter().map(state_of).collect()),
             Phase::Idle | Phase::Running(_) => Ok(Vec::new()),
         }
     }
 
+    /// Starts rings that stand still, unless bus mastering is switched off: then they wait for it.
     pub(super) fn resume(&mut self) -> Result<(), Error> {
-        match std::mem::replace(&mut self.phase, Phase::Idle) {
-            Phase::Drained(order) => {
-                self.has_rings |= self.session.is_some();
-                let inflight = self.inflight.take();
-                let done = self.with_session(|s| s.start(order.features, &order.rings, inflight.as_ref()));
-                self.inflight = inflight;
-                self.phase = match &done {
-                    Ok(()) => self.running_again(order),
-                    Err(Error::NoBackend) => Phase::Drained(order),
-                    // It may have served a ring before it failed: the bases hold no longer.
-                    Err(_) => Phase::Running(order),
-                };
-                done
-            }
+        if !self.masters_bus() {
+            return Ok(());
+        }
+        let (order, drained) = match std::mem::replace(&mut self.phase, Phase::Idle) {
+            Phase::Drained(order) => (order, true),
+            Phase::Orphaned(order) => (order, false),
             other => {
                 self.phase = other;
-                Ok(())
+                return Ok(());
             }
-        }
+        };
+        let done = self.start_rings(&order);
+        self.phase = match &done {
+            Ok(()) => self.running_again(order),
+            Err(Error::NoBackend) if drained => Phase::Drained(order),
+            // It may have served a ring before it failed: the bases hold no longer.
+            Err(_) => Phase::Running(order),
+        };
+        done
     }
 
     /// Kicks and calls each ring once: the one before may have taken a kick and not acted on it,
