@@ -82,6 +82,15 @@ impl Code {
         self
     }
 
+    /// Writes to COM1 which bits of a port's byte are clear.
+    pub(crate) fn print_clear_bits(mut self, port: u16) -> Self {
+        let [low, high] = port.to_le_bytes();
+        // mov dx, port; in al, dx; not al; mov dx, 0x3F8; out dx, al
+        self.0.extend([0x66, 0xBA, low, high, 0xEC, 0xF6, 0xD0]);
+        self.0.extend([0x66, 0xBA, 0xF8, 0x03, 0xEE]);
+        self
+    }
+
     /// Writes to memory, one, two or four bytes.
     pub(crate) fn store(mut self, address: u64, bytes: &[u8]) -> Self {
         // mov [address], value
