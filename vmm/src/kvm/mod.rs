@@ -4,6 +4,7 @@ mod cpuid;
 mod events;
 mod irqchip;
 mod msrs;
+mod pmu;
 mod registers;
 mod vcpu;
 mod vm;

@@ -91,6 +91,17 @@ impl Code {
         self
     }
 
+    /// Writes the low byte of a model-specific register to COM1, and a value below 2^32 to it.
+    pub(crate) fn print_and_set_msr(mut self, index: u32, value: u32) -> Self {
+        // mov ecx, index; rdmsr; mov dx, 0x3F8; out dx, al; mov eax, value; xor edx, edx; wrmsr
+        self.0.push(0xB9);
+        self.0.extend(index.to_le_bytes());
+        self.0.extend([0x0F, 0x32, 0x66, 0xBA, 0xF8, 0x03, 0xEE, 0xB8]);
+        self.0.extend(value.to_le_bytes());
+        self.0.extend([0x31, 0xD2, 0x0F, 0x30]);
+        self
+    }
+
     /// Writes to memory, one, two or four bytes.
     pub(crate) fn store(mut self, address: u64, bytes: &[u8]) -> Self {
         // mov [address], value
