@@ -8,6 +8,8 @@ use std::ops::RangeInclusive;
 
 const IA32_MISC_ENABLE: u32 = 0x1A0;
 const FAST_STRINGS: u64 = 1;
+const NO_BRANCH_TRACES: u64 = 1 << 11;
+const NO_PRECISE_EVENTS: u64 = 1 << 12;
 const IA32_MTRR_DEF_TYPE: u32 = 0x2FF;
 /// MTRRs on, default type write-back: without it Linux turns PAT off.
 const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
@@ -67,16 +69,25 @@ const ZERO_AT_POWER_ON: [RangeInclusive<u32>; 5] = [
     0x6A4..=0x6A8, // shadow stacks
 ];
 
-/// What differs from KVM's defaults.
-const AT_START: [(u32, u64); 2] = [
-    (IA32_MISC_ENABLE, FAST_STRINGS),
-    (IA32_MTRR_DEF_TYPE, MTRR_WRITE_BACK),
-];
+/// What differs from KVM's defaults. Of the status bits in IA32_MISC_ENABLE (Intel SDM 4, table 2-2) KVM
+/// leaves to us what they say: it stores no branch traces, and precise events where CPUID says so.
+fn at_start(pmu: &Pmu) -> [(u32, u64); 2] {
+    let precise = if pmu.precise_events() {
+        0
+    } else {
+        NO_PRECISE_EVENTS
+    };
+    [
+        (IA32_MISC_ENABLE, FAST_STRINGS | NO_BRANCH_TRACES | precise),
+        (IA32_MTRR_DEF_TYPE, MTRR_WRITE_BACK),
+    ]
+}
 
 /// Sets what differs from KVM's defaults.
-pub(super) fn initialise(vcpu: &VcpuFd) -> Result<(), Error> {
-    match set(vcpu, &AT_START.map(entry))? {
-        taken if taken == AT_START.len() => Ok(()),
+pub(super) fn initialise(vcpu: &VcpuFd, pmu: &Pmu) -> Result<(), Error> {
+    let entries = at_start(pmu).map(entry);
+    match set(vcpu, &entries)? {
+        taken if taken == entries.len() => Ok(()),
         _ => Err(Error::kvm(SET)(kvm_ioctls::Error::new(libc::EINVAL))),
     }
 }
@@ -101,7 +112,7 @@ pub(super) fn reset(vcpu: &VcpuFd, pmu: &Pmu) -> Result<(), Error> {
         }
         rest = rest.get(taken + 1..).unwrap_or_default();
     }
-    initialise(vcpu)
+    initialise(vcpu, pmu)
 }
 
 /// How many were set.
@@ -116,5 +127,25 @@ fn entry((index, data): (u32, u64)) -> kvm_msr_entry {
         index,
         data,
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+
+    #[test]
+    fn a_guest_is_told_what_its_debug_store_cannot_do() {
+        let status = |edx| {
+            let leaf = kvm_cpuid_entry2 {
+                function: 1,
+                edx,
+                ..Default::default()
+            };
+            at_start(&Pmu::new(&CpuId::from_entries(&[leaf]).unwrap()))[0]
+        };
+        assert_eq!(status(0), (0x1A0, 0x1801));
+        assert_eq!(status(1 << 21), (0x1A0, 0x801));
     }
 }

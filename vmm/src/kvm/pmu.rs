@@ -3,6 +3,8 @@
 use super::cpuid::leaf;
 use kvm_bindings::CpuId;
 
+const DEBUG_STORE: u32 = 1 << 21;
+
 /// General and fixed-function counters of Intel's architectural monitoring (leaf 0xA).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Intel {
@@ -22,6 +24,7 @@ enum Amd {
 pub(super) struct Pmu {
     intel: Option<Intel>,
     amd: Option<Amd>,
+    debug_store: bool,
 }
 
 impl Pmu {
@@ -29,7 +32,13 @@ impl Pmu {
         Self {
             intel: intel(cpuid),
             amd: amd(cpuid),
+            debug_store: leaf(cpuid, 1).is_some_and(|leaf| leaf.edx & DEBUG_STORE != 0),
         }
+    }
+
+    /// Whether there are records of precise events (PEBS), for which KVM has the debug store.
+    pub(super) fn precise_events(&self) -> bool {
+        self.debug_store
     }
 
     /// The registers with their power-on values (Intel SDM 3A, table 9-1), in an order in which nothing

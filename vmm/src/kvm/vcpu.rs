@@ -29,7 +29,7 @@ pub struct Vcpu {
 
 impl Vcpu {
     pub(super) fn new(mut fd: VcpuFd, index: u8, pmu: Pmu) -> Result<Self, Error> {
-        msrs::initialise(&fd)?;
+        msrs::initialise(&fd, &pmu)?;
         let flag = &raw mut fd.get_kvm_run().immediate_exit;
         let target = Target {
             // SAFETY: pthread_self has no preconditions.
