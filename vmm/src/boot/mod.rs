@@ -71,21 +71,22 @@ impl BootImages {
         reset_vector::write(ram)?;
         let mut magic = [0; 4];
         self.kernel.read_exact_at(&mut magic, 0)?;
-        paging::write_gdt(ram)?;
-        if magic == elf::MAGIC {
+        let entry = if magic == elf::MAGIC {
             let kernel = elf::load(&self.kernel, ram)?;
             place_huge_pages(ram, &self.kernel, kernel.end);
             let initrd = self.load_initrd(ram, kernel.end, u64::MAX)?;
             pvh::write_start_info(ram, initrd, rsdp)?;
-            Ok(kernel.entry)
+            kernel.entry
         } else {
             let kernel = bzimage::load(&self.kernel, ram, self.cmdline.len())?;
             place_huge_pages(ram, &self.kernel, kernel.end);
             let initrd = self.load_initrd(ram, kernel.end, kernel.initrd_max)?;
             kernel.write_zero_page(ram, initrd, rsdp)?;
             paging::write_identity_map(ram)?;
-            Ok(kernel.entry)
-        }
+            kernel.entry
+        };
+        paging::write_gdt(ram, entry.mode)?;
+        Ok(entry)
     }
 
     /// As high as the kernel allows in RAM below the PCI hole, so that it is in no one's way.

@@ -1,7 +1,7 @@
 //! The GDT of both entry protocols, and the identity map of the 64-bit one.
 
 use super::BootError;
-use crate::kvm::GDT_TABLE;
+use crate::kvm::EntryMode;
 use crate::memory::{GuestRam, layout};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -13,8 +13,8 @@ const PAGE: u64 = 4096;
 const DIRECTORIES: u64 = 4;
 
 /// Writes the descriptors that the entry registers refer to.
-pub(super) fn write_gdt(ram: &GuestRam) -> Result<(), BootError> {
-    let bytes: Vec<u8> = GDT_TABLE.iter().flat_map(|d| d.to_le_bytes()).collect();
+pub(super) fn write_gdt(ram: &GuestRam, mode: EntryMode) -> Result<(), BootError> {
+    let bytes: Vec<u8> = mode.gdt().iter().flat_map(|d| d.to_le_bytes()).collect();
     Ok(ram.memory().write_slice(&bytes, GuestAddress(layout::GDT))?)
 }
 

@@ -104,6 +104,7 @@ fn an_elf_kernel_finds_its_code_command_line_initrd_and_tables() {
     let ram = ram();
     let entry = boot(&elf(), Some(b"initrd"), &ram).unwrap();
     assert_eq!((entry.mode, entry.rip), (EntryMode::Pvh, LOAD));
+    assert_eq!(u64_at(&ram, layout::GDT + 0x10), EntryMode::Pvh.gdt()[2]);
     assert_eq!(&read(&ram, LOAD), b"CODE\0\0\0\0");
     assert_eq!(read(&ram, layout::START_INFO), 0x336E_C578u32.to_le_bytes());
     let module = u64_at(&ram, layout::START_INFO + 16);
@@ -149,6 +150,7 @@ fn a_bzimage_finds_its_header_completed_in_the_zero_page() {
     let ram = ram();
     let entry = boot(&bzimage(), Some(b"initrd"), &ram).unwrap();
     assert_eq!((entry.mode, entry.rip), (EntryMode::Linux64, LOAD + 0x200));
+    assert_eq!(u64_at(&ram, layout::GDT + 0x10), EntryMode::Linux64.gdt()[2]);
     assert_eq!(read(&ram, LOAD), [0xC3; 0x400]);
     assert_eq!(&read(&ram, layout::ZERO_PAGE + 0x202), b"HdrS");
     assert_eq!(&read(&ram, u64_at(&ram, layout::ZERO_PAGE + 0x70)), b"RSD PTR ");

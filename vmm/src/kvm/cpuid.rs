@@ -20,6 +20,14 @@ fn entry(cpuid: &mut CpuId, function: u32, index: u32) -> Option<&mut kvm_cpuid_
         .find(|e| e.function == function && e.index == index)
 }
 
+/// The first part of a leaf.
+pub(super) fn leaf(cpuid: &CpuId, function: u32) -> Option<&kvm_cpuid_entry2> {
+    cpuid
+        .as_slice()
+        .iter()
+        .find(|e| e.function == function && e.index == 0)
+}
+
 fn add(cpuid: &mut CpuId, new: kvm_cpuid_entry2) -> Result<(), Error> {
     cpuid
         .push(new)

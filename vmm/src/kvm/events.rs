@@ -39,8 +39,8 @@ pub struct EventRouter {
 
 impl EventRouter {
     /// A router over the routes that KVM made with its interrupt controllers: GSI n is pin n. They
-    /// are replaced as a whole with the first MSI route; until then the legacy PIC has its pins
-    /// too, which the guest masks as it starts. (Setting the same routes again would wait for every processor.)
+    /// are replaced as a whole with the first MSI route; until then they lead to the PICs' pins too, which
+    /// [`Irqchip::create`] masks. (Setting the same routes again would wait for every processor.)
     #[must_use]
     pub fn new(vm: &Vm) -> Self {
         Self {

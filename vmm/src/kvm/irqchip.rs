@@ -14,7 +14,8 @@ const SLAVE_ELCR: u8 = 0xDE;
 
 /// Where interrupt controllers are emulated.
 pub trait Irqchip: Send + Sync {
-    /// Makes the controllers of a fresh VM that has its memory slots and no vCPU yet.
+    /// Makes the controllers of a fresh VM that has its memory slots and no vCPU yet, as
+    /// [`Irqchip::reset`] leaves them.
     ///
     /// # Errors
     /// [`Error::Kvm`].
@@ -32,7 +33,8 @@ pub struct InKernel;
 impl Irqchip for InKernel {
     fn create(&self, vm: &VmFd) -> Result<(), Error> {
         vm.create_irq_chip()
-            .map_err(Error::kvm("create the interrupt controllers"))
+            .map_err(Error::kvm("create the interrupt controllers"))?;
+        mask_pics(vm)
     }
 
     fn reset(&self, vm: &VmFd) -> Result<(), Error> {
@@ -42,22 +44,26 @@ impl Irqchip for InKernel {
             ..Default::default()
         };
         ioapic.redirtbl = [kvm_ioapic_state__bindgen_ty_1 { bits: MASKED }; 24];
-        let chips = [
-            (KVM_IRQCHIP_PIC_MASTER, pic(MASTER_ELCR)),
-            (KVM_IRQCHIP_PIC_SLAVE, pic(SLAVE_ELCR)),
-            (KVM_IRQCHIP_IOAPIC, kvm_irqchip__bindgen_ty_1 { ioapic }),
-        ];
-        for (chip_id, chip) in chips {
-            let state = kvm_irqchip {
-                chip_id,
-                pad: 0,
-                chip,
-            };
-            vm.set_irqchip(&state)
-                .map_err(Error::kvm("reset the interrupt controllers"))?;
-        }
-        Ok(())
+        mask_pics(vm)?;
+        set(vm, KVM_IRQCHIP_IOAPIC, kvm_irqchip__bindgen_ty_1 { ioapic })
     }
+}
+
+/// The MADT says that there are no PICs (ACPI 6.5, 5.2.12: PCAT_COMPAT), so no guest masks them. KVM
+/// makes them with all pins open, to the boot CPU's open LINT0.
+fn mask_pics(vm: &VmFd) -> Result<(), Error> {
+    set(vm, KVM_IRQCHIP_PIC_MASTER, pic(MASTER_ELCR))?;
+    set(vm, KVM_IRQCHIP_PIC_SLAVE, pic(SLAVE_ELCR))
+}
+
+fn set(vm: &VmFd, chip_id: u32, chip: kvm_irqchip__bindgen_ty_1) -> Result<(), Error> {
+    let state = kvm_irqchip {
+        chip_id,
+        pad: 0,
+        chip,
+    };
+    vm.set_irqchip(&state)
+        .map_err(Error::kvm("reset the interrupt controllers"))
 }
 
 /// A PIC with all its pins masked.

@@ -32,14 +32,25 @@ pub struct Entry {
     pub rip: u64,
 }
 
-/// Flat segments as both protocols want them; the descriptors lie at [`layout::GDT`].
-pub const GDT_TABLE: [u64; 5] = [
-    0,
-    0,
-    0x00CF_9B00_0000_FFFF, // 0x10: 32-bit code, 4 GiB
-    0x00CF_9300_0000_FFFF, // 0x18: data, 4 GiB
-    0x00AF_9B00_0000_FFFF, // 0x20: 64-bit code
-];
+/// Selectors of code and data in both protocols: Linux's `__BOOT_CS` and `__BOOT_DS`.
+const CODE: u16 = 0x10;
+const DATA: u16 = 0x18;
+/// Descriptors of a flat segment of 4 GiB.
+const CODE_32: u64 = 0x00CF_9B00_0000_FFFF;
+const CODE_64: u64 = 0x00AF_9B00_0000_FFFF;
+const DATA_32: u64 = 0x00CF_9300_0000_FFFF;
+
+impl EntryMode {
+    /// The descriptors at [`layout::GDT`], to which the segment registers refer.
+    #[must_use]
+    pub fn gdt(self) -> [u64; 4] {
+        let code = match self {
+            Self::Pvh => CODE_32,
+            Self::Linux64 => CODE_64,
+        };
+        [0, 0, code, DATA_32]
+    }
+}
 
 fn segment(selector: u16, type_: u8) -> kvm_segment {
     kvm_segment {
@@ -91,9 +102,9 @@ impl Entry {
     /// Segment and control registers at the first instruction.
     #[must_use]
     pub(super) fn sregs(&self) -> kvm_sregs {
-        let data = segment(0x18, 0x3);
+        let data = segment(DATA, 0x3);
         let mut sregs = kvm_sregs {
-            cs: segment(0x10, 0xB),
+            cs: segment(CODE, 0xB),
             ds: data,
             es: data,
             fs: data,
@@ -106,14 +117,14 @@ impl Entry {
         tables(&mut sregs);
         sregs.gdt = kvm_dtable {
             base: layout::GDT,
-            limit: (size_of_val(&GDT_TABLE) - 1) as u16,
+            limit: (size_of_val(&self.mode.gdt()) - 1) as u16,
             ..Default::default()
         };
         if self.mode == EntryMode::Linux64 {
             sregs.cs = kvm_segment {
                 l: 1,
                 db: 0,
-                ..segment(0x20, 0xB)
+                ..segment(CODE, 0xB)
             };
             sregs.cr0 |= CR0_PG;
             sregs.cr3 = layout::PAGE_TABLES;
@@ -202,6 +213,41 @@ fn write(page: &mut [std::ffi::c_char; 1024], offset: usize, value: u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Intel SDM 3A, 3.4.5: what a processor would load from the descriptor.
+    fn descriptor(segment: &kvm_segment) -> u64 {
+        let flags = [
+            (40, segment.type_),
+            (44, segment.s),
+            (45, segment.dpl),
+            (47, segment.present),
+            (52, segment.avl),
+            (53, segment.l),
+            (54, segment.db),
+            (55, segment.g),
+        ];
+        let limit = u64::from(segment.limit >> 12);
+        let base = segment.base & 0xFF_FFFF;
+        flags.into_iter().fold(
+            limit & 0xFFFF | limit >> 16 << 48 | base << 16,
+            |bits, (at, flag)| bits | u64::from(flag) << at,
+        )
+    }
+
+    #[test]
+    fn a_kernel_finds_the_segments_it_runs_on_in_the_gdt() {
+        for (mode, code) in [(EntryMode::Pvh, CODE_32), (EntryMode::Linux64, CODE_64)] {
+            let sregs = Entry { mode, rip: 0 }.sregs();
+            assert_eq!(usize::from(sregs.gdt.limit) + 1, size_of_val(&mode.gdt()));
+            for segment in [sregs.cs, sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss] {
+                let entry = mode.gdt()[usize::from(segment.selector / 8)];
+                assert_eq!(descriptor(&segment), entry, "{mode:?} {:#x}", segment.selector);
+            }
+            // Linux/x86 boot protocol, 64-bit: __BOOT_CS is 0x10, __BOOT_DS is 0x18.
+            assert_eq!((sregs.cs.selector, sregs.ds.selector), (0x10, 0x18));
+            assert_eq!(mode.gdt()[2], code);
+        }
+    }
 
     #[test]
     fn a_local_apic_that_was_in_x2apic_mode_has_its_id_in_the_old_place_again() {

@@ -6,12 +6,13 @@
 )]
 
 use super::msrs;
+use super::pmu::Pmu;
 use super::registers::{self, Entry};
 use crate::error::Error;
 use kvm_bindings::{
     KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_NMI_PENDING,
-    KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR, kvm_mp_state, kvm_regs, kvm_vcpu_events,
-    kvm_xcr, kvm_xcrs,
+    KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR, KVM_VCPUEVENT_VALID_SMM, kvm_mp_state,
+    kvm_regs, kvm_vcpu_events, kvm_xcr, kvm_xcrs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -23,11 +24,12 @@ pub struct Vcpu {
     kicker: Arc<Kicker>,
     fd: VcpuFd,
     index: u8,
+    pmu: Pmu,
 }
 
 impl Vcpu {
-    pub(super) fn new(mut fd: VcpuFd, index: u8) -> Result<Self, Error> {
-        msrs::initialise(&fd)?;
+    pub(super) fn new(mut fd: VcpuFd, index: u8, pmu: Pmu) -> Result<Self, Error> {
+        msrs::initialise(&fd, &pmu)?;
         let flag = &raw mut fd.get_kvm_run().immediate_exit;
         let target = Target {
             // SAFETY: pthread_self has no preconditions.
@@ -35,7 +37,12 @@ impl Vcpu {
             immediate_exit: flag.cast(),
         };
         let kicker = Arc::new(Kicker(Mutex::new(Some(target))));
-        Ok(Self { kicker, fd, index })
+        Ok(Self {
+            kicker,
+            fd,
+            index,
+            pmu,
+        })
     }
 
     /// The handle that gets this vCPU out of the guest.
@@ -77,14 +84,15 @@ impl Vcpu {
         reset_xcr0(fd);
         fd.set_debug_regs(&registers::power_on_debug())
             .map_err(kvm("reset a vCPU's debug registers"))?;
-        msrs::reset(fd)?;
+        msrs::reset(fd, &self.pmu)?;
         let mut lapic = fd.get_lapic().map_err(kvm("read a local APIC"))?;
         registers::power_on_lapic(&mut lapic.regs, self.index);
         fd.set_lapic(&lapic).map_err(kvm("reset a local APIC"))?;
         fd.set_vcpu_events(&kvm_vcpu_events {
             flags: KVM_VCPUEVENT_VALID_NMI_PENDING
                 | KVM_VCPUEVENT_VALID_SHADOW
-                | KVM_VCPUEVENT_VALID_SIPI_VECTOR,
+                | KVM_VCPUEVENT_VALID_SIPI_VECTOR
+                | KVM_VCPUEVENT_VALID_SMM,
             ..Default::default()
         })
         .map_err(kvm("clear a vCPU's pending events"))?;

@@ -6,6 +6,7 @@
 )]
 
 use super::irqchip::Irqchip;
+use super::pmu::Pmu;
 use super::{cpuid, vcpu::Vcpu};
 use crate::error::Error;
 use crate::memory::GuestRam;
@@ -114,7 +115,7 @@ impl Vm {
         let mut cpuid = self.cpuid.lock().unwrap_or_else(PoisonError::into_inner).wait()?;
         cpuid::for_vcpu(&mut cpuid, index);
         fd.set_cpuid2(&cpuid).map_err(Error::kvm("set a vCPU's CPUID"))?;
-        Vcpu::new(fd, index)
+        Vcpu::new(fd, index, Pmu::new(&cpuid))
     }
 }
 

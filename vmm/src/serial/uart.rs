@@ -45,7 +45,87 @@ impl SerialEvents for Drained {
     }
 }
 
-type Uart = Serial<Interrupt, Drained, Transmitter>;
+/// Register offsets.
+const RECEIVER: u8 = 0;
+const INTERRUPT_ENABLE: u8 = 1;
+/// Read: interrupt identification; written: FIFO control.
+const INTERRUPT_ID: u8 = 2;
+const FIFO_CONTROL: u8 = 2;
+const LINE_CONTROL: u8 = 3;
+const LINE_STATUS: u8 = 5;
+
+/// Interrupt enable: received data, transmitter empty.
+const ENABLE_RECEIVED: u8 = 1;
+const ENABLE_EMPTY: u8 = 2;
+/// Interrupt identification, with the bits that say that there are FIFOs.
+const ID_RECEIVED: u8 = 0xC4;
+const ID_EMPTY: u8 = 0xC2;
+const ID_NONE: u8 = 0xC1;
+/// The bit of [`ID_EMPTY`].
+const EMPTY: u8 = 2;
+const FIFO_ON: u8 = 1;
+const DIVISOR_LATCH: u8 = 0x80;
+const DATA_READY: u8 = 1;
+
+/// The crate's registers, with the interrupt identification of a 16550: the crate names all that is
+/// pending at once, and forgets it all when it is read.
+struct Uart {
+    registers: Serial<Interrupt, Drained, Transmitter>,
+    interrupt: Arc<EventFd>,
+    /// What the guest wrote: it cannot be read back while the divisor latch is in its place.
+    enabled: u8,
+    fifo: bool,
+    /// "Transmitter empty" is pending behind received data.
+    empty: bool,
+}
+
+impl Uart {
+    fn read(&mut self, offset: u8) -> u8 {
+        match offset {
+            INTERRUPT_ID => self.identify(),
+            RECEIVER if !self.divisor_latch() => {
+                let byte = self.registers.read(RECEIVER);
+                // Without the FIFO each byte takes the place of the one before, and interrupts anew.
+                if !self.fifo && self.has_received() {
+                    // A full counter means that the interrupt is pending already.
+                    let _ = self.interrupt.write(1);
+                }
+                byte
+            }
+            _ => self.registers.read(offset),
+        }
+    }
+
+    fn write(&mut self, offset: u8, value: u8) -> Result<(), vm_superio::serial::Error<io::Error>> {
+        match offset {
+            INTERRUPT_ENABLE if !self.divisor_latch() => self.enabled = value,
+            FIFO_CONTROL => self.fifo = value & FIFO_ON != 0,
+            _ => {}
+        }
+        self.registers.write(offset, value)
+    }
+
+    /// The pending interrupt of the highest priority. Received data is pending until it is read, an
+    /// empty transmitter until this has said so (PC16550D data sheet, table IV).
+    fn identify(&mut self) -> u8 {
+        self.empty |= self.registers.read(INTERRUPT_ID) & EMPTY != 0;
+        if self.has_received() {
+            ID_RECEIVED
+        } else if std::mem::take(&mut self.empty) && self.enabled & ENABLE_EMPTY != 0 {
+            ID_EMPTY
+        } else {
+            ID_NONE
+        }
+    }
+
+    fn has_received(&mut self) -> bool {
+        self.enabled & ENABLE_RECEIVED != 0 && self.registers.read(LINE_STATUS) & DATA_READY != 0
+    }
+
+    fn divisor_latch(&mut self) -> bool {
+        self.registers.read(LINE_CONTROL) & DIVISOR_LATCH != 0
+    }
+}
 
 /// COM1.
 pub struct Com1 {
@@ -108,8 +188,8 @@ impl Com1 {
     pub fn receive(&self) -> Input {
         // Consumes the signal; there may be none.
         let _ = self.drained.read();
-        let mut uart = self.lock();
-        let room = uart.fifo_capacity();
+        let registers = &mut self.lock().registers;
+        let room = registers.fifo_capacity();
         if room == 0 {
             return Input::Full;
         }
@@ -118,10 +198,10 @@ impl Com1 {
         match nix::unistd::read(self.output.socket(), &mut buffer[..room]) {
             Ok(0) => Input::Closed,
             Ok(count) => {
-                if let Err(error) = uart.enqueue_raw_bytes(&buffer[..count]) {
+                if let Err(error) = registers.enqueue_raw_bytes(&buffer[..count]) {
                     tracing::trace!(%error, "COM1 input");
                 }
-                if uart.fifo_capacity() == 0 {
+                if registers.fifo_capacity() == 0 {
                     Input::Full
                 } else {
                     Input::Open
@@ -154,11 +234,17 @@ pub enum Input {
 }
 
 fn power_on(interrupt: &Arc<EventFd>, drained: &Arc<EventFd>, output: &Arc<ConsoleOutput>) -> Uart {
-    Serial::with_events(
-        Interrupt(interrupt.clone()),
-        Drained(drained.clone()),
-        Transmitter(output.clone()),
-    )
+    Uart {
+        registers: Serial::with_events(
+            Interrupt(interrupt.clone()),
+            Drained(drained.clone()),
+            Transmitter(output.clone()),
+        ),
+        interrupt: interrupt.clone(),
+        enabled: 0,
+        fifo: false,
+        empty: false,
+    }
 }
 
 #[cfg(test)]
@@ -167,34 +253,101 @@ mod tests {
     use std::io::Write;
     use std::os::unix::net::UnixStream;
 
-    const IER: u8 = 1;
-    const RECEIVE_INTERRUPT: u8 = 1;
+    const TRANSMITTER: u8 = 0;
+
+    fn com1() -> (Com1, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let output = Arc::new(ConsoleOutput::new(ours.into()).unwrap());
+        (Com1::new(output).unwrap(), theirs)
+    }
+
+    /// Whether the guest was interrupted since this was last asked.
+    fn interrupted(com1: &Com1) -> bool {
+        com1.interrupt.read().is_ok()
+    }
 
     #[test]
     fn input_beyond_the_fifo_waits_in_the_socket() {
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let com1 = Com1::new(Arc::new(ConsoleOutput::new(ours.into()).unwrap())).unwrap();
-        com1.write(IER, RECEIVE_INTERRUPT);
+        let (com1, mut theirs) = com1();
+        com1.write(INTERRUPT_ENABLE, ENABLE_RECEIVED);
         let sent: Vec<u8> = (0..200).collect();
         theirs.write_all(&sent).unwrap();
         let mut received = Vec::new();
         while received.len() < sent.len() {
             com1.receive();
-            while com1.read(5) & 1 == 1 {
-                received.push(com1.read(0));
+            while com1.read(LINE_STATUS) & DATA_READY != 0 {
+                received.push(com1.read(RECEIVER));
             }
         }
         assert_eq!(received, sent);
-        assert!(com1.interrupt.read().unwrap() > 0);
+        assert!(interrupted(&com1));
         assert!(com1.drained.read().is_ok());
     }
 
     #[test]
     fn a_console_that_closes_its_end_is_told_apart() {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let com1 = Com1::new(Arc::new(ConsoleOutput::new(ours.into()).unwrap())).unwrap();
+        let (com1, theirs) = com1();
         assert_eq!(com1.receive(), Input::Open);
         drop(theirs);
         assert_eq!(com1.receive(), Input::Closed);
+    }
+
+    #[test]
+    fn received_data_is_named_until_it_is_read_and_then_the_empty_transmitter_once() {
+        let (com1, mut theirs) = com1();
+        com1.write(FIFO_CONTROL, FIFO_ON);
+        com1.write(INTERRUPT_ENABLE, ENABLE_RECEIVED | ENABLE_EMPTY);
+        assert_eq!(com1.read(INTERRUPT_ID), ID_EMPTY);
+        assert_eq!(com1.read(INTERRUPT_ID), ID_NONE);
+        com1.write(TRANSMITTER, b'x');
+        theirs.write_all(b"abc").unwrap();
+        assert_eq!(com1.receive(), Input::Open);
+        assert_eq!(com1.read(INTERRUPT_ID), ID_RECEIVED);
+        assert_eq!(com1.read(INTERRUPT_ID), ID_RECEIVED);
+        assert_eq!([(); 3].map(|()| com1.read(RECEIVER)), *b"abc");
+        assert_eq!(com1.read(INTERRUPT_ID), ID_EMPTY);
+        assert_eq!(com1.read(INTERRUPT_ID), ID_NONE);
+    }
+
+    #[test]
+    fn what_is_not_enabled_is_not_named() {
+        let (com1, mut theirs) = com1();
+        com1.write(INTERRUPT_ENABLE, ENABLE_RECEIVED | ENABLE_EMPTY);
+        theirs.write_all(b"a").unwrap();
+        assert_eq!(com1.receive(), Input::Open);
+        assert_eq!(com1.read(INTERRUPT_ID), ID_RECEIVED);
+        // The divisor latch, which is no interrupt enable register.
+        com1.write(LINE_CONTROL, DIVISOR_LATCH);
+        com1.write(INTERRUPT_ENABLE, 0);
+        assert_eq!(com1.read(INTERRUPT_ID), ID_RECEIVED);
+        com1.write(LINE_CONTROL, 0);
+        com1.write(INTERRUPT_ENABLE, 0);
+        assert_eq!(com1.read(INTERRUPT_ID), ID_NONE);
+        com1.write(INTERRUPT_ENABLE, ENABLE_EMPTY);
+        assert_eq!(com1.read(INTERRUPT_ID), ID_EMPTY);
+        com1.write(INTERRUPT_ENABLE, ENABLE_RECEIVED);
+        assert_eq!(com1.read(INTERRUPT_ID), ID_RECEIVED);
+        com1.reset();
+        assert_eq!(com1.read(INTERRUPT_ID), ID_NONE);
+    }
+
+    #[test]
+    fn without_the_fifo_each_byte_interrupts_and_with_it_they_do_together() {
+        for (control, expected) in [(0, [true; 3]), (FIFO_ON, [true, false, false])] {
+            let (com1, mut theirs) = com1();
+            com1.write(FIFO_CONTROL, control);
+            com1.write(INTERRUPT_ENABLE, ENABLE_RECEIVED);
+            theirs.write_all(b"abc").unwrap();
+            assert_eq!(com1.receive(), Input::Open);
+            let seen = [(); 3].map(|()| {
+                let seen = interrupted(&com1);
+                assert_eq!(com1.read(INTERRUPT_ID), ID_RECEIVED);
+                let _ = com1.read(RECEIVER);
+                seen
+            });
+            assert_eq!(seen, expected);
+            assert!(!interrupted(&com1));
+            assert_eq!(com1.read(INTERRUPT_ID), ID_NONE);
+        }
     }
 }

@@ -82,6 +82,26 @@ impl Code {
         self
     }
 
+    /// Writes to COM1 which bits of a port's byte are clear.
+    pub(crate) fn print_clear_bits(mut self, port: u16) -> Self {
+        let [low, high] = port.to_le_bytes();
+        // mov dx, port; in al, dx; not al; mov dx, 0x3F8; out dx, al
+        self.0.extend([0x66, 0xBA, low, high, 0xEC, 0xF6, 0xD0]);
+        self.0.extend([0x66, 0xBA, 0xF8, 0x03, 0xEE]);
+        self
+    }
+
+    /// Writes the low byte of a model-specific register to COM1, and a value below 2^32 to it.
+    pub(crate) fn print_and_set_msr(mut self, index: u32, value: u32) -> Self {
+        // mov ecx, index; rdmsr; mov dx, 0x3F8; out dx, al; mov eax, value; xor edx, edx; wrmsr
+        self.0.push(0xB9);
+        self.0.extend(index.to_le_bytes());
+        self.0.extend([0x0F, 0x32, 0x66, 0xBA, 0xF8, 0x03, 0xEE, 0xB8]);
+        self.0.extend(value.to_le_bytes());
+        self.0.extend([0x31, 0xD2, 0x0F, 0x30]);
+        self
+    }
+
     /// Writes to memory, one, two or four bytes.
     pub(crate) fn store(mut self, address: u64, bytes: &[u8]) -> Self {
         // mov [address], value

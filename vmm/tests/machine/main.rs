@@ -19,9 +19,10 @@ type Test = (&'static str, fn() -> Outcome);
 fn main() {
     let arguments = Arguments::from_args();
     let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
-    let tests: [Test; 17] = [
+    let tests: [Test; 19] = [
         ("a_byte_and_a_power_off", a_byte_and_a_power_off),
         ("more_memory_than_the_hole_and_many_vcpus", more_memory_and_vcpus),
+        ("no_pic_interrupts_who_never_masked_it", pics),
         ("each_end_is_told_apart", each_end_is_told_apart),
         ("a_commands_exit_status", exit_status),
         ("a_reset_before_anything_is_no_success", instant_reset),
@@ -29,6 +30,10 @@ fn main() {
         (
             "a_reboot_waits_for_the_end_of_a_lost_back_end",
             reboot_with_a_loss,
+        ),
+        (
+            "a_reboot_forgets_the_memory_types_of_the_last_guest",
+            memory_types,
         ),
         ("a_reset_ends_the_vm_where_so_asked", reset_ends),
         ("the_power_button_reaches_the_guest", power_button),
@@ -80,6 +85,19 @@ fn more_memory_and_vcpus() -> Outcome {
         ..Guest::new(&kernel)
     };
     assert_eq!(run(guest), ("A".into(), EndReason::PowerOff, 0));
+    Ok(())
+}
+
+/// No pin of either PIC is open, at the first boot and after a reboot.
+fn pics() -> Outcome {
+    let kernel = Code::default()
+        .print_clear_bits(0x21)
+        .print_clear_bits(0xA1)
+        .reset_until(2)
+        .power_off()
+        .spin()
+        .elf();
+    assert_eq!(run(Guest::new(&kernel)), ("\0".repeat(4), EndReason::PowerOff, 1));
     Ok(())
 }
 
@@ -142,6 +160,19 @@ fn twenty_reboots() -> Outcome {
         ..Guest::new(&kernel)
     };
     assert_eq!(run(guest), ("b\n".repeat(21), EndReason::PowerOff, 20));
+    Ok(())
+}
+
+fn memory_types() -> Outcome {
+    let kernel = Code::default()
+        .print_and_set_msr(0x200, 6) // variable MTRR: write-back
+        .print_and_set_msr(0x250, 0x0606_0606) // fixed MTRRs
+        .print_and_set_msr(0x26F, 0x0606_0606)
+        .reset_until(2)
+        .power_off()
+        .spin()
+        .elf();
+    assert_eq!(run(Guest::new(&kernel)), ("\0".repeat(6), EndReason::PowerOff, 1));
     Ok(())
 }
 
