@@ -286,7 +286,7 @@ fn two_pid_namespaces() -> Result<()> {
     let start = || -> Result<Run> {
         let mut command = Command::new("unshare");
         command
-            .args(["--pid", "--fork", "--kill-child", "--mount-proc"])
+            .args(["--pid", "--fork", "--mount-proc"])
             .arg(artifact(Artifact::Bulkhead)?);
         let flags = [
             format!("--kernel={}", artifact(Artifact::TinyGuest)?.display()),
@@ -303,8 +303,16 @@ fn two_pid_namespaces() -> Result<()> {
             .find(|process| process.role == ProcessRole::Vmm);
         Ok(vmm.context("no vmm")?.id)
     };
-    let (one, other) = (id(&mut one)?, id(&mut other)?);
-    ensure!(one.is_some() && one != other, "{one:?} and {other:?}");
+    let (first, second) = (id(&mut one)?, id(&mut other)?);
+    for run in [&one, &other] {
+        // The first process of its namespace, which takes all others along.
+        let unshare = run.process.pid();
+        let children = fs::read_to_string(format!("/proc/{unshare}/task/{unshare}/children"))?;
+        for child in children.split_whitespace() {
+            kill(Pid::from_raw(child.parse()?), Signal::SIGKILL)?;
+        }
+    }
+    ensure!(first.is_some() && first != second, "{first:?} and {second:?}");
     Ok(())
 }
 
