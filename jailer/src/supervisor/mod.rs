@@ -18,6 +18,7 @@ mod outcome;
 mod ready;
 mod recovery;
 mod remote;
+mod taps;
 #[cfg(test)]
 mod tests;
 mod upgrade;
@@ -42,6 +43,7 @@ use remote::Remote;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
+use taps::Tap;
 use upgrade::Upgrade;
 use vm_spec::control::{FdNumber, ToVmm, exit_code};
 use vm_spec::spec::OnDeviceDeath;
@@ -132,6 +134,7 @@ struct Process {
     outstanding: u32,
     upgrade: Option<Upgrade>,
     orders: Option<Orders>,
+    tap: Tap,
 }
 
 struct Supervisor {
@@ -176,6 +179,7 @@ impl Supervisor {
                     counters: Counters::new(),
                     outstanding: 0,
                     upgrade: None,
+                    tap: Tap::Present,
                 })
             })
             .collect::<Result<_, SupervisorError>>()?;
