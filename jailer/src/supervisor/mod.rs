@@ -105,6 +105,8 @@ fn first_message(spawner: &OwnedFd) -> Result<SupervisorConfig, SupervisorError>
     poll(&mut ready, timeout).map_err(|e| SupervisorError::Poll(e.into()))?;
     match receive_message(spawner.as_fd())? {
         Received::Message(_, ToSupervisor::Start(config)) => Ok(*config),
+        // The launcher failed, and says in what.
+        Received::End => Err(SupervisorError::SpawnerGone),
         _ => Err(SupervisorError::NoConfig),
     }
 }

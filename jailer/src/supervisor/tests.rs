@@ -326,6 +326,14 @@ fn who_leaves_while_keys_wait_is_noticed() {
     assert_eq!(play.supervisor.console.audience.count(), 0);
 }
 
+#[test]
+fn a_launcher_that_failed_has_said_why() {
+    let (spawner, of_spawner) = pair(SockType::SeqPacket);
+    drop(spawner);
+    let end = first_message(&of_spawner);
+    assert!(matches!(end, Err(SupervisorError::SpawnerGone)), "{end:?}");
+}
+
 /// The process dies with its TAP; the next is on its way when there is a TAP again.
 #[test]
 fn a_process_that_was_begun_without_the_tap_that_is_back_is_replaced_once() {
