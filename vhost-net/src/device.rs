@@ -127,6 +127,12 @@ impl NetDevice {
             return Err(OptionsError::Tap.into());
         };
         let state = Arc::new(open_state(&options)?);
+        // Of a TAP that is gone a predecessor knew; another takes over once there is one again.
+        let uso = first
+            .supports_uso()
+            .or_else(|| state.uso())
+            .ok_or(TapError::Gone)?;
+        state.set_uso(uso);
         let station = Station::new(Arc::clone(first), options.mac, guard.is_some());
         let parts = Parts {
             steering: Arc::new(Steering::new(&taps, Arc::clone(&state)).map_err(OpenError::Events)?),
@@ -147,7 +153,7 @@ impl NetDevice {
             "serving"
         );
         Ok(Self {
-            features: offered(&options, &taps),
+            features: offered(&options, &taps, uso),
             watch: watch.map_err(OpenError::Link)?,
             taps,
             parts,
@@ -244,9 +250,8 @@ fn make_handlers(
     Ok(handlers)
 }
 
-/// The features that this TAP and these flags allow.
-fn offered(options: &Options, taps: &[Arc<Tap>]) -> u64 {
-    let uso = taps.first().is_some_and(|tap| tap.supports_uso());
+/// The features that these TAPs, of which `uso` is known, and these flags allow.
+fn offered(options: &Options, taps: &[Arc<Tap>], uso: bool) -> u64 {
     let several = taps.len() > 1;
     let when = |condition: bool, features: u64| if condition { features } else { 0 };
     TCP_FEATURES

@@ -5,7 +5,7 @@
 //! watches `--control-fd` by the same descriptor.
 
 use crate::state::State;
-use crate::tap::Tap;
+use crate::tap::{Tap, is_gone};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
@@ -55,7 +55,9 @@ impl Link {
             tap,
             state,
         };
-        link.show_carrier();
+        if !link.find_gone() {
+            link.show_carrier();
+        }
         Ok(link)
     }
 
@@ -67,18 +69,23 @@ impl Link {
 
     /// A queue met `error`. True for EBADFD: it is detached, or there is no TAP any more.
     pub fn suspect(&self, error: &io::Error) -> bool {
-        let bad = |error: &io::Error| error.raw_os_error() == Some(Errno::EBADFD as i32);
-        if !bad(error) || self.gone.load(Ordering::Acquire) {
-            return bad(error);
+        let bad = is_gone(error);
+        if bad && !self.gone.load(Ordering::Acquire) {
+            self.find_gone();
         }
+        bad
+    }
+
+    /// Whether there is no TAP any more.
+    fn find_gone(&self) -> bool {
         // Asked of the queue that is never detached, with what is set already.
-        let gone = self.set_carrier().is_err_and(|error| bad(&error));
+        let gone = self.set_carrier().is_err_and(|error| is_gone(&error));
         if gone && !self.gone.swap(true, Ordering::AcqRel) {
             tell(Happening::TapLost, "the TAP is gone: the guest's link is down");
             // An eventfd at its limit wakes just as well.
             let _ = self.wake.write(1);
         }
-        true
+        gone
     }
 
     fn set_carrier(&self) -> io::Result<()> {

@@ -1,5 +1,5 @@
 //! `--state-fd`: what a driver and the launcher said once and do not repeat to a successor of this
-//! process. A page that the launcher keeps, one byte for each; it names no address and no size.
+//! process, and what a TAP that may be gone by then could do. A page that the launcher keeps, one byte for each; it names no address and no size.
 //!
 //! Whoever wrote it may have been taken over by its guest: what cannot be counts as never said.
 
@@ -19,6 +19,10 @@ const DOWN: u8 = b'0';
 const UP: u8 = b'1';
 /// Pairs that the driver uses.
 const PAIRS: usize = 1;
+/// Whether the kernel could segment UDP when the TAP was there.
+const USO: usize = 2;
+const NO: u8 = b'n';
+const YES: u8 = b'y';
 
 /// What outlives the process, if the launcher keeps it.
 pub struct State {
@@ -86,13 +90,28 @@ impl State {
         self.store(PAIRS, u8::try_from(pairs).unwrap_or(0));
     }
 
+    /// Whether the TAP's kernel could segment UDP, as a process found that had a TAP.
+    #[must_use]
+    pub fn uso(&self) -> Option<bool> {
+        match self.load(USO) {
+            YES => Some(true),
+            NO => Some(false),
+            _ => None,
+        }
+    }
+
+    /// The TAP's kernel can segment UDP, or cannot.
+    pub fn set_uso(&self, uso: bool) {
+        self.store(USO, if uso { YES } else { NO });
+    }
+
     fn load(&self, at: usize) -> u8 {
         let page = self.page.as_volatile_slice();
         page.load(at, Ordering::Acquire).unwrap_or(0)
     }
 
     fn store(&self, at: usize, byte: u8) {
-        // Both offsets lie in the page.
+        // All offsets lie in the page.
         let _ = self.page.as_volatile_slice().store(byte, at, Ordering::Release);
     }
 }
@@ -114,11 +133,13 @@ mod tests {
     fn a_successor_finds_what_was_said() {
         let fd = page(SIZE, SealFlag::F_SEAL_SHRINK);
         let first = State::kept(fd.try_clone().unwrap()).unwrap();
-        assert_eq!((first.link(), first.pairs(8)), (None, None));
+        assert_eq!((first.link(), first.pairs(8), first.uso()), (None, None, None));
         first.set_link(false);
         first.set_pairs(3);
+        first.set_uso(true);
         let second = State::kept(fd).unwrap();
-        assert_eq!((second.link(), second.pairs(8)), (Some(false), Some(3)));
+        let said = (second.link(), second.pairs(8), second.uso());
+        assert_eq!(said, (Some(false), Some(3), Some(true)));
         second.set_link(true);
         assert_eq!(first.link(), Some(true));
         let private = State::private().unwrap();
@@ -131,9 +152,10 @@ mod tests {
         let fd = page(SIZE, SealFlag::F_SEAL_SHRINK);
         let file = File::from(fd.try_clone().unwrap());
         let state = State::kept(fd).unwrap();
-        for bytes in [[b'2', 4], [0xff, 0xff], [1, 0]] {
+        for bytes in [[b'2', 4, 1], [0xff, 0xff, 0xff], [1, 0, 0]] {
             file.write_all_at(&bytes, 0).unwrap();
-            assert_eq!((state.link(), state.pairs(3)), (None, None), "{bytes:?}");
+            let said = (state.link(), state.pairs(3), state.uso());
+            assert_eq!(said, (None, None, None), "{bytes:?}");
         }
     }
 

@@ -44,6 +44,9 @@ pub enum TapError {
     /// The inherited fd is something else.
     #[error("fd is no TAP with IFF_VNET_HDR and IFF_NO_PI (flags {0:#x})")]
     Flags(u32),
+    /// The inherited fd has no interface, and no predecessor told of what it had.
+    #[error("fd is attached to no interface, or the interface was deleted")]
+    Gone,
     /// An ioctl failed.
     #[error("{0} failed on the TAP")]
     Ioctl(&'static str, #[source] io::Error),
@@ -148,14 +151,24 @@ impl Tap {
         .prepared()
     }
 
-    /// Takes over an fd, after a look at what it is.
+    /// Takes over an fd, after a look at what it is. Its interface may be gone: all that the fd does fails then.
     ///
     /// # Errors
     /// [`TapError::Flags`] when it is not a TAP with virtio-net headers.
     pub fn adopt(fd: OwnedFd) -> Result<Self, TapError> {
         let mut request = InterfaceRequest::new("", 0);
-        ioctl_request(fd.as_fd(), libc::TUNGETIFF, &mut request)
-            .map_err(|error| TapError::Ioctl("TUNGETIFF", error.into()))?;
+        match ioctl_request(fd.as_fd(), libc::TUNGETIFF, &mut request) {
+            Ok(()) => {}
+            Err(Errno::EBADFD) => {
+                return Ok(Self {
+                    capture: None,
+                    fd,
+                    name: "gone".to_owned(),
+                    attached: true,
+                });
+            }
+            Err(error) => return Err(TapError::Ioctl("TUNGETIFF", error.into())),
+        }
         let flags = c_int::from(request.flags);
         if flags & TAP_FLAGS != TAP_FLAGS || flags & libc::IFF_TUN != 0 {
             return Err(TapError::Flags(u32::from(request.flags)));
@@ -199,11 +212,16 @@ impl Tap {
         Ok(self)
     }
 
-    /// The kernel can segment UDP on TAPs (6.2 and later). Leaves all offloads off.
+    /// The kernel can segment UDP on TAPs (6.2 and later); `None` where the interface is gone. Leaves all
+    /// offloads off.
     #[must_use]
-    pub fn supports_uso(&self) -> bool {
-        let known = self.set_offload(TunOffload::TCP.with(TunOffload::USO)).is_ok();
-        known && self.set_offload(TunOffload::default()).is_ok()
+    pub fn supports_uso(&self) -> Option<bool> {
+        let known = self.set_offload(TunOffload::TCP.with(TunOffload::USO));
+        match known.and_then(|()| self.set_offload(TunOffload::default())) {
+            Ok(()) => Some(true),
+            Err(error) if is_gone(&error) => None,
+            Err(_) => Some(false),
+        }
     }
 
     /// Tells the kernel what the driver takes unfinished. Applies to the whole interface.
@@ -320,6 +338,11 @@ impl AsFd for Tap {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// Whether an ioctl met no interface.
+pub(crate) fn is_gone(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::EBADFD as i32)
 }
 
 fn ioctl_request(

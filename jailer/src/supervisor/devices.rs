@@ -169,6 +169,7 @@ impl Supervisor {
                 if !self.candidate_joined(index, now) {
                     self.note(index, EventKind::Restarted, took, "");
                 }
+                self.renew_tap(index, now);
             }
             Err(why) => {
                 let name = &self.processes[index].about.name;
@@ -198,9 +199,10 @@ impl Supervisor {
                 if self.processes[index].about.slot.is_none() {
                     continue;
                 }
-                self.note(index, kind, Duration::ZERO, &detail);
-                if let (EventKind::TapLost, Some(tap)) = (kind, self.processes[index].about.tap) {
-                    self.ask_connector(tap);
+                if kind == EventKind::TapLost {
+                    self.tap_lost(index, &detail);
+                } else {
+                    self.note(index, kind, Duration::ZERO, &detail);
                 }
             }
         }
@@ -213,6 +215,7 @@ impl Supervisor {
             None => {}
             Some(Order::Respawn) => {
                 let build = self.next_build(index);
+                self.processes[index].tap.begin_process();
                 self.tell_spawner(FromSupervisor::Respawn { process, build });
             }
             Some(Order::Kill) => self.tell_spawner(FromSupervisor::Kill { process }),

@@ -41,7 +41,7 @@ impl Supervisor {
         Ok(())
     }
 
-    fn process_ended(&mut self, index: usize, status: ExitStatus, now: Instant) {
+    pub(super) fn process_ended(&mut self, index: usize, status: ExitStatus, now: Instant) {
         // What the vmm said before this happened counts first.
         self.hear_vmm(LAST_MESSAGES, now);
         let Some(process) = self.processes.get_mut(index) else {
@@ -50,6 +50,8 @@ impl Supervisor {
         process.alive = false;
         process.log.read(&mut self.log, now);
         let is_device = process.about.role.is_device();
+        // What it told of was so before its end.
+        self.note_told();
         if is_device && self.restarts_devices() && (self.guest_runs || was_killed(status)) {
             return self.device_ended(index, status, now);
         }

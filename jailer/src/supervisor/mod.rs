@@ -18,6 +18,7 @@ mod outcome;
 mod ready;
 mod recovery;
 mod remote;
+mod taps;
 #[cfg(test)]
 mod tests;
 mod upgrade;
@@ -42,6 +43,7 @@ use remote::Remote;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
+use taps::Tap;
 use upgrade::Upgrade;
 use vm_spec::control::{FdNumber, ToVmm, exit_code};
 use vm_spec::spec::OnDeviceDeath;
@@ -103,6 +105,8 @@ fn first_message(spawner: &OwnedFd) -> Result<SupervisorConfig, SupervisorError>
     poll(&mut ready, timeout).map_err(|e| SupervisorError::Poll(e.into()))?;
     match receive_message(spawner.as_fd())? {
         Received::Message(_, ToSupervisor::Start(config)) => Ok(*config),
+        // The launcher failed, and says in what.
+        Received::End => Err(SupervisorError::SpawnerGone),
         _ => Err(SupervisorError::NoConfig),
     }
 }
@@ -132,6 +136,7 @@ struct Process {
     outstanding: u32,
     upgrade: Option<Upgrade>,
     orders: Option<Orders>,
+    tap: Tap,
 }
 
 struct Supervisor {
@@ -176,6 +181,7 @@ impl Supervisor {
                     counters: Counters::new(),
                     outstanding: 0,
                     upgrade: None,
+                    tap: Tap::Present,
                 })
             })
             .collect::<Result<_, SupervisorError>>()?;

@@ -274,9 +274,24 @@ impl Recovery {
 
     /// The vmm has let go: the process is to end, which is no failure, and the next to start.
     pub(super) fn released(&mut self, now: Instant) -> Option<Order> {
+        self.replaced(now, "it was replaced by another build")
+    }
+
+    /// Another process is wanted in the place of the one that serves, if one does.
+    pub(super) fn renew(&mut self, now: Instant, why: &str) -> Option<Order> {
+        let serves = self.stage == Stage::Serving;
+        serves.then(|| self.replaced(now, why)).flatten()
+    }
+
+    fn replaced(&mut self, now: Instant, why: &str) -> Option<Order> {
         self.planned = true;
         self.told = true;
-        self.condemn(now, "it was replaced by another build")
+        self.condemn(now, why)
+    }
+
+    /// The guest has been told, or is to be, that there is no device any more.
+    pub(super) fn is_lost(&self) -> bool {
+        self.stage == Stage::Lost
     }
 
     /// Time served, and time passed, make up for failures.

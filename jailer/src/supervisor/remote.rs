@@ -11,7 +11,7 @@ use super::Supervisor;
 use super::devices::{Counters, event, shortened};
 use super::outcome::Outcome;
 use crate::wire::{Received, send_message};
-use crate::wire_fds::{receive_with_fds, send_with_fd, send_with_fds};
+use crate::wire_fds::{receive_with_fds, send_with_fd};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use vm_spec::control::{ToVmm, exit_code};
@@ -203,21 +203,6 @@ impl Supervisor {
                 }
             }
         }
-    }
-
-    /// The TAP goes to the spawner, and a new process takes over with it.
-    fn tap_came_back(&mut self, index: usize, queues: &[OwnedFd], now: Instant) {
-        // The index fits: a VM has at most 32 devices.
-        let message = FromSupervisor::Tap {
-            process: index as u16,
-        };
-        let fds: Vec<_> = queues.iter().map(AsFd::as_fd).collect();
-        if send_with_fds(self.spawner.as_fd(), 0, message, &fds).is_err() {
-            return self.say("the spawner cannot be given a TAP");
-        }
-        self.note(index, EventKind::TapBack, Duration::ZERO, "");
-        let order = self.processes[index].recovery.released(now);
-        self.carry_out(index, order);
     }
 
     /// There is a connection: it goes to the vmm.

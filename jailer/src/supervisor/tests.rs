@@ -1,7 +1,7 @@
 //! A supervisor whose spawner, vmm and clients the tests play.
 
 use super::*;
-use crate::wire_fds::receive_with_fds;
+use crate::wire_fds::{receive_with_fds, send_with_fd};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket, socketpair,
@@ -10,6 +10,9 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicI32, Ordering};
 use vm_spec::client::{Answer, Channel, Request};
 use vm_spec::control::FromVmm;
+use vm_spec::events::EventKind;
+use vm_spec::run_state::ProcessRole;
+use vm_spec::supervise::ExitStatus;
 
 /// What the supervisor inherits has numbers that nothing else ever has.
 static NEXT: AtomicI32 = AtomicI32::new(500);
@@ -102,6 +105,57 @@ impl Play {
             self.supervisor.wait(Some(Instant::now())).unwrap();
         }
     }
+}
+
+/// A NIC's process; the log pipe's other end.
+fn nic(play: &mut Play) -> OwnedFd {
+    let (log, theirs) = nix::unistd::pipe().unwrap();
+    fcntl(&log, FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
+    let about = SupervisedProcess {
+        name: "net0".into(),
+        role: ProcessRole::Net,
+        pid: 7,
+        log: FdNumber(0),
+        slot: Some(1),
+        tap: Some(0),
+        orders: None,
+    };
+    play.supervisor.processes.push(Process {
+        log: LogPipe::new(about.name.clone(), log, Instant::now()),
+        about,
+        alive: true,
+        recovery: Recovery::new(Instant::now()),
+        counters: Counters::new(),
+        outstanding: 0,
+        upgrade: None,
+        orders: None,
+        tap: Tap::Present,
+    });
+    play.supervisor.guest_runs = true;
+    theirs
+}
+
+/// What the spawner was told, in short.
+fn told(play: &Play) -> Vec<String> {
+    let next = || match receive_with_fds(play.spawner.as_fd()) {
+        Ok((Received::Message(_, message), _)) => Some(match message {
+            FromSupervisor::Event(event) => format!("{:?}", event.event),
+            FromSupervisor::Respawn { .. } => "respawn".to_owned(),
+            FromSupervisor::Kill { .. } => "kill".to_owned(),
+            FromSupervisor::Tap { .. } => "tap".to_owned(),
+            other => format!("{other:?}"),
+        }),
+        _ => None,
+    };
+    std::iter::from_fn(next).collect()
+}
+
+/// The spawner makes a process and the vmm takes it.
+fn joins(play: &mut Play, now: Instant) {
+    let (socket, _theirs) = pair(SockType::Stream);
+    play.supervisor.device_spawned(0, 8, Some(socket), now);
+    let id = play.supervisor.requests;
+    assert!(play.supervisor.device_answered(id, Ok(()), now));
 }
 
 /// How many messages are left in a socket.
@@ -270,4 +324,77 @@ fn who_leaves_while_keys_wait_is_noticed() {
     drop(client);
     play.settle();
     assert_eq!(play.supervisor.console.audience.count(), 0);
+}
+
+#[test]
+fn a_launcher_that_failed_has_said_why() {
+    let (spawner, of_spawner) = pair(SockType::SeqPacket);
+    drop(spawner);
+    let end = first_message(&of_spawner);
+    assert!(matches!(end, Err(SupervisorError::SpawnerGone)), "{end:?}");
+}
+
+/// The process dies with its TAP; the next is on its way when there is a TAP again.
+#[test]
+fn a_process_that_was_begun_without_the_tap_that_is_back_is_replaced_once() {
+    let mut play = Play::begin("tap");
+    let log = nic(&mut play);
+    let (queue, _) = pair(SockType::Stream);
+    let queue = [queue];
+    let mut now = Instant::now();
+    let say = || nix::unistd::write(&log, b"event: tap-lost: gone\n").unwrap();
+    say();
+    play.supervisor.process_ended(0, ExitStatus::Signal(9), now);
+    play.supervisor.judge_devices(now);
+    assert_eq!(told(&play), ["TapLost", "Died", "respawn"]);
+    play.supervisor.tap_came_back(0, &queue, now);
+    assert_eq!(told(&play), ["tap", "TapBack"], "it cannot be killed yet");
+    say();
+    play.settle();
+    play.supervisor.note_told();
+    joins(&mut play, now);
+    assert_eq!(told(&play), ["Restarted", "kill"], "its TAP is no news");
+    play.supervisor.process_ended(0, ExitStatus::Signal(9), now);
+    play.supervisor.judge_devices(now);
+    joins(&mut play, now);
+    assert_eq!(told(&play), ["respawn", "Restarted"]);
+    // One that waits to be started has the latest in any case.
+    say();
+    now += Duration::from_secs(1);
+    play.supervisor.process_ended(0, ExitStatus::Signal(9), now);
+    play.supervisor.tap_came_back(0, &queue, now);
+    play.supervisor.judge_devices(now);
+    joins(&mut play, now);
+    let rest = ["TapLost", "Died", "tap", "TapBack", "respawn", "Restarted"];
+    assert_eq!(told(&play), rest);
+}
+
+#[test]
+fn a_tap_that_nobody_takes_over_is_not_back() {
+    let mut play = Play::begin("given-up");
+    let _log = nic(&mut play);
+    let now = Instant::now();
+    let condemned = play.supervisor.processes[0].recovery.condemn(now, "no answer");
+    play.supervisor.carry_out(0, condemned);
+    play.supervisor.judge_devices(now + Duration::from_secs(60));
+    let (queue, _) = pair(SockType::Stream);
+    play.supervisor.tap_came_back(0, &[queue], now);
+    assert_eq!(told(&play), ["kill"]);
+    let client = play.client();
+    assert_eq!(play.ask(&client, Request::Hello), Some(Answer::Hello));
+    let device = "net0".to_owned();
+    let (binary, _) = pair(SockType::Stream);
+    send_with_fd(client.as_fd(), 7, Request::Upgrade { device }, binary.as_fd()).unwrap();
+    play.supervisor.hear_clients(now);
+    let answer = receive_message::<Answer>(client.as_fd());
+    assert!(
+        matches!(&answer, Ok(Received::Message(7, Answer::Failed(why))) if why.contains("given up")),
+        "{answer:?}"
+    );
+    play.supervisor.processes[0].recovery = Recovery::new(now);
+    play.supervisor.on_device_death = OnDeviceDeath::End;
+    play.supervisor.tap_lost(0, "gone");
+    let (queue, _) = pair(SockType::Stream);
+    play.supervisor.tap_came_back(0, &[queue], now);
+    assert_eq!(told(&play), [format!("{:?}", EventKind::TapLost)]);
 }

@@ -48,6 +48,9 @@ impl Supervisor {
         // The number that `tell_vmm` gives next.
         let id = self.requests + 1;
         let process = &mut self.processes[index];
+        if process.recovery.is_lost() {
+            return Err(format!("'{device}' was given up, for as long as the VM lives"));
+        }
         if process.upgrade.is_some() || !process.recovery.release(now, id) {
             return Err(format!("'{device}' is not served at the moment: try again"));
         }

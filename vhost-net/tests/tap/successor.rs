@@ -4,7 +4,7 @@ use crate::frames::{Path, pattern};
 use crate::guest::{DEADLINE, Guest, MERGEABLE};
 use crate::host::Host;
 use crate::link::{LINK_UP, arrives, wait_carrier, wait_status};
-use crate::namespace::{TestTap, text};
+use crate::namespace::{TestTap, ip, text};
 use crate::queues::{FEW, arriving, pairs_set};
 use crate::{BINARY, Case};
 use anyhow::{Context, Result, ensure};
@@ -24,6 +24,7 @@ pub const ALL: &[Case] = &[
         "a_successor_does_not_filter_by_what_it_cannot_know",
         does_not_filter,
     ),
+    ("a_successor_needs_no_tap", needs_no_tap),
     ("a_state_that_may_shrink_is_refused", a_state_that_may_shrink),
 ];
 
@@ -190,6 +191,39 @@ fn does_not_filter() -> Result<()> {
         !arrives(&mut guest, &host, &own, foreign, 4)?,
         "a foreign address once its own is known"
     );
+    Ok(())
+}
+
+/// The TAP vanishes while nobody serves: the successor tells, and offers what its predecessor did.
+fn needs_no_tap() -> Result<()> {
+    for pairs in [1, 2] {
+        let launcher = Launcher::new(pairs)?;
+        let (process, socket) = launcher.start(None)?;
+        let mut guest = Guest::start(socket, EVERYTHING, FEW)?;
+        let promised = guest.session.features;
+        wait_status(&mut guest, LINK_UP)?;
+        drop(process);
+        ip(&format!("link delete {}", launcher.tap.name))?;
+        for _ in 0..2 {
+            let (process, socket) = launcher.start(None)?;
+            let mut guest = Guest::start(socket, EVERYTHING, FEW)?;
+            ensure!(guest.session.features == promised, "other features");
+            wait_status(&mut guest, 0)?;
+            let path = Path::to_host(&launcher.tap);
+            guest.send(NetHeader::default(), &path.udp([1, 2], &pattern(100, 1), true))?;
+            let said = process.stderr()?;
+            ensure!(said.contains("event: tap-lost: "), "{said}");
+        }
+        // The first process of a NIC is wrong where it has no TAP.
+        let first = Launcher {
+            state: page(SealFlag::F_SEAL_SHRINK)?,
+            ..launcher
+        };
+        let (mut process, _socket) = first.start(None)?;
+        ensure!(process.wait(DEADLINE)?.code() == Some(1));
+        let said = process.stderr()?;
+        ensure!(said.contains("no interface"), "{said}");
+    }
     Ok(())
 }
 

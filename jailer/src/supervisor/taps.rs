@@ -1,0 +1,74 @@
+//! TAPs of the host's that vanish, and what comes in their place.
+//!
+//! A process that finds no TAP, at its start too, serves with its link down. The connector, asked once, opens
+//! the TAP again; processes that the spawner is asked for from then on have it.
+
+use super::Supervisor;
+use crate::wire_fds::send_with_fds;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+use vm_spec::events::EventKind;
+use vm_spec::supervise::FromSupervisor;
+
+/// What is known of a NIC's TAP.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Tap {
+    /// Nobody misses it.
+    Present,
+    /// It is gone.
+    Lost,
+    /// There is another, which the process that serves or starts does not have.
+    Back,
+}
+
+impl Tap {
+    /// The spawner is asked for a process, which it gives the latest TAP.
+    pub(super) fn begin_process(&mut self) {
+        if *self == Self::Back {
+            *self = Self::Present;
+        }
+    }
+}
+
+impl Supervisor {
+    /// A process says so. Each that starts without its TAP does: it is news once.
+    pub(super) fn tap_lost(&mut self, index: usize, detail: &str) {
+        let process = &mut self.processes[index];
+        if process.tap != Tap::Present {
+            return;
+        }
+        process.tap = Tap::Lost;
+        let wanted = process.about.tap;
+        self.note(index, EventKind::TapLost, Duration::ZERO, detail);
+        if let Some(tap) = wanted.filter(|_| self.restarts_devices()) {
+            self.ask_connector(tap);
+        }
+    }
+
+    /// The TAP goes to the spawner, and a new process takes over with it.
+    pub(super) fn tap_came_back(&mut self, index: usize, queues: &[OwnedFd], now: Instant) {
+        if !self.restarts_devices() || self.processes[index].recovery.is_lost() {
+            return;
+        }
+        // The index fits: a VM has at most 32 devices.
+        let message = FromSupervisor::Tap {
+            process: index as u16,
+        };
+        let fds: Vec<_> = queues.iter().map(AsFd::as_fd).collect();
+        if send_with_fds(self.spawner.as_fd(), 0, message, &fds).is_err() {
+            return self.say("the spawner cannot be given a TAP");
+        }
+        self.note(index, EventKind::TapBack, Duration::ZERO, "");
+        self.processes[index].tap = Tap::Back;
+        self.renew_tap(index, now);
+    }
+
+    /// A process that serves without the TAP that is back makes room for one with it. One that is about to serve,
+    /// or to end, does so first.
+    pub(super) fn renew_tap(&mut self, index: usize, now: Instant) {
+        if self.processes[index].tap == Tap::Back {
+            let order = self.processes[index].recovery.renew(now, "its TAP is back");
+            self.carry_out(index, order);
+        }
+    }
+}
