@@ -1,6 +1,10 @@
 //! `--net`: every way that needs no more than this host's kernel, with tiny guests.
 
-use crate::{jails::Place, run::gone, traces::Traces};
+use crate::{
+    jails::{Place, empty_root, filtered},
+    run::gone,
+    traces::Traces,
+};
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     artifacts::Artifact,
@@ -93,7 +97,7 @@ fn isolated() -> Result<()> {
     let capture = folder.path().join("pcap");
     let (lab, other) = (segment("lab"), segment("other"));
     // Would be answered, and end, if anyone heard it.
-    let stranger = started(
+    let mut stranger = started(
         "scenario=net packets=1",
         &format!("isolated={other}"),
         "scenario=net",
@@ -110,6 +114,9 @@ fn isolated() -> Result<()> {
         "{}",
         asking.console.text()
     );
+    if Uid::effective().is_root() {
+        holder_sees_no_path(&mut stranger)?;
+    }
     ensure!(
         !stranger.console.text().contains("echoed"),
         "a VM on another segment was heard"
@@ -201,6 +208,7 @@ fn converse(mut run: Run, peer: &UdpSocket, port: u16) -> Result<()> {
     ensure!(&bytes[..length] == b"outbound", "{:?}", &bytes[..length]);
     peer.send_to(&bytes[..length], from)?;
     run.console.wait_line("ready=1", DEADLINE)?;
+    relay_is_confined(&mut run)?;
     let client = UdpSocket::bind("127.0.0.1:0")?;
     client.set_read_timeout(Some(DEADLINE))?;
     client.send_to(b"published", ("127.0.0.1", port))?;
@@ -212,6 +220,39 @@ fn converse(mut run: Run, peer: &UdpSocket, port: u16) -> Result<()> {
         "DHCP named no server"
     );
     Ok(())
+}
+
+/// What reads the guest's frames for passt reaches nothing else; there is none where passt serves the queues.
+fn relay_is_confined(run: &mut Run) -> Result<()> {
+    let state = run.state(DEADLINE)?;
+    for relay in state
+        .processes
+        .iter()
+        .filter(|p| p.role == ProcessRole::NetNamespace)
+    {
+        let status = filtered(relay.pid)?;
+        let has = |line: &str| status.lines().any(|have| have == line);
+        ensure!(has("CapEff:\t0000000000000000"), "{status}");
+        // Of a process that cannot be dumped only root sees the rest.
+        if Uid::effective().is_root() {
+            empty_root(relay.pid)?;
+            let open = fs::read_dir(format!("/proc/{}/fd", relay.pid))?.count();
+            ensure!(open == 4, "{open} descriptors are open");
+        }
+    }
+    Ok(())
+}
+
+/// The process that a NIC's namespace depends on sees no path of the host's.
+fn holder_sees_no_path(run: &mut Run) -> Result<()> {
+    let state = run.state(DEADLINE)?;
+    let mut holders = state
+        .processes
+        .iter()
+        .filter(|p| p.role == ProcessRole::NetNamespace);
+    let holder = holders.next().context("no holder in state.json")?.pid;
+    // It does so once its TAP is on its way.
+    wait_until("its root is empty", || Ok(empty_root(holder).is_ok()))
 }
 
 fn without_passt() -> Result<()> {

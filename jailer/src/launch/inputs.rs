@@ -1,6 +1,7 @@
 //! Opening what the spec names. Everything is opened here, once, by the launcher; jailed
 //! processes get descriptors.
 
+use super::Options;
 use super::chain::{Layer, open_chain, open_image};
 use super::connect::connect_within;
 use super::disk::{Disk, Key};
@@ -71,12 +72,12 @@ pub(crate) struct Images {
 }
 
 /// Opens everything.
-pub(crate) fn open(spec: &VmSpec, devices: &[Device]) -> Result<Inputs, Failure> {
+pub(crate) fn open(spec: &VmSpec, devices: &[Device], options: &Options) -> Result<Inputs, Failure> {
     // First: the holders of private TAPs are processes, which work while the rest is opened.
     let mut backends: Vec<Option<BackendInput>> = devices
         .iter()
         .map(|device| match &device.backend {
-            Backend::Net(nic) => open_net(device, nic).map(Some),
+            Backend::Net(nic) => open_net(device, nic, options).map(Some),
             _ => Ok(None),
         })
         .collect::<Result<_, _>>()?;
@@ -210,7 +211,7 @@ fn copy_key(number: i32) -> io::Result<OwnedFd> {
     Ok(copy.into())
 }
 
-fn open_net(device: &Device, nic: &Nic) -> Result<BackendInput, Failure> {
+fn open_net(device: &Device, nic: &Nic, options: &Options) -> Result<BackendInput, Failure> {
     let pcap = nic
         .pcap
         .as_deref()
@@ -221,7 +222,7 @@ fn open_net(device: &Device, nic: &Nic) -> Result<BackendInput, Failure> {
         state: net::link::make_state().map_err(|e| {
             Failure::host(format!("{}: cannot make memory for its state", device.field)).because(&e)
         })?,
-        tap: net::open(device, nic)?,
+        tap: net::open(device, nic, options)?,
     })
 }
 

@@ -127,7 +127,7 @@ pub fn connect_to(folder: &std::path::Path) -> std::io::Result<std::os::fd::Owne
 pub fn dry_run(spec: &VmSpec, options: &Options) -> Result<String, Failure> {
     let (name, mut devices) = machine::check(spec, &default_name())?;
     net::choose_servers(&mut devices);
-    let mut inputs = inputs::open(spec, &devices)?;
+    let mut inputs = inputs::open(spec, &devices, options)?;
     inputs.settle()?;
     let plan = make_plan(spec, &name, &devices, options, &inputs, false)?;
     let identity = identity::describe(&spawn::installed());
@@ -250,7 +250,7 @@ impl<'a> Launch<'a> {
         // Before anything that it need not hold is opened.
         let connector = Connector::start(self.devices)
             .map_err(|e| Failure::host("cannot start the connector").because(&e))?;
-        let mut inputs = inputs::open(self.spec, self.devices)?;
+        let mut inputs = inputs::open(self.spec, self.devices, self.options)?;
         inputs.begin_captures(self.devices)?;
         inputs.make_links(self.run_dir, self.devices)?;
         let holders = inputs.holders();

@@ -9,8 +9,10 @@
 use super::holder::{Holder, Post, detach, enter_namespace, receive_taps, send_refusal, send_taps};
 use super::settings::Nic;
 use super::{NetError, interface};
+use crate::sandbox::leave_paths;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::sockopt::{PeerCredentials, ReceiveTimeout};
 use nix::sys::socket::{
     AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockopt,
@@ -44,6 +46,8 @@ pub(super) fn start(field: &str, nic: &Nic, name: &str) -> Result<Holder, NetErr
         let (keeper, taps) = join(&address, &wish)?;
         post.give(&taps)?;
         drop(taps);
+        // It reads nothing that anyone sends: where the kernel refuses, it stays as it is.
+        let _ = unshare(CloneFlags::CLONE_NEWUSER).map(|()| leave_paths());
         post.retire(&[keeper.as_raw_fd()]);
         let mut fds = [keeper.as_fd(), post.socket().as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         while poll(&mut fds, PollTimeout::NONE) == Err(Errno::EINTR) {}

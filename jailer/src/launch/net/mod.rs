@@ -27,6 +27,7 @@ pub(crate) use passt::Passt;
 pub(crate) use settings::{Nic, Publish, Wire, check};
 pub(crate) use user::serve;
 
+use super::Options;
 use super::machine::{Backend, Device};
 use crate::failure::Failure;
 use std::fs::{File, OpenOptions};
@@ -73,7 +74,7 @@ pub(crate) enum NetError {
 }
 
 /// Opens a NIC's TAP, or starts its making.
-pub(crate) fn open(device: &Device, nic: &Nic) -> Result<Opened, Failure> {
+pub(crate) fn open(device: &Device, nic: &Nic, options: &Options) -> Result<Opened, Failure> {
     let field = &device.field;
     let queues = nic.queues;
     match &nic.wire {
@@ -111,7 +112,7 @@ pub(crate) fn open(device: &Device, nic: &Nic) -> Result<Opened, Failure> {
         Wire::Private(address, prefix) => private::start(field, nic, *address, *prefix)
             .map(Opened::Making)
             .map_err(|e| not_made(&format!("{field}.private"), &e)),
-        Wire::User(publish) => user::start(field, nic, publish).map(Opened::Making),
+        Wire::User(publish) => user::start(field, nic, publish, options).map(Opened::Making),
         Wire::Isolated(name) => isolated::start(field, nic, name)
             .map(Opened::Making)
             .map_err(|e| not_made(&format!("{field}.isolated"), &e)),
