@@ -16,13 +16,17 @@ use integration_tests::{
 };
 use libtest_mimic::Trial;
 use nix::{
-    sys::signal::{Signal, kill},
+    errno::Errno,
+    sys::{
+        signal::{Signal, kill},
+        socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket},
+    },
     unistd::{Pid, Uid},
 };
 use std::{
     fs,
     net::UdpSocket,
-    os::unix::fs::chown,
+    os::{fd::AsRawFd, unix::fs::chown},
     path::Path,
     process::{Command, Stdio},
     thread,
@@ -48,6 +52,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("net::isolated", isolated),
         test("net::isolated_keeper_killed", keeper_killed),
+        test("net::isolated_name_squatted (waits)", squatted),
         test("net::user", user),
         test("net::user_without_passt", without_passt),
         test("net::bridge", bridge),
@@ -153,13 +158,75 @@ fn keeper_killed() -> Result<()> {
 
 /// The keeper leads a session of its own, and has its first member for a parent.
 fn keeper_beside(member: i32) -> Result<i32> {
-    let children = fs::read_to_string(format!("/proc/{member}/task/{member}/children"))?;
-    children
-        .split_whitespace()
-        .next()
-        .context("the member has no child")?
-        .parse()
-        .context("children")
+    let first = children(member)?.into_iter().next();
+    first.context("the member has no child")
+}
+
+/// Whoever listens at a segment's name and lets nobody in delays a VM for some seconds; nothing waits there
+/// for longer, however the launcher ended.
+fn squatted() -> Result<()> {
+    Host::need_tun()?;
+    let name = segment("squatted");
+    let kind = SockType::SeqPacket;
+    let seqpacket = |flags| socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC | flags, None);
+    let squatter = seqpacket(SockFlag::empty())?;
+    let unix = UnixAddr::new_abstract(format!("bulkhead/{}/{name}", Uid::effective()).as_bytes())?;
+    bind(squatter.as_raw_fd(), &unix)?;
+    listen(&squatter, Backlog::new(0)?)?;
+    let mut waiting = Vec::new();
+    loop {
+        let one = seqpacket(SockFlag::SOCK_NONBLOCK)?;
+        match connect(one.as_raw_fd(), &unix) {
+            Ok(()) => waiting.push(one),
+            Err(Errno::EAGAIN) => break,
+            Err(e) => bail!(e),
+        }
+    }
+    let launch = || Run::tiny("scenario=hlt", &[format!("--net=isolated={name}")]);
+    let mut run = launch()?;
+    let status = run.wait(DEADLINE / 2)?;
+    let said = run.process.stderr()?;
+    ensure!(status.code() == Some(1), "{status}: {said}");
+    ensure!(
+        said.contains("net[0].isolated: ") && said.contains("let nobody in"),
+        "{said}"
+    );
+    let mut run = launch()?;
+    let launcher = run.process.pid();
+    let mut member = 0;
+    wait_until("a member waits", || {
+        member = children(launcher.as_raw())?
+            .into_iter()
+            .find(|pid| waits_to_connect(*pid))
+            .unwrap_or(0);
+        Ok(member != 0)
+    })?;
+    run.process.signal(Signal::SIGKILL)?;
+    run.wait(DEADLINE)?;
+    // Whoever adopts it may be slow to reap it.
+    let over = || {
+        let status = fs::read_to_string(format!("/proc/{member}/status"));
+        status.map_or(true, |status| status.contains("State:\tZ"))
+    };
+    let end = Instant::now() + Duration::from_secs(1);
+    while !over() {
+        ensure!(Instant::now() < end, "the member {member} outlives its launcher");
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+fn children(pid: i32) -> Result<Vec<i32>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    text.split_whitespace()
+        .map(|pid| pid.parse().context("children"))
+        .collect()
+}
+
+/// By its system call.
+fn waits_to_connect(pid: i32) -> bool {
+    let call = fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
+    call.starts_with(&format!("{} ", nix::libc::SYS_connect))
 }
 
 /// DHCP, a datagram out and back, and a published port, as a user who owns nothing.

@@ -65,6 +65,8 @@ pub(crate) enum NetError {
     Make(&'static str, #[source] io::Error),
     #[error("{0}")]
     Holder(String),
+    #[error("the launcher is gone")]
+    Left,
     #[error("it is not open")]
     NotOpen(#[source] io::Error),
     #[error("it is busy: another NIC of this VM has it")]
