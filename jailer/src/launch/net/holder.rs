@@ -19,6 +19,8 @@ use std::time::Duration;
 
 /// What is said of a process that closed its socket before it sent anything.
 pub(super) const DIED: &str = "its process died";
+/// Ends the words of a refusal that is about the host.
+const LACKING: u8 = 0;
 /// Longest wait for a TAP, which takes a few milliseconds.
 const TAP_DEADLINE: Duration = Duration::from_secs(30);
 /// Most descriptors of one TAP.
@@ -175,7 +177,11 @@ pub(super) fn send_taps(socket: &OwnedFd, taps: &[OwnedFd]) -> Result<(), NetErr
 
 /// Sends, in the place of a TAP, why there is none.
 pub(super) fn send_refusal(socket: &OwnedFd, error: &NetError) {
-    let _ = send(socket, crate::failure::chain(error).as_bytes(), &[]);
+    let mut text = crate::failure::chain(error).into_bytes();
+    if error.is_of_the_host() {
+        text.push(LACKING);
+    }
+    let _ = send(socket, &text, &[]);
 }
 
 fn send(socket: &OwnedFd, text: &[u8], rights: &[ControlMessage<'_>]) -> nix::Result<usize> {
@@ -210,11 +216,16 @@ pub(super) fn receive_taps(socket: &OwnedFd, launcher: Option<&Post>) -> Result<
         }
     }
     if taps.is_empty() {
-        let why = match length {
-            0 => DIED.to_owned(),
-            _ => String::from_utf8_lossy(&text[..length]).into_owned(),
-        };
-        return Err(NetError::Holder(why));
+        return Err(refusal(&text[..length]));
     }
     Ok(taps)
+}
+
+fn refusal(text: &[u8]) -> NetError {
+    let words = |text| String::from_utf8_lossy(text).into_owned();
+    match text {
+        [] => NetError::Holder(DIED.to_owned()),
+        [text @ .., LACKING] => NetError::Lacking(words(text)),
+        text => NetError::Holder(words(text)),
+    }
 }

@@ -120,7 +120,7 @@ fn join(post: &Post, address: &UnixAddr, wish: &Wish) -> Result<(OwnedFd, Vec<Ow
         let asked = send(socket.as_raw_fd(), &wish.to_bytes(), MsgFlags::MSG_NOSIGNAL);
         match asked.map(|_| receive_taps(&socket, Some(post))) {
             Ok(Ok(taps)) => return Ok((socket, taps)),
-            Ok(Err(NetError::Left)) => return Err(NetError::Left),
+            Ok(Err(refusal @ (NetError::Left | NetError::Lacking(_)))) => return Err(refusal),
             Ok(Err(refusal @ NetError::Holder(_))) if !ended(&refusal) => return Err(refusal),
             // It was about to end, and has.
             Ok(Err(_)) | Err(Errno::EPIPE | Errno::ECONNRESET) => {}
@@ -230,7 +230,7 @@ fn admit(
         return None;
     }
     let taps = match made {
-        Err(error) => Err(NetError::Holder(crate::failure::chain(error))),
+        Err(error) => Err(error.to_be_told()),
         Ok(_) if members >= MOST_MEMBERS => Err(NetError::Holder("the segment is full".into())),
         Ok(interfaces) => plug_in(interfaces, &Wish::from_bytes(bytes)),
     };

@@ -30,6 +30,7 @@ pub(crate) use user::serve;
 use super::Options;
 use super::machine::{Backend, Device};
 use crate::failure::Failure;
+use nix::errno::Errno;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -65,6 +66,9 @@ pub(crate) enum NetError {
     Make(&'static str, #[source] io::Error),
     #[error("{0}")]
     Holder(String),
+    /// As `Holder`, of what [`NetError::is_of_the_host`].
+    #[error("{0}")]
+    Lacking(String),
     #[error("the launcher is gone")]
     Left,
     #[error("it is not open")]
@@ -191,9 +195,35 @@ pub(crate) fn may_change_host_network() -> bool {
 
 /// What a TAP that could not be made is reported as.
 pub(crate) fn not_made(field: &str, error: &NetError) -> Failure {
-    Failure::host(format!("{field}: cannot make a TAP"))
-        .because(error)
-        .hint("bulkhead doctor tells what is missing")
+    let failure = Failure::host(format!("{field}: cannot make a TAP")).because(error);
+    match error.is_of_the_host() {
+        true => failure.hint("bulkhead doctor tells what is missing"),
+        false => failure,
+    }
+}
+
+impl NetError {
+    /// The same in words, for who keeps the error.
+    fn to_be_told(&self) -> Self {
+        let words = crate::failure::chain(self);
+        match self.is_of_the_host() {
+            true => Self::Lacking(words),
+            false => Self::Holder(words),
+        }
+    }
+
+    /// Whether the host lacks, or does not permit, what every such TAP needs. (Else it may be what this one was
+    /// to be: a number that the kernel does not take, a port that is taken.)
+    fn is_of_the_host(&self) -> bool {
+        match self {
+            Self::Device(_) | Self::NotPermitted | Self::Lacking(_) => true,
+            Self::Attach(e) | Self::Make(_, e) => !matches!(
+                e.raw_os_error().map(Errno::from_raw),
+                Some(Errno::EINVAL | Errno::ERANGE | Errno::EADDRNOTAVAIL | Errno::EADDRINUSE)
+            ),
+            _ => false,
+        }
+    }
 }
 
 fn no_existing_tap(field: &str, name: &str, error: &NetError) -> Failure {
@@ -227,4 +257,21 @@ pub(crate) fn open_pcap(field: &str, path: &Path) -> Result<File, Failure> {
             Ok(file)
         })
         .map_err(|e| Failure::host(format!("{field}.pcap: cannot write {}", path.display())).because(&e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_the_host_lacks_is_a_doctors_matter() {
+        let make = |errno: Errno| NetError::Make("set the MTU", errno.into());
+        for error in [make(Errno::EPERM), make(Errno::ENOSPC), NetError::NotPermitted] {
+            assert!(not_made("net[0].private", &error).to_string().contains("doctor"));
+        }
+        let refused = NetError::Holder("passt refused: Failed to bind port 80".into());
+        for error in [make(Errno::EINVAL), make(Errno::ERANGE), refused] {
+            assert!(!not_made("net[0].private", &error).to_string().contains("hint"));
+        }
+    }
 }
