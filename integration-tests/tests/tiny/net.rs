@@ -61,12 +61,12 @@ pub(crate) fn tests() -> Vec<Trial> {
 }
 
 /// A name that no other run of this test uses.
-fn segment(name: &str) -> String {
+pub(crate) fn segment(name: &str) -> String {
     format!("{name}-{}", std::process::id())
 }
 
 /// Whether the keeper of a segment listens.
-fn kept(segment: &str) -> Result<bool> {
+pub(crate) fn kept(segment: &str) -> Result<bool> {
     let name = format!("@bulkhead/{}/{segment}", Uid::effective());
     let sockets = fs::read_to_string("/proc/net/unix")?;
     Ok(sockets.lines().any(|line| line.ends_with(&name)))
@@ -378,6 +378,10 @@ fn bridge() -> Result<()> {
         "--net=bridge=wire".to_owned(),
         "--net=bridge=wire,mtu=9000".to_owned(),
     ];
+    let mut look = inside(artifact(Artifact::Bulkhead)?);
+    let looked = look.args(["run", "--dry-run"]).args(&flags).output()?;
+    ensure!(looked.status.success(), "{looked:?}");
+    no_interface_since(&inside)?;
     let command = inside(artifact(Artifact::Bulkhead)?);
     let mut run = Run::by(command, tempfile::tempdir()?, &flags)?;
     run.console
@@ -407,6 +411,25 @@ fn bridge() -> Result<()> {
     wait_until("the link comes up", || Ok(carriers()? == 2))?;
     run.process.signal(Signal::SIGKILL)?;
     wait_until("the TAPs go with the VM", || Ok(ports()? == 0))
+}
+
+/// The kernel counts interfaces, those too that are gone: what is made now is the next one after the bridge.
+fn no_interface_since(inside: &impl Fn(&Path) -> Command) -> Result<()> {
+    let ip = |words: &[&str]| -> Result<String> {
+        let output = inside(Path::new("ip")).args(words).output()?;
+        ensure!(output.status.success(), "{output:?}");
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    let number = |name| -> Result<u32> {
+        let line = ip(&["-o", "link", "show", name])?;
+        let number = line.split(':').next().context("no number")?;
+        number.parse().with_context(|| line.clone())
+    };
+    ip(&["link", "add", "next", "type", "bridge"])?;
+    let (wire, next) = (number("wire")?, number("next")?);
+    ip(&["link", "del", "next"])?;
+    ensure!(next == wire + 1, "{} interfaces were made", next - wire - 1);
+    Ok(())
 }
 
 /// A rate of 1000 packets a second, after a burst of 100, holds within a tenth here; the bucket's

@@ -176,7 +176,7 @@ fn plan(spec: &str) -> Result<(Plan, Inputs), Failure> {
     let (name, devices) = machine::check(&spec, "audit")?;
     let mut inputs = inputs::open(&spec, &devices, &options)?;
     inputs.settle()?;
-    let plan = make_plan(&spec, &name, &devices, &options, &inputs, false)?;
+    let plan = make_plan(&spec, &name, &devices, &options, inputs.chains(), false)?;
     Ok((plan, inputs))
 }
 

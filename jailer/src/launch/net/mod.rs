@@ -31,6 +31,7 @@ use super::Options;
 use super::machine::{Backend, Device};
 use crate::failure::Failure;
 use nix::errno::Errno;
+use nix::unistd::{AccessFlags, access};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -87,34 +88,12 @@ pub(crate) fn open(device: &Device, nic: &Nic, options: &Options) -> Result<Open
         Wire::Name(name) => interface::open_existing(name, queues)
             .map(Opened::Ready)
             .map_err(|e| no_existing_tap(field, name, &e)),
-        Wire::Inherited(fds) => interface::inherited(fds).map(Opened::Ready).map_err(|e| {
-            let hint = match &e {
-                NetError::BusyDescriptor => "give each NIC a TAP of its own",
-                _ => "start bulkhead with an open TAP at this number (TUNSETIFF done)",
-            };
-            let numbers: Vec<String> = fds.iter().map(i32::to_string).collect();
-            Failure::host(format!(
-                "{field}.tap-fd: cannot use descriptor {}",
-                numbers.join(", ")
-            ))
-            .because(&e)
-            .hint(hint)
-        }),
+        Wire::Inherited(fds) => interface::inherited(fds)
+            .map(Opened::Ready)
+            .map_err(|e| no_inherited_tap(field, fds, &e)),
         Wire::Bridge(bridge) => interface::open_on_bridge(bridge, queues, nic.mtu)
             .map(Opened::Ready)
-            .map_err(|e| {
-                let hint = match &e {
-                    NetError::NotPermitted => {
-                        "run as root, or grant it: sudo setcap cap_net_admin+ep bulkhead; user, \
-                         private and isolated need no root"
-                    }
-                    NetError::Device(_) => "sudo chmod 0666 /dev/net/tun, or run as root",
-                    _ => "make it: sudo ip link add BRIDGE type bridge && sudo ip link set BRIDGE up",
-                };
-                Failure::host(format!("{field}.bridge: cannot add a TAP to '{bridge}'"))
-                    .because(&e)
-                    .hint(hint)
-            }),
+            .map_err(|e| no_port(field, bridge, &e)),
         Wire::Private(address, prefix) => private::start(field, nic, *address, *prefix)
             .map(Opened::Making)
             .map_err(|e| not_made(&format!("{field}.private"), &e)),
@@ -122,6 +101,29 @@ pub(crate) fn open(device: &Device, nic: &Nic, options: &Options) -> Result<Open
         Wire::Isolated(name) => isolated::start(field, nic, name)
             .map(Opened::Making)
             .map_err(|e| not_made(&format!("{field}.isolated"), &e)),
+    }
+}
+
+/// Whether what a NIC needs is there, as far as that can be seen without making anything.
+pub(crate) fn look(device: &Device, nic: &Nic) -> Result<(), Failure> {
+    let field = &device.field;
+    if let Some(path) = &nic.pcap {
+        look_at_pcap(field, path)?;
+    }
+    let device_for = |mode| interface::look_at_device().map_err(|e| not_made(&format!("{field}.{mode}"), &e));
+    match &nic.wire {
+        Wire::Name(name) => interface::look_at(name).map_err(|e| no_existing_tap(field, name, &e)),
+        Wire::Inherited(fds) => interface::inherited(fds)
+            .map(drop)
+            .map_err(|e| no_inherited_tap(field, fds, &e)),
+        Wire::Bridge(bridge) => match interface::look_at(bridge) {
+            Ok(()) if !may_change_host_network() => Err(NetError::NotPermitted),
+            looked => looked,
+        }
+        .map_err(|e| no_port(field, bridge, &e)),
+        Wire::Private(..) => device_for("private"),
+        Wire::User(_) => user::find(&format!("{field}.user")).and_then(|_| device_for("user")),
+        Wire::Isolated(_) => device_for("isolated"),
     }
 }
 
@@ -242,21 +244,67 @@ fn no_existing_tap(field: &str, name: &str, error: &NetError) -> Failure {
         .hint(hint)
 }
 
+fn no_inherited_tap(field: &str, fds: &[i32], error: &NetError) -> Failure {
+    let hint = match error {
+        NetError::BusyDescriptor => "give each NIC a TAP of its own",
+        _ => "start bulkhead with an open TAP at this number (TUNSETIFF done)",
+    };
+    let numbers: Vec<String> = fds.iter().map(i32::to_string).collect();
+    Failure::host(format!(
+        "{field}.tap-fd: cannot use descriptor {}",
+        numbers.join(", ")
+    ))
+    .because(error)
+    .hint(hint)
+}
+
+fn no_port(field: &str, bridge: &str, error: &NetError) -> Failure {
+    let failure = Failure::host(format!("{field}.bridge: cannot add a TAP to '{bridge}'")).because(error);
+    let hint = match error {
+        NetError::NotPermitted => {
+            "run as root, or grant it: sudo setcap cap_net_admin+ep bulkhead; user, \
+             private and isolated need no root"
+        }
+        NetError::Device(_) => "sudo chmod 0666 /dev/net/tun, or run as root",
+        NetError::Missing(_) | NetError::NoBridge(_) => {
+            "make it: sudo ip link add BRIDGE type bridge && sudo ip link set BRIDGE up"
+        }
+        _ => return failure,
+    };
+    failure.hint(hint)
+}
+
 /// Opens the file of a capture, which keeps what it holds until [`Inputs::begin_captures`](super::inputs::Inputs::begin_captures).
 pub(crate) fn open_pcap(field: &str, path: &Path) -> Result<File, Failure> {
-    OpenOptions::new()
+    open_capture(OpenOptions::new().create(true).mode(0o600), path).map_err(|e| no_pcap(field, path, &e))
+}
+
+/// Whether it could be opened.
+fn look_at_pcap(field: &str, path: &Path) -> Result<(), Failure> {
+    match open_capture(&mut OpenOptions::new(), path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+            let modes = AccessFlags::W_OK | AccessFlags::X_OK;
+            access(folder.unwrap_or(Path::new(".")), modes).map_err(Into::into)
+        }
+        opened => opened.map(drop),
+    }
+    .map_err(|e| no_pcap(field, path, &e))
+}
+
+fn open_capture(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+    options
         .append(true)
-        .create(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW)
-        .mode(0o600)
-        .open(path)
-        .and_then(|file| {
-            if !file.metadata()?.is_file() {
-                return Err(io::Error::other("it is not a regular file"));
-            }
-            Ok(file)
-        })
-        .map_err(|e| Failure::host(format!("{field}.pcap: cannot write {}", path.display())).because(&e))
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW);
+    let file = options.open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::other("it is not a regular file")),
+    }
+}
+
+fn no_pcap(field: &str, path: &Path, error: &io::Error) -> Failure {
+    Failure::host(format!("{field}.pcap: cannot write {}", path.display())).because(error)
 }
 
 #[cfg(test)]

@@ -77,7 +77,7 @@ pub(crate) fn serve(
         .map_err(|e| Failure::host(format!("{field}.user: cannot start passt")).because(&e))
 }
 
-fn find(field: &str) -> Result<Passt, Failure> {
+pub(super) fn find(field: &str) -> Result<Passt, Failure> {
     Passt::find().ok_or_else(|| {
         Failure::host(format!("{field}: passt is not installed")).hint("sudo apt install passt")
     })
