@@ -14,7 +14,7 @@ mod policy;
 mod shorten;
 
 /// The roles, as `sandbox::Role` spells them, and their files.
-const ROLES: [(&str, &str); 10] = [
+const ROLES: [(&str, &str); 11] = [
     ("Disk", "disk"),
     ("Net", "net"),
     ("Vmm", "vmm"),
@@ -23,6 +23,7 @@ const ROLES: [(&str, &str); 10] = [
     ("Image", "image"),
     ("Spawner", "spawner"),
     ("Forker", "forker"),
+    ("Relay", "relay"),
     ("Startup", "startup"),
     ("StartupRing", "startup-ring"),
 ];

@@ -274,7 +274,7 @@ fn confined(spawner: i32) -> Result<()> {
 }
 
 /// The process has a filter, and can gain nothing by executing. Its status.
-fn filtered(pid: i32) -> Result<String> {
+pub(crate) fn filtered(pid: i32) -> Result<String> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     ensure!(
         value(&status, "Seccomp:") == "2" && value(&status, "NoNewPrivs:") == "1",
@@ -348,7 +348,7 @@ fn jail(process: &ProcessState, filters: u32) -> Result<()> {
 }
 
 /// The only mount of the process is a root that holds nothing, and that nothing can be put in.
-fn empty_root(pid: i32) -> Result<()> {
+pub(crate) fn empty_root(pid: i32) -> Result<()> {
     let proc = PathBuf::from(format!("/proc/{pid}"));
     let root: Vec<_> = fs::read_dir(proc.join("root"))?.collect();
     ensure!(root.is_empty(), "its root holds {root:?}");

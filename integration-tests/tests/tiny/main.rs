@@ -4,6 +4,7 @@ mod audit;
 mod bad_input;
 mod clients;
 mod descriptors;
+mod dry_run;
 mod ends;
 mod fixture;
 mod hostile;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
     tests.extend(audit::tests());
     tests.extend(bad_input::tests());
     tests.extend(clients::tests());
+    tests.extend(dry_run::tests());
     tests.extend(ends::tests());
     tests.extend(hostile::tests());
     tests.extend(images::tests());

@@ -1,6 +1,10 @@
 //! `--net`: every way that needs no more than this host's kernel, with tiny guests.
 
-use crate::{jails::Place, run::gone, traces::Traces};
+use crate::{
+    jails::{Place, empty_root, filtered},
+    run::gone,
+    traces::Traces,
+};
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     artifacts::Artifact,
@@ -12,13 +16,17 @@ use integration_tests::{
 };
 use libtest_mimic::Trial;
 use nix::{
-    sys::signal::{Signal, kill},
+    errno::Errno,
+    sys::{
+        signal::{Signal, kill},
+        socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket},
+    },
     unistd::{Pid, Uid},
 };
 use std::{
     fs,
     net::UdpSocket,
-    os::unix::fs::chown,
+    os::{fd::AsRawFd, unix::fs::chown},
     path::Path,
     process::{Command, Stdio},
     thread,
@@ -44,6 +52,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("net::isolated", isolated),
         test("net::isolated_keeper_killed", keeper_killed),
+        test("net::isolated_name_squatted (waits)", squatted),
         test("net::user", user),
         test("net::user_without_passt", without_passt),
         test("net::bridge", bridge),
@@ -52,12 +61,12 @@ pub(crate) fn tests() -> Vec<Trial> {
 }
 
 /// A name that no other run of this test uses.
-fn segment(name: &str) -> String {
+pub(crate) fn segment(name: &str) -> String {
     format!("{name}-{}", std::process::id())
 }
 
 /// Whether the keeper of a segment listens.
-fn kept(segment: &str) -> Result<bool> {
+pub(crate) fn kept(segment: &str) -> Result<bool> {
     let name = format!("@bulkhead/{}/{segment}", Uid::effective());
     let sockets = fs::read_to_string("/proc/net/unix")?;
     Ok(sockets.lines().any(|line| line.ends_with(&name)))
@@ -93,7 +102,7 @@ fn isolated() -> Result<()> {
     let capture = folder.path().join("pcap");
     let (lab, other) = (segment("lab"), segment("other"));
     // Would be answered, and end, if anyone heard it.
-    let stranger = started(
+    let mut stranger = started(
         "scenario=net packets=1",
         &format!("isolated={other}"),
         "scenario=net",
@@ -110,6 +119,9 @@ fn isolated() -> Result<()> {
         "{}",
         asking.console.text()
     );
+    if Uid::effective().is_root() {
+        holder_sees_no_path(&mut stranger)?;
+    }
     ensure!(
         !stranger.console.text().contains("echoed"),
         "a VM on another segment was heard"
@@ -146,13 +158,75 @@ fn keeper_killed() -> Result<()> {
 
 /// The keeper leads a session of its own, and has its first member for a parent.
 fn keeper_beside(member: i32) -> Result<i32> {
-    let children = fs::read_to_string(format!("/proc/{member}/task/{member}/children"))?;
-    children
-        .split_whitespace()
-        .next()
-        .context("the member has no child")?
-        .parse()
-        .context("children")
+    let first = children(member)?.into_iter().next();
+    first.context("the member has no child")
+}
+
+/// Whoever listens at a segment's name and lets nobody in delays a VM for some seconds; nothing waits there
+/// for longer, however the launcher ended.
+fn squatted() -> Result<()> {
+    Host::need_tun()?;
+    let name = segment("squatted");
+    let kind = SockType::SeqPacket;
+    let seqpacket = |flags| socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC | flags, None);
+    let squatter = seqpacket(SockFlag::empty())?;
+    let unix = UnixAddr::new_abstract(format!("bulkhead/{}/{name}", Uid::effective()).as_bytes())?;
+    bind(squatter.as_raw_fd(), &unix)?;
+    listen(&squatter, Backlog::new(0)?)?;
+    let mut waiting = Vec::new();
+    loop {
+        let one = seqpacket(SockFlag::SOCK_NONBLOCK)?;
+        match connect(one.as_raw_fd(), &unix) {
+            Ok(()) => waiting.push(one),
+            Err(Errno::EAGAIN) => break,
+            Err(e) => bail!(e),
+        }
+    }
+    let launch = || Run::tiny("scenario=hlt", &[format!("--net=isolated={name}")]);
+    let mut run = launch()?;
+    let status = run.wait(DEADLINE / 2)?;
+    let said = run.process.stderr()?;
+    ensure!(status.code() == Some(1), "{status}: {said}");
+    ensure!(
+        said.contains("net[0].isolated: ") && said.contains("let nobody in"),
+        "{said}"
+    );
+    let mut run = launch()?;
+    let launcher = run.process.pid();
+    let mut member = 0;
+    wait_until("a member waits", || {
+        member = children(launcher.as_raw())?
+            .into_iter()
+            .find(|pid| waits_to_connect(*pid))
+            .unwrap_or(0);
+        Ok(member != 0)
+    })?;
+    run.process.signal(Signal::SIGKILL)?;
+    run.wait(DEADLINE)?;
+    // Whoever adopts it may be slow to reap it.
+    let over = || {
+        let status = fs::read_to_string(format!("/proc/{member}/status"));
+        status.map_or(true, |status| status.contains("State:\tZ"))
+    };
+    let end = Instant::now() + Duration::from_secs(1);
+    while !over() {
+        ensure!(Instant::now() < end, "the member {member} outlives its launcher");
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+fn children(pid: i32) -> Result<Vec<i32>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    text.split_whitespace()
+        .map(|pid| pid.parse().context("children"))
+        .collect()
+}
+
+/// By its system call.
+fn waits_to_connect(pid: i32) -> bool {
+    let call = fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
+    call.starts_with(&format!("{} ", nix::libc::SYS_connect))
 }
 
 /// DHCP, a datagram out and back, and a published port, as a user who owns nothing.
@@ -201,6 +275,7 @@ fn converse(mut run: Run, peer: &UdpSocket, port: u16) -> Result<()> {
     ensure!(&bytes[..length] == b"outbound", "{:?}", &bytes[..length]);
     peer.send_to(&bytes[..length], from)?;
     run.console.wait_line("ready=1", DEADLINE)?;
+    relay_is_confined(&mut run)?;
     let client = UdpSocket::bind("127.0.0.1:0")?;
     client.set_read_timeout(Some(DEADLINE))?;
     client.send_to(b"published", ("127.0.0.1", port))?;
@@ -212,6 +287,39 @@ fn converse(mut run: Run, peer: &UdpSocket, port: u16) -> Result<()> {
         "DHCP named no server"
     );
     Ok(())
+}
+
+/// What reads the guest's frames for passt reaches nothing else; there is none where passt serves the queues.
+fn relay_is_confined(run: &mut Run) -> Result<()> {
+    let state = run.state(DEADLINE)?;
+    for relay in state
+        .processes
+        .iter()
+        .filter(|p| p.role == ProcessRole::NetNamespace)
+    {
+        let status = filtered(relay.pid)?;
+        let has = |line: &str| status.lines().any(|have| have == line);
+        ensure!(has("CapEff:\t0000000000000000"), "{status}");
+        // Of a process that cannot be dumped only root sees the rest.
+        if Uid::effective().is_root() {
+            empty_root(relay.pid)?;
+            let open = fs::read_dir(format!("/proc/{}/fd", relay.pid))?.count();
+            ensure!(open == 4, "{open} descriptors are open");
+        }
+    }
+    Ok(())
+}
+
+/// The process that a NIC's namespace depends on sees no path of the host's.
+fn holder_sees_no_path(run: &mut Run) -> Result<()> {
+    let state = run.state(DEADLINE)?;
+    let mut holders = state
+        .processes
+        .iter()
+        .filter(|p| p.role == ProcessRole::NetNamespace);
+    let holder = holders.next().context("no holder in state.json")?.pid;
+    // It does so once its TAP is on its way.
+    wait_until("its root is empty", || Ok(empty_root(holder).is_ok()))
 }
 
 fn without_passt() -> Result<()> {
@@ -270,6 +378,10 @@ fn bridge() -> Result<()> {
         "--net=bridge=wire".to_owned(),
         "--net=bridge=wire,mtu=9000".to_owned(),
     ];
+    let mut look = inside(artifact(Artifact::Bulkhead)?);
+    let looked = look.args(["run", "--dry-run"]).args(&flags).output()?;
+    ensure!(looked.status.success(), "{looked:?}");
+    no_interface_since(&inside)?;
     let command = inside(artifact(Artifact::Bulkhead)?);
     let mut run = Run::by(command, tempfile::tempdir()?, &flags)?;
     run.console
@@ -299,6 +411,25 @@ fn bridge() -> Result<()> {
     wait_until("the link comes up", || Ok(carriers()? == 2))?;
     run.process.signal(Signal::SIGKILL)?;
     wait_until("the TAPs go with the VM", || Ok(ports()? == 0))
+}
+
+/// The kernel counts interfaces, those too that are gone: what is made now is the next one after the bridge.
+fn no_interface_since(inside: &impl Fn(&Path) -> Command) -> Result<()> {
+    let ip = |words: &[&str]| -> Result<String> {
+        let output = inside(Path::new("ip")).args(words).output()?;
+        ensure!(output.status.success(), "{output:?}");
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    let number = |name| -> Result<u32> {
+        let line = ip(&["-o", "link", "show", name])?;
+        let number = line.split(':').next().context("no number")?;
+        number.parse().with_context(|| line.clone())
+    };
+    ip(&["link", "add", "next", "type", "bridge"])?;
+    let (wire, next) = (number("wire")?, number("next")?);
+    ip(&["link", "del", "next"])?;
+    ensure!(next == wire + 1, "{} interfaces were made", next - wire - 1);
+    Ok(())
 }
 
 /// A rate of 1000 packets a second, after a burst of 100, holds within a tenth here; the bucket's

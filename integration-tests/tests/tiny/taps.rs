@@ -1,7 +1,7 @@
 //! TAPs that cannot be had: what the message says, and which field it names.
 
 use super::bad_input::says;
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use integration_tests::{
     artifacts::Artifact,
     demo::peer::Peer,
@@ -11,10 +11,12 @@ use integration_tests::{
     tiny::Run,
 };
 use libtest_mimic::Trial;
-use std::{fs::File, os::fd::OwnedFd, path::Path, process::Command};
+use std::{fs::File, os::fd::OwnedFd, path::Path, process::Command, time::Duration};
 
 /// The descriptor that launchers inherit.
 const FD: i32 = 9;
+
+const DEADLINE: Duration = Duration::from_secs(20);
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
@@ -23,6 +25,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("bad_input::tap_busy_by_fd", busy_by_fd),
         test("bad_input::tap_fd_is_no_tap", no_tap),
         test("bad_input::tap_fd_is_not_open", not_open),
+        test("bad_input::tap_mtu_is_too_large", too_large),
     ]
 }
 
@@ -70,6 +73,23 @@ fn no_tap() -> Result<()> {
 fn not_open() -> Result<()> {
     Host::need_kvm()?;
     inheriting(None, 1, &["net[0].tap-fd: ", "descriptor 9", "not open"])
+}
+
+/// What the host has is not the reason, so that nobody is sent to look for it.
+fn too_large() -> Result<()> {
+    Host::need_kvm()?;
+    Host::need_tun()?;
+    let flags = [kernel()?, "--net=private=10.213.7.1/24,mtu=65535".to_owned()];
+    let mut run = Run::with_flags(&flags)?;
+    let status = run.wait(DEADLINE)?;
+    let message = run.process.stderr()?;
+    ensure!(status.code() == Some(1), "{status}: {message}");
+    ensure!(
+        message.contains("net[0].private: cannot make a TAP") && message.contains("set the MTU"),
+        "{message}"
+    );
+    ensure!(!message.contains("hint"), "{message}");
+    Ok(())
 }
 
 /// The launcher with `fd` as its descriptor [`FD`], and as many NICs on that.

@@ -36,7 +36,6 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("verbs::kill", kill),
         test("verbs::kill_unprivileged", kill_unprivileged),
         test("verbs::no_such_vm", no_such_vm),
-        test("verbs::a_dry_run_keeps_a_capture", dry_run),
         test("verbs::doctor", doctor),
         test("verbs::completions", completions),
         test("verbs::schema", schema),
@@ -58,25 +57,6 @@ pub(crate) fn bulkhead(folder: &Path, arguments: &[&str]) -> Result<Output> {
 pub(crate) fn expect(output: &Output, code: u8) -> Result<String> {
     ensure!(output.status.code() == Some(i32::from(code)), "{output:?}");
     Ok(String::from_utf8(output.stdout.clone())?)
-}
-
-/// What a VM has captured is not lost by a look at how it would run.
-fn dry_run() -> Result<()> {
-    Host::need_kvm()?;
-    Host::need_tun()?;
-    let folder = tempfile::tempdir()?;
-    let capture = folder.path().join("capture");
-    fs::write(&capture, "frames")?;
-    let kernel = format!("--kernel={}", artifact(Artifact::TinyGuest)?.display());
-    let net = format!("--net=private=10.213.7.1/24,pcap={}", capture.display());
-    let output = bulkhead(folder.path(), &["run", "--dry-run", &kernel, &net])?;
-    ensure!(expect(&output, 0)?.contains("vhost-user-net"), "{output:?}");
-    ensure!(fs::read(&capture)? == b"frames", "the capture was emptied");
-    fs::remove_file(&capture)?;
-    let output = bulkhead(folder.path(), &["run", "--dry-run", &kernel, &net])?;
-    ensure!(expect(&output, 0)?.contains("vhost-user-net"), "{output:?}");
-    ensure!(!capture.exists(), "a capture was made");
-    Ok(())
 }
 
 /// A guest that does nothing, not even power off when asked.

@@ -2,7 +2,6 @@
 
 mod connection;
 mod doctor;
-mod dry_run;
 mod events;
 mod flags;
 mod image;
@@ -327,7 +326,7 @@ fn parse(arguments: Vec<OsString>) -> Result<Verb, clap::Error> {
 fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
     match verb {
         Verb::Run(args) if args.print_schema => print(vm_spec::schema::SCHEMA),
-        Verb::Run(args) if args.dry_run => print(&dry_run::show(&args.spec()?, &args.options())?),
+        Verb::Run(args) if args.dry_run => print(&launch::dry_run(&args.spec()?, &args.options())?),
         Verb::Run(args) => launch::run(&args.spec()?, &args.options(), launched_ns),
         Verb::Ps { json } => print(&ps::show(json)?),
         Verb::Inspect { vm, json } => print(&inspect::show(&vm, json)?),

@@ -1,6 +1,7 @@
 //! Opening images: the one that the spec names, and what lies behind it, below the folders that a person
 //! allowed.
 
+use super::disk::Disk;
 use super::image::printable;
 use super::machine::Device;
 use super::qcow2;
@@ -24,16 +25,24 @@ pub(crate) struct Layer {
     pub(crate) file: OwnedFd,
 }
 
+/// What an image is opened for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Purpose {
+    /// It is held against others.
+    Use,
+    /// Others may have it, and go on.
+    Look,
+}
+
 /// The image and its backing files, the top first.
 pub(super) fn open_chain(
     spec: &VmSpec,
     device: &Device,
-    path: &Path,
-    format: ImageFormat,
-    read_only: bool,
+    disk: &Disk,
+    purpose: Purpose,
 ) -> Result<Vec<Layer>, Failure> {
-    let field = format!("{}.path", device.field);
-    let top = open_image(&field, path, read_only)?;
+    let (field, path) = (format!("{}.path", device.field), disk.path.as_path());
+    let top = open_image_for(purpose, &field, path, disk.read_only)?;
     let own_folder = folder_of(&field, path)?;
     let mut allowed = vec![own_folder.clone()];
     for folder in &spec.image_folders {
@@ -42,7 +51,7 @@ pub(super) fn open_chain(
         })?);
     }
     let mut layers = vec![Layer {
-        format,
+        format: disk.format,
         path: path.to_owned(),
         file: top.into(),
     }];
@@ -60,7 +69,10 @@ pub(super) fn open_chain(
             )));
         }
         let wanted = lexical_join(&folder, Path::new(&backing.name));
-        let file = open_backing(&field, &allowed, &wanted, &backing.name, "image-folders")?;
+        let file = find_backing(&field, &allowed, &wanted, &backing.name, "image-folders")?;
+        if purpose == Purpose::Use {
+            lock(&field, &wanted, &file, FlockArg::LockSharedNonblock)?;
+        }
         folder = wanted.parent().unwrap_or(Path::new("/")).to_owned();
         layers.push(Layer {
             format: backing.format,
@@ -71,9 +83,21 @@ pub(super) fn open_chain(
     Ok(layers)
 }
 
-/// Opens a backing file that an image calls `name` at `wanted`, below one of `allowed`; `option` is how a
-/// person allows more.
+/// Opens a backing file that an image calls `name` at `wanted`, below one of `allowed`, and holds it against
+/// those who would write it; `option` is how a person allows more.
 pub(crate) fn open_backing(
+    field: &str,
+    allowed: &[PathBuf],
+    wanted: &Path,
+    name: &str,
+    option: &str,
+) -> Result<File, Failure> {
+    let file = find_backing(field, allowed, wanted, name, option)?;
+    lock(field, wanted, &file, FlockArg::LockSharedNonblock)?;
+    Ok(file)
+}
+
+fn find_backing(
     field: &str,
     allowed: &[PathBuf],
     wanted: &Path,
@@ -95,7 +119,6 @@ pub(crate) fn open_backing(
         BelowError::Open(e) => failed().because(&e),
     })?;
     is_image(&file, failed)?;
-    lock(field, wanted, &file, FlockArg::LockSharedNonblock)?;
     Ok(file)
 }
 
@@ -123,7 +146,18 @@ fn read_backing(field: &str, layer: &Layer) -> Result<Option<qcow2::Backing>, Fa
     })
 }
 
+/// Opens an image, and holds it against others.
 pub(crate) fn open_image(field: &str, path: &Path, read_only: bool) -> Result<File, Failure> {
+    open_image_for(Purpose::Use, field, path, read_only)
+}
+
+/// Opens an image as what it is opened for takes.
+pub(super) fn open_image_for(
+    purpose: Purpose,
+    field: &str,
+    path: &Path,
+    read_only: bool,
+) -> Result<File, Failure> {
     let failed = || Failure::host(format!("{field}: cannot open {}", path.display()));
     let file = OpenOptions::new()
         .read(true)
@@ -137,7 +171,9 @@ pub(crate) fn open_image(field: &str, path: &Path, read_only: bool) -> Result<Fi
     } else {
         FlockArg::LockExclusiveNonblock
     };
-    lock(field, path, &file, how)?;
+    if purpose == Purpose::Use {
+        lock(field, path, &file, how)?;
+    }
     Ok(file)
 }
 

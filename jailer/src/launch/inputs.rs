@@ -1,7 +1,8 @@
 //! Opening what the spec names. Everything is opened here, once, by the launcher; jailed
 //! processes get descriptors.
 
-use super::chain::{Layer, open_chain, open_image};
+use super::Options;
+use super::chain::{Layer, Purpose, open_chain, open_image};
 use super::connect::connect_within;
 use super::disk::{Disk, Key};
 use super::kernel::{self, Kernel};
@@ -21,7 +22,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Duration;
 use vm_spec::control::FdNumber;
-use vm_spec::spec::{BootSpec, VmSpec};
+use vm_spec::spec::{BootSpec, ImageFormat, VmSpec};
 
 /// Most bytes of a passphrase that are copied: more than any disk process takes.
 const LONGEST_KEY: u64 = 4096;
@@ -70,32 +71,22 @@ pub(crate) struct Images {
     pub(crate) watches: Vec<Watch>,
 }
 
+/// Of a chain's images, the top first.
+pub(super) fn formats(layers: &[Layer]) -> Vec<ImageFormat> {
+    layers.iter().map(|layer| layer.format).collect()
+}
+
 /// Opens everything.
-pub(crate) fn open(spec: &VmSpec, devices: &[Device]) -> Result<Inputs, Failure> {
+pub(crate) fn open(spec: &VmSpec, devices: &[Device], options: &Options) -> Result<Inputs, Failure> {
     // First: the holders of private TAPs are processes, which work while the rest is opened.
     let mut backends: Vec<Option<BackendInput>> = devices
         .iter()
         .map(|device| match &device.backend {
-            Backend::Net(nic) => open_net(device, nic).map(Some),
+            Backend::Net(nic) => open_net(device, nic, options).map(Some),
             _ => Ok(None),
         })
         .collect::<Result<_, _>>()?;
-    let (kernel, kind) = open_kernel(&spec.boot)?;
-    let kvm = open_kvm()?;
-    if kind == Kernel::Linux && Path::new("/sys/module/kvm_pvm").exists() {
-        return Err(Failure::host(format!(
-            "boot.kernel: this host cannot run {}",
-            spec.boot.kernel.display()
-        ))
-        .cause("its KVM is a software KVM (module kvm_pvm), which runs no stock Linux kernel")
-        .hint("cargo demo runs it in the nested runner, which has a real KVM by emulation"));
-    }
-    let initrd = spec
-        .boot
-        .initrd
-        .as_deref()
-        .map(|path| open_file("boot.initrd", path).map(OwnedFd::from))
-        .transpose()?;
+    let Boot { kvm, kernel, initrd } = open_boot(&spec.boot)?;
     for (backend, device) in backends.iter_mut().zip(devices) {
         if backend.is_none() {
             *backend = open_backend(spec, device)?;
@@ -107,10 +98,40 @@ pub(crate) fn open(spec: &VmSpec, devices: &[Device]) -> Result<Inputs, Failure>
             .map_err(|e| Failure::host("cannot open /dev/null").because(&e))?
             .into(),
         kvm,
-        kernel: kernel.into(),
+        kernel,
         initrd,
         backends: backends.into_iter().flatten().collect(),
         settled: Vec::new(),
+    })
+}
+
+/// What every VM is booted from.
+pub(super) struct Boot {
+    kvm: OwnedFd,
+    kernel: OwnedFd,
+    initrd: Option<OwnedFd>,
+}
+
+pub(super) fn open_boot(boot: &BootSpec) -> Result<Boot, Failure> {
+    let (kernel, kind) = open_kernel(boot)?;
+    let kvm = open_kvm()?;
+    if kind == Kernel::Linux && Path::new("/sys/module/kvm_pvm").exists() {
+        return Err(Failure::host(format!(
+            "boot.kernel: this host cannot run {}",
+            boot.kernel.display()
+        ))
+        .cause("its KVM is a software KVM (module kvm_pvm), which runs no stock Linux kernel")
+        .hint("cargo demo runs it in the nested runner, which has a real KVM by emulation"));
+    }
+    let initrd = boot
+        .initrd
+        .as_deref()
+        .map(|path| open_file("boot.initrd", path).map(OwnedFd::from))
+        .transpose()?;
+    Ok(Boot {
+        kvm,
+        kernel: kernel.into(),
+        initrd,
     })
 }
 
@@ -125,15 +146,19 @@ fn open_backend(spec: &VmSpec, device: &Device) -> Result<Option<BackendInput>, 
         }
         Backend::External(Remote { socket, .. }) => match interruptibly(|| connect(socket)) {
             Ok(stream) => Ok(Some(BackendInput::Socket(stream))),
-            Err(e) => Err(Failure::host(format!(
-                "{}: cannot connect to the back end at {}",
-                device.field,
-                socket.display()
-            ))
-            .because(&e)
-            .hint("start the back end first, with this socket path")),
+            Err(e) => Err(no_back_end(device, socket, &e)),
         },
     }
+}
+
+pub(super) fn no_back_end(device: &Device, socket: &Path, error: &io::Error) -> Failure {
+    Failure::host(format!(
+        "{}: cannot connect to the back end at {}",
+        device.field,
+        socket.display()
+    ))
+    .because(error)
+    .hint("start the back end first, with this socket path")
 }
 
 fn connect(socket: &Path) -> io::Result<OwnedFd> {
@@ -141,7 +166,7 @@ fn connect(socket: &Path) -> io::Result<OwnedFd> {
 }
 
 fn open_disk(spec: &VmSpec, device: &Device, disk: &Disk) -> Result<Images, Failure> {
-    let layers = open_chain(spec, device, &disk.path, disk.format, disk.read_only)?;
+    let layers = open_chain(spec, device, disk, Purpose::Use)?;
     let direct = match layers.first() {
         Some(top) if disk.past_cache => Some(open_direct(device, disk, &top.file)?),
         _ => None,
@@ -165,7 +190,7 @@ fn open_disk(spec: &VmSpec, device: &Device, disk: &Disk) -> Result<Images, Fail
 }
 
 /// By the open descriptor, not by its path, which may lead elsewhere by now.
-fn open_direct(device: &Device, disk: &Disk, image: &OwnedFd) -> Result<OwnedFd, Failure> {
+pub(super) fn open_direct(device: &Device, disk: &Disk, image: &OwnedFd) -> Result<OwnedFd, Failure> {
     OpenOptions::new()
         .read(true)
         .write(!disk.read_only)
@@ -188,14 +213,18 @@ fn open_direct(device: &Device, disk: &Disk, image: &OwnedFd) -> Result<OwnedFd,
 fn open_key(device: &Device, key: &Key) -> Result<OwnedFd, Failure> {
     match key {
         Key::File(path) => open_file(&format!("{}.key-file", device.field), path).map(OwnedFd::from),
-        Key::Inherited(number) => interruptibly(|| copy_key(*number)).map_err(|e| {
-            Failure::host(format!(
-                "{}.key-fd: cannot read descriptor {number}",
-                device.field
-            ))
-            .because(&e)
-        }),
+        Key::Inherited(number) => {
+            interruptibly(|| copy_key(*number)).map_err(|e| no_key(device, *number, &e))
+        }
     }
+}
+
+pub(super) fn no_key(device: &Device, number: i32, error: &io::Error) -> Failure {
+    Failure::host(format!(
+        "{}.key-fd: cannot read descriptor {number}",
+        device.field
+    ))
+    .because(error)
 }
 
 /// The file behind `--key-file`.
@@ -210,7 +239,7 @@ fn copy_key(number: i32) -> io::Result<OwnedFd> {
     Ok(copy.into())
 }
 
-fn open_net(device: &Device, nic: &Nic) -> Result<BackendInput, Failure> {
+fn open_net(device: &Device, nic: &Nic, options: &Options) -> Result<BackendInput, Failure> {
     let pcap = nic
         .pcap
         .as_deref()
@@ -221,7 +250,7 @@ fn open_net(device: &Device, nic: &Nic) -> Result<BackendInput, Failure> {
         state: net::link::make_state().map_err(|e| {
             Failure::host(format!("{}: cannot make memory for its state", device.field)).because(&e)
         })?,
-        tap: net::open(device, nic)?,
+        tap: net::open(device, nic, options)?,
     })
 }
 
@@ -261,7 +290,7 @@ fn open_kernel(boot: &BootSpec) -> Result<(File, Kernel), Failure> {
 }
 
 /// A regular file for reading.
-fn open_file(field: &str, path: &Path) -> Result<File, Failure> {
+pub(super) fn open_file(field: &str, path: &Path) -> Result<File, Failure> {
     let failed = || Failure::host(format!("{field}: cannot open {}", path.display()));
     let file = OpenOptions::new()
         .read(true)
@@ -276,6 +305,15 @@ fn open_file(field: &str, path: &Path) -> Result<File, Failure> {
 }
 
 impl Inputs {
+    /// For each device the formats of its image chain, the top first; empty where it has none.
+    pub(super) fn chains(&self) -> Vec<Vec<ImageFormat>> {
+        let chain = |backend: &BackendInput| match backend {
+            BackendInput::Images(images) => formats(&images.layers),
+            _ => Vec::new(),
+        };
+        self.backends.iter().map(chain).collect()
+    }
+
     /// Makes the pipes for orders to NICs' links.
     pub(crate) fn make_links(&mut self, run_dir: &RunDir, devices: &[Device]) -> Result<(), Failure> {
         for (backend, device) in self.backends.iter_mut().zip(devices) {

@@ -13,6 +13,7 @@ pub(crate) mod identity;
 pub(crate) mod image;
 mod inputs;
 mod kernel;
+mod look;
 mod machine;
 pub(crate) mod net;
 mod notify;
@@ -40,7 +41,7 @@ use crate::sandbox::{Anchor, Root, SeccompMode, share_cores_within};
 use crate::tell::tell;
 use connector::Connector;
 use identity::{Identities, Settled};
-use inputs::{BackendInput, Inputs};
+use inputs::Inputs;
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signalfd::SignalFd;
 use nix::time::{ClockId, clock_gettime};
@@ -57,7 +58,7 @@ use std::rc::Rc;
 use std::time::Duration;
 use supervise::Event;
 use terminal::Saved;
-use vm_spec::spec::VmSpec;
+use vm_spec::spec::{ImageFormat, VmSpec};
 
 /// Whether a VM's processes are jailed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
@@ -122,16 +123,15 @@ pub fn connect_to(folder: &std::path::Path) -> std::io::Result<std::os::fd::Owne
     run_dir::connect_to(folder)
 }
 
-/// What `bulkhead run --dry-run` prints. Opens everything, runs nothing.
+/// What `bulkhead run --dry-run` prints. Looks at what the spec names, changes and runs nothing.
 ///
 /// # Errors
-/// Any [`Failure`] that [`run`] would have met before it starts a process.
+/// Any [`Failure`] of [`run`]'s that can be seen without doing what it does.
 pub fn dry_run(spec: &VmSpec, options: &Options) -> Result<String, Failure> {
     let (name, mut devices) = machine::check(spec, &default_name())?;
     net::choose_servers(&mut devices);
-    let mut inputs = inputs::open(spec, &devices)?;
-    inputs.settle()?;
-    let plan = make_plan(spec, &name, &devices, options, &inputs, false)?;
+    let chains = look::look(spec, &devices)?;
+    let plan = make_plan(spec, &name, &devices, options, chains, false)?;
     let identity = identity::describe(&spawn::installed());
     Ok(plan.describe(&identity))
 }
@@ -265,12 +265,13 @@ impl<'a> Launch<'a> {
         // Before anything that it need not hold is opened.
         let connector = Connector::start(self.devices)
             .map_err(|e| Failure::host("cannot start the connector").because(&e))?;
-        let mut inputs = inputs::open(self.spec, self.devices)?;
+        let mut inputs = inputs::open(self.spec, self.devices, self.options)?;
         inputs.begin_captures(self.devices)?;
         inputs.make_links(self.run_dir, self.devices)?;
         let holders = inputs.holders();
         let raw = self.saved.is_some();
-        let plan = make_plan(self.spec, self.name, self.devices, self.options, &inputs, raw)?;
+        let chains = inputs.chains();
+        let plan = make_plan(self.spec, self.name, self.devices, self.options, chains, raw)?;
         let clients = self
             .run_dir
             .listen()
@@ -348,13 +349,9 @@ fn make_plan(
     name: &str,
     devices: &[machine::Device],
     options: &Options,
-    inputs: &Inputs,
+    chains: Vec<Vec<ImageFormat>>,
     raw_terminal: bool,
 ) -> Result<Plan, Failure> {
-    let chains = inputs.backends.iter().map(|backend| match backend {
-        BackendInput::Images(images) => images.layers.iter().map(|layer| layer.format).collect(),
-        _ => Vec::new(),
-    });
     let choices = Choices {
         jail: options.jail,
         seccomp: match options.jail {
@@ -365,7 +362,7 @@ fn make_plan(
         log_json: options.log_json,
         has_input: terminal::has_input(),
         raw_terminal,
-        chains: chains.collect(),
+        chains,
         cmdline: machine::cmdline(&spec.boot)?,
     };
     Ok(plan::plan(spec, name, devices, &choices))

@@ -113,7 +113,7 @@ impl Stage {
             // All start under the same filter.
             Role::Disk | Role::Startup => (&self.full, "disk"),
             Role::Net => (&self.full, "net"),
-            Role::Image | Role::Spawner | Role::Forker | Role::StartupRing => return None,
+            Role::Image | Role::Spawner | Role::Forker | Role::Relay | Role::StartupRing => return None,
         };
         let process = processes(&of.0).find(|process| process.role.policy() == Some(name));
         process.map(|process| (of, process))
@@ -174,9 +174,9 @@ fn plan(spec: &str) -> Result<(Plan, Inputs), Failure> {
         log_json: false,
     };
     let (name, devices) = machine::check(&spec, "audit")?;
-    let mut inputs = inputs::open(&spec, &devices)?;
+    let mut inputs = inputs::open(&spec, &devices, &options)?;
     inputs.settle()?;
-    let plan = make_plan(&spec, &name, &devices, &options, &inputs, false)?;
+    let plan = make_plan(&spec, &name, &devices, &options, inputs.chains(), false)?;
     Ok((plan, inputs))
 }
 

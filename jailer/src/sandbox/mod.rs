@@ -128,6 +128,17 @@ pub fn lockdown_spawner(mode: SeccompMode) -> Result<(), LockdownError> {
     seccomp::install(Role::Spawner, mode, seccomp::Threads::Calling)
 }
 
+/// Leaves the calling process without a path: its root is empty and read-only from here on. It takes
+/// CAP_SYS_ADMIN in its user namespace.
+///
+/// # Errors
+/// When the kernel refuses; the process may see paths still.
+#[cfg(feature = "launcher")]
+pub fn leave_paths() -> std::io::Result<()> {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)?;
+    Ok(mounts::enter_empty_root()?)
+}
+
 /// The forker's, before its first order: it has what capabilities making jails takes, and the calls of
 /// `forker.policy`.
 ///

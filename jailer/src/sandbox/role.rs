@@ -22,6 +22,8 @@ pub enum Role {
     Spawner,
     /// The spawner's helper that makes successors.
     Forker,
+    /// What carries frames between a `user` NIC's TAP and passt.
+    Relay,
     /// Any jailed process from before its exec to its own lockdown.
     Startup,
     /// The same, of a disk process that makes a ring for what goes past the page cache.
@@ -30,7 +32,7 @@ pub enum Role {
 
 impl Role {
     /// Every role.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Disk,
         Self::Net,
         Self::Vmm,
@@ -39,6 +41,7 @@ impl Role {
         Self::Image,
         Self::Spawner,
         Self::Forker,
+        Self::Relay,
         Self::Startup,
         Self::StartupRing,
     ];
@@ -54,6 +57,7 @@ impl Role {
             Self::Image => "image",
             Self::Spawner => "spawner",
             Self::Forker => "forker",
+            Self::Relay => "relay",
             Self::Startup => "startup",
             Self::StartupRing => "startup-ring",
         }
@@ -83,7 +87,7 @@ impl FromStr for Role {
             .find(|role| role.name() == text)
             .ok_or_else(|| ParseRoleError {
                 given: text.to_owned(),
-                known: "disk, net, vmm, vcpu, supervisor, image, spawner, forker, startup, startup-ring",
+                known: "disk, net, vmm, vcpu, supervisor, image, spawner, forker, relay, startup, startup-ring",
             })
     }
 }

@@ -19,6 +19,8 @@ use std::time::Duration;
 
 /// What is said of a process that closed its socket before it sent anything.
 pub(super) const DIED: &str = "its process died";
+/// Ends the words of a refusal that is about the host.
+const LACKING: u8 = 0;
 /// Longest wait for a TAP, which takes a few milliseconds.
 const TAP_DEADLINE: Duration = Duration::from_secs(30);
 /// Most descriptors of one TAP.
@@ -79,7 +81,7 @@ impl Holder {
 
     /// Waits for the TAP, which comes once. A holder that dies closes its end.
     pub(crate) fn receive(&self) -> Result<Vec<OwnedFd>, NetError> {
-        receive_taps(&self.lifeline)
+        receive_taps(&self.lifeline, None)
     }
 }
 
@@ -105,6 +107,12 @@ impl Post {
     /// Keeps no descriptor but its own and `keep`, and no controlling terminal.
     pub(crate) fn detach(&self, keep: &[RawFd]) {
         detach(&[keep, &[self.0.as_raw_fd()]].concat());
+    }
+
+    /// Whether there is nobody any more for whom its job is done.
+    pub(super) fn is_left(&self) -> bool {
+        let mut launcher = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        poll(&mut launcher, PollTimeout::ZERO) != Ok(0)
     }
 
     /// Closed by the launcher when it ends. (A death signal would not do: a spawner that left root
@@ -169,7 +177,11 @@ pub(super) fn send_taps(socket: &OwnedFd, taps: &[OwnedFd]) -> Result<(), NetErr
 
 /// Sends, in the place of a TAP, why there is none.
 pub(super) fn send_refusal(socket: &OwnedFd, error: &NetError) {
-    let _ = send(socket, crate::failure::chain(error).as_bytes(), &[]);
+    let mut text = crate::failure::chain(error).into_bytes();
+    if error.is_of_the_host() {
+        text.push(LACKING);
+    }
+    let _ = send(socket, &text, &[]);
 }
 
 fn send(socket: &OwnedFd, text: &[u8], rights: &[ControlMessage<'_>]) -> nix::Result<usize> {
@@ -177,12 +189,17 @@ fn send(socket: &OwnedFd, text: &[u8], rights: &[ControlMessage<'_>]) -> nix::Re
     sendmsg::<()>(socket.as_raw_fd(), &data, rights, MsgFlags::MSG_NOSIGNAL, None)
 }
 
-/// Receives what [`send_taps`] sent; a text in its place is the reason why there is none.
-pub(super) fn receive_taps(socket: &OwnedFd) -> Result<Vec<OwnedFd>, NetError> {
-    let mut ready = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+/// Receives what [`send_taps`] sent; a text in its place is the reason why there is none. Whoever waits for
+/// another does so for as long as its `launcher` is there.
+pub(super) fn receive_taps(socket: &OwnedFd, launcher: Option<&Post>) -> Result<Vec<OwnedFd>, NetError> {
+    let fds = [Some(socket), launcher.map(Post::socket)].into_iter().flatten();
+    let mut ready: Vec<_> = fds.map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
     let timeout = PollTimeout::try_from(TAP_DEADLINE).unwrap_or(PollTimeout::MAX);
     if poll(&mut ready, timeout) == Ok(0) {
         return Err(NetError::Holder(format!("there is none after {TAP_DEADLINE:?}")));
+    }
+    if ready.get(1).is_some_and(|fd| fd.any().unwrap_or(false)) {
+        return Err(NetError::Left);
     }
     let mut text = [0; 512];
     let mut space = nix::cmsg_space!([RawFd; MOST_TAPS]);
@@ -199,11 +216,16 @@ pub(super) fn receive_taps(socket: &OwnedFd) -> Result<Vec<OwnedFd>, NetError> {
         }
     }
     if taps.is_empty() {
-        let why = match length {
-            0 => DIED.to_owned(),
-            _ => String::from_utf8_lossy(&text[..length]).into_owned(),
-        };
-        return Err(NetError::Holder(why));
+        return Err(refusal(&text[..length]));
     }
     Ok(taps)
+}
+
+fn refusal(text: &[u8]) -> NetError {
+    let words = |text| String::from_utf8_lossy(text).into_owned();
+    match text {
+        [] => NetError::Holder(DIED.to_owned()),
+        [text @ .., LACKING] => NetError::Lacking(words(text)),
+        text => NetError::Holder(words(text)),
+    }
 }

@@ -60,6 +60,20 @@ pub(super) fn open_existing(name: &str, queues: u16) -> Result<Vec<OwnedFd>, Net
     }
 }
 
+/// Whether TAPs can be made, as far as can be seen without making one.
+pub(super) fn look_at_device() -> Result<(), NetError> {
+    open_device().map(drop)
+}
+
+/// Whether there is an interface `name`.
+pub(super) fn look_at(name: &str) -> Result<(), NetError> {
+    check_name(name)?;
+    if !exists(name) {
+        return Err(NetError::Missing(name.to_owned()));
+    }
+    look_at_device()
+}
+
 /// Makes a TAP and adds it to the bridge `bridge`.
 pub(super) fn open_on_bridge(bridge: &str, queues: u16, mtu: Option<u16>) -> Result<Vec<OwnedFd>, NetError> {
     check_name(bridge)?;
@@ -149,12 +163,16 @@ pub(super) fn attach(name: &str, queues: u16) -> Result<(String, Vec<OwnedFd>), 
     Ok((name, taps))
 }
 
-fn attach_one(name: &str, multi_queue: bool) -> Result<(String, OwnedFd), NetError> {
-    let tun = OpenOptions::new()
+fn open_device() -> Result<File, NetError> {
+    OpenOptions::new()
         .read(true)
         .write(true)
         .open("/dev/net/tun")
-        .map_err(NetError::Device)?;
+        .map_err(NetError::Device)
+}
+
+fn attach_one(name: &str, multi_queue: bool) -> Result<(String, OwnedFd), NetError> {
+    let tun = open_device()?;
     let mut request = request_for(name);
     let more = if multi_queue { libc::IFF_MULTI_QUEUE } else { 0 };
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more;

@@ -9,16 +9,21 @@
 use super::holder::{Holder, Post, detach, enter_namespace, receive_taps, send_refusal, send_taps};
 use super::settings::Nic;
 use super::{NetError, interface};
+use crate::launch::connect::connect_within;
+use crate::sandbox::leave_paths;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::sockopt::{PeerCredentials, ReceiveTimeout};
 use nix::sys::socket::{
-    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockopt,
-    listen, recv, send, setsockopt, socket,
+    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, getsockopt, listen, recv,
+    send, setsockopt, socket,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::{ForkResult, fork, geteuid};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 const BRIDGE: &str = "segment";
 /// The kernel puts a number in its place.
@@ -26,9 +31,13 @@ const PORT: &str = "vm%d";
 /// A keeper that ends and one that starts are waited out this many times.
 const ATTEMPTS: usize = 16;
 /// Between two of them.
-const RETRY: std::time::Duration = std::time::Duration::from_millis(5);
+const RETRY: Duration = Duration::from_millis(5);
 /// Most VMs' NICs on one segment.
 const MOST_MEMBERS: usize = 256;
+/// How long a keeper may take to let a member in: it makes a TAP for one after the other.
+const ENTRY: Duration = Duration::from_secs(5);
+/// After each of these waits for that a member sees whether its launcher is there.
+const LOOK: Duration = Duration::from_millis(200);
 /// Who connects says at once what it wants. Also how long a keeper waits for its first member.
 const PATIENCE_SECONDS: u16 = 2;
 
@@ -41,9 +50,11 @@ pub(super) fn start(field: &str, nic: &Nic, name: &str) -> Result<Holder, NetErr
         mtu: nic.mtu.unwrap_or(0),
     };
     Holder::start(format!("{field}.isolated"), move |post: &Post| {
-        let (keeper, taps) = join(&address, &wish)?;
+        let (keeper, taps) = join(post, &address, &wish)?;
         post.give(&taps)?;
         drop(taps);
+        // It reads nothing that anyone sends: where the kernel refuses, it stays as it is.
+        let _ = unshare(CloneFlags::CLONE_NEWUSER).map(|()| leave_paths());
         post.retire(&[keeper.as_raw_fd()]);
         let mut fds = [keeper.as_fd(), post.socket().as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         while poll(&mut fds, PollTimeout::NONE) == Err(Errno::EINTR) {}
@@ -77,23 +88,39 @@ fn seqpacket() -> nix::Result<OwnedFd> {
     socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None)
 }
 
+/// A connection to whoever listens, which may be anyone, who lets nobody in; `None`: nobody listens.
+fn enter(post: &Post, address: &UnixAddr) -> Result<Option<OwnedFd>, NetError> {
+    let end = Instant::now() + ENTRY;
+    loop {
+        match connect_within(SockType::SeqPacket, address, LOOK) {
+            Ok(socket) => return Ok(Some(socket)),
+            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => return Ok(None),
+            Err(e) if e.kind() == io::ErrorKind::TimedOut && Instant::now() < end => {}
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => {
+                let why = format!("whoever listens at the segment's name has let nobody in within {ENTRY:?}");
+                return Err(NetError::Holder(why));
+            }
+            Err(e) => return Err(NetError::Make("reach the segment's keeper", e)),
+        }
+        if post.is_left() {
+            return Err(NetError::Left);
+        }
+    }
+}
+
 /// A connection to the keeper, which is started where there is none, and the TAP from it.
-fn join(address: &UnixAddr, wish: &Wish) -> Result<(OwnedFd, Vec<OwnedFd>), NetError> {
+fn join(post: &Post, address: &UnixAddr, wish: &Wish) -> Result<(OwnedFd, Vec<OwnedFd>), NetError> {
     let failed = |e: Errno| NetError::Make("reach the segment's keeper", e.into());
     for _ in 0..ATTEMPTS {
-        let socket = seqpacket().map_err(failed)?;
-        match connect(socket.as_raw_fd(), address) {
-            Ok(()) => {}
-            Err(Errno::ECONNREFUSED) => {
-                start_keeper(address).map_err(failed)?;
-                continue;
-            }
-            Err(e) => return Err(failed(e)),
-        }
+        let Some(socket) = enter(post, address)? else {
+            start_keeper(address).map_err(failed)?;
+            continue;
+        };
         check_peer(&socket)?;
         let asked = send(socket.as_raw_fd(), &wish.to_bytes(), MsgFlags::MSG_NOSIGNAL);
-        match asked.map(|_| receive_taps(&socket)) {
+        match asked.map(|_| receive_taps(&socket, Some(post))) {
             Ok(Ok(taps)) => return Ok((socket, taps)),
+            Ok(Err(refusal @ (NetError::Left | NetError::Lacking(_)))) => return Err(refusal),
             Ok(Err(refusal @ NetError::Holder(_))) if !ended(&refusal) => return Err(refusal),
             // It was about to end, and has.
             Ok(Err(_)) | Err(Errno::EPIPE | Errno::ECONNRESET) => {}
@@ -203,7 +230,7 @@ fn admit(
         return None;
     }
     let taps = match made {
-        Err(error) => Err(NetError::Holder(crate::failure::chain(error))),
+        Err(error) => Err(error.to_be_told()),
         Ok(_) if members >= MOST_MEMBERS => Err(NetError::Holder("the segment is full".into())),
         Ok(interfaces) => plug_in(interfaces, &Wish::from_bytes(bytes)),
     };

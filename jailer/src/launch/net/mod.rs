@@ -27,8 +27,11 @@ pub(crate) use passt::Passt;
 pub(crate) use settings::{Nic, Publish, Wire, check};
 pub(crate) use user::serve;
 
+use super::Options;
 use super::machine::{Backend, Device};
 use crate::failure::Failure;
+use nix::errno::Errno;
+use nix::unistd::{AccessFlags, access};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -64,6 +67,11 @@ pub(crate) enum NetError {
     Make(&'static str, #[source] io::Error),
     #[error("{0}")]
     Holder(String),
+    /// As `Holder`, of what [`NetError::is_of_the_host`].
+    #[error("{0}")]
+    Lacking(String),
+    #[error("the launcher is gone")]
+    Left,
     #[error("it is not open")]
     NotOpen(#[source] io::Error),
     #[error("it is busy: another NIC of this VM has it")]
@@ -73,48 +81,49 @@ pub(crate) enum NetError {
 }
 
 /// Opens a NIC's TAP, or starts its making.
-pub(crate) fn open(device: &Device, nic: &Nic) -> Result<Opened, Failure> {
+pub(crate) fn open(device: &Device, nic: &Nic, options: &Options) -> Result<Opened, Failure> {
     let field = &device.field;
     let queues = nic.queues;
     match &nic.wire {
         Wire::Name(name) => interface::open_existing(name, queues)
             .map(Opened::Ready)
             .map_err(|e| no_existing_tap(field, name, &e)),
-        Wire::Inherited(fds) => interface::inherited(fds).map(Opened::Ready).map_err(|e| {
-            let hint = match &e {
-                NetError::BusyDescriptor => "give each NIC a TAP of its own",
-                _ => "start bulkhead with an open TAP at this number (TUNSETIFF done)",
-            };
-            let numbers: Vec<String> = fds.iter().map(i32::to_string).collect();
-            Failure::host(format!(
-                "{field}.tap-fd: cannot use descriptor {}",
-                numbers.join(", ")
-            ))
-            .because(&e)
-            .hint(hint)
-        }),
+        Wire::Inherited(fds) => interface::inherited(fds)
+            .map(Opened::Ready)
+            .map_err(|e| no_inherited_tap(field, fds, &e)),
         Wire::Bridge(bridge) => interface::open_on_bridge(bridge, queues, nic.mtu)
             .map(Opened::Ready)
-            .map_err(|e| {
-                let hint = match &e {
-                    NetError::NotPermitted => {
-                        "run as root, or grant it: sudo setcap cap_net_admin+ep bulkhead; user, \
-                         private and isolated need no root"
-                    }
-                    NetError::Device(_) => "sudo chmod 0666 /dev/net/tun, or run as root",
-                    _ => "make it: sudo ip link add BRIDGE type bridge && sudo ip link set BRIDGE up",
-                };
-                Failure::host(format!("{field}.bridge: cannot add a TAP to '{bridge}'"))
-                    .because(&e)
-                    .hint(hint)
-            }),
+            .map_err(|e| no_port(field, bridge, &e)),
         Wire::Private(address, prefix) => private::start(field, nic, *address, *prefix)
             .map(Opened::Making)
             .map_err(|e| not_made(&format!("{field}.private"), &e)),
-        Wire::User(publish) => user::start(field, nic, publish).map(Opened::Making),
+        Wire::User(publish) => user::start(field, nic, publish, options).map(Opened::Making),
         Wire::Isolated(name) => isolated::start(field, nic, name)
             .map(Opened::Making)
             .map_err(|e| not_made(&format!("{field}.isolated"), &e)),
+    }
+}
+
+/// Whether what a NIC needs is there, as far as that can be seen without making anything.
+pub(crate) fn look(device: &Device, nic: &Nic) -> Result<(), Failure> {
+    let field = &device.field;
+    if let Some(path) = &nic.pcap {
+        look_at_pcap(field, path)?;
+    }
+    let device_for = |mode| interface::look_at_device().map_err(|e| not_made(&format!("{field}.{mode}"), &e));
+    match &nic.wire {
+        Wire::Name(name) => interface::look_at(name).map_err(|e| no_existing_tap(field, name, &e)),
+        Wire::Inherited(fds) => interface::inherited(fds)
+            .map(drop)
+            .map_err(|e| no_inherited_tap(field, fds, &e)),
+        Wire::Bridge(bridge) => match interface::look_at(bridge) {
+            Ok(()) if !may_change_host_network() => Err(NetError::NotPermitted),
+            looked => looked,
+        }
+        .map_err(|e| no_port(field, bridge, &e)),
+        Wire::Private(..) => device_for("private"),
+        Wire::User(_) => user::find(&format!("{field}.user")).and_then(|_| device_for("user")),
+        Wire::Isolated(_) => device_for("isolated"),
     }
 }
 
@@ -188,9 +197,35 @@ pub(crate) fn may_change_host_network() -> bool {
 
 /// What a TAP that could not be made is reported as.
 pub(crate) fn not_made(field: &str, error: &NetError) -> Failure {
-    Failure::host(format!("{field}: cannot make a TAP"))
-        .because(error)
-        .hint("bulkhead doctor tells what is missing")
+    let failure = Failure::host(format!("{field}: cannot make a TAP")).because(error);
+    match error.is_of_the_host() {
+        true => failure.hint("bulkhead doctor tells what is missing"),
+        false => failure,
+    }
+}
+
+impl NetError {
+    /// The same in words, for who keeps the error.
+    fn to_be_told(&self) -> Self {
+        let words = crate::failure::chain(self);
+        match self.is_of_the_host() {
+            true => Self::Lacking(words),
+            false => Self::Holder(words),
+        }
+    }
+
+    /// Whether the host lacks, or does not permit, what every such TAP needs. (Else it may be what this one was
+    /// to be: a number that the kernel does not take, a port that is taken.)
+    fn is_of_the_host(&self) -> bool {
+        match self {
+            Self::Device(_) | Self::NotPermitted | Self::Lacking(_) => true,
+            Self::Attach(e) | Self::Make(_, e) => !matches!(
+                e.raw_os_error().map(Errno::from_raw),
+                Some(Errno::EINVAL | Errno::ERANGE | Errno::EADDRNOTAVAIL | Errno::EADDRINUSE)
+            ),
+            _ => false,
+        }
+    }
 }
 
 fn no_existing_tap(field: &str, name: &str, error: &NetError) -> Failure {
@@ -209,19 +244,82 @@ fn no_existing_tap(field: &str, name: &str, error: &NetError) -> Failure {
         .hint(hint)
 }
 
+fn no_inherited_tap(field: &str, fds: &[i32], error: &NetError) -> Failure {
+    let hint = match error {
+        NetError::BusyDescriptor => "give each NIC a TAP of its own",
+        _ => "start bulkhead with an open TAP at this number (TUNSETIFF done)",
+    };
+    let numbers: Vec<String> = fds.iter().map(i32::to_string).collect();
+    Failure::host(format!(
+        "{field}.tap-fd: cannot use descriptor {}",
+        numbers.join(", ")
+    ))
+    .because(error)
+    .hint(hint)
+}
+
+fn no_port(field: &str, bridge: &str, error: &NetError) -> Failure {
+    let failure = Failure::host(format!("{field}.bridge: cannot add a TAP to '{bridge}'")).because(error);
+    let hint = match error {
+        NetError::NotPermitted => {
+            "run as root, or grant it: sudo setcap cap_net_admin+ep bulkhead; user, \
+             private and isolated need no root"
+        }
+        NetError::Device(_) => "sudo chmod 0666 /dev/net/tun, or run as root",
+        NetError::Missing(_) | NetError::NoBridge(_) => {
+            "make it: sudo ip link add BRIDGE type bridge && sudo ip link set BRIDGE up"
+        }
+        _ => return failure,
+    };
+    failure.hint(hint)
+}
+
 /// Opens the file of a capture, which keeps what it holds until [`Inputs::begin_captures`](super::inputs::Inputs::begin_captures).
 pub(crate) fn open_pcap(field: &str, path: &Path) -> Result<File, Failure> {
-    OpenOptions::new()
+    open_capture(OpenOptions::new().create(true).mode(0o600), path).map_err(|e| no_pcap(field, path, &e))
+}
+
+/// Whether it could be opened.
+fn look_at_pcap(field: &str, path: &Path) -> Result<(), Failure> {
+    match open_capture(&mut OpenOptions::new(), path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+            let modes = AccessFlags::W_OK | AccessFlags::X_OK;
+            access(folder.unwrap_or(Path::new(".")), modes).map_err(Into::into)
+        }
+        opened => opened.map(drop),
+    }
+    .map_err(|e| no_pcap(field, path, &e))
+}
+
+fn open_capture(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+    options
         .append(true)
-        .create(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW)
-        .mode(0o600)
-        .open(path)
-        .and_then(|file| {
-            if !file.metadata()?.is_file() {
-                return Err(io::Error::other("it is not a regular file"));
-            }
-            Ok(file)
-        })
-        .map_err(|e| Failure::host(format!("{field}.pcap: cannot write {}", path.display())).because(&e))
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW);
+    let file = options.open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::other("it is not a regular file")),
+    }
+}
+
+fn no_pcap(field: &str, path: &Path, error: &io::Error) -> Failure {
+    Failure::host(format!("{field}.pcap: cannot write {}", path.display())).because(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_the_host_lacks_is_a_doctors_matter() {
+        let make = |errno: Errno| NetError::Make("set the MTU", errno.into());
+        for error in [make(Errno::EPERM), make(Errno::ENOSPC), NetError::NotPermitted] {
+            assert!(not_made("net[0].private", &error).to_string().contains("doctor"));
+        }
+        let refused = NetError::Holder("passt refused: Failed to bind port 80".into());
+        for error in [make(Errno::EINVAL), make(Errno::ERANGE), refused] {
+            assert!(!not_made("net[0].private", &error).to_string().contains("hint"));
+        }
+    }
 }

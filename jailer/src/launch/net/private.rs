@@ -4,6 +4,7 @@
 use super::holder::{Holder, Post, enter_namespace};
 use super::settings::Nic;
 use super::{NetError, interface};
+use crate::sandbox::leave_paths;
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 
@@ -15,6 +16,8 @@ pub(super) fn start(field: &str, nic: &Nic, address: Ipv4Addr, prefix: u8) -> Re
     let (queues, mtu) = (nic.queues, nic.mtu);
     Holder::start(format!("{field}.private"), move |post: &Post| {
         post.give(&make(queues, mtu, address, prefix)?)?;
+        // It reads nothing that anyone sends: where the kernel refuses, it stays as it is.
+        let _ = leave_paths();
         post.retire(&[]);
         post.stay();
         Ok(())

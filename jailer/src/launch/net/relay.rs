@@ -1,13 +1,14 @@
 //! Carries frames between a TAP and passt's stream, in which each follows its length (4 bytes, in
 //! network order). It looks at lengths only.
 
+use crate::sandbox::{Locked, end};
 use crate::tell::tell;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, send};
 use nix::sys::uio::readv;
 use nix::unistd::write;
-use std::io::{self, IoSliceMut};
+use std::io::IoSliceMut;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 /// The virtio-net header that a TAP puts before a frame (`TUNSETVNETHDRSZ`'s default).
@@ -23,26 +24,19 @@ const BUFFER: usize = 4 * (LENGTH + LONGEST);
 /// A passt that is gone is an error, and no signal.
 const SEND: MsgFlags = MsgFlags::MSG_DONTWAIT.union(MsgFlags::MSG_NOSIGNAL);
 
-/// Relays until `lifeline` is closed. A passt that is gone leaves the guest without a network.
-pub(super) fn run(tap: &OwnedFd, stream: &OwnedFd, lifeline: &OwnedFd) {
-    let mut relay = Relay {
-        tap,
-        stream,
-        outgoing: Outgoing::new(),
-        incoming: Incoming::new(),
-        alive: true,
-    };
-    while relay.wait(lifeline) {
-        if let Err(error) = relay.turn() {
-            tell(format_args!(
-                "bulkhead: passt is gone, the guest's network with it: {error}"
-            ));
-            relay.alive = false;
-        }
-    }
+/// Why passt is of no use any more. (To word an `io::Error` takes memory.)
+#[derive(Debug, thiserror::Error)]
+enum Lost {
+    #[error("it closed its socket")]
+    Closed,
+    #[error("a frame that is too long")]
+    TooLong,
+    #[error("{0}")]
+    Call(#[from] Errno),
 }
 
-struct Relay<'a> {
+/// A relay with all the memory that it will need.
+pub(super) struct Relay<'a> {
     tap: &'a OwnedFd,
     stream: &'a OwnedFd,
     outgoing: Outgoing,
@@ -51,27 +45,52 @@ struct Relay<'a> {
     alive: bool,
 }
 
-impl Relay<'_> {
+impl<'a> Relay<'a> {
+    pub(super) fn new(tap: &'a OwnedFd, stream: &'a OwnedFd) -> Self {
+        Self {
+            tap,
+            stream,
+            outgoing: Outgoing::new(),
+            incoming: Incoming::new(),
+            alive: true,
+        }
+    }
+
+    /// Relays until `lifeline` is closed, and ends the process. A passt that is gone leaves the guest
+    /// without a network. `None`: the person wants no jails.
+    pub(super) fn run(mut self, lifeline: &OwnedFd, _: Option<&Locked>) -> ! {
+        while self.wait(lifeline) {
+            if let Err(error) = self.turn() {
+                tell(format_args!(
+                    "bulkhead: passt is gone, the guest's network with it: {error}"
+                ));
+                self.alive = false;
+            }
+        }
+        end(0)
+    }
+
     /// Waits for a cause; false when the launcher is gone.
     fn wait(&self, lifeline: &OwnedFd) -> bool {
-        let mut fds = vec![PollFd::new(lifeline.as_fd(), PollFlags::POLLIN)];
-        if self.alive {
-            let mut tap = PollFlags::empty();
-            let mut stream = PollFlags::empty();
-            tap.set(PollFlags::POLLIN, self.outgoing.is_empty());
-            stream.set(PollFlags::POLLOUT, !self.outgoing.is_empty());
-            stream.set(PollFlags::POLLIN, !self.incoming.has_frame());
-            tap.set(PollFlags::POLLOUT, self.incoming.has_frame());
-            fds.push(PollFd::new(self.tap.as_fd(), tap));
-            fds.push(PollFd::new(self.stream.as_fd(), stream));
-        }
-        match poll(&mut fds, PollTimeout::NONE) {
+        let mut tap = PollFlags::empty();
+        let mut stream = PollFlags::empty();
+        tap.set(PollFlags::POLLIN, self.outgoing.is_empty());
+        stream.set(PollFlags::POLLOUT, !self.outgoing.is_empty());
+        stream.set(PollFlags::POLLIN, !self.incoming.has_frame());
+        tap.set(PollFlags::POLLOUT, self.incoming.has_frame());
+        let mut fds = [
+            PollFd::new(lifeline.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.tap.as_fd(), tap),
+            PollFd::new(self.stream.as_fd(), stream),
+        ];
+        let count = if self.alive { fds.len() } else { 1 };
+        match poll(&mut fds[..count], PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => !fds.first().is_some_and(|fd| fd.any().unwrap_or(false)),
             Err(_) => false,
         }
     }
 
-    fn turn(&mut self) -> io::Result<()> {
+    fn turn(&mut self) -> Result<(), Lost> {
         self.outgoing.fill(self.tap)?;
         self.outgoing.empty_into(self.stream)?;
         self.incoming.fill(self.stream)?;
@@ -101,7 +120,7 @@ impl Outgoing {
     }
 
     /// Reads frames while there is room, if everything before them is gone.
-    fn fill(&mut self, tap: &OwnedFd) -> io::Result<()> {
+    fn fill(&mut self, tap: &OwnedFd) -> Result<(), Lost> {
         if !self.is_empty() {
             return Ok(());
         }
@@ -123,7 +142,7 @@ impl Outgoing {
         Ok(())
     }
 
-    fn empty_into(&mut self, stream: &OwnedFd) -> io::Result<()> {
+    fn empty_into(&mut self, stream: &OwnedFd) -> Result<(), Lost> {
         let fd = stream.as_raw_fd();
         while !self.is_empty() {
             match quiet(send(fd, &self.bytes[self.sent..self.end], SEND))? {
@@ -163,7 +182,7 @@ impl Incoming {
             .is_some_and(|length| self.end - self.start >= LENGTH + length)
     }
 
-    fn fill(&mut self, stream: &OwnedFd) -> io::Result<()> {
+    fn fill(&mut self, stream: &OwnedFd) -> Result<(), Lost> {
         if self.has_frame() {
             return Ok(());
         }
@@ -175,7 +194,7 @@ impl Incoming {
             &mut self.bytes[self.end..],
             MsgFlags::MSG_DONTWAIT,
         ))? {
-            Some(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Some(0) => Err(Lost::Closed),
             Some(count) => {
                 self.end += count;
                 Ok(())
@@ -184,10 +203,10 @@ impl Incoming {
         }
     }
 
-    fn empty_into(&mut self, tap: &OwnedFd) -> io::Result<()> {
+    fn empty_into(&mut self, tap: &OwnedFd) -> Result<(), Lost> {
         while let Some(length) = self.length() {
             if length > LONGEST {
-                return Err(io::Error::other("a frame that is too long"));
+                return Err(Lost::TooLong);
             }
             let frame = self.start + LENGTH;
             if self.end - self.start < LENGTH + length {
@@ -211,7 +230,7 @@ impl Incoming {
 }
 
 /// `None`: nothing can be done now.
-fn quiet(result: nix::Result<usize>) -> io::Result<Option<usize>> {
+fn quiet(result: nix::Result<usize>) -> Result<Option<usize>, Lost> {
     match result {
         Ok(count) => Ok(Some(count)),
         Err(Errno::EAGAIN | Errno::EINTR) => Ok(None),
@@ -339,7 +358,7 @@ mod tests {
         let (stream, passt) = pair(SockType::Stream);
         drop(passt);
         let error = Incoming::new().fill(&stream).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        assert!(matches!(error, Lost::Closed), "{error}");
         let mut outgoing = Outgoing::new();
         outgoing.end = 100;
         assert!(outgoing.empty_into(&stream).is_err());

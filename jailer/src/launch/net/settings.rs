@@ -205,13 +205,19 @@ fn parse_publish(text: &str) -> Option<Publish> {
             (Some(address.parse().ok()?), host)
         }
     };
-    let port = |text: &str| text.parse().ok().filter(|port| *port != 0);
+    let port = |text: &str| number(text).filter(|port| *port != 0);
     Some(Publish {
         address,
         host: port(host)?,
         guest: port(guest)?,
         udp,
     })
+}
+
+/// A number in digits alone: no sign, which Rust would take.
+fn number<T: std::str::FromStr>(text: &str) -> Option<T> {
+    let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    digits.then(|| text.parse().ok()).flatten()
 }
 
 /// The guard's and the limits' flags, only where they differ from what vhost-user-net does anyway.
@@ -275,13 +281,13 @@ fn is_prefix(text: &str) -> bool {
         return false;
     };
     let most = if address.is_ipv4() { 32 } else { 128 };
-    bits.is_none_or(|bits| bits.parse::<u8>().is_ok_and(|bits| bits <= most))
+    bits.is_none_or(|bits| number::<u8>(bits).is_some_and(|bits| bits <= most))
 }
 
 fn parse_private(field: &str, text: &str) -> Result<Wire, Failure> {
     text.split_once('/')
         .and_then(|(address, prefix)| {
-            let prefix = prefix.parse().ok().filter(|p| (1..=30).contains(p))?;
+            let prefix = number(prefix).filter(|p| (1..=30).contains(p))?;
             Some(Wire::Private(address.parse().ok()?, prefix))
         })
         .ok_or_else(|| {
@@ -294,7 +300,7 @@ fn parse_mac(text: &str) -> Option<Mac> {
     let mut bytes = [0; 6];
     let mut parts = text.split(':');
     for byte in &mut bytes {
-        let part = parts.next().filter(|p| p.len() == 2)?;
+        let part = parts.next().filter(|p| p.len() == 2 && !p.starts_with('+'))?;
         *byte = u8::from_str_radix(part, 16).ok()?;
     }
     let unicast = bytes[0] & 1 == 0 && bytes != [0; 6];
@@ -372,7 +378,7 @@ mod tests {
         assert!(published("5353:53/udp").unwrap().udp);
         let address = published("[::1]:8080:80/tcp").unwrap().address;
         assert_eq!(address, Some("::1".parse().unwrap()));
-        for bad in ["80", "0:80", "80:70000", "x:1:2", "1:2/sctp"] {
+        for bad in ["80", "0:80", "80:70000", "x:1:2", "1:2/sctp", "+80:80", "80:+80"] {
             let net = NetSpec {
                 publish: vec![bad.into()],
                 ..user()
@@ -385,6 +391,15 @@ mod tests {
             ..NetSpec::default()
         };
         assert!(refusal(&nowhere).contains("needs user"));
+    }
+
+    #[test]
+    fn numbers_have_no_sign() {
+        assert_eq!(parse_mac("+2:00:00:00:00:01"), None);
+        assert!(parse_mac("02:00:00:00:00:01").is_some());
+        assert!(is_prefix("10.0.0.0/24") && !is_prefix("10.0.0.0/+24"));
+        assert!(parse_private("net[0]", "10.0.0.1/24").is_ok());
+        assert!(parse_private("net[0]", "10.0.0.1/+24").is_err());
     }
 
     #[test]

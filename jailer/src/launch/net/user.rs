@@ -11,9 +11,13 @@
 
 use super::holder::{Holder, Post, enter_namespace};
 use super::passt::{Passt, Speech};
+use super::relay::Relay;
 use super::settings::{Nic, Publish};
-use super::{NetError, interface, not_made, relay};
-use crate::failure::Failure;
+use super::{NetError, interface, not_made};
+use crate::failure::{self, Failure};
+use crate::launch::{Jail, Options};
+use crate::sandbox::{Role, leave_paths, lockdown};
+use crate::tell::tell;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 const GUEST_TAP: &str = "guest";
@@ -23,19 +27,40 @@ const BRIDGE: &str = "wire";
 const MTU: u16 = 65520;
 
 /// Starts the making of the TAP, passt and the relay.
-pub(super) fn start(field: &str, nic: &Nic, publish: &[Publish]) -> Result<Holder, Failure> {
+pub(super) fn start(
+    field: &str,
+    nic: &Nic,
+    publish: &[Publish],
+    options: &Options,
+) -> Result<Holder, Failure> {
     let field = format!("{field}.user");
     let passt = find(&field)?;
     let (queues, mtu) = (nic.queues, nic.mtu);
+    let name = field.clone();
     Holder::start(field.clone(), move |post: &Post| {
         // In the host's network namespace.
         let stream = passt.start(Speech::Stream, publish, mtu)?;
         let (taps, inner) = make(queues, mtu.unwrap_or(MTU))?;
+        // It reads what the guest writes: before there is a guest it is where the jailed are.
+        let jailed = options.jail == Jail::On;
+        if jailed {
+            leave_paths().map_err(|e| NetError::Make("leave the host's paths", e))?;
+        }
         post.give(&taps)?;
         drop(taps);
         post.retire(&[libc::STDERR_FILENO, inner.as_raw_fd(), stream.as_raw_fd()]);
-        relay::run(&inner, &stream, post.socket());
-        Ok(())
+        let relay = Relay::new(&inner, &stream);
+        let locked = jailed.then(|| lockdown(Role::Relay, options.seccomp)).transpose();
+        match locked {
+            Ok(locked) => relay.run(post.socket(), locked.as_ref()),
+            Err(e) => {
+                let why = failure::chain(&e);
+                tell(format_args!(
+                    "bulkhead: the relay of {name} cannot be confined: {why}"
+                ));
+                Ok(())
+            }
+        }
     })
     .map_err(|e| not_made(&field, &e))
 }
@@ -52,7 +77,7 @@ pub(crate) fn serve(
         .map_err(|e| Failure::host(format!("{field}.user: cannot start passt")).because(&e))
 }
 
-fn find(field: &str) -> Result<Passt, Failure> {
+pub(super) fn find(field: &str) -> Result<Passt, Failure> {
     Passt::find().ok_or_else(|| {
         Failure::host(format!("{field}: passt is not installed")).hint("sudo apt install passt")
     })
