@@ -1,7 +1,8 @@
-//! A recorded file that does something at a write, or once at the end of a barrier.
+//! A recorded file that counts reads, and does something at a write, or once at the end of a barrier.
 
 use std::io;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use vhost_blk::image::BlockFile;
 
@@ -15,6 +16,8 @@ pub struct Hooked {
     pub before_write: Box<BeforeWrite>,
     /// At the end of the next barrier.
     pub after_sync: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    /// Reads so far.
+    pub reads: AtomicU64,
 }
 
 impl Hooked {
@@ -23,6 +26,7 @@ impl Hooked {
             inner,
             before_write: Box::new(|_| {}),
             after_sync: Mutex::new(None),
+            reads: AtomicU64::new(0),
         }
     }
 }
@@ -33,6 +37,7 @@ impl BlockFile for Hooked {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
         self.inner.read_at(buf, offset)
     }
 
