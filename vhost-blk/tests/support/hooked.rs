@@ -1,4 +1,5 @@
-//! A recorded file that counts reads, and does something at a write, or once at the end of a barrier.
+//! A recorded file that counts reads, and does something at a write, or once at the
+//! end of a barrier or before it is cleared.
 
 use std::io;
 use std::sync::Mutex;
@@ -16,6 +17,8 @@ pub struct Hooked {
     pub before_write: Box<BeforeWrite>,
     /// At the end of the next barrier.
     pub after_sync: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    /// Before the next range is cleared.
+    pub before_zero: Mutex<Option<Box<dyn FnOnce() + Send>>>,
     /// Reads so far.
     pub reads: AtomicU64,
 }
@@ -26,6 +29,7 @@ impl Hooked {
             inner,
             before_write: Box::new(|_| {}),
             after_sync: Mutex::new(None),
+            before_zero: Mutex::new(None),
             reads: AtomicU64::new(0),
         }
     }
@@ -51,6 +55,10 @@ impl BlockFile for Hooked {
     }
 
     fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        let hook = self.before_zero.lock().expect("nobody panicked").take();
+        if let Some(hook) = hook {
+            hook();
+        }
         self.inner.zero_range(offset, len)
     }
 

@@ -82,6 +82,7 @@ impl Qcow2 {
             return Ok(Step::InPlace { host, len, guard });
         }
         let job = self.plan(&mut meta, offset, len)?;
+        meta.holes.keep(job.guest.clone());
         meta.busy.push(job.guest.clone());
         Ok(Step::Allocate(job))
     }
@@ -299,13 +300,16 @@ impl Qcow2 {
     /// Drops the mapping's reference to what a cluster was.
     pub(super) fn drop_host(&self, meta: &mut Meta, old: &Cluster) {
         match old.host {
-            Host::Plain { offset, .. } if !self.geometry.external_data => {
+            Host::Plain { offset, .. } if self.geometry.external_data => {
+                self.hole_later(meta, self.geometry.cluster_of(offset));
+            }
+            Host::Plain { offset, .. } => {
                 let cluster = self.geometry.cluster_of(offset);
                 meta.fresh.remove(&cluster);
                 self.free_later(meta, cluster..cluster + 1);
             }
             Host::Compressed(compressed) => self.free_later(meta, compressed.clusters(&self.geometry)),
-            _ => {}
+            Host::None => {}
         }
     }
 }
