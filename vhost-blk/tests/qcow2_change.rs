@@ -3,15 +3,18 @@
 
 mod support;
 
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use support::hooked::Hooked;
 use support::recorder::Recorder;
 use support::{
     Random, Scratch, assert_same, check_clean, contents, create, open, patch, qemu_contents, qemu_img, text,
     write,
 };
 use vhost_blk::image::qcow2::{self, CreateOptions, Repair};
-use vhost_blk::image::{BlockFile, Format, HostFile, ImageError, OpenOptions};
+use vhost_blk::image::{BlockFile, Format, HostFile, ImageError, OpenOptions, Resolved, open_layers};
 
 const SIZE: usize = 1 << 20;
 
@@ -253,6 +256,52 @@ fn a_large_disk_takes_the_cache_and_no_more() {
     check_clean(&path);
 }
 
+/// Version 2 has no zero flag: what is zeros already is found piece by piece, and not looked at again.
+fn clearing_what_is_clear_reads_each_table_once() {
+    const CLUSTER: u64 = 512;
+    const TABLE: u64 = CLUSTER / 8 * CLUSTER;
+    const TABLES: u64 = 512;
+    let scratch = Scratch::new();
+    let path = scratch.path("top");
+    let size = TABLES * TABLE;
+    create(&path, "compat=0.10,cluster_size=512", &size.to_string());
+    let file = Arc::new(Hooked::new(Recorder::new(contents(&path))));
+    let options = OpenOptions {
+        l2_cache_size: 1,
+        ..OpenOptions::default()
+    };
+    let layers: Vec<(Format, Arc<dyn BlockFile>)> = vec![(Format::Qcow2, file.clone())];
+    let image = open_layers(layers, None, &options).expect("opens");
+    for table in 0..TABLES {
+        write(&*image, table * TABLE, &[7; CLUSTER as usize]).expect("writes");
+    }
+    image.discard(0, size).expect("discards");
+    image.flush().expect("flushes");
+    let before = file.reads.load(Ordering::Relaxed);
+    image.write_zeroes(0, size, false).expect("clears");
+    let reads = file.reads.load(Ordering::Relaxed) - before;
+    assert!(
+        (TABLES..2 * TABLES).contains(&reads),
+        "{reads} reads of {TABLES} tables"
+    );
+    assert_eq!(
+        support::read(&*image, 0, size as usize).expect("reads"),
+        vec![0; size as usize]
+    );
+}
+
+/// The lock is not held as long as it takes to walk over all of a disk.
+fn one_look_at_a_disk_has_a_bound() {
+    let scratch = Scratch::new();
+    let path = scratch.path("top");
+    create(&path, "", "1T");
+    let image = open(&[(&path, Format::Qcow2)]);
+    let Resolved::Zero { len } = image.resolve_read(0, 1 << 40).expect("resolves") else {
+        panic!("an empty disk reads as zeros");
+    };
+    assert!((1 << 20..1 << 30).contains(&len), "{len} bytes in one look");
+}
+
 suite! {
     with_qemu_img: [
         snapshots_are_taken_applied_and_deleted_whole,
@@ -262,6 +311,8 @@ suite! {
         what_excludes_a_change_is_named_and_nothing_is_written,
         what_cannot_be_counted_after_is_refused_before,
         a_large_disk_takes_the_cache_and_no_more,
+        clearing_what_is_clear_reads_each_table_once,
+        one_look_at_a_disk_has_a_bound,
     ],
     alone: [],
 }

@@ -17,7 +17,7 @@ use vhost_blk::image::{BlockFile, Format, Image, OpenOptions, open_layers};
 
 const SECTOR: usize = 512;
 
-/// A request that ran: the log's length before and after, what it may have changed, and the disk after.
+/// A request that ran: the logs' length before and after, what it may have changed, and the disk after.
 struct Event {
     begin: usize,
     end: usize,
@@ -59,12 +59,12 @@ fn workload(
             }
             _ => 0..0,
         };
-        let begin = recorder.position();
+        let begin = recorder.moment();
         request.run(image, model);
         let flush = matches!(request, Request::Flush);
         events.push(Event {
             begin,
-            end: recorder.position(),
+            end: recorder.moment(),
             sectors,
             after: uniform(model),
             flush,
@@ -86,8 +86,7 @@ fn allowed(events: &[Event], start: &[u8], base: Option<usize>, count: usize) ->
     values
 }
 
-fn judge(path: &Path, bytes: &[u8], values: &[BTreeSet<u8>], what: &str) {
-    fs::write(path, bytes).expect("writes");
+fn judge(path: &Path, values: &[BTreeSet<u8>], what: &str) {
     if let Err(found) = check_leaks_at_most(path) {
         panic!("{what}: {found}");
     }
@@ -112,75 +111,92 @@ fn points() -> u64 {
 struct Case<'a> {
     path: &'a Path,
     below: Option<(&'a Path, Format)>,
+    /// The external data file.
+    data: Option<&'a Path>,
     start: Vec<u8>,
     seed: u64,
     steps: u64,
 }
 
+/// The recorded files.
+struct Files {
+    image: Arc<Recorder>,
+    data: Option<Arc<Recorder>>,
+}
+
 impl Case<'_> {
-    fn open(&self, recorder: &Arc<Recorder>) -> Arc<dyn Image> {
-        let mut layers: Vec<(Format, Arc<dyn BlockFile>)> = vec![(Format::Qcow2, recorder.clone())];
+    /// Opens what lies in the files, as a recording.
+    fn open(&self) -> (Arc<dyn Image>, Files) {
+        let image = Recorder::new(contents(self.path));
+        let data = self.data.map(|path| Arc::new(image.beside(contents(path))));
+        let image = Arc::new(image);
+        let mut layers: Vec<(Format, Arc<dyn BlockFile>)> = vec![(Format::Qcow2, image.clone())];
         if let Some((below, format)) = self.below {
             layers.push((
                 format,
                 Arc::new(vhost_blk::image::HostFile::new(support::fd(below, false)).unwrap()),
             ));
         }
-        open_layers(layers, None, &OpenOptions::default()).unwrap_or_else(|error| panic!("{error:?}"))
+        let given = data.clone().map(|data| data as Arc<dyn BlockFile>);
+        let opened = open_layers(layers, given, &OpenOptions::default());
+        let files = Files { image, data };
+        (opened.unwrap_or_else(|error| panic!("{error:?}")), files)
+    }
+
+    /// Puts what a crash leaves into the files.
+    fn leave(&self, files: &Files, mut left: impl FnMut(&Recorder) -> Vec<u8>) {
+        fs::write(self.path, left(&files.image)).expect("writes");
+        if let (Some(path), Some(recorder)) = (self.data, &files.data) {
+            fs::write(path, left(recorder)).expect("writes");
+        }
     }
 
     fn run(self) {
-        let recorder = Arc::new(Recorder::new(contents(self.path)));
         let mut model = self.start.clone();
         let start = uniform(&model);
         let mut random = Random::new(self.seed);
-        let image = self.open(&recorder);
-        let events = workload(&*image, &recorder, &mut model, &mut random, self.steps);
+        let (image, files) = self.open();
+        let events = workload(&*image, &files.image, &mut model, &mut random, self.steps);
         drop(image);
-        assert!(recorder.log().iter().any(|op| matches!(op, Op::Barrier)));
-        let total = recorder.position();
+        assert!(files.image.log().iter().any(|op| matches!(op, Op::Barrier)));
+        let total = files.image.moment();
         for _ in 0..points() {
             let count = random.below(total as u64 + 1) as usize;
             let flushed = events.iter().rposition(|event| event.flush && event.end <= count);
-            let bytes = recorder.after_host_crash(count, &mut random);
+            self.leave(&files, |file| {
+                file.after_host_crash(file.count_at(count), &mut random)
+            });
             judge(
                 self.path,
-                &bytes,
                 &allowed(&events, &start, flushed, count),
                 &format!("host crash after {count} of {total}"),
             );
             let completed = events.iter().rposition(|event| event.end <= count);
-            let bytes = recorder.after_process_death(count);
+            self.leave(&files, |file| file.after_process_death(file.count_at(count)));
             let values = allowed(&events, &start, completed, count);
             judge(
                 self.path,
-                &bytes,
                 &values,
                 &format!("process death after {count} of {total}"),
             );
-            self.go_on(bytes, &mut random);
+            self.go_on(&mut random);
         }
-        fs::write(self.path, recorder.after_process_death(total)).expect("writes");
+        self.leave(&files, |file| file.after_process_death(file.count_at(total)));
         support::check_clean(self.path);
     }
 
     /// The successor can write to what the dead process left.
-    fn go_on(&self, bytes: Vec<u8>, random: &mut Random) {
-        let recorder = Arc::new(Recorder::new(bytes));
-        let image = self.open(&recorder);
+    fn go_on(&self, random: &mut Random) {
+        let (image, files) = self.open();
         let mut model = support::read(&*image, 0, self.start.len()).expect("reads");
-        workload(&*image, &recorder, &mut model, random, 10);
+        workload(&*image, &files.image, &mut model, random, 10);
         drop(image);
         let values: Vec<_> = uniform(&model)
             .into_iter()
             .map(|value| BTreeSet::from([value]))
             .collect();
-        judge(
-            self.path,
-            &recorder.after_process_death(recorder.position()),
-            &values,
-            "the successor",
-        );
+        self.leave(&files, |file| file.after_process_death(file.position()));
+        judge(self.path, &values, "the successor");
     }
 }
 
@@ -211,6 +227,7 @@ fn plain_images() {
         Case {
             path: &path,
             below: None,
+            data: None,
             start,
             seed: seed as u64 + 1,
             steps: 60,
@@ -240,6 +257,7 @@ fn overlays() {
         Case {
             path: &path,
             below: Some((&below, Format::Raw)),
+            data: None,
             start: pattern(SIZE),
             seed: seed as u64 + 100,
             steps: 60,
@@ -273,6 +291,7 @@ fn compressed_and_snapshot_images() {
         Case {
             path: &path,
             below: None,
+            data: None,
             start: pattern(SIZE),
             seed: seed as u64 + 200,
             steps: 60,
@@ -285,11 +304,42 @@ fn compressed_and_snapshot_images() {
     }
 }
 
+fn external_data_files() {
+    for (seed, options) in [
+        "data_file_raw=off",
+        "data_file_raw=off,cluster_size=4k",
+        "data_file_raw=off,cluster_size=16k,extended_l2=on",
+        "data_file_raw=on,cluster_size=4k",
+    ]
+    .iter()
+    .enumerate()
+    {
+        eprintln!("{options}");
+        let scratch = Scratch::new();
+        let (path, data) = (scratch.path("top"), scratch.path("data"));
+        create(
+            &path,
+            &format!("{options},data_file={}", text(&data)),
+            &SIZE.to_string(),
+        );
+        Case {
+            path: &path,
+            below: None,
+            data: Some(&data),
+            start: vec![0; SIZE],
+            seed: seed as u64 + 300,
+            steps: 100,
+        }
+        .run();
+    }
+}
+
 suite! {
     with_qemu_img: [
         plain_images,
         overlays,
         compressed_and_snapshot_images,
+        external_data_files,
     ],
     alone: [],
 }

@@ -304,6 +304,33 @@ fn an_encrypted_disk_grows_by_zeros() {
     assert_same(&qemu_reads(&path), &expected, "QEMU's");
 }
 
+/// The last cluster is mapped to its end, and whoever makes the disk longer shows what lies there.
+fn behind_the_end_of_a_disk_there_are_zeros() {
+    const END: usize = (1 << 20) + 32768 + 512;
+    const LONGER: usize = 2 << 20;
+    for options in ["", ",extended_l2=on", ",cluster_size=2M"] {
+        let scratch = Scratch::new();
+        let path = scratch.path("top");
+        create_encrypted(&path, "", options);
+        patch(&path, 24, &(END as u64).to_be_bytes());
+        let image = open_with(&[(&path, Format::Qcow2)], &key(SECRET)).expect("opens");
+        let mut expected = vec![0; END];
+        // At the start of the last cluster, and at its end; in an old cluster, and in place.
+        for (at, value) in [(1 << 20, 1), (END - 512, 2), (END - 1024, 3), (END - 512, 4)] {
+            write(&*image, at as u64, &[value; 512]).expect("writes");
+            expected[at..at + 512].fill(value);
+        }
+        drop(image);
+        assert_same(&qemu_reads(&path), &expected, options);
+        let key = format!("secret,id=s,data={SECRET}");
+        let source = image_options(&path);
+        qemu_img(&["resize", "-q", "--object", &key, "--image-opts", &source, "2M"]);
+        expected.resize(LONGER, 0);
+        assert_same(&qemu_reads(&path), &expected, options);
+        assert_eq!(qemu_img_on(&path, &["check", "-U"]), Some(0));
+    }
+}
+
 fn the_passphrase_must_fit() {
     let scratch = Scratch::new();
     let (path, plain) = (scratch.path("top"), scratch.path("plain"));
@@ -449,6 +476,7 @@ suite! {
         no_plaintext_reaches_the_file_at_any_time,
         a_crash_shows_zeros_or_new_data_never_noise,
         an_encrypted_disk_grows_by_zeros,
+        behind_the_end_of_a_disk_there_are_zeros,
         the_passphrase_must_fit,
         hostile_headers_are_refused,
         compressed_clusters_are_no_way_around_the_cipher,

@@ -7,7 +7,8 @@ use std::path::Path;
 
 use support::victim::refused;
 use support::{
-    Random, Scratch, assert_same, contents, create, open, open_with, patch, qemu_img, read, text, write,
+    Random, Scratch, assert_same, contents, create, open, open_with, patch, qemu_img, qemu_img_output, read,
+    text, write,
 };
 use vhost_blk::image::{Format, OpenOptions};
 
@@ -272,6 +273,37 @@ fn damage_never_panics() {
     }
 }
 
+/// What each state of a block means is what QEMU takes it for, or an error on both sides.
+fn states_of_vhdx_blocks_read_as_for_qemu() {
+    const BLOCK: usize = 1 << 20;
+    let scratch = Scratch::new();
+    let path = convert(&scratch, "vhdx", "subformat=dynamic,block_size=1M");
+    let raw = scratch.path("plain");
+    let region = find(
+        &path,
+        b"\x66\x77\xc2\x2d\x23\xf6\x00\x42\x9d\x64\x11\x5e\x9b\xfd\x4a\x08",
+    ) + 16;
+    let table = contents(&path)[region as usize..][..8]
+        .try_into()
+        .map(u64::from_le_bytes);
+    let table = table.expect("eight bytes");
+    let first = contents(&path)[table as usize];
+    assert_eq!(first & 7, 6, "the first block is there");
+    let mut readable = Vec::new();
+    for state in 0..8 {
+        patch(&path, table, &[first & !7 | state]);
+        let image = open_with(&[(&path, Format::Vhdx)], &READ_ONLY).expect("opens");
+        let ours = read(&*image, 0, BLOCK);
+        let qemus = qemu_img_output(&["convert", "-f", "vhdx", "-O", "raw", text(&path), text(&raw)]);
+        assert_eq!(ours.is_ok(), qemus.status.success(), "state {state}: {ours:?}");
+        if let Ok(ours) = ours {
+            assert_same(&ours, &contents(&raw)[..BLOCK], &format!("state {state}"));
+            readable.push(state);
+        }
+    }
+    assert_eq!(readable, [0, 1, 2, 3, 5, 6]);
+}
+
 suite! {
     with_qemu_img: [
         what_qemu_img_wrote_is_read,
@@ -279,6 +311,7 @@ suite! {
         what_needs_another_file_is_refused,
         damage_never_panics,
         the_creator_of_a_vhd_says_where_its_size_is,
+        states_of_vhdx_blocks_read_as_for_qemu,
     ],
     alone: [no_format_is_taken_for_another],
 }

@@ -38,35 +38,59 @@ pub(super) fn convert(
     };
     make(&target, format, &options)?;
     let target = open_layers(vec![(format, Arc::new(target))], None, &OpenOptions::default())?;
-    copy(&*source, &*target, reports)?;
+    let report = |done| reports.send(FromImageTool::Progress { done, total: size });
+    copy(&*source, &*target, report)?;
     target
         .close()
         .map_err(|error| ToolError::Io("finish the new image", error))
 }
 
-fn copy(source: &dyn Image, target: &dyn Image, reports: &Reports) -> Result<(), ToolError> {
+/// Copies all of a disk; tells `report` how far it is.
+fn copy(
+    source: &dyn Image,
+    target: &dyn Image,
+    report: impl Fn(u64) -> Result<(), ToolError>,
+) -> Result<(), ToolError> {
     let total = source.capacity();
     let mut buffer = vec![0; CHUNK as usize];
     let mut done = 0;
+    // To find a piece's end may take a walk over all of it: no more is looked at than what was found before
+    // lets expect, and nothing is looked at again.
+    let mut look = CHUNK;
     while done < total {
-        let want = (total - done).min(CHUNK);
-        let zeros = match source.resolve_read(done, total - done).map_err(reading)? {
-            Resolved::Zero { len } => len,
-            _ => 0,
-        };
-        done += if zeros > 0 {
-            zeros
+        let asked = (total - done).min(look);
+        let (len, is_zero) = extent(source.resolve_read(done, asked).map_err(reading)?);
+        look = if len == asked {
+            look.saturating_mul(2)
         } else {
-            let chunk = &mut buffer[..want as usize];
+            CHUNK
+        };
+        let end = done + len;
+        if is_zero {
+            done = end;
+            report(done)?;
+        }
+        while done < end {
+            // Past a short piece's end: what is zeros there is found by reading.
+            let chunk = &mut buffer[..(total - done).min(CHUNK) as usize];
             source
                 .read(&[VolatileSlice::from(&mut *chunk)], done)
                 .map_err(reading)?;
             write_used(target, chunk, done)?;
-            want
-        };
-        reports.send(FromImageTool::Progress { done, total })?;
+            done += chunk.len() as u64;
+            report(done)?;
+        }
     }
     Ok(())
+}
+
+/// Length of a piece, and whether it reads as zeros.
+fn extent(piece: Resolved<'_>) -> (u64, bool) {
+    match piece {
+        Resolved::Zero { len } => (len, true),
+        Resolved::Mapped(extent, _) => (extent.len, false),
+        Resolved::Elsewhere { len } => (len, false),
+    }
 }
 
 fn reading(error: io::Error) -> ToolError {
@@ -104,7 +128,107 @@ fn write_used(target: &dyn Image, chunk: &mut [u8], offset: u64) -> Result<(), T
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::ImageError;
+    use crate::image::{ImageError, RawImage};
+    use std::cell::Cell;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    const UNIT: u64 = 64 << 10;
+    const SIZE: u64 = 32 << 20;
+
+    /// A disk of 7s that finds the end of a piece by a walk over its units, and counts them. One in so
+    /// many units is zeros.
+    struct Walked {
+        zeros_every: u64,
+        looked_at: AtomicU64,
+    }
+
+    impl Walked {
+        fn is_zero(&self, offset: u64) -> bool {
+            (offset / UNIT).is_multiple_of(self.zeros_every)
+        }
+    }
+
+    impl Image for Walked {
+        fn capacity(&self) -> u64 {
+            SIZE
+        }
+        fn read_only(&self) -> bool {
+            true
+        }
+        fn can_discard(&self) -> bool {
+            false
+        }
+        fn discard_granularity(&self) -> u64 {
+            UNIT
+        }
+        fn read(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
+            let len = buffers[0].len();
+            let bytes = (offset..).take(len).map(|at| u8::from(!self.is_zero(at)) * 7);
+            buffers[0].copy_from(&bytes.collect::<Vec<u8>>());
+            Ok(())
+        }
+        fn write(&self, _buffers: &[VolatileSlice<'_>], _offset: u64) -> io::Result<()> {
+            unreachable!("nobody writes to a source")
+        }
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+        fn discard(&self, _offset: u64, _length: u64) -> io::Result<()> {
+            unreachable!("nobody discards in a source")
+        }
+        fn write_zeroes(&self, _offset: u64, _length: u64, _unmap: bool) -> io::Result<()> {
+            unreachable!("nobody clears a source")
+        }
+        fn resolve_read(&self, offset: u64, len: u64) -> io::Result<Resolved<'_>> {
+            let zero = self.is_zero(offset);
+            let mut end = offset;
+            while end < offset + len && self.is_zero(end) == zero {
+                self.looked_at.fetch_add(1, Ordering::Relaxed);
+                end = ((end / UNIT + 1) * UNIT).min(offset + len);
+            }
+            let len = end - offset;
+            Ok(if zero {
+                Resolved::Zero { len }
+            } else {
+                Resolved::Elsewhere { len }
+            })
+        }
+    }
+
+    #[test]
+    fn the_work_grows_with_the_disk_and_no_faster() {
+        // All zeros, one long piece of data, several, many.
+        for zeros_every in [1, u64::MAX, 100, 2] {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(SIZE).unwrap();
+            let target = RawImage::open(file.into(), false).unwrap();
+            let source = Walked {
+                zeros_every,
+                looked_at: AtomicU64::new(0),
+            };
+            let told = Cell::new(0);
+            let report = |done| {
+                assert!(told.replace(done) < done, "no step forward");
+                Ok(())
+            };
+            copy(&source, &target, report).unwrap();
+            assert_eq!(told.get(), SIZE);
+            let looked_at = source.looked_at.load(Ordering::Relaxed);
+            assert!(
+                looked_at <= 2 * SIZE / UNIT,
+                "{looked_at} looks at {} units",
+                SIZE / UNIT
+            );
+            let (mut expected, mut found) = (vec![0; CHUNK as usize], vec![0; CHUNK as usize]);
+            for at in (0..SIZE).step_by(CHUNK as usize) {
+                source
+                    .read(&[VolatileSlice::from(&mut expected[..])], at)
+                    .unwrap();
+                target.read(&[VolatileSlice::from(&mut found[..])], at).unwrap();
+                assert!(found == expected, "other data from {at:#x}");
+            }
+        }
+    }
 
     #[test]
     fn an_error_of_the_engine_keeps_its_cause() {

@@ -1,7 +1,9 @@
-//! A recorded file that does something at a write, or once at the end of a barrier.
+//! A recorded file that counts reads, and does something at a write, or once at the
+//! end of a barrier or before it is cleared.
 
 use std::io;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use vhost_blk::image::BlockFile;
 
@@ -15,6 +17,10 @@ pub struct Hooked {
     pub before_write: Box<BeforeWrite>,
     /// At the end of the next barrier.
     pub after_sync: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    /// Before the next range is cleared.
+    pub before_zero: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    /// Reads so far.
+    pub reads: AtomicU64,
 }
 
 impl Hooked {
@@ -23,6 +29,8 @@ impl Hooked {
             inner,
             before_write: Box::new(|_| {}),
             after_sync: Mutex::new(None),
+            before_zero: Mutex::new(None),
+            reads: AtomicU64::new(0),
         }
     }
 }
@@ -33,6 +41,7 @@ impl BlockFile for Hooked {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
         self.inner.read_at(buf, offset)
     }
 
@@ -46,6 +55,10 @@ impl BlockFile for Hooked {
     }
 
     fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        let hook = self.before_zero.lock().expect("nobody panicked").take();
+        if let Some(hook) = hook {
+            hook();
+        }
         self.inner.zero_range(offset, len)
     }
 

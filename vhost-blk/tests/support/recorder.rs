@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use vhost_blk::image::BlockFile;
 
@@ -35,6 +35,9 @@ pub enum Op {
 pub struct Recorder {
     start: Vec<u8>,
     state: Mutex<(Vec<u8>, Vec<Op>)>,
+    /// Which of the files that are recorded together was asked, in order.
+    order: Arc<Mutex<Vec<usize>>>,
+    number: usize,
 }
 
 impl Recorder {
@@ -42,7 +45,32 @@ impl Recorder {
         Self {
             state: Mutex::new((start.clone(), Vec::new())),
             start,
+            order: Arc::default(),
+            number: 0,
         }
+    }
+
+    /// A second file, recorded together with this one.
+    pub fn beside(&self, start: Vec<u8>) -> Self {
+        Self {
+            order: Arc::clone(&self.order),
+            number: self.number + 1,
+            ..Self::new(start)
+        }
+    }
+
+    /// How many operations there were so far on all files that are recorded together.
+    pub fn moment(&self) -> usize {
+        self.order.lock().unwrap().len()
+    }
+
+    /// How many of the first `moment` operations were on this file.
+    pub fn count_at(&self, moment: usize) -> usize {
+        let order = self.order.lock().unwrap();
+        order[..moment]
+            .iter()
+            .filter(|number| **number == self.number)
+            .count()
     }
 
     /// How many operations there were so far.
@@ -58,6 +86,7 @@ impl Recorder {
         let mut state = self.state.lock().unwrap();
         apply(&mut state.0, &op);
         state.1.push(op);
+        self.order.lock().unwrap().push(self.number);
     }
 
     /// The file as another process finds it if this one dies after `count` operations.

@@ -73,11 +73,15 @@ impl Qcow2 {
         let mut at = range.start;
         while at < range.end {
             let piece = self.locate(&mut self.lock(), at, range.end - at)?;
-            let len = piece.len().min(ZERO_CHUNK);
-            if !matches!(piece, super::Piece::Zero { .. }) {
-                self.write_buffers(zeros.window(0, len as usize), at)?;
+            let end = at + piece.len();
+            if matches!(piece, super::Piece::Zero { .. }) {
+                at = end;
             }
-            at += len;
+            while at < end {
+                let len = (end - at).min(ZERO_CHUNK);
+                self.write_buffers(zeros.window(0, len as usize), at)?;
+                at += len;
+            }
         }
         Ok(())
     }

@@ -31,6 +31,18 @@ impl Freed {
     pub(super) fn is_hot(&self, cluster: u64) -> bool {
         self.hot.contains(&cluster)
     }
+
+    /// The number of a change of the mapping that drops something.
+    fn number(&mut self) -> u64 {
+        let number = self.next;
+        self.next += 1;
+        number
+    }
+
+    /// Changes with lower numbers are on stable storage.
+    pub(super) fn durable(&self) -> u64 {
+        self.durable
+    }
 }
 
 /// One reference to a host cluster that the mapping no longer has.
@@ -48,17 +60,24 @@ impl Qcow2 {
         for cluster in clusters {
             let dropped = Dropped {
                 cluster,
-                number: meta.freed.next,
+                number: meta.freed.number(),
                 epoch: meta.epoch,
             };
-            meta.freed.next += 1;
             meta.freed.waiting.push_back(dropped);
+        }
+    }
+
+    /// Notes that a cluster of the external data file is no longer mapped. A raw one has its zeros already.
+    pub(super) fn hole_later(&self, meta: &mut Meta, cluster: u64) {
+        if !self.raw_data {
+            let number = meta.freed.number();
+            meta.holes.add(cluster, number);
         }
     }
 
     /// Whether so many clusters wait that somebody should flush.
     pub(super) fn must_flush(&self, meta: &Meta) -> bool {
-        meta.freed.waiting.len() >= MOST_WAITING
+        waiting(meta) >= MOST_WAITING
     }
 
     /// The guest's flush: a barrier, then whatever that barrier allows to free.
@@ -68,8 +87,13 @@ impl Qcow2 {
         let mut meta = self.lock();
         meta.freed.durable = meta.freed.durable.max(covered);
         self.cool(&mut meta);
-        if meta.freed.waiting.is_empty() || self.corrupt.load(Ordering::Relaxed) {
+        if waiting(&meta) == 0 || self.corrupt.load(Ordering::Relaxed) {
             return Ok(());
+        }
+        if meta.holes.len() > 0 {
+            drop(meta);
+            self.make_holes();
+            meta = self.lock();
         }
         let mut ready = take_ready(&mut meta);
         let gone = match self.last_references(&mut meta, &ready) {
@@ -97,7 +121,7 @@ impl Qcow2 {
     /// queue has stopped sends no flush.
     pub(super) fn with_room<T>(&self, attempt: impl Fn() -> Result<T, ImageError>) -> Result<T, ImageError> {
         match attempt() {
-            Err(error) if error.is_no_space() && !self.lock().freed.waiting.is_empty() => {
+            Err(error) if error.is_no_space() && waiting(&self.lock()) > 0 => {
                 self.flush_and_free()?;
                 attempt()
             }
@@ -199,6 +223,11 @@ impl Qcow2 {
             }
         }
     }
+}
+
+/// References that wait to be given up.
+fn waiting(meta: &Meta) -> usize {
+    meta.freed.waiting.len() + meta.holes.len()
 }
 
 /// The first clusters of `ready` that follow each other.

@@ -8,7 +8,8 @@
 //!   backing file, a snapshot, a compressed cluster) a barrier stands between data and L2 ([`write`]).
 //! - L2 entries go to the file before the write completes: no mapping lives in this process alone.
 //! - Clusters are freed (refcount lowered, hole punched, reused) only after a barrier behind the L2
-//!   change, and after all I/O that may still know the old place has ended ([`free`]).
+//!   change, and after all I/O that may still know the old place has ended ([`free`]); holes in an external
+//!   data file are made after that barrier too ([`holes`]).
 //! - The disk grows by its last step, the size in the header ([`grow`]).
 //!
 //! A limit: where damage has left a mapped data cluster with a refcount of 0, a reservation takes it for free
@@ -32,6 +33,7 @@ mod free;
 mod geometry;
 mod grow;
 mod header;
+mod holes;
 mod info;
 mod map;
 mod open;
@@ -114,7 +116,8 @@ struct Meta {
     kinds: HashMap<u64, Kind>,
     reserve: alloc::Reserve,
     freed: free::Freed,
-    /// Guest clusters whose allocation is in flight.
+    holes: holes::Holes,
+    /// Guest clusters whose allocation is in flight, or a hole in their place.
     busy: Vec<Range<u64>>,
     /// Host clusters allocated here whose unallocated subclusters are still durably zero.
     fresh: HashSet<u64>,

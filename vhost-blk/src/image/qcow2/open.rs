@@ -13,7 +13,7 @@ use super::grow::Growth;
 use super::header::{Header, RAW_DATA};
 use super::refcount::{Refcounts, words};
 use super::tables::Table;
-use super::{Kind, Meta, Qcow2, alloc, free, header, repair, tables};
+use super::{Kind, Meta, Qcow2, alloc, free, header, holes, repair, tables};
 use crate::image::luks::{self, Cipher, CryptFile};
 use crate::image::{BlockFile, Image, ImageError, OpenOptions};
 
@@ -185,6 +185,7 @@ fn load(
         kinds,
         reserve: alloc::Reserve::new(),
         freed: free::Freed::default(),
+        holes: holes::Holes::default(),
         busy: Vec::new(),
         fresh: HashSet::new(),
         epoch: 0,

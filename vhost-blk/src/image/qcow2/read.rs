@@ -6,6 +6,9 @@ use super::entry::{Cluster, Compressed, Host};
 use super::{Meta, Qcow2, compressed};
 use crate::image::{Buffers, ImageError, Resolved};
 
+/// Clusters looked at for one piece: bounds how long that holds the lock.
+const MOST_LOOKED_AT: usize = 4096;
+
 /// The start of a guest range, as one piece.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Piece {
@@ -59,10 +62,14 @@ impl Piece {
 }
 
 impl Qcow2 {
-    /// Where the start of a range (not empty, inside the disk) lies; the piece is as long as it can be.
+    /// Where the start of a range (not empty, inside the disk) lies; the piece is as long as it can be,
+    /// up to a bound.
     pub(super) fn locate(&self, meta: &mut Meta, offset: u64, len: u64) -> Result<Piece, ImageError> {
         let mut all = self.locate_one(meta, offset, len)?;
-        while all.len() < len {
+        for _ in 1..MOST_LOOKED_AT {
+            if all.len() >= len {
+                break;
+            }
             let next = self.locate_one(meta, offset + all.len(), len - all.len())?;
             match all.join(next) {
                 Some(joined) => all = joined,

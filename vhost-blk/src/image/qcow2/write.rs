@@ -33,6 +33,8 @@ struct Job {
     write: Range<u64>,
     /// Guest bytes that will be mapped: `write`, widened to whole subclusters.
     map: Range<u64>,
+    /// The disk's end; what is mapped behind it becomes zeros.
+    limit: u64,
     /// The host clusters are new, and durably zero.
     fresh: bool,
     /// `map` reads as zeros now, as it would from a host cluster of zeros.
@@ -80,6 +82,7 @@ impl Qcow2 {
             return Ok(Step::InPlace { host, len, guard });
         }
         let job = self.plan(&mut meta, offset, len)?;
+        meta.holes.keep(job.guest.clone());
         meta.busy.push(job.guest.clone());
         Ok(Step::Allocate(job))
     }
@@ -127,6 +130,7 @@ impl Qcow2 {
             old,
             write,
             map,
+            limit: self.limit(),
             fresh,
             zero_before,
         })
@@ -156,6 +160,9 @@ impl Qcow2 {
     /// What a job maps: whole clusters where old data moves along, else whole subclusters. Of subclusters that
     /// keep their data where it is, only what is written: the rest needs no copy, and one would undo a write to
     /// it that began in place before this job and still runs.
+    ///
+    /// The disk's last cluster is mapped to its end ([`Self::publish`]): a hole behind the disk's end would show
+    /// noise in an encrypted image that somebody makes longer.
     fn mapped_range(&self, old: &[Cluster], write: &Range<u64>) -> Range<u64> {
         let geometry = &self.geometry;
         let unit = |cluster: Option<&Cluster>, at: u64| match cluster.map(|old| (old.host, old.allocated)) {
@@ -171,7 +178,14 @@ impl Qcow2 {
         let head = unit(old.first(), write.start);
         let tail = unit(old.last(), write.end - 1);
         let start = write.start & !(head - 1);
-        start..write.end.next_multiple_of(tail).min(self.limit())
+        let end = write.end.next_multiple_of(tail).min(self.limit());
+        // A device that holds nothing but the data may end where the disk does.
+        let has_room = !(geometry.external_data && self.data.has_fixed_size());
+        if geometry.encrypted && has_room && end == self.limit() {
+            start..end.next_multiple_of(geometry.cluster_size())
+        } else {
+            start..end
+        }
     }
 
     /// Does a job's I/O and publishes it; whatever happens, its clusters are no longer busy after.
@@ -218,7 +232,8 @@ impl Qcow2 {
                 continue;
             }
             let mut bytes = vec![0; (fill.end - fill.start) as usize];
-            let slices = [VolatileSlice::from(&mut bytes[..])];
+            let inside = job.limit.clamp(fill.start, fill.end) - fill.start;
+            let slices = [VolatileSlice::from(&mut bytes[..inside as usize])];
             self.read_buffers(Buffers::new(&slices), fill.start)?;
             self.data
                 .write_at(&bytes, place(fill.start))
@@ -285,13 +300,16 @@ impl Qcow2 {
     /// Drops the mapping's reference to what a cluster was.
     pub(super) fn drop_host(&self, meta: &mut Meta, old: &Cluster) {
         match old.host {
-            Host::Plain { offset, .. } if !self.geometry.external_data => {
+            Host::Plain { offset, .. } if self.geometry.external_data => {
+                self.hole_later(meta, self.geometry.cluster_of(offset));
+            }
+            Host::Plain { offset, .. } => {
                 let cluster = self.geometry.cluster_of(offset);
                 meta.fresh.remove(&cluster);
                 self.free_later(meta, cluster..cluster + 1);
             }
             Host::Compressed(compressed) => self.free_later(meta, compressed.clusters(&self.geometry)),
-            _ => {}
+            Host::None => {}
         }
     }
 }

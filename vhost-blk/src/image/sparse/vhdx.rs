@@ -233,8 +233,8 @@ impl Blocks for Vhdx {
         let len = len.min(self.block - within);
         let raw = u64::from_le_bytes(entry(file, self.bat, self.index(offset / self.block))?);
         match raw & 7 {
-            // Not present, undefined, zero, unmapped.
-            0..=3 => Ok(Piece::Zero { len }),
+            // Not present, undefined, zero, unmapped, and unmapped as drafts of the format had it.
+            0..=3 | 5 => Ok(Piece::Zero { len }),
             6 => Ok(Piece::Host {
                 // Any 1 MiB boundary, not a multiple of the block size.
                 offset: (raw >> 20 << 20).saturating_add(within),
