@@ -3,6 +3,7 @@
 use crate::artifacts::{Artifact, Artifacts};
 use anyhow::{Result, anyhow};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use nix::sys::signal::{SigHandler, Signal, signal};
 use std::{
     path::Path,
     process::ExitCode,
@@ -101,7 +102,18 @@ fn text(panic: &(dyn std::any::Any + Send)) -> String {
 /// Runs the tests that the command line asks for.
 #[must_use]
 pub fn run(tests: Vec<Trial>) -> ExitCode {
+    heed_signals();
     libtest_mimic::run(&Arguments::from_args(), tests).exit_code()
+}
+
+/// Signals of a terminal end what tests start, which inherits what becomes of them, also where whoever runs the tests
+/// has them ignored (`nohup`, a script's `&`).
+#[expect(unsafe_code, reason = "sets what signals do")]
+fn heed_signals() {
+    for each in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGHUP] {
+        // SAFETY: the default runs no code of ours.
+        let _ = unsafe { signal(each, SigHandler::SigDfl) };
+    }
 }
 
 /// Where `artifact` is.

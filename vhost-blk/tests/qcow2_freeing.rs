@@ -299,6 +299,8 @@ fn nothing_is_written_where_a_hole_is_being_made() {
         let (told, done) = mpsc::channel();
         std::thread::spawn(move || {
             write(&*other_queue, CLUSTER, &vec![4; CLUSTER as usize]).expect("writes");
+            // The image is closed by whoever lets go of it last.
+            drop(other_queue);
             told.send(()).ok();
         });
         // It cannot end before the hole is made.

@@ -8,7 +8,10 @@ use super::wall::Wall;
 use crate::sandbox::Role;
 use nix::sys::signal::{SigSet, Signal};
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+/// A thread carries out the order.
+static TAKEN: AtomicBool = AtomicBool::new(false);
 static ORDER: LazyLock<Option<Order>> = LazyLock::new(|| Order::parse(std::env::args_os().next()?.to_str()?));
 
 /// Whether lockdown builds `wall`. Always, but for a probe that is told otherwise.
@@ -32,6 +35,12 @@ pub fn act(role: Role) {
     let Some(order) = ORDER.as_ref().filter(|order| order.role == role) else {
         return;
     };
+    if TAKEN.swap(true, Ordering::Relaxed) {
+        // Another thread has got here first, and ends the process.
+        loop {
+            std::thread::park();
+        }
+    }
     report(order.report, &[BEGUN]);
     let errno = match attacks::attempt(order) {
         Ok(()) => 0,
