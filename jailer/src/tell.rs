@@ -9,7 +9,7 @@ use std::io::{Cursor, Write as _, stderr};
 use std::os::fd::AsFd;
 
 /// Longest line in bytes (PIPE_BUF): a pipe that polls writable takes it without waiting.
-const MOST_AT_ONCE: usize = 4096;
+pub(crate) const MOST_AT_ONCE: usize = 4096;
 /// How long a terminal that takes nothing keeps a command from its end, in milliseconds.
 const PATIENCE_MS: u16 = 5000;
 
@@ -22,10 +22,14 @@ pub fn tell(line: fmt::Arguments<'_>) {
     let _ = text.write_fmt(line);
     let end = usize::try_from(text.position()).unwrap_or(0);
     buffer[end] = b'\n';
+    // A line that nobody takes is lost.
+    let _ = tell_bytes(&buffer[..=end]);
+}
+
+/// As [`tell`], at most [`MOST_AT_ONCE`] bytes with the line's end; false: it is lost.
+pub(crate) fn tell_bytes(line: &[u8]) -> bool {
     let stderr = stderr();
-    if writable(&stderr, PollTimeout::ZERO) {
-        let _ = write(&stderr, &buffer[..=end]);
-    }
+    writable(&stderr, PollTimeout::ZERO) && write(&stderr, line).is_ok()
 }
 
 /// A command's own words to whoever typed it, who may be slow to read them.

@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use libtest_mimic::Completion;
@@ -10,20 +10,24 @@ use support::{Scratch, assert_same, open, read, write};
 use vhost_blk::image::Format;
 
 const SIZE: usize = 1 << 20;
+const FILE: &str = "file";
 
 /// A loop device; detached when dropped.
 struct LoopDevice(PathBuf);
 
 impl LoopDevice {
-    /// One with logical blocks of 4096 bytes; `None` where there is none to be had.
-    fn over(file: &Path) -> Option<Self> {
+    /// One of zeros with logical blocks of 4096 bytes over [`FILE`]; `None` where there is none to be had.
+    fn make() -> Option<(Scratch, Self)> {
+        let scratch = Scratch::new();
+        let file = scratch.path(FILE);
+        std::fs::write(&file, vec![0; SIZE]).expect("writes");
         let mut losetup = Command::new("losetup");
         losetup
             .args(["--find", "--show", "--sector-size", "4096"])
-            .arg(file);
+            .arg(&file);
         let output = losetup.output().ok().filter(|output| output.status.success())?;
         let path = String::from_utf8(output.stdout).expect("a path");
-        Some(Self(path.trim().into()))
+        Some((scratch, Self(path.trim().into())))
     }
 }
 
@@ -34,10 +38,7 @@ impl Drop for LoopDevice {
 }
 
 fn sectors_are_zeroed_and_discarded() -> Completion {
-    let scratch = Scratch::new();
-    let file = scratch.path("file");
-    std::fs::write(&file, vec![0; SIZE]).expect("writes");
-    let Some(device) = LoopDevice::over(&file) else {
+    let Some((_scratch, device)) = LoopDevice::make() else {
         return Completion::ignored_with("no loop devices with blocks of 4096 bytes here");
     };
     let image = open(&[(&device.0, Format::Raw)]);
@@ -65,10 +66,7 @@ fn sectors_are_zeroed_and_discarded() -> Completion {
 }
 
 fn a_disk_is_no_longer_than_its_device() -> Completion {
-    let scratch = Scratch::new();
-    let file = scratch.path("file");
-    std::fs::write(&file, vec![0; SIZE]).expect("writes");
-    let Some(device) = LoopDevice::over(&file) else {
+    let Some((scratch, device)) = LoopDevice::make() else {
         return Completion::ignored_with("no loop devices with blocks of 4096 bytes here");
     };
     let image = open(&[(&device.0, Format::Raw)]);
@@ -77,7 +75,7 @@ fn a_disk_is_no_longer_than_its_device() -> Completion {
     assert_eq!(image.capacity(), SIZE as u64);
     let longer = std::fs::OpenOptions::new()
         .write(true)
-        .open(&file)
+        .open(scratch.path(FILE))
         .expect("opens");
     longer.set_len(twice).expect("grows");
     let mut losetup = Command::new("losetup");

@@ -7,7 +7,7 @@ use crate::memory::Sealing;
 use crate::ring::InflightRegion;
 use crate::session::{End, ServeError, Session, SessionError, serve};
 use crate::signals::{self, Termination};
-use crate::worker::{Worker, WorkerError};
+use crate::worker::{STACK_SIZE, Worker, WorkerError};
 use crate::{Device, Program, descriptors, log};
 use jailer::sandbox::{
     LockdownError, Locked, Role, SeccompMode, end, end_on_panic, lockdown_main, lockdown_thread,
@@ -22,8 +22,6 @@ use std::process::ExitCode;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-/// Stack of a device's own thread. It formats log lines and inflates image clusters; nothing recurses.
-const ERRANDS_STACK: usize = 256 << 10;
 /// For a thread to be confined.
 const CONFINEMENT_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -187,7 +185,7 @@ impl OwnThread {
         };
         let builder = std::thread::Builder::new().name("errands".to_owned());
         builder
-            .stack_size(ERRANDS_STACK)
+            .stack_size(STACK_SIZE)
             .spawn(body)
             .map_err(DaemonError::Errands)?;
         Ok(Self(confined))

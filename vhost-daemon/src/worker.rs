@@ -31,8 +31,8 @@ use watch::{Pulse, Watch};
 /// this, and the process gives up (the front end, whose own deadline is shorter, has done so): the
 /// worker is not asked again, since its late answer would be taken for one to another question.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(120);
-/// Stack of a worker. It formats log lines and inflates image clusters; nothing recurses.
-const STACK_SIZE: usize = 256 << 10;
+/// Stack of a worker, and of a device's own thread. It formats log lines and inflates image clusters; nothing recurses.
+pub(crate) const STACK_SIZE: usize = 256 << 10;
 
 /// Everything a ring needs to run.
 #[derive(Debug)]

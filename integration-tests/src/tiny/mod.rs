@@ -11,5 +11,5 @@ pub use console::Console;
 pub use echo::{Echo, Tap};
 pub use events::Events;
 pub use liar::{Liar, Lie};
-pub use run::Run;
+pub use run::{Run, launcher};
 pub use vmm::{Device, Ended, Vm, VmOptions};

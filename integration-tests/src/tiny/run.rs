@@ -33,6 +33,18 @@ pub struct Run {
     folder: TempDir,
 }
 
+/// The launcher, for [`Run::by`], with a shell's `before` and `redirection` around it.
+///
+/// # Errors
+/// When there is no such program.
+pub fn launcher(before: &str, redirection: &str) -> Result<Command> {
+    let mut shell = Command::new("sh");
+    shell
+        .args(["-c", &format!("{before} exec \"$@\" {redirection}"), "sh"])
+        .arg(artifact(Artifact::Bulkhead)?);
+    Ok(shell)
+}
+
 impl Run {
     /// Runs the tiny guest with `cmdline` and further flags.
     ///

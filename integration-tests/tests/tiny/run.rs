@@ -10,7 +10,7 @@ use integration_tests::{
     host::Host,
     lent::{Lent, NOBODY, become_user},
     suite::{Skip, artifact, jail_is_off, test},
-    tiny::Run,
+    tiny::{Run, launcher},
 };
 use libtest_mimic::Trial;
 use nix::{
@@ -319,10 +319,7 @@ fn two_pid_namespaces() -> Result<()> {
 /// `bulkhead run` by a shell that has set a limit.
 fn limited(limit: &str) -> Result<Run> {
     Host::need_kvm()?;
-    let mut shell = Command::new("sh");
-    shell
-        .args(["-c", &format!("ulimit {limit}; exec \"$@\""), "sh"])
-        .arg(artifact(Artifact::Bulkhead)?);
+    let shell = launcher(&format!("ulimit {limit};"), "")?;
     let flags = [
         format!("--kernel={}", artifact(Artifact::TinyGuest)?.display()),
         "--memory=64M".to_owned(),

@@ -7,7 +7,7 @@ use integration_tests::{
     artifacts::Artifact,
     host::Host,
     suite::{artifact, test},
-    tiny::{Events, Run},
+    tiny::{Events, Run, launcher},
 };
 use libtest_mimic::Trial;
 use nix::errno::Errno;
@@ -90,15 +90,6 @@ impl Pipe {
             };
         }
     }
-}
-
-/// The launcher with a shell's `before` and `redirection` around it.
-fn launcher(before: &str, redirection: &str) -> Result<Command> {
-    let mut shell = Command::new("sh");
-    shell
-        .args(["-c", &format!("{before} exec \"$@\" {redirection}"), "sh"])
-        .arg(artifact(Artifact::Bulkhead)?);
-    Ok(shell)
 }
 
 fn flags(cmdline: &str, folder: &Path) -> Result<Vec<String>> {

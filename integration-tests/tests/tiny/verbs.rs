@@ -6,7 +6,7 @@ use integration_tests::{
     artifacts::Artifact,
     host::Host,
     suite::{artifact, test},
-    tiny::Run,
+    tiny::{Run, launcher},
 };
 use libtest_mimic::Trial;
 use nix::{sys::signal::Signal, unistd::getpid};
@@ -312,10 +312,7 @@ fn sigterm() -> Result<()> {
 /// As services and scripts start it.
 fn run_without(redirection: &str) -> Result<()> {
     Host::need_kvm()?;
-    let mut shell = Command::new("sh");
-    shell
-        .args(["-c", &format!("exec \"$@\" {redirection}"), "sh"])
-        .arg(artifact(Artifact::Bulkhead)?);
+    let shell = launcher("", redirection)?;
     let flags = [
         format!("--kernel={}", artifact(Artifact::TinyGuest)?.display()),
         "--memory=64M".to_owned(),

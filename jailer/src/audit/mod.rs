@@ -30,4 +30,17 @@ mod targets;
 pub mod wall;
 
 #[cfg(feature = "launcher")]
+use crate::sandbox::Role;
+#[cfg(feature = "launcher")]
 pub use run::{Options, run};
+
+/// The roles that there are attacks for.
+#[cfg(feature = "launcher")]
+pub(crate) const AUDITED: [Role; 6] = [
+    Role::Vmm,
+    Role::Vcpu,
+    Role::Disk,
+    Role::Net,
+    Role::Supervisor,
+    Role::Startup,
+];

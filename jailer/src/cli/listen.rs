@@ -4,12 +4,11 @@ use super::connection::Connection;
 use super::{ps, put_out};
 use crate::escape::EscapeReader;
 use crate::failure::Failure;
-use crate::launch::supervise::take_by_descriptor;
+use crate::launch::supervise::{LEAVING, take_by_descriptor};
 use crate::launch::terminal::{self, Saved};
 use crate::tell::say;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::Signal;
 use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
@@ -30,8 +29,6 @@ const PIECE: usize = 256;
 /// Most bytes held that the guest has not taken. When full, keys are lost, as on any terminal; a file or
 /// pipe is not read.
 const MOST_TYPED: usize = 4096;
-/// They leave the console, as Ctrl-A x does.
-const ENDING: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
 
 fn listen(vm: &str, channel: Channel, follow: bool) -> Result<OwnedFd, Failure> {
     let mut connection = Connection::open(&ps::find(vm)?)?;
@@ -72,7 +69,8 @@ pub(super) fn logs(vm: &str, follow: bool) -> Result<u8, Failure> {
 /// As [`logs`].
 pub(super) fn console(vm: &str) -> Result<u8, Failure> {
     let socket = listen(vm, Channel::Console, true)?;
-    let signals = take_by_descriptor(ENDING).map_err(|e| Failure::host("cannot take signals").because(&e))?;
+    let signals =
+        take_by_descriptor(LEAVING).map_err(|e| Failure::host("cannot take signals").because(&e))?;
     let mut visit = Visit {
         socket,
         signals,

@@ -24,8 +24,8 @@ mod values;
 #[path = "../../fuzz/cli.rs"]
 pub(crate) mod fuzz;
 
-use crate::audit;
 use crate::audit::wall::Wall;
+use crate::audit::{self, AUDITED};
 use crate::failure::Failure;
 use crate::launch::net::link::{self, Order};
 use crate::launch::{self, Jail, Options};
@@ -214,7 +214,7 @@ fn without_help() -> String {
 }
 
 fn audited_help() -> String {
-    format!("Only this role: {}", any_of(&values::AUDITED.map(Role::name)))
+    format!("Only this role: {}", any_of(&AUDITED.map(Role::name)))
 }
 
 /// `bulkhead run`'s arguments.
@@ -341,8 +341,8 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
         Verb::Events { vm, follow } => events::show(&vm, follow),
         Verb::Link { vm, nic, order } => {
             // A pipe of a VM that is over takes orders as well.
-            ps::find(&vm)?;
-            link::order(&vm, &nic, order)
+            let running = ps::find(&vm)?;
+            link::order(&vm, &running.folder, &nic, order)
         }
         Verb::Resize { vm, disk, size } => print(&orders::resize(&vm, &disk, size)?),
         Verb::Metrics { vm, device } => print(&metrics::show(&vm, device.as_deref())?),

@@ -30,7 +30,7 @@ fn helps_name_all_that_can_be_given() {
     for wall in Wall::ALL {
         named("audit", wall.name());
     }
-    for role in values::AUDITED {
+    for role in AUDITED {
         named("audit", role.name());
     }
     for verb in ["run", "image info"] {
@@ -43,7 +43,7 @@ fn helps_name_all_that_can_be_given() {
 fn only_roles_with_attacks_are_audited() {
     let audit = |role: Role| Cli::try_parse_from(["bulkhead", "audit", "--role", role.name()]);
     for role in Role::ALL {
-        assert_eq!(audit(role).is_ok(), values::AUDITED.contains(&role), "{role}");
+        assert_eq!(audit(role).is_ok(), AUDITED.contains(&role), "{role}");
     }
 }
 

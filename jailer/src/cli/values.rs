@@ -1,19 +1,10 @@
 //! Values that are one of a few words: the parser, completions and helps name the same.
 
+use crate::audit::AUDITED;
 use crate::audit::wall::Wall;
 use crate::sandbox::{Role, SeccompMode};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use vm_spec::spec::{OnDeviceDeath, OnReboot};
-
-/// Those that `bulkhead audit` has attacks for.
-pub(super) const AUDITED: [Role; 6] = [
-    Role::Vmm,
-    Role::Vcpu,
-    Role::Disk,
-    Role::Net,
-    Role::Supervisor,
-    Role::Startup,
-];
 
 fn one_of<T, const N: usize>(words: [(&'static str, T); N]) -> impl TypedValueParser<Value = T>
 where

@@ -5,7 +5,7 @@
 
 use super::chain::{folder_of, lexical_join, open_backing, open_image};
 use super::spawn::{binary_folder, pair};
-use super::supervise::take_by_descriptor;
+use super::supervise::{LEAVING, take_by_descriptor};
 use crate::failure::Failure;
 use crate::sandbox::child::{Child, Parent, Program, Starting, open_proc, start};
 use crate::sandbox::{Role, SeccompMode};
@@ -29,8 +29,6 @@ const ADDRESS_SPACE: u64 = 4 << 30;
 const BINARY: &str = "bulkhead-image";
 /// How long the tool may be silent: it counts the references of a large image without a word.
 const PATIENCE_MS: i32 = 600_000;
-/// They end a verb that makes a file, which then is removed.
-const ENDING: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
 /// Longest chain that is resolved; the engine's own bound.
 const LONGEST_CHAIN: usize = 16;
 
@@ -48,7 +46,7 @@ pub(crate) struct Opened {
     path: PathBuf,
     layers: Vec<(ImageFormat, File)>,
     read_only: bool,
-    /// Of a new file: [`ENDING`].
+    /// Of a new file: [`LEAVING`].
     signals: Option<SignalFd>,
 }
 
@@ -80,7 +78,7 @@ impl Opened {
     /// A new, empty file. From here on the signals that end us are waited for by [`Self::run`] alone.
     pub(crate) fn new_file(path: &Path, format: ImageFormat) -> Result<Self, Failure> {
         let signals =
-            take_by_descriptor(ENDING).map_err(|e| Failure::host("cannot take signals").because(&e))?;
+            take_by_descriptor(LEAVING).map_err(|e| Failure::host("cannot take signals").because(&e))?;
         let file = OpenOptions::new()
             .read(true)
             .write(true)

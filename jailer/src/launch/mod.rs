@@ -89,16 +89,6 @@ pub fn monotonic_ns() -> u64 {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |t| Duration::from(t).as_nanos() as u64)
 }
 
-/// The run-time folder of the running VM `name`.
-///
-/// # Errors
-/// A [`Failure`] when there is none.
-pub fn run_folder(name: &str) -> Result<PathBuf, Failure> {
-    run_dir::find(name).ok_or_else(|| {
-        Failure::usage(format!("no VM '{name}' runs")).hint("give the name that run was given")
-    })
-}
-
 /// The run-time folders of this user's VMs; also of some that are over.
 ///
 /// # Errors

@@ -5,9 +5,9 @@ use super::inputs::{self, BackendInput, Inputs};
 use super::plan::{Descriptor, Plan, ProcessPlan, Source};
 use super::spawn::{address_space, pair};
 use super::{Jail, Options, machine, make_plan};
-use crate::audit::nic;
 use crate::audit::order::Order;
 use crate::audit::wall::Wall;
+use crate::audit::{AUDITED, nic};
 use crate::failure::Failure;
 use crate::sandbox::child::{Child, Parent, Program, open_proc, start_without};
 use crate::sandbox::{Role, SeccompMode};
@@ -94,14 +94,7 @@ impl Stage {
 
     /// The roles that there is a process for.
     pub(crate) fn roles(&self) -> Vec<Role> {
-        let mut roles = vec![
-            Role::Vmm,
-            Role::Vcpu,
-            Role::Disk,
-            Role::Net,
-            Role::Supervisor,
-            Role::Startup,
-        ];
+        let mut roles = AUDITED.to_vec();
         roles.retain(|role| self.process(*role).is_some());
         roles
     }

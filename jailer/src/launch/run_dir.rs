@@ -44,14 +44,6 @@ fn parent() -> PathBuf {
     }
 }
 
-/// The folder of the VM `name`, where there is one. A name leads nowhere else.
-pub(crate) fn find(name: &str) -> Option<PathBuf> {
-    let sound = !name.is_empty() && !name.starts_with('.') && !name.contains('/');
-    let parent = parent();
-    let ours = check_owner(&parent).is_ok();
-    Some(parent.join(name)).filter(|path| sound && ours && path.is_dir())
-}
-
 /// The folders of all VMs of this user, in the order of their names; also of those that are over, where
 /// nobody swept yet.
 pub(crate) fn all() -> Result<Vec<PathBuf>, Failure> {

@@ -36,6 +36,9 @@ const REAP_DEADLINE: Duration = Duration::from_secs(2);
 /// Signals that end a VM.
 const ENDING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 
+/// Signals that end a command which has something to undo first: a console's terminal, a half-made file.
+pub(crate) const LEAVING: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
+
 /// Blocks the signals that the loop takes from a descriptor. Before any process is made: they
 /// unblock them again.
 pub(crate) fn block_signals() -> nix::Result<SignalFd> {

@@ -2,9 +2,9 @@
 //! the name of who wrote it. Stops a process that a guest controls from flooding the terminal.
 
 use super::audience::Audience;
+use crate::tell::{MOST_AT_ONCE, tell_bytes};
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::unistd::{read, write};
+use nix::unistd::read;
 use serde::de::IgnoredAny;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -14,8 +14,6 @@ use vm_spec::events::EventKind;
 
 /// Longest line passed on, in bytes; the rest of a longer one is dropped.
 const LONGEST_LINE: usize = 2048;
-/// Bytes that a pipe takes whole, once it takes any (PIPE_BUF).
-const MOST_AT_ONCE: usize = 4096;
 /// Of a text that is longer as a line: even if each byte takes six as JSON.
 const CERTAIN_TO_FIT: usize = 600;
 /// Bytes of lines that someone who comes to listen hears of what was said before.
@@ -136,9 +134,7 @@ impl Log {
             line = self.format(process, &text[..text.floor_char_boundary(CERTAIN_TO_FIT)]);
         }
         self.audience.hear(line.as_bytes());
-        let stderr = std::io::stderr();
-        let mut ready = [PollFd::new(std::os::fd::AsFd::as_fd(&stderr), PollFlags::POLLOUT)];
-        poll(&mut ready, PollTimeout::ZERO) == Ok(1) && write(&stderr, line.as_bytes()).is_ok()
+        tell_bytes(line.as_bytes())
     }
 
     fn format(&self, process: &str, text: &str) -> String {

@@ -11,6 +11,7 @@ use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
 
 /// Bytes of the page of [`make_state`].
 const STATE_SIZE: i64 = 4096;
@@ -55,12 +56,11 @@ pub(crate) fn make_state() -> io::Result<OwnedFd> {
     Ok(state)
 }
 
-/// Gives an order to the NIC `id` of the running VM `vm`.
+/// Gives an order to the NIC `id` of the running VM `vm`, whose run-time folder is `folder`.
 ///
 /// # Errors
-/// A [`Failure`] when there is no such VM or NIC, or its process does not take orders.
-pub(crate) fn order(vm: &str, id: &str, order: Order) -> Result<u8, Failure> {
-    let folder = crate::launch::run_folder(vm)?;
+/// A [`Failure`] when there is no such NIC, or its process does not take orders.
+pub(crate) fn order(vm: &str, folder: &Path, id: &str, order: Order) -> Result<u8, Failure> {
     crate::launch::machine::check_name("nic", id)?;
     let open = || {
         let mut options = OpenOptions::new();
