@@ -3,6 +3,8 @@
 //! as in [`crate::control`]: the envelope carries the version, and the request's number, which the
 //! answer repeats.
 
+use crate::control::DeviceConfig;
+use crate::supervise::AddedProcess;
 use serde::{Deserialize, Serialize};
 
 /// The socket's name in the run-time folder.
@@ -27,6 +29,16 @@ pub enum Request {
         /// The line, at most [`MAX_ORDER`] bytes.
         line: String,
     },
+    /// Put a device into one of the slots that are kept for them. With a process the log pipe's read end, the
+    /// supervisor's end of the socket for orders, and [`AddedProcess::descriptors`] are attached, else the back end's
+    /// connected socket. Answered by [`Answer::Attached`], when the guest can see it, or by [`Answer::Failed`].
+    Attach(Box<Attachment>),
+    /// Have the guest let go of a device, and end its process. Answered by [`Answer::Detached`] once that is done, or
+    /// by [`Answer::Failed`]: the guest may still let go of it later.
+    Detach {
+        /// The device's id.
+        device: String,
+    },
     /// Listen to the console or the log. Answered by [`Answer::Listening`] or [`Answer::Failed`].
     Listen {
         /// To what.
@@ -34,6 +46,15 @@ pub enum Request {
         /// Until the VM is over; without it, only to what was said already.
         follow: bool,
     },
+}
+
+/// A device to attach.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Attachment {
+    /// The device; slot 0 stands for any. Its numbers mean nothing.
+    pub device: DeviceConfig,
+    /// Its process; `None`: someone else's back end serves it.
+    pub process: Option<AddedProcess>,
 }
 
 /// What a client can listen to.
@@ -63,6 +84,15 @@ pub enum Answer {
         /// Microseconds for which the guest was not served.
         took_us: u64,
     },
+    /// The guest can see the device.
+    Attached {
+        /// PCI device number.
+        slot: u8,
+        /// Its process, where it is ours, in the spawner's process id namespace.
+        pid: Option<i32>,
+    },
+    /// The guest has let go of the device, and its process has ended.
+    Detached,
     /// What the device's process said.
     Ordered(
         /// Its lines.

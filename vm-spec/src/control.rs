@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 pub const PROTOCOL_VERSION: u16 = 1;
 /// Longest message in bytes. A longer one is refused unread.
 pub const MAX_MESSAGE: usize = 64 << 10;
-/// Most file descriptors in one message.
-pub const MAX_FDS: usize = 8;
+/// Most file descriptors in one message: a disk that is attached has one for each layer of its image.
+pub const MAX_FDS: usize = 32;
 
 /// A message with its version and number. A reply carries the number of what it answers;
 /// events that answer nothing carry 0.
@@ -84,6 +84,11 @@ impl<T: Serialize + DeserializeOwned> Envelope<T> {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct FdNumber(pub i32);
 
+impl FdNumber {
+    /// None was inherited: it came, or comes, with a message.
+    pub const NONE: Self = Self(-1);
+}
+
 /// Everything the vmm needs, sent once as the first message on its control socket.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct VmConfig {
@@ -107,14 +112,27 @@ pub struct VmConfig {
     pub console: FdNumber,
     /// Devices, each with a slot of its own.
     pub devices: Vec<DeviceConfig>,
+    /// Slots for devices that come later. With any, all devices can be taken out again.
+    pub spares: Vec<SpareSlot>,
     /// A guest's reboot restarts the machine (or ends the VM).
     pub restart_on_reboot: bool,
     /// The guest runs one command, whose exit status it writes to [`crate::machine::STATUS_REGISTER`].
     pub takes_status: bool,
 }
 
+/// A PCI slot for a device that is attached while the VM runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SpareSlot {
+    /// PCI device number.
+    pub slot: u8,
+    /// As [`DeviceConfig::requests`],
+    pub requests: FdNumber,
+    /// and [`DeviceConfig::requests_peer`].
+    pub requests_peer: FdNumber,
+}
+
 /// One vhost-user device as the vmm sees it.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct DeviceConfig {
     /// Name in messages, at most 64 bytes.
     pub id: String,
@@ -176,6 +194,16 @@ pub enum ToVmm {
         /// Why, one line.
         reason: String,
     },
+    /// Put a device into an empty slot, and tell the guest; one fd attached: its back end's connected socket,
+    /// generation 0. The numbers in the configuration mean nothing. Answered by [`FromVmm::Done`] once the
+    /// guest can see it, or by [`FromVmm::Failed`].
+    Attach(Box<DeviceConfig>),
+    /// Ask the guest to let go of the device in this slot. Answered by [`FromVmm::Done`] once it is asked, or by
+    /// [`FromVmm::Failed`]; [`FromVmm::Detached`] may follow at any time.
+    Detach {
+        /// PCI device number.
+        slot: u8,
+    },
     /// Ask for [`FromVmm::Stats`].
     Stats,
 }
@@ -215,6 +243,12 @@ pub enum FromVmm {
         device: String,
         /// What happened, one line.
         reason: String,
+    },
+    /// The guest let go of the device in this slot, which is empty: nothing is in flight, and its back end is
+    /// no longer used.
+    Detached {
+        /// PCI device number.
+        slot: u8,
     },
     /// The guest rebooted and the machine started again.
     Rebooted,

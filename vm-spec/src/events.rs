@@ -61,6 +61,10 @@ pub enum EventKind {
     IoError,
     /// What `no-space` or `io-error` told of is over.
     Recovered,
+    /// It was attached to the running VM.
+    Attached,
+    /// The guest let go of it, and its process has ended.
+    Detached,
     /// A NIC's TAP is gone.
     TapLost,
     /// There is a TAP of that name again; a new process takes it over.

@@ -62,11 +62,16 @@ pub const RESET_VALUE: u8 = 1;
 pub const S5_SLEEP_TYPE: u8 = 5;
 /// Paravirtual panic device (QEMU0001): a guest that panics writes bit 0 here.
 pub const PVPANIC_PORT: u16 = 0x505;
-/// Generic event device: its event register (8 bits, read clears; bit 0 power button).
+/// Generic event device: its event register (8 bits, read clears; bit 0 power button, bit 1 PCI hot-plug).
 pub const GED_PORT: u16 = 0x604;
 /// Generic event device: its global system interrupt.
 pub const GED_GSI: u32 = 9;
-/// Reserved I/O ports for PCI hot-plug registers (16 ports).
+/// PCI hot-plug registers (16 ports), where a machine has slots for them: 32 bits each, one for each PCI device
+/// number. Which were filled since the last look: a read clears it.
 pub const HOTPLUG_PORT: u16 = 0x610;
+/// Which the guest is asked to let go of: a read clears it.
+pub const HOTPLUG_REMOVAL_PORT: u16 = HOTPLUG_PORT + 4;
+/// Written: which the guest has let go of.
+pub const HOTPLUG_EJECT_PORT: u16 = HOTPLUG_PORT + 8;
 /// Reserved guest memory for a VM generation id (one page, below the PCI hole's end).
 pub const VMGENID_START: u64 = 0xFED0_0000;

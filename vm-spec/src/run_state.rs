@@ -157,8 +157,9 @@ pub struct MadeFds {
     pub what: String,
     /// Fewest of them.
     pub least: u32,
-    /// Most of them; absent: as many as there are queues to serve.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// Most of them; null or absent: as many as there are queues to serve. (These are sent between processes, too,
+    /// in an encoding in which nothing can be left out.)
+    #[serde(default)]
     pub most: Option<u32>,
 }
 

@@ -34,6 +34,10 @@ pub struct VmSpec {
     /// Other vhost-user back ends, of any type.
     #[serde(default, rename = "vhost-user", skip_serializing_if = "Vec::is_empty")]
     pub vhost_user: Vec<VhostUserSpec>,
+    /// PCI slots, 0 to 8, kept for devices that are attached while the VM runs. With any, every device can be
+    /// detached too.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub hotplug: u8,
     /// What a guest's reboot does.
     #[serde(default)]
     pub on_reboot: OnReboot,
@@ -215,6 +219,14 @@ pub enum OnDeviceDeath {
     Restart,
     /// The VM ends, with an exit code of its own.
     End,
+}
+
+/// Most of [`VmSpec::hotplug`].
+pub const MOST_HOTPLUG: u8 = 8;
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn is_zero(number: &u8) -> bool {
+    *number == 0
 }
 
 fn one() -> u8 {

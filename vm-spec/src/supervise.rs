@@ -3,7 +3,7 @@
 
 use crate::control::FdNumber;
 use crate::events::VmEvent;
-use crate::run_state::ProcessRole;
+use crate::run_state::{FdState, MadeFds, ProcessRole};
 use crate::spec::OnDeviceDeath;
 use serde::{Deserialize, Serialize};
 
@@ -27,6 +27,8 @@ pub struct SupervisorConfig {
     /// The devices that someone else's back ends serve. [`ToConnector::Connect`] counts them from 0;
     /// behind them it counts NICs on an existing TAP.
     pub remotes: Vec<RemoteDevice>,
+    /// PCI device numbers that are kept for devices which are attached later.
+    pub spares: Vec<u8>,
     /// Socket to the connector; absent where there are no such devices.
     pub connector: Option<FdNumber>,
     /// Seconds that a guest has to power off once asked.
@@ -132,8 +134,43 @@ pub enum ToSupervisor {
         /// Why, one line.
         why: String,
     },
+    /// Answers [`FromSupervisor::Remove`]: nothing of it is kept, and nobody locks its image.
+    Removed {
+        /// Its place in [`SupervisorConfig::processes`], or behind them.
+        process: u16,
+    },
     /// The person (Ctrl-C) or the system (SIGTERM) asks for the guest to power off.
     PowerOff,
+}
+
+/// A device's process that is added to a running VM, as the command that its owner runs has planned it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct AddedProcess {
+    /// The device's id.
+    pub name: String,
+    /// Disk or NIC.
+    pub role: ProcessRole,
+    /// Its flags, but for those that all of a VM's processes have.
+    pub arguments: Vec<String>,
+    /// It makes rings before it locks itself down.
+    pub rings: bool,
+    /// The descriptors that it is executed with, numbered from 0.
+    pub fds: Vec<FdState>,
+    /// Which of them is its end of its vhost-user socket, which is made anew for each process.
+    pub socket: FdNumber,
+    /// What else it holds while the guest runs.
+    pub made: Vec<MadeFds>,
+    /// How many more descriptors come along, of files that it writes.
+    pub watches: u8,
+}
+
+impl AddedProcess {
+    /// Descriptors in [`FromSupervisor::Add`]: its binary, those of the files that it writes, and those that it is
+    /// executed with, but for the socket.
+    #[must_use]
+    pub fn descriptors(&self) -> usize {
+        usize::from(self.watches) + self.fds.len()
+    }
 }
 
 /// Which binary a process is made from.
@@ -172,6 +209,21 @@ pub enum FromSupervisor {
     Adopt {
         /// Its place in [`SupervisorConfig::processes`].
         process: u16,
+    },
+    /// Keep what it takes to make one more device process, [`AddedProcess::descriptors`] attached. A
+    /// [`FromSupervisor::Respawn`] starts it.
+    Add {
+        /// Its place: behind all others, or that of one that was removed.
+        process: u16,
+        /// What it is.
+        plan: Box<AddedProcess>,
+    },
+    /// Let go of all that is kept for a device's process, which has been reaped.
+    Remove {
+        /// Its place.
+        process: u16,
+        /// The device's id.
+        name: String,
     },
     /// Keep another TAP for a NIC's process, in the place of one that is gone; its queues are attached.
     Tap {

@@ -1,6 +1,6 @@
 //! Port and memory exits: serial, the ports that end or reset, PCI configuration space.
 
-use crate::machine::{ExitCounters, Platform, Ports};
+use crate::machine::{Events, ExitCounters, Hotplug, Platform, Ports};
 use crate::pci::PciBus;
 use crate::serial::{Com1, ConsoleOutput};
 use arbitrary::Unstructured;
@@ -11,7 +11,7 @@ use std::sync::Arc;
 use vm_spec::machine;
 
 /// Where something answers; the input's low bits are added.
-const PORTS: [u16; 10] = [
+const PORTS: [u16; 11] = [
     machine::COM1_PORT,
     machine::SLEEP_CONTROL_PORT,
     machine::SLEEP_STATUS_PORT,
@@ -22,6 +22,7 @@ const PORTS: [u16; 10] = [
     0xCF8,
     0xCFC,
     0,
+    machine::HOTPLUG_PORT,
 ];
 const MOST_STEPS: usize = 128;
 
@@ -34,6 +35,8 @@ pub fn exits(input: &[u8]) {
         com1: Com1::new(Arc::new(output)).expect("a UART"),
         ports: Ports::new().expect("ports"),
         pci: PciBus::new(true),
+        hotplug: Hotplug::new(!1),
+        events: Arc::new(Events::new().expect("an eventfd")),
     };
     let counters = ExitCounters::default();
     let mut input = Unstructured::new(input);

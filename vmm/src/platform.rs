@@ -25,6 +25,8 @@ pub trait Interrupts: Send + Sync {
     /// # Errors
     /// When no GSI is left.
     fn allocate(&self) -> std::io::Result<Gsi>;
+    /// Gives back a GSI from [`Interrupts::allocate`] that nothing is attached to.
+    fn free(&self, gsi: Gsi);
     /// Routes `gsi` to `message` (`None`: nowhere). Takes effect before it returns.
     ///
     /// # Errors

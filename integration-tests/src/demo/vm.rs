@@ -114,6 +114,7 @@ fn spec(stage: &Stage, boot: BootSpec, overlay: &Path, tap: i32) -> VmSpec {
         nets: vec![net],
         vhost_user: Vec::new(),
         on_device_death: vm_spec::spec::OnDeviceDeath::default(),
+        hotplug: 0,
         on_reboot: OnReboot::Exit,
         power_off_grace: 10,
         limits: vm_spec::spec::LimitsSpec::default(),

@@ -120,6 +120,42 @@ storm() {
         say "flaps $(($(busybox cat /sys/class/net/eth0/carrier_changes) - flaps))"
     fi
 }
+# What a disk that comes is filled with, and its length.
+filling() { busybox seq 1 500000; }
+FILLED=3388895
+# Does what lines on the console ask, with devices that come and go, until one says end.
+plugs() {
+    say plugs
+    while read -r word name; do
+        case "$word" in
+        fill)
+            until [ -b "/dev/$name" ]; do busybox usleep 10000; done
+            filling | busybox dd of="/dev/$name" bs=16k conv=notrunc,fsync 2>/dev/null && say "filled $name"
+            ;;
+        filled)
+            until [ -b "/dev/$name" ]; do busybox usleep 10000; done
+            echo 3 > /proc/sys/vm/drop_caches
+            [ "$(busybox head -c $FILLED "/dev/$name" | sum)" = "$(filling | sum)" ] && say "is filled $name"
+            ;;
+        ping)
+            until [ -e "/sys/class/net/$name" ]; do busybox usleep 10000; done
+            busybox ifconfig "$name" 10.0.2.15 up
+            say "icmp $(busybox ping -c 3 -i 0.1 -W 5 10.0.2.2 | received)"
+            ;;
+        gone)
+            while [ -e "/dev/$name" ] || [ -e "/sys/class/net/$name" ]; do busybox usleep 10000; done
+            say "gone $name"
+            ;;
+        reboot) busybox reboot -f ;;
+        end) return ;;
+        esac
+    done < /dev/console
+}
+if [ -n "$(option guest.plugs)" ]; then
+    plugs
+    say end
+    busybox poweroff -f
+fi
 if [ -n "$(option guest.storm)" ]; then
     storm
     say end

@@ -259,6 +259,7 @@ impl Work {
                 .collect(),
             vhost_user: Vec::new(),
             on_device_death: vm_spec::spec::OnDeviceDeath::default(),
+            hotplug: 0,
             on_reboot: if launch.reboots > 0 {
                 OnReboot::Restart
             } else {

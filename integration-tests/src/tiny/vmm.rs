@@ -194,6 +194,7 @@ impl Vm {
             cmdline: options.cmdline.clone(),
             console: FdNumber(CONSOLE),
             devices: configs,
+            spares: Vec::new(),
             restart_on_reboot: options.restart_on_reboot,
             takes_status: false,
         })))?;

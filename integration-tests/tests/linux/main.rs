@@ -5,6 +5,7 @@ mod ends;
 mod hosts;
 mod nets;
 mod others;
+mod plugs;
 mod stall;
 mod storm;
 mod traffic;
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
     tests.extend(hosts::tests());
     tests.extend(nets::tests());
     tests.extend(others::tests());
+    tests.extend(plugs::tests());
     tests.extend(storm::tests());
     tests.extend(stall::tests());
     integration_tests::suite::run(tests)

@@ -19,7 +19,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 use vm_spec::events::{self, EventKind, VmEvent};
-use vm_spec::run_state::ProcessRole;
+use vm_spec::run_state::{ProcessRole, ProcessState};
 
 /// Everything is slow on an emulated processor.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -84,8 +84,17 @@ fn storm(disk_kills: u32, net_kills: u32) -> Result<()> {
 
 /// Kills the process that serves now.
 pub(crate) fn strike(run: &mut Run, role: ProcessRole) -> Result<()> {
+    strike_one(run, |process| process.role == role)
+}
+
+/// The same, of one device.
+pub(crate) fn strike_named(run: &mut Run, device: &str) -> Result<()> {
+    strike_one(run, |process| process.name == device)
+}
+
+fn strike_one(run: &mut Run, which: impl Fn(&ProcessState) -> bool) -> Result<()> {
     let state = run.state(PATIENCE)?;
-    let process = state.processes.iter().find(|process| process.role == role);
+    let process = state.processes.iter().find(|process| which(process));
     let pid = process.context("no such process")?.pid;
     Ok(kill(Pid::from_raw(pid), Signal::SIGKILL)?)
 }

@@ -16,7 +16,7 @@ const SETTLED: Duration = Duration::from_secs(2);
 const LOOK: Duration = Duration::from_millis(10);
 
 /// `/proc/PID/fd`: what each number links to.
-fn open(pid: i32) -> Result<BTreeMap<i32, String>> {
+pub(crate) fn open(pid: i32) -> Result<BTreeMap<i32, String>> {
     let folder = Path::new("/proc").join(pid.to_string()).join("fd");
     let mut all = BTreeMap::new();
     for entry in fs::read_dir(folder)? {

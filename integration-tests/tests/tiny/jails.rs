@@ -1,7 +1,7 @@
 //! Every jailed process while its guest runs, seen from outside: started by whoever runs the
 //! tests, and by a user who owns nothing.
 
-use super::descriptors::exact;
+use super::descriptors::{self, exact};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use integration_tests::{
     artifacts::Artifact,
@@ -234,6 +234,7 @@ fn jails(mut run: Run, printed: &str, expected: Option<Identity>) -> Result<()> 
     let spawner = state.processes.iter().find(|p| p.role == ProcessRole::Spawner);
     let spawner = spawner.context("no spawner")?.pid;
     confined(spawner)?;
+    holds_no_device(spawner, &state)?;
     let forker = state.processes.iter().find(|p| p.role == ProcessRole::Forker);
     let forker = forker.context("no forker")?.pid;
     filtered(forker)?;
@@ -270,6 +271,19 @@ fn confined(spawner: i32) -> Result<()> {
     let status = filtered(spawner)?;
     let capabilities = u64::from_str_radix(value(&status, "CapEff:"), 16)?;
     ensure!(capabilities & !(1 << 5) == 0, "{status}");
+    Ok(())
+}
+
+/// The spawner has let go of images and TAPs: only the forker keeps them.
+fn holds_no_device(spawner: i32, state: &RunState) -> Result<()> {
+    let disk = state.processes.iter().find(|p| p.role == ProcessRole::Disk);
+    let disk = disk.context("no disk")?;
+    let image = descriptors::open(disk.pid)?.remove(&4).context("no image")?;
+    let held = descriptors::open(spawner)?;
+    ensure!(
+        held.values().all(|link| *link != image && link != "/dev/net/tun"),
+        "the spawner holds {held:?}"
+    );
     Ok(())
 }
 

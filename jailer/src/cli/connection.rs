@@ -5,11 +5,11 @@ use crate::failure::Failure;
 use crate::launch;
 use crate::supervisor::{NO_REQUEST, printable};
 use crate::wire::{Received, TransferError, send_message};
-use crate::wire_fds::{receive_with_fds, send_with_fd};
+use crate::wire_fds::{receive_with_fds, send_with_fds};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 use vm_spec::client::{Answer, Request};
 
@@ -67,11 +67,24 @@ impl Connection {
         file: Option<&File>,
         limit: Duration,
     ) -> Result<Answer, Failure> {
+        self.ask_with(request, file.map(AsFd::as_fd).as_slice(), limit)
+    }
+
+    /// The same, with all the descriptors that belong to the request.
+    ///
+    /// # Errors
+    /// As [`Connection::ask`].
+    pub(super) fn ask_with(
+        &mut self,
+        request: Request,
+        fds: &[BorrowedFd<'_>],
+        limit: Duration,
+    ) -> Result<Answer, Failure> {
         self.requests += 1;
         let socket = self.socket.as_fd();
-        let sent = match file {
-            Some(file) => send_with_fd(socket, self.requests, request, file.as_fd()),
-            None => send_message(socket, self.requests, request),
+        let sent = match fds.is_empty() {
+            false => send_with_fds(socket, self.requests, request, fds),
+            true => send_message(socket, self.requests, request),
         };
         let failed = |e: &dyn std::error::Error| Failure::host("cannot talk to the supervisor").because(e);
         match sent {

@@ -67,6 +67,9 @@ pub(super) struct VmFlags {
     /// type=NAME,socket=SOCKET [,num-queues=][,in-order=true][,config=HEX][,id=][,slot=]
     #[arg(long, value_name = "KEY=VALUE,...")]
     vhost_user: Vec<String>,
+    /// PCI slots, 0 to 8, kept for devices that are attached while the VM runs
+    #[arg(long, value_name = "N")]
+    hotplug: Option<u8>,
     /// The VM's name
     #[arg(long)]
     name: Option<String>,
@@ -88,6 +91,48 @@ pub(super) struct VmFlags {
     /// A command that the guest's /bin/sh runs in place of an init; its exit status becomes that of bulkhead run
     #[arg(last = true)]
     command: Vec<String>,
+}
+
+/// One device of a VM, in flags.
+#[derive(Args, Debug, Default)]
+#[group(required = true, multiple = false)]
+pub(super) struct OneDevice {
+    /// A disk: as --disk of bulkhead run
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    disk: Option<String>,
+    /// A NIC: tap=NAME, tap-fd=N or vhost-user=SOCKET, and what else --net of bulkhead run takes
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    net: Option<String>,
+    /// Someone else's back end: as --vhost-user of bulkhead run
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    vhost_user: Option<String>,
+}
+
+/// A device to attach, in flags.
+#[derive(Args, Debug, Default)]
+pub(super) struct DeviceFlags {
+    #[command(flatten)]
+    device: OneDevice,
+    /// A further folder that backing files may lie in
+    #[arg(long = "image-folder", value_name = "FOLDER")]
+    image_folders: Vec<PathBuf>,
+}
+
+impl DeviceFlags {
+    /// A VM of `cpus` vCPUs that has this device only.
+    pub(super) fn spec(&self, cpus: u8) -> Result<VmSpec, Failure> {
+        let flags = VmFlags {
+            // What it boots from is of no account.
+            kernel: Some(PathBuf::new()),
+            cpus: Some(cpus),
+            disk: self.device.disk.iter().cloned().collect(),
+            net: self.device.net.iter().cloned().collect(),
+            vhost_user: self.device.vhost_user.iter().cloned().collect(),
+            image_folders: self.image_folders.clone(),
+            ..VmFlags::default()
+        };
+        flags.alone()
+    }
 }
 
 impl VmFlags {
@@ -114,6 +159,7 @@ impl VmFlags {
         set(&mut spec.boot.cmdline, &self.cmdline);
         set(&mut spec.cpus, &self.cpus);
         set(&mut spec.memory, &self.memory);
+        set(&mut spec.hotplug, &self.hotplug);
         set(&mut spec.on_reboot, &self.on_reboot);
         set(&mut spec.on_device_death, &self.on_device_death);
         set(&mut spec.power_off_grace, &self.power_off_grace);

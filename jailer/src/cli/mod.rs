@@ -1,5 +1,6 @@
 //! The command line of `bulkhead`.
 
+mod attach;
 mod connection;
 mod doctor;
 mod events;
@@ -134,6 +135,20 @@ enum Verb {
         disk: String,
         /// The new size, such as 20G
         size: ByteSize,
+    },
+    /// Attach a device to a running VM that was started with slots for it (hotplug)
+    Attach {
+        /// The VM's name
+        vm: String,
+        #[command(flatten)]
+        device: flags::DeviceFlags,
+    },
+    /// Have a running VM's guest let go of a device, and end its process
+    Detach {
+        /// The VM's name
+        vm: String,
+        /// The device's id, such as disk1
+        device: String,
     },
     /// Print what a running VM's device processes count, in Prometheus' text format
     Metrics {
@@ -346,6 +361,8 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
         }
         Verb::Resize { vm, disk, size } => print(&orders::resize(&vm, &disk, size)?),
         Verb::Metrics { vm, device } => print(&metrics::show(&vm, device.as_deref())?),
+        Verb::Attach { vm, device } => print(&attach::attach(&vm, &device)?),
+        Verb::Detach { vm, device } => print(&attach::detach(&vm, &device)?),
         Verb::Upgrade { vm, device, binary } => print(&upgrade::upgrade(&vm, device.as_deref(), &binary)?),
         Verb::Doctor { json } => {
             let (text, code) = doctor::examine(json);

@@ -7,8 +7,8 @@ use super::machine::Device;
 use super::qcow2;
 use crate::failure::Failure;
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg, OFlag, OpenHow, ResolveFlag, openat2};
-use std::fs::{File, OpenOptions};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
@@ -71,7 +71,7 @@ pub(super) fn open_chain(
         let wanted = lexical_join(&folder, Path::new(&backing.name));
         let file = find_backing(&field, &allowed, &wanted, &backing.name, "image-folders")?;
         if purpose == Purpose::Use {
-            lock(&field, &wanted, &file, FlockArg::LockSharedNonblock)?;
+            lock(&field, &wanted, &file, true)?;
         }
         folder = wanted.parent().unwrap_or(Path::new("/")).to_owned();
         layers.push(Layer {
@@ -93,7 +93,7 @@ pub(crate) fn open_backing(
     option: &str,
 ) -> Result<File, Failure> {
     let file = find_backing(field, allowed, wanted, name, option)?;
-    lock(field, wanted, &file, FlockArg::LockSharedNonblock)?;
+    lock(field, wanted, &file, true)?;
     Ok(file)
 }
 
@@ -166,13 +166,8 @@ pub(super) fn open_image_for(
         .open(path)
         .map_err(|e| failed().because(&e))?;
     is_image(&file, failed)?;
-    let how = if read_only {
-        FlockArg::LockSharedNonblock
-    } else {
-        FlockArg::LockExclusiveNonblock
-    };
     if purpose == Purpose::Use {
-        lock(field, path, &file, how)?;
+        lock(field, path, &file, read_only)?;
     }
     Ok(file)
 }
@@ -187,23 +182,24 @@ fn is_image(file: &File, failed: impl Fn() -> Failure) -> Result<(), Failure> {
     }
 }
 
-/// Holds off a second VM on the same image. The lock lives as long as any copy of the
-/// descriptor, the device process's among them.
-fn lock(field: &str, path: &Path, file: &File, how: FlockArg) -> Result<(), Failure> {
+/// Holds off a second VM on the same image. The lock is the open file description's: it lives as long as any copy of
+/// the descriptor, the device process's among them.
+fn lock(field: &str, path: &Path, file: &File, shared: bool) -> Result<(), Failure> {
     let failed = || Failure::host(format!("{field}: {} is in use", path.display()));
-    let copy = file.try_clone().map_err(|e| failed().because(&e))?;
-    match Flock::lock(copy, how) {
-        Ok(held) => {
-            // Dropping a Flock unlocks, for every copy; leaking this copy until exit does not.
-            std::mem::forget(held);
-            Ok(())
-        }
-        Err((_, Errno::EAGAIN)) => Err(failed()
+    let locked = match shared {
+        true => file.try_lock_shared(),
+        false => file.try_lock(),
+    };
+    match locked {
+        Ok(()) => Ok(()),
+        Err(TryLockError::WouldBlock) => Err(failed()
             .cause("another process has locked it")
             .hint("stop the other VM, or give each its own overlay")),
-        // A file system without locks.
-        Err((_, Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENOLCK)) => Ok(()),
-        Err((_, e)) => Err(failed().because(&e)),
+        Err(TryLockError::Error(e)) => match e.raw_os_error().map(Errno::from_raw) {
+            // A file system without locks.
+            Some(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENOLCK) => Ok(()),
+            _ => Err(failed().because(&e)),
+        },
     }
 }
 

@@ -7,8 +7,9 @@
 //! ```
 //!
 //! It is a copy of the spawner from before that read its first message. It keeps the images and TAPs,
-//! knows four orders, and reads nothing else. What it makes is fixed by the plan, but for another build
-//! of a device's binary, which only the VM's owner can send, and another TAP, which the connector opens.
+//! knows six orders, and reads nothing else. What it makes is fixed by the plan, but for another build
+//! of a device's binary and devices that are attached, which only the VM's owner can send, and another TAP, which the
+//! connector opens.
 #![expect(unsafe_code, reason = "a fork")]
 
 use super::net::detach;
@@ -28,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use std::cell::Cell;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
-use vm_spec::supervise::Build;
+use vm_spec::supervise::{AddedProcess, Build};
 
 /// Longest wait for an answer; the forker itself waits for a jail at most 2 s, after it has answered.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -43,6 +44,10 @@ enum Order {
     Adopt { process: u16 },
     /// Another TAP for `process`; its queues come along.
     Tap { process: u16 },
+    /// What one more process takes; its descriptors come along.
+    Add { process: u16, plan: Box<AddedProcess> },
+    /// There is to be no successor of `process`.
+    Remove { process: u16 },
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -53,6 +58,8 @@ enum Answer {
     Started { pid: i32 },
     /// It cannot be made.
     Refused { why: String },
+    /// Nothing of it is kept.
+    Removed,
 }
 
 /// The spawner's side.
@@ -125,16 +132,16 @@ impl Forker {
         }
     }
 
+    /// Gives an order that is answered.
+    fn ask(&self, order: Order) -> Result<(Answer, Vec<OwnedFd>), Failure> {
+        self.order.set(self.order.get() + 1);
+        send_message(self.socket.as_fd(), self.order.get(), order).map_err(|e| no_answer().because(&e))?;
+        self.answer()
+    }
+
     /// Has a successor of `process` made: its process id, and the vmm's end of its socket.
     pub(crate) fn successor(&self, process: u16, build: Build) -> Result<(Pid, OwnedFd), Failure> {
-        self.order.set(self.order.get() + 1);
-        send_message(
-            self.socket.as_fd(),
-            self.order.get(),
-            Order::Start { process, build },
-        )
-        .map_err(|e| no_answer().because(&e))?;
-        match self.answer()? {
+        match self.ask(Order::Start { process, build })? {
             (Answer::Started { pid }, mut fds) if fds.len() == 1 => Ok((Pid::from_raw(pid), fds.remove(0))),
             (Answer::Refused { why }, _) => Err(Failure::host(why)),
             _ => Err(no_answer()),
@@ -155,6 +162,25 @@ impl Forker {
     pub(crate) fn keep_tap(&self, process: u16, queues: &[OwnedFd]) -> Result<(), TransferError> {
         let queues: Vec<_> = queues.iter().map(AsFd::as_fd).collect();
         send_with_fds(self.socket.as_fd(), 0, Order::Tap { process }, &queues)
+    }
+
+    /// See `Respawner::add`.
+    pub(crate) fn add(
+        &self,
+        process: u16,
+        plan: Box<AddedProcess>,
+        fds: &[OwnedFd],
+    ) -> Result<(), TransferError> {
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        send_with_fds(self.socket.as_fd(), 0, Order::Add { process, plan }, &fds)
+    }
+
+    /// See `Respawner::remove`; done when it returns.
+    pub(crate) fn remove(&self, process: u16) -> Result<(), Failure> {
+        match self.ask(Order::Remove { process })? {
+            (Answer::Removed, _) => Ok(()),
+            _ => Err(no_answer()),
+        }
     }
 
     /// Ends it. It must not have been reaped.
@@ -205,6 +231,14 @@ fn serve(socket: BorrowedFd<'_>, mut respawner: Respawner) {
             Order::Adopt { process } => {
                 respawner.adopt(process.into());
                 Ok(())
+            }
+            Order::Add { process, plan } => {
+                respawner.add(process.into(), *plan, fds);
+                Ok(())
+            }
+            Order::Remove { process } => {
+                respawner.remove(process.into());
+                send_message(socket, id, Answer::Removed)
             }
         };
         if answered.is_err() {

@@ -136,7 +136,7 @@ pub(super) fn open_boot(boot: &BootSpec) -> Result<Boot, Failure> {
 }
 
 /// What a device that is no NIC of ours works on.
-fn open_backend(spec: &VmSpec, device: &Device) -> Result<Option<BackendInput>, Failure> {
+pub(super) fn open_backend(spec: &VmSpec, device: &Device) -> Result<Option<BackendInput>, Failure> {
     match &device.backend {
         Backend::Disk(disk) => open_disk(spec, device, disk).map(|images| Some(BackendInput::Images(images))),
         Backend::Net(_) => Ok(None),
@@ -239,7 +239,7 @@ fn copy_key(number: i32) -> io::Result<OwnedFd> {
     Ok(copy.into())
 }
 
-fn open_net(device: &Device, nic: &Nic, options: &Options) -> Result<BackendInput, Failure> {
+pub(super) fn open_net(device: &Device, nic: &Nic, options: &Options) -> Result<BackendInput, Failure> {
     let pcap = nic
         .pcap
         .as_deref()
@@ -318,7 +318,7 @@ impl Inputs {
     pub(crate) fn make_links(&mut self, run_dir: &RunDir, devices: &[Device]) -> Result<(), Failure> {
         for (backend, device) in self.backends.iter_mut().zip(devices) {
             if let BackendInput::Net { link, .. } = backend {
-                *link = Some(net::link::make(run_dir, &device.id).map_err(|e| {
+                *link = Some(net::link::make(run_dir.path(), &device.id).map_err(|e| {
                     Failure::host(format!("{}: cannot make a pipe for its link", device.field)).because(&e)
                 })?);
             }

@@ -7,7 +7,7 @@ use crate::failure::Failure;
 use std::path::{Path, PathBuf};
 use vm_spec::machine::{FIRST_SLOT, LAST_SLOT, MAX_CPUS, MAX_MEMORY, MIN_MEMORY};
 use vm_spec::size::ByteSize;
-use vm_spec::spec::{BootSpec, VhostUserSpec, VmSpec};
+use vm_spec::spec::{BootSpec, MOST_HOTPLUG, VhostUserSpec, VmSpec};
 
 /// Longest kernel command line in bytes (x86 COMMAND_LINE_SIZE less the end).
 const LONGEST_CMDLINE: usize = 2047;
@@ -84,6 +84,12 @@ pub(crate) fn check(spec: &VmSpec, default_name: &str) -> Result<(String, Vec<De
         devices.push(check_vhost_user(n, other)?);
     }
     assign_slots(spec, &mut devices)?;
+    if spares(spec, &devices).len() < spec.hotplug.into() {
+        return Err(Failure::usage(format!(
+            "hotplug: no PCI slots are left for {}, a VM has {LAST_SLOT}",
+            spec.hotplug
+        )));
+    }
     for (n, device) in devices.iter().enumerate() {
         check_name(&format!("{}.id", device.field), &device.id)?;
         if devices[..n].iter().any(|other| other.id == device.id) {
@@ -126,7 +132,29 @@ fn check_machine(spec: &VmSpec) -> Result<(), Failure> {
             ByteSize(unit)
         )));
     }
+    check_hotplug(spec)?;
     cmdline(&spec.boot).map(drop)
+}
+
+fn check_hotplug(spec: &VmSpec) -> Result<(), Failure> {
+    if spec.hotplug > MOST_HOTPLUG {
+        return Err(Failure::usage(format!(
+            "hotplug: {} is not between 0 and {MOST_HOTPLUG}",
+            spec.hotplug
+        )));
+    }
+    if spec.hotplug > 0 && !spec.limits.controllers().is_empty() {
+        return Err(Failure::usage("hotplug: does not go with limits")
+            .cause("the process of a device that is attached would have none"));
+    }
+    Ok(())
+}
+
+/// The slots that are kept for devices which are attached later: the lowest that no device has.
+pub(crate) fn spares(spec: &VmSpec, devices: &[Device]) -> Vec<u8> {
+    let taken = |slot: &u8| devices.iter().any(|device| device.slot == *slot);
+    let free = (FIRST_SLOT..=LAST_SLOT).filter(|slot| !taken(slot));
+    free.take(spec.hotplug.into()).collect()
 }
 
 /// The kernel command line, with the command.
@@ -183,7 +211,7 @@ pub(super) fn check_limit(
     }
 }
 
-fn check_vhost_user(n: usize, other: &VhostUserSpec) -> Result<Device, Failure> {
+pub(super) fn check_vhost_user(n: usize, other: &VhostUserSpec) -> Result<Device, Failure> {
     let field = format!("vhost-user[{n}]");
     check_queues(&format!("{field}.num-queues"), other.num_queues)?;
     let device_type = device_type(&other.device_type).ok_or_else(|| {

@@ -4,6 +4,7 @@
 //!   machine (check) -> reaper -> inputs (open) -> plan -> spawn -> supervise
 //! ```
 
+pub(crate) mod attach;
 mod chain;
 mod connect;
 mod connector;
@@ -280,10 +281,14 @@ impl<'a> Launch<'a> {
         let connector = connector.map(|connector| connector.socket);
         let running = spawn::spawn(&plan, inputs, binaries, Ends { clients, connector })?;
         drop(anchor);
+        let who = record::Who {
+            identity,
+            jailed: plan.jail == Jail::On,
+        };
         let state = record::describe(&plan, &running, helpers, identity, self.launched_ns);
         Ok(Started {
             running,
-            record: Record::begin(self.run_dir, state, obituary),
+            record: Record::begin(self.run_dir, state, obituary, who),
             holders,
             grace: Duration::from_secs(self.spec.power_off_grace.into()),
         })

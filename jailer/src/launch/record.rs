@@ -18,15 +18,24 @@ pub(super) struct Record<'a> {
     run_dir: &'a RunDir,
     state: RunState,
     obituary: Obituary,
+    who: Who,
+}
+
+/// Who processes that are added become.
+#[derive(Clone, Copy)]
+pub(super) struct Who {
+    pub(super) identity: Settled,
+    pub(super) jailed: bool,
 }
 
 impl<'a> Record<'a> {
     /// Writes `state` down for the first time.
-    pub(super) fn begin(run_dir: &'a RunDir, state: RunState, obituary: Obituary) -> Self {
+    pub(super) fn begin(run_dir: &'a RunDir, state: RunState, obituary: Obituary, who: Who) -> Self {
         let record = Self {
             run_dir,
             state,
             obituary,
+            who,
         };
         record.save();
         record
@@ -51,6 +60,19 @@ impl<'a> Record<'a> {
                 if let Some(process) = self.state.processes.iter_mut().find(of) {
                     process.pid = pid.as_raw();
                 }
+            }
+            Event::Added { plan, place, pid } => self.state.processes.push(ProcessState {
+                name: plan.name,
+                role: plan.role,
+                pid: pid.as_raw(),
+                id: self.who.identity.outside(place),
+                jailed: self.who.jailed,
+                fds: plan.fds,
+                made: plan.made,
+            }),
+            Event::Removed { name } => {
+                let is_it = |process: &ProcessState| process.role.is_device() && process.name == name;
+                self.state.processes.retain(|process| !is_it(process));
             }
             Event::Signalled(pid, signal, why) => {
                 let process = self.state.processes.iter().find(|p| p.pid == pid.as_raw());

@@ -3,12 +3,12 @@
 //! The forker holds every image and TAP for the VM's whole life, so that their locks never lapse
 //! and a successor works on the same open file descriptions; no path is looked up again.
 
-use super::plan::{Plan, ProcessPlan, Source};
+use super::plan::{Descriptor, Plan, ProcessPlan, Source};
 use super::spawn::{Binaries, begin, pair};
 use super::watch::Watch;
 use crate::failure::Failure;
-use crate::sandbox::SeccompMode;
 use crate::sandbox::child::{Child, Parent, Starting};
+use crate::sandbox::{Role, SeccompMode};
 use crate::tell::tell;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
@@ -17,17 +17,31 @@ use nix::unistd::Pid;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
-use vm_spec::supervise::Build;
+use vm_spec::run_state::ProcessRole;
+use vm_spec::supervise::{AddedProcess, Build};
 
 /// A successor has built its jail and executes its binary within this time, or is killed.
 const JAIL_DEADLINE: Duration = Duration::from_secs(2);
 
+/// Places for processes: fewer than a VM has ids.
+pub(crate) const MOST_PROCESSES: usize = 60;
+
+/// By what the watches of a process are kept: its device's place, or another number for one that was added.
+fn watched(process: usize, plan: &ProcessPlan) -> usize {
+    plan.image_device().unwrap_or(MOST_PROCESSES + process)
+}
+
 /// What is kept for successors.
 pub(crate) struct Respawner {
-    /// By place in the plan; `None` for the vmm, which has no successor.
+    /// By place in the plan, then those that were added; `None` for the vmm, which has no successor, and for those
+    /// that were removed.
     processes: Vec<Option<ProcessPlan>>,
+    /// How many of them are the plan's.
+    planned: usize,
+    /// Flags of every device process.
+    common: Vec<String>,
     kept: BTreeMap<Source, OwnedFd>,
-    /// Of the files that disks write, by device.
+    /// Of the files that disks write: see [`watched`].
     watches: BTreeMap<usize, Vec<Watch>>,
     binaries: Binaries,
     /// Other builds, by place: those that serve instead, and those that are to be tried.
@@ -63,7 +77,9 @@ impl Respawner {
         Self {
             kept: table.into_iter().filter(|(source, _)| wanted(source)).collect(),
             watches,
+            planned: processes.len(),
             processes,
+            common: plan.common.clone(),
             binaries,
             adopted: BTreeMap::new(),
             candidates: BTreeMap::new(),
@@ -85,6 +101,78 @@ impl Respawner {
         let taps = plan.descriptors.iter().map(|given| given.source);
         let taps = taps.filter(|source| matches!(source, Source::Tap(..)));
         self.kept.extend(taps.zip(queues));
+    }
+
+    /// Keeps what one more process takes, at `process`: behind all others, or where one was removed.
+    pub(crate) fn add(&mut self, process: usize, added: AddedProcess, fds: Vec<OwnedFd>) {
+        let free = match self.processes.get(process) {
+            Some(place) => process > 0 && place.is_none(),
+            None => process == self.processes.len(),
+        };
+        let kind = match added.role {
+            ProcessRole::Disk => "vhost-user-blk",
+            ProcessRole::Net => "vhost-user-net",
+            _ => return,
+        };
+        if !free || process > MOST_PROCESSES || fds.len() != added.descriptors() {
+            return;
+        }
+        let mut fds = fds.into_iter();
+        self.adopted.extend(fds.next().map(|binary| (process, binary)));
+        let watches = fds.by_ref().take(added.watches.into()).map(Watch::of);
+        self.watches.insert(MOST_PROCESSES + process, watches.collect());
+        let mut descriptors = Vec::new();
+        for about in added.fds {
+            let source = match about.number == added.socket.0 {
+                true => Source::BackEnd(process),
+                false => Source::Added(process, about.number),
+            };
+            if source != Source::BackEnd(process) {
+                self.kept.extend(fds.next().map(|fd| (source, fd)));
+            }
+            descriptors.push(Descriptor {
+                source,
+                what: about.what,
+                kept: about.kept,
+            });
+        }
+        let mut arguments = added.arguments;
+        arguments.extend(self.common.iter().cloned());
+        let plan = ProcessPlan {
+            name: added.name,
+            role: added.role,
+            binary: kind,
+            startup: if added.rings {
+                Role::StartupRing
+            } else {
+                Role::Startup
+            },
+            arguments,
+            descriptors,
+            made: added.made,
+        };
+        match self.processes.get_mut(process) {
+            Some(place) => *place = Some(plan),
+            None => self.processes.push(Some(plan)),
+        }
+    }
+
+    /// Lets go of all that is kept for a process that was reaped: its image is nobody's any more.
+    pub(crate) fn remove(&mut self, process: usize) {
+        let Some(plan) = self.processes.get_mut(process).and_then(Option::take) else {
+            return;
+        };
+        self.watches.remove(&watched(process, &plan));
+        // The null device is others' too.
+        for given in plan
+            .descriptors
+            .iter()
+            .filter(|given| given.source != Source::Null)
+        {
+            self.kept.remove(&given.source);
+        }
+        self.adopted.remove(&process);
+        self.candidates.remove(&process);
     }
 
     /// The candidate serves.
@@ -117,8 +205,8 @@ impl Respawner {
     }
 
     /// Whether the host lost what predecessors of this process wrote.
-    fn has_lost_writes(&self, plan: &ProcessPlan) -> bool {
-        let watches = plan.image_device().and_then(|device| self.watches.get(&device));
+    fn has_lost_writes(&self, process: usize, plan: &ProcessPlan) -> bool {
+        let watches = self.watches.get(&watched(process, plan));
         // Each is asked: it may be told only now.
         watches
             .into_iter()
@@ -138,6 +226,15 @@ impl Respawner {
         };
         let (socket, theirs) = pair(SockType::Stream)
             .map_err(|e| Failure::host(format!("cannot make a socket for {}", plan.name)).because(&e))?;
+        let has = |given: &Descriptor| {
+            matches!(given.source, Source::BackEnd(_)) || self.kept.contains_key(&given.source)
+        };
+        if !plan.descriptors.iter().all(has) {
+            return Err(Failure::host(format!(
+                "{}: not all of its descriptors came",
+                plan.name
+            )));
+        }
         let lookup = |source| match source {
             Source::BackEnd(_) => theirs.as_fd(),
             other => self.kept[&other].as_fd(),
@@ -146,11 +243,13 @@ impl Respawner {
             .binary(process, build, plan)
             .ok_or_else(|| Failure::host(format!("{}: there is no other build", plan.name)))?;
         let mut plan = plan.clone();
-        if self.has_lost_writes(&plan) {
+        if self.has_lost_writes(process, &plan) {
             plan.arguments.push("--writes-lost".into());
         }
+        // The supervisor's place is behind the plan's.
+        let place = process + usize::from(process >= self.planned);
         let starting = begin(
-            (process, &plan),
+            (place, &plan),
             &lookup,
             &self.binaries,
             binary,

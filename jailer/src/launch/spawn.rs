@@ -353,6 +353,11 @@ impl Wires {
             table.insert(Source::Orders(n), device);
             table.insert(Source::OrdersPeer(n), supervisor);
         }
+        for n in plan.vm.devices.len()..plan.vm.devices.len() + plan.vm.spares.len() {
+            let (requests, peer) = pair(SockType::Stream)?;
+            table.insert(Source::Requests(n), requests);
+            table.insert(Source::RequestsPeer(n), peer);
+        }
         Ok(Self {
             table,
             spawner,
@@ -381,7 +386,7 @@ pub(crate) fn pair(kind: SockType) -> nix::Result<(OwnedFd, OwnedFd)> {
     socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC)
 }
 
-fn set_nonblocking(fd: &OwnedFd) -> nix::Result<()> {
+pub(crate) fn set_nonblocking(fd: &OwnedFd) -> nix::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
     fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
 }

@@ -3,7 +3,7 @@
 //! up whatever else it could do: its filter is `spawner.policy`, and the forker makes processes for it.
 
 use super::forker::Forker;
-use super::respawn::Respawner;
+use super::respawn::{MOST_PROCESSES, Respawner};
 use super::spawn::Running;
 use crate::failure::Failure;
 use crate::inherit;
@@ -17,11 +17,11 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use vm_spec::control::exit_code;
 use vm_spec::events::VmEvent;
-use vm_spec::supervise::{Build, ExitStatus, FromSupervisor, ToSupervisor};
+use vm_spec::supervise::{AddedProcess, Build, ExitStatus, FromSupervisor, ToSupervisor};
 
 /// Messages of the supervisor's that are heard before signals and deaths get their turn.
 const MESSAGES_A_TURN: usize = 64;
@@ -80,6 +80,14 @@ pub(crate) enum Event<'a> {
     Forked(Pid),
     /// A device's process has a successor.
     Respawned { predecessor: Pid, pid: Pid },
+    /// There is one more process, who it is by its place among the VM's ids.
+    Added {
+        plan: Box<AddedProcess>,
+        place: usize,
+        pid: Pid,
+    },
+    /// A device's process has ended for good.
+    Removed { name: &'a str },
     /// A process was ended by a signal; set what is known of why.
     Signalled(Pid, u8, &'a mut ExitStatus),
     /// The guest was asked to power off, or the VM is over; told once.
@@ -90,8 +98,10 @@ pub(crate) enum Event<'a> {
 
 /// The loop's state.
 pub(crate) struct Spawner {
-    /// By place in the plan.
+    /// By place in the plan, then those that were added.
     workers: Vec<Worker>,
+    /// How many the plan has.
+    planned: usize,
     /// Until there is a forker.
     respawner: Option<Respawner>,
     /// From the first message on, until it ends.
@@ -125,6 +135,7 @@ impl Spawner {
             respawner,
         } = running;
         Self {
+            planned: workers.len(),
             workers: workers.iter().map(|child| Worker::running(child.pid)).collect(),
             respawner: Some(respawner),
             forker: None,
@@ -235,6 +246,8 @@ impl Spawner {
                             forget(forker.keep_tap(process, &fds));
                         }
                     }
+                    FromSupervisor::Add { process, plan } => self.add(process, plan, &fds),
+                    FromSupervisor::Remove { process, name } => self.remove(process, &name, on_event),
                     FromSupervisor::Kill { process } => self.kill_one(process),
                     FromSupervisor::Event(event) => on_event(Event::Happened(event)),
                     FromSupervisor::KillAll => self.kill_all(),
@@ -365,7 +378,7 @@ impl Spawner {
                 return self.tell(ToSupervisor::NotRespawned { process, why });
             }
         };
-        let predecessor = std::mem::replace(&mut self.workers[place], Worker::running(pid)).pid;
+        let before = std::mem::replace(&mut self.workers[place], Worker::running(pid));
         let message = ToSupervisor::Respawned {
             process,
             pid: pid.as_raw(),
@@ -376,7 +389,57 @@ impl Spawner {
             tell(format_args!("bulkhead: cannot tell the supervisor: {error}"));
             self.deadline.get_or_insert(Instant::now() + SUPERVISOR_GRACE);
         }
-        on_event(Event::Respawned { predecessor, pid });
+        on_event(match before.coming {
+            Some(plan) => Event::Added {
+                plan,
+                // The supervisor's is behind the plan's.
+                place: place + usize::from(place >= self.planned),
+                pid,
+            },
+            None => Event::Respawned {
+                predecessor: before.pid,
+                pid,
+            },
+        });
+    }
+
+    /// Makes a place for one more process, which a request for its successor starts.
+    fn add(&mut self, process: u16, plan: Box<AddedProcess>, fds: &[OwnedFd]) {
+        let place = usize::from(process);
+        let free = match self.workers.get(place) {
+            Some(worker) => worker.removed,
+            None => place == self.workers.len() && place < MOST_PROCESSES,
+        };
+        let Some(forker) = self.forker.as_ref().filter(|_| free) else {
+            return;
+        };
+        forget(forker.add(process, plan.clone(), fds));
+        let worker = Worker {
+            coming: Some(plan),
+            ..Worker::reaped()
+        };
+        match self.workers.get_mut(place) {
+            Some(free) => *free = worker,
+            None => self.workers.push(worker),
+        }
+    }
+
+    /// A process that was added, or any device's, has no successor.
+    fn remove(&mut self, process: u16, name: &str, on_event: &mut dyn FnMut(Event<'_>)) {
+        let Some(worker) = self.workers.get_mut(usize::from(process)) else {
+            return;
+        };
+        if worker.reaped && !worker.removed && process > 0 {
+            *worker = Worker {
+                removed: true,
+                ..Worker::reaped()
+            };
+            if let Some(Err(failure)) = self.forker.as_ref().map(|forker| forker.remove(process)) {
+                tell(format_args!("bulkhead: {failure}"));
+            }
+            on_event(Event::Removed { name });
+            self.tell(ToSupervisor::Removed { process });
+        }
     }
 
     fn kill_one(&self, process: u16) {
@@ -420,11 +483,28 @@ fn forget(sent: Result<(), TransferError>) {
 struct Worker {
     pid: Pid,
     reaped: bool,
+    /// What it is, until it is started for the first time.
+    coming: Option<Box<AddedProcess>>,
+    /// Another may have its place.
+    removed: bool,
 }
 
 impl Worker {
     fn running(pid: Pid) -> Self {
-        Self { pid, reaped: false }
+        Self {
+            pid,
+            reaped: false,
+            coming: None,
+            removed: false,
+        }
+    }
+
+    /// None that runs.
+    fn reaped() -> Self {
+        Self {
+            reaped: true,
+            ..Self::running(Pid::from_raw(0))
+        }
     }
 
     /// Its process id, while that is certain to be its own.

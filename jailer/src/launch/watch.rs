@@ -24,10 +24,20 @@ impl Watch {
     pub(crate) fn begin(file: &OwnedFd) -> io::Result<Self> {
         // By the open descriptor, not by its path, which may lead elsewhere by now.
         let file = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-        Ok(Self {
-            file,
+        Ok(Self::of(file.into()))
+    }
+
+    /// By what [`Watch::begin`] opened elsewhere.
+    pub(crate) fn of(file: OwnedFd) -> Self {
+        Self {
+            file: file.into(),
             lost: Cell::new(false),
-        })
+        }
+    }
+
+    /// The descriptor, for another process.
+    pub(crate) fn into_descriptor(self) -> OwnedFd {
+        self.file.into()
     }
 
     /// Whether a write-back of the file has failed. Begins none, and waits for none: the kernel waits for that

@@ -86,18 +86,18 @@ impl Clients {
         }
     }
 
-    /// One request, with its descriptor.
-    fn next(&mut self) -> Option<(Asker, Request, Option<OwnedFd>)> {
+    /// One request, with its descriptors.
+    fn next(&mut self) -> Option<(Asker, Request, Vec<OwnedFd>)> {
         let mut at = 0;
         while let Some(client) = self.all.get_mut(at) {
             match receive_with_fds(client.socket.as_fd()) {
-                Ok((Received::Message(request, body), mut fds)) => {
+                Ok((Received::Message(request, body), fds)) => {
                     client.idle = None;
                     let asker = Asker {
                         client: client.number,
                         request,
                     };
-                    return Some((asker, body, fds.pop()));
+                    return Some((asker, body, fds));
                 }
                 Ok((Received::Nothing, _)) => at += 1,
                 Ok((Received::End, _)) | Err(_) => drop(self.all.remove(at)),
@@ -146,32 +146,26 @@ impl Supervisor {
         let listeners = self.console.audience.count() + self.log.audience.count();
         self.clients.look(listeners, now);
         for _ in 0..MESSAGES_A_TURN {
-            let Some((asker, request, fd)) = self.clients.next() else {
+            let Some((asker, request, mut fds)) = self.clients.next() else {
                 break;
             };
             let greeted = self.clients.greet(asker, &request);
-            let refused = match (request, fd) {
-                _ if !greeted => "say hello first".to_owned(),
-                (Request::Hello, _) => {
+            let begun = match request {
+                _ if !greeted => Err("say hello first".to_owned()),
+                Request::Hello => {
                     self.clients.answer(asker, Answer::Hello, now);
-                    continue;
+                    Ok(())
                 }
-                (Request::Upgrade { device }, Some(binary)) => {
-                    match self.upgrade(&device, &binary, asker, now) {
-                        Ok(()) => continue,
-                        Err(why) => why,
-                    }
-                }
-                (Request::Order { device, line }, _) => match self.order(&device, &line, asker, now) {
-                    Ok(()) => continue,
-                    Err(why) => why,
+                Request::Upgrade { device } => match fds.pop() {
+                    Some(binary) => self.upgrade(&device, &binary, asker, now),
+                    None => Err("no binary came with the request".to_owned()),
                 },
-                (Request::Listen { channel, follow }, _) => match self.listen(channel, follow, asker) {
-                    Ok(()) => continue,
-                    Err(why) => why,
-                },
-                (Request::Upgrade { .. }, None) => "no binary came with the request".to_owned(),
+                Request::Order { device, line } => self.order(&device, &line, asker, now),
+                Request::Listen { channel, follow } => self.listen(channel, follow, asker),
+                Request::Attach(attachment) => self.attach(*attachment, fds, asker, now),
+                Request::Detach { device } => self.detach(&device, asker, now),
             };
+            let Err(refused) = begun else { continue };
             self.clients.answer(asker, Answer::Failed(refused), now);
         }
     }

@@ -2,6 +2,7 @@
 //! events that people read.
 
 use super::outcome::Outcome;
+use super::plug::Membership;
 use super::recovery::Order;
 use super::{Phase, Supervisor};
 use crate::sandbox::EXIT_HUNG;
@@ -129,7 +130,11 @@ impl Supervisor {
         process.about.pid = pid;
         process.alive = true;
         let slot = process.about.slot;
-        let (Some(socket), Some(slot), Some(vmm)) = (socket, slot, &self.vmm) else {
+        if matches!(process.membership, Membership::Leaving(..)) {
+            // It was on its way when its device went.
+            return self.carry_out(index, Some(Order::Kill));
+        }
+        let (Some(socket), Some(slot), Some(_)) = (socket, slot, &self.vmm) else {
             // It sees its socket close, and ends.
             return;
         };
@@ -137,16 +142,28 @@ impl Supervisor {
             return;
         };
         self.requests = id;
+        if let Some(given) = self.first_socket(index, id, &socket) {
+            if let Err(why) = given {
+                self.attach_failed(index, &why, now);
+            }
+            return;
+        }
         let message = ToVmm::ReplaceBackend { slot, generation };
-        if let Err(error) = send_with_fd(vmm.as_fd(), id, message, socket.as_fd()) {
-            let order = process.recovery.condemn(now, &error.to_string());
+        let sent = self
+            .vmm
+            .as_ref()
+            .map(|vmm| send_with_fd(vmm.as_fd(), id, message, socket.as_fd()));
+        if let Some(Err(error)) = sent {
+            let order = self.processes[index].recovery.condemn(now, &error.to_string());
             self.carry_out(index, order);
         }
     }
 
     /// The spawner could make no process.
     pub(super) fn device_not_spawned(&mut self, index: usize, why: &str, now: Instant) {
-        if let Some(process) = self.processes.get_mut(index) {
+        if self.processes.get(index).is_some() && self.is_apart(index) {
+            self.apart_ended(index, why, now);
+        } else if let Some(process) = self.processes.get_mut(index) {
             let order = process.recovery.ended(now, why);
             self.say(why);
             self.candidate_failed(index, why, now);
@@ -161,16 +178,17 @@ impl Supervisor {
             return true;
         }
         let Some(index) = self.processes.iter().position(|p| p.recovery.joins_by(id)) else {
-            return self.remote_answered(id, answer, now);
+            return self.plug_answered(id, answer, now) || self.remote_answered(id, answer, now);
         };
         match answer {
             Ok(()) => {
                 let took = self.processes[index].recovery.joined(now);
-                if !self.candidate_joined(index, now) {
+                if !self.device_attached(index, now) && !self.candidate_joined(index, now) {
                     self.note(index, EventKind::Restarted, took, "");
                 }
                 self.renew_tap(index, now);
             }
+            Err(why) if self.attach_failed(index, why, now) => {}
             Err(why) => {
                 let name = &self.processes[index].about.name;
                 self.say(&format!("{name}: the new process cannot take over: {why}"));

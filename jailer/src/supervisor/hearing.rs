@@ -33,6 +33,9 @@ impl Supervisor {
                 Received::Message(_, ToSupervisor::Respawned { process, pid }) => {
                     self.device_spawned(process.into(), pid, fds.pop(), now);
                 }
+                Received::Message(_, ToSupervisor::Removed { process }) => {
+                    self.process_removed(process.into(), now);
+                }
                 Received::Message(_, ToSupervisor::NotRespawned { process, why }) => {
                     self.device_not_spawned(process.into(), &why, now);
                 }
@@ -52,6 +55,15 @@ impl Supervisor {
         let is_device = process.about.role.is_device();
         // What it told of was so before its end.
         self.note_told();
+        if self.is_apart(index) {
+            let line = Outcome::of_process(&self.processes[index].about, status).line;
+            self.apart_ended(
+                index,
+                &line.unwrap_or_else(|| "its process ended".to_owned()),
+                now,
+            );
+            return;
+        }
         if is_device && self.restarts_devices() && (self.guest_runs || was_killed(status)) {
             return self.device_ended(index, status, now);
         }
@@ -151,6 +163,7 @@ impl Supervisor {
             FromVmm::Done => {
                 self.device_answered(id, Ok(()), now);
             }
+            FromVmm::Detached { slot } => self.device_detached(slot, now),
             FromVmm::Rebooted | FromVmm::Stats(_) => {}
         }
     }

@@ -15,6 +15,9 @@ mod hearing;
 mod logs;
 mod orders;
 mod outcome;
+mod plug;
+#[cfg(test)]
+mod plug_tests;
 mod ready;
 mod recovery;
 mod remote;
@@ -37,6 +40,7 @@ use logs::{Log, LogPipe};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use orders::Orders;
 use outcome::Outcome;
+use plug::{Membership, Plugs};
 use ready::Ready;
 use recovery::Recovery;
 use remote::Remote;
@@ -137,6 +141,7 @@ struct Process {
     upgrade: Option<Upgrade>,
     orders: Option<Orders>,
     tap: Tap,
+    membership: Membership,
 }
 
 struct Supervisor {
@@ -147,6 +152,7 @@ struct Supervisor {
     processes: Vec<Process>,
     remotes: Vec<Remote>,
     connector: Option<OwnedFd>,
+    plugs: Plugs,
     log: Log,
     grace: Duration,
     phase: Phase,
@@ -182,6 +188,7 @@ impl Supervisor {
                     outstanding: 0,
                     upgrade: None,
                     tap: Tap::Present,
+                    membership: Membership::Member,
                 })
             })
             .collect::<Result<_, SupervisorError>>()?;
@@ -197,6 +204,7 @@ impl Supervisor {
                 .map(|about| Remote::new(about, now))
                 .collect(),
             connector: config.connector.map(take).transpose()?,
+            plugs: Plugs::new(config.spares),
             log: Log::new(config.log_json),
             grace: Duration::from_secs(config.power_off_grace.into()),
             phase: Phase::Running,
@@ -216,6 +224,7 @@ impl Supervisor {
                 self.remotes_deadline(),
                 self.clients.deadline(),
                 self.orders_deadline(),
+                self.plugs_deadline(),
             ];
             self.wait(deadlines.into_iter().flatten().min())?;
             let now = Instant::now();
@@ -229,6 +238,7 @@ impl Supervisor {
             self.hear_connector(now);
             self.judge_devices(now);
             self.judge_remotes(now);
+            self.judge_plugs(now);
             self.judge_deadlines(now);
         }
         self.finish()

@@ -108,6 +108,27 @@ impl Recovery {
         }
     }
 
+    /// Of a device that is being attached: its first process is started at once.
+    pub(super) fn coming(now: Instant) -> Self {
+        Self {
+            stage: Stage::Waiting(now),
+            // The first is 0.
+            generation: u32::MAX,
+            ..Self::new(now)
+        }
+    }
+
+    /// There is to be no process any more.
+    pub(super) fn give_up(&mut self) {
+        self.stage = Stage::Lost;
+        self.stopped = None;
+    }
+
+    /// Whether the vmm has not said yet whether it can use the process.
+    pub(super) fn is_joining(&self) -> bool {
+        matches!(self.stage, Stage::Joining(..))
+    }
+
     /// When to look again.
     pub(super) fn deadline(&self) -> Option<Instant> {
         match self.stage {

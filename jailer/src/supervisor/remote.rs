@@ -57,9 +57,31 @@ pub(super) struct Remote {
     /// Why the latest one did not serve: said once, not each time.
     why: String,
     counters: Counters,
+    /// It was attached by a command that is over: nobody can connect to its back end again.
+    attached: bool,
 }
 
 impl Remote {
+    /// One that was attached.
+    pub(super) fn attached(about: RemoteDevice, now: Instant) -> Self {
+        Self {
+            attached: true,
+            ..Self::new(about, now)
+        }
+    }
+
+    /// Its PCI slot; 0 once it has been detached.
+    pub(super) fn slot(&self) -> u8 {
+        self.about.slot
+    }
+
+    /// The guest has let go of it.
+    pub(super) fn detach(&mut self) {
+        self.stage = Stage::Lost;
+        self.about.slot = 0;
+        self.about.name.clear();
+    }
+
     pub(super) fn new(about: RemoteDevice, now: Instant) -> Self {
         Self {
             about,
@@ -70,6 +92,7 @@ impl Remote {
             outstanding: 0,
             why: String::new(),
             counters: Counters::new(),
+            attached: false,
         }
     }
 
@@ -133,14 +156,19 @@ impl Supervisor {
     }
 
     fn connect(&mut self, index: usize) {
+        let attached = self.remotes[index].attached;
         // The index fits: a VM has at most 32 devices.
-        if self.ask_connector(index as u16) {
+        if !attached && self.ask_connector(index as u16) {
             self.remotes[index].stage = Stage::Connecting;
             return;
         }
         self.remotes[index].stage = Stage::Lost;
         let slot = self.remotes[index].about.slot;
-        let reason = "the process that connects to back ends has ended".to_owned();
+        let reason = match attached {
+            true => "its back end is gone: detach it, and attach it again",
+            false => "the process that connects to back ends has ended",
+        };
+        let reason = reason.to_owned();
         self.tell_vmm(ToVmm::GiveUpBackend { slot, reason });
     }
 

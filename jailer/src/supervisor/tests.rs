@@ -22,21 +22,21 @@ fn give(fd: OwnedFd) -> FdNumber {
     FdNumber(fcntl(&fd, FcntlArg::F_DUPFD(least)).unwrap())
 }
 
-fn pair(kind: SockType) -> (OwnedFd, OwnedFd) {
+pub(super) fn pair(kind: SockType) -> (OwnedFd, OwnedFd) {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     socketpair(AddressFamily::Unix, kind, None, flags).unwrap()
 }
 
-struct Play {
-    supervisor: Supervisor,
-    spawner: OwnedFd,
-    vmm: OwnedFd,
+pub(super) struct Play {
+    pub(super) supervisor: Supervisor,
+    pub(super) spawner: OwnedFd,
+    pub(super) vmm: OwnedFd,
     guest: OwnedFd,
     address: UnixAddr,
 }
 
 impl Play {
-    fn begin(name: &str) -> Self {
+    pub(super) fn begin(name: &str) -> Self {
         let (spawner, of_spawner) = pair(SockType::SeqPacket);
         let (vmm, of_vmm) = pair(SockType::SeqPacket);
         let (guest, of_guest) = pair(SockType::Stream);
@@ -55,6 +55,7 @@ impl Play {
             escape: false,
             processes: Vec::new(),
             remotes: Vec::new(),
+            spares: vec![3, 4],
             connector: None,
             power_off_grace: 10,
             log_json: false,
@@ -69,7 +70,7 @@ impl Play {
         }
     }
 
-    fn client(&self) -> OwnedFd {
+    pub(super) fn client(&self) -> OwnedFd {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let client = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
         connect(client.as_raw_fd(), &self.address).unwrap();
@@ -77,7 +78,7 @@ impl Play {
     }
 
     /// One request of it, and what came of it; `None`: it was turned away.
-    fn ask(&mut self, client: &OwnedFd, request: Request) -> Option<Answer> {
+    pub(super) fn ask(&mut self, client: &OwnedFd, request: Request) -> Option<Answer> {
         // To one that was turned away nothing can be sent.
         let _ = send_message(client.as_fd(), 7, request);
         self.supervisor.hear_clients(Instant::now());
@@ -130,13 +131,14 @@ fn nic(play: &mut Play) -> OwnedFd {
         upgrade: None,
         orders: None,
         tap: Tap::Present,
+        membership: Membership::Member,
     });
     play.supervisor.guest_runs = true;
     theirs
 }
 
 /// What the spawner was told, in short.
-fn told(play: &Play) -> Vec<String> {
+pub(super) fn told(play: &Play) -> Vec<String> {
     let next = || match receive_with_fds(play.spawner.as_fd()) {
         Ok((Received::Message(_, message), _)) => Some(match message {
             FromSupervisor::Event(event) => format!("{:?}", event.event),

@@ -27,6 +27,8 @@ pub struct BootImages {
     pub initrd: Option<Image>,
     /// Command line, without NUL.
     pub cmdline: String,
+    /// PCI slots whose devices may come and go, a bit each.
+    pub hotplug_slots: u32,
 }
 
 /// Most bytes, and share of RAM, that get huge pages beside the images, in each of two places.
@@ -67,7 +69,7 @@ impl BootImages {
         cmdline.push(0);
         ram.memory()
             .write_slice(&cmdline, GuestAddress(layout::CMDLINE))?;
-        let rsdp = acpi::write(ram, cpus)?;
+        let rsdp = acpi::write(ram, cpus, self.hotplug_slots)?;
         reset_vector::write(ram)?;
         let mut magic = [0; 4];
         self.kernel.read_exact_at(&mut magic, 0)?;

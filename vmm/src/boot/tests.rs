@@ -26,6 +26,7 @@ fn ram() -> GuestRam {
 
 fn boot(kernel: &[u8], initrd: Option<&[u8]>, ram: &GuestRam) -> Result<Entry, BootError> {
     BootImages {
+        hotplug_slots: 0,
         kernel: image(kernel, "kernel"),
         initrd: initrd.map(|bytes| image(bytes, "initrd")),
         cmdline: "console=ttyS0".into(),

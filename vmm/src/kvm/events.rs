@@ -28,6 +28,7 @@ const MAX_MSI: u32 = 4000;
 
 struct Table {
     next: u32,
+    free: Vec<u32>,
     msi: BTreeMap<u32, MsiMessage>,
 }
 
@@ -47,6 +48,7 @@ impl EventRouter {
             vm: vm.fd().clone(),
             table: Mutex::new(Table {
                 next: machine::FIRST_MSI_GSI,
+                free: Vec::new(),
                 msi: BTreeMap::new(),
             }),
         }
@@ -106,12 +108,20 @@ fn lend(fd: BorrowedFd<'_>) -> ManuallyDrop<EventFd> {
 impl Interrupts for EventRouter {
     fn allocate(&self) -> io::Result<Gsi> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(gsi) = table.free.pop() {
+            return Ok(Gsi(gsi));
+        }
         if table.next - machine::FIRST_MSI_GSI >= MAX_MSI {
             return Err(io::Error::new(io::ErrorKind::QuotaExceeded, "no interrupt left"));
         }
         let gsi = table.next;
         table.next += 1;
         Ok(Gsi(gsi))
+    }
+
+    fn free(&self, gsi: Gsi) {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table.free.push(gsi.0);
     }
 
     fn set_route(&self, gsi: Gsi, message: Option<MsiMessage>) -> io::Result<()> {

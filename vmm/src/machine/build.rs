@@ -4,8 +4,10 @@
 use super::early::{self, Early};
 use super::events::Events;
 use super::exits::Platform;
+use super::hotplug::{self, Hotplug};
 use super::ports::Ports;
 use super::run::Machine;
+use super::slots::Slots;
 use super::vcpus::Vcpus;
 use crate::boot::{BootImages, Image};
 use crate::control::{ControlSocket, adopt_config};
@@ -13,10 +15,10 @@ use crate::error::Error;
 use crate::frontend::{Deadlines, MemoryTable, RequestSockets};
 use crate::kvm::{EventRouter, Host, InKernel, Irqchip, Vm, install_kick_handler};
 use crate::memory::GuestRam;
-use crate::pci::PciBus;
+use crate::pci::{PciBus, SlotTaken};
 use crate::platform::{Gsi, Interrupts};
 use crate::serial::{Com1, ConsoleOutput};
-use crate::virtio::{Connecting, Device, DeviceError, DeviceParts, Successor};
+use crate::virtio::{Confine, Connecting, Device, DeviceError, DeviceParts, Seat, Successor, Word};
 use jailer::sandbox::{Role, SeccompMode, lockdown_thread};
 use std::collections::BTreeMap;
 use std::io;
@@ -96,22 +98,31 @@ impl Build {
         let events = Arc::new(Events::new().map_err(Error::system("make an eventfd"))?);
         let vcpus = Vcpus::spawn(&vm, &events, self.options.seccomp)?;
         let router = Arc::new(EventRouter::new(&vm));
+        let hotplug_slots = self.hotplug_slots();
         let (connector, connecting) = self.connect_devices(&ram, &router, &events)?;
-        let images = self.images()?;
+        let spares = self.seats(&connector)?;
+        let images = self.images(hotplug_slots)?;
         let entry = images.load(&ram, self.config.cpus)?;
         let com1 = self.com1(&router)?;
         let ports = Ports::new().map_err(Error::system("make an eventfd"))?;
         router
             .attach(Gsi(machine::GED_GSI), ports.interrupt())
             .map_err(Error::system("connect the event device's interrupt"))?;
-        let mut pci = PciBus::new(self.config.takes_status);
+        let pci = PciBus::new(self.config.takes_status);
         let mut early = Early::new(control);
-        let devices = connector.finish(connecting, &mut pci, &mut early)?;
+        let devices = connector.finish(connecting, &pci, &mut early)?;
         let early = early.unheard();
         Ok(Machine {
             vcpus,
             devices,
-            platform: Arc::new(Platform { com1, ports, pci }),
+            slots: Slots::new(connector, spares),
+            platform: Arc::new(Platform {
+                com1,
+                ports,
+                pci,
+                hotplug: Hotplug::new(hotplug_slots),
+                events: events.clone(),
+            }),
             router,
             irqchip,
             events,
@@ -135,7 +146,30 @@ impl Build {
         Ok(com1)
     }
 
-    fn images(&mut self) -> Result<BootImages, Error> {
+    /// Slots whose devices may come and go, a bit each: all, where any is kept for later.
+    fn hotplug_slots(&self) -> u32 {
+        let (devices, spares) = (&self.config.devices, &self.config.spares);
+        let slots = devices.iter().map(|device| device.slot);
+        let all = slots.chain(spares.iter().map(|spare| spare.slot));
+        match spares.is_empty() {
+            true => 0,
+            false => all.fold(0, |bits, slot| bits | hotplug::bit(slot)),
+        }
+    }
+
+    /// The threads of devices that come later.
+    fn seats(&self, connector: &Connector) -> Result<BTreeMap<u8, Seat>, Error> {
+        let seat = |slot: u8| {
+            let seat = Seat::confined(slot, connector.confine());
+            seat.map(|seat| (slot, seat)).map_err(|source| Error::Device {
+                device: format!("the device in slot {slot}"),
+                source: Box::new(source),
+            })
+        };
+        self.config.spares.iter().map(|spare| seat(spare.slot)).collect()
+    }
+
+    fn images(&mut self, hotplug_slots: u32) -> Result<BootImages, Error> {
         let kernel = Image::new(self.descriptors.take(self.config.kernel)?, "kernel")?;
         let initrd = match self.config.initrd {
             Some(number) => Some(Image::new(self.descriptors.take(number)?, "initrd")?),
@@ -145,6 +179,7 @@ impl Build {
             kernel,
             initrd,
             cmdline: std::mem::take(&mut self.config.cmdline),
+            hotplug_slots,
         })
     }
 
@@ -157,14 +192,21 @@ impl Build {
         let memory = MemoryTable::of(ram).map_err(Error::system("duplicate the memory's descriptor"))?;
         let devices = std::mem::take(&mut self.config.devices);
         let mut requests = BTreeMap::new();
-        for config in &devices {
-            let ours = self.descriptors.take(config.requests)?;
-            let theirs = self.descriptors.take(config.requests_peer)?;
+        let named = devices.iter().map(|d| (d.slot, d.requests, d.requests_peer));
+        let spares = self
+            .config
+            .spares
+            .iter()
+            .map(|s| (s.slot, s.requests, s.requests_peer));
+        for (slot, ours, theirs) in named.chain(spares) {
+            let (ours, theirs) = (self.descriptors.take(ours)?, self.descriptors.take(theirs)?);
             let sockets = RequestSockets::new(ours, theirs).map_err(|source| Error::Device {
-                device: config.id.clone(),
+                device: format!("the device in slot {slot}"),
                 source: Box::new(source),
             })?;
-            requests.insert(config.slot, Arc::new(sockets));
+            if requests.insert(slot, Arc::new(sockets)).is_some() {
+                return Err(Error::Config(SlotTaken(slot).to_string()));
+            }
         }
         let connector = Connector {
             requests,
@@ -189,7 +231,7 @@ impl Build {
 }
 
 /// What every device is made with.
-struct Connector {
+pub(super) struct Connector {
     /// For the back ends' own requests, by slot; they outlive each back end.
     requests: BTreeMap<u8, Arc<RequestSockets>>,
     memory: Arc<MemoryTable>,
@@ -200,8 +242,22 @@ struct Connector {
 
 impl Connector {
     fn connect(&self, config: DeviceConfig, back_end: Successor) -> Result<Connecting, Error> {
+        let seat = Seat::new(config.slot, self.confine()).map_err(|source| Error::Device {
+            device: config.id.clone(),
+            source: Box::new(source),
+        })?;
+        self.seat(seat, config, back_end, None)
+    }
+
+    /// Has `seat` serve a device; `answered` is called once its back end has answered, or will not.
+    pub(super) fn seat(
+        &self,
+        seat: Seat,
+        config: DeviceConfig,
+        back_end: Successor,
+        answered: Option<Word>,
+    ) -> Result<Connecting, Error> {
         let events = self.events.clone();
-        let mode = self.seccomp;
         let requests = self.requests.get(&config.slot).cloned();
         let parts = DeviceParts {
             requests: requests.ok_or_else(|| Error::Config(format!("{}: no such slot", config.id)))?,
@@ -213,15 +269,20 @@ impl Connector {
             doorbells: self.router.clone(),
             events: Arc::new(move |event| events.tell_device(event)),
             deadlines: Deadlines::default(),
-            confine: Box::new(move || lockdown_thread(Role::Vmm, mode).map_err(io::Error::other)),
+            answered,
         };
-        Device::connect(parts).map_err(failed)
+        seat.connect(parts).map_err(failed)
+    }
+
+    fn confine(&self) -> Confine {
+        let mode = self.seccomp;
+        Box::new(move || lockdown_thread(Role::Vmm, mode).map_err(io::Error::other))
     }
 
     fn finish(
         &self,
         connecting: Vec<Connecting>,
-        pci: &mut PciBus,
+        pci: &PciBus,
         early: &mut Early<'_>,
     ) -> Result<Vec<Device>, Error> {
         let mut devices = Vec::new();
@@ -246,7 +307,7 @@ impl Connector {
         loop {
             let error = match finished {
                 Ok(device) => return Ok(device),
-                Err(error) => error,
+                Err((error, _)) => error,
             };
             let (id, next) = match error.cause.loss() {
                 Some(loss) if replaceable(loss) => {
@@ -257,7 +318,7 @@ impl Connector {
             .ok_or_else(|| failed(error))?;
             generation = next.generation;
             finished = self.connect(config.clone(), next)?.finish();
-            early.answer(id, finished.as_ref().map(drop))?;
+            early.answer(id, finished.as_ref().map(drop).map_err(|(error, _)| error))?;
         }
     }
 }

@@ -28,11 +28,17 @@ pub enum GuestEvent {
     KvmFailure(String),
 }
 
-/// What a device's thread has to say.
+/// What is to be said of a device.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum DeviceWord {
     /// Something happened.
     Event(DeviceEvent),
+    /// The guest let go of the device in this slot.
+    Ejected(u8),
+    /// The back end of the device that is put into this slot has answered, or will not.
+    Answered(u8),
+    /// Nothing of the device that was in this slot is in flight any more.
+    Vacated(u8),
     /// What became of the control request of this number.
     Answer(u64, Result<(), String>),
 }
@@ -87,9 +93,21 @@ impl Events {
         })
     }
 
+    /// From a vCPU thread: the guest let go of the device in `slot`, once for each that was there.
+    pub fn tell_ejected(&self, slot: u8) {
+        self.push(DeviceWord::Ejected(slot));
+    }
+
+    /// Says so, from a device's thread, when it is called.
+    pub fn say(self: &Arc<Self>, word: DeviceWord) -> Box<dyn FnOnce() + Send> {
+        let events = Arc::clone(self);
+        Box::new(move || events.push(word))
+    }
+
     fn push(&self, word: DeviceWord) {
         let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        if devices.len() < MAX_DEVICE_EVENTS {
+        // Of the others there are no more than slots and requests.
+        if devices.len() < MAX_DEVICE_EVENTS || !matches!(word, DeviceWord::Event(_)) {
             devices.push_back(word);
         }
         drop(devices);

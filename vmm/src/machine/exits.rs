@@ -1,10 +1,12 @@
 //! Where an exit to user space goes. Nothing here waits: a vCPU only takes short locks.
 
-use super::events::GuestEvent;
+use super::events::{Events, GuestEvent};
+use super::hotplug::Hotplug;
 use super::ports::Ports;
 use crate::pci::PciBus;
 use crate::serial::Com1;
 use kvm_ioctls::VcpuExit;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use vm_spec::machine;
 
@@ -21,6 +23,10 @@ pub struct Platform {
     pub ports: Ports,
     /// The PCI bus with all devices.
     pub pci: PciBus,
+    /// What the guest is told of devices that come and go.
+    pub hotplug: Hotplug,
+    /// Where the main thread hears of those that it lets go of.
+    pub events: Arc<Events>,
 }
 
 impl Platform {
@@ -54,6 +60,12 @@ impl Platform {
         if let Some(event) = data.first().and_then(|&byte| self.ports.write(port, byte)) {
             return Some(event);
         }
+        for slot in self.hotplug.ejected(port, data) {
+            // From here on the slot is empty for every vCPU; the rest may take time.
+            if self.pci.remove(slot).is_some() {
+                self.events.tell_ejected(slot);
+            }
+        }
         self.pci.io_write(port, data);
         self.pci.take_status().map(GuestEvent::Exit)
     }
@@ -66,7 +78,7 @@ impl Platform {
         {
             // Only a read of the register's width: reading may clear it.
             *byte = value;
-        } else if !self.pci.io_read(port, data) {
+        } else if !self.hotplug.read(port, data) && !self.pci.io_read(port, data) {
             data.fill(FLOATING);
         }
     }
@@ -144,7 +156,6 @@ mod tests {
     use super::*;
     use crate::serial::ConsoleOutput;
     use std::os::unix::net::UnixStream;
-    use std::sync::Arc;
 
     #[test]
     fn a_wide_read_of_the_event_register_takes_no_event() {
@@ -153,6 +164,8 @@ mod tests {
             com1: Com1::new(Arc::new(ConsoleOutput::new(console.into()).unwrap())).unwrap(),
             ports: Ports::new().unwrap(),
             pci: PciBus::new(false),
+            hotplug: Hotplug::new(0),
+            events: Arc::new(Events::new().unwrap()),
         };
         platform.ports.press_power_button().unwrap();
         let (mut wide, mut byte) = ([0; 4], [0]);

@@ -10,13 +10,16 @@ mod build;
 mod early;
 mod events;
 mod exits;
+mod hotplug;
 mod ports;
 mod run;
+mod slots;
 mod vcpus;
 
 pub use build::{Build, Options};
 pub use events::{DeviceWord, Events, GuestEvent};
 pub use exits::{ExitCounters, Platform};
+pub use hotplug::Hotplug;
 #[cfg(feature = "fuzzing")]
 pub(crate) use ports::Ports;
 pub use run::{Machine, Started, monotonic_ns};

@@ -22,6 +22,8 @@ const RESET_CPU: u8 = 1 << 2;
 const PANICKED: u8 = 1;
 /// Generic event device: power button.
 const POWER_BUTTON: u8 = 1;
+/// Generic event device: a look at the hot-plug registers.
+const HOTPLUG: u8 = 1 << 1;
 /// 8042 status: its input buffer is empty, so that a guest does not wait before it writes.
 const KEYBOARD_READY: u8 = 0;
 
@@ -54,7 +56,19 @@ impl Ports {
     /// # Errors
     /// When the interrupt cannot be signalled.
     pub fn press_power_button(&self) -> io::Result<()> {
-        self.pending.fetch_or(POWER_BUTTON, Ordering::SeqCst);
+        self.raise(POWER_BUTTON)
+    }
+
+    /// Tells the guest that the hot-plug registers have news.
+    ///
+    /// # Errors
+    /// When the interrupt cannot be signalled.
+    pub fn tell_of_hotplug(&self) -> io::Result<()> {
+        self.raise(HOTPLUG)
+    }
+
+    fn raise(&self, event: u8) -> io::Result<()> {
+        self.pending.fetch_or(event, Ordering::SeqCst);
         self.interrupt.write(1)?;
         Ok(())
     }

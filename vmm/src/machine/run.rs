@@ -2,6 +2,7 @@
 
 use super::events::{DeviceWord, Events, GuestEvent};
 use super::exits::Platform;
+use super::slots::Slots;
 use super::vcpus::Vcpus;
 use crate::boot::BootImages;
 use crate::control::{ControlSocket, Incoming};
@@ -25,6 +26,7 @@ pub struct Machine {
     // The order is that of drop: no vCPU runs when devices go, no device when the VM goes.
     pub(super) vcpus: Vcpus,
     pub(super) devices: Vec<Device>,
+    pub(super) slots: Slots,
     pub(super) platform: Arc<Platform>,
     pub(super) router: Arc<EventRouter>,
     pub(super) irqchip: Box<dyn Irqchip>,
@@ -189,7 +191,7 @@ impl Machine {
     }
 
     fn obey(
-        &self,
+        &mut self,
         control: &ControlSocket,
         message: Envelope<ToVmm>,
         fds: Vec<OwnedFd>,
@@ -222,17 +224,16 @@ impl Machine {
                 }
                 Err(why) => FromVmm::Failed(why),
             },
+            ToVmm::Attach(config) => match self.attach(message.id, *config, fds) {
+                // Once its back end has answered.
+                Ok(()) => return Ok(None),
+                Err(why) => FromVmm::Failed(why),
+            },
+            ToVmm::Detach { slot } => self.detach(slot).unwrap_or_else(FromVmm::Failed),
             ToVmm::Start(_) => FromVmm::Failed("the machine is running".into()),
         };
         control.send(message.id, reply)?;
         Ok(None)
-    }
-
-    fn device(&self, slot: u8) -> Result<&Device, String> {
-        self.devices
-            .iter()
-            .find(|device| device.slot() == slot)
-            .ok_or_else(|| format!("no device in slot {slot}"))
     }
 
     fn replace_backend(
@@ -253,7 +254,7 @@ impl Machine {
         }
     }
 
-    fn report_devices(&self, control: &ControlSocket) -> Result<(), Error> {
+    fn report_devices(&mut self, control: &ControlSocket) -> Result<(), Error> {
         while let Some(word) = self.events.take_device() {
             match word {
                 DeviceWord::Event(event) => {
@@ -261,6 +262,9 @@ impl Machine {
                         control.send(0, message)?;
                     }
                 }
+                DeviceWord::Ejected(slot) => self.ejected(slot),
+                DeviceWord::Answered(slot) => self.attached(slot, control)?,
+                DeviceWord::Vacated(slot) => self.vacated(slot, control)?,
                 DeviceWord::Answer(id, Ok(())) => control.send(id, FromVmm::Done)?,
                 DeviceWord::Answer(id, Err(why)) => control.send(id, FromVmm::Failed(why))?,
             }
@@ -291,6 +295,8 @@ impl Machine {
     /// end instead.
     fn reset(&mut self, control: &mut ControlSocket) -> Result<Option<EndReason>, Error> {
         self.vcpus.hold()?;
+        // What the guest let go of is on the bus no more.
+        self.report_devices(control)?;
         self.platform.pci.begin_reset();
         if let Some(reason) = self.await_devices(control)? {
             return Ok(Some(reason));
@@ -298,6 +304,7 @@ impl Machine {
         self.platform.pci.finish_reset();
         self.platform.com1.reset();
         self.platform.ports.reset();
+        self.platform.hotplug.reset();
         self.router.reset(self.irqchip.as_ref())?;
         self.vcpus.reset()?;
         self.entry = self.images.load(self.vm.ram(), self.vm.cpus())?;
@@ -370,7 +377,7 @@ fn told(event: DeviceEvent) -> Option<FromVmm> {
     }
 }
 
-fn done(result: std::io::Result<()>) -> FromVmm {
+pub(super) fn done(result: std::io::Result<()>) -> FromVmm {
     match result {
         Ok(()) => FromVmm::Done,
         Err(error) => FromVmm::Failed(error.to_string()),

@@ -1,8 +1,8 @@
 //! The bus: which function an access belongs to, and whether the access is well-formed.
 
 use super::{CONFIG_SPACE_SIZE, Function, HostBridge};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Device numbers on a bus (PCI 3.0, 3.2.2.3.2).
 const DEVICES: usize = 32;
@@ -20,10 +20,12 @@ const ADDRESS_WRITABLE: u32 = 0x80FF_FFFC;
 #[error("PCI slot {0} is taken or does not exist: slots are 1 to 31, one device each")]
 pub struct SlotTaken(pub u8);
 
-/// PCI segment 0, bus 0. Built before the vCPUs run, then shared among them.
+type Functions = [Option<Arc<dyn Function>>; DEVICES];
+
+/// PCI segment 0, bus 0, shared among the vCPUs.
 pub struct PciBus {
     bridge: Arc<HostBridge>,
-    functions: [Option<Arc<dyn Function>>; DEVICES],
+    functions: RwLock<Functions>,
     address: AtomicU32,
 }
 
@@ -32,11 +34,11 @@ impl PciBus {
     #[must_use]
     pub fn new(takes_status: bool) -> Self {
         let bridge = Arc::new(HostBridge::new(takes_status));
-        let mut functions = [const { None }; DEVICES];
+        let mut functions: Functions = [const { None }; DEVICES];
         functions[0] = Some(Arc::clone(&bridge) as Arc<dyn Function>);
         Self {
             bridge,
-            functions,
+            functions: RwLock::new(functions),
             address: AtomicU32::new(0),
         }
     }
@@ -45,14 +47,32 @@ impl PciBus {
     ///
     /// # Errors
     /// [`SlotTaken`].
-    pub fn add(&mut self, slot: u8, function: Arc<dyn Function>) -> Result<(), SlotTaken> {
-        match self.functions.get_mut(usize::from(slot)) {
+    pub fn add(&self, slot: u8, function: Arc<dyn Function>) -> Result<(), SlotTaken> {
+        match self.functions_mut().get_mut(usize::from(slot)) {
             Some(place @ None) => {
                 *place = Some(function);
                 Ok(())
             }
             _ => Err(SlotTaken(slot)),
         }
+    }
+
+    /// Takes the function out of device `slot`, where there is one that is no bridge.
+    pub fn remove(&self, slot: u8) -> Option<Arc<dyn Function>> {
+        let place = usize::from(slot);
+        (place > 0).then(|| self.functions_mut().get_mut(place)?.take())?
+    }
+
+    fn functions(&self) -> RwLockReadGuard<'_, Functions> {
+        self.functions.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn functions_mut(&self) -> RwLockWriteGuard<'_, Functions> {
+        self.functions.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn at(&self, device: usize) -> Option<Arc<dyn Function>> {
+        self.functions().get(device)?.clone()
     }
 
     /// A read of an I/O port. False: the port is not the bus's, `data` is untouched.
@@ -147,19 +167,21 @@ impl PciBus {
     /// The first half of [`PciBus::reset`], which waits for nobody.
     pub fn begin_reset(&self) {
         self.address.store(0, Ordering::Relaxed);
-        for function in self.functions.iter().flatten() {
+        for function in self.functions().iter().flatten() {
             function.begin_reset();
         }
     }
 
     /// The second half of [`PciBus::reset`].
     pub fn finish_reset(&self) {
-        for function in self.functions.iter().flatten() {
+        // No lock meanwhile: it waits for back ends.
+        let functions = self.functions().clone();
+        for function in functions.iter().flatten() {
             function.finish_reset();
         }
     }
 
-    fn selected(&self, port: u16, length: usize) -> Option<(&dyn Function, u16)> {
+    fn selected(&self, port: u16, length: usize) -> Option<(Arc<dyn Function>, u16)> {
         let address = self.address.load(Ordering::Relaxed);
         let lane = port & 3;
         // An access that leaves the four byte lanes is the next port's, which is nobody's.
@@ -171,24 +193,24 @@ impl PciBus {
         if bus != 0 || high & 7 != 0 {
             return None;
         }
-        let function = self.functions[usize::from(high >> 3)].as_deref()?;
+        let function = self.at(usize::from(high >> 3))?;
         Some((function, u16::from(low & 0xFC) | lane))
     }
 
-    fn enhanced(&self, offset: u64, length: usize) -> Option<(&dyn Function, u16)> {
+    fn enhanced(&self, offset: u64, length: usize) -> Option<(Arc<dyn Function>, u16)> {
         let device = usize::try_from(offset >> 15).ok()?;
         let register = u16::try_from(offset & 0xFFF).ok()?;
         // Bits 12 to 14 are the function number: only function 0 exists.
         if offset >> 12 & 7 != 0 || !fits(register.into(), length, CONFIG_SPACE_SIZE.into()) {
             return None;
         }
-        Some((self.functions.get(device)?.as_deref()?, register))
+        Some((self.at(device)?, register))
     }
 
-    fn decode(&self, gpa: u64) -> Option<(&dyn Function, u64, u64)> {
-        self.functions.iter().flatten().find_map(|function| {
+    fn decode(&self, gpa: u64) -> Option<(Arc<dyn Function>, u64, u64)> {
+        self.functions().iter().flatten().find_map(|function| {
             let window = function.window()?;
-            Some((function.as_ref(), window.offset_of(gpa)?, window.size))
+            Some((Arc::clone(function), window.offset_of(gpa)?, window.size))
         })
     }
 }
@@ -259,11 +281,20 @@ mod tests {
 
     #[test]
     fn a_slot_is_given_once() {
-        let mut bus = PciBus::new(false);
+        let bus = PciBus::new(false);
         let function = Arc::new(HostBridge::new(false));
         assert_eq!(bus.add(0, function.clone()), Err(SlotTaken(0)));
         assert_eq!(bus.add(32, function.clone()), Err(SlotTaken(32)));
         assert_eq!(bus.add(31, function.clone()), Ok(()));
-        assert_eq!(bus.add(31, function), Err(SlotTaken(31)));
+        assert_eq!(bus.add(31, function.clone()), Err(SlotTaken(31)));
+        assert!(bus.remove(31).is_some() && bus.remove(31).is_none());
+        assert!(
+            bus.remove(0).is_none() && bus.remove(32).is_none(),
+            "no bridge, no slot"
+        );
+        let mut vendor = [0; 2];
+        bus.ecam_read(31 << 15, &mut vendor);
+        assert_eq!(vendor, [0xFF; 2], "nobody is there");
+        assert_eq!(bus.add(31, function), Ok(()));
     }
 }

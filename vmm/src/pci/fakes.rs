@@ -33,6 +33,7 @@ struct Irqfd {
 #[derive(Default)]
 struct State {
     gsis: u32,
+    freed: Vec<u32>,
     routes: BTreeMap<u32, MsiMessage>,
     route_calls: usize,
     attached: BTreeMap<RawFd, Irqfd>,
@@ -98,6 +99,10 @@ impl FakeInterrupts {
         self.state.lock().unwrap().route_calls
     }
 
+    pub(crate) fn freed(&self) -> usize {
+        self.state.lock().unwrap().freed.len()
+    }
+
     pub(crate) fn attached(&self) -> usize {
         self.state.lock().unwrap().attached.len()
     }
@@ -114,6 +119,10 @@ impl Interrupts for FakeInterrupts {
         let mut state = self.state.lock().unwrap();
         state.gsis += 1;
         Ok(Gsi(state.gsis - 1))
+    }
+
+    fn free(&self, gsi: Gsi) {
+        self.state.lock().unwrap().freed.push(gsi.0);
     }
 
     fn set_route(&self, gsi: Gsi, message: Option<MsiMessage>) -> io::Result<()> {

@@ -161,6 +161,14 @@ impl Msix {
         }
     }
 
+    /// The function is gone: gives its interrupts back.
+    pub fn retire(&mut self) {
+        self.release();
+        for vector in self.vectors.drain(..) {
+            vector.retire(self.interrupts.as_ref());
+        }
+    }
+
     fn settle_all(&mut self) {
         for index in 0..self.vectors.len() {
             self.settle(index);

@@ -130,6 +130,13 @@ impl Vector {
         Ok(())
     }
 
+    /// Gives the interrupt back; one that is still attached stays this vector's for ever.
+    pub(super) fn retire(self, interrupts: &dyn Interrupts) {
+        if self.sources.is_empty() {
+            interrupts.free(self.gsi);
+        }
+    }
+
     /// Takes every source off.
     pub(super) fn remove_all(&mut self, interrupts: &dyn Interrupts) -> io::Result<()> {
         self.silence(interrupts)?;

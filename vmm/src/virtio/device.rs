@@ -1,4 +1,4 @@
-//! The handle of one device: connect, and what the control thread may ask of it.
+//! The handle of one device: connect, what the control thread may ask of it, and its end.
 
 use super::device_type::DeviceType;
 use super::doorbells::DoorbellSet;
@@ -6,6 +6,7 @@ use super::function::VirtioFunction;
 use super::layout;
 use super::mailbox::{Answer, Command, Done, Mailbox, Successor};
 use super::registers::Registers;
+use super::seat::{Order, Seat};
 use super::transport::{Transport, lock};
 use super::worker::{self, Negotiated};
 use crate::frontend::{Deadlines, Error, MemoryTable, QueueState, RequestSockets, SessionOptions, new_event};
@@ -16,7 +17,6 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
-use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 use vm_spec::control::{DeviceConfig, Loss};
 use vm_spec::machine::{MMIO32_START, VIRTIO_BAR_SIZE};
@@ -63,9 +63,6 @@ pub enum DeviceEvent {
 /// Where events go. Called on the device's thread; must not block.
 pub type EventSink = Arc<dyn Fn(DeviceEvent) + Send + Sync>;
 
-/// Confines the device's thread; called on it once all is negotiated and allocated.
-pub type Confine = Box<dyn FnOnce() -> std::io::Result<()> + Send>;
-
 /// Everything a device is made of.
 pub struct DeviceParts {
     /// Its description.
@@ -86,9 +83,12 @@ pub struct DeviceParts {
     pub events: EventSink,
     /// How long to wait for the back end.
     pub deadlines: Deadlines,
-    /// Confines the device's thread.
-    pub confine: Confine,
+    /// Called once [`Connecting::finish`] does not wait any more.
+    pub answered: Option<Word>,
 }
+
+/// What a device's thread says, once; must not block.
+pub type Word = Box<dyn FnOnce() + Send>;
 
 /// A device whose thread is negotiating.
 pub struct Connecting {
@@ -112,52 +112,50 @@ pub struct Device {
     slot: u8,
     function: Arc<VirtioFunction>,
     worker: Arc<WorkerHandle>,
-    ending: Arc<EventFd>,
-    _thread: ThreadHandle,
+    /// The guest has let go of it.
+    leaving: bool,
+    thread: ThreadHandle,
 }
 
-/// Ends the thread, whatever it waits for, when dropped.
+/// Ends the device's thread's work, whatever it waits for, when dropped, and the thread with it.
 struct ThreadHandle {
     cancel: Arc<EventFd>,
     /// Cancels only the taking over by successors.
     ending: Arc<EventFd>,
     mailbox: Arc<Mailbox>,
-    thread: Option<JoinHandle<()>>,
+    seat: Option<Seat>,
+}
+
+impl ThreadHandle {
+    /// The thread, of a device that has ended.
+    fn into_seat(mut self) -> Option<Seat> {
+        self.seat.take()
+    }
 }
 
 impl Drop for ThreadHandle {
     fn drop(&mut self) {
         let _ = self.cancel.write(1);
         self.mailbox.quit();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.seat = None;
     }
 }
 
-impl Device {
-    /// Starts the device's thread, which negotiates while the caller builds the machine.
+impl Seat {
+    /// Has its thread negotiate, while the caller builds the machine.
     ///
     /// # Errors
-    /// When the thread cannot be made.
-    pub fn connect(parts: DeviceParts) -> Result<Connecting, DeviceError> {
+    /// When an eventfd cannot be made; the seat is lost.
+    pub fn connect(self, parts: DeviceParts) -> Result<Connecting, DeviceError> {
         let device = parts.config.id.clone();
-        Self::spawn(parts).map_err(|cause| DeviceError { device, cause })
+        self.start(parts).map_err(|cause| DeviceError { device, cause })
     }
 
-    /// [`Device::connect`] and [`Connecting::finish`].
-    ///
-    /// # Errors
-    /// As both.
-    pub fn new(parts: DeviceParts) -> Result<Self, DeviceError> {
-        Self::connect(parts)?.finish()
-    }
-
-    fn spawn(parts: DeviceParts) -> Result<Connecting, Error> {
+    fn start(self, parts: DeviceParts) -> Result<Connecting, Error> {
         let (cancel, ending) = (new_event()?, new_event()?);
         let mailbox = Arc::new(Mailbox::new(new_event()?));
-        let (give_negotiated, negotiated) = sync_channel(1);
-        let (transport, take_transport) = sync_channel(1);
+        let (give, negotiated) = sync_channel(1);
+        let (transport, take) = sync_channel(1);
         let context = worker::Context {
             spec: parts.config.clone(),
             options: SessionOptions {
@@ -172,14 +170,13 @@ impl Device {
             mailbox: Arc::clone(&mailbox),
             generation: parts.generation,
         };
-        let (socket, confine) = (parts.socket, parts.confine);
-        let thread = Builder::new()
-            .name(format!("virtio-{}", parts.config.slot))
-            .spawn(move || worker::run(context, socket, confine, &give_negotiated, &take_transport))
-            .map_err(|source| Error::Resource {
-                what: "the device's thread",
-                source,
-            })?;
+        self.give(Order {
+            context,
+            socket: parts.socket,
+            give,
+            take,
+            answered: parts.answered,
+        });
         Ok(Connecting {
             parts: Started {
                 config: parts.config,
@@ -194,11 +191,13 @@ impl Device {
                 cancel,
                 ending,
                 mailbox,
-                thread: Some(thread),
+                seat: Some(self),
             },
         })
     }
+}
 
+impl Device {
     /// The PCI function, for [`crate::pci::PciBus::add`] at [`Device::slot`].
     #[must_use]
     pub fn function(&self) -> Arc<dyn Function> {
@@ -269,10 +268,24 @@ impl Device {
             .command(Command::GiveUp(reason.to_owned()));
     }
 
-    /// Whether the machine's reset of the device is under way.
+    /// Whether the machine's reset of the device is under way, or its end: a back end may write to the guest's
+    /// memory.
     #[must_use]
     pub fn is_resetting(&self) -> bool {
-        self.worker.is_resetting()
+        self.leaving || self.worker.is_resetting()
+    }
+
+    /// The guest has let go of the device, which is on no bus any more: resets it and lets go of its back end. Nobody
+    /// waits: `done` is told on the device's thread. Then [`Device::vacate`] it.
+    pub fn eject(&mut self, done: Word) {
+        self.leaving = true;
+        self.worker.transport.mailbox.eject(done);
+    }
+
+    /// Its thread, for another device.
+    pub fn vacate(self) -> Option<Seat> {
+        self.worker.transport.retire();
+        self.thread.into_seat()
     }
 
     /// The longest that it may take.
@@ -283,7 +296,7 @@ impl Device {
 
     /// The VM ends: no successor is waited for any more, not even one that takes over now.
     pub fn refuse_successors(&self) {
-        let _ = self.ending.write(1);
+        let _ = self.thread.ending.write(1);
     }
 
     fn ask<T>(&self, command: impl FnOnce(Answer<T>) -> Command) -> Result<T, DeviceError> {
@@ -304,13 +317,25 @@ impl Connecting {
     /// Waits for the negotiation (bounded by the deadlines) and builds the PCI function.
     ///
     /// # Errors
-    /// Any failure of the back end; no GSI left.
-    pub fn finish(self) -> Result<Device, DeviceError> {
-        let device = self.parts.config.id.clone();
-        self.build().map_err(|cause| DeviceError { device, cause })
+    /// Any failure of the back end; no GSI left. The thread comes back, for another back end.
+    pub fn finish(self) -> Result<Device, (DeviceError, Option<Seat>)> {
+        match self.build() {
+            Ok((function, worker)) => Ok(Device {
+                id: self.parts.config.id,
+                slot: self.parts.config.slot,
+                function,
+                worker,
+                leaving: false,
+                thread: self.thread,
+            }),
+            Err(cause) => {
+                let device = self.parts.config.id;
+                Err((DeviceError { device, cause }, self.thread.into_seat()))
+            }
+        }
     }
 
-    fn build(self) -> Result<Device, Error> {
+    fn build(&self) -> Result<(Arc<VirtioFunction>, Arc<WorkerHandle>), Error> {
         let patience = self.parts.deadlines.first_answer + self.parts.deadlines.drain;
         let Negotiated { offer, events } = self
             .negotiated
@@ -318,16 +343,17 @@ impl Connecting {
             .map_err(|_| Error::Thread(patience))??;
         let config = &self.parts.config;
         let vectors = offer.queues + 1;
-        let msix = Msix::new(self.parts.interrupts, vectors).map_err(|source| Error::Resource {
-            what: "interrupts for a device",
-            source,
-        })?;
+        let msix =
+            Msix::new(Arc::clone(&self.parts.interrupts), vectors).map_err(|source| Error::Resource {
+                what: "interrupts for a device",
+                source,
+            })?;
         let kind = DeviceType(config.device_type);
         let bar = MMIO32_START + u64::from(config.slot) * VIRTIO_BAR_SIZE;
         let space = layout::config_space(kind, bar, vectors, offer.config.len());
         let transport = Arc::new(Transport {
-            memory: self.parts.memory,
-            doorbells: Mutex::new(DoorbellSet::new(self.parts.doorbells, &events)),
+            memory: Arc::clone(&self.parts.memory),
+            doorbells: Mutex::new(DoorbellSet::new(Arc::clone(&self.parts.doorbells), &events)),
             events,
             served: offer.served,
             config_call: new_event()?,
@@ -349,14 +375,8 @@ impl Connecting {
                 + self.parts.deadlines.end,
             resetting: Mutex::new(None),
         });
-        Ok(Device {
-            id: config.id.clone(),
-            slot: config.slot,
-            function: Arc::new(VirtioFunction::new(transport, Arc::clone(&worker), space)),
-            worker,
-            ending: Arc::clone(&self.thread.ending),
-            _thread: self.thread,
-        })
+        let function = VirtioFunction::new(transport, Arc::clone(&worker), space);
+        Ok((Arc::new(function), worker))
     }
 }
 

@@ -1,5 +1,5 @@
-use super::rig::{Rig, script, spec};
-use super::{Device, DeviceEvent, DeviceParts};
+use super::rig::{self, Rig, script, spec};
+use super::{DeviceEvent, DeviceParts};
 use crate::frontend::fake_backend::{FakeBackend, Gate, Quirk, Script, deadlines, memory, requests};
 use crate::frontend::{Deadlines, Error, QueueState};
 use crate::pci::fakes::{FakeDoorbells, FakeInterrupts};
@@ -302,9 +302,9 @@ fn a_hung_back_end_costs_its_device_only() {
         events: Arc::new(move |event| sink.lock().unwrap().push(event)),
         deadlines: hasty,
         generation: 0,
-        confine: Box::new(|| Ok(())),
+        answered: None,
     };
-    let device = Device::new(parts).unwrap();
+    let device = rig::device(parts, Box::new(|| Ok(()))).unwrap();
     let function = device.function();
     let write = |offset, data: &[u8]| function.bar_write(offset, data);
     write(20, &[3]);
@@ -337,9 +337,9 @@ fn failures_to_connect_are_told_with_the_device() {
             events: Arc::new(|_| ()),
             deadlines: deadlines(),
             generation: 0,
-            confine: Box::new(|| confine),
+            answered: None,
         };
-        Device::new(parts).err().unwrap()
+        rig::device(parts, Box::new(|| confine)).err().unwrap()
     };
     let error = connect(
         Script {

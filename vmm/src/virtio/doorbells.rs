@@ -60,6 +60,12 @@ impl DoorbellSet {
         }
     }
 
+    /// There are no queues any more.
+    pub(super) fn retire(&mut self) {
+        self.disable_all();
+        self.queues.clear();
+    }
+
     /// A doorbell that came as an exit: KVM had no ioeventfd for it (it refused one, or another
     /// vCPU is moving the BAR). Bells of queues that are not enabled are nobody's.
     pub(super) fn ring(&self, index: u64) {

@@ -1,6 +1,7 @@
 //! What vCPU threads and the control thread leave for the device's thread. Bounded: a guest's
 //! orders are flags or a short list, and control commands are few.
 
+use super::device::Word;
 use crate::frontend::{Error, QueueState, Ring};
 use nix::sys::eventfd::EventFd;
 use std::collections::VecDeque;
@@ -84,6 +85,8 @@ pub(super) struct Mail {
     pub(super) reset: bool,
     pub(super) start: Option<StartOrder>,
     pub(super) config_writes: Vec<ConfigWrite>,
+    /// The guest has let go of the device; who is told of its end.
+    pub(super) eject: Option<Word>,
     pub(super) commands: VecDeque<Command>,
 }
 
@@ -151,6 +154,11 @@ impl Mailbox {
             }
         });
         room
+    }
+
+    /// The guest has let go of the device.
+    pub(super) fn eject(&self, done: Word) {
+        self.leave(|mail| mail.eject = Some(done));
     }
 
     pub(super) fn quit(&self) {

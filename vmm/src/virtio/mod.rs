@@ -27,6 +27,7 @@ mod pulse;
 mod queue;
 mod registers;
 mod reset;
+mod seat;
 mod successor;
 mod transport;
 mod worker;
@@ -43,10 +44,13 @@ mod reset_tests;
 #[cfg_attr(not(test), allow(dead_code, reason = "the tests use more of it"))]
 pub(crate) mod rig;
 #[cfg(test)]
+mod seat_tests;
+#[cfg(test)]
 mod successor_tests;
 
-pub use device::{Confine, Connecting, Device, DeviceError, DeviceEvent, DeviceParts, EventSink};
+pub use device::{Connecting, Device, DeviceError, DeviceEvent, DeviceParts, EventSink, Word};
 pub use mailbox::{Done, Successor};
+pub use seat::{Confine, Seat};
 
 /// Largest queue that the transport offers, in entries (queue_size of virtio 1.3, 4.1.4.3).
 pub const MAX_QUEUE_SIZE: u16 = 256;

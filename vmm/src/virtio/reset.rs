@@ -132,6 +132,11 @@ impl Worker {
         for answer in held.iter().flat_map(|held| &held.answers) {
             self.tell_reset(answer);
         }
+        if let Some(done) = self.leaving.take() {
+            self.session = None;
+            self.over = true;
+            done();
+        }
     }
 
     fn tell_reset(&self, answer: &Answer<()>) {

@@ -1,7 +1,7 @@
 //! A device on a bus, with a scripted back end and a driver's first steps.
 
 use super::layout::{COMMON, DEVICE, TABLE};
-use super::{Device, DeviceEvent, DeviceParts, Successor};
+use super::{Confine, Device, DeviceError, DeviceEvent, DeviceParts, Seat, Successor};
 use crate::frontend::fake_backend::{FakeBackend, Script, deadlines, memory, requests};
 use crate::frontend::{Deadlines, Error, MemoryTable};
 use crate::pci::PciBus;
@@ -57,6 +57,12 @@ pub(crate) fn script() -> Script {
     }
 }
 
+/// A device on a thread of its own.
+pub(crate) fn device(parts: DeviceParts, confine: Confine) -> Result<Device, DeviceError> {
+    let seat = Seat::new(parts.config.slot, confine).unwrap();
+    seat.connect(parts)?.finish().map_err(|(error, _)| error)
+}
+
 impl Rig {
     pub(crate) fn new(script: Script) -> Self {
         Self::with(spec(), script)
@@ -77,7 +83,7 @@ impl Rig {
         let doorbells = Arc::new(FakeDoorbells::default());
         let (sender, events) = channel();
         let memory = memory();
-        let device = Device::new(DeviceParts {
+        let parts = DeviceParts {
             config,
             socket,
             requests: Arc::new(requests()),
@@ -87,10 +93,10 @@ impl Rig {
             events: Arc::new(move |event| drop(sender.send(event))),
             deadlines,
             generation: 0,
-            confine: Box::new(|| Ok(())),
-        })
-        .unwrap();
-        let mut bus = PciBus::new(false);
+            answered: None,
+        };
+        let device = device(parts, Box::new(|| Ok(()))).unwrap();
+        let bus = PciBus::new(false);
         bus.add(SLOT, device.function()).unwrap();
         Self {
             bus,

@@ -23,6 +23,9 @@ impl Worker {
             // Its process was reaped before it was given a successor.
             self.predecessor_ended();
         }
+        if self.over {
+            return Err(Error::NoBackend);
+        }
         let (session, config) = match self.prepare(successor.socket) {
             Ok(ready) => ready,
             Err(error) => {

@@ -146,6 +146,12 @@ impl Transport {
         }
     }
 
+    /// The device is gone: no vector and no doorbell is its any more.
+    pub(super) fn retire(&self) {
+        lock(&self.msix).retire();
+        lock(&self.doorbells).retire();
+    }
+
     /// See [`Registers::offer_next`].
     pub(super) fn offer_next(&self, features: u64) {
         lock(&self.registers).offer_next(features);

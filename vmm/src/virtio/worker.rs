@@ -12,12 +12,13 @@
 use super::MAX_QUEUE_SIZE;
 use super::bus_master::BusMaster;
 use super::configuration::Written;
-use super::device::{Confine, DeviceEvent, EventSink};
+use super::device::{DeviceEvent, EventSink, Word};
 use super::limiter::Limiter;
 use super::mailbox::{Command, Mail, Mailbox, StartOrder};
 use super::offer::{self, Offer};
 use super::pulse::Pulse;
 use super::reset::Held;
+use super::seat::{Confine, Order, unconfined};
 use super::transport::Transport;
 use crate::error::chain;
 use crate::frontend::{
@@ -28,7 +29,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender};
 use vm_spec::control::{DeviceConfig, Loss};
 
 /// What the thread is given.
@@ -79,42 +79,48 @@ pub(super) struct Worker {
     limiter: Limiter,
     /// No successor will come: a driver that starts the device is told at once.
     pub(super) abandoned: bool,
+    /// Who is told once the device has ended: the guest has let go of it.
+    pub(super) leaving: Option<Word>,
+    /// Nothing is to be done for the device any more.
+    pub(super) over: bool,
     /// Which back end the session is, or was, with.
     pub(super) generation: u32,
     pub(super) pulse: Pulse,
 }
 
-/// The thread's body.
-pub(super) fn run(
-    context: Context,
-    socket: OwnedFd,
-    confine: Confine,
-    give: &SyncSender<Result<Negotiated, Error>>,
-    take: &Receiver<Arc<Transport>>,
-) {
-    let (session, inflight, offer, ring_error, events) = match negotiate(&context, socket) {
-        Ok(done) => done,
-        Err(error) => {
-            let _ = give.send(Err(error));
-            return;
-        }
-    };
-    let negotiated = Negotiated {
-        offer: offer.clone(),
-        events,
-    };
-    let confined = confine().map_err(|source| Error::Resource {
-        what: "the confinement of a device's thread",
-        source,
+/// Serves one device to its end.
+pub(super) fn run(order: Order, confine: &mut Option<Confine>) {
+    let Order {
+        context,
+        socket,
+        give,
+        take,
+        answered,
+    } = order;
+    let done = negotiate(&context, socket).and_then(|done| {
+        let confined = confine.take().map_or(Ok(()), |confine| confine());
+        confined.map(|()| done).map_err(unconfined)
     });
-    if give.send(confined.map(|()| negotiated)).is_err() {
-        return;
+    let (told, serving) = match done {
+        Ok((session, inflight, offer, ring_error, events)) => {
+            let negotiated = Negotiated {
+                offer: offer.clone(),
+                events,
+            };
+            (Ok(negotiated), Some((session, inflight, offer, ring_error)))
+        }
+        Err(error) => (Err(error), None),
+    };
+    let heard = give.send(told).is_ok();
+    if let Some(answered) = answered {
+        answered();
     }
-    let generation = context.generation;
-    // Hung up: the machine could not be built.
-    let Ok(transport) = take.recv() else {
+    // Hung up: the machine could not be built, or the device not be.
+    let (Some((session, inflight, offer, ring_error)), true, Ok(transport)) = (serving, heard, take.recv())
+    else {
         return;
     };
+    let generation = context.generation;
     Worker {
         context,
         transport,
@@ -129,6 +135,8 @@ pub(super) fn run(
         held: None,
         limiter: Limiter::new(),
         abandoned: false,
+        leaving: None,
+        over: false,
         generation,
         pulse: Pulse::new(),
     }
@@ -163,12 +171,18 @@ impl Worker {
                 return;
             }
             self.read_mail(mail);
+            if self.over {
+                return;
+            }
             if self.ring_error.read().is_ok() {
                 self.needs_reset("back end reported a broken ring (vring error eventfd)".to_owned());
             }
             self.look_at_session();
             self.look_for_progress();
             self.look_at_reset();
+            if self.over {
+                return;
+            }
             self.look_at_bus_master();
         }
     }
@@ -210,6 +224,13 @@ impl Worker {
         self.write_config(mail.config_writes);
         if let Some(order) = mail.start {
             self.start(order);
+        }
+        if let Some(done) = mail.eject {
+            self.leaving = Some(done);
+            self.reset();
+            if self.over {
+                return;
+            }
         }
         for command in mail.commands {
             match command {

@@ -99,6 +99,7 @@ impl Vmm {
                 .then(|| disk([0, 1, 2].map(|i| number(first_of_disk + i))))
                 .into_iter()
                 .collect(),
+            spares: Vec::new(),
             restart_on_reboot: guest.restart_on_reboot,
             takes_status: guest.takes_status,
         };

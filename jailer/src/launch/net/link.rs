@@ -38,12 +38,17 @@ impl Order {
 }
 
 /// Makes the pipe of the NIC `id`, open both ways: its reader never sees its end.
-pub(crate) fn make(run_dir: &RunDir, id: &str) -> io::Result<OwnedFd> {
-    let path = run_dir.path().join(format!("{id}{}", RunDir::LINK));
+pub(crate) fn make(run_dir: &Path, id: &str) -> io::Result<OwnedFd> {
+    let path = run_dir.join(format!("{id}{}", RunDir::LINK));
     mkfifo(&path, Mode::from_bits_truncate(0o600))?;
     let mut options = OpenOptions::new();
     options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
     Ok(options.open(&path)?.into())
+}
+
+/// Removes the pipe of a NIC that is no more.
+pub(crate) fn remove(run_dir: &Path, id: &str) {
+    let _ = std::fs::remove_file(run_dir.join(format!("{id}{}", RunDir::LINK)));
 }
 
 /// Makes the page in which a NIC's process leaves what its successor must know (`--state-fd`): the last order,

@@ -133,6 +133,11 @@ impl Nic {
         matches!(self.wire, Wire::Name(_) | Wire::Bridge(_) | Wire::Inherited(_))
     }
 
+    /// Nothing is made for it.
+    pub(crate) fn is_of_the_host(&self) -> bool {
+        matches!(self.wire, Wire::Name(_) | Wire::Inherited(_))
+    }
+
     /// The same NIC, without need of the descriptors that were inherited.
     pub(crate) fn by_name(mut self) -> Self {
         if let Wire::Inherited(fds) = &self.wire

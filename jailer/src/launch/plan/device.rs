@@ -10,7 +10,7 @@ use vm_spec::run_state::{MadeFds, ProcessRole};
 use vm_spec::spec::ImageFormat;
 
 /// The process of device `n`, which logs to pipe `log`; `peer` is what the vmm is told of it.
-pub(super) fn plan(
+pub(in crate::launch) fn plan(
     n: usize,
     device: &Device,
     choices: &Choices<'_>,
@@ -62,8 +62,7 @@ pub(super) fn plan(
             (ProcessRole::Net, "vhost-user-net")
         }
     };
-    arguments.extend(choices.common_arguments());
-    arguments.push(choices.log_format());
+    arguments.extend(choices.device_arguments());
     Some(ProcessPlan {
         name: device.id.clone(),
         role,

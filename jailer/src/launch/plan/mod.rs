@@ -1,7 +1,7 @@
 //! What will run: each process, its arguments, and each of its descriptors. Pure data, which
 //! `--dry-run` prints and `spawn` carries out.
 
-mod device;
+pub(super) mod device;
 pub(crate) mod print;
 mod supervisor;
 mod vmm;
@@ -38,6 +38,8 @@ pub(crate) enum Source {
     Clients,
     /// The supervisor's end of the socket to the connector.
     Connector,
+    /// Descriptor `1` of a process that was added at this place.
+    Added(usize, i32),
     Kvm,
     Kernel,
     Initrd,
@@ -101,6 +103,15 @@ impl ProcessPlan {
         })
     }
 
+    /// Its arguments, but for those that `choices` give every device process, which come last.
+    pub(crate) fn own_arguments(&self, choices: &Choices<'_>) -> Vec<String> {
+        let own = self
+            .arguments
+            .len()
+            .saturating_sub(choices.device_arguments().len());
+        self.arguments.iter().take(own).cloned().collect()
+    }
+
     pub(crate) fn fd_states(&self) -> Vec<FdState> {
         (0..)
             .zip(&self.descriptors)
@@ -120,6 +131,8 @@ pub(crate) struct Plan {
     pub(crate) jail: Jail,
     pub(crate) seccomp: SeccompMode,
     pub(crate) workers: Vec<ProcessPlan>,
+    /// Flags of every device process.
+    pub(crate) common: Vec<String>,
     pub(crate) supervisor: ProcessPlan,
     pub(crate) vm: VmConfig,
     /// With the workers' process ids still 0.
@@ -147,6 +160,13 @@ impl Choices<'_> {
             format!("--seccomp={}", self.seccomp),
             format!("--log-level={}", self.log_level),
         ]
+    }
+
+    /// Those of a device's process.
+    fn device_arguments(&self) -> Vec<String> {
+        let mut arguments = self.common_arguments().to_vec();
+        arguments.push(self.log_format());
+        arguments
     }
 
     fn log_format(&self) -> String {
@@ -229,6 +249,7 @@ pub(crate) fn plan(spec: &VmSpec, name: &str, devices: &[Device], choices: &Choi
         jail: choices.jail,
         seccomp: choices.seccomp,
         workers,
+        common: choices.device_arguments(),
         supervisor,
         vm,
         supervision,

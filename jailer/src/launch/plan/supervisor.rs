@@ -2,7 +2,7 @@
 
 use super::{Choices, ProcessPlan, Source, Table, exactly};
 use crate::launch::connector;
-use crate::launch::machine::Device;
+use crate::launch::machine::{self, Device};
 use crate::sandbox::Role;
 use crate::supervisor::MOST_CLIENTS;
 use vm_spec::run_state::{Kept, MadeFds, ProcessRole};
@@ -67,6 +67,7 @@ pub(super) fn plan(
         escape: choices.raw_terminal,
         processes,
         remotes,
+        spares: machine::spares(spec, devices),
         connector,
         power_off_grace: spec.power_off_grace,
         log_json: choices.log_json,
@@ -79,10 +80,28 @@ pub(super) fn plan(
         startup: Role::Startup,
         arguments: vec![format!("--seccomp={}", choices.seccomp)],
         descriptors: fds.0,
-        made: vec![MadeFds {
-            least: 0,
-            ..exactly(MOST_CLIENTS, "socket:[", "other commands of the VM's owner")
-        }],
+        made: made(spec),
     };
     (process, config)
+}
+
+fn made(spec: &VmSpec) -> Vec<MadeFds> {
+    let later = u32::from(spec.hotplug);
+    let some = |most, link, what| MadeFds {
+        least: 0,
+        ..exactly(most, link, what)
+    };
+    let clients = some(
+        MOST_CLIENTS + later,
+        "socket:[",
+        "other commands of the VM's owner, and orders to devices that are attached",
+    );
+    let logs = some(
+        later,
+        "pipe:[",
+        "log pipes of devices that are attached (read ends)",
+    );
+    let mut made = vec![clients, logs];
+    made.retain(|fds| fds.most != Some(0));
+    made
 }

@@ -1,9 +1,9 @@
 //! The vmm's process, and its first message.
 
 use super::{Choices, ProcessPlan, Source, Table, any, exactly};
-use crate::launch::machine::{Backend, Device};
+use crate::launch::machine::{self, Backend, Device};
 use crate::sandbox::Role;
-use vm_spec::control::{DeviceConfig, VmConfig};
+use vm_spec::control::{DeviceConfig, SpareSlot, VmConfig};
 use vm_spec::machine::MACHINE_VERSION;
 use vm_spec::run_state::{Kept, MadeFds, ProcessRole};
 use vm_spec::spec::{OnReboot, VmSpec};
@@ -21,7 +21,8 @@ pub(super) fn plan(spec: &VmSpec, devices: &[Device], choices: &Choices<'_>) -> 
         .as_ref()
         .map(|path| fds.add(Source::Initrd, path.display().to_string()));
     let console = fds.add(Source::ConsoleGuest, "console socket to the supervisor");
-    let devices = devices
+    let mut spares = Vec::new();
+    let configs = devices
         .iter()
         .enumerate()
         .map(|(n, device)| DeviceConfig {
@@ -44,6 +45,15 @@ pub(super) fn plan(spec: &VmSpec, devices: &[Device], choices: &Choices<'_>) -> 
             in_order: matches!(&device.backend, Backend::External(remote) if remote.in_order),
         })
         .collect();
+    for (n, slot) in (devices.len()..).zip(machine::spares(spec, devices)) {
+        let requests = format!("request channel of slot {slot} (the vmm's end)");
+        let peer = format!("request channel of slot {slot} (the back end's end)");
+        spares.push(SpareSlot {
+            slot,
+            requests: fds.add(Source::Requests(n), requests),
+            requests_peer: fds.add(Source::RequestsPeer(n), peer),
+        });
+    }
     let vm = VmConfig {
         machine_version: MACHINE_VERSION,
         cpus: spec.cpus,
@@ -54,7 +64,8 @@ pub(super) fn plan(spec: &VmSpec, devices: &[Device], choices: &Choices<'_>) -> 
         initrd,
         cmdline: choices.cmdline.clone(),
         console,
-        devices,
+        devices: configs,
+        spares,
         restart_on_reboot: spec.on_reboot == OnReboot::Restart && spec.boot.command.is_empty(),
         takes_status: !spec.boot.command.is_empty(),
     };
@@ -76,7 +87,8 @@ fn made(spec: &VmSpec, devices: &[Device]) -> Vec<MadeFds> {
     let disks = |device: &&Device| matches!(device.backend, Backend::Disk(_));
     let others = |device: &&Device| !device.is_ours();
     let count = |which: &dyn Fn(&&Device) -> bool| devices.iter().filter(which).count() as u32;
-    let copies = u32::from(!devices.is_empty());
+    let later = u32::from(spec.hotplug);
+    let copies = u32::from(!devices.is_empty() || later > 0);
     let mut made = vec![
         exactly(
             1 + copies,
@@ -84,7 +96,14 @@ fn made(spec: &VmSpec, devices: &[Device]) -> Vec<MadeFds> {
             "guest RAM, and what back ends are given of it",
         ),
         exactly(1, "anon_inode:kvm-vm", "the VM"),
-        exactly(count(&disks), "/memfd:inflight", "in-flight regions of disks"),
+        MadeFds {
+            least: if later > 0 { 0 } else { count(&disks) },
+            ..exactly(
+                count(&disks) + later,
+                "/memfd:inflight",
+                "in-flight regions of disks",
+            )
+        },
         exactly(1, "anon_inode:[timerfd]", "a partial console line's patience"),
         any("anon_inode:[eventfd]", "doorbells, interrupts, wake-ups"),
     ];
@@ -94,7 +113,15 @@ fn made(spec: &VmSpec, devices: &[Device]) -> Vec<MadeFds> {
     made.push(MadeFds {
         least: 0,
         ..exactly(
-            count(&others),
+            later,
+            "socket:[",
+            "vhost-user sockets of devices that are attached",
+        )
+    });
+    made.push(MadeFds {
+        least: 0,
+        ..exactly(
+            count(&others) + later,
             "/memfd:",
             "in-flight regions of someone else's back ends",
         )

@@ -4,8 +4,8 @@ use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry,
-    FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify, ONE,
-    OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store, ZERO,
+    FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, MethodCall, Name,
+    Notify, ONE, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store, ZERO,
 };
 use acpi_tables::sdt::Sdt;
 use vm_spec::machine;
@@ -16,8 +16,15 @@ const BUTTON_PRESSED: u8 = 0x80;
 /// _STA: present, enabled, shown, functioning.
 const PRESENT: u8 = 0xF;
 
-/// The whole table for `cpus` vCPUs.
-pub(super) fn build(cpus: u8) -> Sdt {
+/// ACPI 6.5, 5.6.6: a device came.
+const DEVICE_CHECK: u8 = 1;
+/// ACPI 6.5, 5.6.6: a device is to go.
+const EJECT_REQUEST: u8 = 3;
+/// The event register's bit for PCI hot-plug.
+const HOTPLUG_EVENT: u8 = 2;
+
+/// The whole table for `cpus` vCPUs, with PCI slots (a bit each) whose devices may come and go.
+pub(super) fn build(cpus: u8, hotplug_slots: u32) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", DSDT_HEADER, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     let mut code = Vec::new();
     let sleep_type = machine::S5_SLEEP_TYPE;
@@ -27,11 +34,17 @@ pub(super) fn build(cpus: u8) -> Sdt {
     )
     .to_aml_bytes(&mut code);
     processors(cpus, &mut code);
+    let events = EventDevice {
+        hotplug: hotplug_slots != 0,
+    };
     Scope::new(
         "_SB_".into(),
-        vec![&Pci, &ComPort, &PowerButton, &EventDevice, &Panic, &Motherboard],
+        vec![&Pci, &ComPort, &PowerButton, &events, &Panic, &Motherboard],
     )
     .to_aml_bytes(&mut code);
+    if hotplug_slots != 0 {
+        hotplug(hotplug_slots, &mut code);
+    }
     dsdt.append_slice(&code);
     dsdt
 }
@@ -87,6 +100,65 @@ impl Aml for Pci {
     }
 }
 
+/// The driver of the hot-plug registers: each slot with its way to let go of the device, and the method that
+/// looks which of them have news.
+fn hotplug(slots: u32, code: &mut Vec<u8>) {
+    let port = machine::HOTPLUG_PORT;
+    let mut scope = Vec::new();
+    OpRegion::new("HPRG".into(), OpRegionSpace::SystemIO, &port, &16u8).to_aml_bytes(&mut scope);
+    let fields = [*b"CAME", *b"BACK", *b"EJCT"].map(|name| FieldEntry::Named(name, 32));
+    Field::new(
+        "HPRG".into(),
+        FieldAccessType::DWord,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::WriteAsZeroes,
+        fields.to_vec(),
+    )
+    .to_aml_bytes(&mut scope);
+    let slots: Vec<_> = (machine::FIRST_SLOT..=machine::LAST_SLOT)
+        .map(|slot| (slot, 1u32 << slot))
+        .filter(|(_, bit)| slots & bit != 0)
+        .collect();
+    for (slot, bit) in &slots {
+        Device::new(
+            slot_path(*slot),
+            vec![
+                &Name::new("_ADR".into(), &(u32::from(*slot) << 16)),
+                &Name::new("_SUN".into(), slot),
+                &Method::new("_EJ0".into(), 1, true, vec![&Store::new(&Path::new("EJCT"), bit)]),
+            ],
+        )
+        .to_aml_bytes(&mut scope);
+    }
+    let mut looks = Vec::new();
+    for (register, notice) in [("CAME", DEVICE_CHECK), ("BACK", EJECT_REQUEST)] {
+        Store::new(&Local(0), &Path::new(register)).to_aml_bytes(&mut looks);
+        for (slot, bit) in &slots {
+            And::new(&Local(1), &Local(0), bit).to_aml_bytes(&mut looks);
+            If::new(
+                &Equal::new(&Local(1), bit),
+                vec![&Notify::new(&slot_path(*slot), &notice)],
+            )
+            .to_aml_bytes(&mut looks);
+        }
+    }
+    Method::new("LOOK".into(), 0, true, vec![&Code(looks)]).to_aml_bytes(&mut scope);
+    code.extend_from_slice(&Scope::raw("\\_SB_.PCI0".into(), scope));
+}
+
+fn slot_path(slot: u8) -> Path {
+    Path::new(&format!("S{slot:03}"))
+}
+
+/// Terms that are written already.
+struct Code(Vec<u8>);
+
+impl Aml for Code {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
 /// COM1.
 struct ComPort;
 
@@ -126,11 +198,29 @@ impl Aml for PowerButton {
 }
 
 /// Generic event device (5.6.9.2): its interrupt reads which event happened and notifies.
-struct EventDevice;
+struct EventDevice {
+    /// It also tells of PCI hot-plug.
+    hotplug: bool,
+}
 
 impl Aml for EventDevice {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
         let port = machine::GED_PORT;
+        let event = Path::new("EVTS");
+        let take = Store::new(&Local(0), &event);
+        let mask = And::new(&Local(1), &Local(0), &ONE);
+        let pressed = Equal::new(&Local(1), &ONE);
+        let button = Path::new("\\_SB_.PWRB");
+        let press = Notify::new(&button, &BUTTON_PRESSED);
+        let if_pressed = If::new(&pressed, vec![&press]);
+        let hotplug_mask = And::new(&Local(1), &Local(0), &HOTPLUG_EVENT);
+        let came = Equal::new(&Local(1), &HOTPLUG_EVENT);
+        let look = MethodCall::new(Path::new("\\_SB_.PCI0.LOOK"), vec![]);
+        let if_came = If::new(&came, vec![&look]);
+        let mut method: Vec<&dyn Aml> = vec![&take, &mask, &if_pressed];
+        if self.hotplug {
+            method.extend([&hotplug_mask as &dyn Aml, &if_came]);
+        }
         Device::new(
             "GED_".into(),
             vec![
@@ -148,19 +238,7 @@ impl Aml for EventDevice {
                     FieldUpdateRule::WriteAsZeroes,
                     vec![FieldEntry::Named(*b"EVTS", 8)],
                 ),
-                &Method::new(
-                    "_EVT".into(),
-                    1,
-                    true,
-                    vec![
-                        &Store::new(&Local(0), &Path::new("EVTS")),
-                        &And::new(&Local(1), &Local(0), &ONE),
-                        &If::new(
-                            &Equal::new(&Local(1), &ONE),
-                            vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &BUTTON_PRESSED)],
-                        ),
-                    ],
-                ),
+                &Method::new("_EVT".into(), 1, true, method),
             ],
         )
         .to_aml_bytes(sink);

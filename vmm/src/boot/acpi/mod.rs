@@ -31,11 +31,11 @@ impl Tables {
         address
     }
 
-    fn build(cpus: u8) -> Self {
+    fn build(cpus: u8, hotplug_slots: u32) -> Self {
         let mut tables = Self {
             bytes: vec![0; Rsdp::len()],
         };
-        let dsdt = tables.put(&dsdt::build(cpus));
+        let dsdt = tables.put(&dsdt::build(cpus, hotplug_slots));
         let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
         xsdt.add_entry(tables.put(&fixed::fadt(dsdt)));
         xsdt.add_entry(tables.put(&fixed::madt(cpus)));
@@ -48,12 +48,13 @@ impl Tables {
     }
 }
 
-/// Writes the tables of a machine of `cpus` vCPUs and returns the RSDP's address.
+/// Writes the tables of a machine of `cpus` vCPUs, with PCI slots (a bit each) whose devices may come and go, and
+/// returns the RSDP's address.
 ///
 /// # Errors
 /// [`BootError::AcpiTooLarge`], [`BootError::Memory`].
-pub fn write(ram: &GuestRam, cpus: u8) -> Result<u64, BootError> {
-    let tables = Tables::build(cpus);
+pub fn write(ram: &GuestRam, cpus: u8, hotplug_slots: u32) -> Result<u64, BootError> {
+    let tables = Tables::build(cpus, hotplug_slots);
     if tables.bytes.len() as u64 > layout::ACPI_END - layout::ACPI_START {
         return Err(BootError::AcpiTooLarge(tables.bytes.len()));
     }

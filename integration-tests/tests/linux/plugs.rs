@@ -1,0 +1,253 @@
+//! Devices that are attached to a running Linux guest, and detached: disks of ours and of someone else's, a NIC, across a
+//! reboot, and while their processes are killed.
+
+use crate::boots::{BOOT, GRACE};
+use crate::default_kernel;
+use crate::storm::strike_named;
+use anyhow::{Context, Result, ensure};
+use integration_tests::artifacts::Artifact;
+use integration_tests::demo::peer::Peer;
+use integration_tests::host::Host;
+use integration_tests::linux::Work;
+use integration_tests::process::Process;
+use integration_tests::suite::{artifact, test_within};
+use integration_tests::tiny::Run;
+use libtest_mimic::Trial;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::thread;
+use std::time::{Duration, Instant};
+use vm_spec::run_state::RunState;
+
+/// Everything is slow on an emulated processor.
+const PATIENCE: Duration = Duration::from_secs(60);
+const CMDLINE: &str = "console=ttyS0 quiet mitigations=off panic=-1 guest.plugs=1";
+
+pub(crate) fn tests() -> Vec<Trial> {
+    vec![test_within(
+        2 * BOOT + 10 * PATIENCE,
+        "disks and a NIC come and go",
+        come_and_go,
+    )]
+}
+
+/// A VM, and what is said to it.
+struct Vm {
+    run: Run,
+    folder: std::path::PathBuf,
+}
+
+impl Vm {
+    /// Types a line at the guest and waits for what it says.
+    fn ask(&mut self, line: &str, answer: &str) -> Result<()> {
+        for key in line.bytes().chain([b'\n']) {
+            self.run.press(key)?;
+        }
+        self.hear(answer)
+    }
+
+    fn hear(&mut self, answer: &str) -> Result<()> {
+        let heard = self.run.console.wait_line(&format!("guest: {answer}"), PATIENCE);
+        heard.with_context(|| self.run.process.stderr().unwrap_or_default() + &self.run.console.text())
+    }
+
+    fn attach(&self, flag: &str) -> Result<Output> {
+        Ok(self
+            .run
+            .verb("attach", &[flag])?
+            .current_dir(&self.folder)
+            .output()?)
+    }
+
+    /// Attaches a device, and says where it is.
+    fn attached(&self, flag: &str) -> Result<String> {
+        let output = self.attach(flag)?;
+        ensure!(output.status.success(), "{flag}: {output:?}");
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    fn not_attached(&self, flag: &str, words: &[&str]) -> Result<()> {
+        let output = self.attach(flag)?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(!output.status.success(), "{flag}: attached");
+        ensure!(words.iter().all(|word| said.contains(word)), "{flag}: {said}");
+        Ok(())
+    }
+
+    fn detached(&self, device: &str) -> Result<()> {
+        let output = self.run.verb("detach", &[device])?.output()?;
+        ensure!(output.status.success(), "{device}: {output:?}");
+        Ok(())
+    }
+
+    fn state(&mut self) -> Result<RunState> {
+        self.run.state(PATIENCE)
+    }
+}
+
+fn come_and_go() -> Result<()> {
+    Host::need_linux_kvm()?;
+    let work = Work::new(default_kernel()?)?;
+    let folder = work.path().to_owned();
+    for (name, size) in [("a.raw", 16u64 << 20), ("c.raw", 16 << 20), ("d.raw", 4096)] {
+        File::create(folder.join(name))?.set_len(size)?;
+    }
+    let image = folder.join("b.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2"], &image, &["16M"])?;
+    let flags = [
+        format!("--kernel={}", work.kernel().elf.display()),
+        format!("--initrd={}", work.kernel().initrd.display()),
+        format!("--cmdline={CMDLINE}"),
+        "--memory=192M".to_owned(),
+        "--hotplug=2".to_owned(),
+        format!("--disk=path={},format=raw", folder.join("a.raw").display()),
+    ];
+    let mut run = Run::with_flags(&flags)?;
+    run.console.wait_line("guest: plugs", BOOT)?;
+    let mut vm = Vm { run, folder };
+    disk_of_ours(&mut vm, &image)?;
+    nic(&mut vm)?;
+    refused(&vm)?;
+    someone_elses(&mut vm)?;
+    // The machine is as it was when it boots again.
+    vm.ask("reboot", "plugs")?;
+    vm.ask("filled vdb", "is filled vdb")?;
+    vm.ask("filled vdc", "is filled vdc")?;
+    // One that was there from the start goes too.
+    vm.detached("disk0")?;
+    vm.ask("gone vda", "gone vda")?;
+    vm.detached("disk1")?;
+    vm.ask("gone vdb", "gone vdb")?;
+    qemu_img(&["check", "-q"], &image, &[])?;
+    let at = vm.attached("--disk=path=a.raw,format=raw,id=again,slot=1")?;
+    ensure!(at.starts_with("again: in PCI slot 1,"), "{at}");
+    vm.ask("fill vda", "filled vda")?;
+    vm.ask("end", "end")?;
+    let status = vm.run.wait(GRACE)?;
+    ensure!(status.success(), "{status}: {}", vm.run.process.stderr()?);
+    ensure!(!vm.run.run_folder().exists(), "the run-time folder is left");
+    Ok(())
+}
+
+/// It is as any other of the VM's: in a jail, locked, and replaced where its process dies.
+fn disk_of_ours(vm: &mut Vm, image: &Path) -> Result<()> {
+    let at = vm.attached("--disk=path=b.qcow2,format=qcow2")?;
+    ensure!(at.starts_with("disk1: in PCI slot 2, served by pid "), "{at}");
+    let state = vm.state()?;
+    let jailed = |name: &str| {
+        state
+            .processes
+            .iter()
+            .any(|p| p.name == name && p.jailed && p.fds.len() > 4)
+    };
+    ensure!(jailed("disk1"), "{state:?}");
+    let locked = Command::new("qemu-img").arg("info").arg(image).output()?;
+    ensure!(!locked.status.success(), "nobody locks {}", image.display());
+    for key in b"fill vdb\n" {
+        vm.run.press(*key)?;
+    }
+    for _ in 0..3 {
+        thread::sleep(Duration::from_millis(300));
+        strike_named(&mut vm.run, "disk1")?;
+    }
+    vm.hear("filled vdb")?;
+    vm.ask("filled vdb", "is filled vdb")
+}
+
+/// A NIC comes, answers and goes; its process goes with it.
+fn nic(vm: &mut Vm) -> Result<()> {
+    let peer = Peer::start("")?;
+    fcntl(&peer.tap, FcntlArg::F_SETFD(FdFlag::empty()))?;
+    let flag = format!("--net=tap-fd={}", peer.tap.as_raw_fd());
+    vm.attached(&flag)?;
+    vm.not_attached(
+        "--disk=path=c.raw,format=raw",
+        &["no PCI slot is left", "hotplug"],
+    )?;
+    vm.ask("ping eth0", "icmp 3")?;
+    let link = vm.run.verb("link", &["net0", "down"])?.output()?;
+    ensure!(link.status.success(), "{link:?}");
+    vm.detached("net0")?;
+    vm.ask("gone eth0", "gone eth0")?;
+    let state = vm.state()?;
+    ensure!(!state.processes.iter().any(|p| p.name == "net0"), "{state:?}");
+    ensure!(!vm.run.run_folder().join("net0.link").exists());
+    Ok(())
+}
+
+/// What cannot be attached leaves nothing, and its slot is free.
+fn refused(vm: &Vm) -> Result<()> {
+    vm.not_attached("--disk=path=c.raw,format=qcow2", &["disk[2].path", "qcow2 magic"])?;
+    // One that only its process refuses: its L1 table begins within a sector.
+    let bad = vm.folder.join("bad.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2"], &bad, &["16M"])?;
+    File::options()
+        .write(true)
+        .open(&bad)?
+        .write_all_at(&7u64.to_be_bytes(), 40)?;
+    vm.not_attached(
+        "--disk=path=bad.qcow2,format=qcow2",
+        &["disk2 was not attached", "bulkhead logs"],
+    )?;
+    let logs = vm.run.verb("logs", &[])?.output()?;
+    let said = String::from_utf8_lossy(&logs.stdout).into_owned();
+    ensure!(
+        said.contains("disk2") && said.contains("l1_table_offset"),
+        "{said}"
+    );
+    vm.not_attached("--disk=path=missing,format=raw", &["disk[2].path", "missing"])?;
+    vm.not_attached(
+        "--disk=path=c.raw,format=raw,id=disk0",
+        &["disk0", "another device's id"],
+    )?;
+    vm.not_attached("--disk=path=c.raw,format=raw,slot=1", &["slot 1 is taken"])?;
+    vm.not_attached("--net=user", &["at a VM's start only"])?;
+    vm.not_attached("--disk=vhost-user=nowhere", &["start the back end first"])?;
+    let missing = vm.run.verb("detach", &["disk9"])?.output()?;
+    let said = String::from_utf8_lossy(&missing.stderr).into_owned();
+    ensure!(
+        !missing.status.success() && said.contains("no device 'disk9'"),
+        "{said}"
+    );
+    Ok(())
+}
+
+/// A back end that was started by hand.
+fn someone_elses(vm: &mut Vm) -> Result<()> {
+    let socket = vm.folder.join("socket");
+    let mut command = Command::new(artifact(Artifact::VhostUserBlk)?);
+    command
+        .arg(format!("--socket-path={}", socket.display()))
+        .arg(format!("--blk-file={}", vm.folder.join("c.raw").display()))
+        .arg("--format=raw");
+    let daemon = Process::start(command)?;
+    let end = Instant::now() + PATIENCE;
+    while !socket.exists() {
+        ensure!(Instant::now() < end, "no socket: {}", daemon.stderr()?);
+        thread::sleep(Duration::from_millis(10));
+    }
+    let flag = format!("--disk=vhost-user={}", socket.display());
+    let at = vm.attached(&flag)?;
+    ensure!(at == "disk2: in PCI slot 3\n", "{at}");
+    vm.ask("fill vdc", "filled vdc")?;
+    vm.detached("disk2")?;
+    vm.ask("gone vdc", "gone vdc")?;
+    // It has locked the image as long as it lives.
+    drop(daemon);
+    vm.attached("--disk=path=c.raw,format=raw").map(drop)?;
+    vm.ask("filled vdc", "is filled vdc")
+}
+
+fn qemu_img(before: &[&str], image: &Path, after: &[&str]) -> Result<()> {
+    let output = Command::new("qemu-img")
+        .args(before)
+        .arg(image)
+        .args(after)
+        .output()?;
+    ensure!(output.status.success(), "qemu-img {before:?}: {output:?}");
+    Ok(())
+}

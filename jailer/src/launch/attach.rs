@@ -1,0 +1,274 @@
+//! What it takes to attach a device to a running VM. The command of the VM's owner does what the launcher does at
+//! start: it checks, opens everything and plans the device's process; the VM's forker makes it.
+
+use super::inputs::{self, BackendInput};
+use super::machine::{self, Backend, Device, check_name};
+use super::net::{self, Opened};
+use super::plan::{Choices, Source, device as device_plan};
+use super::spawn::{binary_folder, pair, set_nonblocking};
+use super::{Jail, Options, disk};
+use crate::failure::Failure;
+use crate::sandbox::{Role, SeccompMode};
+use nix::fcntl::OFlag;
+use nix::sys::socket::SockType;
+use nix::unistd::pipe2;
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use vm_spec::client::Attachment;
+use vm_spec::control::{DeviceConfig, FdNumber};
+use vm_spec::run_state::{FdLink, FdState, MadeFds, ProcessRole, RunState};
+use vm_spec::spec::VmSpec;
+use vm_spec::supervise::AddedProcess;
+
+/// A device that is ready to be sent to its VM.
+#[derive(Debug)]
+pub(crate) struct Ready {
+    pub(crate) attachment: Attachment,
+    /// What [`vm_spec::client::Request::Attach`] says that comes with it.
+    pub(crate) descriptors: Vec<OwnedFd>,
+}
+
+/// Opens what the one device in `spec` needs; `folder` is the VM's run-time folder, and `state` its state.
+///
+/// # Errors
+/// A [`Failure`] as of a launch.
+pub(crate) fn prepare(spec: &VmSpec, state: &RunState, folder: &Path) -> Result<Ready, Failure> {
+    let device = check(spec, state)?;
+    check_name(&format!("{}.id", device.field), &device.id)?;
+    if state.processes.iter().any(|process| process.name == device.id) {
+        return Err(Failure::usage(format!(
+            "{}.id: '{}' is another device's id",
+            device.field, device.id
+        )));
+    }
+    let Opening { input, link } = Opening::of(spec, &device, folder)?;
+    let config = DeviceConfig {
+        id: device.id.clone(),
+        slot: device.slot,
+        device_type: device.device_type,
+        socket: FdNumber::NONE,
+        requests: FdNumber::NONE,
+        requests_peer: FdNumber::NONE,
+        num_queues: device.num_queues,
+        config: device.config.clone(),
+        config_features: device.config_features,
+        ours: device.is_ours(),
+        in_order: matches!(&device.backend, Backend::External(remote) if remote.in_order),
+    };
+    let input = match input {
+        BackendInput::Socket(socket) => {
+            return Ok(Ready {
+                attachment: Attachment {
+                    device: config,
+                    process: None,
+                },
+                descriptors: vec![socket],
+            });
+        }
+        input => input,
+    };
+    Parts::of(&device, input, link)?.ready(&device, config)
+}
+
+/// The device, with a name that no process of the VM's has.
+fn check(spec: &VmSpec, state: &RunState) -> Result<Device, Failure> {
+    let taken = |name: &str| state.processes.iter().any(|process| process.name == name);
+    let free = |kind: &str| (0..).find(|n| !taken(&format!("{kind}{n}"))).unwrap_or(0);
+    let device = match (&*spec.disks, &*spec.nets, &*spec.vhost_user) {
+        ([one], [], []) => disk::check(spec.cpus, free("disk"), one),
+        ([], [one], []) => net::check(&state.name, free("net"), one),
+        ([], [], [one]) => machine::check_vhost_user(free(&one.device_type), one),
+        _ => Err(Failure::usage("give one device: --disk, --net or --vhost-user")),
+    }?;
+    match &device.backend {
+        Backend::Net(nic) if !nic.is_of_the_host() => Err(Failure::usage(format!(
+            "{}: user, isolated, private and bridge are made at a VM's start only",
+            device.field
+        ))
+        .hint("attach tap=NAME, tap-fd=N, or vhost-user=SOCKET")),
+        _ => Ok(device),
+    }
+}
+
+/// What was opened for a device.
+struct Opening {
+    input: BackendInput,
+    /// The pipe for orders to a NIC's link, which has a name in the VM's folder.
+    link: Option<OwnedFd>,
+}
+
+impl Opening {
+    fn of(spec: &VmSpec, device: &Device, folder: &Path) -> Result<Self, Failure> {
+        let Backend::Net(nic) = &device.backend else {
+            let input = inputs::open_backend(spec, device)?;
+            let input = input.ok_or_else(|| Failure::host(format!("{}: nothing serves it", device.field)))?;
+            return Ok(Self { input, link: None });
+        };
+        let input = inputs::open_net(device, nic, &options())?;
+        if let BackendInput::Net { pcap: Some(pcap), .. } = &input {
+            nix::unistd::ftruncate(pcap, 0).map_err(|e| {
+                Failure::host(format!("{}.pcap: cannot be emptied", device.field)).because(&e)
+            })?;
+        }
+        net::link::remove(folder, &device.id);
+        let link = net::link::make(folder, &device.id).map_err(|e| {
+            Failure::host(format!("{}: cannot make a pipe for its link", device.field)).because(&e)
+        })?;
+        Ok(Self {
+            input,
+            link: Some(link),
+        })
+    }
+}
+
+/// Flags that the VM's own forker knows better are left out; the rest of these is of no account here.
+fn options() -> Options {
+    Options {
+        jail: Jail::On,
+        seccomp: SeccompMode::Enforce,
+        log_level: "warn".into(),
+        log_json: false,
+    }
+}
+
+/// All descriptors of the process, and what the supervisor keeps of it.
+struct Parts {
+    table: BTreeMap<Source, OwnedFd>,
+    formats: Vec<vm_spec::spec::ImageFormat>,
+    watches: Vec<OwnedFd>,
+    log: OwnedFd,
+    orders: OwnedFd,
+}
+
+impl Parts {
+    fn of(device: &Device, input: BackendInput, link: Option<OwnedFd>) -> Result<Self, Failure> {
+        let failed = |e: std::io::Error| {
+            Failure::host(format!("{}: cannot make pipes and sockets for it", device.field)).because(&e)
+        };
+        let mut table = BTreeMap::new();
+        let null = OpenOptions::new().read(true).write(true).open("/dev/null");
+        table.insert(Source::Null, null.map_err(failed)?.into());
+        let (log, write) = pipe2(OFlag::O_CLOEXEC).map_err(|e| failed(e.into()))?;
+        set_nonblocking(&log).map_err(|e| failed(e.into()))?;
+        table.insert(Source::LogWrite(0), write);
+        let (theirs, orders) = pair(SockType::Stream).map_err(|e| failed(e.into()))?;
+        table.insert(Source::Orders(0), theirs);
+        let mut parts = Self {
+            table,
+            formats: Vec::new(),
+            watches: Vec::new(),
+            log,
+            orders,
+        };
+        parts.take(input, link)?;
+        Ok(parts)
+    }
+
+    fn take(&mut self, input: BackendInput, link: Option<OwnedFd>) -> Result<(), Failure> {
+        let table = &mut self.table;
+        match input {
+            BackendInput::Images(images) => {
+                self.formats = inputs::formats(&images.layers);
+                for (m, layer) in images.layers.into_iter().enumerate() {
+                    table.insert(Source::Image(0, m), layer.file);
+                }
+                table.extend(images.key.map(|fd| (Source::Key(0), fd)));
+                table.extend(images.data_file.map(|fd| (Source::DataFile(0), fd)));
+                table.extend(images.direct.map(|fd| (Source::DirectImage(0), fd)));
+                self.watches = images
+                    .watches
+                    .into_iter()
+                    .map(|watch| watch.into_descriptor())
+                    .collect();
+            }
+            BackendInput::Net { tap, pcap, state, .. } => {
+                let Opened::Ready(taps) = tap else {
+                    return Err(Failure::host("a TAP that is still being made cannot be attached"));
+                };
+                table.extend(
+                    taps.into_iter()
+                        .enumerate()
+                        .map(|(queue, fd)| (Source::Tap(0, queue), fd)),
+                );
+                table.extend(pcap.map(|fd| (Source::Pcap(0), fd)));
+                table.extend(link.map(|fd| (Source::Link(0), fd)));
+                table.insert(Source::NicState(0), state);
+            }
+            BackendInput::Socket(_) => {}
+        }
+        Ok(())
+    }
+
+    fn ready(self, device: &Device, config: DeviceConfig) -> Result<Ready, Failure> {
+        let choices = Choices {
+            jail: Jail::On,
+            seccomp: SeccompMode::Enforce,
+            log_level: "",
+            log_json: false,
+            has_input: false,
+            raw_terminal: false,
+            chains: vec![self.formats.clone()],
+            cmdline: String::new(),
+        };
+        let plan = device_plan::plan(0, device, &choices, 0, &config)
+            .ok_or_else(|| Failure::host(format!("{}: no process of ours serves it", device.field)))?;
+        let binary = open_binary(plan.role, plan.binary)?;
+        let numbered = || (0..).zip(&plan.descriptors);
+        let socket = numbered().find(|(_, fd)| matches!(fd.source, Source::BackEnd(_)));
+        let process = AddedProcess {
+            name: device.id.clone(),
+            role: plan.role,
+            // The VM's forker adds those of all its processes.
+            arguments: plan.own_arguments(&choices),
+            rings: plan.startup == Role::StartupRing,
+            fds: numbered()
+                .map(|(number, fd)| FdState {
+                    number,
+                    what: fd.what.clone(),
+                    kept: fd.kept,
+                })
+                .collect(),
+            socket: FdNumber(socket.map_or(-1, |(number, _)| number)),
+            made: plan.made.iter().cloned().map(by_kind).collect(),
+            watches: self.watches.len() as u8,
+        };
+        let mut descriptors = vec![self.log, self.orders, binary.into()];
+        descriptors.extend(self.watches);
+        for (_, fd) in numbered().filter(|(_, fd)| !matches!(fd.source, Source::BackEnd(_))) {
+            let given: BorrowedFd<'_> = self.table[&fd.source].as_fd();
+            let copy = given.try_clone_to_owned();
+            descriptors.push(
+                copy.map_err(|e| {
+                    Failure::host(format!("{}: too many open files", device.field)).because(&e)
+                })?,
+            );
+        }
+        Ok(Ready {
+            attachment: Attachment {
+                device: config,
+                process: Some(process),
+            },
+            descriptors,
+        })
+    }
+}
+
+/// Which of the vmm's descriptors is passed on is not known here.
+fn by_kind(mut made: MadeFds) -> MadeFds {
+    if matches!(&made.link, FdLink::SameAs { process, .. } if process == "vmm") {
+        made.link = FdLink::Named("socket:[".into());
+    }
+    made
+}
+
+fn open_binary(role: ProcessRole, name: &str) -> Result<File, Failure> {
+    debug_assert!(role.is_device());
+    let path = binary_folder()?.join(name);
+    File::open(&path).map_err(|e| {
+        Failure::host(format!("cannot open {}", path.display()))
+            .because(&e)
+            .hint("install all of Bulkhead's binaries in one folder")
+    })
+}

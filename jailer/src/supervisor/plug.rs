@@ -1,0 +1,459 @@
+//! Devices that come and go while the guest runs.
+//!
+//! ```text
+//!  Attach --> spawner: add, respawn --> vmm: attach --done--> member --detach--> the guest lets go --> its process
+//!     |            | no process            | refused                                                  ends --> gone
+//!     |            +-----------------------+--> killed --> gone
+//!     +-- someone else's socket --> vmm: attach
+//! ```
+
+use super::clients::Asker;
+use super::devices::Counters;
+use super::logs::LogPipe;
+use super::orders::Orders;
+use super::recovery::{Order, Recovery};
+use super::remote::Remote;
+use super::taps::Tap;
+use super::{Process, Supervisor};
+use crate::wire_fds::{send_with_fd, send_with_fds};
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+use vm_spec::client::{Answer, Attachment};
+use vm_spec::control::{DeviceConfig, FdNumber, ToVmm};
+use vm_spec::events::EventKind;
+use vm_spec::supervise::{AddedProcess, FromSupervisor, RemoteDevice, SupervisedProcess};
+
+/// A guest that is asked to let go of a device does so within this time, or the asker is told that it has not.
+const EJECT_DEADLINE: Duration = Duration::from_secs(30);
+/// A process whose device is gone ends within this time: what it flushes may take a while.
+const LEAVE_DEADLINE: Duration = Duration::from_secs(30);
+/// Most processes of a VM: fewer than it has ids.
+const MOST_PROCESSES: usize = 60;
+
+/// Whether a device's process belongs to the VM.
+#[derive(Debug)]
+pub(super) enum Membership {
+    /// It does.
+    Member,
+    /// It is being attached.
+    Coming(Box<Coming>),
+    /// It does not any more, and is to end by that time; who is told what then.
+    Leaving(Instant, Option<(Asker, Answer)>),
+    /// It has ended, and the spawner is to say that nothing of it is kept; who is told what then.
+    Ended(Option<(Asker, Answer)>),
+    /// Nothing is left of it; another may have its place.
+    Gone,
+}
+
+/// A device that is being attached.
+#[derive(Debug)]
+pub(super) struct Coming {
+    asker: Asker,
+    device: DeviceConfig,
+}
+
+/// A device that the guest was asked to let go of.
+#[derive(Debug)]
+pub(super) struct Asked {
+    slot: u8,
+    /// The request to the vmm.
+    id: u64,
+    until: Instant,
+    asker: Asker,
+}
+
+/// Someone else's device that is being attached.
+#[derive(Debug)]
+pub(super) struct ComingRemote {
+    id: u64,
+    asker: Asker,
+    device: DeviceConfig,
+}
+
+/// What there is under way, and where more may come.
+#[derive(Debug, Default)]
+pub(super) struct Plugs {
+    /// Empty slots.
+    spares: Vec<u8>,
+    asked: Vec<Asked>,
+    remotes: Vec<ComingRemote>,
+}
+
+impl Plugs {
+    pub(super) fn new(spares: Vec<u8>) -> Self {
+        Self {
+            spares,
+            ..Self::default()
+        }
+    }
+
+    /// The slot, or (0) any.
+    fn take(&mut self, slot: u8) -> Result<u8, String> {
+        let wanted = |spare: &u8| slot == 0 || *spare == slot;
+        match self.spares.iter().position(wanted) {
+            Some(at) => Ok(self.spares.remove(at)),
+            None if slot == 0 => {
+                Err("no PCI slot is left for it: start the VM with more (hotplug)".to_owned())
+            }
+            None => Err(format!(
+                "slot {slot} is taken, or not kept for devices that are attached"
+            )),
+        }
+    }
+
+    fn give(&mut self, slot: u8) {
+        self.spares.push(slot);
+        self.spares.sort_unstable();
+    }
+}
+
+fn sound(name: &str) -> bool {
+    let of_names = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    !name.is_empty() && name.len() <= 64 && !name.starts_with('.') && name.chars().all(of_names)
+}
+
+impl Supervisor {
+    /// Begins to attach a device; the answer follows.
+    ///
+    /// # Errors
+    /// Why it cannot be.
+    pub(super) fn attach(
+        &mut self,
+        attachment: Attachment,
+        fds: Vec<OwnedFd>,
+        asker: Asker,
+        now: Instant,
+    ) -> Result<(), String> {
+        if !self.guest_runs || !self.restarts_devices() {
+            return Err("the VM starts, ends, or does not restart devices".to_owned());
+        }
+        let Attachment { mut device, process } = attachment;
+        if !sound(&device.id)
+            || process
+                .as_ref()
+                .is_some_and(|p| p.name != device.id || !p.role.is_device())
+        {
+            return Err("its name, or its process, is none of a device".to_owned());
+        }
+        if self.device_place(&device.id).is_some() || self.remote(&device.id).is_some() {
+            return Err(format!("'{}' is another device's id", device.id));
+        }
+        let wanted = process.as_ref().map_or(1, |process| 2 + process.descriptors());
+        if fds.len() != wanted {
+            return Err(format!(
+                "{} descriptors came with it, and {wanted} were to",
+                fds.len()
+            ));
+        }
+        device.ours = process.is_some();
+        device.slot = self.plugs.take(device.slot)?;
+        let slot = device.slot;
+        let begun = match process {
+            Some(process) => self.add_process(device, process, fds, asker, now),
+            None => self.attach_remote(device, &fds, asker),
+        };
+        begun.inspect_err(|_| self.plugs.give(slot))
+    }
+
+    /// The place of a device's process.
+    fn device_place(&self, name: &str) -> Option<usize> {
+        self.processes.iter().position(|p| p.about.name == name)
+    }
+
+    fn add_process(
+        &mut self,
+        device: DeviceConfig,
+        plan: AddedProcess,
+        fds: Vec<OwnedFd>,
+        asker: Asker,
+        now: Instant,
+    ) -> Result<(), String> {
+        let gone = |p: &Process| matches!(p.membership, Membership::Gone);
+        let index = self
+            .processes
+            .iter()
+            .position(gone)
+            .unwrap_or(self.processes.len());
+        if index >= MOST_PROCESSES {
+            return Err("the VM has too many processes".to_owned());
+        }
+        let mut fds = fds.into_iter();
+        let (Some(log), Some(orders)) = (fds.next(), fds.next()) else {
+            return Err("its log and its orders are missing".to_owned());
+        };
+        let given: Vec<OwnedFd> = fds.collect();
+        let given: Vec<_> = given.iter().map(AsFd::as_fd).collect();
+        let (name, role) = (plan.name.clone(), plan.role);
+        let order = FromSupervisor::Add {
+            // The index fits: see MOST_PROCESSES.
+            process: index as u16,
+            plan: Box::new(plan),
+        };
+        send_with_fds(self.spawner.as_fd(), 0, order, &given)
+            .map_err(|error| format!("the spawner cannot be told: {error}"))?;
+        let process = Process {
+            log: LogPipe::new(name.clone(), log, now),
+            orders: Some(Orders::new(orders)),
+            about: SupervisedProcess {
+                name,
+                role,
+                pid: 0,
+                log: FdNumber::NONE,
+                slot: Some(device.slot),
+                tap: None,
+                orders: None,
+            },
+            alive: false,
+            recovery: Recovery::coming(now),
+            counters: Counters::new(),
+            outstanding: 0,
+            upgrade: None,
+            tap: Tap::Present,
+            membership: Membership::Coming(Box::new(Coming { asker, device })),
+        };
+        match self.processes.get_mut(index) {
+            Some(place) => *place = process,
+            None => self.processes.push(process),
+        }
+        Ok(())
+    }
+
+    fn attach_remote(&mut self, device: DeviceConfig, fds: &[OwnedFd], asker: Asker) -> Result<(), String> {
+        let id = self.requests + 1;
+        self.give_to_vmm(id, device.clone(), &fds[0])?;
+        self.requests = id;
+        self.plugs.remotes.push(ComingRemote { id, asker, device });
+        Ok(())
+    }
+
+    fn give_to_vmm(&self, id: u64, device: DeviceConfig, socket: &OwnedFd) -> Result<(), String> {
+        let vmm = self.vmm.as_ref().ok_or("the VM is over")?;
+        send_with_fd(vmm.as_fd(), id, ToVmm::Attach(Box::new(device)), socket.as_fd())
+            .map_err(|error| format!("the vmm cannot be told: {error}"))
+    }
+
+    /// What gives a new process's socket to the vmm, as request `id`, where the device is not there yet.
+    pub(super) fn first_socket(&self, index: usize, id: u64, socket: &OwnedFd) -> Option<Result<(), String>> {
+        match &self.processes[index].membership {
+            Membership::Coming(coming) => Some(self.give_to_vmm(id, coming.device.clone(), socket)),
+            _ => None,
+        }
+    }
+
+    /// Whether a device's process is no member, or not yet.
+    pub(super) fn is_apart(&self, index: usize) -> bool {
+        !matches!(self.processes[index].membership, Membership::Member)
+    }
+
+    /// The guest can see the device that process `index` serves.
+    pub(super) fn device_attached(&mut self, index: usize, now: Instant) -> bool {
+        let process = &mut self.processes[index];
+        if !matches!(process.membership, Membership::Coming(_)) {
+            return false;
+        }
+        let Membership::Coming(coming) = std::mem::replace(&mut process.membership, Membership::Member)
+        else {
+            return false;
+        };
+        let answer = Answer::Attached {
+            slot: coming.device.slot,
+            pid: Some(process.about.pid),
+        };
+        let ended = (!process.alive).then(|| process.recovery.ended(now, "it ended as it was attached"));
+        self.note(index, EventKind::Attached, Duration::ZERO, "");
+        self.clients.answer(coming.asker, answer, now);
+        if let Some(order) = ended {
+            self.carry_out(index, order);
+        }
+        true
+    }
+
+    /// A process that was to be attached cannot be. False: it is a member.
+    pub(super) fn attach_failed(&mut self, index: usize, why: &str, now: Instant) -> bool {
+        let process = &mut self.processes[index];
+        if !matches!(process.membership, Membership::Coming(_)) {
+            return false;
+        }
+        let leaving = Membership::Leaving(now + LEAVE_DEADLINE, None);
+        if let Membership::Coming(coming) = std::mem::replace(&mut process.membership, leaving) {
+            let line = format!("{}: not attached: {why}", process.about.name);
+            let answer = Some((coming.asker, Answer::Failed(why.to_owned())));
+            process.membership = Membership::Leaving(now + LEAVE_DEADLINE, answer);
+            process.recovery.give_up();
+            let alive = process.alive;
+            self.plugs.give(coming.device.slot);
+            self.say(&line);
+            match alive {
+                true => self.carry_out(index, Some(Order::Kill)),
+                false => self.bury(index),
+            }
+        }
+        true
+    }
+
+    /// A process that is apart was reaped. False: it is a member.
+    pub(super) fn apart_ended(&mut self, index: usize, why: &str, now: Instant) -> bool {
+        match self.processes[index].membership {
+            Membership::Member => false,
+            // The vmm, which sees its socket close, says whether it had the device by then.
+            Membership::Coming(_) if self.processes[index].recovery.is_joining() => true,
+            Membership::Coming(_) => self.attach_failed(index, why, now),
+            Membership::Leaving(..) => {
+                self.bury(index);
+                true
+            }
+            Membership::Ended(_) | Membership::Gone => true,
+        }
+    }
+
+    /// A process has ended for good: nothing of it is to be kept.
+    fn bury(&mut self, index: usize) {
+        let process = &mut self.processes[index];
+        process.membership = match std::mem::replace(&mut process.membership, Membership::Gone) {
+            Membership::Leaving(_, answer) => Membership::Ended(answer),
+            _ => Membership::Ended(None),
+        };
+        process.orders = None;
+        process.about.slot = None;
+        let name = std::mem::take(&mut process.about.name);
+        self.tell_spawner(FromSupervisor::Remove {
+            // The index fits: see MOST_PROCESSES.
+            process: index as u16,
+            name,
+        });
+    }
+
+    /// The spawner keeps nothing of a process.
+    pub(super) fn process_removed(&mut self, index: usize, now: Instant) {
+        let Some(process) = self.processes.get_mut(index) else {
+            return;
+        };
+        if matches!(process.membership, Membership::Ended(_))
+            && let Membership::Ended(Some((asker, answer))) =
+                std::mem::replace(&mut process.membership, Membership::Gone)
+        {
+            self.clients.answer(asker, answer, now);
+        }
+    }
+
+    /// Asks the guest to let go of a device; the answer follows.
+    ///
+    /// # Errors
+    /// Why it cannot be asked.
+    pub(super) fn detach(&mut self, device: &str, asker: Asker, now: Instant) -> Result<(), String> {
+        if !self.guest_runs || !self.restarts_devices() {
+            return Err("the VM starts, ends, or does not restart devices".to_owned());
+        }
+        let member = |index: &usize| !self.is_apart(*index);
+        let process = self.device_place(device).filter(member);
+        let slot = process.and_then(|index| self.processes[index].about.slot);
+        let slot = slot.or_else(|| Some(self.remotes[self.remote(device)?].slot()));
+        let slot = slot.ok_or_else(|| format!("the VM has no device '{device}'"))?;
+        if self.plugs.asked.iter().any(|asked| asked.slot == slot) {
+            return Err(format!("the guest is asked for '{device}' already"));
+        }
+        // The number that `tell_vmm` gives next.
+        let id = self.requests + 1;
+        self.plugs.asked.push(Asked {
+            slot,
+            id,
+            until: now + EJECT_DEADLINE,
+            asker,
+        });
+        self.tell_vmm(ToVmm::Detach { slot });
+        Ok(())
+    }
+
+    /// The vmm answered request `id`. False: it was none of these.
+    pub(super) fn plug_answered(&mut self, id: u64, answer: Result<(), &str>, now: Instant) -> bool {
+        if let Some(at) = self.plugs.asked.iter().position(|asked| asked.id == id) {
+            if let Err(why) = answer {
+                let asked = self.plugs.asked.remove(at);
+                self.clients
+                    .answer(asked.asker, Answer::Failed(why.to_owned()), now);
+            }
+            return true;
+        }
+        let Some(at) = self.plugs.remotes.iter().position(|coming| coming.id == id) else {
+            return false;
+        };
+        let ComingRemote { asker, device, .. } = self.plugs.remotes.remove(at);
+        let slot = device.slot;
+        let answer = match answer {
+            Ok(()) => {
+                let about = RemoteDevice {
+                    name: device.id,
+                    slot,
+                };
+                self.remotes.push(Remote::attached(about, now));
+                self.note_remote(self.remotes.len() - 1, EventKind::Attached, Duration::ZERO, "");
+                Answer::Attached { slot, pid: None }
+            }
+            Err(why) => {
+                self.plugs.give(slot);
+                Answer::Failed(why.to_owned())
+            }
+        };
+        self.clients.answer(asker, answer, now);
+        true
+    }
+
+    /// The guest let go of the device in `slot`.
+    pub(super) fn device_detached(&mut self, slot: u8, now: Instant) {
+        let asked = self.plugs.asked.iter().position(|asked| asked.slot == slot);
+        let asker = asked.map(|at| self.plugs.asked.remove(at).asker);
+        self.plugs.give(slot);
+        if let Some(index) = self.remotes.iter().position(|remote| remote.slot() == slot) {
+            self.note_remote(index, EventKind::Detached, Duration::ZERO, "");
+            self.remotes[index].detach();
+            if let Some(asker) = asker {
+                self.clients.answer(asker, Answer::Detached, now);
+            }
+            return;
+        }
+        let Some(index) = self.processes.iter().position(|p| p.about.slot == Some(slot)) else {
+            return;
+        };
+        self.note(index, EventKind::Detached, Duration::ZERO, "");
+        let process = &mut self.processes[index];
+        process.about.slot = None;
+        process.recovery.give_up();
+        let answer = asker.map(|asker| (asker, Answer::Detached));
+        process.membership = Membership::Leaving(now + LEAVE_DEADLINE, answer);
+        // Its socket is closed: it flushes, and ends by itself.
+        if !process.alive {
+            self.bury(index);
+        }
+    }
+
+    pub(super) fn plugs_deadline(&self) -> Option<Instant> {
+        let asked = self.plugs.asked.iter().map(|asked| asked.until);
+        let leaving = self.processes.iter().filter_map(|p| match p.membership {
+            Membership::Leaving(until, _) if p.alive => Some(until),
+            _ => None,
+        });
+        asked.chain(leaving).min()
+    }
+
+    /// Looks at the time.
+    pub(super) fn judge_plugs(&mut self, now: Instant) {
+        while let Some(at) = self.plugs.asked.iter().position(|asked| now >= asked.until) {
+            let asked = self.plugs.asked.remove(at);
+            let seconds = EJECT_DEADLINE.as_secs();
+            let why = format!("its guest has not let go of it within {seconds} s, and may do so later");
+            self.clients.answer(asked.asker, Answer::Failed(why), now);
+        }
+        for index in 0..self.processes.len() {
+            let process = &mut self.processes[index];
+            if let Membership::Leaving(until, _) = &mut process.membership
+                && process.alive
+                && now >= *until
+            {
+                *until = now + LEAVE_DEADLINE;
+                let line = format!("{}: does not end: killed", process.about.name);
+                self.say(&line);
+                self.carry_out(index, Some(Order::Kill));
+            }
+        }
+    }
+}
