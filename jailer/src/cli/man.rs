@@ -88,7 +88,7 @@ fn complete(made: &str, verb: &[String]) -> String {
                 ".TH {title} 1 \"\" \"bulkhead {}\" \"Bulkhead\"",
                 env!("CARGO_PKG_VERSION")
             ),
-            None => writeln!(page, "{}", line.replace("][,", "]\\:[,")),
+            None => writeln!(page, "{}", line.replace("[,", "\\:[,")),
         };
     }
     let run = verb.first().is_none_or(|verb| verb == "run");

@@ -62,13 +62,13 @@ struct RunCli {
 
 #[derive(Subcommand, Debug)]
 enum RunVerb {
-    /// Run a VM to its end, with its console on this terminal (Ctrl-A x leaves)
+    /// Run a VM to its end, with its console on this terminal (Ctrl-A x ends it)
     Run(Box<RunArgs>),
 }
 
 #[derive(Subcommand, Debug)]
 enum Verb {
-    /// Run a VM to its end, with its console on this terminal (Ctrl-A x leaves)
+    /// Run a VM to its end, with its console on this terminal (Ctrl-A x ends it)
     Run(Box<RunArgs>),
     /// List your running VMs: name, the pid of bulkhead run, since when, device processes
     Ps {
