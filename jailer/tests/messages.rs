@@ -75,6 +75,15 @@ fn what_is_no_kernel_of_this_machine_is_named() {
 }
 
 #[test]
+fn a_home_that_no_shell_has_put_in_is_explained() {
+    assert_says(
+        &["--kernel", "~/vmlinux"],
+        1,
+        &["cannot open ~/vmlinux", "hint: '~'"],
+    );
+}
+
+#[test]
 fn wrong_fields_are_named() {
     let cases: [(&[&str], &str); 10] = [
         (&["--cpus", "33"], "cpus: 33 is not between 1 and 32"),

@@ -26,7 +26,14 @@ pub(super) fn read(path: &Path) -> Result<VmSpec, Failure> {
         };
     }
     let name = path.display().to_string();
-    let mut file = File::open(path).map_err(|e| unread(&name).because(&e))?;
+    let mut file = File::open(path).map_err(|e| {
+        let failure = unread(&name).because(&e);
+        let meant = ["toml", "json"].map(|end| format!("{name}.{end}"));
+        match meant.iter().find(|path| Path::new(path).exists()) {
+            Some(path) => failure.hint(format!("did you mean {path}?")),
+            None => failure,
+        }
+    })?;
     let text = text(&name, &mut file)?;
     let mut spec = match path.extension() {
         Some(end) if end.eq_ignore_ascii_case("json") => parse_json(&name, &text)?,
@@ -212,6 +219,8 @@ mod tests {
         assert_eq!(spec.boot.kernel, folder.path().join("k"));
         let message = written("vm.toml", json).unwrap_err().to_string();
         assert!(message.contains("ends in .json"), "{message}");
+        let message = read(&folder.path().join("vm")).unwrap_err().to_string();
+        assert!(message.contains("vm.toml?"), "{message}");
         assert!(written("bom.json", &format!("{BYTE_ORDER_MARK}{json}")).is_ok());
         let message = written("VM.JSON", "[boot]\n").unwrap_err().to_string();
         assert!(message.contains("VM.JSON:1:"), "{message}");

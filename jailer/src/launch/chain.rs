@@ -3,6 +3,7 @@
 
 use super::disk::Disk;
 use super::image::printable;
+use super::inputs::unopened;
 use super::machine::Device;
 use super::qcow2;
 use crate::failure::Failure;
@@ -168,7 +169,7 @@ pub(super) fn open_image_for(
         .write(!read_only)
         .custom_flags(libc::O_NONBLOCK)
         .open(path)
-        .map_err(|e| failed().because(&e))?;
+        .map_err(|e| unopened(failed(), path, &e))?;
     is_image(&file, failed)?;
     let how = if read_only {
         FlockArg::LockSharedNonblock
