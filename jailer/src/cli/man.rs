@@ -75,8 +75,8 @@ pub(super) fn page(mut command: Command, verb: &[String]) -> Result<String, Fail
     Ok(complete(&String::from_utf8_lossy(&page), verb))
 }
 
-/// What the command line's types do not know: a title with its source, places where long lists of keys may be
-/// broken, exit codes, environment, files.
+/// What the command line's types do not know: a title with its source, lines that are not stretched and places
+/// where long lists of keys may be broken, exit codes, environment, files.
 fn complete(made: &str, verb: &[String]) -> String {
     let mut page = String::new();
     for line in made.lines() {
@@ -85,7 +85,7 @@ fn complete(made: &str, verb: &[String]) -> String {
         let _ = match title {
             Some(title) => writeln!(
                 page,
-                ".TH {title} 1 \"\" \"bulkhead {}\" \"Bulkhead\"",
+                ".TH {title} 1 \"\" \"bulkhead {}\" \"Bulkhead\"\n.ad l",
                 env!("CARGO_PKG_VERSION")
             ),
             None => writeln!(page, "{}", line.replace("[,", "\\:[,")),
