@@ -1,5 +1,6 @@
 //! What a person is told when something fails: what, why, and what to do about it.
 
+use crate::launch::image::printable;
 use std::error::Error;
 use std::fmt;
 use vm_spec::control::exit_code;
@@ -69,12 +70,13 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "error: {}", self.what)?;
+        // Names of files and what stands in images may hold anything: a line is a line.
+        write!(f, "error: {}", printable(&self.what))?;
         if let Some(cause) = &self.cause {
-            write!(f, "\n  cause: {cause}")?;
+            write!(f, "\n  cause: {}", printable(cause))?;
         }
         if let Some(hint) = &self.hint {
-            write!(f, "\n  hint: {hint}")?;
+            write!(f, "\n  hint: {}", printable(hint))?;
         }
         Ok(())
     }
@@ -91,4 +93,18 @@ pub fn chain(error: &dyn Error) -> String {
         next = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_part_is_one_line() {
+        let failure = Failure::usage("a\nb").cause("\x1b[2J").hint("c");
+        assert_eq!(
+            failure.to_string(),
+            "error: a\\nb\n  cause: \\u{1b}[2J\n  hint: c"
+        );
+    }
 }

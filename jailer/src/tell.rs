@@ -13,7 +13,7 @@ pub(crate) const MOST_AT_ONCE: usize = 4096;
 /// How long a terminal that takes nothing keeps a command from its end, in milliseconds.
 const PATIENCE_MS: u16 = 5000;
 
-/// Writes one line if standard error takes it now; else it is lost, as is what exceeds [`MOST_AT_ONCE`].
+/// Writes one line if standard error takes it now; else it is lost, as is what exceeds `MOST_AT_ONCE`.
 /// Allocates nothing.
 pub fn tell(line: fmt::Arguments<'_>) {
     let mut buffer = [b'\n'; MOST_AT_ONCE];

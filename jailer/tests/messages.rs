@@ -53,10 +53,44 @@ fn a_missing_and_a_truncated_kernel_are_told_apart() {
 }
 
 #[test]
+fn what_is_no_kernel_of_this_machine_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("kernel");
+    let mut arm64 = vec![0; 1024];
+    arm64[56..60].copy_from_slice(b"ARM\x64");
+    let mut elf_arm64 = vec![0; 1024];
+    elf_arm64[..6].copy_from_slice(b"\x7fELF\x02\x01");
+    elf_arm64[18] = 183;
+    for (image, cause) in [
+        (arm64.as_slice(), "for another processor"),
+        (&elf_arm64, "for another processor"),
+        (b"\x7fELF\x01\x01", "for another processor"),
+        (b"\x7fELF\x02\x01", "too short for an ELF header"),
+        (b"\x1f\x8b\x08", "compressed with gzip"),
+        (b"", "neither a 64-bit ELF image nor a bzImage"),
+    ] {
+        fs::write(&path, image).unwrap();
+        assert_says(&["--kernel", path.to_str().unwrap()], 1, &["boot.kernel", cause]);
+    }
+}
+
+#[test]
+fn a_home_that_no_shell_has_put_in_is_explained() {
+    assert_says(
+        &["--kernel", "~/vmlinux"],
+        1,
+        &["cannot open ~/vmlinux", "hint: '~'"],
+    );
+}
+
+#[test]
 fn wrong_fields_are_named() {
-    let cases: [(&[&str], &str); 7] = [
+    let cases: [(&[&str], &str); 10] = [
         (&["--cpus", "33"], "cpus: 33 is not between 1 and 32"),
         (&["--memory", "16M"], "memory: 16M is not between 32M and 1T"),
+        (&["--memory", "512"], "a number alone is bytes: write 512M"),
+        (&["--name=-x"], "name: '-x' is no name"),
+        (&["--disk", "path=a,slot=-1"], "'slot': is not understood"),
         (&["--disk", "path=a"], "disk[0].format: is missing"),
         (
             &["--disk", "path=a,format=raw,vhost-user=s"],

@@ -4,7 +4,7 @@
 //! gathered first, and a private spill buffer behind them takes the end of a longer one. Such a frame
 //! waits in the spill buffer until the driver made enough buffers available: none is lost, and while
 //! it waits, later frames wait in the kernel's queue. A driver whose buffers are never enough loses
-//! the frame after a while ([`GRACE`]), not the link.
+//! the frame after a while (`GRACE`), not the link.
 
 use crate::buffers::{FrameBuffers, MAX_SEGMENTS, SliceStorage, Storage};
 use crate::counters::{Batch, Counters, Drop};

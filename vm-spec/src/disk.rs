@@ -4,12 +4,15 @@ use crate::size::ByteSize;
 use crate::spec::ImageFormat;
 use serde::de::{Deserializer, Error};
 use serde::{Deserialize, Serialize};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 /// Bytes of a disk's serial number (virtio 1.3, 5.2.6: VIRTIO_BLK_T_GET_ID).
 const SERIAL_LENGTH: usize = 20;
 /// Longest busy wait in microseconds: more would keep a session's commands waiting.
 const MOST_POLL_US: u32 = 10_000;
+/// Bytes of memory for an image's mapping tables.
+const L2_CACHE_SIZES: RangeInclusive<u64> = 64 << 10..=1 << 30;
 
 /// A disk: an image that our own process serves, or a socket that anyone serves.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
@@ -127,16 +130,19 @@ impl OnError {
 }
 
 fn l2_cache_size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<ByteSize>, D::Error> {
-    match ByteSize::deserialize(deserializer)? {
-        size if (64 << 10..=1 << 30).contains(&size.0) => Ok(Some(size)),
-        size => Err(D::Error::custom(format!("{size} is not between 64K and 1G"))),
+    match Option::<ByteSize>::deserialize(deserializer)? {
+        Some(size) if !L2_CACHE_SIZES.contains(&size.0) => {
+            Err(D::Error::custom(format!("{size} is not between 64K and 1G")))
+        }
+        size => Ok(size),
     }
 }
 
 fn serial<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
-    let text = String::deserialize(deserializer)?;
+    let given = Option::<String>::deserialize(deserializer)?;
+    let text = given.as_deref().unwrap_or_default();
     match text.len() {
-        ..=SERIAL_LENGTH if !text.contains('\0') => Ok(Some(text)),
+        ..=SERIAL_LENGTH if !text.contains('\0') => Ok(given),
         ..=SERIAL_LENGTH => Err(D::Error::custom("a serial number cannot contain a zero byte")),
         length => Err(D::Error::custom(format!(
             "a serial number of {length} bytes, and a disk has {SERIAL_LENGTH}"
@@ -145,10 +151,10 @@ fn serial<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, 
 }
 
 fn poll_us<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
-    match u32::deserialize(deserializer)? {
-        us @ ..=MOST_POLL_US => Ok(Some(us)),
-        us => Err(D::Error::custom(format!(
+    match Option::<u32>::deserialize(deserializer)? {
+        Some(us) if us > MOST_POLL_US => Err(D::Error::custom(format!(
             "{us} microseconds is longer than {MOST_POLL_US}"
         ))),
+        us => Ok(us),
     }
 }

@@ -14,6 +14,7 @@ pub mod machine;
 pub mod net;
 pub mod run_state;
 pub mod schema;
+pub mod shape;
 pub mod size;
 pub mod spec;
 pub mod supervise;

@@ -93,7 +93,7 @@ pub struct NetSpec {
 /// A list, or its only item.
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(inline))]
-#[serde(untagged, expecting = "a value of the key's type, or a list of such")]
+#[serde(untagged, expecting = "invalid type, expected one value, or a list of such")]
 enum OneOrMore<T> {
     One(T),
     More(Vec<T>),

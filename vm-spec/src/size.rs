@@ -12,8 +12,8 @@ pub struct ByteSize(pub u64);
 /// Why a text is no size.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SizeError {
-    /// No digits, or something other than digits before the suffix.
-    #[error("'{0}' is not a size: write a number and an optional suffix, such as 512M")]
+    /// No digits, something other than digits before the suffix, or a fraction.
+    #[error("'{0}' is not a size: write a whole number and an optional suffix, such as 512M")]
     Number(String),
     /// A suffix that is not K, M, G or T.
     #[error("'{0}' is not a size suffix: use K, M, G or T")]
@@ -29,7 +29,7 @@ impl FromStr for ByteSize {
     fn from_str(text: &str) -> Result<Self, SizeError> {
         let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
         let (number, suffix) = text.split_at(digits);
-        if number.is_empty() {
+        if number.is_empty() || suffix.starts_with(['.', ',']) {
             return Err(SizeError::Number(text.to_owned()));
         }
         let shift = match suffix.trim().to_ascii_uppercase().as_str() {
@@ -133,6 +133,7 @@ mod tests {
     fn refuses_with_the_part_that_is_wrong() {
         assert_eq!("M".parse::<ByteSize>(), Err(SizeError::Number("M".into())));
         assert_eq!("-1M".parse::<ByteSize>(), Err(SizeError::Number("-1M".into())));
+        assert_eq!("1.5G".parse::<ByteSize>(), Err(SizeError::Number("1.5G".into())));
         assert_eq!("1X".parse::<ByteSize>(), Err(SizeError::Suffix("X".into())));
         assert_eq!(
             "99999999T".parse::<ByteSize>(),

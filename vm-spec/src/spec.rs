@@ -2,6 +2,7 @@
 
 use crate::disk::DiskSpec;
 use crate::net::NetSpec;
+use crate::shape::{table, tables};
 use crate::size::ByteSize;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -15,6 +16,8 @@ pub struct VmSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// What to boot.
+    #[cfg_attr(test, schemars(with = "BootSpec"))]
+    #[serde(deserialize_with = "table")]
     pub boot: BootSpec,
     /// vCPUs, 1 to 32.
     #[serde(default = "one")]
@@ -26,13 +29,31 @@ pub struct VmSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub huge_pages: Option<ByteSize>,
     /// Disks, in the order of their PCI slots unless `slot` says otherwise.
-    #[serde(default, rename = "disk", skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(test, schemars(with = "Vec<DiskSpec>"))]
+    #[serde(
+        default,
+        rename = "disk",
+        deserialize_with = "tables",
+        skip_serializing_if = "Vec::is_empty"
+    )]
     pub disks: Vec<DiskSpec>,
     /// Network interfaces.
-    #[serde(default, rename = "net", skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(test, schemars(with = "Vec<NetSpec>"))]
+    #[serde(
+        default,
+        rename = "net",
+        deserialize_with = "tables",
+        skip_serializing_if = "Vec::is_empty"
+    )]
     pub nets: Vec<NetSpec>,
     /// Other vhost-user back ends, of any type.
-    #[serde(default, rename = "vhost-user", skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(test, schemars(with = "Vec<VhostUserSpec>"))]
+    #[serde(
+        default,
+        rename = "vhost-user",
+        deserialize_with = "tables",
+        skip_serializing_if = "Vec::is_empty"
+    )]
     pub vhost_user: Vec<VhostUserSpec>,
     /// PCI slots, 0 to 8, kept for devices that are attached while the VM runs. With any, every device can be
     /// detached too.
@@ -44,11 +65,16 @@ pub struct VmSpec {
     /// What the end of a device's process does.
     #[serde(default)]
     pub on_device_death: OnDeviceDeath,
-    /// Seconds a guest has to power off after Ctrl-C or SIGTERM before it is killed.
+    /// Seconds a guest has to power off after `bulkhead stop`, SIGTERM or SIGINT before it is killed.
     #[serde(default = "default_grace")]
     pub power_off_grace: u32,
     /// What the VM may take of the host.
-    #[serde(default, skip_serializing_if = "LimitsSpec::is_default")]
+    #[cfg_attr(test, schemars(with = "LimitsSpec"))]
+    #[serde(
+        default,
+        deserialize_with = "table",
+        skip_serializing_if = "LimitsSpec::is_default"
+    )]
     pub limits: LimitsSpec,
     /// Folders, besides an image's own, below which backing files may lie.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -53,7 +53,13 @@ fn main() -> ExitCode {
     match run(&mut control, &arguments, started_ns) {
         Ok(()) => end(vm_spec::control::exit_code::POWER_OFF),
         Err(error) => {
-            tracing::error!("{error}: {}", error.cause());
+            let cause = error.cause();
+            let between = if cause.is_empty() { "" } else { ": " };
+            // A supervisor that is gone has said why, or whoever misses it does.
+            match error {
+                Error::Control(ControlError::Closed) => tracing::debug!("{error}"),
+                _ => tracing::error!("{error}{between}{cause}"),
+            }
             end(vm_spec::control::exit_code::ERROR)
         }
     }
@@ -104,8 +110,8 @@ fn run(control: &mut ControlSocket, arguments: &Arguments, started_ns: u64) -> R
                     hint: error.hint(),
                 },
             );
-            if let Err(unsent) = told {
-                tracing::error!("{unsent}");
+            if told.is_ok() {
+                end(vm_spec::control::exit_code::ERROR);
             }
             return Err(error);
         }

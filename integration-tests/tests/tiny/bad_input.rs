@@ -301,6 +301,8 @@ pub(crate) fn says(mut run: Run, words: &[&str]) -> Result<()> {
             "the message does not name {word:?}: {message}"
         );
     }
+    // What is told is not logged as well.
+    ensure!(!message.contains("ERROR"), "{message}");
     ensure!(
         run.console.text().is_empty(),
         "a guest ran: {}",

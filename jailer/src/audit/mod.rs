@@ -9,7 +9,7 @@
 //!       outcome <------------ report pipe: begun, then an errno or success; or killed by SIGSYS
 //! ```
 //!
-//! The launcher's side ([`run`]) and the probe's side ([`probe`]) share the list of attacks
+//! The launcher's side ([`run`]) and the probe's side (`probe`) share the list of attacks
 //! ([`catalogue`]) and the text of an order ([`order`]). A binary that was not built with the
 //! feature holds none of the attacks.
 

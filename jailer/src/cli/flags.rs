@@ -30,6 +30,9 @@ const NOT_TEXT: [&str; 15] = [
     "queues",
     "poll-us",
 ];
+/// Texts that may be empty.
+const MAY_BE_EMPTY: [&str; 2] = ["serial", "config"];
+const PATHS: &str = "write path=FILE, and a comma in a value twice";
 /// Keys that may be given again, for a list.
 const LISTS: [&str; 3] = ["tap-fd", "publish", "ip"];
 
@@ -213,15 +216,39 @@ fn list_over<T: Serialize + DeserializeOwned>(flag: &str, text: &str, known: &T)
 }
 
 fn read<T: DeserializeOwned>(flag: &str, text: &str, table: toml::Table) -> Result<T, Failure> {
+    // A folder's separator is in no key, but in what stands where one is missing, or behind a single comma.
+    let path = table.keys().any(|key| key.contains(['/', '.']));
     toml::Value::Table(table)
         .try_into()
-        .map_err(|e: toml::de::Error| spec_file::explain(&format!("{flag} {text}"), e.message()))
+        .map_err(|e: toml::de::Error| {
+            // Where a value is wrong, the last line says whose: in `key`.
+            let whole = e.to_string();
+            let key = whole
+                .lines()
+                .find_map(|line| line.strip_prefix("in `")?.strip_suffix('`'));
+            let place = key.map_or_else(
+                || format!("{flag} {text}"),
+                |key| format!("{flag} {text}: '{key}'"),
+            );
+            let failure = spec_file::explain(&place, e.message());
+            match path {
+                true => failure.hint(PATHS),
+                false => failure,
+            }
+        })
 }
 
 fn table(flag: &str, text: &str) -> Result<toml::Table, Failure> {
     let mut table = toml::Table::new();
     for item in split(text) {
+        if item.is_empty() {
+            let failure = Failure::usage(format!("{flag} {text}: an item is empty"));
+            return Err(failure.hint("write key=value,key=value, and a comma in a value twice"));
+        }
         let (key, value) = match item.split_once('=') {
+            Some((key, "")) if !MAY_BE_EMPTY.contains(&key) => {
+                return Err(Failure::usage(format!("{flag} {text}: '{key}' has no value")));
+            }
             Some((key, value)) => (key, value),
             // A bare key is a truth.
             None => (item.as_str(), "true"),
@@ -313,7 +340,13 @@ mod tests {
         assert!(unknown.contains("did you mean 'path'?"), "{unknown}");
         assert!(wrong("path=/a,path=/b").contains("'path' is given twice"));
         assert!(wrong("path=/a,format=dmg").contains("dmg"));
-        assert!(wrong("path=/a,slot=x").contains("invalid type"));
+        assert!(wrong("path=/a,slot=x").contains("slot=x: 'slot': is not understood"));
+        assert!(wrong("path=/a,read-only=maybe").contains("'read-only': is not understood"));
+        assert!(wrong("path=/a,format=raw,").contains("an item is empty"));
+        assert!(wrong("path=").contains("'path' has no value"));
+        assert!(wrong("/a.raw,format=raw").contains("write path=FILE"));
+        let serial: DiskSpec = list("--disk", "path=/a,serial=").unwrap();
+        assert_eq!(serial.serial.as_deref(), Some(""));
         assert!(wrong("path=/a,cache=non").contains("did you mean 'none'?"));
         assert!(wrong("path=/a,poll-us=20000").contains("longer than 10000"));
     }

@@ -1,6 +1,7 @@
 //! The command line of `bulkhead`.
 
 mod attach;
+mod completions;
 mod connection;
 mod doctor;
 mod events;
@@ -62,13 +63,13 @@ struct RunCli {
 
 #[derive(Subcommand, Debug)]
 enum RunVerb {
-    /// Run a VM to its end, with its console on this terminal (Ctrl-A x leaves)
+    /// Run a VM to its end, with its console on this terminal (Ctrl-A x ends it)
     Run(Box<RunArgs>),
 }
 
 #[derive(Subcommand, Debug)]
 enum Verb {
-    /// Run a VM to its end, with its console on this terminal (Ctrl-A x leaves)
+    /// Run a VM to its end, with its console on this terminal (Ctrl-A x ends it)
     Run(Box<RunArgs>),
     /// List your running VMs: name, the pid of bulkhead run, since when, device processes
     Ps {
@@ -235,7 +236,8 @@ fn audited_help() -> String {
 /// `bulkhead run`'s arguments.
 #[derive(Args, Debug)]
 struct RunArgs {
-    /// The VM, as a TOML file, or JSON where its name ends in .json; flags override and add to it
+    /// The VM, as a TOML file, or JSON where its name ends in .json, or - for standard input; flags override and
+    /// add to it. Its paths are relative to it, those of flags and of - to the current folder
     spec: Option<PathBuf>,
     #[command(flatten)]
     vm: flags::VmFlags,
@@ -396,11 +398,7 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
             verb: PolicyVerb::Show { role, json },
         } => print(&policy::show(role, json)),
         Verb::Man { verb } => print(&man::page(Cli::command(), &verb)?),
-        Verb::Completions { shell } => {
-            let mut out = Vec::new();
-            clap_complete::generate(shell, &mut Cli::command(), "bulkhead", &mut out);
-            print(&String::from_utf8_lossy(&out))
-        }
+        Verb::Completions { shell } => print(&completions::script(Cli::command(), shell)),
     }
 }
 

@@ -1,7 +1,8 @@
 //! Reading `SPEC.toml` or `SPEC.json`, and saying where it is wrong.
 
 use crate::failure::Failure;
-use std::fs;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use vm_spec::disk::DiskSpec;
 use vm_spec::spec::VmSpec;
@@ -9,22 +10,67 @@ use vm_spec::spec::VmSpec;
 /// Longest spec file in bytes.
 const LONGEST: u64 = 1 << 20;
 
-/// Reads the file at `path`.
+/// What stands for standard input.
+const STANDARD_INPUT: &str = "-";
+/// What some editors put before a text in UTF-8.
+const BYTE_ORDER_MARK: char = '\u{feff}';
+
+/// Reads the file at `path`, or standard input.
 pub(super) fn read(path: &Path) -> Result<VmSpec, Failure> {
-    let failed = || Failure::usage(format!("cannot read the spec {}", path.display()));
-    let length = fs::metadata(path).map_err(|e| failed().because(&e))?.len();
-    if length > LONGEST {
-        return Err(failed().cause(format!("it is {length} bytes long")));
+    if path == Path::new(STANDARD_INPUT) {
+        let text = text("standard input", &mut io::stdin())?;
+        // No TOML begins so, and there is no name that could say it.
+        return match text.trim_start().starts_with('{') {
+            true => parse_json("standard input", &text),
+            false => parse("standard input", &text),
+        };
     }
-    let text = fs::read_to_string(path).map_err(|e| failed().because(&e))?;
     let name = path.display().to_string();
+    let mut file = File::open(path).map_err(|e| {
+        let failure = unread(&name).because(&e);
+        let meant = ["toml", "json"].map(|end| format!("{name}.{end}"));
+        match meant.iter().find(|path| Path::new(path).exists()) {
+            Some(path) => failure.hint(format!("did you mean {path}?")),
+            None => failure,
+        }
+    })?;
+    let text = text(&name, &mut file)?;
     let mut spec = match path.extension() {
         Some(end) if end.eq_ignore_ascii_case("json") => parse_json(&name, &text)?,
+        _ if text.starts_with('{') => {
+            let failure = Failure::usage(format!("{name}:1:1: is not understood"));
+            return Err(failure
+                .cause("it is JSON")
+                .hint("give it a name that ends in .json"));
+        }
         _ => parse(&name, &text)?,
     };
     let folder = path.parent().unwrap_or(Path::new(""));
     resolve_paths(&mut spec, folder);
     Ok(spec)
+}
+
+fn unread(name: &str) -> Failure {
+    Failure::usage(format!("cannot read the spec {name}"))
+}
+
+/// All of `file`, which need not be one with a length: pipes and devices have none.
+fn text(name: &str, file: &mut dyn Read) -> Result<String, Failure> {
+    let mut bytes = Vec::new();
+    let read = file.take(LONGEST + 1).read_to_end(&mut bytes);
+    read.map_err(|e| unread(name).because(&e))?;
+    // A kernel is what people give in a spec's place.
+    let kernel = "a kernel is given with --kernel FILE";
+    if bytes.len() as u64 > LONGEST {
+        let cause = "it is longer than 1M";
+        return Err(unread(name).cause(cause).hint(kernel));
+    }
+    let text = String::from_utf8(bytes);
+    let mut text = text.map_err(|_| unread(name).cause("it is no text in UTF-8").hint(kernel))?;
+    if text.starts_with(BYTE_ORDER_MARK) {
+        text.remove(0);
+    }
+    Ok(text)
 }
 
 /// A spec's paths are relative to the spec, wherever it is run from.
@@ -69,12 +115,14 @@ pub(super) fn parse(name: &str, text: &str) -> Result<VmSpec, Failure> {
 
 /// Reads a spec's text in JSON.
 fn parse_json(name: &str, text: &str) -> Result<VmSpec, Failure> {
-    serde_json::from_str(text).map_err(|e| {
+    let mut json = serde_json::Deserializer::from_str(text);
+    let spec = vm_spec::shape::table(&mut json).and_then(|spec| json.end().map(|()| spec));
+    spec.map_err(|e| {
         // The column is how many of the line's bytes were read: a key's place is its end.
         let (line, read) = (e.line(), e.column());
         let whole = text.lines().nth(line.saturating_sub(1)).unwrap_or_default();
         let read_part = &whole.as_bytes()[..read.min(whole.len())];
-        let column = String::from_utf8_lossy(read_part).chars().count();
+        let column = String::from_utf8_lossy(read_part).chars().count().max(1);
         let message = e.to_string();
         let place = format!(" at line {line} column {read}");
         let message = message.strip_suffix(&place).unwrap_or(&message);
@@ -95,11 +143,32 @@ fn line_and_column(text: &str, offset: usize) -> (usize, usize) {
 
 /// A deserialiser's message, with the key that was probably meant.
 pub(super) fn explain(place: &str, message: &str) -> Failure {
-    let failure = Failure::usage(format!("{place}: is not understood")).cause(message);
+    let failure = Failure::usage(format!("{place}: is not understood")).cause(in_words(message));
     match meant(message) {
         Some(key) => failure.hint(format!("did you mean '{key}'?")),
         None => failure,
     }
+}
+
+/// What Rust calls things, and people do not.
+const WORDS: [(&str, &str); 7] = [
+    ("expected u8", "expected a whole number from 0 to 255"),
+    ("expected u16", "expected a whole number from 0 to 65535"),
+    ("expected u32", "expected a whole number from 0 to 4294967295"),
+    ("expected i32", "expected a whole number"),
+    ("expected path string", "expected a path"),
+    ("expected a sequence", "expected a list, such as [\"a\", \"b\"]"),
+    ("expected a boolean", "expected true or false"),
+];
+
+fn in_words(message: &str) -> String {
+    let message = message.trim_end().replace("unknown variant", "unknown value");
+    for (theirs, ours) in WORDS {
+        if let Some(front) = message.strip_suffix(theirs) {
+            return format!("{front}{ours}");
+        }
+    }
+    message
 }
 
 /// serde says: unknown field `x`, expected one of `a`, `b` (or: expected `a`).
@@ -108,9 +177,9 @@ fn meant(message: &str) -> Option<&str> {
     if !message.starts_with("unknown ") {
         return None;
     }
-    let given = quoted.next()?;
+    let given = quoted.next()?.to_lowercase();
     quoted
-        .map(|known| (strsim::damerau_levenshtein(given, known), known))
+        .map(|known| (strsim::damerau_levenshtein(&given, known), known))
         .filter(|(distance, known)| *distance <= 1 + known.len() / 3)
         .min()
         .map(|(_, known)| known)
@@ -119,6 +188,7 @@ fn meant(message: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn an_unknown_key_has_a_place_and_a_guess() {
@@ -147,9 +217,21 @@ mod tests {
         let json = r#"{"boot": {"kernel": "k"}}"#;
         let spec = written("vm.json", json).unwrap();
         assert_eq!(spec.boot.kernel, folder.path().join("k"));
-        assert!(written("vm.toml", json).is_err());
+        let message = written("vm.toml", json).unwrap_err().to_string();
+        assert!(message.contains("ends in .json"), "{message}");
+        let message = read(&folder.path().join("vm")).unwrap_err().to_string();
+        assert!(message.contains("vm.toml?"), "{message}");
+        assert!(written("bom.json", &format!("{BYTE_ORDER_MARK}{json}")).is_ok());
         let message = written("VM.JSON", "[boot]\n").unwrap_err().to_string();
         assert!(message.contains("VM.JSON:1:"), "{message}");
+    }
+
+    #[test]
+    fn what_is_no_spec_is_not_read_to_its_end() {
+        let message = read(Path::new("/dev/zero")).unwrap_err().to_string();
+        assert!(message.contains("it is longer than 1M"), "{message}");
+        let message = read(&std::env::current_exe().unwrap()).unwrap_err().to_string();
+        assert!(message.contains("--kernel FILE"), "{message}");
     }
 
     #[test]
@@ -177,6 +259,7 @@ mod tests {
                 "trailing characters",
             ),
             ("{\"cpus\": 1", "vm.json:1:10", "EOF"),
+            ("", "vm.json:1:1", "EOF"),
             (
                 "{\"cpus\": 1, \"cpus\": 2}",
                 "vm.json:1:18",
@@ -213,7 +296,12 @@ mod tests {
             ("serial = \"123456789012345678901\"", "5:10", "21 bytes"),
             ("poll-us = 10001", "5:11", "longer than 10000"),
             ("ops = \"many\"", "5:7", "'many' is not a size"),
-            ("queues = \"2\"", "5:10", "invalid type"),
+            (
+                "queues = \"2\"",
+                "5:10",
+                "expected a whole number from 0 to 65535",
+            ),
+            ("CACHE = \"none\"", "5:1", "did you mean 'cache'?"),
         ];
         for (line, place, words) in cases {
             let message = wrong(line);

@@ -3,6 +3,7 @@
 
 use super::disk::Disk;
 use super::image::printable;
+use super::inputs::unopened;
 use super::machine::Device;
 use super::qcow2;
 use crate::failure::Failure;
@@ -17,6 +18,7 @@ use vm_spec::spec::{ImageFormat, VmSpec};
 
 /// Longest backing chain: a loop ends here.
 const LONGEST_CHAIN: usize = 64;
+const SECTOR: u64 = 512;
 
 /// One image of a chain.
 pub(crate) struct Layer {
@@ -43,6 +45,9 @@ pub(super) fn open_chain(
 ) -> Result<Vec<Layer>, Failure> {
     let (field, path) = (format!("{}.path", device.field), disk.path.as_path());
     let top = open_image_for(purpose, &field, path, disk.read_only)?;
+    if disk.format == ImageFormat::Raw && disk.key.is_none() {
+        has_sectors(&field, path, &top)?;
+    }
     let own_folder = folder_of(&field, path)?;
     let mut allowed = vec![own_folder.clone()];
     for folder in &spec.image_folders {
@@ -164,12 +169,24 @@ pub(super) fn open_image_for(
         .write(!read_only)
         .custom_flags(libc::O_NONBLOCK)
         .open(path)
-        .map_err(|e| failed().because(&e))?;
+        .map_err(|e| unopened(failed(), path, &e))?;
     is_image(&file, failed)?;
     if purpose == Purpose::Use {
         lock(field, path, &file, read_only)?;
     }
     Ok(file)
+}
+
+/// A raw image is the disk itself, which has whole sectors. An encrypted one has a header in front.
+fn has_sectors(field: &str, path: &Path, file: &File) -> Result<(), Failure> {
+    let failed = || Failure::host(format!("{field}: {} is no raw disk", path.display()));
+    let about = file.metadata().map_err(|e| failed().because(&e))?;
+    let length = about.len();
+    if !about.is_file() || (length > 0 && length.is_multiple_of(SECTOR)) {
+        return Ok(());
+    }
+    let cause = format!("it has {length} bytes, and a disk has whole sectors of {SECTOR}");
+    Err(failed().cause(cause).hint("check the path and the format"))
 }
 
 /// No folder, say, by which a jailed process would reach what lies below it.

@@ -85,6 +85,17 @@ fn check_ours(field: &str, id: &str, disk: &DiskSpec, path: PathBuf) -> Result<D
             .cause("a format is never guessed: the guest writes what would be guessed from")
             .hint("add format=raw or format=qcow2; vmdk, vdi, vhdx and vhd can be read")
     })?;
+    let written = [ImageFormat::Raw, ImageFormat::Qcow2];
+    if !disk.read_only && !written.contains(&format) {
+        let failure = Failure::usage(format!("{field}.read-only: is missing"));
+        return Err(failure
+            .cause(format!("{} images can only be read", format.name()))
+            .hint("add read-only=true, or put a qcow2 overlay on it"));
+    }
+    if disk.data_file.is_some() && format != ImageFormat::Qcow2 {
+        let failure = Failure::usage(format!("{field}.data-file: goes with format=qcow2"));
+        return Err(failure.cause(format!("a {} image has none", format.name())));
+    }
     let key = match (&disk.key_file, disk.key_fd) {
         (Some(_), Some(_)) => {
             return Err(Failure::usage(format!("{field}.key-fd: excludes key-file")));
@@ -223,6 +234,22 @@ mod tests {
             ..raw()
         };
         assert!(refusal(&none).contains("disk[0].bytes: must be at least 1"));
+        let none = DiskSpec {
+            bytes: Some(ByteSize(1)),
+            bytes_burst: Some(ByteSize(0)),
+            ..raw()
+        };
+        assert!(refusal(&none).contains("disk[0].bytes-burst: must be at least 1"));
+        let writable = DiskSpec {
+            format: Some(ImageFormat::Vmdk),
+            ..raw()
+        };
+        assert!(refusal(&writable).contains("disk[0].read-only: is missing"));
+        let data_file = DiskSpec {
+            data_file: Some("f".into()),
+            ..raw()
+        };
+        assert!(refusal(&data_file).contains("disk[0].data-file: goes with format=qcow2"));
         let queues = DiskSpec {
             queues: Some(33),
             ..raw()

@@ -6,6 +6,7 @@
 //! them by `/etc/subuid` and `/etc/subgid`, through newuidmap and newgidmap, which run while the
 //! launcher opens files. Else every process is the user.
 
+use super::image::printable;
 use crate::failure::Failure;
 use crate::sandbox::{Anchor, Root, caps};
 use crate::tell::tell;
@@ -149,7 +150,10 @@ impl Identities {
             let pid = anchor.pid().to_string();
             let (own, first, count) = (own.to_string(), first.to_string(), (IDS - 1).to_string());
             let map = [&pid, "0", &own, "1", "1", &first, &count];
-            Command::new(program).args(map).stdin(Stdio::null()).spawn()
+            // Where the launch fails meanwhile, what they say of it is nobody's concern.
+            let mut command = Command::new(program);
+            command.args(map).stdin(Stdio::null()).stderr(Stdio::piped());
+            command.spawn()
         };
         let helpers = help("newuidmap", getuid().as_raw(), first.0)
             .and_then(|uids| Ok([uids, help("newgidmap", getgid().as_raw(), first.1)?]));
@@ -199,14 +203,17 @@ impl Identities {
                 helpers,
                 first: (first, _),
             } => {
-                for mut helper in helpers {
-                    // What is wrong it has said itself.
-                    if !helper.wait().is_ok_and(|status| status.success()) {
-                        tell(format_args!(
-                            "bulkhead: no subordinate ids: every process is this user"
-                        ));
-                        return Ok((Settled::Own, None));
-                    }
+                for helper in helpers {
+                    let why = match helper.wait_with_output() {
+                        Ok(done) if done.status.success() => continue,
+                        Ok(done) => String::from_utf8_lossy(&done.stderr).trim().to_owned(),
+                        Err(error) => error.to_string(),
+                    };
+                    tell(format_args!(
+                        "bulkhead: no subordinate ids: every process is this user: {}",
+                        printable(&why)
+                    ));
+                    return Ok((Settled::Own, None));
                 }
                 let failed = |e: &dyn std::error::Error| {
                     Failure::host("cannot enter the namespace of the subordinate ids").because(e)

@@ -212,7 +212,15 @@ pub(super) fn open_direct(device: &Device, disk: &Disk, image: &OwnedFd) -> Resu
 /// copied to memory first.
 fn open_key(device: &Device, key: &Key) -> Result<OwnedFd, Failure> {
     match key {
-        Key::File(path) => open_file(&format!("{}.key-file", device.field), path).map(OwnedFd::from),
+        Key::File(path) => {
+            let field = format!("{}.key-file", device.field);
+            let file = open_file(&field, path)?;
+            if file.metadata().is_ok_and(|about| about.len() == 0) {
+                let failure = Failure::host(format!("{field}: cannot use {}", path.display()));
+                return Err(failure.cause("it is empty, and a passphrase is not"));
+            }
+            Ok(file.into())
+        }
         Key::Inherited(number) => {
             interruptibly(|| copy_key(*number)).map_err(|e| no_key(device, *number, &e))
         }
@@ -289,6 +297,15 @@ fn open_kernel(boot: &BootSpec) -> Result<(File, Kernel), Failure> {
     Ok((file, kind))
 }
 
+/// Why `path` could not be opened. Shells replace `~` in front of a word only, and nobody does in a spec.
+pub(super) fn unopened(failure: Failure, path: &Path, error: &io::Error) -> Failure {
+    let failure = failure.because(error);
+    match path.components().any(|part| part.as_os_str() == "~") {
+        true => failure.hint("'~' is the shell's, at the front of a word: write the folder itself"),
+        false => failure,
+    }
+}
+
 /// A regular file for reading.
 pub(super) fn open_file(field: &str, path: &Path) -> Result<File, Failure> {
     let failed = || Failure::host(format!("{field}: cannot open {}", path.display()));
@@ -296,7 +313,7 @@ pub(super) fn open_file(field: &str, path: &Path) -> Result<File, Failure> {
         .read(true)
         .custom_flags(libc::O_NONBLOCK)
         .open(path)
-        .map_err(|e| failed().because(&e))?;
+        .map_err(|e| unopened(failed(), path, &e))?;
     if file.metadata().map_err(|e| failed().because(&e))?.is_file() {
         Ok(file)
     } else {

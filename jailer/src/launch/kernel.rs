@@ -3,6 +3,15 @@
 
 /// As much of a file's front as is looked at.
 pub(crate) const FRONT: usize = 64 << 10;
+/// What compressed files start with.
+const COMPRESSED: [(&[u8], &str); 3] = [
+    (b"\x1f\x8b", "gzip"),
+    (b"\xfd7zXZ\0", "xz"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+];
+/// `e_machine` (x86-64 psABI).
+const EM_X86_64: u16 = 62;
+const ELF_HEADER: usize = 64;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
 
@@ -20,6 +29,12 @@ pub(crate) enum Kernel {
 pub(crate) enum KernelError {
     #[error("it is neither a 64-bit ELF image nor a bzImage")]
     Unknown,
+    #[error("it is compressed with {0}")]
+    Compressed(&'static str),
+    #[error("it is for another processor than x86-64")]
+    Processor,
+    #[error("it is too short for an ELF header")]
+    Short,
     #[error("it is truncated: it has {has} bytes, and its header speaks of {needs}")]
     Truncated { has: u64, needs: u64 },
 }
@@ -51,7 +66,12 @@ pub(crate) fn identify(
             Ok(Kernel::Linux)
         };
     }
-    Err(KernelError::Unknown)
+    // Linux `Documentation/arch/arm64/booting.rst`: the magic of an arm64 image.
+    if front.starts_with(b"\x7fELF") || field(front, 56) == Some(*b"ARM\x64") {
+        return Err(KernelError::Processor);
+    }
+    let compressed = COMPRESSED.iter().find(|(magic, _)| front.starts_with(magic));
+    Err(compressed.map_or(KernelError::Unknown, |(_, name)| KernelError::Compressed(name)))
 }
 
 fn identify_elf(
@@ -60,6 +80,12 @@ fn identify_elf(
     read_at: &dyn Fn(u64, usize) -> Vec<u8>,
 ) -> Result<Kernel, KernelError> {
     let truncated = |needs| KernelError::Truncated { has: length, needs };
+    if front.len() < ELF_HEADER {
+        return Err(KernelError::Short);
+    }
+    if field(front, 18).map(u16::from_le_bytes) != Some(EM_X86_64) {
+        return Err(KernelError::Processor);
+    }
     let table = field(front, 32).map_or(u64::MAX, u64::from_le_bytes);
     let count = field(front, 56).map_or(0, u16::from_le_bytes);
     let table_end = table.saturating_add(u64::from(count) * 56);

@@ -111,12 +111,19 @@ fn check_machine(spec: &VmSpec) -> Result<(), Failure> {
     }
     let ByteSize(memory) = spec.memory;
     if !(MIN_MEMORY..=MAX_MEMORY).contains(&memory) {
-        return Err(Failure::usage(format!(
+        let failure = Failure::usage(format!(
             "memory: {} is not between {} and {}",
             spec.memory,
             ByteSize(MIN_MEMORY),
             ByteSize(MAX_MEMORY)
-        )));
+        ));
+        // As other monitors count it.
+        return Err(match memory.checked_mul(1 << 20) {
+            Some(bytes) if (MIN_MEMORY..=MAX_MEMORY).contains(&bytes) => {
+                failure.hint(format!("a number alone is bytes: write {memory}M"))
+            }
+            _ => failure,
+        });
     }
     let unit = match spec.huge_pages {
         None => 4096,
@@ -179,9 +186,11 @@ pub(super) fn cmdline(boot: &BootSpec) -> Result<String, Failure> {
 /// Names become file names and prefixes of log lines.
 pub(super) fn check_name(field: &str, name: &str) -> Result<(), Failure> {
     let sound = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    if name.is_empty() || name.len() > 64 || name.starts_with('.') || !name.chars().all(sound) {
+    // A verb would take a '-' in front for a flag's.
+    let front = !name.starts_with(['.', '-']);
+    if name.is_empty() || name.len() > 64 || !front || !name.chars().all(sound) {
         return Err(Failure::usage(format!("{field}: '{name}' is no name"))
-            .hint("use up to 64 letters, digits, '-', '_' and '.'"));
+            .hint("use up to 64 letters, digits, '-', '_' and '.', the first a letter, a digit or '_'"));
     }
     Ok(())
 }
@@ -204,9 +213,8 @@ pub(super) fn check_limit(
 ) -> Result<(), Failure> {
     match (rate, burst) {
         (None, Some(_)) => Err(Failure::usage(format!("{field}-burst: needs {field}"))),
-        (Some(ByteSize(0)), _) | (_, Some(ByteSize(0))) => {
-            Err(Failure::usage(format!("{field}: must be at least 1")))
-        }
+        (Some(ByteSize(0)), _) => Err(Failure::usage(format!("{field}: must be at least 1"))),
+        (_, Some(ByteSize(0))) => Err(Failure::usage(format!("{field}-burst: must be at least 1"))),
         _ => Ok(()),
     }
 }

@@ -246,13 +246,14 @@ impl Supervisor {
 
     /// Waits for any event or `deadline`, and serves console and logs.
     fn wait(&mut self, deadline: Option<Instant>) -> Result<(), SupervisorError> {
-        let now = Instant::now();
         let timeout = deadline.map_or(PollTimeout::NONE, |at| {
             // One more millisecond, so that the deadline has passed when poll returns.
-            let left = at.saturating_duration_since(now) + Duration::from_millis(1);
+            let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
         });
         let ready = Ready::poll(self, timeout)?;
+        // Not before: a wait may have been long, and deadlines count from here.
+        let now = Instant::now();
         let command = ready.input.then(|| self.console.read_input()).flatten();
         if ready.guest_readable {
             self.console.read_guest();

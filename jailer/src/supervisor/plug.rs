@@ -109,7 +109,7 @@ impl Plugs {
 
 fn sound(name: &str) -> bool {
     let of_names = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    !name.is_empty() && name.len() <= 64 && !name.starts_with('.') && name.chars().all(of_names)
+    !name.is_empty() && name.len() <= 64 && !name.starts_with(['.', '-']) && name.chars().all(of_names)
 }
 
 impl Supervisor {

@@ -400,3 +400,26 @@ fn a_tap_that_nobody_takes_over_is_not_back() {
     play.supervisor.tap_came_back(0, &[queue], now);
     assert_eq!(told(&play), [format!("{:?}", EventKind::TapLost)]);
 }
+
+#[test]
+fn an_end_after_a_long_wait_has_its_whole_time() {
+    let mut play = Play::begin("leaves");
+    let (person, input) = pair(SockType::Stream);
+    let (guest, _vmm) = pair(SockType::Stream);
+    play.supervisor.console = Console::new(guest, Some(input), None, true);
+    let typing = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        let typed = Instant::now();
+        nix::unistd::write(&person, b"\x01x").unwrap();
+        (typed, person)
+    });
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while play.supervisor.phase == Phase::Running && Instant::now() < deadline {
+        play.supervisor.wait(Some(deadline)).unwrap();
+    }
+    let (typed, _person) = typing.join().unwrap();
+    let Phase::Stopping(at) = play.supervisor.phase else {
+        panic!("{:?}", play.supervisor.phase)
+    };
+    assert!(at >= typed + EXIT_DEADLINE);
+}

@@ -45,7 +45,7 @@ pub enum MemoryError {
     /// Two regions share guest addresses or front-end addresses.
     #[error("memory region at {0} overlaps another one")]
     Overlap(GuestAddress),
-    /// More than [`MAX_REGIONS`].
+    /// More than `MAX_REGIONS`.
     #[error("more than {MAX_REGIONS} memory regions")]
     TooMany,
     /// REM_MEM_REG named a region that is not there.

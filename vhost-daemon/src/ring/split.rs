@@ -321,7 +321,7 @@ impl Ring {
     }
 
     /// Shows the driver all completed chains at once. The order of the steps is what recovery
-    /// relies on: see [`InflightQueue::recover`].
+    /// relies on: see `InflightQueue::recover`.
     ///
     /// # Errors
     /// When the in-flight region is damaged.

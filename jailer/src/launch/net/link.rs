@@ -82,9 +82,13 @@ pub(crate) fn order(vm: &str, folder: &Path, id: &str, order: Order) -> Result<u
     open()
         .and_then(|mut pipe| pipe.write_all(&[order.byte()]))
         .map_err(|e| {
-            Failure::host(format!("cannot give an order to the NIC '{id}' of the VM '{vm}'"))
-                .because(&e)
-                .hint("only NICs that vhost-user-net serves take orders: see state.json")
+            let failure = Failure::host(format!("cannot give an order to the NIC '{id}' of the VM '{vm}'"));
+            match e.kind() {
+                io::ErrorKind::NotFound => failure
+                    .cause("it has no such NIC that vhost-user-net serves, and no other takes orders")
+                    .hint(format!("bulkhead inspect {vm} names its devices")),
+                _ => failure.because(&e),
+            }
         })?;
     Ok(0)
 }

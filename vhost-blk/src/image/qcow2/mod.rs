@@ -1,20 +1,20 @@
 //! qcow2, versions 2 and 3, for reading and writing (QEMU's `docs/interop/qcow2`).
 //!
 //! What keeps an image whole when the process or the host dies:
-//! - Host clusters are reserved in runs ahead of use ([`alloc`]): their refcounts are durable and their
+//! - Host clusters are reserved in runs ahead of use (`alloc`): their refcounts are durable and their
 //!   content is durably zero before the first of them is used. A crash leaks what was not used.
 //! - A write to a cluster that read as zeros needs no barrier of its own: whichever of data and L2 entry
 //!   reaches the disk, the cluster shows zeros or the new data. Where old data would be replaced (a
 //!   backing file, a snapshot, a compressed cluster) a barrier stands between data and L2 ([`write`]).
 //! - L2 entries go to the file before the write completes: no mapping lives in this process alone.
 //! - Clusters are freed (refcount lowered, hole punched, reused) only after a barrier behind the L2
-//!   change, and after all I/O that may still know the old place has ended ([`free`]); holes in an external
-//!   data file are made after that barrier too ([`holes`]).
-//! - The disk grows by its last step, the size in the header ([`grow`]).
+//!   change, and after all I/O that may still know the old place has ended (`free`); holes in an external
+//!   data file are made after that barrier too (`holes`).
+//! - The disk grows by its last step, the size in the header (`grow`).
 //!
 //! A limit: where damage has left a mapped data cluster with a refcount of 0, a reservation takes it for free
 //! and clears it. Metadata is known and never taken; finding mapped data would take a scan of all L2 tables.
-//! Writing in place to such a cluster is refused ([`map`]) while it is free, reserved or a table.
+//! Writing in place to such a cluster is refused (`map`) while it is free, reserved or a table.
 //! `qemu-img check -r` repairs it.
 //!
 //! One lock guards the metadata; it is never held while guest data moves.
