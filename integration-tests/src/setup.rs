@@ -4,7 +4,6 @@ use anyhow::{Context, bail};
 use images::apt::sources_with_backports;
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use tempfile::TempDir;
 
@@ -112,10 +111,7 @@ fn needs(purpose: Purpose) -> Vec<Need> {
 }
 
 fn installed(program: &str) -> bool {
-    let path = std::env::var("PATH").unwrap_or_default();
-    path.split(':')
-        .chain(["/usr/sbin", "/sbin"])
-        .any(|folder| Path::new(folder).join(program).is_file())
+    std::env::split_paths(&images::search_path()).any(|folder| folder.join(program).is_file())
 }
 
 fn install(packages: &[&str]) -> anyhow::Result<()> {
@@ -196,6 +192,7 @@ fn apt(root: bool, arguments: &[String]) -> anyhow::Result<()> {
     let status = command
         .args(arguments)
         .env("DEBIAN_FRONTEND", "noninteractive")
+        .env("PATH", images::search_path())
         .stdout(Stdio::null())
         .status()
         .context("cannot run apt-get")?;
