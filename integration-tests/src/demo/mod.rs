@@ -109,7 +109,12 @@ fn run_here(stage: &Stage) -> anyhow::Result<()> {
 }
 
 fn run_nested(stage: &Stage) -> anyhow::Result<()> {
-    let mut nested = Nested::boot(&nested::Options::default())?;
+    // Not this very program, whose path may be one that the outer kernel's command line cannot name.
+    let options = nested::Options {
+        agent: Some(stage.demo()),
+        ..nested::Options::default()
+    };
+    let mut nested = Nested::boot(&options)?;
     let (demo, folder) = (stage.demo(), stage.folder());
     let argv = [demo.to_str(), Some(STAGED), folder.to_str()].map(|word| word.unwrap_or_default());
     let user = nix::unistd::geteuid();
