@@ -156,6 +156,10 @@ fn tests(report: &mut Report, programs: &[TestProgram], binaries: &Path, host: H
             Needs::Kvm | Needs::LinuxKvm => one_by_one(report, program, &places),
         }
     }
+    programs
+        .iter()
+        .filter(|program| program.tier)
+        .for_each(|program| report.expect(&program.suite));
     if !host.runs_linux() {
         retry_nested(report, &here, &mut runner);
     }
