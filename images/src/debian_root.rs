@@ -54,7 +54,8 @@ fn bootstrap(apt: &Apt, folder: &Path, raw: &Path) -> Result<()> {
     let hook = match tree {
         // A plain bind mount shows the tree without the kernel's file systems mounted in it.
         Tree::Mounted => format!(
-            "tree=$(mktemp -d) && mount --bind \"$1\" $tree && {make} $tree /proc/self/fd/3 && umount $tree"
+            "tree=\"$(mktemp -d)\" && mount --bind \"$1\" \"$tree\" && {make} \"$tree\" /proc/self/fd/3 \
+             && umount \"$tree\" && rmdir \"$tree\""
         ),
         Tree::Plain => format!("{make} \"$1\" /proc/self/fd/3"),
     };
