@@ -38,6 +38,14 @@ pub enum Error {
         /// The end of what it wrote to standard error.
         stderr: String,
     },
+    /// A package that the lists name cannot be fetched.
+    #[error("cannot fetch {package}: {stderr}")]
+    Fetch {
+        /// Its name and version.
+        package: String,
+        /// The end of what apt wrote to standard error.
+        stderr: String,
+    },
     /// No package of this name in any configured suite.
     #[error("no package '{0}' in the configured apt sources: is the suite listed, is the network up?")]
     NoPackage(String),
