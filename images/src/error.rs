@@ -49,6 +49,11 @@ pub enum Error {
     /// No package of this name in any configured suite.
     #[error("no package '{0}' in the configured apt sources: is the suite listed, is the network up?")]
     NoPackage(String),
+    /// The user has no home, and nothing says where else.
+    #[error(
+        "no place for the cache: this user has no home; set BULKHEAD_CACHE or XDG_CACHE_HOME to a folder"
+    )]
+    NoCache,
     /// The machine has no apt source this can use.
     #[error("no Debian source for release '{0}' in /etc/apt/sources.list or sources.list.d")]
     NoSource(String),
