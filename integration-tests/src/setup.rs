@@ -2,6 +2,7 @@
 
 use anyhow::{Context, bail};
 use images::apt::sources_with_backports;
+use nix::sys::stat::Mode;
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
@@ -108,6 +109,11 @@ fn needs(purpose: Purpose) -> Vec<Need> {
         ROOTLESS
     });
     needs
+}
+
+/// Others may read what is made, since unprivileged users run it, and may not write it.
+pub fn usual_umask() {
+    nix::sys::stat::umask(Mode::S_IWGRP | Mode::S_IWOTH);
 }
 
 fn installed(program: &str) -> bool {

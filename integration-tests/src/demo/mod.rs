@@ -48,6 +48,7 @@ pub fn run() -> anyhow::Result<()> {
     } else {
         Purpose::NestedDemo
     })?;
+    setup::usual_umask();
     let artifacts = artifacts()?;
     let folder = tempfile::Builder::new()
         .prefix("bulkhead-stage-")

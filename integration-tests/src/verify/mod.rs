@@ -10,7 +10,7 @@ mod report;
 
 pub use place::FULL;
 
-use crate::artifacts::{self, Artifacts, PROBE_NAMES, Profile, workspace};
+use crate::artifacts::{self, Artifacts, PROBE_NAMES, Profile, copy_for_all, workspace};
 use crate::host::Host;
 use crate::linux::Images;
 use crate::setup::{self, Purpose};
@@ -74,13 +74,17 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
             "; Linux guests run nested"
         }
     );
+    setup::usual_umask();
     set_up()?;
     let binaries = tempfile::Builder::new()
         .prefix("bulkhead-verify-")
         .tempdir_in("/var/tmp")?;
     // Some tests run as a user who owns nothing.
     std::fs::set_permissions(binaries.path(), Permissions::from_mode(0o755))?;
-    std::fs::copy("/proc/self/exe", binaries.path().join(place::AGENT_FILE))?;
+    copy_for_all(
+        Path::new("/proc/self/exe"),
+        &binaries.path().join(place::AGENT_FILE),
+    )?;
     let mut report = Report::default();
     report.add_suite(check("formatting", cargo::formatting));
     eprintln!("verify: building the release binaries and the tests");
@@ -124,7 +128,7 @@ fn stage_probes(folder: &Path) -> anyhow::Result<()> {
     let built = artifacts::build_probes(&target.join("tmp/probes"))?;
     std::fs::create_dir(folder)?;
     for name in PROBE_NAMES {
-        std::fs::copy(built.join(name), folder.join(name))?;
+        copy_for_all(&built.join(name), &folder.join(name))?;
     }
     Ok(())
 }
