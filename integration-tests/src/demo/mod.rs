@@ -13,10 +13,10 @@ mod vm;
 
 use crate::artifacts::{Artifacts, BIN_DIR, PROFILE, Profile};
 use crate::host::Host;
+use crate::interrupt;
 use crate::nested::{self, Job, Nested};
 use crate::setup::{self, Purpose};
 use anyhow::{Context, bail};
-use nix::sys::signal::{SigSet, Signal};
 use stage::Stage;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -42,6 +42,7 @@ pub struct Outcome {
 /// # Errors
 /// Something could not be installed, built or started, or the demo failed.
 pub fn run() -> anyhow::Result<()> {
+    interrupt::heed()?;
     let host = Host::detect()?;
     setup::install_missing(if host.runs_linux() {
         Purpose::Demo
@@ -53,6 +54,7 @@ pub fn run() -> anyhow::Result<()> {
     let folder = tempfile::Builder::new()
         .prefix("bulkhead-stage-")
         .tempdir_in("/var/tmp")?;
+    let _guard = interrupt::folder(folder.path());
     let stage = Stage::fill(folder.path(), &artifacts)?;
     if host.runs_linux() {
         run_here(&stage)
@@ -87,12 +89,8 @@ fn run_here(stage: &Stage) -> anyhow::Result<()> {
         .arg(stage.folder())
         .current_dir("/")
         .env("TMPDIR", "/tmp");
-    // What was lent is taken back even if Ctrl-C ends the demo: the signals stay pending here
-    // (a spawned process starts with none blocked) until the user's drop has run.
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGINT);
-    signals.add(Signal::SIGTERM);
-    signals.thread_block()?;
+    // What was lent is taken back even if Ctrl-C ends the demo.
+    let _order = interrupt::hold();
     let user = if nix::unistd::geteuid().is_root() {
         Some(DemoUser::make()?)
     } else {

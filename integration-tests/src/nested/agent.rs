@@ -7,6 +7,7 @@
 //! powered off.
 
 use super::wire::{Ended, FromAgent, Job, PORT_NAME, Stream, ToAgent};
+use crate::interrupt;
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -154,13 +155,12 @@ fn run(job: &Job, sink: &Sink) -> Ended {
     command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0);
+        .stderr(Stdio::piped());
     if let Some(user) = job.user {
         command.uid(user).gid(user);
     }
-    match command.spawn() {
-        Ok(child) => finish(child, job.deadline, sink),
+    match interrupt::start_group(&mut command) {
+        Ok((child, _guard)) => finish(child, job.deadline, sink),
         Err(error) => Ended::NotStarted(format!("{program}: {error}")),
     }
 }

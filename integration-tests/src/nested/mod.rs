@@ -10,6 +10,7 @@ mod outer;
 pub mod wire;
 
 use crate::host;
+use crate::interrupt::Guard;
 use anyhow::{Context, bail};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -66,6 +67,7 @@ impl Default for Options {
 #[derive(Debug)]
 pub struct Nested {
     emulator: Child,
+    guard: Option<Guard>,
     port: UnixStream,
     /// The same port, for whole frames.
     orders: Arc<Mutex<UnixStream>>,
@@ -83,8 +85,10 @@ impl Nested {
     pub fn boot(options: &Options) -> anyhow::Result<Self> {
         Self::come_up(|| {
             let log = tempfile::tempfile().context("a file for the console")?;
-            let (emulator, port) = outer::start(options, &log)?;
-            Self::of(emulator, port, log)
+            let (emulator, guard, port) = outer::start(options, &log)?;
+            let mut nested = Self::of(emulator, port, log)?;
+            nested.guard = Some(guard);
+            Ok(nested)
         })
     }
 
@@ -104,6 +108,7 @@ impl Nested {
         port.set_write_timeout(Some(ANSWER_GRACE))?;
         Ok(Self {
             emulator,
+            guard: None,
             orders: Arc::new(Mutex::new(port.try_clone()?)),
             port,
             log,
@@ -216,6 +221,8 @@ fn tell(orders: &Mutex<UnixStream>, order: &ToAgent) -> std::io::Result<()> {
 
 impl Drop for Nested {
     fn drop(&mut self) {
+        // Before another process may have its number.
+        drop(self.guard.take());
         // After power_off it has been waited for, and both calls do nothing.
         let _ = self.emulator.kill();
         let _ = self.emulator.wait();

@@ -3,6 +3,7 @@
 
 use super::agent::AGENT_FLAG;
 use super::{Options, wire::PORT_NAME};
+use crate::interrupt::{self, Guard};
 use crate::process::inherit_at;
 use anyhow::{Context, bail};
 use images::apt::Apt;
@@ -79,7 +80,7 @@ exec switch_root /root "$AGENT" "#;
 
 /// Starts QEMU and returns it with the port. The port has no name and `log` need not have one: nothing of them
 /// outlives whoever is killed.
-pub(super) fn start(options: &Options, log: &File) -> anyhow::Result<(Child, UnixStream)> {
+pub(super) fn start(options: &Options, log: &File) -> anyhow::Result<(Child, Guard, UnixStream)> {
     let cache = Cache::open_default()?;
     let apt = Apt::open(&cache)?;
     let kernel = Kernel::get(&cache, &apt, KernelChoice::Default)?;
@@ -111,11 +112,11 @@ pub(super) fn start(options: &Options, log: &File) -> anyhow::Result<(Child, Uni
         .stdin(Stdio::null())
         .stdout(console)
         .stderr(log.try_clone()?);
-    let emulator = command.spawn().context(
+    let (emulator, guard) = interrupt::start(&mut command).context(
         "cannot start qemu-system-x86_64: install the Debian package qemu-system-x86 (from backports if \
          qemu-utils comes from there)",
     )?;
-    Ok((emulator, port))
+    Ok((emulator, guard, port))
 }
 
 /// The end of what the emulator and the outer kernel said.

@@ -12,6 +12,7 @@ pub use place::FULL;
 
 use crate::artifacts::{self, Artifacts, PROBE_NAMES, Profile, copy_for_all, workspace};
 use crate::host::Host;
+use crate::interrupt;
 use crate::linux::Images;
 use crate::setup::{self, Purpose};
 use anyhow::Context;
@@ -64,6 +65,7 @@ pub fn set_up() -> anyhow::Result<()> {
 /// # Errors
 /// Something could not be installed or built, so that there is nothing to count.
 pub fn run(full: bool) -> anyhow::Result<bool> {
+    interrupt::heed()?;
     let start = Instant::now();
     let host = Host::detect()?;
     eprintln!(
@@ -79,6 +81,7 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
     let binaries = tempfile::Builder::new()
         .prefix("bulkhead-verify-")
         .tempdir_in("/var/tmp")?;
+    let _guard = interrupt::folder(binaries.path());
     // Some tests run as a user who owns nothing.
     std::fs::set_permissions(binaries.path(), Permissions::from_mode(0o755))?;
     copy_for_all(
