@@ -8,7 +8,7 @@
 use crate::error::At;
 use crate::{Error, Result};
 use sha2::{Digest, Sha256};
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -136,13 +136,15 @@ impl Cache {
         if entry.exists() {
             return Ok(entry);
         }
+        // Nobody else reaches what is being built, whatever its own permissions must be.
         let temporary = tempfile::Builder::new()
             .prefix(&format!(".{name}."))
+            .permissions(Permissions::from_mode(0o700))
             .tempdir_in(&self.root)
             .at("make a folder in", &self.root)?;
-        let mode = std::fs::Permissions::from_mode(0o755);
-        std::fs::set_permissions(temporary.path(), mode).at("open up", temporary.path())?;
         build(temporary.path())?;
+        let mode = Permissions::from_mode(0o755);
+        std::fs::set_permissions(temporary.path(), mode).at("open up", temporary.path())?;
         // After a crash of the machine, too, what has its name is whole.
         let folder = File::open(temporary.path()).at("open", temporary.path())?;
         nix::unistd::syncfs(&folder)
@@ -184,6 +186,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let cache = Cache::open(folder.path()).unwrap();
         let recipe = || Recipe::new("thing", 1).with("a").with("b");
+        let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
         let failed = cache.entry(recipe(), |_| Err(Error::NoPackage("x".into())));
         assert!(failed.is_err());
         let visible = |entry: &std::fs::DirEntry| !entry.file_name().to_string_lossy().ends_with(".lock");
@@ -194,10 +197,12 @@ mod tests {
         assert_eq!(left, 0);
         let built = cache
             .entry(recipe(), |dir| {
+                assert_eq!(mode(dir), 0o700);
                 std::fs::write(dir.join("f"), b"1").at("write", dir)
             })
             .unwrap();
         assert_eq!(std::fs::read(built.join("f")).unwrap(), b"1");
+        assert_eq!(mode(&built), 0o755);
         let again = cache.entry(recipe(), |_| panic!("built twice")).unwrap();
         assert_eq!(built, again);
     }

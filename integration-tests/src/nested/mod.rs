@@ -84,7 +84,8 @@ impl Nested {
     /// error ends with the guest's last console lines.
     pub fn boot(options: &Options) -> anyhow::Result<Self> {
         Self::come_up(|| {
-            let log = tempfile::tempfile().context("a file for the console")?;
+            let log = tempfile::tempfile()
+                .with_context(|| format!("a file for the console in {}", std::env::temp_dir().display()))?;
             let (emulator, guard, port) = outer::start(options, &log)?;
             let mut nested = Self::of(emulator, port, log)?;
             nested.guard = Some(guard);
