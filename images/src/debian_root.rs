@@ -1,12 +1,12 @@
 //! A real Debian user space on a qcow2 base image, made by mmdebstrap without root.
 
-use crate::Result;
 use crate::apt::Apt;
 use crate::cache::{Cache, Recipe};
 use crate::command::run;
 use crate::disk;
 use crate::error::At;
 use crate::progress::Step;
+use crate::{Error, Result};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -74,7 +74,15 @@ fn bootstrap(apt: &Apt, folder: &Path, raw: &Path) -> Result<()> {
         .arg(apt.codename())
         .arg("/dev/null")
         .arg(apt.sources_file());
-    run(&mut command, "mmdebstrap").map(drop)
+    run(&mut command, "mmdebstrap").map(drop).map_err(explained)
+}
+
+/// mmdebstrap's word on a user who is not in `/etc/subuid` does not say what to do.
+fn explained(error: Error) -> Error {
+    match error {
+        Error::Command { stderr, .. } if stderr.contains("/etc/subuid") => Error::NoSubordinateIds(stderr),
+        other => other,
+    }
 }
 
 /// Makes the file system, as the image that is open as fd 3, from the tree in `$1`.
@@ -113,6 +121,15 @@ fn mode() -> (&'static str, Tree) {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn whoever_has_no_subordinate_ids_is_told_how_to_get_some() {
+        let complaint = "echo 'E: failed to parse /etc/subuid and /etc/subgid' >&2; exit 25";
+        let error = run(Command::new("sh").args(["-c", complaint]), "dash").unwrap_err();
+        assert!(explained(error).to_string().contains("usermod --add-subuids"));
+        let error = run(Command::new("sh").args(["-c", "exit 25"]), "dash").unwrap_err();
+        assert!(matches!(explained(error), Error::Command { .. }));
+    }
 
     #[test]
     fn a_root_who_may_not_mount_makes_the_file_system_all_the_same() {

@@ -54,6 +54,12 @@ pub enum Error {
         "no place for the cache: this user has no home; set BULKHEAD_CACHE or XDG_CACHE_HOME to a folder"
     )]
     NoCache,
+    /// The user cannot stand in for root.
+    #[error(
+        "mmdebstrap: {0}: it takes subordinate ids; for a user without any, as root, run: \
+         usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER"
+    )]
+    NoSubordinateIds(String),
     /// The machine has no apt source this can use.
     #[error("no Debian source for release '{0}' in /etc/apt/sources.list or sources.list.d")]
     NoSource(String),
