@@ -53,6 +53,10 @@ impl Apt {
         let list = sources::for_release(&machine, &codename, backports)
             .ok_or_else(|| Error::NoSource(codename.clone()))?;
         let folder = cache.root().join("apt").join(&codename);
+        Self::of(cache, folder, codename, &list)
+    }
+
+    fn of(cache: &Cache, folder: PathBuf, codename: String, list: &str) -> Result<Self> {
         for part in ["state/lists/partial", "cache/archives/partial", "empty"] {
             let path = folder.join(part);
             std::fs::create_dir_all(&path).at("make the folder", path)?;
@@ -63,7 +67,7 @@ impl Apt {
             codename,
         };
         let _lock = cache.lock("apt")?;
-        apt.renew(&list)?;
+        apt.renew(list)?;
         Ok(apt)
     }
 
@@ -108,12 +112,7 @@ impl Apt {
             let download = folder.join("download");
             std::fs::create_dir(&download).at("make the folder", &download)?;
             let exact = format!("{}={}", package.name, package.version);
-            run(
-                self.tool("apt-get")
-                    .args(["download", &exact])
-                    .current_dir(&download),
-                "apt",
-            )?;
+            self.download(&exact, &download)?;
             step.now(&format!("unpack {} {}", package.name, package.version));
             let archive = only_file(&download)?;
             run(
@@ -124,26 +123,69 @@ impl Apt {
         })
     }
 
+    fn download(&self, exact: &str, folder: &Path) -> Result<()> {
+        let mut download = self.tool("apt-get");
+        download.args(["download", exact]).current_dir(folder);
+        match run(&mut download, "apt") {
+            Err(Error::Command { stderr, .. }) => Err(Error::Fetch {
+                package: exact.to_owned(),
+                stderr,
+            }),
+            result => result.map(drop),
+        }
+    }
+
+    /// What `get` finds and fetches. The lists may be older than the mirror, which drops a version of a package as soon
+    /// as it has the next: where one cannot be fetched, once more with new lists.
+    ///
+    /// # Errors
+    /// As `get`.
+    pub(crate) fn fetching<T>(&self, get: impl Fn() -> Result<T>) -> Result<T> {
+        let error = match get() {
+            Err(error @ Error::Fetch { .. }) => error,
+            other => return other,
+        };
+        let _lock = self.cache.lock("apt")?;
+        match self.update() {
+            Ok(()) => get(),
+            Err(_) => Err(error),
+        }
+    }
+
     fn renew(&self, list: &str) -> Result<()> {
         let file = self.sources_file();
         let same = std::fs::read_to_string(&file).is_ok_and(|old| old == list);
-        let stamp = self.folder.join("updated");
+        let stamp = self.stamp();
         if same && age(&stamp).is_some_and(|age| age < LISTS_FRESH_FOR) {
             return Ok(());
         }
-        std::fs::write(&file, list).at("write", &file)?;
-        let _step = Step::start("fetch package lists");
-        match run(
-            self.tool("apt-get").args(["update", "-q", "--error-on=any"]),
-            "apt",
-        ) {
-            Ok(_) => std::fs::write(&stamp, "").at("write", &stamp),
-            Err(error) if same && stamp.exists() => {
+        if !same {
+            // The lists are not those of these sources, nor will they be if this is interrupted.
+            remove_file(&stamp)?;
+            std::fs::write(&file, list).at("write", &file)?;
+        }
+        match self.update() {
+            Err(error) if stamp.exists() => {
                 tracing::warn!("{error}; the lists of an earlier day are used");
                 Ok(())
             }
-            Err(error) => Err(error),
+            result => result,
         }
+    }
+
+    fn update(&self) -> Result<()> {
+        let _step = Step::start("fetch package lists");
+        run(
+            self.tool("apt-get").args(["update", "-q", "--error-on=any"]),
+            "apt",
+        )?;
+        let stamp = self.stamp();
+        std::fs::write(&stamp, "").at("write", &stamp)
+    }
+
+    /// Written when the lists have been fetched whole.
+    fn stamp(&self) -> PathBuf {
+        self.folder.join("updated")
     }
 
     /// An apt tool with this state; the machine's own configuration (proxies and the like) holds.
@@ -191,6 +233,13 @@ fn codename(os_release: &Path) -> Result<String> {
         .ok_or_else(|| Error::NoSource("unknown".to_owned()))
 }
 
+fn remove_file(file: &Path) -> Result<()> {
+    match std::fs::remove_file(file) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).at("remove", file),
+        _ => Ok(()),
+    }
+}
+
 fn age(file: &Path) -> Option<Duration> {
     SystemTime::now()
         .duration_since(file.metadata().ok()?.modified().ok()?)
@@ -235,5 +284,92 @@ mod tests {
         assert_eq!(package.version, "6.12-1");
         assert_eq!(package.depends, ["linux-image-6.12-amd64", "x"]);
         assert_eq!(parse_show(""), None);
+    }
+
+    /// A mirror in a folder, with one package.
+    struct Mirror(tempfile::TempDir);
+
+    impl Mirror {
+        fn new() -> Self {
+            let mirror = Self(tempfile::tempdir().unwrap());
+            std::fs::create_dir(mirror.path("mirror")).unwrap();
+            mirror
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.0.path().join(name)
+        }
+
+        /// Has this version of it, and no other any more.
+        fn publish(&self, version: &str) {
+            let tree = self.path(version);
+            std::fs::create_dir_all(tree.join("DEBIAN")).unwrap();
+            std::fs::write(tree.join("version"), version).unwrap();
+            let control = format!(
+                "Package: thing\nVersion: {version}\nArchitecture: all\nMaintainer: x <x@x>\nDescription: x\n"
+            );
+            std::fs::write(tree.join("DEBIAN/control"), &control).unwrap();
+            let archive = self.path("mirror").join(format!("thing_{version}.deb"));
+            let mut build = Command::new("dpkg-deb");
+            run(build.arg("--build").args([&tree, &archive]), "dpkg").unwrap();
+            let sum = run(Command::new("sha256sum").arg(&archive), "coreutils").unwrap();
+            let list = format!(
+                "{control}Filename: ./thing_{version}.deb\nSize: {}\nSHA256: {}\n",
+                archive.metadata().unwrap().len(),
+                &String::from_utf8(sum).unwrap()[..64]
+            );
+            std::fs::write(self.path("mirror/Packages"), list).unwrap();
+        }
+
+        fn list(&self, folder: &str) -> String {
+            let folder = self.path(folder);
+            let folder = folder.display();
+            format!("Types: deb\nURIs: copy:{folder}\nSuites: ./\nTrusted: yes\n")
+        }
+
+        fn apt(&self, list: &str) -> Result<Apt> {
+            let cache = Cache::open(self.path("cache"))?;
+            Apt::of(&cache, self.path("cache/apt/x"), "x".to_owned(), list)
+        }
+    }
+
+    #[test]
+    fn a_version_that_the_mirror_has_dropped_is_looked_for_again() {
+        let mirror = Mirror::new();
+        mirror.publish("1");
+        let apt = mirror.apt(&mirror.list("mirror")).unwrap();
+        assert_eq!(apt.find("thing", None).unwrap().version, "1");
+        std::fs::remove_file(mirror.path("mirror/thing_1.deb")).unwrap();
+        mirror.publish("2");
+        let got = apt.fetching(|| apt.unpacked(&apt.find("thing", None)?)).unwrap();
+        assert_eq!(std::fs::read(got.join("version")).unwrap(), b"2");
+        std::fs::remove_dir_all(mirror.path("mirror")).unwrap();
+        let gone = apt.fetching(|| {
+            apt.unpacked(&Package {
+                version: "3".into(),
+                ..apt.find("thing", None)?
+            })
+        });
+        assert!(matches!(gone, Err(Error::Fetch { .. })), "{gone:?}");
+    }
+
+    #[test]
+    fn lists_that_were_not_fetched_are_none_the_next_time_either() {
+        let mirror = Mirror::new();
+        mirror.publish("1");
+        mirror.apt(&mirror.list("mirror")).unwrap();
+        // Other sources, which cannot be had at first.
+        let other = mirror.list("other");
+        assert!(mirror.apt(&other).is_err());
+        assert!(mirror.apt(&other).is_err());
+        std::fs::rename(mirror.path("mirror"), mirror.path("other")).unwrap();
+        let apt = mirror.apt(&other).unwrap();
+        assert_eq!(apt.find("thing", None).unwrap().version, "1");
+        // Nor are old ones worse than none.
+        std::fs::rename(mirror.path("other"), mirror.path("gone")).unwrap();
+        let stamp = std::fs::File::open(apt.stamp()).unwrap();
+        stamp.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        let apt = mirror.apt(&other).unwrap();
+        assert_eq!(apt.find("thing", None).unwrap().version, "1");
     }
 }

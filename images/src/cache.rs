@@ -8,7 +8,7 @@
 use crate::error::At;
 use crate::{Error, Result};
 use sha2::{Digest, Sha256};
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -54,7 +54,8 @@ impl Recipe {
 }
 
 impl Cache {
-    /// The person's cache: `$BULKHEAD_CACHE`, or `bulkhead` in `$XDG_CACHE_HOME` or `~/.cache`.
+    /// The person's cache: `$BULKHEAD_CACHE`, or `bulkhead` in `$XDG_CACHE_HOME` or `~/.cache`. Nowhere else: a folder in
+    /// `/tmp` could be anyone's.
     ///
     /// # Errors
     /// The folder cannot be made.
@@ -65,10 +66,17 @@ impl Cache {
                 .map(PathBuf::from)
         };
         let root = variable("BULKHEAD_CACHE")
-            .or_else(|| variable("XDG_CACHE_HOME").map(|cache| cache.join("bulkhead")))
-            .or_else(|| variable("HOME").map(|home| home.join(".cache/bulkhead")))
-            .unwrap_or_else(|| std::env::temp_dir().join("bulkhead-cache"));
-        Self::open(root)
+            // One that is not absolute is no cache (XDG Base Directory Specification).
+            .or_else(|| {
+                let cache = variable("XDG_CACHE_HOME").filter(|cache| cache.is_absolute())?;
+                Some(cache.join("bulkhead"))
+            })
+            // Where HOME is not set, as the list of users has it.
+            .or_else(|| {
+                let home = std::env::home_dir().filter(|home| home.is_absolute())?;
+                Some(home.join(".cache/bulkhead"))
+            });
+        Self::open(root.ok_or(Error::NoCache)?)
     }
 
     /// A cache in this folder, which is made if need be.
@@ -79,7 +87,33 @@ impl Cache {
         let root = root.into();
         std::fs::create_dir_all(&root).at("make the folder", &root)?;
         let root = root.canonicalize().at("find", &root)?;
-        Ok(Self { root })
+        // apt's options and the lists of images are text.
+        text(&root)?;
+        let cache = Self { root };
+        cache.sweep()?;
+        Ok(cache)
+    }
+
+    /// Removes what builds that were killed have left.
+    fn sweep(&self) -> Result<()> {
+        for entry in std::fs::read_dir(&self.root).at("list", &self.root)?.flatten() {
+            let name = entry.file_name();
+            let left = name
+                .to_str()
+                .and_then(|name| name.strip_prefix('.')?.rsplit_once('.'));
+            let Some((entry_name, _)) = left.filter(|_| entry.path().is_dir()) else {
+                continue;
+            };
+            // Whoever builds it holds its lock.
+            let lock = self.lock_file(entry_name)?;
+            if lock.try_lock().is_ok() {
+                let left = entry.path();
+                tracing::debug!("removing {}, which a build has left", left.display());
+                // What cannot be removed is in nobody's way.
+                let _ = std::fs::remove_dir_all(left);
+            }
+        }
+        Ok(())
     }
 
     /// The folder.
@@ -102,13 +136,20 @@ impl Cache {
         if entry.exists() {
             return Ok(entry);
         }
+        // Nobody else reaches what is being built, whatever its own permissions must be.
         let temporary = tempfile::Builder::new()
             .prefix(&format!(".{name}."))
+            .permissions(Permissions::from_mode(0o700))
             .tempdir_in(&self.root)
             .at("make a folder in", &self.root)?;
-        let mode = std::fs::Permissions::from_mode(0o755);
-        std::fs::set_permissions(temporary.path(), mode).at("open up", temporary.path())?;
         build(temporary.path())?;
+        let mode = Permissions::from_mode(0o755);
+        std::fs::set_permissions(temporary.path(), mode).at("open up", temporary.path())?;
+        // After a crash of the machine, too, what has its name is whole.
+        let folder = File::open(temporary.path()).at("open", temporary.path())?;
+        nix::unistd::syncfs(&folder)
+            .map_err(std::io::Error::from)
+            .at("sync", temporary.path())?;
         std::fs::rename(temporary.path(), &entry).at("put in place", &entry)?;
         // It has moved: there is nothing left to remove under the old name.
         let _ = temporary.keep();
@@ -117,10 +158,14 @@ impl Cache {
 
     /// Holds the lock `name` until the file is dropped.
     pub(crate) fn lock(&self, name: &str) -> Result<File> {
-        let path = self.root.join(format!(".{name}.lock"));
-        let file = File::create(&path).at("make", &path)?;
-        file.lock().at("lock", &path)?;
+        let file = self.lock_file(name)?;
+        file.lock().at("lock", self.root.join(name))?;
         Ok(file)
+    }
+
+    fn lock_file(&self, name: &str) -> Result<File> {
+        let path = self.root.join(format!(".{name}.lock"));
+        File::create(&path).at("make", &path)
     }
 }
 
@@ -141,6 +186,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let cache = Cache::open(folder.path()).unwrap();
         let recipe = || Recipe::new("thing", 1).with("a").with("b");
+        let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
         let failed = cache.entry(recipe(), |_| Err(Error::NoPackage("x".into())));
         assert!(failed.is_err());
         let visible = |entry: &std::fs::DirEntry| !entry.file_name().to_string_lossy().ends_with(".lock");
@@ -151,12 +197,38 @@ mod tests {
         assert_eq!(left, 0);
         let built = cache
             .entry(recipe(), |dir| {
+                assert_eq!(mode(dir), 0o700);
                 std::fs::write(dir.join("f"), b"1").at("write", dir)
             })
             .unwrap();
         assert_eq!(std::fs::read(built.join("f")).unwrap(), b"1");
+        assert_eq!(mode(&built), 0o755);
         let again = cache.entry(recipe(), |_| panic!("built twice")).unwrap();
         assert_eq!(built, again);
+    }
+
+    #[test]
+    fn what_killed_builds_left_goes_and_what_is_being_built_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::open(folder.path()).unwrap();
+        let left = folder.path().join(".thing-00.abcdef");
+        std::fs::create_dir(&left).unwrap();
+        std::fs::write(left.join("half"), b"1").unwrap();
+        let recipe = Recipe::new("thing", 1).with("a");
+        let built = cache.entry(recipe, |temporary| {
+            Cache::open(folder.path())?;
+            assert!(temporary.exists());
+            Ok(())
+        });
+        assert!(built.unwrap().exists() && !left.exists());
+    }
+
+    #[test]
+    fn a_cache_that_is_no_text_is_refused_at_once() {
+        use std::os::unix::ffi::OsStrExt;
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join(std::ffi::OsStr::from_bytes(b"a\xff"));
+        assert!(matches!(Cache::open(root), Err(Error::Format { .. })));
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! A real Debian user space on a qcow2 base image, made by mmdebstrap without root.
 
-use crate::Result;
 use crate::apt::Apt;
 use crate::cache::{Cache, Recipe};
 use crate::command::run;
 use crate::disk;
 use crate::error::At;
 use crate::progress::Step;
+use crate::{Error, Result};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -50,14 +50,6 @@ fn bootstrap(apt: &Apt, folder: &Path, raw: &Path) -> Result<()> {
     file.set_permissions(std::fs::Permissions::from_mode(0o666))
         .at("open up", raw)?;
     let (mode, tree) = mode();
-    let make = format!("mke2fs {} -d", disk::EXT4_OPTIONS.join(" "));
-    let hook = match tree {
-        // A plain bind mount shows the tree without the kernel's file systems mounted in it.
-        Tree::Mounted => format!(
-            "tree=$(mktemp -d) && mount --bind \"$1\" $tree && {make} $tree /proc/self/fd/3 && umount $tree"
-        ),
-        Tree::Plain => format!("{make} \"$1\" /proc/self/fd/3"),
-    };
     let mut command = Command::new("sh");
     command
         .args(["-c", "exec \"$@\" 3<>root.raw", "sh", "mmdebstrap"])
@@ -65,7 +57,7 @@ fn bootstrap(apt: &Apt, folder: &Path, raw: &Path) -> Result<()> {
     command.args(["--quiet", "--variant=minbase", "--format=null", mode]);
     command
         .arg(format!("--include={PACKAGES}"))
-        .arg(format!("--customize-hook={hook}"));
+        .arg(format!("--customize-hook={}", hook(&tree)));
     command.args([
         "--aptopt=Acquire::Retries \"3\"",
         "--aptopt=Acquire::Languages \"none\"",
@@ -82,7 +74,30 @@ fn bootstrap(apt: &Apt, folder: &Path, raw: &Path) -> Result<()> {
         .arg(apt.codename())
         .arg("/dev/null")
         .arg(apt.sources_file());
-    run(&mut command, "mmdebstrap").map(drop)
+    run(&mut command, "mmdebstrap").map(drop).map_err(explained)
+}
+
+/// mmdebstrap's word on a user who is not in `/etc/subuid` does not say what to do.
+fn explained(error: Error) -> Error {
+    match error {
+        Error::Command { stderr, .. } if stderr.contains("/etc/subuid") => Error::NoSubordinateIds(stderr),
+        other => other,
+    }
+}
+
+/// Makes the file system, as the image that is open as fd 3, from the tree in `$1`.
+fn hook(tree: &Tree) -> String {
+    let make = format!("mke2fs {} -d", disk::EXT4_OPTIONS.join(" "));
+    match tree {
+        // A plain bind mount shows the tree without the kernel's file systems mounted in it. A root who may not mount,
+        // as in a container, has none mounted.
+        Tree::Mounted => format!(
+            "tree=\"$(mktemp -d)\" && if mount --bind \"$1\" \"$tree\"; then \
+             {make} \"$tree\" /proc/self/fd/3 && umount \"$tree\"; \
+             else [ ! -e \"$1/proc/self\" ] && {make} \"$1\" /proc/self/fd/3; fi && rmdir \"$tree\""
+        ),
+        Tree::Plain => format!("{make} \"$1\" /proc/self/fd/3"),
+    }
 }
 
 /// Whether the kernel's file systems are mounted in the tree when the hook runs.
@@ -99,5 +114,52 @@ fn mode() -> (&'static str, Tree) {
         ("--mode=unshare", Tree::Mounted)
     } else {
         ("--mode=fakechroot", Tree::Plain)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn whoever_has_no_subordinate_ids_is_told_how_to_get_some() {
+        let complaint = "echo 'E: failed to parse /etc/subuid and /etc/subgid' >&2; exit 25";
+        let error = run(Command::new("sh").args(["-c", complaint]), "dash").unwrap_err();
+        assert!(explained(error).to_string().contains("usermod --add-subuids"));
+        let error = run(Command::new("sh").args(["-c", "exit 25"]), "dash").unwrap_err();
+        assert!(matches!(explained(error), Error::Command { .. }));
+    }
+
+    #[test]
+    fn a_root_who_may_not_mount_makes_the_file_system_all_the_same() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = |name: &str| scratch.path().join(name);
+        for folder in ["bin", "tree", "a b"] {
+            std::fs::create_dir(path(folder)).unwrap();
+        }
+        std::fs::write(path("bin/mount"), "#!/bin/sh\nexit 1\n").unwrap();
+        std::fs::set_permissions(path("bin/mount"), std::fs::Permissions::from_mode(0o755)).unwrap();
+        std::fs::write(path("tree/hello"), "content").unwrap();
+        std::fs::File::create(path("raw"))
+            .unwrap()
+            .set_len(8 << 20)
+            .unwrap();
+        let make = || {
+            let search = format!("{}:$PATH", path("bin").display());
+            let script = format!("exec 3<>raw; PATH=\"{search}\"; {}", hook(&Tree::Mounted));
+            let mut shell = Command::new("sh");
+            shell.args(["-c", &script, "sh"]).arg(path("tree"));
+            shell.current_dir(scratch.path()).env("TMPDIR", path("a b"));
+            run(&mut shell, "dash")
+        };
+        make().unwrap();
+        let mut cat = Command::new("debugfs");
+        let content = run(cat.args(["-R", "cat /hello"]).arg(path("raw")), "e2fsprogs").unwrap();
+        assert_eq!(content, b"content");
+        assert_eq!(std::fs::read_dir(path("a b")).unwrap().count(), 0);
+        // With /proc in the tree the file system would hold that as well.
+        std::fs::create_dir_all(path("tree/proc/self")).unwrap();
+        assert!(make().is_err());
     }
 }

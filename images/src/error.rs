@@ -38,9 +38,28 @@ pub enum Error {
         /// The end of what it wrote to standard error.
         stderr: String,
     },
+    /// A package that the lists name cannot be fetched.
+    #[error("cannot fetch {package}: {stderr}")]
+    Fetch {
+        /// Its name and version.
+        package: String,
+        /// The end of what apt wrote to standard error.
+        stderr: String,
+    },
     /// No package of this name in any configured suite.
     #[error("no package '{0}' in the configured apt sources: is the suite listed, is the network up?")]
     NoPackage(String),
+    /// The user has no home, and nothing says where else.
+    #[error(
+        "no place for the cache: this user has no home; set BULKHEAD_CACHE or XDG_CACHE_HOME to a folder"
+    )]
+    NoCache,
+    /// The user cannot stand in for root.
+    #[error(
+        "mmdebstrap: {0}: it takes subordinate ids; for a user without any, as root, run: \
+         usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER"
+    )]
+    NoSubordinateIds(String),
     /// The machine has no apt source this can use.
     #[error("no Debian source for release '{0}' in /etc/apt/sources.list or sources.list.d")]
     NoSource(String),

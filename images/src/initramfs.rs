@@ -106,8 +106,7 @@ impl Initramfs<'_> {
 /// # Errors
 /// The package cannot be fetched.
 pub fn busybox(apt: &Apt) -> Result<PathBuf> {
-    let package = apt.find("busybox-static", None)?;
-    let folder = apt.unpacked(&package)?;
+    let folder = apt.fetching(|| apt.unpacked(&apt.find("busybox-static", None)?))?;
     let places = ["bin/busybox", "usr/bin/busybox"].map(|place| folder.join(place));
     let found = places.into_iter().find(|place| place.exists());
     found.ok_or_else(|| Error::NoPackage("busybox-static with busybox in it".to_owned()))

@@ -40,6 +40,10 @@ impl Kernel {
     /// # Errors
     /// [`Error::NoPackage`] where the release has no such kernel; any other for what fails.
     pub fn get(cache: &Cache, apt: &Apt, choice: KernelChoice) -> Result<Self> {
+        apt.fetching(|| Self::find(cache, apt, choice))
+    }
+
+    fn find(cache: &Cache, apt: &Apt, choice: KernelChoice) -> Result<Self> {
         let old_release = apt.codename() == KERNEL_FROM_BACKPORTS;
         let backports = format!("{}-backports", apt.codename());
         let meta = match (choice, old_release) {

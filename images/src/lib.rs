@@ -19,4 +19,5 @@ pub mod modules;
 pub mod progress;
 mod sources;
 
+pub use command::search_path;
 pub use error::{Error, Result};

@@ -138,13 +138,22 @@ fn deb822(fields: &BTreeMap<String, String>) -> Option<Source> {
     (enabled && binary && main).then_some(source)
 }
 
-/// The options that matter for fetching: who signs, and whether that is waived.
+/// Options that matter for fetching: who signs, and what of the checks is waived, as snapshots need it.
+const KEPT: [&str; 7] = [
+    "Signed-By",
+    "Trusted",
+    "Check-Valid-Until",
+    "Check-Date",
+    "Allow-Insecure",
+    "Allow-Weak",
+    "Allow-Downgrade-To-Insecure",
+];
+
 fn kept<'a>(options: impl Iterator<Item = (&'a str, &'a str)>) -> BTreeMap<String, String> {
     options
-        .filter_map(|(name, value)| match name.to_ascii_lowercase().as_str() {
-            "signed-by" => Some(("Signed-By".to_owned(), value.to_owned())),
-            "trusted" => Some(("Trusted".to_owned(), value.to_owned())),
-            _ => None,
+        .filter_map(|(name, value)| {
+            let known = KEPT.iter().find(|known| known.eq_ignore_ascii_case(name))?;
+            Some(((*known).to_owned(), value.to_owned()))
         })
         .collect()
 }
@@ -186,6 +195,13 @@ mod tests {
         assert_eq!(one_line("deb-src http://mirror/debian bookworm main"), None);
         assert_eq!(one_line("# deb http://mirror/debian bookworm main"), None);
         assert_eq!(one_line("deb http://vendor/apt stable-thing extra"), None);
+    }
+
+    #[test]
+    fn a_snapshot_may_be_as_old_there_as_here() {
+        let line = one_line("deb [check-valid-until=no] http://snapshot/debian bookworm main").unwrap();
+        let text = for_release(&[line], "bookworm", Backports::Added).unwrap();
+        assert_eq!(text.matches("Check-Valid-Until: no\n").count(), 2, "{text}");
     }
 
     #[test]

@@ -7,7 +7,10 @@
 use serde_json::Value;
 use std::{
     collections::BTreeMap,
-    env, fs, io,
+    env,
+    fs::{self, Permissions},
+    io,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -259,7 +262,7 @@ impl Artifacts {
     pub fn copy_to(&self, dir: &Path) -> Result<(), ArtifactError> {
         for (artifact, from) in &self.paths {
             let to = dir.join(artifact.name());
-            fs::copy(from, &to).map_err(|source| ArtifactError::Copy {
+            copy_for_all(from, &to).map_err(|source| ArtifactError::Copy {
                 from: from.clone(),
                 to: to.clone(),
                 source,
@@ -267,6 +270,23 @@ impl Artifacts {
         }
         Ok(())
     }
+}
+
+/// With these permissions any user can do what the owner can, but write.
+#[must_use]
+pub fn mode_for_all(mode: u32) -> u32 {
+    let owners = mode & 0o500;
+    mode | owners >> 3 | owners >> 6
+}
+
+/// Copies a file so that any user can read it, or run it, whatever the umask was when it was made.
+///
+/// # Errors
+/// The file system's.
+pub fn copy_for_all(from: &Path, to: &Path) -> io::Result<()> {
+    fs::copy(from, to)?;
+    let mode = fs::metadata(to)?.permissions().mode();
+    fs::set_permissions(to, Permissions::from_mode(mode_for_all(mode)))
 }
 
 /// Builds each role's program with the audit's attacks in it, below `target`, and returns their

@@ -2,26 +2,27 @@
 
 use crate::suite::Skip;
 use anyhow::{Context, Result, ensure};
+use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A user that owns nothing here.
 pub const NOBODY: u32 = 54_321;
 /// Device nodes that a launcher opens.
 const DEVICES: [&str; 2] = ["/dev/kvm", "/dev/net/tun"];
 
-/// Threads that lend at the same time must not take back each other's access.
-static LENDING: Mutex<()> = Mutex::new(());
+/// Whoever lends, in whatever process, holds this folder's lock: else they take back each other's access, and the last
+/// gives for good what another had lent.
+const TURN: &str = "/dev";
 
 /// Access to the device nodes that exist; taken back when dropped.
 #[derive(Debug)]
 pub struct Lent {
-    /// As getfacl printed it before.
-    before: Vec<u8>,
+    /// As getfacl printed it before, without what the same user had: somebody who was killed had lent it.
+    before: String,
     devices: Vec<&'static str>,
-    _turn: MutexGuard<'static, ()>,
+    _turn: File,
 }
 
 impl Lent {
@@ -32,10 +33,10 @@ impl Lent {
     pub fn to(user: u32) -> Result<Self> {
         let exists = |device: &&str| Path::new(device).exists();
         let devices: Vec<_> = DEVICES.into_iter().filter(exists).collect();
-        // What a failed test left is still in order: its access was taken back.
-        let turn = LENDING.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = File::open(TURN)?;
+        turn.lock().context("cannot lock /dev")?;
         let getfacl = Command::new("getfacl")
-            .arg("--absolute-names")
+            .args(["--absolute-names", "--numeric"])
             .args(&devices)
             .output()
             .map_err(|_| Skip("the package acl is not installed".to_owned()))?;
@@ -45,7 +46,7 @@ impl Lent {
             String::from_utf8_lossy(&getfacl.stderr)
         );
         let lent = Self {
-            before: getfacl.stdout,
+            before: without(user, &String::from_utf8(getfacl.stdout)?),
             devices,
             _turn: turn,
         };
@@ -70,7 +71,7 @@ impl Lent {
             .stdin(Stdio::piped())
             .spawn()?;
         let mut input = setfacl.stdin.take().context("setfacl has no input")?;
-        input.write_all(&self.before)?;
+        input.write_all(self.before.as_bytes())?;
         drop(input);
         let status = setfacl.wait()?;
         ensure!(status.success(), "setfacl --restore: {status}");
@@ -84,6 +85,15 @@ impl Drop for Lent {
             eprintln!("cannot take back the access to {:?}: {error:#}", self.devices);
         }
     }
+}
+
+/// Access lists without the entry of a user.
+fn without(user: u32, lists: &str) -> String {
+    let entry = format!("user:{user}:");
+    lists
+        .split_inclusive('\n')
+        .filter(|line| !line.starts_with(&entry))
+        .collect()
 }
 
 /// `program` as [`NOBODY`].
@@ -101,4 +111,26 @@ pub fn become_user(user: u32, group: u32, program: &Path) -> Command {
         .arg("--clear-groups")
         .arg(program);
     command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_somebody_left_who_was_killed_is_not_given_back() {
+        let lists = "# file: /dev/kvm\nuser::rw-\nuser:7:rw-\nuser:77:rw-\ngroup::rw-\n";
+        assert_eq!(without(7, lists), lists.replace("user:7:rw-\n", ""));
+        assert_eq!(without(8, lists), lists);
+    }
+
+    #[test]
+    fn one_lends_at_a_time() {
+        // Only root can, where the package acl is.
+        let Ok(lent) = Lent::to(NOBODY) else { return };
+        let another = File::open(TURN).unwrap();
+        assert!(another.try_lock().is_err());
+        drop(lent);
+        another.lock().unwrap();
+    }
 }

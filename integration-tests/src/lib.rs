@@ -7,6 +7,7 @@ pub mod frontend_harness;
 pub mod fuzz;
 pub mod host;
 pub mod install;
+pub mod interrupt;
 pub mod lent;
 pub mod linux;
 pub mod loop_device;

@@ -2,9 +2,9 @@
 
 use anyhow::{Context, bail};
 use images::apt::sources_with_backports;
+use nix::sys::stat::Mode;
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use tempfile::TempDir;
 
@@ -111,11 +111,13 @@ fn needs(purpose: Purpose) -> Vec<Need> {
     needs
 }
 
+/// Others may read what is made, since unprivileged users run it, and may not write it.
+pub fn usual_umask() {
+    nix::sys::stat::umask(Mode::S_IWGRP | Mode::S_IWOTH);
+}
+
 fn installed(program: &str) -> bool {
-    let path = std::env::var("PATH").unwrap_or_default();
-    path.split(':')
-        .chain(["/usr/sbin", "/sbin"])
-        .any(|folder| Path::new(folder).join(program).is_file())
+    std::env::split_paths(&images::search_path()).any(|folder| folder.join(program).is_file())
 }
 
 fn install(packages: &[&str]) -> anyhow::Result<()> {
@@ -196,6 +198,7 @@ fn apt(root: bool, arguments: &[String]) -> anyhow::Result<()> {
     let status = command
         .args(arguments)
         .env("DEBIAN_FRONTEND", "noninteractive")
+        .env("PATH", images::search_path())
         .stdout(Stdio::null())
         .status()
         .context("cannot run apt-get")?;

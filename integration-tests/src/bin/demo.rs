@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use integration_tests::demo;
+use integration_tests::interrupt;
 use integration_tests::linux::Images;
 use integration_tests::nested::{self, Ended, Job, Nested};
 use std::path::PathBuf;
@@ -97,6 +98,7 @@ fn nested_shell(
     deadline: Duration,
     commands: &[String],
 ) -> anyhow::Result<ExitCode> {
+    interrupt::heed()?;
     let mut nested = Nested::boot(options)?;
     let mut code = ExitCode::SUCCESS;
     for command in commands {

@@ -13,10 +13,10 @@ mod vm;
 
 use crate::artifacts::{Artifacts, BIN_DIR, PROFILE, Profile};
 use crate::host::Host;
+use crate::interrupt;
 use crate::nested::{self, Job, Nested};
 use crate::setup::{self, Purpose};
 use anyhow::{Context, bail};
-use nix::sys::signal::{SigSet, Signal};
 use stage::Stage;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -42,16 +42,19 @@ pub struct Outcome {
 /// # Errors
 /// Something could not be installed, built or started, or the demo failed.
 pub fn run() -> anyhow::Result<()> {
+    interrupt::heed()?;
     let host = Host::detect()?;
     setup::install_missing(if host.runs_linux() {
         Purpose::Demo
     } else {
         Purpose::NestedDemo
     })?;
+    setup::usual_umask();
     let artifacts = artifacts()?;
     let folder = tempfile::Builder::new()
         .prefix("bulkhead-stage-")
         .tempdir_in("/var/tmp")?;
+    let _guard = interrupt::folder(folder.path());
     let stage = Stage::fill(folder.path(), &artifacts)?;
     if host.runs_linux() {
         run_here(&stage)
@@ -86,12 +89,8 @@ fn run_here(stage: &Stage) -> anyhow::Result<()> {
         .arg(stage.folder())
         .current_dir("/")
         .env("TMPDIR", "/tmp");
-    // What was lent is taken back even if Ctrl-C ends the demo: the signals stay pending here
-    // (a spawned process starts with none blocked) until the user's drop has run.
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGINT);
-    signals.add(Signal::SIGTERM);
-    signals.thread_block()?;
+    // What was lent is taken back even if Ctrl-C ends the demo.
+    let _order = interrupt::hold();
     let user = if nix::unistd::geteuid().is_root() {
         Some(DemoUser::make()?)
     } else {
@@ -109,7 +108,12 @@ fn run_here(stage: &Stage) -> anyhow::Result<()> {
 }
 
 fn run_nested(stage: &Stage) -> anyhow::Result<()> {
-    let mut nested = Nested::boot(&nested::Options::default())?;
+    // Not this very program, whose path may be one that the outer kernel's command line cannot name.
+    let options = nested::Options {
+        agent: Some(stage.demo()),
+        ..nested::Options::default()
+    };
+    let mut nested = Nested::boot(&options)?;
     let (demo, folder) = (stage.demo(), stage.folder());
     let argv = [demo.to_str(), Some(STAGED), folder.to_str()].map(|word| word.unwrap_or_default());
     let user = nix::unistd::geteuid();

@@ -1,7 +1,7 @@
 //! The folder from which an unprivileged user runs the demo: readable by everyone, with the
 //! binaries and images linked or copied in under fixed names.
 
-use crate::artifacts::{Artifact, Artifacts};
+use crate::artifacts::{Artifact, Artifacts, copy_for_all, mode_for_all};
 use anyhow::Context;
 use images::apt::Apt;
 use images::cache::Cache;
@@ -91,11 +91,30 @@ impl Stage {
     }
 }
 
-/// Links a file, or copies it where the stage is on another file system.
+/// Links a file, or copies it where the stage is on another file system, or not everyone can read it.
 fn place(from: &Path, to: &Path) -> anyhow::Result<()> {
-    if std::fs::hard_link(from, to).is_err() {
-        std::fs::copy(from, to)
+    let mode = from.metadata().map_or(0, |about| about.permissions().mode());
+    if mode != mode_for_all(mode) || std::fs::hard_link(from, to).is_err() {
+        copy_for_all(from, to)
             .with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_only_its_owner_can_read_is_staged_for_everyone() {
+        let folder = tempfile::tempdir().unwrap();
+        for (before, after) in [(0o600, 0o644), (0o700, 0o755), (0o640, 0o644), (0o755, 0o755)] {
+            let [from, to] = ["from", "to"].map(|name| folder.path().join(format!("{name}-{before:o}")));
+            std::fs::write(&from, "x").unwrap();
+            let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
+            std::fs::set_permissions(&from, std::fs::Permissions::from_mode(before)).unwrap();
+            place(&from, &to).unwrap();
+            assert_eq!((mode(&from), mode(&to)), (before, after));
+        }
+    }
 }

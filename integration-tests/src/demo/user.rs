@@ -68,6 +68,7 @@ impl Drop for DemoUser {
 fn run(program: &str, arguments: &[&str]) -> anyhow::Result<()> {
     let output = Command::new(program)
         .args(arguments)
+        .env("PATH", images::search_path())
         .output()
         .with_context(|| format!("cannot run {program}"))?;
     if output.status.success() {

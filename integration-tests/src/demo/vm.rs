@@ -5,6 +5,7 @@ use super::stage::Stage;
 use super::timeline::{Report, Timeline, now, report};
 use super::{Outcome, table};
 use crate::host::{Host, NESTED};
+use crate::interrupt;
 use anyhow::{Context, bail};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
@@ -46,6 +47,8 @@ pub(super) fn run(stage: &Stage) -> anyhow::Result<Outcome> {
         bail!("this host's KVM ({host}) runs no stock kernel");
     }
     let work = tempfile::Builder::new().prefix("bulkhead-demo-").tempdir()?;
+    interrupt::heed()?;
+    let _guard = interrupt::folder(work.path());
     let token = random_token()?;
     let page = format!("page for {token}");
     let overlay = work.path().join("disk.qcow2");

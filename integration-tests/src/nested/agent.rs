@@ -7,11 +7,14 @@
 //! powered off.
 
 use super::wire::{Ended, FromAgent, Job, PORT_NAME, Stream, ToAgent};
+use crate::interrupt;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -22,6 +25,10 @@ use std::time::{Duration, Instant};
 pub const AGENT_FLAG: &str = "--nested-agent";
 /// First argument of the worker that the agent, as process 1, starts.
 const WORKER_FLAG: &str = "--nested-worker";
+/// How long the outer guest may take to learn that the runner is there.
+const RUNNER_DEADLINE: Duration = Duration::from_secs(20);
+/// Between two looks for it.
+const RUNNER_LOOK: Duration = Duration::from_millis(50);
 /// How long a command's output may stay open after the command itself ended (a daemon that it
 /// left behind may hold the pipe).
 const OUTPUT_GRACE: Duration = Duration::from_secs(2);
@@ -62,6 +69,7 @@ fn reap_until(worker: Pid) {
 
 fn worker() -> std::io::Result<()> {
     let mut port = open_port()?;
+    wait_for_runner(&port, RUNNER_DEADLINE)?;
     let answers = Arc::new(Mutex::new(port.try_clone()?));
     say(&answers, &FromAgent::Ready)?;
     loop {
@@ -78,6 +86,25 @@ fn worker() -> std::io::Result<()> {
                 });
             }
         }
+    }
+}
+
+/// A port says that its other end is closed until the runner's is known to be open. A write would wait for ever where
+/// the runner is gone already.
+fn wait_for_runner(port: &impl AsFd, limit: Duration) -> std::io::Result<()> {
+    let until = Instant::now() + limit;
+    loop {
+        let mut fds = [PollFd::new(port.as_fd(), PollFlags::POLLOUT)];
+        poll(&mut fds, PollTimeout::ZERO)?;
+        let closed = |events: PollFlags| events.contains(PollFlags::POLLHUP);
+        if !fds[0].revents().is_some_and(closed) {
+            return Ok(());
+        }
+        if Instant::now() > until {
+            return Err(std::io::ErrorKind::NotConnected.into());
+        }
+        // That it is closed is said at once: there is nothing to wait for.
+        std::thread::sleep(RUNNER_LOOK);
     }
 }
 
@@ -154,13 +181,12 @@ fn run(job: &Job, sink: &Sink) -> Ended {
     command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0);
+        .stderr(Stdio::piped());
     if let Some(user) = job.user {
         command.uid(user).gid(user);
     }
-    match command.spawn() {
-        Ok(child) => finish(child, job.deadline, sink),
+    match interrupt::start_group(&mut command) {
+        Ok((child, _guard)) => finish(child, job.deadline, sink),
         Err(error) => Ended::NotStarted(format!("{program}: {error}")),
     }
 }
@@ -265,5 +291,20 @@ impl Watchdog {
         *self.done.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.done.1.notify_all();
         self.thread.join().unwrap_or(false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_runner_that_is_gone_is_not_waited_for_for_ever() {
+        let (port, runner) = UnixStream::pair().unwrap();
+        wait_for_runner(&port, Duration::ZERO).unwrap();
+        drop(runner);
+        let error = wait_for_runner(&port, 3 * RUNNER_LOOK).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::NotConnected);
     }
 }

@@ -10,8 +10,11 @@ mod outer;
 pub mod wire;
 
 use crate::host;
+use crate::interrupt::Guard;
 use anyhow::{Context, bail};
 use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::File;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -64,11 +67,12 @@ impl Default for Options {
 #[derive(Debug)]
 pub struct Nested {
     emulator: Child,
+    guard: Option<Guard>,
     port: UnixStream,
     /// The same port, for whole frames.
     orders: Arc<Mutex<UnixStream>>,
-    // Holds the port's socket and the console's log until the end.
-    scratch: tempfile::TempDir,
+    /// What the emulator and the outer kernel said.
+    log: File,
 }
 
 impl Nested {
@@ -80,9 +84,12 @@ impl Nested {
     /// error ends with the guest's last console lines.
     pub fn boot(options: &Options) -> anyhow::Result<Self> {
         Self::come_up(|| {
-            let scratch = tempfile::Builder::new().prefix("bulkhead-nested-").tempdir()?;
-            let (emulator, port) = outer::start(options, scratch.path())?;
-            Self::of(emulator, port, scratch)
+            let log = tempfile::tempfile()
+                .with_context(|| format!("a file for the console in {}", std::env::temp_dir().display()))?;
+            let (emulator, guard, port) = outer::start(options, &log)?;
+            let mut nested = Self::of(emulator, port, log)?;
+            nested.guard = Some(guard);
+            Ok(nested)
         })
     }
 
@@ -97,14 +104,15 @@ impl Nested {
         Ok(nested)
     }
 
-    fn of(emulator: Child, port: UnixStream, scratch: tempfile::TempDir) -> anyhow::Result<Self> {
+    fn of(emulator: Child, port: UnixStream, log: File) -> anyhow::Result<Self> {
         // Only to one that is stuck does a write take time.
         port.set_write_timeout(Some(ANSWER_GRACE))?;
         Ok(Self {
             emulator,
+            guard: None,
             orders: Arc::new(Mutex::new(port.try_clone()?)),
             port,
-            scratch,
+            log,
         })
     }
 
@@ -193,7 +201,7 @@ impl Nested {
 
     /// An error together with what the outer guest said last.
     fn last_words(&self, error: anyhow::Error) -> anyhow::Error {
-        let log = outer::console_tail(self.scratch.path());
+        let log = outer::console_tail(&self.log);
         error.context(format!("the outer guest's console ended with:\n{log}"))
     }
 
@@ -214,19 +222,29 @@ fn tell(orders: &Mutex<UnixStream>, order: &ToAgent) -> std::io::Result<()> {
 
 impl Drop for Nested {
     fn drop(&mut self) {
+        // Before another process may have its number.
+        drop(self.guard.take());
         // After power_off it has been waited for, and both calls do nothing.
         let _ = self.emulator.kill();
         let _ = self.emulator.wait();
     }
 }
 
+/// What can be told to an agent: text, and not what kind of host this is.
+fn environment(variables: impl Iterator<Item = (OsString, OsString)>) -> BTreeMap<String, String> {
+    variables
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .filter(|(name, _)| name != host::HOST)
+        .collect()
+}
+
 impl Job {
-    /// A command with this process's environment and working folder.
+    /// A command with this process's environment, the system's own tools in its PATH, and working folder.
     #[must_use]
     pub fn new(argv: &[&str], deadline: Duration) -> Self {
         Self {
             argv: argv.iter().map(|argument| (*argument).to_owned()).collect(),
-            environment: std::env::vars().filter(|(name, _)| name != host::HOST).collect(),
+            environment: environment(std::env::vars_os().chain([("PATH".into(), images::search_path())])),
             folder: std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
             user: None,
             deadline,
@@ -272,7 +290,7 @@ mod tests {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()?;
-        Ok((Nested::of(emulator, port, tempfile::tempdir()?)?, agent))
+        Ok((Nested::of(emulator, port, tempfile::tempfile()?)?, agent))
     }
 
     #[test]
@@ -295,6 +313,29 @@ mod tests {
             assert!(matches!(ToAgent::read(&mut agents[1]).unwrap(), ToAgent::Pulse));
         }
         drop(nested);
+    }
+
+    #[test]
+    fn variables_that_are_no_text_are_left_out() {
+        use std::os::unix::ffi::OsStringExt;
+        let variables = [
+            ("A", b"1".to_vec()),
+            ("B", vec![0xff]),
+            (host::HOST, b"none".to_vec()),
+        ];
+        let variables = variables.map(|(name, value)| (name.into(), OsString::from_vec(value)));
+        let kept = environment(variables.into_iter());
+        assert_eq!(kept, BTreeMap::from([("A".to_owned(), "1".to_owned())]));
+    }
+
+    #[test]
+    fn the_end_of_the_console_is_told() {
+        let mut log = tempfile::tempfile().unwrap();
+        assert_eq!(outer::console_tail(&log), "");
+        log.write_all(&[vec![b'x'; 10_000], b"last words".to_vec()].concat())
+            .unwrap();
+        let tail = outer::console_tail(&log);
+        assert!(tail.ends_with("xlast words") && tail.len() < 5000);
     }
 
     #[test]

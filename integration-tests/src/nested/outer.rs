@@ -3,20 +3,23 @@
 
 use super::agent::AGENT_FLAG;
 use super::{Options, wire::PORT_NAME};
+use crate::interrupt::{self, Guard};
+use crate::process::inherit_at;
 use anyhow::{Context, bail};
 use images::apt::Apt;
 use images::cache::Cache;
 use images::initramfs::Initramfs;
 use images::kernel::{Kernel, KernelChoice};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
-/// How long QEMU may take to connect to the port's socket.
-const CONNECT_DEADLINE: Duration = Duration::from_secs(20);
+/// QEMU's descriptor for the port.
+const PORT_FD: i32 = 3;
 /// Bytes of the console's log that an error repeats.
-const LOG_TAIL: usize = 4000;
+const LOG_TAIL: u64 = 4000;
 
 /// What the outer kernel needs: the file tree, the port, KVM, and what tests use.
 const MODULES: &[&str] = &[
@@ -75,8 +78,9 @@ fi
 mount --move /proc /root/proc
 exec switch_root /root "$AGENT" "#;
 
-/// Starts QEMU and returns it with the connected port.
-pub(super) fn start(options: &Options, scratch: &Path) -> anyhow::Result<(Child, UnixStream)> {
+/// Starts QEMU and returns it with the port. The port has no name and `log` need not have one: nothing of them
+/// outlives whoever is killed.
+pub(super) fn start(options: &Options, log: &File) -> anyhow::Result<(Child, Guard, UnixStream)> {
     let cache = Cache::open_default()?;
     let apt = Apt::open(&cache)?;
     let kernel = Kernel::get(&cache, &apt, KernelChoice::Default)?;
@@ -88,43 +92,43 @@ pub(super) fn start(options: &Options, scratch: &Path) -> anyhow::Result<(Child,
         files: &[],
     }
     .build(&cache, &apt)?;
-    let socket = scratch.join("port");
-    // We listen and QEMU connects: no path to poll for.
-    let listener = UnixListener::bind(&socket).context("the port's socket")?;
+    let (port, theirs) = UnixStream::pair().context("the port's socket")?;
     let mut command = Command::new("qemu-system-x86_64");
+    inherit_at(&mut command, theirs.into(), PORT_FD)?;
     machine(&mut command, options);
-    devices(&mut command, options, &socket)?;
+    devices(&mut command, options)?;
     command
         .arg("-kernel")
         .arg(&kernel.bzimage)
         .arg("-initrd")
         .arg(&initramfs);
     command.arg("-append").arg(kernel_command_line(options)?);
-    let log = std::fs::File::create(scratch.join("console.log"))?;
     let console = if options.console {
         Stdio::inherit()
     } else {
         Stdio::from(log.try_clone()?)
     };
-    command.stdin(Stdio::null()).stdout(console).stderr(log);
-    let mut emulator = command.spawn().context(
+    command
+        .stdin(Stdio::null())
+        .stdout(console)
+        .stderr(log.try_clone()?);
+    let (emulator, guard) = interrupt::start(&mut command).context(
         "cannot start qemu-system-x86_64: install the Debian package qemu-system-x86 (from backports if \
          qemu-utils comes from there)",
     )?;
-    match accept(&listener, &mut emulator) {
-        Ok(port) => Ok((emulator, port)),
-        Err(error) => {
-            let _ = emulator.kill();
-            let _ = emulator.wait();
-            Err(error.context(console_tail(scratch)))
-        }
-    }
+    Ok((emulator, guard, port))
 }
 
 /// The end of what the emulator and the outer kernel said.
-pub(super) fn console_tail(scratch: &Path) -> String {
-    let log = std::fs::read(scratch.join("console.log")).unwrap_or_default();
-    String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_TAIL)..]).into_owned()
+pub(super) fn console_tail(log: &File) -> String {
+    let length = log.metadata().map_or(0, |about| about.len());
+    let start = length.saturating_sub(LOG_TAIL);
+    let mut tail = vec![0; (length - start) as usize];
+    // Not `read`: the emulator writes on from the offset that a read would move.
+    match log.read_exact_at(&mut tail, start) {
+        Ok(()) => String::from_utf8_lossy(&tail).into_owned(),
+        Err(error) => error.to_string(),
+    }
 }
 
 fn machine(command: &mut Command, options: &Options) {
@@ -156,13 +160,12 @@ fn machine(command: &mut Command, options: &Options) {
     ]);
 }
 
-fn devices(command: &mut Command, options: &Options, socket: &Path) -> anyhow::Result<()> {
-    let socket = plain(socket)?;
+fn devices(command: &mut Command, options: &Options) -> anyhow::Result<()> {
     command.args([
         "-device",
         "virtio-serial-pci",
         "-chardev",
-        &format!("socket,id=port,path={socket}"),
+        &format!("socket,id=port,fd={PORT_FD}"),
     ]);
     command.args([
         "-device",
@@ -201,25 +204,4 @@ fn plain(path: &Path) -> anyhow::Result<&str> {
         bail!("the path '{text}' must be absolute, without commas, quotes and blanks");
     }
     Ok(text)
-}
-
-fn accept(listener: &UnixListener, emulator: &mut Child) -> anyhow::Result<UnixStream> {
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    use std::os::fd::AsFd;
-    let deadline = Instant::now() + CONNECT_DEADLINE;
-    loop {
-        // Wakes now and then only to notice an emulator that ended without connecting.
-        let mut fds = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut fds, PollTimeout::from(200u16)) {
-            Ok(1..) => return Ok(listener.accept()?.0),
-            Ok(_) | Err(nix::Error::EINTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-        if let Some(status) = emulator.try_wait()? {
-            bail!("qemu-system-x86_64 ended at once ({status})");
-        }
-        if Instant::now() > deadline {
-            bail!("qemu-system-x86_64 did not connect to its port");
-        }
-    }
 }

@@ -2,7 +2,7 @@
 
 use super::libtest::Outcome;
 use crate::artifacts::workspace;
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -97,7 +97,12 @@ pub(super) fn build_tests() -> anyhow::Result<Vec<TestProgram>> {
     }
     let messages = output.stdout.split(|byte| *byte == b'\n');
     let messages = messages.filter_map(|line| serde_json::from_slice::<Value>(line).ok());
-    Ok(messages.filter_map(|message| test_program(&message)).collect())
+    let programs: Vec<_> = messages.filter_map(|message| test_program(&message)).collect();
+    ensure!(
+        programs.iter().any(|program| program.tier),
+        "cargo named no test program of any tier"
+    );
+    Ok(programs)
 }
 
 fn test_program(message: &Value) -> Option<TestProgram> {

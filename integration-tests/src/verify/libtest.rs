@@ -40,6 +40,16 @@ pub(super) fn parse(output: &str) -> Vec<(String, Outcome)> {
     outcomes
 }
 
+/// How many tests the harness said that it would run: `running 3 tests`.
+pub(super) fn announced(output: &str) -> Option<usize> {
+    output.lines().find_map(|line| {
+        let (count, word) = line.strip_prefix("running ")?.split_once(' ')?;
+        matches!(word, "test" | "tests")
+            .then(|| count.parse().ok())
+            .flatten()
+    })
+}
+
 fn no_outcome(name: String) -> (String, Outcome) {
     (name, no_verdict())
 }
@@ -123,6 +133,18 @@ mod tests {
         let outcomes = parse(output);
         assert_eq!(outcomes[0].1, Outcome::Failed("assertion".to_owned()));
         assert_eq!(outcomes[1].1, Outcome::Failed("missing".to_owned()));
+    }
+
+    #[test]
+    fn what_is_to_come_is_read() {
+        for (output, count) in [
+            ("\nrunning 1 test\ntest a ... ok\n", Some(1)),
+            ("running 12 tests\n", Some(12)),
+            ("running fast tests\nrunning 0 tests\n", Some(0)),
+            ("test a ... ok\n", None),
+        ] {
+            assert_eq!(announced(output), count, "{output}");
+        }
     }
 
     #[test]

@@ -10,8 +10,9 @@ mod report;
 
 pub use place::FULL;
 
-use crate::artifacts::{self, Artifacts, PROBE_NAMES, Profile, workspace};
+use crate::artifacts::{self, Artifacts, PROBE_NAMES, Profile, copy_for_all, workspace};
 use crate::host::Host;
+use crate::interrupt;
 use crate::linux::Images;
 use crate::setup::{self, Purpose};
 use anyhow::Context;
@@ -64,6 +65,7 @@ pub fn set_up() -> anyhow::Result<()> {
 /// # Errors
 /// Something could not be installed or built, so that there is nothing to count.
 pub fn run(full: bool) -> anyhow::Result<bool> {
+    interrupt::heed()?;
     let start = Instant::now();
     let host = Host::detect()?;
     eprintln!(
@@ -74,13 +76,18 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
             "; Linux guests run nested"
         }
     );
+    setup::usual_umask();
     set_up()?;
     let binaries = tempfile::Builder::new()
         .prefix("bulkhead-verify-")
         .tempdir_in("/var/tmp")?;
+    let _guard = interrupt::folder(binaries.path());
     // Some tests run as a user who owns nothing.
     std::fs::set_permissions(binaries.path(), Permissions::from_mode(0o755))?;
-    std::fs::copy("/proc/self/exe", binaries.path().join(place::AGENT_FILE))?;
+    copy_for_all(
+        Path::new("/proc/self/exe"),
+        &binaries.path().join(place::AGENT_FILE),
+    )?;
     let mut report = Report::default();
     report.add_suite(check("formatting", cargo::formatting));
     eprintln!("verify: building the release binaries and the tests");
@@ -124,7 +131,7 @@ fn stage_probes(folder: &Path) -> anyhow::Result<()> {
     let built = artifacts::build_probes(&target.join("tmp/probes"))?;
     std::fs::create_dir(folder)?;
     for name in PROBE_NAMES {
-        std::fs::copy(built.join(name), folder.join(name))?;
+        copy_for_all(&built.join(name), &folder.join(name))?;
     }
     Ok(())
 }
@@ -156,6 +163,10 @@ fn tests(report: &mut Report, programs: &[TestProgram], binaries: &Path, host: H
             Needs::Kvm | Needs::LinuxKvm => one_by_one(report, program, &places),
         }
     }
+    programs
+        .iter()
+        .filter(|program| program.tier)
+        .for_each(|program| report.expect(&program.suite));
     if !host.runs_linux() {
         retry_nested(report, &here, &mut runner);
     }

@@ -182,17 +182,78 @@ fn keep(output: &mut Vec<u8>, stream: Stream, bytes: &[u8]) {
 }
 
 fn outcomes(program: &TestProgram, output: &[u8], ended: &Ended) -> Vec<(String, Outcome)> {
-    let mut outcomes = libtest::parse(&String::from_utf8_lossy(output));
+    let output = String::from_utf8_lossy(output);
+    let mut outcomes = libtest::parse(&output);
     let failed = outcomes
         .iter()
         .any(|(_, outcome)| matches!(outcome, Outcome::Failed(_)));
     // A program that fails without a failed test, or is killed, is a failure of its own.
     if !ended.success() && (!failed || !matches!(ended, Ended::Exited(_))) {
         outcomes.push(whole(program, format!("the test program ended with {ended:?}")));
+    } else if let Some(lack) = lack(libtest::announced(&output), outcomes.len()) {
+        outcomes.push(whole(program, format!("{lack}; it ended with {ended:?}")));
     }
     outcomes
 }
 
+/// A program that ended in the middle, however well, or said less than it ran.
+fn lack(announced: Option<usize>, told: usize) -> Option<String> {
+    match announced {
+        Some(count) if told >= count => None,
+        Some(count) => Some(format!("of {count} tests {told} have an outcome")),
+        None => Some("the test program did not say how many tests it has".to_owned()),
+    }
+}
+
 fn whole(program: &TestProgram, why: String) -> (String, Outcome) {
     (format!("{} as a whole", program.suite), Outcome::Failed(why))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How a test program that prints this and ends so is counted: its tests that failed.
+    fn failures(output: &str, ended: &Ended) -> Vec<String> {
+        let program = TestProgram {
+            suite: "suite".to_owned(),
+            target: "target".to_owned(),
+            tier: true,
+            path: PathBuf::new(),
+            folder: PathBuf::new(),
+        };
+        let outcomes = outcomes(&program, output.as_bytes(), ended);
+        let failed = outcomes
+            .into_iter()
+            .filter(|(_, outcome)| matches!(outcome, Outcome::Failed(_)));
+        failed.map(|(name, _)| name).collect()
+    }
+
+    #[test]
+    fn a_program_that_says_all_it_announced_is_no_failure() {
+        let good = "running 2 tests\ntest a ... ok\ntest b ... ignored\n";
+        assert!(failures(good, &Ended::Exited(0)).is_empty());
+        assert!(failures("running 0 tests\n", &Ended::Exited(0)).is_empty());
+        assert_eq!(
+            failures(&good.replace("ok", "FAILED"), &Ended::Exited(101)),
+            ["a"]
+        );
+    }
+
+    #[test]
+    fn a_program_that_ends_half_way_failed_whatever_its_status() {
+        let cut = "running 3 tests\ntest a ... ok\n";
+        let whole = "suite as a whole";
+        for ended in [
+            Ended::Exited(0),
+            Ended::Exited(1),
+            Ended::Signalled(9),
+            Ended::TimedOut,
+        ] {
+            assert_eq!(failures(cut, &ended), [whole], "{ended:?}");
+            assert_eq!(failures("", &ended), [whole], "{ended:?}");
+        }
+        let failed = cut.replace("ok", "FAILED");
+        assert_eq!(failures(&failed, &Ended::Exited(101)), ["a", whole]);
+    }
 }

@@ -83,6 +83,13 @@ impl Report {
         }
     }
 
+    /// A suite that must have tests and has none, wherever it was to run, failed.
+    pub(super) fn expect(&mut self, suite: &str) {
+        if !self.outcomes.keys().any(|(name, _)| name == suite) {
+            self.add(suite, "as a whole", Outcome::Failed("it ran no test".to_owned()));
+        }
+    }
+
     /// The tests of a suite that were skipped so far.
     pub(super) fn skipped_in(&self, suite: &str) -> Vec<String> {
         let skipped = |((name, test), outcome): (&(String, String), &Outcome)| {
@@ -168,6 +175,16 @@ impl std::fmt::Display for Count {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_suite_without_tests_failed() {
+        let mut report = Report::default();
+        report.add("tiny", "a", Outcome::Skipped("no hardware".into()));
+        report.expect("tiny");
+        assert_eq!(report.count().failed, 0);
+        report.expect("linux");
+        assert_eq!(report.count().failed, 1);
+    }
 
     #[test]
     fn a_test_skipped_here_and_run_there_counts_once() {
