@@ -1,5 +1,7 @@
 //! A supervisor whose spawner, vmm and clients the tests play.
 
+mod hangs;
+
 use super::*;
 use crate::wire_fds::{receive_with_fds, send_with_fd};
 use nix::fcntl::{FcntlArg, fcntl};
