@@ -170,3 +170,32 @@ fn each_rule_behaves_as_written() {
         check(role);
     }
 }
+
+/// Where processes have no ids of their own, the spawner sees all that its user does.
+#[test]
+fn the_spawner_opens_nothing_to_read() {
+    let rules = load(Path::new("policy"), Role::Spawner.name()).expect("it was built");
+    let program = compile(&rules, "kill_process").expect("it was built");
+    let stopped = |name, at: usize, flags: i32| {
+        let mut arguments = [NOTHING, 0, 0, 0, 0, 0];
+        arguments[at] = flags as u64;
+        is_stopped(&program, number(name), &arguments)
+    };
+    for flags in [libc::O_RDONLY, libc::O_RDWR, libc::O_TMPFILE | libc::O_RDWR] {
+        for more in [
+            0,
+            libc::O_CREAT | libc::O_TRUNC,
+            libc::O_CREAT | libc::O_APPEND,
+            libc::O_PATH,
+        ] {
+            let flags = flags | more | libc::O_CLOEXEC;
+            assert!(stopped("openat", 2, flags), "openat {flags:#x}");
+            assert!(stopped("open", 1, flags), "open {flags:#x}");
+        }
+    }
+    assert!(stopped(
+        "open",
+        1,
+        libc::O_DIRECTORY | libc::O_CREAT | libc::O_CLOEXEC
+    ));
+}

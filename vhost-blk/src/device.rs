@@ -16,7 +16,7 @@ use std::io::{self, Seek as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use vhost_daemon::device::Errands;
-use vhost_daemon::{ConfigError, Device, Orders, Program, QueueHandler, QueueLimits};
+use vhost_daemon::{ConfigError, Device, OrderNumber, Orders, Program, QueueHandler, QueueLimits};
 use virtio_bindings::virtio_blk::*;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes};
@@ -99,6 +99,7 @@ impl Program for BlkProgram {
             rings,
             orders,
             growth,
+            grows_for: OrderNumber::default(),
             told: image.capacity(),
         }))
     }
@@ -250,6 +251,8 @@ pub struct BlkDevice {
     orders: Orders,
     /// Where there may be orders.
     growth: Option<Growth>,
+    /// The latest order that it carries out.
+    grows_for: OrderNumber,
     /// The capacity that the driver was last told of.
     told: u64,
 }
@@ -260,21 +263,25 @@ impl BlkDevice {
         self.counters.queues().len() as u16
     }
 
-    fn obey(&mut self, line: &str) {
+    fn obey(&mut self, given: &vhost_daemon::Order) {
+        let (line, number) = (&given.words, given.number);
         match Order::parse(line) {
             Order::Metrics => {
                 let metrics = self.counters.prometheus(self.image.capacity());
-                self.orders.answer_at_length(&metrics);
+                self.orders.answer_at_length(number, &metrics);
             }
             Order::Size(capacity) => {
                 // The answer follows when it has grown.
-                if !self.growth.as_ref().is_some_and(|growth| growth.begin(capacity)) {
-                    self.orders.answer("error: another order to grow is under way\n");
+                if self.growth.as_ref().is_some_and(|growth| growth.begin(capacity)) {
+                    self.grows_for = number;
+                } else {
+                    let error = "error: another order to grow is under way\n";
+                    self.orders.answer(number, error);
                 }
             }
             Order::Unknown => {
                 let error = format!("error: {line:?} is no order: write size BYTES or metrics\n");
-                self.orders.answer(&error);
+                self.orders.answer(number, &error);
             }
         }
     }
@@ -282,7 +289,7 @@ impl BlkDevice {
     /// Answers the order to grow the disk, once that has ended.
     fn answer_growth(&mut self) {
         if let Some(answer) = self.growth.as_ref().and_then(Growth::answer) {
-            self.orders.answer(&answer);
+            self.orders.answer(self.grows_for, &answer);
         }
     }
 }
@@ -372,8 +379,8 @@ impl Device for BlkDevice {
 
     fn config_changed(&mut self) -> bool {
         self.answer_growth();
-        for line in self.orders.lines() {
-            self.obey(&line);
+        for order in self.orders.take() {
+            self.obey(&order);
         }
         let capacity = self.image.capacity();
         std::mem::replace(&mut self.told, capacity) != capacity

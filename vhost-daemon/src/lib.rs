@@ -43,7 +43,7 @@ pub use bucket::SharedLimiter;
 pub use descriptors::inherited;
 pub use device::{ConfigError, Device, Program, QueueHandler, QueueLimits, Wait};
 pub use limits::Limits;
-pub use orders::Orders;
+pub use orders::{Order, OrderNumber, Orders};
 pub use ring::{Chain, Ring, RingFault};
 pub use run::{DaemonError, run};
 pub use session::{ServeError, SessionError};

@@ -184,12 +184,12 @@ impl LinkWatch {
 
     /// Takes orders that came by `--control-fd`; `metrics` is what one of them asks for.
     pub fn control(&mut self, metrics: impl Fn() -> String) {
-        for line in self.control.lines() {
-            match line.trim_ascii() {
-                "metrics" => self.control.answer_at_length(&metrics()),
+        for order in self.control.take() {
+            match order.words.trim_ascii() {
+                "metrics" => self.control.answer_at_length(order.number, &metrics()),
                 other => {
                     let error = format!("error: {other:?} is no order: write metrics\n");
-                    self.control.answer(&error);
+                    self.control.answer(order.number, &error);
                 }
             }
         }

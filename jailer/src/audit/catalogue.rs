@@ -56,6 +56,7 @@ pub const ATTACKS: &[Attack] = attacks! {
         Capability "statx"                "look at a host file by statx"
         Capability "access"               "ask whether a host file is there"
         Capability "name-to-handle"       "get a handle to a host file"
+        Capability "open-by-handle"       "open a host file by a handle that it made up"
         Capability "list-folder"          "open a host folder"
     }
     "write-file" {
@@ -81,11 +82,14 @@ pub const ATTACKS: &[Attack] = attacks! {
         Landlock   "signal"               "signal another process"
         Landlock   "signal-thread"        "signal another process's thread by tkill"
         Landlock   "signal-group-thread"  "signal another process's thread by tgkill"
+        Landlock   "queue-signal"         "signal another process by rt_sigqueueinfo"
+        Landlock   "signal-by-descriptor" "have another process signalled by a descriptor's owner"
         Landlock   "pidfd-open"           "get a pidfd of another process"
         Landlock   "ptrace"               "trace another process"
         Landlock   "read-process"         "read another process's memory"
         Landlock   "write-process"        "write another process's memory"
         Landlock   "compare-process"      "compare two processes' kernel objects"
+        Landlock   "find-pages"           "ask where another process's memory is"
         Landlock   "steal-fd"             "take another process's descriptor"
         Capability "read-affinity"        "ask for another process's CPUs"
         Capability "renice-process"       "lower another process's priority"
@@ -123,6 +127,7 @@ pub const ATTACKS: &[Attack] = attacks! {
         Capability "new-mount-api"        "make a file system by fsopen"
         Capability "clone-mounts"         "copy the mount tree by open_tree"
         Capability "chroot"               "change the root"
+        Capability "pivot-root"           "change the root of the mount namespace"
         Capability "chroot-escape"        "leave a changed root by a folder's descriptor"
     }
     "device" {
@@ -154,6 +159,16 @@ pub const ATTACKS: &[Attack] = attacks! {
         Capability "set-hostname"         "set the host name"
         Capability "fanotify"             "watch file access of the whole host"
         Capability "inotify"              "make an inotify descriptor"
+        Capability "kernel-log"           "read the kernel's log"
+        Capability "set-clock"            "set the host's clock"
+        Capability "reboot"               "reboot the host"
+        Capability "load-kernel"          "load another kernel by kexec"
+    }
+    "ipc" {
+        Capability "shared-memory"        "make System V shared memory"
+        Capability "semaphores"           "make System V semaphores"
+        Capability "message-queue"        "make a System V message queue"
+        Capability "posix-queue"          "make a POSIX message queue"
     }
     "code" {
         Capability "map-writable-code"    "map memory that is writable and executable"

@@ -337,7 +337,8 @@ impl Spawner {
                     "bulkhead: the {name} (pid {pid}) {how}: its VM was ended"
                 ));
                 self.code = Some(code);
-                // Why is said; the supervisor need not find reasons for what follows.
+                // Why is said; the supervisor need not find reasons for what follows, nor be told of it.
+                self.control = None;
                 if let Some(pid) = self.supervisor {
                     let _ = kill(pid, Signal::SIGKILL);
                 }

@@ -12,14 +12,12 @@
 //! `spawner` before it makes any other process, the jailed ones are born in theirs, and at the end whoever
 //! removes the groups moves what is left in `spawner` back to where it came from.
 
-use nix::fcntl::{OFlag, openat};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::stat::Mode;
-use nix::unistd::{Gid, Uid, chown, geteuid, read};
+use nix::unistd::{Gid, Uid, chown, geteuid};
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use vm_spec::spec::LimitsSpec;
@@ -236,7 +234,16 @@ fn end(group: &Path) {
 #[derive(Debug)]
 pub struct Groups {
     place: Place,
-    children: Vec<(String, File)>,
+    children: Vec<Child>,
+}
+
+/// One process's group.
+#[derive(Debug)]
+struct Child {
+    name: String,
+    folder: File,
+    /// Opened at once: the confined spawner opens nothing to read.
+    events: Option<File>,
 }
 
 impl Groups {
@@ -259,8 +266,12 @@ impl Groups {
             put_if_there(&place.group, "memory.swap.max", "0")?;
         }
         let children = children.iter().map(|(name, device)| {
-            let folder = make_child(&place.group.join(name), limits, *device)?;
-            Ok((name.clone(), folder))
+            let path = place.group.join(name);
+            Ok(Child {
+                name: name.clone(),
+                folder: make_child(&path, limits, *device)?,
+                events: File::open(path.join("memory.events")).ok(),
+            })
         });
         Ok(Self {
             children: children.collect::<Result<_, _>>()?,
@@ -275,7 +286,8 @@ impl Groups {
     /// [`CgroupError::File`].
     pub fn give_to(&self, uid: Uid, gid: Gid) -> Result<(), CgroupError> {
         let spawner = self.place.group.join(SPAWNER);
-        let children = self.children.iter().map(|(name, _)| self.place.group.join(name));
+        let children = self.children.iter();
+        let children = children.map(|child| self.place.group.join(&child.name));
         for folder in children.chain([self.place.group.clone(), spawner]) {
             let file = folder.join("cgroup.procs");
             chown(&file, Some(uid), Some(gid)).map_err(|e| CgroupError::File(file, e.into()))?;
@@ -285,31 +297,30 @@ impl Groups {
 
     /// The folder of `name`'s group, for `Program::cgroup`.
     pub fn of(&self, name: &str) -> Option<BorrowedFd<'_>> {
-        let child = self.children.iter().find(|(child, _)| child == name);
-        child.map(|(_, folder)| folder.as_fd())
+        self.child(name).map(|child| child.folder.as_fd())
     }
 
     /// The numbers of the groups' folders.
     pub fn descriptors(&self) -> Vec<RawFd> {
         self.children
             .iter()
-            .map(|(_, folder)| folder.as_raw_fd())
+            .map(|child| child.folder.as_raw_fd())
             .collect()
+    }
+
+    fn child(&self, name: &str) -> Option<&Child> {
+        self.children.iter().find(|child| child.name == name)
     }
 
     /// How many processes of `name`'s group the kernel has killed for want of memory.
     pub fn oom_kills(&self, name: &str) -> u64 {
-        self.of(name).and_then(|folder| events(folder).ok()).unwrap_or(0)
+        let mut text = [0; 1024];
+        let events = self.child(name).and_then(|child| child.events.as_ref());
+        match events.map(|events| events.read_at(&mut text, 0)) {
+            Some(Ok(length)) => oom_kills(&String::from_utf8_lossy(&text[..length])),
+            _ => 0,
+        }
     }
-}
-
-/// By the folder's descriptor and few calls: the spawner is confined.
-fn events(folder: BorrowedFd<'_>) -> nix::Result<u64> {
-    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-    let file = openat(folder, "memory.events", flags, Mode::empty())?;
-    let mut text = [0; 1024];
-    let length = read(&file, &mut text)?;
-    Ok(oom_kills(&String::from_utf8_lossy(&text[..length])))
 }
 
 fn oom_kills(events: &str) -> u64 {

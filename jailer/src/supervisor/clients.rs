@@ -31,8 +31,8 @@ pub(super) struct Client {
 /// Who waits for an answer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Asker {
-    client: u64,
-    request: u64,
+    pub(super) client: u64,
+    pub(super) request: u64,
 }
 
 /// All of them, and where more come from.

@@ -4,7 +4,7 @@
 use super::outcome::Outcome;
 use super::plug::Membership;
 use super::recovery::Order;
-use super::{Phase, Supervisor};
+use super::{EXIT_DEADLINE, Phase, Supervisor};
 use crate::sandbox::EXIT_HUNG;
 use crate::wire_fds::send_with_fd;
 use nix::time::{ClockId, clock_gettime};
@@ -25,15 +25,20 @@ pub(super) type Counters = BTreeMap<EventKind, u64>;
 impl Supervisor {
     /// Whether a device's process that ends now is to have a successor.
     pub(super) fn restarts_devices(&self) -> bool {
-        self.on_device_death == OnDeviceDeath::Restart
-            && self.vmm.is_some()
+        self.on_device_death == OnDeviceDeath::Restart && self.needs_devices()
+    }
+
+    /// Whether the guest is to be served: a device's process that hangs is killed. Its end is then that of the VM
+    /// where it is to have no successor.
+    pub(super) fn needs_devices(&self) -> bool {
+        self.vmm.is_some()
             && self.outcome.is_none()
             && matches!(self.phase, Phase::Running | Phase::PoweringOff(_))
     }
 
     /// The next time at which a device wants something.
     pub(super) fn devices_deadline(&self) -> Option<Instant> {
-        if !self.restarts_devices() {
+        if !self.needs_devices() {
             return None;
         }
         self.processes.iter().filter_map(|p| p.recovery.deadline()).min()
@@ -41,7 +46,7 @@ impl Supervisor {
 
     /// Looks at every device's time.
     pub(super) fn judge_devices(&mut self, now: Instant) {
-        if !self.restarts_devices() {
+        if !self.needs_devices() {
             return;
         }
         for index in 0..self.processes.len() {
@@ -90,6 +95,12 @@ impl Supervisor {
     ) {
         let process = &mut self.processes[index];
         if !process.alive || !process.recovery.is_latest(generation) {
+            return;
+        }
+        if loss == Loss::Closed && self.on_device_death == OnDeviceDeath::End {
+            // Its end says why. One that goes on has shut the guest out.
+            let outcome = Outcome::of_loss(&process.about.name, reason);
+            self.suspicion.get_or_insert((now + EXIT_DEADLINE, outcome));
             return;
         }
         let order = process.recovery.condemn(now, reason);
@@ -237,6 +248,11 @@ impl Supervisor {
                 self.tell_spawner(FromSupervisor::Respawn { process, build });
             }
             Some(Order::Kill) => self.tell_spawner(FromSupervisor::Kill { process }),
+            Some(Order::GiveUp(reason)) if self.on_device_death == OnDeviceDeath::End => {
+                let outcome = Outcome::of_loss(&self.processes[index].about.name, &reason);
+                self.conclude(outcome);
+                self.stop_vmm(Instant::now());
+            }
             Some(Order::GiveUp(reason)) => {
                 if let Some(slot) = self.processes[index].about.slot {
                     // The vmm's DeviceFault, which follows, is what is said and written down.

@@ -124,7 +124,7 @@ impl Supervisor {
                 reason,
             } => {
                 match self.processes.iter().position(|p| p.about.name == device) {
-                    Some(index) if self.restarts_devices() => {
+                    Some(index) if self.needs_devices() => {
                         self.processes[index].outstanding = outstanding;
                         self.device_lost(index, generation, loss, &reason, now);
                     }

@@ -1,5 +1,6 @@
 //! Orders of clients to device processes: one at a time for each, with a deadline. The process is not believed:
-//! its answer is bounded, and what comes unasked is dropped.
+//! its answer is bounded, and what comes unasked is dropped, as are answers to orders that were given up: each
+//! has a number.
 
 use super::Supervisor;
 use super::clients::Asker;
@@ -20,14 +21,40 @@ const MOST_STALE: usize = 256;
 pub(super) struct Orders {
     socket: OwnedFd,
     waiting: Option<Waiting>,
+    /// Orders that were given.
+    count: u64,
 }
 
 struct Waiting {
     asker: Asker,
     until: Instant,
+    /// What the answer begins with: the order's number.
+    begins: String,
     /// The answer has several lines.
     long: bool,
     answer: Vec<u8>,
+}
+
+impl Waiting {
+    /// Drops the lines before the answer: they answer what nobody waits for any more.
+    fn forget_others(&mut self) {
+        let mut at = 0;
+        while !self.answer[at..].starts_with(self.begins.as_bytes()) {
+            match self.answer[at..].iter().position(|byte| *byte == b'\n') {
+                Some(end) => at += end + 1,
+                None => break,
+            }
+        }
+        self.answer.drain(..at);
+    }
+
+    /// The answer, once it is all there.
+    fn whole(&self) -> Option<String> {
+        let said = self.answer.strip_prefix(self.begins.as_bytes())?;
+        let rest = said.strip_suffix(b"\n")?;
+        let whole = !self.long || rest.ends_with(LAST_LINE.as_bytes());
+        whole.then(|| String::from_utf8_lossy(said).into_owned())
+    }
 }
 
 impl Orders {
@@ -35,6 +62,7 @@ impl Orders {
         Self {
             socket,
             waiting: None,
+            count: 0,
         }
     }
 
@@ -58,7 +86,9 @@ impl Orders {
         if (0..MOST_STALE).all(|_| self.read().is_some()) {
             return Err("its process says what nobody asked for".to_owned());
         }
-        let text = format!("{line}\n");
+        self.count += 1;
+        let begins = format!("{} ", self.count);
+        let text = format!("{begins}{line}\n");
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         match send(self.socket.as_raw_fd(), text.as_bytes(), flags) {
             Ok(count) if count == text.len() => {}
@@ -67,6 +97,7 @@ impl Orders {
         self.waiting = Some(Waiting {
             asker,
             until: now + DEADLINE,
+            begins,
             long: line == "metrics",
             answer: Vec::new(),
         });
@@ -92,19 +123,12 @@ impl Orders {
         let came = self.read().unwrap_or_default();
         let waiting = self.waiting.as_mut()?;
         waiting.answer.extend(came);
-        let whole = match waiting.long {
-            true => {
-                let rest = waiting.answer.strip_suffix(b"\n");
-                rest.is_some_and(|rest| rest.ends_with(LAST_LINE.as_bytes()))
-            }
-            false => waiting.answer.ends_with(b"\n"),
-        };
+        waiting.forget_others();
         let failed = if waiting.answer.len() > LONGEST {
             "its process says too much"
         } else if now >= waiting.until {
             "its process does not answer"
-        } else if whole {
-            let said = String::from_utf8_lossy(&waiting.answer).into_owned();
+        } else if let Some(said) = waiting.whole() {
             let asker = self.waiting.take()?.asker;
             return Some((asker, Answer::Ordered(said)));
         } else {
@@ -146,5 +170,52 @@ impl Supervisor {
             .iter()
             .filter_map(|process| process.orders.as_ref());
         orders.filter_map(Orders::deadline).min()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    const ASKER: Asker = Asker {
+        client: 1,
+        request: 1,
+    };
+
+    /// What is answered next, if anything is.
+    fn heard(orders: &mut Orders, now: Instant) -> Option<Answer> {
+        orders.hear(now).map(|(_, answer)| answer)
+    }
+
+    #[test]
+    fn an_answer_that_comes_late_is_not_taken_for_that_to_another_order() {
+        let (ours, mut process) = UnixStream::pair().unwrap();
+        let mut orders = Orders::new(ours.into());
+        let start = Instant::now();
+        let late = start + DEADLINE;
+        orders.give("size 1024", ASKER, start).unwrap();
+        assert_eq!(heard(&mut orders, start), None);
+        let given_up = Answer::Failed("its process does not answer".to_owned());
+        assert_eq!(heard(&mut orders, late), Some(given_up));
+        orders.give("size 2048", ASKER, late).unwrap();
+        let mut given = [0; 24];
+        process.read_exact(&mut given).unwrap();
+        assert_eq!(&given, b"1 size 1024\n2 size 2048\n");
+        process.write_all(b"1 ok\n").unwrap();
+        assert_eq!(heard(&mut orders, late), None);
+        process.write_all(b"2 error: no").unwrap();
+        assert_eq!(heard(&mut orders, late), None);
+        process.write_all(b"t enough\n").unwrap();
+        let answer = Answer::Ordered("error: not enough\n".to_owned());
+        assert_eq!(heard(&mut orders, late), Some(answer));
+        // Of several lines, behind several of another.
+        orders.give("metrics", ASKER, late).unwrap();
+        process.write_all(b"1 a 1\nb 2\n# EOF\n3 c 3\n").unwrap();
+        assert_eq!(heard(&mut orders, late), None);
+        process.write_all(b"# EOF\n").unwrap();
+        let answer = Answer::Ordered("c 3\n# EOF\n".to_owned());
+        assert_eq!(heard(&mut orders, late), Some(answer));
     }
 }

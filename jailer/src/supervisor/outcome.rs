@@ -40,6 +40,14 @@ impl Outcome {
         }
     }
 
+    /// A device has no back end any more.
+    pub(super) fn of_loss(device: &str, reason: &str) -> Self {
+        Self {
+            code: exit_code::BACKEND_LOST,
+            line: Some(format!("{device}: {reason}")),
+        }
+    }
+
     /// A process ended though the VM had not.
     pub(super) fn of_process(process: &SupervisedProcess, status: ExitStatus) -> Self {
         let SupervisedProcess { name, role, pid, .. } = process;

@@ -222,6 +222,11 @@ impl Supervisor {
                 }
                 Ok((Received::End, _)) | Err(_) => {
                     self.connector = None;
+                    if self.needs_devices() {
+                        self.say(
+                            "the connector has ended: what it would connect to or open again stays lost",
+                        );
+                    }
                     // Those that it was asked for are told now, the others when they are lost.
                     for remote in &mut self.remotes {
                         if remote.stage == Stage::Connecting {

@@ -1,5 +1,8 @@
 //! A supervisor whose spawner, vmm and clients the tests play.
 
+mod hangs;
+mod helpers;
+
 use super::*;
 use crate::wire_fds::{receive_with_fds, send_with_fd};
 use nix::fcntl::{FcntlArg, fcntl};

@@ -118,6 +118,7 @@ impl Ordered {
             rings: Vec::new(),
             orders: Orders::new(Some(theirs.into())).unwrap(),
             growth: Some(Growth::new().unwrap()),
+            grows_for: OrderNumber::default(),
             told: SIZE,
         };
         let errands = device.take_errands().unwrap();
@@ -165,21 +166,21 @@ impl Ordered {
 #[test]
 fn a_disk_that_is_slow_to_grow_keeps_nobody_waiting() {
     let mut ordered = Ordered::new();
-    assert!(!ordered.order(&format!("size {}", 2 * SIZE)));
+    assert!(!ordered.order(&format!("1 size {}", 2 * SIZE)));
     ordered.image.wait_until(|state| state.0);
     let begin = Instant::now();
     let features = ordered.device.features();
     assert_eq!(features & (1 << VIRTIO_BLK_F_FLUSH), 1 << VIRTIO_BLK_F_FLUSH);
     assert_eq!(ordered.told_capacity(), SIZE, "it is not that long yet");
     assert!(begin.elapsed() < AT_ONCE);
-    assert!(!ordered.order(&format!("size {}", 3 * SIZE)));
-    assert_eq!(ordered.answer(), "error: another order to grow is under way\n");
+    assert!(!ordered.order(&format!("2 size {}", 3 * SIZE)));
+    assert_eq!(ordered.answer(), "2 error: another order to grow is under way\n");
     assert!(!ordered.order("metrics"));
     while ordered.answer() != "# EOF\n" {}
     ordered.image.set(|state| state.1 = true);
     ordered.wait();
     assert!(ordered.device.config_changed(), "the driver is told");
-    assert_eq!(ordered.answer(), "ok\n");
+    assert_eq!(ordered.answer(), "1 ok\n");
     assert_eq!(ordered.told_capacity(), 2 * SIZE);
     assert!(ordered.device.errand_source().is_none(), "nothing is under way");
     // What is refused changes nothing, and what follows is carried out.

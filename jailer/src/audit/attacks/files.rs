@@ -21,6 +21,7 @@ pub(super) const ALL: &[(&str, Attempt)] = &[
         try_call(l::SYS_access, [address(&below(o, "secret")), 4])
     }),
     ("name-to-handle", name_to_handle),
+    ("open-by-handle", open_by_handle),
     ("list-folder", |o| {
         try_call(l::SYS_open, [address(&below(o, "")), l::O_DIRECTORY as usize])
     }),
@@ -113,6 +114,11 @@ pub(super) const ALL: &[(&str, Attempt)] = &[
         try_call(l::SYS_open_tree, [HERE, c"/".as_ptr() as usize, 1])
     }),
     ("chroot", |_| try_call(l::SYS_chroot, [c"/".as_ptr() as usize])),
+    ("pivot-root", |_| {
+        // The privilege is asked for before the folders are.
+        let path = c"/bulkhead-no-such".as_ptr() as usize;
+        through_at(try_call(l::SYS_pivot_root, [path, path]), l::ENOENT)
+    }),
     ("make-device", |o| {
         // /dev/null's number.
         try_call(
@@ -191,6 +197,15 @@ fn name_to_handle(o: &Order) -> Outcome {
     let path = below(o, "secret");
     let (handle, id) = (handle.as_mut_ptr() as usize, &raw mut mount_id as usize);
     try_call(l::SYS_name_to_handle_at, [HERE, address(&path), handle, id, 0])
+}
+
+/// The privilege is asked for before the handle is looked at, which no file of the descriptor's file system has.
+fn open_by_handle(o: &Order) -> Outcome {
+    // struct file_handle: 8 bytes of FILEID_INO32_GEN.
+    let handle = [8u32, 1, 0, 0];
+    let place = o.report as usize;
+    let handle = handle.as_ptr() as usize;
+    through_at(try_call(l::SYS_open_by_handle_at, [place, handle, 0]), l::ESTALE)
 }
 
 /// Over the audit's own folder, and off again.

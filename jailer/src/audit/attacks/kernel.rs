@@ -48,6 +48,40 @@ pub(super) const ALL: &[(&str, Attempt)] = &[
     ("set-hostname", set_hostname),
     ("fanotify", |_| try_call(l::SYS_fanotify_init, [0, 0])),
     ("inotify", |_| try_call(l::SYS_inotify_init1, [0])),
+    ("kernel-log", |_| {
+        let mut text = [0u8; 64];
+        // SYSLOG_ACTION_READ_ALL.
+        try_call(l::SYS_syslog, [3, text.as_mut_ptr() as usize, text.len()])
+    }),
+    // Neither a time nor a zone: the privilege is asked for all the same.
+    ("set-clock", |_| try_call(l::SYS_settimeofday, [0, 0])),
+    // The privilege is asked for before the magic numbers, which these are not.
+    ("reboot", |_| {
+        through_at(try_call(l::SYS_reboot, [0, 0, 0, 0]), l::EINVAL)
+    }),
+    // And before the flags, which there are not.
+    ("load-kernel", |_| {
+        let flags = 1 << 15;
+        through_at(try_call(l::SYS_kexec_load, [0, 0, 0, flags]), l::EINVAL)
+    }),
+    ("shared-memory", |_| {
+        let memory = call(l::SYS_shmget, [PRIVATE, 4096, MAKE])?;
+        try_call(l::SYS_shmctl, [memory, l::IPC_RMID as usize, 0])
+    }),
+    ("semaphores", |_| {
+        let semaphores = call(l::SYS_semget, [PRIVATE, 1, MAKE])?;
+        try_call(l::SYS_semctl, [semaphores, 0, l::IPC_RMID as usize])
+    }),
+    ("message-queue", |_| {
+        let queue = call(l::SYS_msgget, [PRIVATE, MAKE])?;
+        try_call(l::SYS_msgctl, [queue, l::IPC_RMID as usize, 0])
+    }),
+    ("posix-queue", |_| {
+        let name = c"bulkhead-audit".as_ptr() as usize;
+        let flags = (l::O_CREAT | l::O_RDWR) as usize;
+        call(l::SYS_mq_open, [name, flags, 0o600, 0])?;
+        try_call(l::SYS_mq_unlink, [name])
+    }),
     ("type-on-terminal", |o| {
         let byte = b"x";
         let terminal = (o.report + 1) as usize;
@@ -57,6 +91,9 @@ pub(super) const ALL: &[(&str, Attempt)] = &[
         )
     }),
 ];
+
+const PRIVATE: usize = l::IPC_PRIVATE as usize;
+const MAKE: usize = (l::IPC_CREAT | 0o600) as usize;
 
 fn bpf(command: usize, words: &[u32]) -> Outcome {
     let mut attr = [0u32; 32];

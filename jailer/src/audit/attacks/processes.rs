@@ -10,6 +10,19 @@ pub(super) const ALL: &[(&str, Attempt)] = &[
     ("signal-group-thread", |o| {
         try_call(l::SYS_tgkill, [victim(o), victim(o), CONTINUE])
     }),
+    ("queue-signal", |o| {
+        // struct siginfo: si_signo, si_errno, si_code (SI_QUEUE).
+        let mut about = [0i32; 32];
+        (about[0], about[2]) = (l::SIGCONT, -1);
+        try_call(
+            l::SYS_rt_sigqueueinfo,
+            [victim(o), CONTINUE, about.as_ptr() as usize],
+        )
+    }),
+    // The descriptor is asked for no signals: none comes.
+    ("signal-by-descriptor", |o| {
+        try_call(l::SYS_fcntl, [o.report as usize, l::F_SETOWN as usize, victim(o)])
+    }),
     ("pidfd-open", |o| try_call(l::SYS_pidfd_open, [victim(o), 0])),
     ("ptrace", |o| {
         try_call(l::SYS_ptrace, [l::PTRACE_SEIZE as usize, victim(o), 0, 0])
@@ -19,6 +32,9 @@ pub(super) const ALL: &[(&str, Attempt)] = &[
     // KCMP_VM.
     ("compare-process", |o| {
         try_call(l::SYS_kcmp, [victim(o), victim(o), 1, 0, 0])
+    }),
+    ("find-pages", |o| {
+        try_call(l::SYS_move_pages, [victim(o), 0, 0, 0, 0, 0])
     }),
     ("steal-fd", |o| {
         let pidfd = call(l::SYS_pidfd_open, [victim(o), 0])?;
