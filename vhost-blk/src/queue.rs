@@ -320,7 +320,8 @@ impl BlkQueue {
             let Some(chain) = ring.pop()? else { break };
             self.take(chain, ring)?;
         }
-        Ok(None)
+        // The last one taken may wait for the host: nothing but the pause brings this thread back to it.
+        Ok((!self.parked.is_empty()).then_some(RETRY))
     }
 
     fn has_room(&self) -> bool {
