@@ -25,7 +25,7 @@ use vm_memory::VolatileSlice;
 
 pub use buffers::Buffers;
 pub use error::ImageError;
-pub(crate) use error::{errno, no_space};
+pub(crate) use error::{errno, no_space, says_no_space};
 pub use file::{BlockFile, HostFile};
 pub use lock::lock;
 pub use luks::Passphrase;
