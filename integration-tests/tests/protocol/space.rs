@@ -46,6 +46,9 @@ pub(crate) fn tests() -> Vec<Trial> {
         tests.push(test(format!("space::{name}::stop_alone"), move || {
             stop_alone(kind)
         }));
+        tests.push(test(format!("space::{name}::stop_and_hang_up"), move || {
+            stop_and_hang_up(kind)
+        }));
         tests.push(test(format!("space::{name}::stop_and_reset"), move || {
             stop_and_reset(kind)
         }));
@@ -221,6 +224,24 @@ fn stop_alone(kind: Kind) -> Result<()> {
     session.rings[0].wait_used(DEADLINE)?;
     ensure!(session.memory.read(status, 1)? == [STATUS_OK]);
     host.check(0)
+}
+
+/// What waits has no answer when the session ends: it is in the in-flight region, for the next process.
+fn stop_and_hang_up(kind: Kind) -> Result<()> {
+    let mut host = Host::start("tmpfs", kind, &["--on-error=stop"])?;
+    host.fill_until_stopped()?;
+    let Session {
+        connection,
+        memory,
+        rings,
+        ..
+    } = host.driver.session;
+    let ([_, _, used], before) = (rings[0].parts(), rings[0].next_used());
+    drop(connection);
+    let status = host.process.wait(DEADLINE)?;
+    ensure!(status.success(), "{status}: {}", host.process.stderr()?);
+    ensure!(memory.observe(used + 2)? == before, "it came back");
+    Ok(())
 }
 
 /// A driver that resets the device has its answer.
