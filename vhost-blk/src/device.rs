@@ -15,6 +15,7 @@ use std::fs::File;
 use std::io::{self, Seek as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::time::Duration;
 use vhost_daemon::device::Errands;
 use vhost_daemon::{ConfigError, Device, OrderNumber, Orders, Program, QueueHandler, QueueLimits};
 use virtio_bindings::virtio_blk::*;
@@ -26,6 +27,10 @@ use zerocopy::{Immutable, IntoBytes};
 const MAX_SEGMENTS: u32 = 126;
 /// Physical block size of the host's file systems, as a power of two of logical blocks.
 const PHYSICAL_BLOCK_EXPONENT: u8 = 3;
+
+/// How long the locks of a predecessor that was killed may outlast it: as long as its io_uring, which waits
+/// for the writes under way.
+const LETTING_GO: Duration = Duration::from_secs(2);
 
 /// Why the device cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -125,6 +130,12 @@ fn open_image(options: &Options) -> Result<(Arc<dyn Image>, Fence), BlkError> {
     let data_file = data_file
         .map(|place| open(place, options.read_only))
         .transpose()?;
+    if options.cache == CacheMode::None || options.io == IoMode::Uring {
+        for file in [Some(&top), data_file.as_ref()].into_iter().flatten() {
+            image::lock_within(file.as_fd(), options.read_only, LETTING_GO)
+                .map_err(|error| BlkError::Image(place.clone(), error))?;
+        }
+    }
     let defaults = OpenOptions::default();
     let settings = OpenOptions {
         read_only: options.read_only,

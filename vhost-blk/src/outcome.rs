@@ -35,7 +35,7 @@ impl Failure {
     /// What the host said, where [`Failure::may_pass`].
     pub(crate) fn passing(&self) -> Option<i32> {
         let Self::Image(error) = self else { return None };
-        image::errno(error).filter(|errno| matches!(*errno, libc::ENOSPC | libc::EDQUOT | libc::EIO))
+        image::errno(error).filter(|errno| *errno == libc::EIO || image::says_no_space(*errno))
     }
 
     /// What the driver learns; the log learns why. A guest can cause this at will on a damaged image, so
@@ -83,6 +83,7 @@ mod tests {
         assert_eq!(passing(layer(host(libc::EIO))), Some(libc::EIO));
         assert_eq!(passing(layer(layer(host(libc::EIO)))), Some(libc::EIO));
         assert_eq!(passing(layer(image::no_space())), Some(libc::ENOSPC));
+        assert_eq!(passing(layer(host(libc::EFBIG))), Some(libc::EFBIG));
         assert_eq!(passing(layer(host(libc::EINVAL))), None);
         assert_eq!(
             passing(layer(ImageError::corrupt("L2 entry", "bad").into())),

@@ -307,6 +307,16 @@ impl BlkQueue {
         }
     }
 
+    /// Completes what was begun through the io_uring.
+    fn await_transfers(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
+        while let Some(uring) = self.uring.as_mut().filter(|uring| uring.is_busy()) {
+            uring.wait().map_err(|error| lost(&error))?;
+            self.clock = Instant::now();
+            self.reap(ring);
+        }
+        Ok(())
+    }
+
     /// Takes chains until there are no more, or something says that it is enough; how long to pause
     /// before the next.
     fn take_all(&mut self, ring: &mut Ring) -> Result<Option<Duration>, RingFault> {
@@ -320,7 +330,8 @@ impl BlkQueue {
             let Some(chain) = ring.pop()? else { break };
             self.take(chain, ring)?;
         }
-        Ok(None)
+        // The last one taken may wait for the host: nothing but the pause brings this thread back to it.
+        Ok((!self.parked.is_empty()).then_some(RETRY))
     }
 
     fn has_room(&self) -> bool {
@@ -371,16 +382,25 @@ impl QueueHandler for BlkQueue {
 
     /// What waits for the host is tried once more and then answered: the ring cannot stop before.
     fn drain(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
-        while let Some(uring) = self.uring.as_mut().filter(|uring| uring.is_busy()) {
-            uring.wait().map_err(|error| lost(&error))?;
-            self.clock = Instant::now();
-            self.reap(ring);
-        }
+        self.await_transfers(ring)?;
         while let Some(Parked { chain, taken }) = self.parked.pop_front() {
             let done = self.again(&chain);
             self.clock = Instant::now();
             self.settings.trouble.waits_no_more();
             self.settle(chain, taken, &done, ring);
+        }
+        self.counters.set_stopped(0);
+        Ok(())
+    }
+
+    /// What waits for the host goes on waiting, as it would had this process been killed.
+    fn leave(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
+        if !ring.is_recorded() {
+            return self.drain(ring);
+        }
+        self.await_transfers(ring)?;
+        for _ in self.parked.drain(..) {
+            self.settings.trouble.waits_no_more();
         }
         self.counters.set_stopped(0);
         Ok(())

@@ -3,8 +3,11 @@
 mod support;
 
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use support::{Scratch, contents, create, fd, open, open_with, patch, qemu_img_output, text};
 use vhost_blk::image::{self, Format, ImageError, OpenOptions};
@@ -105,6 +108,24 @@ fn a_successor_on_the_same_description_takes_over() {
     image::open(duplicate(), Format::Qcow2, Vec::new(), &options).expect("opens again");
 }
 
+/// As those of a process that was killed, whose io_uring still writes.
+fn locks_that_are_about_to_go_are_waited_for() {
+    let (_scratch, path) = image();
+    let writer = open(&[(&path, Format::Qcow2)]);
+    let file = fd(&path, true);
+    let refused = image::lock_within(file.as_fd(), false, Duration::from_millis(1));
+    assert!(matches!(refused, Err(ImageError::Locked { .. })), "{refused:?}");
+    thread::scope(|scope| {
+        // Nothing tells that the other thread waits.
+        scope.spawn(|| {
+            thread::sleep(Duration::from_millis(50));
+            drop(writer);
+        });
+        image::lock_within(file.as_fd(), false, Duration::from_secs(20)).expect("locks");
+    });
+    refusal(&path, &OpenOptions::default());
+}
+
 fn qemu_respects_our_locks() {
     let (_scratch, path) = image();
     let check = || qemu_img_output(&["check", "-f", "qcow2", text(&path)]);
@@ -168,6 +189,7 @@ suite! {
         a_dirty_image_is_not_repaired_while_it_is_used,
         a_backing_file_is_not_written_meanwhile,
         a_successor_on_the_same_description_takes_over,
+        locks_that_are_about_to_go_are_waited_for,
         qemu_respects_our_locks,
         we_respect_the_locks_of_qemu,
     ],

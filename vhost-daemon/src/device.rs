@@ -196,6 +196,15 @@ pub trait QueueHandler: Send {
         let _ = ring;
         Ok(())
     }
+
+    /// As [`QueueHandler::drain`], at the end of a session that nobody asked to stop the ring: chains that
+    /// wait for something may be dropped where [`Ring::is_recorded`]; whoever serves the ring next takes them.
+    ///
+    /// # Errors
+    /// As [`QueueHandler::process`].
+    fn leave(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
+        self.drain(ring)
+    }
 }
 
 /// What has to happen before a handler can go on.

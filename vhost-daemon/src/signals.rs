@@ -1,5 +1,6 @@
 //! How the process ends: by SIGTERM (and SIGINT) in order, by SIGBUS, which a front end causes that
-//! truncates the memory it shares, by a panic, and when it is done.
+//! truncates the memory it shares, by a panic, and when it is done. A file that may grow no further
+//! (RLIMIT_FSIZE) does not end it: that is an error of the write.
 //!
 //! Whatever the reason, one call to the kernel does it: a thread that ends by itself, or an abort,
 //! takes several that the policy would have to allow.
@@ -20,7 +21,10 @@ impl Termination {
         let mut signals = SigSet::empty();
         signals.add(Signal::SIGTERM);
         signals.add(Signal::SIGINT);
-        signals.thread_block()?;
+        let mut blocked = signals;
+        // Nobody takes this one: the call says EFBIG as well.
+        blocked.add(Signal::SIGXFSZ);
+        blocked.thread_block()?;
         let fd = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         Ok(Self(fd))
     }
@@ -55,4 +59,17 @@ pub(crate) fn end_on_sigbus() -> io::Result<()> {
     // SAFETY: the handler calls only functions that are allowed in one.
     unsafe { sigaction(Signal::SIGBUS, &action) }?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_may_grow_no_further_does_not_end_the_process() {
+        let termination = Termination::new().unwrap();
+        // Sent to this thread, as the kernel does it.
+        nix::sys::signal::raise(Signal::SIGXFSZ).unwrap();
+        drop(termination);
+    }
 }

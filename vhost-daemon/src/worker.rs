@@ -55,6 +55,7 @@ pub(crate) struct QueueState {
 enum Command {
     Start(Box<RingStart>),
     Stop,
+    Leave,
     Kick(OwnedFd),
     Call(Option<OwnedFd>),
     Error(Option<OwnedFd>),
@@ -180,6 +181,11 @@ impl Worker {
             Answer::Stopped(state) => Ok(state),
             _ => Ok(None),
         }
+    }
+
+    /// Ends the I/O on the ring and stops it; what cannot be done now is left to a successor.
+    pub(crate) fn leave(&self) -> Result<(), WorkerError> {
+        self.ask(Command::Leave).map(drop)
     }
 
     /// Replaces the kick eventfd of a running ring.

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use guest_contract::holds;
 use integration_tests::{
     artifacts::Artifact,
-    frontend_harness::{BlockDriver, DEADLINE, Options, STATUS_IOERR, STATUS_OK, Session, request},
+    frontend_harness::{BlockDriver, DEADLINE, Options, STATUS_IOERR, STATUS_OK, Segment, Session, request},
     process::{Process, inherit_at},
     suite::{Skip, artifact, test},
 };
@@ -43,6 +43,12 @@ pub(crate) fn tests() -> Vec<Trial> {
     for (kind, name) in [(Kind::Raw, "raw"), (Kind::Qcow2, "qcow2")] {
         tests.push(test(format!("space::{name}::report"), move || report(kind)));
         tests.push(test(format!("space::{name}::stop"), move || stop(kind)));
+        tests.push(test(format!("space::{name}::stop_alone"), move || {
+            stop_alone(kind)
+        }));
+        tests.push(test(format!("space::{name}::stop_and_hang_up"), move || {
+            stop_and_hang_up(kind)
+        }));
         tests.push(test(format!("space::{name}::stop_and_reset"), move || {
             stop_and_reset(kind)
         }));
@@ -185,6 +191,57 @@ fn stop(kind: Kind) -> Result<()> {
         "nothing waits, and the counter says otherwise"
     );
     host.check(end + 2)
+}
+
+/// A request that is larger than what a queue does in one go, and the only one: nothing else wakes the queue.
+fn stop_alone(kind: Kind) -> Result<()> {
+    const PIECE: u32 = 256 << 10;
+    const PIECES: usize = 12;
+    let mut host = Host::start("tmpfs", kind, &["--on-error=stop"])?;
+    let session = &mut host.driver.session;
+    let (header, status) = (session.data_start(), session.data_start() + 16);
+    let data = header + 4096;
+    // VIRTIO_BLK_T_OUT to sector 0.
+    session.memory.write(header, &1_u128.to_le_bytes())?;
+    session.memory.write(status, &[0xEE])?;
+    session.memory.write(data, &vec![7; PIECE as usize])?;
+    let segment = |address, length, writable| Segment {
+        address,
+        length,
+        writable,
+    };
+    let mut chain = vec![segment(header, 16, false)];
+    chain.extend([segment(data, PIECE, false); PIECES]);
+    chain.push(segment(status, 1, true));
+    session.rings[0].push(&chain)?;
+    session.rings[0].notify()?;
+    let deadline = Instant::now() + DEADLINE;
+    while !host.is_stopped(1)? {
+        ensure!(Instant::now() < deadline, "3 MiB fit into 2");
+    }
+    host.free()?;
+    let session = &mut host.driver.session;
+    session.rings[0].wait_used(DEADLINE)?;
+    ensure!(session.memory.read(status, 1)? == [STATUS_OK]);
+    host.check(0)
+}
+
+/// What waits has no answer when the session ends: it is in the in-flight region, for the next process.
+fn stop_and_hang_up(kind: Kind) -> Result<()> {
+    let mut host = Host::start("tmpfs", kind, &["--on-error=stop"])?;
+    host.fill_until_stopped()?;
+    let Session {
+        connection,
+        memory,
+        rings,
+        ..
+    } = host.driver.session;
+    let ([_, _, used], before) = (rings[0].parts(), rings[0].next_used());
+    drop(connection);
+    let status = host.process.wait(DEADLINE)?;
+    ensure!(status.success(), "{status}: {}", host.process.stderr()?);
+    ensure!(memory.observe(used + 2)? == before, "it came back");
+    Ok(())
 }
 
 /// A driver that resets the device has its answer.

@@ -97,8 +97,14 @@ impl ImageError {
     }
 
     pub(crate) fn is_no_space(&self) -> bool {
-        matches!(self.host_error(), Some(libc::ENOSPC | libc::EDQUOT))
+        self.host_error().is_some_and(says_no_space)
     }
+}
+
+/// Whether the host has no room for what is written: on the disk, in a quota, or below the limit of a file's
+/// size (RLIMIT_FSIZE, or the file system's own).
+pub(crate) fn says_no_space(errno: i32) -> bool {
+    matches!(errno, libc::ENOSPC | libc::EDQUOT | libc::EFBIG)
 }
 
 /// The errno of the system call that the host failed: of the error itself, or of the image's that it holds,

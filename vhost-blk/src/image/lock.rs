@@ -10,9 +10,12 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::poll::ppoll;
+use nix::sys::time::TimeSpec;
 
 use super::ImageError;
 
@@ -68,6 +71,28 @@ pub fn lock(file: BorrowedFd<'_>, read_only: bool) -> Result<(), ImageError> {
         Ok(None) => Ok(()),
         Ok(Some(user)) => Err(ImageError::Locked { user }),
         Err(error) => Err(failed(error)),
+    }
+}
+
+/// Between two looks at locks that are about to go.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// As [`lock`], where whoever holds the file may be gone already: the kernel takes an io_uring down, and
+/// with it the locks of the files that it used, some time after its process has ended. Waits for that up to
+/// `patience`.
+///
+/// # Errors
+/// As [`lock`].
+pub fn lock_within(file: BorrowedFd<'_>, read_only: bool, patience: Duration) -> Result<(), ImageError> {
+    let end = Instant::now() + patience;
+    loop {
+        match lock(file, read_only) {
+            Err(ImageError::Locked { .. }) if Instant::now() < end => {
+                // Nothing becomes ready; a signal makes it a shorter pause.
+                let _ = ppoll(&mut [], Some(TimeSpec::from_duration(LOOK)), None);
+            }
+            done => return done,
+        }
     }
 }
 

@@ -25,9 +25,9 @@ use vm_memory::VolatileSlice;
 
 pub use buffers::Buffers;
 pub use error::ImageError;
-pub(crate) use error::{errno, no_space};
+pub(crate) use error::{errno, no_space, says_no_space};
 pub use file::{BlockFile, HostFile};
-pub use lock::lock;
+pub use lock::{lock, lock_within};
 pub use luks::Passphrase;
 pub use qcow2::Qcow2;
 pub use raw::RawImage;

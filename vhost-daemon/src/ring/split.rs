@@ -202,6 +202,11 @@ impl Ring {
         self.layout.size
     }
 
+    /// Whether an in-flight region says which chains are held, so that a successor takes them up.
+    pub fn is_recorded(&self) -> bool {
+        self.inflight.is_some()
+    }
+
     /// Chains taken and neither completed nor put back.
     pub fn held(&self) -> u16 {
         self.held_count

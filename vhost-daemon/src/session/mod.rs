@@ -239,8 +239,8 @@ impl Session {
     /// The front end is gone: everything it gave us goes too. What was in flight is finished; the
     /// in-flight region, which the front end kept, says so.
     pub(crate) fn end(&mut self) -> Result<(), SessionError> {
-        self.stop_rings()?;
         for (worker, vring) in self.workers.iter().zip(&mut self.vrings) {
+            worker.leave()?;
             worker.set_call(None)?;
             worker.set_error(None)?;
             *vring = Vring::default();

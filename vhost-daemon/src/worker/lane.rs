@@ -118,6 +118,7 @@ impl Lane {
         match command {
             Command::Start(start) => return self.start(*start),
             Command::Stop => return Answer::Stopped(self.stop()),
+            Command::Leave => self.leave(),
             Command::Memory(memory) => return self.set_memory(memory),
             Command::Kick(kick) => {
                 if let Some(running) = &mut self.running {
@@ -184,6 +185,13 @@ impl Lane {
         })
     }
 
+    /// As [`Self::stop`], at the end of the session.
+    fn leave(&mut self) {
+        self.finish(|handler, ring| handler.leave(ring));
+        self.discards = false;
+        self.running = None;
+    }
+
     fn set_enabled(&mut self, enabled: bool) {
         if !enabled {
             self.drain();
@@ -209,8 +217,12 @@ impl Lane {
 
     /// Finishes what was taken and publishes it.
     fn drain(&mut self) {
+        self.finish(|handler, ring| handler.drain(ring));
+    }
+
+    fn finish(&mut self, how: impl FnOnce(&mut dyn QueueHandler, &mut Ring) -> Result<(), RingFault>) {
         let Some(running) = &mut self.running else { return };
-        let drained = self.handler.drain(&mut running.ring);
+        let drained = how(self.handler.as_mut(), &mut running.ring);
         if running.broken {
             return;
         }
