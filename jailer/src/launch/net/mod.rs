@@ -14,6 +14,7 @@
 mod holder;
 mod interface;
 mod isolated;
+pub(crate) mod line;
 pub(crate) mod link;
 mod passt;
 mod private;
@@ -80,8 +81,13 @@ pub(crate) enum NetError {
     NoTap(#[source] io::Error),
 }
 
-/// Opens a NIC's TAP, or starts its making.
-pub(crate) fn open(device: &Device, nic: &Nic, options: &Options) -> Result<Opened, Failure> {
+/// Opens a NIC's TAP, or starts its making; `line` is for a relay.
+pub(crate) fn open(
+    device: &Device,
+    nic: &Nic,
+    options: &Options,
+    line: Option<OwnedFd>,
+) -> Result<Opened, Failure> {
     let field = &device.field;
     let queues = nic.queues;
     match &nic.wire {
@@ -97,7 +103,7 @@ pub(crate) fn open(device: &Device, nic: &Nic, options: &Options) -> Result<Open
         Wire::Private(address, prefix) => private::start(field, nic, *address, *prefix)
             .map(Opened::Making)
             .map_err(|e| not_made(&format!("{field}.private"), &e)),
-        Wire::User(publish) => user::start(field, nic, publish, options).map(Opened::Making),
+        Wire::User(publish) => user::start(field, nic, publish, options, line).map(Opened::Making),
         Wire::Isolated(name) => isolated::start(field, nic, name)
             .map(Opened::Making)
             .map_err(|e| not_made(&format!("{field}.isolated"), &e)),
@@ -131,6 +137,19 @@ impl Nic {
     /// Its TAP is in the host's network, where others may delete it and make it again.
     pub(crate) fn may_vanish(&self) -> bool {
         matches!(self.wire, Wire::Name(_) | Wire::Bridge(_) | Wire::Inherited(_))
+    }
+
+    /// A relay carries its frames to a passt that may die.
+    pub(crate) fn has_relay(&self) -> bool {
+        matches!(self.wire, Wire::User(_))
+    }
+
+    /// Starts another passt for its relay; our end of its socket. `None`: it has none.
+    pub(crate) fn start_passt_again(&self, field: &str) -> Option<Result<OwnedFd, Failure>> {
+        match &self.wire {
+            Wire::User(publish) => Some(user::start_again(field, self, publish)),
+            _ => None,
+        }
     }
 
     /// The same NIC, without need of the descriptors that were inherited.
