@@ -12,6 +12,7 @@
 //! None is persistent: each goes with its last descriptor.
 
 mod holder;
+mod inherited;
 mod interface;
 mod isolated;
 pub(crate) mod line;
@@ -79,6 +80,10 @@ pub(crate) enum NetError {
     BusyDescriptor,
     #[error("it is no TAP with an interface")]
     NoTap(#[source] io::Error),
+    #[error("it is no TAP of bare frames behind virtio-net headers")]
+    OtherFrames,
+    #[error("they belong to two interfaces, '{0}' and '{1}'")]
+    TwoTaps(String, String),
 }
 
 /// Opens a NIC's TAP, or starts its making; `line` is for a relay.
@@ -94,7 +99,7 @@ pub(crate) fn open(
         Wire::Name(name) => interface::open_existing(name, queues)
             .map(Opened::Ready)
             .map_err(|e| no_existing_tap(field, name, &e)),
-        Wire::Inherited(fds) => interface::inherited(fds)
+        Wire::Inherited(fds) => inherited::inherited(fds)
             .map(Opened::Ready)
             .map_err(|e| no_inherited_tap(field, fds, &e)),
         Wire::Bridge(bridge) => interface::open_on_bridge(bridge, queues, nic.mtu)
@@ -119,7 +124,7 @@ pub(crate) fn look(device: &Device, nic: &Nic) -> Result<(), Failure> {
     let device_for = |mode| interface::look_at_device().map_err(|e| not_made(&format!("{field}.{mode}"), &e));
     match &nic.wire {
         Wire::Name(name) => interface::look_at(name).map_err(|e| no_existing_tap(field, name, &e)),
-        Wire::Inherited(fds) => interface::inherited(fds)
+        Wire::Inherited(fds) => inherited::inherited(fds)
             .map(drop)
             .map_err(|e| no_inherited_tap(field, fds, &e)),
         Wire::Bridge(bridge) => match interface::look_at(bridge) {
@@ -266,6 +271,8 @@ fn no_existing_tap(field: &str, name: &str, error: &NetError) -> Failure {
 fn no_inherited_tap(field: &str, fds: &[i32], error: &NetError) -> Failure {
     let hint = match error {
         NetError::BusyDescriptor => "give each NIC a TAP of its own",
+        NetError::OtherFrames => "open it with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR",
+        NetError::TwoTaps(..) => "give the queues of one TAP (IFF_MULTI_QUEUE)",
         _ => "start bulkhead with an open TAP at this number (TUNSETIFF done)",
     };
     let numbers: Vec<String> = fds.iter().map(i32::to_string).collect();
