@@ -11,8 +11,15 @@ use std::os::fd::{AsRawFd, OwnedFd};
 /// # Errors
 /// `/dev/net/tun` cannot be opened, someone else has the TAP, or the namespace is not this process's own.
 pub fn open(name: &str) -> std::io::Result<OwnedFd> {
+    open_as(name, libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR)
+}
+
+/// Opens or makes `name` as these flags have it.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_as(name: &str, flags: i32) -> std::io::Result<OwnedFd> {
     let file = File::options().read(true).write(true).open("/dev/net/tun")?;
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     let mut ifr_name = [0; libc::IFNAMSIZ];
     // The last byte stays 0: the name ends there at the latest.
     for (to, from) in ifr_name[..libc::IFNAMSIZ - 1].iter_mut().zip(name.bytes()) {

@@ -25,11 +25,14 @@ const FIRST_TYPE: u16 = 0x0600;
 /// 802.1Q and 802.1ad tags.
 const TYPE_TAGS: [u16; 2] = [0x8100, 0x88a8];
 const MOST_TAGS: usize = 2;
+const PROTOCOL_IGMP: u8 = 2;
 const PROTOCOL_UDP: u8 = 17;
 const PROTOCOL_ICMPV6: u8 = 58;
 const PROTOCOL_FRAGMENT: u8 = 44;
 /// Hop-by-hop options, routing and destination options: a length in units of 8 bytes.
 const EXTENSIONS: [u8; 3] = [0, 43, 60];
+/// Reports of its versions, and a leave: what members send.
+const IGMP_MEMBER: [u8; 4] = [0x12, 0x16, 0x17, 0x22];
 const DHCP_CLIENT: u16 = 68;
 const DHCP_SERVER: u16 = 67;
 
@@ -176,12 +179,20 @@ impl Guard {
         if self.is_own4(source) {
             return Ok(header..usize::MAX);
         }
-        // Who has no address yet asks a DHCP server for one.
-        let dhcp = source.is_unspecified()
-            && bytes::<1>(packet, 9)?[0] == PROTOCOL_UDP
-            && be16(packet, header)? == DHCP_CLIENT
-            && be16(packet, header + 2)? == DHCP_SERVER;
-        dhcp.then_some(header + 4..usize::MAX).ok_or(Refusal::SourceIp)
+        if !source.is_unspecified() {
+            return Err(Refusal::SourceIp);
+        }
+        // Who has no address yet asks a DHCP server for one, and may say which groups it is in (RFC 3376, 4.2.13).
+        let (own, checked) = match bytes::<1>(packet, 9)?[0] {
+            PROTOCOL_UDP => {
+                let ports = [be16(packet, header)?, be16(packet, header + 2)?];
+                (ports == [DHCP_CLIENT, DHCP_SERVER], 4)
+            }
+            PROTOCOL_IGMP => (IGMP_MEMBER.contains(&bytes::<1>(packet, header)?[0]), 1),
+            _ => (false, 0),
+        };
+        own.then_some(header + checked..usize::MAX)
+            .ok_or(Refusal::SourceIp)
     }
 
     fn check_ipv6(&self, packet: &[u8]) -> Result<Open, Refusal> {

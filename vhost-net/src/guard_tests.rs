@@ -89,6 +89,22 @@ fn ipv4_sources_are_the_guests_or_a_dhcp_question() {
 }
 
 #[test]
+fn who_has_no_address_yet_may_join_groups() {
+    let igmp = |kind, source| {
+        let mut packet = ipv4(source, [0, 0]);
+        packet[9] = PROTOCOL_IGMP;
+        packet[20] = kind;
+        strict().check(&own(TYPE_IPV4, &packet), None)
+    };
+    for kind in IGMP_MEMBER {
+        assert_eq!(igmp(kind, Ipv4Addr::UNSPECIFIED), Ok(()));
+        assert_eq!(igmp(kind, Ipv4Addr::new(10, 0, 0, 3)), Err(Refusal::SourceIp));
+    }
+    // A router's question.
+    assert_eq!(igmp(0x11, Ipv4Addr::UNSPECIFIED), Err(Refusal::SourceIp));
+}
+
+#[test]
 fn tags_do_not_hide_a_source() {
     let stranger = ipv4(Ipv4Addr::new(10, 0, 0, 3), [1, 2]);
     for tags in [vec![0x8100, TYPE_IPV4], vec![0x88a8, 0x8100, TYPE_IPV4]] {

@@ -43,9 +43,9 @@ pub enum EventKind {
     Died,
     /// A new process serves the guest.
     Restarted,
-    /// Someone else's back end closed its socket, did not answer, or broke the protocol.
+    /// Someone else's back end, or passt, closed its socket, did not answer, or broke the protocol.
     Disconnected,
-    /// Someone else's back end serves the guest again.
+    /// Someone else's back end, or another passt, serves the guest again.
     Reconnected,
     /// Its process did not answer, or made no progress, and was killed.
     Hung,

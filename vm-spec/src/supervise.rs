@@ -25,7 +25,7 @@ pub struct SupervisorConfig {
     /// The jailed processes other than the supervisor. [`ToSupervisor::Exited`] counts them from 0.
     pub processes: Vec<SupervisedProcess>,
     /// The devices that someone else's back ends serve. [`ToConnector::Connect`] counts them from 0;
-    /// behind them it counts NICs on an existing TAP.
+    /// behind them it counts NICs on a TAP of the host's, or behind a relay to passt.
     pub remotes: Vec<RemoteDevice>,
     /// PCI device numbers that are kept for devices which are attached later.
     pub spares: Vec<u8>,
@@ -53,7 +53,7 @@ pub struct SupervisedProcess {
     pub log: FdNumber,
     /// PCI device number of the device that it serves.
     pub slot: Option<u8>,
-    /// Its place in what [`ToConnector::Connect`] counts, where its TAP can be opened again.
+    /// Its place in what [`ToConnector::Connect`] counts, where its TAP can be opened again, or its passt started.
     pub tap: Option<u16>,
     /// Stream socket to whoever is the process, for orders; absent where it takes none.
     pub orders: Option<FdNumber>,
@@ -71,8 +71,8 @@ pub struct RemoteDevice {
 /// From the supervisor to the connector, the process that can reach someone else's back ends.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum ToConnector {
-    /// Connect to the back end of a device, or open its TAP, however long that takes. A second request for the same
-    /// device before it is connected is as one.
+    /// Connect to the back end of a device, open its TAP, or start another passt for its relay, however long that
+    /// takes. A second request for the same device before it is connected is as one.
     Connect {
         /// Its place.
         device: u16,
@@ -82,8 +82,14 @@ pub enum ToConnector {
 /// From the connector to the supervisor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum FromConnector {
-    /// Answers [`ToConnector::Connect`]. The connected socket is attached, or a TAP's queues are.
+    /// Answers [`ToConnector::Connect`]. The connected socket is attached, or a TAP's queues are; nothing is where
+    /// a relay has another passt.
     Connected {
+        /// Its place.
+        device: u16,
+    },
+    /// Between a NIC and passt there is a relay, and its passt is gone.
+    Lost {
         /// Its place.
         device: u16,
     },

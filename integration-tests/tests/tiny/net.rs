@@ -12,7 +12,7 @@ use integration_tests::{
     lent::{Lent, NOBODY, become_nobody},
     process::Process,
     suite::{Skip, artifact, test},
-    tiny::Run,
+    tiny::{Events, Run},
 };
 use libtest_mimic::Trial;
 use nix::{
@@ -33,7 +33,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tempfile::TempDir;
-use vm_spec::run_state::ProcessRole;
+use vm_spec::{events::EventKind, run_state::ProcessRole};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 /// Nothing is left this long after a VM's end.
@@ -229,7 +229,7 @@ fn waits_to_connect(pid: i32) -> bool {
     call.starts_with(&format!("{} ", nix::libc::SYS_connect))
 }
 
-/// DHCP, a datagram out and back, and a published port, as a user who owns nothing.
+/// DHCP, a datagram out and back, and a published port of a second passt, as a user who owns nothing.
 fn user() -> Result<()> {
     Host::need_tun()?;
     Host::need_passt()?;
@@ -276,6 +276,7 @@ fn converse(mut run: Run, peer: &UdpSocket, port: u16) -> Result<()> {
     peer.send_to(&bytes[..length], from)?;
     run.console.wait_line("ready=1", DEADLINE)?;
     relay_is_confined(&mut run)?;
+    passt_dies(&run, port)?;
     let client = UdpSocket::bind("127.0.0.1:0")?;
     client.set_read_timeout(Some(DEADLINE))?;
     client.send_to(b"published", ("127.0.0.1", port))?;
@@ -285,6 +286,31 @@ fn converse(mut run: Run, peer: &UdpSocket, port: u16) -> Result<()> {
     ensure!(
         run.console.value("dns")? != "[0, 0, 0, 0]",
         "DHCP named no server"
+    );
+    Ok(())
+}
+
+/// It dies, and another takes its place and its ports.
+fn passt_dies(run: &Run, port: u16) -> Result<()> {
+    let published = format!("127.0.0.1/{port}:{GUEST_PORT}");
+    let has = |pid: &i32| {
+        let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        words
+            .split(|byte| *byte == 0)
+            .any(|word| word == published.as_bytes())
+    };
+    let processes = fs::read_dir("/proc")?.flatten();
+    let mut numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let passt = numbers.find(has).context("there is no passt")?;
+    kill(Pid::from_raw(passt), Signal::SIGKILL)?;
+    let mut events = Events::default();
+    for kind in [EventKind::Disconnected, EventKind::Reconnected] {
+        events.wait(run, DEADLINE, |event| event.event == kind)?;
+    }
+    ensure!(
+        events.read(run)?.len() == 2,
+        "another did not stay: {:?}",
+        events.read(run)?
     );
     Ok(())
 }
@@ -304,7 +330,7 @@ fn relay_is_confined(run: &mut Run) -> Result<()> {
         if Uid::effective().is_root() {
             empty_root(relay.pid)?;
             let open = fs::read_dir(format!("/proc/{}/fd", relay.pid))?.count();
-            ensure!(open == 4, "{open} descriptors are open");
+            ensure!(open == 5, "{open} descriptors are open");
         }
     }
     Ok(())

@@ -1,16 +1,21 @@
 //! TAPs that cannot be had: what the message says, and which field it names.
 
 use super::bad_input::says;
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use integration_tests::{
     artifacts::Artifact,
     demo::peer::Peer,
     host::Host,
     process::inherit_at,
-    suite::{artifact, test},
+    suite::{Skip, artifact, test},
+    tap::open_as,
     tiny::Run,
 };
 use libtest_mimic::Trial;
+use nix::{
+    libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR},
+    unistd::Uid,
+};
 use std::{fs::File, os::fd::OwnedFd, path::Path, process::Command, time::Duration};
 
 /// The descriptor that launchers inherit.
@@ -24,6 +29,8 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("bad_input::tap_missing", missing),
         test("bad_input::tap_busy_by_fd", busy_by_fd),
         test("bad_input::tap_fd_is_no_tap", no_tap),
+        test("bad_input::tap_fd_of_other_frames", other_frames),
+        test("bad_input::tap_fds_of_two_taps", two_taps),
         test("bad_input::tap_fd_is_not_open", not_open),
         test("bad_input::tap_mtu_is_too_large", too_large),
     ]
@@ -68,6 +75,47 @@ fn no_tap() -> Result<()> {
     // Open, but attached to no interface yet.
     let tun = File::options().read(true).write(true).open("/dev/net/tun")?;
     inheriting(Some(tun.into()), 1, &words)
+}
+
+/// Without virtio-net headers, behind four bytes about the protocol, or without Ethernet headers.
+fn other_frames() -> Result<()> {
+    need_own_tap()?;
+    let words = ["net[0].tap-fd: ", "descriptor 9", "bare frames", "IFF_NO_PI"];
+    let right = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+    for flags in [
+        right & !IFF_VNET_HDR,
+        right & !IFF_NO_PI,
+        IFF_TUN | IFF_NO_PI | IFF_VNET_HDR,
+    ] {
+        inheriting(
+            Some(open_as(&format!("bhw{}", std::process::id()), flags)?),
+            1,
+            &words,
+        )?;
+    }
+    Ok(())
+}
+
+fn two_taps() -> Result<()> {
+    need_own_tap()?;
+    let flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_MULTI_QUEUE;
+    let name = |letter| format!("bh{letter}{}", std::process::id());
+    let mut command = Command::new(artifact(Artifact::Bulkhead)?);
+    inherit_at(&mut command, open_as(&name('x'), flags)?, FD)?;
+    inherit_at(&mut command, open_as(&name('y'), flags)?, FD + 1)?;
+    let net = format!("--net=tap-fd={FD},tap-fd={},queues=2", FD + 1);
+    let words = ["net[0].tap-fd: ", "two interfaces", "IFF_MULTI_QUEUE"];
+    says(Run::by(command, tempfile::tempdir()?, &[kernel()?, net])?, &words)
+}
+
+/// Goes on only where this process can make a TAP.
+fn need_own_tap() -> Result<()> {
+    Host::need_kvm()?;
+    Host::need_tun()?;
+    if !Uid::effective().is_root() {
+        bail!(Skip("only root can make a TAP of the host's".to_owned()));
+    }
+    Ok(())
 }
 
 fn not_open() -> Result<()> {

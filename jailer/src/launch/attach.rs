@@ -106,7 +106,7 @@ impl Opening {
             let input = input.ok_or_else(|| Failure::host(format!("{}: nothing serves it", device.field)))?;
             return Ok(Self { input, link: None });
         };
-        let input = inputs::open_net(device, nic, &options())?;
+        let input = inputs::open_net(device, nic, &options(), None)?;
         if let BackendInput::Net { pcap: Some(pcap), .. } = &input {
             nix::unistd::ftruncate(pcap, 0).map_err(|e| {
                 Failure::host(format!("{}.pcap: cannot be emptied", device.field)).because(&e)

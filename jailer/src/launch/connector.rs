@@ -9,16 +9,20 @@
 //! A TAP of the host's that vanished is opened again by its name, or made again on its bridge, for the same
 //! reasons. (One that the launcher inherited from another network namespace stays lost: its name means
 //! nothing here.)
+//!
+//! A relay of ours that lost its passt says so to the connector, which passes it on, and is told to start another.
 
 use super::machine::{Backend, Device};
+use super::net::line::{self, Lines};
 use super::net::{self, Holder, NetError};
 use crate::sandbox::caps;
-use crate::wire::{Received, receive_message};
+use crate::wire::{Received, receive_message, send_message};
 use crate::wire_fds::send_with_fds;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, dup2_stdin, dup2_stdout};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -32,7 +36,8 @@ const FIRST_DELAY: Duration = Duration::from_millis(5);
 /// The longest wait between attempts.
 const LONGEST_DELAY: Duration = Duration::from_millis(200);
 
-/// Between two TAPs for one NIC: a process that says again and again that its TAP is lost keeps no one busy.
+/// Between two TAPs for one NIC, or two passts: a process that says again and again that its is lost keeps no one
+/// busy.
 const TAP_DELAY: Duration = Duration::from_secs(1);
 
 /// The devices that are connected again, in the order in which they are counted.
@@ -40,10 +45,13 @@ pub(crate) fn remotes(devices: &[Device]) -> impl Iterator<Item = &Device> {
     devices.iter().filter(|device| !device.is_ours())
 }
 
-/// What is opened again: someone else's back ends, then TAPs in the host's network.
+/// What is opened again: someone else's back ends, then TAPs in the host's network and passts behind a relay.
 fn reachable(devices: &[Device]) -> impl Iterator<Item = &Device> {
-    let on_host = |device: &&Device| matches!(&device.backend, Backend::Net(nic) if nic.may_vanish());
-    remotes(devices).chain(devices.iter().filter(on_host))
+    let may_end = |device: &&Device| match &device.backend {
+        Backend::Net(nic) => nic.may_vanish() || nic.has_relay(),
+        _ => false,
+    };
+    remotes(devices).chain(devices.iter().filter(may_end))
 }
 
 /// Whether there is anything that the connector could do.
@@ -51,7 +59,7 @@ pub(crate) fn is_needed(devices: &[Device]) -> bool {
     reachable(devices).next().is_some()
 }
 
-/// Where the TAP of the device `id` is counted among these.
+/// Where the TAP of the device `id`, or its passt, is counted among these.
 pub(crate) fn tap_place(devices: &[Device], id: &str) -> Option<u16> {
     let place = reachable(devices).position(|device| device.is_ours() && device.id == id);
     place.and_then(|place| u16::try_from(place).ok())
@@ -65,24 +73,38 @@ pub(crate) struct Connector {
 }
 
 impl Connector {
-    /// Starts it where it has something to do. The calling process must have one thread only.
-    pub(crate) fn start(devices: &[Device]) -> Result<Option<Self>, NetError> {
+    /// Starts it where it has something to do, with the lines to relays. The calling process must have one
+    /// thread only.
+    pub(crate) fn start(devices: &[Device], mut lines: Lines) -> Result<Option<Self>, NetError> {
         if !is_needed(devices) {
             return Ok(None);
         }
         let holder = Holder::start("connector", |post| {
             let reachable: Vec<Device> = reachable(devices).cloned().map(by_name).collect();
-            post.detach(&[libc::STDERR_FILENO]);
+            let number = |(n, device): (u16, &Device)| Some((n, Relay::at(lines.remove(&device.id)?)));
+            let mut relays: BTreeMap<_, _> = (0..).zip(&reachable).filter_map(number).collect();
+            let kept = relays.values().map(|relay: &Relay| relay.line.as_raw_fd());
+            leave_input_and_output().map_err(|e| NetError::Make("open /dev/null", e))?;
+            let standard = [libc::STDIN_FILENO, libc::STDOUT_FILENO, libc::STDERR_FILENO];
+            post.detach(&kept.chain(standard).collect::<Vec<_>>());
             let _ = nix::sys::prctl::set_no_new_privs();
             if let Ok(have) = caps::effective() {
                 let _ = caps::keep_only(have & needed(&reachable));
             }
-            serve(post.socket(), &reachable);
+            serve(post.socket(), &reachable, &mut relays);
             Ok(())
         })?;
         let pid = holder.pid;
         Ok(holder.into_socket().map(|socket| Self { pid, socket }))
     }
+}
+
+/// Nothing takes the place of standard input and output: what is to go to a passt by a number of those would be
+/// closed on its way.
+fn leave_input_and_output() -> io::Result<()> {
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    dup2_stdin(&null)?;
+    Ok(dup2_stdout(&null)?)
 }
 
 /// The capabilities, a bit each, without which something could not be opened again that the launcher could open.
@@ -91,10 +113,11 @@ fn needed(reachable: &[Device]) -> u64 {
     const CAP_DAC_OVERRIDE: u64 = 1 << 1;
     const CAP_NET_ADMIN: u64 = 1 << 12;
     let of = |device: &Device| match &device.backend {
+        // passt becomes another user by itself.
+        Backend::Net(nic) if nic.has_relay() => u64::MAX,
+        Backend::Passt { .. } => u64::MAX,
         Backend::Net(_) => CAP_NET_ADMIN,
         Backend::External(_) => CAP_DAC_OVERRIDE,
-        // It becomes another user by itself.
-        Backend::Passt { .. } => u64::MAX,
         Backend::Disk(_) => 0,
     };
     reachable.iter().map(of).fold(0, |all, one| all | one)
@@ -106,15 +129,30 @@ struct Attempt {
     delay: Duration,
 }
 
+/// A relay that can lose its passt.
+struct Relay {
+    line: OwnedFd,
+    /// It has said so, and is heard no more until it has another.
+    waits: bool,
+}
+
+impl Relay {
+    fn at(line: OwnedFd) -> Self {
+        Self { line, waits: false }
+    }
+}
+
 /// Serves until the supervisor is gone.
-fn serve(supervisor: &OwnedFd, reachable: &[Device]) {
+fn serve(supervisor: &OwnedFd, reachable: &[Device], relays: &mut BTreeMap<u16, Relay>) {
     let mut wanted = BTreeMap::new();
     let mut last_taps = BTreeMap::new();
     loop {
         wait(
             supervisor,
+            relays,
             wanted.values().map(|attempt: &Attempt| attempt.at).min(),
         );
+        hear(supervisor, relays);
         loop {
             match receive_message(supervisor.as_fd()) {
                 Ok(Received::Nothing) => break,
@@ -136,7 +174,7 @@ fn serve(supervisor: &OwnedFd, reachable: &[Device]) {
             if now < attempt.at {
                 return true;
             }
-            let opened = match open(device) {
+            let opened = match open(device, relays.get_mut(number)) {
                 Some(Ok(opened)) => opened,
                 Some(Err(_)) => {
                     attempt.at = now + attempt.delay;
@@ -156,22 +194,53 @@ fn serve(supervisor: &OwnedFd, reachable: &[Device]) {
     }
 }
 
-fn wait(supervisor: &OwnedFd, next: Option<Instant>) {
+/// Passes on which relays have lost their passt.
+fn hear(supervisor: &OwnedFd, relays: &mut BTreeMap<u16, Relay>) {
+    relays.retain(|device, relay| {
+        if relay.waits {
+            return true;
+        }
+        let Ok(lost) = line::hear(&relay.line) else {
+            return false;
+        };
+        relay.waits = lost;
+        let message = FromConnector::Lost { device: *device };
+        // A supervisor that takes no message is gone, which is heard next.
+        !lost || send_message(supervisor.as_fd(), 0, message).is_ok()
+    });
+}
+
+fn wait(supervisor: &OwnedFd, relays: &BTreeMap<u16, Relay>, next: Option<Instant>) {
     let timeout = next.map_or(PollTimeout::NONE, |at| {
         // One more millisecond, so that the time has come when poll returns.
         let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
         PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
     });
     // Interrupted or not: everything is looked at next.
-    let _ = poll(&mut [PollFd::new(supervisor.as_fd(), PollFlags::POLLIN)], timeout);
+    let heard = relays.values().filter(|relay| !relay.waits);
+    let mut fds: Vec<_> = [supervisor]
+        .into_iter()
+        .chain(heard.map(|relay| &relay.line))
+        .map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN))
+        .collect();
+    let _ = poll(&mut fds, timeout);
 }
 
 /// `None`: it never can be.
-fn open(device: &Device) -> Option<io::Result<Vec<OwnedFd>>> {
+fn open(device: &Device, relay: Option<&mut Relay>) -> Option<io::Result<Vec<OwnedFd>>> {
     let socket = match &device.backend {
         Backend::External(remote) => connect_at(&remote.socket),
         Backend::Passt { passt, publish, mtu } => {
             net::serve(&device.field, passt, publish, *mtu).map_err(io::Error::other)
+        }
+        Backend::Net(nic) if nic.has_relay() => {
+            let relay = relay.filter(|relay| relay.waits)?;
+            let given = nic.start_passt_again(&device.field)?.map_err(io::Error::other);
+            return Some(given.and_then(|passt| {
+                line::give(&relay.line, &passt)?;
+                relay.waits = false;
+                Ok(Vec::new())
+            }));
         }
         Backend::Net(nic) => return nic.open_again().map(|opened| opened.map_err(io::Error::other)),
         Backend::Disk(_) => return None,
@@ -200,7 +269,6 @@ fn connect_at(path: &Path) -> io::Result<OwnedFd> {
 mod tests {
     use super::*;
     use crate::launch::machine::Remote;
-    use crate::wire::send_message;
     use crate::wire_fds::receive_with_fds;
     use nix::sys::socket::socketpair;
     use std::io::Read;
@@ -232,7 +300,7 @@ mod tests {
             SockFlag::SOCK_CLOEXEC,
         )
         .unwrap();
-        let connector = thread::spawn(move || serve(&theirs, &[device]));
+        let connector = thread::spawn(move || serve(&theirs, &[device], &mut BTreeMap::new()));
         for number in [0, 7] {
             send_message(ours.as_fd(), 0, ToConnector::Connect { device: number }).unwrap();
         }

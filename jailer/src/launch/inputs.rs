@@ -7,6 +7,7 @@ use super::connect::connect_within;
 use super::disk::{Disk, Key};
 use super::kernel::{self, Kernel};
 use super::machine::{Backend, Device, Remote};
+use super::net::line::Lines;
 use super::net::{self, Nic};
 use super::run_dir::RunDir;
 use super::supervise::interruptibly;
@@ -76,13 +77,18 @@ pub(super) fn formats(layers: &[Layer]) -> Vec<ImageFormat> {
     layers.iter().map(|layer| layer.format).collect()
 }
 
-/// Opens everything.
-pub(crate) fn open(spec: &VmSpec, devices: &[Device], options: &Options) -> Result<Inputs, Failure> {
+/// Opens everything; `lines` go to the relays of NICs.
+pub(crate) fn open(
+    spec: &VmSpec,
+    devices: &[Device],
+    options: &Options,
+    mut lines: Lines,
+) -> Result<Inputs, Failure> {
     // First: the holders of private TAPs are processes, which work while the rest is opened.
     let mut backends: Vec<Option<BackendInput>> = devices
         .iter()
         .map(|device| match &device.backend {
-            Backend::Net(nic) => open_net(device, nic, options).map(Some),
+            Backend::Net(nic) => open_net(device, nic, options, lines.remove(&device.id)).map(Some),
             _ => Ok(None),
         })
         .collect::<Result<_, _>>()?;
@@ -247,7 +253,12 @@ fn copy_key(number: i32) -> io::Result<OwnedFd> {
     Ok(copy.into())
 }
 
-pub(super) fn open_net(device: &Device, nic: &Nic, options: &Options) -> Result<BackendInput, Failure> {
+pub(super) fn open_net(
+    device: &Device,
+    nic: &Nic,
+    options: &Options,
+    line: Option<OwnedFd>,
+) -> Result<BackendInput, Failure> {
     let pcap = nic
         .pcap
         .as_deref()
@@ -258,7 +269,7 @@ pub(super) fn open_net(device: &Device, nic: &Nic, options: &Options) -> Result<
         state: net::link::make_state().map_err(|e| {
             Failure::host(format!("{}: cannot make memory for its state", device.field)).because(&e)
         })?,
-        tap: net::open(device, nic, options)?,
+        tap: net::open(device, nic, options, line)?,
     })
 }
 

@@ -254,9 +254,11 @@ impl<'a> Launch<'a> {
     /// Opens everything, becomes who the VM's spawner is, and makes the processes.
     fn start(&self, place: Option<Place>, identities: Identities) -> Result<Started<'a>, Failure> {
         // Before anything that it need not hold is opened.
-        let connector = Connector::start(self.devices)
+        let (relays, connectors) = net::line::make(self.devices)
+            .map_err(|e| Failure::host("cannot make the sockets between the processes").because(&e))?;
+        let connector = Connector::start(self.devices, connectors)
             .map_err(|e| Failure::host("cannot start the connector").because(&e))?;
-        let mut inputs = inputs::open(self.spec, self.devices, self.options)?;
+        let mut inputs = inputs::open(self.spec, self.devices, self.options, relays)?;
         inputs.begin_captures(self.devices)?;
         inputs.make_links(self.run_dir, self.devices)?;
         let holders = inputs.holders();

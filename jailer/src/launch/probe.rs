@@ -2,6 +2,7 @@
 //! descriptors of the same kinds, and spawned into the same jail; only the binary is a probe.
 
 use super::inputs::{self, BackendInput, Inputs};
+use super::net::line::Lines;
 use super::plan::{Descriptor, Plan, ProcessPlan, Source};
 use super::spawn::{address_space, pair};
 use super::{Jail, Options, machine, make_plan};
@@ -167,7 +168,7 @@ fn plan(spec: &str) -> Result<(Plan, Inputs), Failure> {
         log_json: false,
     };
     let (name, devices) = machine::check(&spec, "audit")?;
-    let mut inputs = inputs::open(&spec, &devices, &options)?;
+    let mut inputs = inputs::open(&spec, &devices, &options, Lines::new())?;
     inputs.settle()?;
     let plan = make_plan(&spec, &name, &devices, &options, inputs.chains(), false)?;
     Ok((plan, inputs))

@@ -213,13 +213,13 @@ impl Supervisor {
             match receive_with_fds(connector.as_fd()) {
                 Ok((Received::Nothing, _)) => return,
                 Ok((Received::Message(_, FromConnector::Connected { device }), mut fds)) => {
-                    let nic = self.processes.iter().position(|p| p.about.tap == Some(device));
-                    if let Some(index) = nic {
-                        self.tap_came_back(index, &fds, now);
+                    if let Some(index) = self.nic_of(device) {
+                        self.nic_came_back(index, &fds, now);
                     } else if let Some(socket) = fds.pop() {
                         self.connected(device.into(), &socket, now);
                     }
                 }
+                Ok((Received::Message(_, FromConnector::Lost { device }), _)) => self.passt_lost(device, now),
                 Ok((Received::End, _)) | Err(_) => {
                     self.connector = None;
                     if self.needs_devices() {

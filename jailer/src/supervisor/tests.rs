@@ -374,6 +374,23 @@ fn a_process_that_was_begun_without_the_tap_that_is_back_is_replaced_once() {
     assert_eq!(told(&play), rest);
 }
 
+/// Another takes its place, or the VM ends.
+#[test]
+fn a_lost_passt_is_told() {
+    let mut play = Play::begin("passt");
+    let _log = nic(&mut play);
+    play.supervisor.processes[0].about.tap = Some(3);
+    let now = Instant::now();
+    play.supervisor.passt_lost(7, now);
+    play.supervisor.passt_lost(3, now);
+    play.supervisor.nic_came_back(0, &[], now);
+    assert_eq!(told(&play), ["Disconnected", "Reconnected"]);
+    play.supervisor.on_device_death = OnDeviceDeath::End;
+    play.supervisor.passt_lost(3, now);
+    let code = play.supervisor.outcome.as_ref().map(|outcome| outcome.code);
+    assert_eq!(code, Some(exit_code::BACKEND_LOST));
+}
+
 #[test]
 fn a_tap_that_nobody_takes_over_is_not_back() {
     let mut play = Play::begin("given-up");

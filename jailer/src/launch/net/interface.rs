@@ -11,7 +11,6 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use vm_spec::control::FdNumber;
 
 /// `linux/sockios.h`.
 const SIOCBRADDBR: libc::c_ulong = 0x89a0;
@@ -95,23 +94,6 @@ pub(super) fn open_on_bridge(bridge: &str, queues: u16, mtu: Option<u16>) -> Res
     Ok(taps)
 }
 
-/// Takes over descriptors of a TAP that whoever started us opened.
-pub(super) fn inherited(numbers: &[i32]) -> Result<Vec<OwnedFd>, NetError> {
-    numbers.iter().map(|number| take(*number)).collect()
-}
-
-fn take(number: i32) -> Result<OwnedFd, NetError> {
-    let busy = |e: &io::Error| e.raw_os_error() == Some(libc::EBUSY);
-    let fd = crate::inherit::take(FdNumber(number)).map_err(|e| match busy(&e) {
-        true => NetError::BusyDescriptor,
-        false => NetError::NotOpen(e),
-    })?;
-    let mut about = request_for("");
-    // SAFETY: `about` is a live ifreq, which TUNGETIFF fills in.
-    unsafe { tun_get_iff(fd.as_raw_fd(), &raw mut about) }.map_err(|e| NetError::NoTap(e.into()))?;
-    Ok(fd)
-}
-
 /// The name of an inherited TAP's interface, if that is in this process's network namespace: another one's
 /// may have an interface of the same name. Without CAP_NET_ADMIN the kernel does not tell.
 pub(super) fn name_here(number: i32) -> Option<String> {
@@ -134,7 +116,7 @@ pub(super) fn name_here(number: i32) -> Option<String> {
     Some(name_in(&about))
 }
 
-fn name_in(request: &libc::ifreq) -> String {
+pub(super) fn name_in(request: &libc::ifreq) -> String {
     let bytes = request.ifr_name.iter().take_while(|c| **c != 0);
     bytes.map(|c| char::from(*c as u8)).collect()
 }
@@ -204,7 +186,7 @@ fn nonblocking(file: &File) -> io::Result<()> {
 }
 
 /// An ifreq for `name`, which is shorter than IFNAMSIZ.
-fn request_for(name: &str) -> libc::ifreq {
+pub(super) fn request_for(name: &str) -> libc::ifreq {
     // SAFETY: every field of ifreq may be zero.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name[..LONGEST_NAME].iter_mut().zip(name.bytes()) {

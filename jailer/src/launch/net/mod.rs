@@ -12,8 +12,10 @@
 //! None is persistent: each goes with its last descriptor.
 
 mod holder;
+mod inherited;
 mod interface;
 mod isolated;
+pub(crate) mod line;
 pub(crate) mod link;
 mod passt;
 mod private;
@@ -78,17 +80,26 @@ pub(crate) enum NetError {
     BusyDescriptor,
     #[error("it is no TAP with an interface")]
     NoTap(#[source] io::Error),
+    #[error("it is no TAP of bare frames behind virtio-net headers")]
+    OtherFrames,
+    #[error("they belong to two interfaces, '{0}' and '{1}'")]
+    TwoTaps(String, String),
 }
 
-/// Opens a NIC's TAP, or starts its making.
-pub(crate) fn open(device: &Device, nic: &Nic, options: &Options) -> Result<Opened, Failure> {
+/// Opens a NIC's TAP, or starts its making; `line` is for a relay.
+pub(crate) fn open(
+    device: &Device,
+    nic: &Nic,
+    options: &Options,
+    line: Option<OwnedFd>,
+) -> Result<Opened, Failure> {
     let field = &device.field;
     let queues = nic.queues;
     match &nic.wire {
         Wire::Name(name) => interface::open_existing(name, queues)
             .map(Opened::Ready)
             .map_err(|e| no_existing_tap(field, name, &e)),
-        Wire::Inherited(fds) => interface::inherited(fds)
+        Wire::Inherited(fds) => inherited::inherited(fds)
             .map(Opened::Ready)
             .map_err(|e| no_inherited_tap(field, fds, &e)),
         Wire::Bridge(bridge) => interface::open_on_bridge(bridge, queues, nic.mtu)
@@ -97,7 +108,7 @@ pub(crate) fn open(device: &Device, nic: &Nic, options: &Options) -> Result<Open
         Wire::Private(address, prefix) => private::start(field, nic, *address, *prefix)
             .map(Opened::Making)
             .map_err(|e| not_made(&format!("{field}.private"), &e)),
-        Wire::User(publish) => user::start(field, nic, publish, options).map(Opened::Making),
+        Wire::User(publish) => user::start(field, nic, publish, options, line).map(Opened::Making),
         Wire::Isolated(name) => isolated::start(field, nic, name)
             .map(Opened::Making)
             .map_err(|e| not_made(&format!("{field}.isolated"), &e)),
@@ -113,7 +124,7 @@ pub(crate) fn look(device: &Device, nic: &Nic) -> Result<(), Failure> {
     let device_for = |mode| interface::look_at_device().map_err(|e| not_made(&format!("{field}.{mode}"), &e));
     match &nic.wire {
         Wire::Name(name) => interface::look_at(name).map_err(|e| no_existing_tap(field, name, &e)),
-        Wire::Inherited(fds) => interface::inherited(fds)
+        Wire::Inherited(fds) => inherited::inherited(fds)
             .map(drop)
             .map_err(|e| no_inherited_tap(field, fds, &e)),
         Wire::Bridge(bridge) => match interface::look_at(bridge) {
@@ -136,6 +147,19 @@ impl Nic {
     /// Nothing is made for it.
     pub(crate) fn is_of_the_host(&self) -> bool {
         matches!(self.wire, Wire::Name(_) | Wire::Inherited(_))
+    }
+
+    /// A relay carries its frames to a passt that may die.
+    pub(crate) fn has_relay(&self) -> bool {
+        matches!(self.wire, Wire::User(_))
+    }
+
+    /// Starts another passt for its relay; our end of its socket. `None`: it has none.
+    pub(crate) fn start_passt_again(&self, field: &str) -> Option<Result<OwnedFd, Failure>> {
+        match &self.wire {
+            Wire::User(publish) => Some(user::start_again(field, self, publish)),
+            _ => None,
+        }
     }
 
     /// The same NIC, without need of the descriptors that were inherited.
@@ -252,6 +276,8 @@ fn no_existing_tap(field: &str, name: &str, error: &NetError) -> Failure {
 fn no_inherited_tap(field: &str, fds: &[i32], error: &NetError) -> Failure {
     let hint = match error {
         NetError::BusyDescriptor => "give each NIC a TAP of its own",
+        NetError::OtherFrames => "open it with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR",
+        NetError::TwoTaps(..) => "give the queues of one TAP (IFF_MULTI_QUEUE)",
         _ => "start bulkhead with an open TAP at this number (TUNSETIFF done)",
     };
     let numbers: Vec<String> = fds.iter().map(i32::to_string).collect();

@@ -5,10 +5,14 @@
 
 use super::NetError;
 use super::settings::Publish;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, setsockopt, socket, socketpair, sockopt,
+};
 use std::ffi::OsStr;
 use std::io::{self, Read};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -71,6 +75,7 @@ impl Passt {
         publish: &[Publish],
         mtu: Option<u16>,
     ) -> Result<OwnedFd, NetError> {
+        check_free(publish)?;
         let failed = |e| NetError::Make("start passt", e);
         let (ours, theirs) = socketpair(
             AddressFamily::Unix,
@@ -109,6 +114,39 @@ impl Passt {
     }
 }
 
+/// Of a port at every address passt is content with either of IPv4 and IPv6: whoever had the other would be taken
+/// for the guest.
+fn check_free(publish: &[Publish]) -> Result<(), NetError> {
+    for one in publish.iter().filter(|one| one.address.is_none()) {
+        for any in [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
+            if try_to_bind(SocketAddr::new(any, one.host), one.udp) == Err(Errno::EADDRINUSE) {
+                let (port, family) = (one.host, if any.is_ipv4() { "IPv4" } else { "IPv6" });
+                let why = format!("the host's port {port} is in use ({family})");
+                return Err(NetError::Holder(why));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// As passt would, but for one family at a time.
+fn try_to_bind(address: SocketAddr, udp: bool) -> nix::Result<()> {
+    let (family, kind) = (
+        if address.is_ipv4() {
+            AddressFamily::Inet
+        } else {
+            AddressFamily::Inet6
+        },
+        if udp { SockType::Datagram } else { SockType::Stream },
+    );
+    let socket = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
+    setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    if address.is_ipv6() {
+        setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
+    }
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(address))
+}
+
 fn output(path: &Path, flag: impl AsRef<OsStr>) -> io::Result<Output> {
     Command::new(path).arg(flag).stdin(Stdio::null()).output()
 }
@@ -142,6 +180,7 @@ fn last_words(said: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::{TcpListener, UdpSocket};
 
     #[test]
     fn ports_are_spelled_as_passt_reads_them() {
@@ -162,6 +201,30 @@ mod tests {
         ];
         assert_eq!(arguments(Speech::Stream, &all, Some(1400)), wanted);
         assert_eq!(arguments(Speech::VhostUser, &[], None), ["--vhost-user"]);
+    }
+
+    #[test]
+    fn a_port_that_is_taken_in_one_family_is_no_guests() {
+        let free = |port, udp, address: Option<IpAddr>| {
+            let publish = Publish {
+                address,
+                host: port,
+                guest: 80,
+                udp,
+            };
+            check_free(&[publish]).map_err(|e| e.to_string())
+        };
+        let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let why = free(port, false, None).unwrap_err();
+        assert!(why.contains(&format!("{port} is in use (IPv4)")), "{why}");
+        // What passt itself refuses.
+        assert_eq!(free(port, false, Some(Ipv4Addr::LOCALHOST.into())), Ok(()));
+        drop(listener);
+        assert_eq!(free(port, false, None), Ok(()));
+        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = socket.local_addr().unwrap().port();
+        assert!(free(port, true, None).is_err());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Carries frames between a TAP and passt's stream, in which each follows its length (4 bytes, in
 //! network order). It looks at lengths only.
 
+use super::line;
 use crate::sandbox::{Locked, end};
 use crate::tell::tell;
 use nix::errno::Errno;
@@ -38,7 +39,9 @@ enum Lost {
 /// A relay with all the memory that it will need.
 pub(super) struct Relay<'a> {
     tap: &'a OwnedFd,
-    stream: &'a OwnedFd,
+    stream: OwnedFd,
+    /// Where another passt comes from.
+    line: Option<OwnedFd>,
     outgoing: Outgoing,
     incoming: Incoming,
     /// passt is there.
@@ -46,10 +49,11 @@ pub(super) struct Relay<'a> {
 }
 
 impl<'a> Relay<'a> {
-    pub(super) fn new(tap: &'a OwnedFd, stream: &'a OwnedFd) -> Self {
+    pub(super) fn new(tap: &'a OwnedFd, stream: OwnedFd, line: Option<OwnedFd>) -> Self {
         Self {
             tap,
             stream,
+            line,
             outgoing: Outgoing::new(),
             incoming: Incoming::new(),
             alive: true,
@@ -57,17 +61,39 @@ impl<'a> Relay<'a> {
     }
 
     /// Relays until `lifeline` is closed, and ends the process. A passt that is gone leaves the guest
-    /// without a network. `None`: the person wants no jails.
+    /// without a network until there is another. `None`: the person wants no jails.
     pub(super) fn run(mut self, lifeline: &OwnedFd, _: Option<&Locked>) -> ! {
         while self.wait(lifeline) {
-            if let Err(error) = self.turn() {
-                tell(format_args!(
-                    "bulkhead: passt is gone, the guest's network with it: {error}"
-                ));
-                self.alive = false;
+            if !self.alive {
+                self.take_another();
+            } else if let Err(error) = self.turn() {
+                self.lose(&error);
             }
         }
         end(0)
+    }
+
+    fn lose(&mut self, error: &Lost) {
+        tell(format_args!(
+            "bulkhead: passt is gone, the guest's network with it: {error}"
+        ));
+        self.alive = false;
+        self.line.take_if(|line| line::say(line).is_err());
+    }
+
+    /// Goes on with another passt, with the next whole frame either way.
+    fn take_another(&mut self) {
+        let Some(line) = &self.line else { return };
+        match line::take(line) {
+            Ok(Some(stream)) => {
+                self.stream = stream;
+                self.outgoing.clear();
+                self.incoming.clear();
+                self.alive = true;
+            }
+            Ok(None) => {}
+            Err(_) => self.line = None,
+        }
     }
 
     /// Waits for a cause; false when the launcher is gone.
@@ -78,12 +104,21 @@ impl<'a> Relay<'a> {
         stream.set(PollFlags::POLLOUT, !self.outgoing.is_empty());
         stream.set(PollFlags::POLLIN, !self.incoming.has_frame());
         tap.set(PollFlags::POLLOUT, self.incoming.has_frame());
-        let mut fds = [
-            PollFd::new(lifeline.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.tap.as_fd(), tap),
-            PollFd::new(self.stream.as_fd(), stream),
-        ];
-        let count = if self.alive { fds.len() } else { 1 };
+        let lifeline = PollFd::new(lifeline.as_fd(), PollFlags::POLLIN);
+        let (mut fds, count) = match (&self.line, self.alive) {
+            (_, true) => {
+                let (tap, stream) = (
+                    PollFd::new(self.tap.as_fd(), tap),
+                    PollFd::new(self.stream.as_fd(), stream),
+                );
+                ([lifeline, tap, stream], 3)
+            }
+            (Some(line), false) => {
+                let line = PollFd::new(line.as_fd(), PollFlags::POLLIN);
+                ([lifeline, line.clone(), line], 2)
+            }
+            (None, false) => ([lifeline.clone(), lifeline.clone(), lifeline], 1),
+        };
         match poll(&mut fds[..count], PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => !fds.first().is_some_and(|fd| fd.any().unwrap_or(false)),
             Err(_) => false,
@@ -92,8 +127,8 @@ impl<'a> Relay<'a> {
 
     fn turn(&mut self) -> Result<(), Lost> {
         self.outgoing.fill(self.tap)?;
-        self.outgoing.empty_into(self.stream)?;
-        self.incoming.fill(self.stream)?;
+        self.outgoing.empty_into(&self.stream)?;
+        self.incoming.fill(&self.stream)?;
         self.incoming.empty_into(self.tap)
     }
 }
@@ -119,12 +154,16 @@ impl Outgoing {
         self.sent == self.end
     }
 
+    fn clear(&mut self) {
+        (self.sent, self.end) = (0, 0);
+    }
+
     /// Reads frames while there is room, if everything before them is gone.
     fn fill(&mut self, tap: &OwnedFd) -> Result<(), Lost> {
         if !self.is_empty() {
             return Ok(());
         }
-        (self.sent, self.end) = (0, 0);
+        self.clear();
         let mut header = [0; HEADER];
         while BUFFER - self.end >= LENGTH + LONGEST {
             let (length, frame) = self.bytes[self.end..].split_at_mut(LENGTH);
@@ -169,6 +208,10 @@ impl Incoming {
             start: HEADER,
             end: HEADER,
         }
+    }
+
+    fn clear(&mut self) {
+        (self.start, self.end) = (HEADER, HEADER);
     }
 
     /// The next frame's length, where its first bytes are here.

@@ -26,12 +26,13 @@ const BRIDGE: &str = "wire";
 /// passt offers the guest this one by DHCP unless it is told another.
 const MTU: u16 = 65520;
 
-/// Starts the making of the TAP, passt and the relay.
+/// Starts the making of the TAP, passt and the relay, which is given another passt over `line`.
 pub(super) fn start(
     field: &str,
     nic: &Nic,
     publish: &[Publish],
     options: &Options,
+    line: Option<OwnedFd>,
 ) -> Result<Holder, Failure> {
     let field = format!("{field}.user");
     let passt = find(&field)?;
@@ -48,8 +49,9 @@ pub(super) fn start(
         }
         post.give(&taps)?;
         drop(taps);
-        post.retire(&[libc::STDERR_FILENO, inner.as_raw_fd(), stream.as_raw_fd()]);
-        let relay = Relay::new(&inner, &stream);
+        let others = [&inner, &stream].into_iter().chain(&line).map(AsRawFd::as_raw_fd);
+        post.retire(&others.chain([libc::STDERR_FILENO]).collect::<Vec<_>>());
+        let relay = Relay::new(&inner, stream, line);
         let locked = jailed.then(|| lockdown(Role::Relay, options.seccomp)).transpose();
         match locked {
             Ok(locked) => relay.run(post.socket(), locked.as_ref()),
@@ -75,6 +77,14 @@ pub(crate) fn serve(
     passt
         .start(Speech::VhostUser, publish, mtu)
         .map_err(|e| Failure::host(format!("{field}.user: cannot start passt")).because(&e))
+}
+
+/// Starts a passt for a relay that has lost its own; our end of its socket.
+pub(super) fn start_again(field: &str, nic: &Nic, publish: &[Publish]) -> Result<OwnedFd, Failure> {
+    let field = format!("{field}.user");
+    find(&field)?
+        .start(Speech::Stream, publish, nic.mtu)
+        .map_err(|e| Failure::host(format!("{field}: cannot start passt")).because(&e))
 }
 
 pub(super) fn find(field: &str) -> Result<Passt, Failure> {
