@@ -18,8 +18,9 @@ pub const CMDLINE: u64 = 0x2_0000;
 pub const CMDLINE_MAX: usize = 2047;
 /// ACPI tables, RSDP first: the legacy search range, so that a kernel without a pointer finds it.
 pub const ACPI_START: u64 = 0xE_0000;
-/// Where ACPI tables end.
-pub const ACPI_END: u64 = 0xF_F000;
+/// Where ACPI tables end: at the system ROM, which Linux takes for one whole range, F0000 to FFFFF. A range
+/// that reached into it is a conflict of resources, of which Linux tells as it boots.
+pub const ACPI_END: u64 = 0xF_0000;
 /// Where firmware would be entered from real mode (FFFF:0000). Linux resets a hardware-reduced
 /// machine without EFI by jumping there.
 pub const RESET_VECTOR: u64 = 0xF_FFF0;
@@ -102,6 +103,21 @@ mod tests {
         assert_eq!(ram_ranges(1 << 30), [(0, 1 << 30)]);
         assert_eq!(ram_ranges(3 << 30), [(0, 3 << 30)]);
         assert_eq!(ram_ranges(5 << 30), [(0, 3 << 30), (4 << 30, 2 << 30)]);
+    }
+
+    #[test]
+    fn nothing_but_the_system_rom_lies_in_its_place() {
+        let rom = 0xF_0000..0x10_0000;
+        let map = memory_map(machine::MIN_MEMORY);
+        let inside: Vec<_> = map
+            .iter()
+            .filter(|r| r.start < rom.end && r.start + r.size > rom.start)
+            .collect();
+        assert!(
+            matches!(inside[..], [r] if r.start == rom.start && r.size == 0x1_0000 && r.kind == RegionKind::Reserved),
+            "{inside:?}"
+        );
+        assert!(rom.contains(&RESET_VECTOR));
     }
 
     #[test]
