@@ -253,6 +253,7 @@ impl Supervisor {
                 self.conclude(outcome);
                 self.stop_vmm(Instant::now());
             }
+            Some(Order::GiveUp(reason)) if self.attach_failed(index, &reason, Instant::now()) => {}
             Some(Order::GiveUp(reason)) => {
                 if let Some(slot) = self.processes[index].about.slot {
                     // The vmm's DeviceFault, which follows, is what is said and written down.

@@ -247,14 +247,10 @@ impl Supervisor {
 
     /// The guest can see the device that process `index` serves.
     pub(super) fn device_attached(&mut self, index: usize, now: Instant) -> bool {
-        let process = &mut self.processes[index];
-        if !matches!(process.membership, Membership::Coming(_)) {
-            return false;
-        }
-        let Membership::Coming(coming) = std::mem::replace(&mut process.membership, Membership::Member)
-        else {
+        let Some(coming) = self.take_coming(index, Membership::Member) else {
             return false;
         };
+        let process = &mut self.processes[index];
         let answer = Answer::Attached {
             slot: coming.device.slot,
             pid: Some(process.about.pid),
@@ -268,25 +264,38 @@ impl Supervisor {
         true
     }
 
+    /// What is coming, which is something else from now on.
+    fn take_coming(&mut self, index: usize, next: Membership) -> Option<Box<Coming>> {
+        let membership = &mut self.processes[index].membership;
+        match std::mem::replace(membership, next) {
+            Membership::Coming(coming) => Some(coming),
+            other => {
+                *membership = other;
+                None
+            }
+        }
+    }
+
     /// A process that was to be attached cannot be. False: it is a member.
     pub(super) fn attach_failed(&mut self, index: usize, why: &str, now: Instant) -> bool {
-        let process = &mut self.processes[index];
-        if !matches!(process.membership, Membership::Coming(_)) {
+        let until = now + LEAVE_DEADLINE;
+        let Some(coming) = self.take_coming(index, Membership::Leaving(until, None)) else {
             return false;
-        }
-        let leaving = Membership::Leaving(now + LEAVE_DEADLINE, None);
-        if let Membership::Coming(coming) = std::mem::replace(&mut process.membership, leaving) {
-            let line = format!("{}: not attached: {why}", process.about.name);
-            let answer = Some((coming.asker, Answer::Failed(why.to_owned())));
-            process.membership = Membership::Leaving(now + LEAVE_DEADLINE, answer);
-            process.recovery.give_up();
-            let alive = process.alive;
-            self.plugs.give(coming.device.slot);
-            self.say(&line);
-            match alive {
-                true => self.carry_out(index, Some(Order::Kill)),
-                false => self.bury(index),
-            }
+        };
+        let process = &mut self.processes[index];
+        let answer = Some((coming.asker, Answer::Failed(why.to_owned())));
+        process.membership = Membership::Leaving(until, answer);
+        process.recovery.give_up();
+        process.about.slot = None;
+        let (alive, line) = (
+            process.alive,
+            format!("{}: not attached: {why}", process.about.name),
+        );
+        self.plugs.give(coming.device.slot);
+        self.say(&line);
+        match alive {
+            true => self.carry_out(index, Some(Order::Kill)),
+            false => self.bury(index),
         }
         true
     }

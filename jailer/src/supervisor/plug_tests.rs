@@ -290,6 +290,27 @@ fn one_that_ends_at_once_fails_whoever_tells_of_it_first() {
 }
 
 #[test]
+fn a_spawner_that_makes_no_process_is_not_asked_for_ever() {
+    let (mut play, client) = running("mute");
+    attach(&mut play, &client, disk("disk1"));
+    let mut respawns = 0;
+    let words = loop {
+        let due = play.supervisor.devices_deadline();
+        play.supervisor.judge_devices(due.unwrap_or_else(Instant::now));
+        let words = told(&play);
+        respawns += words.iter().filter(|word| *word == "respawn").count();
+        if due.is_none() || words.iter().any(|word| word.starts_with("Remove")) {
+            break words;
+        }
+    };
+    assert!((2..20).contains(&respawns), "{respawns}");
+    assert!(words.last().unwrap().starts_with("Remove"), "{words:?}");
+    removed(&mut play, 0);
+    assert!(failed(&client).contains("did not answer"));
+    assert_eq!(asked(&play), None, "the vmm never heard of it");
+}
+
+#[test]
 fn a_guest_that_keeps_a_device_may_let_go_of_it_later() {
     let (mut play, client) = running("keeps");
     attach(&mut play, &client, disk("disk1"));
