@@ -334,12 +334,52 @@ fn external_data_files() {
     }
 }
 
+/// Whoever dies in the middle, the file itself and what qemu-img reads through the image are the same.
+fn a_raw_data_file_is_zeroed_before_its_image_says_so() {
+    let scratch = Scratch::new();
+    let (path, data) = (scratch.path("top"), scratch.path("data"));
+    create(
+        &path,
+        &format!("data_file_raw=on,cluster_size=4k,data_file={}", text(&data)),
+        &SIZE.to_string(),
+    );
+    let case = Case {
+        path: &path,
+        below: None,
+        data: Some(&data),
+        start: vec![0; SIZE],
+        seed: 0,
+        steps: 0,
+    };
+    let (image, files) = case.open();
+    let mut model = vec![0; SIZE];
+    let bytes = pattern(256 << 10);
+    Request::Write { offset: 0, bytes }.run(&*image, &mut model);
+    let len = 64 << 10;
+    for (n, unmap) in [(0, Some(true)), (1, Some(false)), (2, None)] {
+        let offset = n * len;
+        let begin = files.image.moment();
+        match unmap {
+            Some(unmap) => Request::Zero { offset, len, unmap },
+            None => Request::Discard { offset, len },
+        }
+        .run(&*image, &mut model);
+        for count in begin..=files.image.moment() {
+            case.leave(&files, |file| file.after_process_death(file.count_at(count)));
+            let (raw, read) = (contents(&data), qemu_contents(&path, &[]));
+            support::assert_same(&raw[..SIZE], &read, &format!("{unmap:?}, {count} from {begin}"));
+        }
+    }
+    drop(image);
+}
+
 suite! {
     with_qemu_img: [
         plain_images,
         overlays,
         compressed_and_snapshot_images,
         external_data_files,
+        a_raw_data_file_is_zeroed_before_its_image_says_so,
     ],
     alone: [],
 }

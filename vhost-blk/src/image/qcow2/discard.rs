@@ -97,6 +97,10 @@ impl Qcow2 {
         while at < last {
             let span = self.slice_span(&self.lock(), at);
             let part = at..last.min(at + span);
+            if self.raw_data {
+                // Before the image says so: who ends in between leaves the same zeros in both.
+                self.zero_data_file(&part, end)?;
+            }
             let mut meta = self.lock_idle(part.clone());
             if self.geometry.offset_of(last) > end && end != self.limit() {
                 last = self.geometry.cluster_of(end);
@@ -113,7 +117,8 @@ impl Qcow2 {
             let must_flush = self.must_flush(&meta);
             drop(meta);
             if self.raw_data {
-                self.zero_data_file(&part)?;
+                // And after: what others wrote there meanwhile does not show either.
+                self.zero_data_file(&part, self.limit())?;
             }
             if must_flush {
                 self.flush_and_free()?;
@@ -127,10 +132,10 @@ impl Qcow2 {
         Ok(!self.raw_data && !self.has_table(meta, guest)? && !shows_below)
     }
 
-    /// A raw data file must show the zeros itself.
-    fn zero_data_file(&self, guest: &Range<u64>) -> Result<(), ImageError> {
+    /// A raw data file must show the zeros itself, up to `limit`.
+    fn zero_data_file(&self, guest: &Range<u64>, limit: u64) -> Result<(), ImageError> {
         let start = self.geometry.offset_of(guest.start);
-        let end = self.geometry.offset_of(guest.end).min(self.limit());
+        let end = self.geometry.offset_of(guest.end).min(limit);
         self.data
             .zero_range(start, end - start)
             .map_err(ImageError::io("clear the external data file"))
