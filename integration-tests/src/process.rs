@@ -177,7 +177,7 @@ impl Listed {
     }
 }
 
-/// Makes `fd` the child's fd `number` (below [`FIRST_SPARE`]).
+/// Makes `fd` the child's fd `number` (below `FIRST_SPARE`).
 ///
 /// # Errors
 /// When no descriptor is left.

@@ -1,9 +1,9 @@
 //! The TAP's other side: a process in a user and network namespace of its own, made without
 //! root, that owns the TAP, has an address on it, serves one page by HTTP and echoes on another port.
 //!
-//! It talks to the demo over its standard input, a Unix socket: it sends [`READY`] with the TAP's
-//! file descriptor, then [`HIT`] when the guest's request is there, and answers the guest once
-//! the demo says [`GO`], so that the demo can look at a guest that is certainly running.
+//! It talks to the demo over its standard input, a Unix socket: it sends `READY` with the TAP's
+//! file descriptor, then `HIT` when the guest's request is there, and answers the guest once
+//! the demo says `GO`, so that the demo can look at a guest that is certainly running.
 
 use crate::process::ip;
 use anyhow::{Context, bail};

@@ -15,7 +15,7 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 /// The memfd's name, as mappings of it show.
 pub const MEMORY_NAME: &str = "guest-ram";
 
-/// Where guest memory starts. Not 0, and other than [`USER_BASE`]: a back end that takes one kind
+/// Where guest memory starts. Not 0, and other than `USER_BASE`: a back end that takes one kind
 /// of address for another misses.
 pub const BASE: u64 = 0x10_0000;
 /// The front end's user address of [`BASE`], as SET_MEM_TABLE and SET_VRING_ADDR give it.
