@@ -141,7 +141,7 @@ impl Supervisor {
         process.about.pid = pid;
         process.alive = true;
         let slot = process.about.slot;
-        if matches!(process.membership, Membership::Leaving(..)) {
+        if !matches!(process.membership, Membership::Member | Membership::Coming(_)) {
             // It was on its way when its device went.
             return self.carry_out(index, Some(Order::Kill));
         }

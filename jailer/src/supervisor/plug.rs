@@ -311,7 +311,12 @@ impl Supervisor {
                 self.bury(index);
                 true
             }
-            Membership::Ended(_) | Membership::Gone => true,
+            // One that was made too late: it was killed.
+            Membership::Ended(_) => {
+                self.ask_removal(index);
+                true
+            }
+            Membership::Gone => true,
         }
     }
 
@@ -324,7 +329,11 @@ impl Supervisor {
         };
         process.orders = None;
         process.about.slot = None;
-        let name = std::mem::take(&mut process.about.name);
+        self.ask_removal(index);
+    }
+
+    fn ask_removal(&mut self, index: usize) {
+        let name = self.processes[index].about.name.clone();
         self.tell_spawner(FromSupervisor::Remove {
             // The index fits: see MOST_PROCESSES.
             process: index as u16,
@@ -337,9 +346,12 @@ impl Supervisor {
         let Some(process) = self.processes.get_mut(index) else {
             return;
         };
-        if matches!(process.membership, Membership::Ended(_))
-            && let Membership::Ended(Some((asker, answer))) =
-                std::mem::replace(&mut process.membership, Membership::Gone)
+        if !matches!(process.membership, Membership::Ended(_)) {
+            return;
+        }
+        process.about.name.clear();
+        if let Membership::Ended(Some((asker, answer))) =
+            std::mem::replace(&mut process.membership, Membership::Gone)
         {
             self.clients.answer(asker, answer, now);
         }
@@ -426,11 +438,13 @@ impl Supervisor {
         self.note(index, EventKind::Detached, Duration::ZERO, "");
         let process = &mut self.processes[index];
         process.about.slot = None;
+        let coming = process.recovery.is_spawning();
         process.recovery.give_up();
         let answer = asker.map(|asker| (asker, Answer::Detached));
         process.membership = Membership::Leaving(now + LEAVE_DEADLINE, answer);
-        // Its socket is closed: it flushes, and ends by itself.
-        if !process.alive {
+        // One that lives sees its socket closed, flushes, and ends by itself. One that the spawner was asked for is
+        // killed once it is there.
+        if !process.alive && !coming {
             self.bury(index);
         }
     }
@@ -438,7 +452,7 @@ impl Supervisor {
     pub(super) fn plugs_deadline(&self) -> Option<Instant> {
         let asked = self.plugs.asked.iter().map(|asked| asked.until);
         let leaving = self.processes.iter().filter_map(|p| match p.membership {
-            Membership::Leaving(until, _) if p.alive => Some(until),
+            Membership::Leaving(until, _) => Some(until),
             _ => None,
         });
         asked.chain(leaving).min()
@@ -454,14 +468,20 @@ impl Supervisor {
         }
         for index in 0..self.processes.len() {
             let process = &mut self.processes[index];
-            if let Membership::Leaving(until, _) = &mut process.membership
-                && process.alive
-                && now >= *until
-            {
-                *until = now + LEAVE_DEADLINE;
+            let Membership::Leaving(until, _) = &mut process.membership else {
+                continue;
+            };
+            if now < *until {
+                continue;
+            }
+            *until = now + LEAVE_DEADLINE;
+            if process.alive {
                 let line = format!("{}: does not end: killed", process.about.name);
                 self.say(&line);
                 self.carry_out(index, Some(Order::Kill));
+            } else {
+                // The spawner does not say whether it has made the last one.
+                self.bury(index);
             }
         }
     }

@@ -290,6 +290,54 @@ fn one_that_ends_at_once_fails_whoever_tells_of_it_first() {
 }
 
 #[test]
+fn one_that_is_on_its_way_when_its_device_goes_is_ended() {
+    for made in [true, false] {
+        let (mut play, client) = running(&format!("late{made}"));
+        attach(&mut play, &client, disk("disk1"));
+        let id = spawned(&mut play, 0, 40);
+        vmm_says(&mut play, id, FromVmm::Done);
+        answer(&client).unwrap();
+        detach(&mut play, &client, "disk1");
+        asked(&play).unwrap();
+        let now = Instant::now();
+        play.supervisor.process_ended(0, ExitStatus::Signal(9), now);
+        play.supervisor.judge_devices(now + Duration::from_secs(1));
+        assert_eq!(told(&play), ["Attached", "Died", "respawn"]);
+        vmm_says(&mut play, 0, FromVmm::Detached { slot: 3 });
+        assert_eq!(told(&play), ["Detached"], "a process may be there any moment");
+        if made {
+            let (socket, _) = pair(SockType::Stream);
+            play.supervisor.device_spawned(0, 41, Some(socket), now);
+            assert_eq!(told(&play), ["kill"]);
+            ends(&mut play, 0);
+        } else {
+            play.supervisor.device_not_spawned(0, "no memory", now);
+        }
+        assert!(told(&play)[0].starts_with("Remove"));
+        removed(&mut play, 0);
+        assert_eq!(answer(&client), Some(Answer::Detached));
+        attach(&mut play, &client, disk("disk1"));
+        let _ = spawned(&mut play, 0, 42);
+    }
+}
+
+#[test]
+fn one_that_is_made_too_late_is_removed_all_the_same() {
+    let (mut play, client) = running("too-late");
+    attach(&mut play, &client, disk("disk1"));
+    let id = spawned(&mut play, 0, 40);
+    vmm_says(&mut play, id, FromVmm::Failed("useless".into()));
+    ends(&mut play, 0);
+    let (socket, _) = pair(SockType::Stream);
+    play.supervisor
+        .device_spawned(0, 41, Some(socket), Instant::now());
+    ends(&mut play, 0);
+    let words = told(&play);
+    assert_eq!((&*words[0], &*words[2]), ("kill", "kill"), "{words:?}");
+    assert!(words[1].starts_with("Remove") && words[3].starts_with("Remove"));
+}
+
+#[test]
 fn a_spawner_that_makes_no_process_is_not_asked_for_ever() {
     let (mut play, client) = running("mute");
     attach(&mut play, &client, disk("disk1"));

@@ -124,6 +124,11 @@ impl Recovery {
         self.stopped = None;
     }
 
+    /// Whether the spawner was asked for a process, and has not answered.
+    pub(super) fn is_spawning(&self) -> bool {
+        matches!(self.stage, Stage::Spawning(_))
+    }
+
     /// Whether the vmm has not said yet whether it can use the process.
     pub(super) fn is_joining(&self) -> bool {
         matches!(self.stage, Stage::Joining(..))
