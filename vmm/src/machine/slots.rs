@@ -111,9 +111,11 @@ impl Machine {
         let Some(at) = self.devices.iter().position(|device| device.slot() == slot) else {
             return Ok(());
         };
+        // First: its back end, which sees its connection closed next, is no loss.
+        control.send(0, FromVmm::Detached { slot })?;
         let seat = self.devices.swap_remove(at).vacate();
         self.slots.seats.extend(seat.map(|seat| (slot, seat)));
-        Ok(control.send(0, FromVmm::Detached { slot })?)
+        Ok(())
     }
 
     pub(super) fn device(&self, slot: u8) -> Result<&Device, String> {

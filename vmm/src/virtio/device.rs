@@ -275,14 +275,14 @@ impl Device {
         self.leaving || self.worker.is_resetting()
     }
 
-    /// The guest has let go of the device, which is on no bus any more: resets it and lets go of its back end. Nobody
-    /// waits: `done` is told on the device's thread. Then [`Device::vacate`] it.
+    /// The guest has let go of the device, which is on no bus any more: resets it. Nobody waits: `done` is told on
+    /// the device's thread. Then [`Device::vacate`] it.
     pub fn eject(&mut self, done: Word) {
         self.leaving = true;
         self.worker.transport.mailbox.eject(done);
     }
 
-    /// Its thread, for another device.
+    /// Lets go of its back end; its thread, for another device.
     pub fn vacate(self) -> Option<Seat> {
         self.worker.transport.retire();
         self.thread.into_seat()

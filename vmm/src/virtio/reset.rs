@@ -133,7 +133,6 @@ impl Worker {
             self.tell_reset(answer);
         }
         if let Some(done) = self.leaving.take() {
-            self.session = None;
             self.over = true;
             done();
         }

@@ -172,7 +172,7 @@ impl Worker {
             }
             self.read_mail(mail);
             if self.over {
-                return;
+                return self.await_quit();
             }
             if self.ring_error.read().is_ok() {
                 self.needs_reset("back end reported a broken ring (vring error eventfd)".to_owned());
@@ -181,9 +181,19 @@ impl Worker {
             self.look_for_progress();
             self.look_at_reset();
             if self.over {
-                return;
+                return self.await_quit();
             }
             self.look_at_bus_master();
+        }
+    }
+
+    /// Keeps the connection until whoever has the device says so: its end, which the back end sees, comes after the
+    /// word that the device is gone.
+    fn await_quit(&self) {
+        while !self.context.mailbox.take().quit {
+            let mut mail = [PollFd::new(self.context.mailbox.as_fd(), PollFlags::POLLIN)];
+            // Interrupted or not: it is looked at next.
+            let _ = poll(&mut mail, PollTimeout::NONE);
         }
     }
 
