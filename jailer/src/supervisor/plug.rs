@@ -406,8 +406,14 @@ impl Supervisor {
                     name: device.id,
                     slot,
                 };
-                self.remotes.push(Remote::attached(about, now));
-                self.note_remote(self.remotes.len() - 1, EventKind::Attached, Duration::ZERO, "");
+                let remote = Remote::attached(about, now);
+                let gone = self.remotes.iter().position(Remote::is_gone);
+                let index = gone.unwrap_or(self.remotes.len());
+                match self.remotes.get_mut(index) {
+                    Some(place) => *place = remote,
+                    None => self.remotes.push(remote),
+                }
+                self.note_remote(index, EventKind::Attached, Duration::ZERO, "");
                 Answer::Attached { slot, pid: None }
             }
             Err(why) => {

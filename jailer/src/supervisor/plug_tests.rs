@@ -412,8 +412,11 @@ fn someone_elses_back_end_that_is_gone_is_given_up() {
     vmm_says(&mut play, 0, FromVmm::Detached { slot: 3 });
     assert_eq!(answer(&client), Some(Answer::Detached));
     attach(&mut play, &client, someones("fs0"));
-    let (_, message, _) = asked(&play).unwrap();
+    let (id, message, _) = asked(&play).unwrap();
     assert!(matches!(message, ToVmm::Attach(device) if device.slot == 3));
+    vmm_says(&mut play, id, FromVmm::Done);
+    assert!(matches!(answer(&client), Some(Answer::Attached { slot: 3, .. })));
+    assert_eq!(play.supervisor.remotes.len(), 1, "it has the first one's place");
 }
 
 #[test]

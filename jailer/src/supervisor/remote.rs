@@ -75,6 +75,11 @@ impl Remote {
         self.about.slot
     }
 
+    /// Another may have its place, which the connector does not know.
+    pub(super) fn is_gone(&self) -> bool {
+        self.attached && self.about.slot == 0
+    }
+
     /// The guest has let go of it.
     pub(super) fn detach(&mut self) {
         self.stage = Stage::Lost;
