@@ -7,6 +7,9 @@ use crate::run_state::{FdState, MadeFds, ProcessRole};
 use crate::spec::OnDeviceDeath;
 use serde::{Deserialize, Serialize};
 
+/// Places for a VM's processes: fewer than it has ids.
+pub const MOST_PROCESSES: usize = 60;
+
 /// Everything the supervisor needs, sent once as the first message on its control socket.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct SupervisorConfig {

@@ -1,11 +1,11 @@
 //! What it takes to attach a device to a running VM. The command of the VM's owner does what the launcher does at
 //! start: it checks, opens everything and plans the device's process; the VM's forker makes it.
 
-use super::inputs::{self, BackendInput};
+use super::inputs::{self, BackendInput, Given};
 use super::machine::{self, Backend, Device, check_name};
-use super::net::{self, Opened};
+use super::net;
 use super::plan::{Choices, Source, device as device_plan};
-use super::spawn::{binary_folder, pair, set_nonblocking};
+use super::spawn::{binary_folder, open_binary, pair, set_nonblocking};
 use super::{Jail, Options, disk};
 use crate::failure::Failure;
 use crate::sandbox::{Role, SeccompMode};
@@ -13,12 +13,12 @@ use nix::fcntl::OFlag;
 use nix::sys::socket::SockType;
 use nix::unistd::pipe2;
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use vm_spec::client::Attachment;
 use vm_spec::control::{DeviceConfig, FdNumber};
-use vm_spec::run_state::{FdLink, FdState, MadeFds, ProcessRole, RunState};
+use vm_spec::run_state::{FdLink, FdState, MadeFds, RunState};
 use vm_spec::spec::VmSpec;
 use vm_spec::supervise::AddedProcess;
 
@@ -44,19 +44,7 @@ pub(crate) fn prepare(spec: &VmSpec, state: &RunState, folder: &Path) -> Result<
         )));
     }
     let Opening { input, link } = Opening::of(spec, &device, folder)?;
-    let config = DeviceConfig {
-        id: device.id.clone(),
-        slot: device.slot,
-        device_type: device.device_type,
-        socket: FdNumber::NONE,
-        requests: FdNumber::NONE,
-        requests_peer: FdNumber::NONE,
-        num_queues: device.num_queues,
-        config: device.config.clone(),
-        config_features: device.config_features,
-        ours: device.is_ours(),
-        in_order: matches!(&device.backend, Backend::External(remote) if remote.in_order),
-    };
+    let config = device.config([FdNumber::NONE; 3]);
     let input = match input {
         BackendInput::Socket(socket) => {
             return Ok(Ready {
@@ -107,11 +95,7 @@ impl Opening {
             return Ok(Self { input, link: None });
         };
         let input = inputs::open_net(device, nic, &options(), None)?;
-        if let BackendInput::Net { pcap: Some(pcap), .. } = &input {
-            nix::unistd::ftruncate(pcap, 0).map_err(|e| {
-                Failure::host(format!("{}.pcap: cannot be emptied", device.field)).because(&e)
-            })?;
-        }
+        input.begin_capture(device)?;
         net::link::remove(folder, &device.id);
         let link = net::link::make(folder, &device.id).map_err(|e| {
             Failure::host(format!("{}: cannot make a pipe for its link", device.field)).because(&e)
@@ -166,38 +150,18 @@ impl Parts {
         Ok(parts)
     }
 
-    fn take(&mut self, input: BackendInput, link: Option<OwnedFd>) -> Result<(), Failure> {
-        let table = &mut self.table;
-        match input {
-            BackendInput::Images(images) => {
-                self.formats = inputs::formats(&images.layers);
-                for (m, layer) in images.layers.into_iter().enumerate() {
-                    table.insert(Source::Image(0, m), layer.file);
-                }
-                table.extend(images.key.map(|fd| (Source::Key(0), fd)));
-                table.extend(images.data_file.map(|fd| (Source::DataFile(0), fd)));
-                table.extend(images.direct.map(|fd| (Source::DirectImage(0), fd)));
-                self.watches = images
-                    .watches
-                    .into_iter()
-                    .map(|watch| watch.into_descriptor())
-                    .collect();
-            }
-            BackendInput::Net { tap, pcap, state, .. } => {
-                let Opened::Ready(taps) = tap else {
-                    return Err(Failure::host("a TAP that is still being made cannot be attached"));
-                };
-                table.extend(
-                    taps.into_iter()
-                        .enumerate()
-                        .map(|(queue, fd)| (Source::Tap(0, queue), fd)),
-                );
-                table.extend(pcap.map(|fd| (Source::Pcap(0), fd)));
-                table.extend(link.map(|fd| (Source::Link(0), fd)));
-                table.insert(Source::NicState(0), state);
-            }
-            BackendInput::Socket(_) => {}
+    fn take(&mut self, mut input: BackendInput, link: Option<OwnedFd>) -> Result<(), Failure> {
+        if let BackendInput::Images(images) = &input {
+            self.formats = inputs::formats(&images.layers);
         }
+        if let BackendInput::Net { link: place, .. } = &mut input {
+            *place = link;
+        }
+        let Given { making, watches } = input.give(0, &mut self.table);
+        if making.is_some() {
+            return Err(Failure::host("a TAP that is still being made cannot be attached"));
+        }
+        self.watches = watches.into_iter().map(|watch| watch.into_descriptor()).collect();
         Ok(())
     }
 
@@ -214,7 +178,7 @@ impl Parts {
         };
         let plan = device_plan::plan(0, device, &choices, 0, &config)
             .ok_or_else(|| Failure::host(format!("{}: no process of ours serves it", device.field)))?;
-        let binary = open_binary(plan.role, plan.binary)?;
+        let binary = open_binary(&binary_folder()?, plan.binary)?.1;
         let numbered = || (0..).zip(&plan.descriptors);
         let socket = numbered().find(|(_, fd)| matches!(fd.source, Source::BackEnd(_)));
         let process = AddedProcess {
@@ -261,14 +225,4 @@ fn by_kind(mut made: MadeFds) -> MadeFds {
         made.link = FdLink::Named("socket:[".into());
     }
     made
-}
-
-fn open_binary(role: ProcessRole, name: &str) -> Result<File, Failure> {
-    debug_assert!(role.is_device());
-    let path = binary_folder()?.join(name);
-    File::open(&path).map_err(|e| {
-        Failure::host(format!("cannot open {}", path.display()))
-            .because(&e)
-            .hint("install all of Bulkhead's binaries in one folder")
-    })
 }

@@ -9,13 +9,16 @@ use super::kernel::{self, Kernel};
 use super::machine::{Backend, Device, Remote};
 use super::net::line::Lines;
 use super::net::{self, Nic};
+use super::plan::Source;
 use super::run_dir::RunDir;
+use super::spawn::tap_sources;
 use super::supervise::interruptibly;
 use super::watch::Watch;
 use crate::failure::Failure;
 use crate::sandbox::cgroup::disk_behind;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{SockType, UnixAddr};
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -57,6 +60,57 @@ pub(crate) enum BackendInput {
     },
     /// Connected to someone else's back end.
     Socket(OwnedFd),
+}
+
+/// What of a [`BackendInput`] is no descriptor of the plan's.
+pub(super) struct Given {
+    /// Who makes its TAP.
+    pub(super) making: Option<net::Holder>,
+    /// What watches the files that it writes.
+    pub(super) watches: Vec<Watch>,
+}
+
+impl BackendInput {
+    /// Puts its descriptors into `table` as those of device `n`.
+    pub(super) fn give(self, n: usize, table: &mut BTreeMap<Source, OwnedFd>) -> Given {
+        let (mut making, mut watches) = (None, Vec::new());
+        match self {
+            Self::Socket(socket) => drop(table.insert(Source::FrontEnd(n), socket)),
+            Self::Net {
+                tap,
+                pcap,
+                link,
+                state,
+            } => {
+                table.insert(Source::NicState(n), state);
+                table.extend(link.map(|fd| (Source::Link(n), fd)));
+                table.extend(pcap.map(|file| (Source::Pcap(n), file)));
+                match tap {
+                    net::Opened::Ready(taps) => table.extend(tap_sources(n, taps)),
+                    net::Opened::Making(holder) => making = Some(holder),
+                }
+            }
+            Self::Images(images) => {
+                for (m, layer) in images.layers.into_iter().enumerate() {
+                    table.insert(Source::Image(n, m), layer.file);
+                }
+                table.extend(images.key.map(|fd| (Source::Key(n), fd)));
+                table.extend(images.data_file.map(|fd| (Source::DataFile(n), fd)));
+                table.extend(images.direct.map(|fd| (Source::DirectImage(n), fd)));
+                watches = images.watches;
+            }
+        }
+        Given { making, watches }
+    }
+
+    /// Empties its capture: the device is about to work.
+    pub(super) fn begin_capture(&self, device: &Device) -> Result<(), Failure> {
+        let Self::Net { pcap: Some(pcap), .. } = self else {
+            return Ok(());
+        };
+        nix::unistd::ftruncate(pcap, 0)
+            .map_err(|e| Failure::host(format!("{}.pcap: cannot be emptied", device.field)).because(&e))
+    }
 }
 
 /// What a disk's process works on.
@@ -356,14 +410,8 @@ impl Inputs {
 
     /// Empties the captures: the VM is about to run.
     pub(crate) fn begin_captures(&self, devices: &[Device]) -> Result<(), Failure> {
-        for (backend, device) in self.backends.iter().zip(devices) {
-            if let BackendInput::Net { pcap: Some(pcap), .. } = backend {
-                nix::unistd::ftruncate(pcap, 0).map_err(|e| {
-                    Failure::host(format!("{}.pcap: cannot be emptied", device.field)).because(&e)
-                })?;
-            }
-        }
-        Ok(())
+        let mut all = self.backends.iter().zip(devices);
+        all.try_for_each(|(backend, device)| backend.begin_capture(device))
     }
 
     /// The disk that the image of `device` lies on, by major and minor number.

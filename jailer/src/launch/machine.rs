@@ -5,6 +5,7 @@ use super::disk::{self, Disk};
 use super::net::{self, Nic, Passt, Publish};
 use crate::failure::Failure;
 use std::path::{Path, PathBuf};
+use vm_spec::control::{DeviceConfig, FdNumber};
 use vm_spec::machine::{FIRST_SLOT, LAST_SLOT, MAX_CPUS, MAX_MEMORY, MIN_MEMORY};
 use vm_spec::size::ByteSize;
 use vm_spec::spec::{BootSpec, MOST_HOTPLUG, VhostUserSpec, VmSpec};
@@ -28,6 +29,23 @@ pub(crate) struct Device {
 }
 
 impl Device {
+    /// What the vmm is told of it, with its socket and both ends of its request channel.
+    pub(crate) fn config(&self, [socket, requests, requests_peer]: [FdNumber; 3]) -> DeviceConfig {
+        DeviceConfig {
+            id: self.id.clone(),
+            slot: self.slot,
+            device_type: self.device_type,
+            socket,
+            requests,
+            requests_peer,
+            num_queues: self.num_queues,
+            config: self.config.clone(),
+            config_features: self.config_features,
+            ours: self.is_ours(),
+            in_order: matches!(&self.backend, Backend::External(remote) if remote.in_order),
+        }
+    }
+
     /// A process of ours serves it.
     pub(crate) fn is_ours(&self) -> bool {
         matches!(self.backend, Backend::Disk(_) | Backend::Net(_))

@@ -18,13 +18,10 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 use vm_spec::run_state::ProcessRole;
-use vm_spec::supervise::{AddedProcess, Build};
+use vm_spec::supervise::{AddedProcess, Build, MOST_PROCESSES};
 
 /// A successor has built its jail and executes its binary within this time, or is killed.
 const JAIL_DEADLINE: Duration = Duration::from_secs(2);
-
-/// Places for processes: fewer than a VM has ids.
-pub(crate) const MOST_PROCESSES: usize = 60;
 
 /// By what the watches of a process are kept: its device's place, or another number for one that was added.
 fn watched(process: usize, plan: &ProcessPlan) -> usize {
@@ -114,7 +111,7 @@ impl Respawner {
             ProcessRole::Net => "vhost-user-net",
             _ => return,
         };
-        if !free || process > MOST_PROCESSES || fds.len() != added.descriptors() {
+        if !free || process >= MOST_PROCESSES || fds.len() != added.descriptors() {
             return;
         }
         let mut fds = fds.into_iter();

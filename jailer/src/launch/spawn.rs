@@ -3,7 +3,7 @@
 use super::Jail;
 use super::identity::Settled;
 use super::inputs::{BackendInput, Inputs};
-use super::net::{self, Holder, Opened};
+use super::net::{self, Holder};
 use super::plan::{Plan, ProcessPlan, Source};
 use super::respawn::Respawner;
 use super::watch::Watch;
@@ -19,9 +19,9 @@ use nix::unistd::pipe2;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ffi::CString;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use vm_spec::control::ToVmm;
 use vm_spec::run_state::ProcessRole;
@@ -60,13 +60,7 @@ impl Binaries {
         let folder = binary_folder()?;
         let mut all = BTreeMap::new();
         for process in plan.workers.iter().chain([&plan.supervisor]) {
-            let path = folder.join(process.binary);
-            let file = OpenOptions::new().read(true).open(&path).map_err(|e| {
-                Failure::host(format!("cannot open {}", path.display()))
-                    .because(&e)
-                    .hint("install all of Bulkhead's binaries in one folder")
-            })?;
-            all.insert(process.binary, (path, file));
+            all.insert(process.binary, open_binary(&folder, process.binary)?);
         }
         let proc = child::open_proc().map_err(|e| Failure::host("cannot open /proc").because(&e))?;
         Ok(Self {
@@ -103,6 +97,17 @@ impl Binaries {
     /// The one that `process` executes.
     pub(crate) fn of(&self, process: &ProcessPlan) -> BorrowedFd<'_> {
         self.files[process.binary].1.as_fd()
+    }
+}
+
+/// One of our binaries.
+pub(super) fn open_binary(folder: &Path, name: &str) -> Result<(PathBuf, File), Failure> {
+    let path = folder.join(name);
+    match File::open(&path) {
+        Ok(file) => Ok((path, file)),
+        Err(e) => Err(Failure::host(format!("cannot open {}", path.display()))
+            .because(&e)
+            .hint("install all of Bulkhead's binaries in one folder")),
     }
 }
 
@@ -317,35 +322,13 @@ impl Wires {
             let (requests, peer) = pair(SockType::Stream)?;
             table.insert(Source::Requests(n), requests);
             table.insert(Source::RequestsPeer(n), peer);
-            match backend {
-                BackendInput::Socket(socket) => {
-                    table.insert(Source::FrontEnd(n), socket);
-                    continue;
-                }
-                BackendInput::Net {
-                    tap,
-                    pcap,
-                    link,
-                    state,
-                } => {
-                    table.insert(Source::NicState(n), state);
-                    table.extend(link.map(|fd| (Source::Link(n), fd)));
-                    table.extend(pcap.map(|file| (Source::Pcap(n), file)));
-                    match tap {
-                        Opened::Ready(taps) => table.extend(tap_sources(n, taps)),
-                        Opened::Making(holder) => coming_taps.push((n, holder)),
-                    }
-                }
-                BackendInput::Images(images) => {
-                    for (m, layer) in images.layers.into_iter().enumerate() {
-                        table.insert(Source::Image(n, m), layer.file);
-                    }
-                    table.extend(images.key.map(|fd| (Source::Key(n), fd)));
-                    table.extend(images.data_file.map(|fd| (Source::DataFile(n), fd)));
-                    table.extend(images.direct.map(|fd| (Source::DirectImage(n), fd)));
-                    watches.insert(n, images.watches);
-                }
+            let is_ours = !matches!(backend, BackendInput::Socket(_));
+            let given = backend.give(n, &mut table);
+            if !is_ours {
+                continue;
             }
+            coming_taps.extend(given.making.map(|holder| (n, holder)));
+            watches.insert(n, given.watches);
             let (front, back) = pair(SockType::Stream)?;
             table.insert(Source::FrontEnd(n), front);
             table.insert(Source::BackEnd(n), back);
@@ -377,7 +360,7 @@ impl Wires {
 }
 
 /// The descriptors of device `n`'s TAP.
-fn tap_sources(n: usize, taps: Vec<OwnedFd>) -> impl Iterator<Item = (Source, OwnedFd)> {
+pub(super) fn tap_sources(n: usize, taps: Vec<OwnedFd>) -> impl Iterator<Item = (Source, OwnedFd)> {
     let number = move |(queue, tap)| (Source::Tap(n, queue), tap);
     taps.into_iter().enumerate().map(number)
 }

@@ -3,7 +3,7 @@
 //! up whatever else it could do: its filter is `spawner.policy`, and the forker makes processes for it.
 
 use super::forker::Forker;
-use super::respawn::{MOST_PROCESSES, Respawner};
+use super::respawn::Respawner;
 use super::spawn::Running;
 use crate::failure::Failure;
 use crate::inherit;
@@ -21,7 +21,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use vm_spec::control::exit_code;
 use vm_spec::events::VmEvent;
-use vm_spec::supervise::{AddedProcess, Build, ExitStatus, FromSupervisor, ToSupervisor};
+use vm_spec::supervise::{AddedProcess, Build, ExitStatus, FromSupervisor, MOST_PROCESSES, ToSupervisor};
 
 /// Messages of the supervisor's that are heard before signals and deaths get their turn.
 const MESSAGES_A_TURN: usize = 64;

@@ -21,14 +21,12 @@ use std::time::{Duration, Instant};
 use vm_spec::client::{Answer, Attachment};
 use vm_spec::control::{DeviceConfig, FdNumber, ToVmm};
 use vm_spec::events::EventKind;
-use vm_spec::supervise::{AddedProcess, FromSupervisor, RemoteDevice, SupervisedProcess};
+use vm_spec::supervise::{AddedProcess, FromSupervisor, MOST_PROCESSES, RemoteDevice, SupervisedProcess};
 
 /// A guest that is asked to let go of a device does so within this time, or the asker is told that it has not.
 const EJECT_DEADLINE: Duration = Duration::from_secs(30);
 /// A process whose device is gone ends within this time: what it flushes may take a while.
 const LEAVE_DEADLINE: Duration = Duration::from_secs(30);
-/// Most processes of a VM: fewer than it has ids.
-const MOST_PROCESSES: usize = 60;
 
 /// Whether a device's process belongs to the VM.
 #[derive(Debug)]

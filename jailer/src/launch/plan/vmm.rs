@@ -3,7 +3,7 @@
 use super::{Choices, ProcessPlan, Source, Table, any, exactly};
 use crate::launch::machine::{self, Backend, Device};
 use crate::sandbox::Role;
-use vm_spec::control::{DeviceConfig, SpareSlot, VmConfig};
+use vm_spec::control::{SpareSlot, VmConfig};
 use vm_spec::machine::MACHINE_VERSION;
 use vm_spec::run_state::{Kept, MadeFds, ProcessRole};
 use vm_spec::spec::{OnReboot, VmSpec};
@@ -25,24 +25,18 @@ pub(super) fn plan(spec: &VmSpec, devices: &[Device], choices: &Choices<'_>) -> 
     let configs = devices
         .iter()
         .enumerate()
-        .map(|(n, device)| DeviceConfig {
-            id: device.id.clone(),
-            slot: device.slot,
-            device_type: device.device_type,
-            socket: fds.add(Source::FrontEnd(n), format!("vhost-user socket of {}", device.id)),
-            requests: fds.add(
-                Source::Requests(n),
-                format!("request channel of {} (the vmm's end)", device.id),
-            ),
-            requests_peer: fds.add(
-                Source::RequestsPeer(n),
-                format!("request channel of {} (the back end's end)", device.id),
-            ),
-            num_queues: device.num_queues,
-            config: device.config.clone(),
-            config_features: device.config_features,
-            ours: device.is_ours(),
-            in_order: matches!(&device.backend, Backend::External(remote) if remote.in_order),
+        .map(|(n, device)| {
+            device.config([
+                fds.add(Source::FrontEnd(n), format!("vhost-user socket of {}", device.id)),
+                fds.add(
+                    Source::Requests(n),
+                    format!("request channel of {} (the vmm's end)", device.id),
+                ),
+                fds.add(
+                    Source::RequestsPeer(n),
+                    format!("request channel of {} (the back end's end)", device.id),
+                ),
+            ])
         })
         .collect();
     for (n, slot) in (devices.len()..).zip(machine::spares(spec, devices)) {
