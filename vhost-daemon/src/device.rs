@@ -197,8 +197,9 @@ pub trait QueueHandler: Send {
         Ok(())
     }
 
-    /// As [`QueueHandler::drain`], at the end of a session that nobody asked to stop the ring: chains that
-    /// wait for something may be dropped where [`Ring::is_recorded`]; whoever serves the ring next takes them.
+    /// As [`QueueHandler::drain`], at the end of a session that nobody asked to stop the ring, or of a ring whose
+    /// front end has agreed (VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT): chains that wait for something may
+    /// be dropped where [`Ring::is_recorded`]; whoever serves the ring next takes them.
     ///
     /// # Errors
     /// As [`QueueHandler::process`].

@@ -177,15 +177,20 @@ impl Worker {
 
     /// Drains and stops the ring; `None` if it was stopped.
     pub(crate) fn stop(&self) -> Result<Option<QueueState>, WorkerError> {
-        match self.ask(Command::Stop)? {
+        self.stop_by(Command::Stop)
+    }
+
+    /// Ends the I/O on the ring and stops it; what cannot be done now is left to whoever has the ring's record
+    /// next. `None` if it was stopped.
+    pub(crate) fn leave(&self) -> Result<Option<QueueState>, WorkerError> {
+        self.stop_by(Command::Leave)
+    }
+
+    fn stop_by(&self, command: Command) -> Result<Option<QueueState>, WorkerError> {
+        match self.ask(command)? {
             Answer::Stopped(state) => Ok(state),
             _ => Ok(None),
         }
-    }
-
-    /// Ends the I/O on the ring and stops it; what cannot be done now is left to a successor.
-    pub(crate) fn leave(&self) -> Result<(), WorkerError> {
-        self.ask(Command::Leave).map(drop)
     }
 
     /// Replaces the kick eventfd of a running ring.

@@ -14,11 +14,12 @@ use integration_tests::suite::{artifact, test_within};
 use integration_tests::tiny::Run;
 use libtest_mimic::Trial;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use std::fs::File;
+use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 use vm_spec::run_state::RunState;
@@ -111,6 +112,7 @@ fn come_and_go() -> Result<()> {
     let mut vm = Vm { run, folder };
     disk_of_ours(&mut vm, &image)?;
     nic(&mut vm)?;
+    bridged(&mut vm)?;
     refused(&vm)?;
     someone_elses(&mut vm)?;
     // The machine is as it was when it boots again.
@@ -177,6 +179,41 @@ fn nic(vm: &mut Vm) -> Result<()> {
     ensure!(!state.processes.iter().any(|p| p.name == "net0"), "{state:?}");
     ensure!(!vm.run.run_folder().join("net0.link").exists());
     Ok(())
+}
+
+/// Its TAP is made for it, and goes with it. Two that come at the same moment under one id: one of them is the
+/// VM's, and takes orders for its link.
+fn bridged(vm: &mut Vm) -> Result<()> {
+    let ip = |words: &[&str]| -> Result<()> {
+        let output = Command::new("ip").args(words).output()?;
+        ensure!(output.status.success(), "{output:?}");
+        Ok(())
+    };
+    let ports = || Ok::<_, anyhow::Error>(fs::read_dir("/sys/class/net/plugs/brif")?.count());
+    ip(&["link", "add", "plugs", "type", "bridge"])?;
+    vm.detached("disk1")?;
+    let begin = || -> Result<Child> {
+        let mut command = vm.run.verb("attach", &["--net=bridge=plugs,id=twin"])?;
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        Ok(command.spawn()?)
+    };
+    let both = [begin()?, begin()?].map(Child::wait_with_output);
+    let both = both.into_iter().collect::<std::io::Result<Vec<_>>>()?;
+    let attached = both.iter().filter(|output| output.status.success()).count();
+    ensure!(attached == 1 && ports()? == 1, "{both:?}");
+    let link = vm.run.verb("link", &["twin", "down"])?.output()?;
+    ensure!(link.status.success(), "{link:?}");
+    let of_links = |entry: &fs::DirEntry| entry.path().extension() == Some(OsStr::new("link"));
+    let pipes = fs::read_dir(vm.run.run_folder())?
+        .flatten()
+        .filter(of_links)
+        .count();
+    ensure!(pipes == 1, "{pipes} pipes");
+    vm.detached("twin")?;
+    ensure!(ports()? == 0, "its TAP is left");
+    ip(&["link", "del", "plugs"])?;
+    vm.attached("--disk=path=b.qcow2,format=qcow2")?;
+    vm.ask("filled vdb", "is filled vdb")
 }
 
 /// What cannot be attached leaves nothing, and its slot is free.

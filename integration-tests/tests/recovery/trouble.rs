@@ -3,13 +3,15 @@
 
 use crate::{
     storm::{DEADLINE, Image, Storm, faulty_binaries},
+    upgrade::upgrade,
     victim::Victim,
 };
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
+    artifacts::Artifact,
     host::Host,
     loop_device::LoopDevice,
-    suite::{Skip, test_within},
+    suite::{Skip, artifact, test_within},
     tiny::Run,
 };
 use libtest_mimic::Trial;
@@ -91,7 +93,7 @@ fn no_space(image: Image) -> Result<()> {
     passes(&mut storm, EventKind::NoSpace, || small.grow())
 }
 
-/// Waits for the trouble, kills the disk's process in it, and ends it.
+/// Waits for the trouble, has the disk's process die and then make room for another in it, and ends it.
 fn passes(storm: &mut Storm, kind: EventKind, end: impl FnOnce() -> Result<()>) -> Result<()> {
     let told = storm
         .victim
@@ -102,6 +104,10 @@ fn passes(storm: &mut Storm, kind: EventKind, end: impl FnOnce() -> Result<()>) 
     ensure!(hit && storm.victim.wait_restarted(&mut storm.run, DEADLINE)?);
     // The successor meets it as well.
     storm.victim.wait_count(&storm.run, kind, 2, DEADLINE)?;
+    // And so does the successor of one that stops its rings properly.
+    let output = upgrade(storm, &[], artifact(Artifact::VhostUserBlk)?)?;
+    ensure!(output.status.success(), "{output:?}");
+    storm.victim.wait_count(&storm.run, kind, 3, DEADLINE)?;
     end()?;
     storm
         .victim

@@ -6,6 +6,7 @@ use super::ps;
 use crate::failure::Failure;
 use crate::launch::attach::{Ready, prepare};
 use crate::launch::net::link;
+use crate::tell::tell;
 use std::os::fd::AsFd;
 use std::time::Duration;
 use vm_spec::client::{Answer, Request};
@@ -26,25 +27,29 @@ pub(super) fn attach(vm: &str, flags: &DeviceFlags) -> Result<String, Failure> {
     let Ready {
         attachment,
         descriptors,
+        link,
     } = prepare(&spec, &running.state, &running.folder)?;
     let id = attachment.device.id.clone();
     let fds: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
     let answered = Connection::open(&running).and_then(|mut connection| {
         connection.ask_with(Request::Attach(Box::new(attachment)), &fds, ATTACH_DEADLINE)
     });
-    let failure = match answered {
-        Ok(Answer::Attached { slot, pid: Some(pid) }) => {
-            return Ok(format!("{id}: in PCI slot {slot}, served by pid {pid}\n"));
+    let (slot, pid) = match answered? {
+        Answer::Attached { slot, pid } => (slot, pid),
+        Answer::Failed(why) => {
+            return Err(Failure::host(format!("{id} was not attached"))
+                .cause(why)
+                .hint("bulkhead logs says what its process said"));
         }
-        Ok(Answer::Attached { slot, pid: None }) => return Ok(format!("{id}: in PCI slot {slot}\n")),
-        Ok(Answer::Failed(why)) => Failure::host(format!("{id} was not attached"))
-            .cause(why)
-            .hint("bulkhead logs says what its process said"),
-        Ok(_) => Failure::host("the supervisor gave no answer to the request"),
-        Err(failure) => failure,
+        _ => return Err(Failure::host("the supervisor gave no answer to the request")),
     };
-    link::remove(&running.folder, &id);
-    Err(failure)
+    if let Some(Err(error)) = link.map(|link| link.name(&id)) {
+        tell(format_args!(
+            "bulkhead: warning: {id} is attached, but takes no orders for its link: {error}"
+        ));
+    }
+    let served = pid.map_or_else(String::new, |pid| format!(", served by pid {pid}"));
+    Ok(format!("{id}: in PCI slot {slot}{served}\n"))
 }
 
 /// Has the VM's guest let go of a device, and ends its process.

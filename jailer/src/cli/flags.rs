@@ -103,7 +103,7 @@ pub(super) struct OneDevice {
     /// A disk: as --disk of bulkhead run
     #[arg(long, value_name = "KEY=VALUE,...")]
     disk: Option<String>,
-    /// A NIC: tap=NAME, tap-fd=N or vhost-user=SOCKET, and what else --net of bulkhead run takes
+    /// A NIC: tap=NAME, tap-fd=N, bridge=NAME or vhost-user=SOCKET, and what else --net of bulkhead run takes
     #[arg(long, value_name = "KEY=VALUE,...")]
     net: Option<String>,
     /// Someone else's back end: as --vhost-user of bulkhead run

@@ -3,7 +3,7 @@
 
 use super::inputs::{self, BackendInput, Given};
 use super::machine::{self, Backend, Device, check_name};
-use super::net;
+use super::net::{self, link::Unnamed};
 use super::plan::{Choices, Source, device as device_plan};
 use super::spawn::{binary_folder, open_binary, pair, set_nonblocking};
 use super::{Jail, Options, disk};
@@ -28,6 +28,8 @@ pub(crate) struct Ready {
     pub(crate) attachment: Attachment,
     /// What [`vm_spec::client::Request::Attach`] says that comes with it.
     pub(crate) descriptors: Vec<OwnedFd>,
+    /// Where the pipe for orders to a NIC's link is until the VM has the NIC.
+    pub(crate) link: Option<Unnamed>,
 }
 
 /// Opens what the one device in `spec` needs; `folder` is the VM's run-time folder, and `state` its state.
@@ -44,6 +46,7 @@ pub(crate) fn prepare(spec: &VmSpec, state: &RunState, folder: &Path) -> Result<
         )));
     }
     let Opening { input, link } = Opening::of(spec, &device, folder)?;
+    let (link, place) = link.map_or((None, None), |(place, pipe)| (Some(pipe), Some(place)));
     let config = device.config([FdNumber::NONE; 3]);
     let input = match input {
         BackendInput::Socket(socket) => {
@@ -53,11 +56,15 @@ pub(crate) fn prepare(spec: &VmSpec, state: &RunState, folder: &Path) -> Result<
                     process: None,
                 },
                 descriptors: vec![socket],
+                link: None,
             });
         }
         input => input,
     };
-    Parts::of(&device, input, link)?.ready(&device, config)
+    Ok(Ready {
+        link: place,
+        ..Parts::of(&device, input, link)?.ready(&device, config)?
+    })
 }
 
 /// The device, with a name that no process of the VM's has.
@@ -71,11 +78,12 @@ fn check(spec: &VmSpec, state: &RunState) -> Result<Device, Failure> {
         _ => Err(Failure::usage("give one device: --disk, --net or --vhost-user")),
     }?;
     match &device.backend {
+        // The others need a process that stays as long as the VM.
         Backend::Net(nic) if !nic.is_of_the_host() => Err(Failure::usage(format!(
-            "{}: user, isolated, private and bridge are made at a VM's start only",
+            "{}: user, isolated and private are made at a VM's start only",
             device.field
         ))
-        .hint("attach tap=NAME, tap-fd=N, or vhost-user=SOCKET")),
+        .hint("attach tap=NAME, tap-fd=N, bridge=NAME, or vhost-user=SOCKET")),
         _ => Ok(device),
     }
 }
@@ -83,8 +91,8 @@ fn check(spec: &VmSpec, state: &RunState) -> Result<Device, Failure> {
 /// What was opened for a device.
 struct Opening {
     input: BackendInput,
-    /// The pipe for orders to a NIC's link, which has a name in the VM's folder.
-    link: Option<OwnedFd>,
+    /// The pipe for orders to a NIC's link, and its place in the VM's folder.
+    link: Option<(Unnamed, OwnedFd)>,
 }
 
 impl Opening {
@@ -96,8 +104,7 @@ impl Opening {
         };
         let input = inputs::open_net(device, nic, &options(), None)?;
         input.begin_capture(device)?;
-        net::link::remove(folder, &device.id);
-        let link = net::link::make(folder, &device.id).map_err(|e| {
+        let link = Unnamed::make(folder).map_err(|e| {
             Failure::host(format!("{}: cannot make a pipe for its link", device.field)).because(&e)
         })?;
         Ok(Self {
@@ -215,6 +222,7 @@ impl Parts {
                 process: Some(process),
             },
             descriptors,
+            link: None,
         })
     }
 }

@@ -48,7 +48,7 @@ pub(crate) fn remotes(devices: &[Device]) -> impl Iterator<Item = &Device> {
 /// What is opened again: someone else's back ends, then TAPs in the host's network and passts behind a relay.
 fn reachable(devices: &[Device]) -> impl Iterator<Item = &Device> {
     let may_end = |device: &&Device| match &device.backend {
-        Backend::Net(nic) => nic.may_vanish() || nic.has_relay(),
+        Backend::Net(nic) => nic.is_of_the_host() || nic.has_relay(),
         _ => false,
     };
     remotes(devices).chain(devices.iter().filter(may_end))

@@ -9,7 +9,7 @@ use crate::memory::{GuestMemory, RegionSpec};
 use crate::ring::InflightRegion;
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use vhost::vhost_user::message::*;
+use vhost::vhost_user::message::{VhostUserProtocolFeatures as Protocol, *};
 use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 /// Most bytes of configuration space (VHOST_USER_CONFIG_SIZE's bound in this crate's messages).
@@ -85,6 +85,13 @@ impl VhostUserBackendReqHandlerMut for Session {
                 what: "protocol feature set with bits never offered",
                 value: unknown,
             }));
+        }
+        if features & (Protocol::INFLIGHT_SHMFD | Protocol::GET_VRING_BASE_INFLIGHT).bits()
+            == Protocol::GET_VRING_BASE_INFLIGHT.bits()
+        {
+            return Err(refuse(SessionError::Order(
+                "VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT without VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD",
+            )));
         }
         self.protocol_features = features;
         Ok(())
@@ -193,8 +200,10 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let leaves = self.protocol_negotiated(Protocol::GET_VRING_BASE_INFLIGHT);
         let (worker, vring) = self.queue(index).map_err(broken)?;
-        if let Some(state) = worker.stop().map_err(|error| broken(error.into()))? {
+        let stopped = if leaves { worker.leave() } else { worker.stop() };
+        if let Some(state) = stopped.map_err(|error| broken(error.into()))? {
             vring.base = state.base;
         }
         vring.running = false;

@@ -125,7 +125,8 @@ impl Session {
             | F::CONFIGURE_MEM_SLOTS
             | F::RESET_DEVICE
             | F::STATUS;
-        features.set(F::INFLIGHT_SHMFD, self.own_inflight.is_some());
+        let recorded = F::INFLIGHT_SHMFD | F::GET_VRING_BASE_INFLIGHT;
+        features.set(recorded, self.own_inflight.is_some());
         features
     }
 

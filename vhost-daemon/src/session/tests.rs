@@ -241,6 +241,16 @@ fn the_in_flight_region_comes_in_both_lengths_in_use() {
 }
 
 #[test]
+fn requests_stay_in_flight_only_where_there_is_a_record_of_them() {
+    const STAY: u64 = 1 << 20;
+    let mut front = Front::new();
+    let answers = [REPLY_ACK | STAY, REPLY_ACK | INFLIGHT | STAY]
+        .map(|features| front.ask(16, 8, &features.to_le_bytes()));
+    assert_eq!(answers, [1u64, 0].map(u64::to_le_bytes));
+    assert_eq!(front.end(), Ok(End::Disconnected));
+}
+
+#[test]
 fn malformed_messages_end_the_session() {
     for (request, payload) in [
         (40, &[0u8; 8][..]),

@@ -118,7 +118,7 @@ impl Lane {
         match command {
             Command::Start(start) => return self.start(*start),
             Command::Stop => return Answer::Stopped(self.stop()),
-            Command::Leave => self.leave(),
+            Command::Leave => return Answer::Stopped(self.leave()),
             Command::Memory(memory) => return self.set_memory(memory),
             Command::Kick(kick) => {
                 if let Some(running) = &mut self.running {
@@ -178,18 +178,21 @@ impl Lane {
 
     fn stop(&mut self) -> Option<QueueState> {
         self.drain();
+        self.halt()
+    }
+
+    /// As [`Self::stop`], where the ring's record goes on.
+    fn leave(&mut self) -> Option<QueueState> {
+        self.finish(|handler, ring| handler.leave(ring));
+        self.halt()
+    }
+
+    fn halt(&mut self) -> Option<QueueState> {
         self.discards = false;
         let running = self.running.take()?;
         Some(QueueState {
             base: running.ring.position(),
         })
-    }
-
-    /// As [`Self::stop`], at the end of the session.
-    fn leave(&mut self) {
-        self.finish(|handler, ring| handler.leave(ring));
-        self.discards = false;
-        self.running = None;
     }
 
     fn set_enabled(&mut self, enabled: bool) {

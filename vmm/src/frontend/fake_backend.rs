@@ -27,7 +27,8 @@ pub(crate) fn all_protocol() -> u64 {
         | Protocol::BACKEND_REQ
         | Protocol::INFLIGHT_SHMFD
         | Protocol::RESET_DEVICE
-        | Protocol::CONFIGURE_MEM_SLOTS)
+        | Protocol::CONFIGURE_MEM_SLOTS
+        | Protocol::GET_VRING_BASE_INFLIGHT)
         .bits()
 }
 

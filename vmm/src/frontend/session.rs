@@ -107,8 +107,13 @@ impl Session {
                 | Protocol::BACKEND_REQ
                 | Protocol::INFLIGHT_SHMFD
                 | Protocol::RESET_DEVICE
-                | Protocol::CONFIGURE_MEM_SLOTS;
-            let agreed = known & Protocol::from_bits_truncate(offered);
+                | Protocol::CONFIGURE_MEM_SLOTS
+                | Protocol::GET_VRING_BASE_INFLIGHT;
+            let mut agreed = known & Protocol::from_bits_truncate(offered);
+            // It makes no sense without a record, and must not be agreed on.
+            if !agreed.contains(Protocol::INFLIGHT_SHMFD) {
+                agreed.remove(Protocol::GET_VRING_BASE_INFLIGHT);
+            }
             // REPLY_ACK holds from the next message on.
             self.set(FrontendReq::SET_PROTOCOL_FEATURES, agreed.bits().as_bytes(), None)?;
             self.protocol = agreed;
@@ -287,7 +292,8 @@ impl Session {
         self.set(FrontendReq::SET_VRING_KICK, &word, Some(events.kick.as_fd()))
     }
 
-    /// Stops queues and waits until each has drained.
+    /// Stops queues and waits until each has drained. Where the back end keeps a record, what waits for something
+    /// may stay in it (VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT).
     ///
     /// # Errors
     /// Any [`Error`]; [`Error::Timeout`] when one drain deadline passes for all of them.

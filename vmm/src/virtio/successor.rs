@@ -79,7 +79,7 @@ impl Worker {
                 Some(order) => self.phase = Phase::Orphaned(order),
                 None => self.strand(&mut session)?,
             },
-            // Nothing is in flight: a record may begin, or end, here.
+            // A record of nothing may begin, or end, here: `check` has seen that one of something goes on.
             Phase::Drained(_) if !session.has_inflight() => self.inflight = None,
             Phase::Drained(_) if self.inflight.is_none() => {
                 self.inflight = session.get_inflight(self.offer.served, MAX_QUEUE_SIZE)?;
@@ -108,7 +108,7 @@ impl Worker {
         {
             return Err(Error::Successor("it serves fewer queues"));
         }
-        if self.inflight.is_some() && !session.has_inflight() && !matches!(self.phase, Phase::Drained(_)) {
+        if self.inflight.is_some() && !session.has_inflight() && self.may_have_requests_in_flight()? {
             return Err(Error::Successor("it cannot take over requests in flight"));
         }
         if session.has_config() {
@@ -119,6 +119,17 @@ impl Worker {
             None if self.offer.own_config => Err(Error::Successor("it has no configuration space")),
             None => Ok(self.offer.config.clone()),
         }
+    }
+
+    /// Whether the in-flight region may name requests. A ring that was drained has some where it took more than it
+    /// completed.
+    fn may_have_requests_in_flight(&self) -> Result<bool, Error> {
+        let Phase::Drained(order) = &self.phase else {
+            return Ok(true);
+        };
+        let completed = at_used_index(order, &self.transport.memory)?;
+        let mut rings = order.rings.iter().zip(&completed.rings);
+        Ok(rings.any(|(taken, completed)| taken.base != completed.base))
     }
 
     /// Where the rings go on when nobody could be asked. With an in-flight region its record of

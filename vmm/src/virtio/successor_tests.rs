@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
-use vhost::vhost_user::message::FrontendReq as Req;
+use vhost::vhost_user::message::{FrontendReq as Req, VhostUserProtocolFeatures as Protocol};
 use vm_spec::control::DeviceConfig;
 
 const NEEDS_RESET: u8 = 0x40;
@@ -155,6 +155,48 @@ fn a_live_back_end_is_drained_before_it_is_replaced() {
     rig.replace(socket).unwrap();
     assert_eq!(heir.look(Req::SET_VRING_BASE, 2, |seen| seen.payload[4]), 4);
     assert!(rig.events.try_recv().is_err(), "nothing was lost");
+}
+
+#[test]
+fn what_a_drained_back_end_left_in_its_record_is_only_for_one_that_reads_it() {
+    let rig = Rig::new(Script {
+        bases: vec![3, 4],
+        ..script()
+    });
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    let ram = File::from(rig.memory.memfd().try_clone_to_owned().unwrap());
+    let complete = |queue, index: u16| {
+        ram.write_all_at(&index.to_le_bytes(), Rig::used_index(queue))
+            .unwrap();
+    };
+    let without_record = || {
+        FakeBackend::start(Script {
+            protocol: script().protocol & !Protocol::INFLIGHT_SHMFD.bits(),
+            ..script()
+        })
+    };
+    complete(0, 3);
+    complete(1, 2);
+    let (_forgetful, socket) = without_record();
+    let refused = rig.replace(socket).unwrap_err();
+    assert!(
+        matches!(refused, Error::Successor(why) if why.contains("in flight")),
+        "{refused:?}"
+    );
+    // The old one takes them up itself.
+    rig.fake.look(Req::SET_INFLIGHT_FD, 2, |_| ());
+    rig.fake.look(Req::SET_VRING_ENABLE, 4, |_| ());
+    complete(1, 4);
+    let (heir, socket) = without_record();
+    rig.replace(socket).unwrap();
+    let agreed = heir.look(Req::SET_PROTOCOL_FEATURES, 1, |seen| seen.payload.clone());
+    let agreed = u64::from_le_bytes(agreed.try_into().unwrap());
+    assert_eq!(
+        agreed & Protocol::GET_VRING_BASE_INFLIGHT.bits(),
+        0,
+        "it would leave requests in a record that it has not"
+    );
 }
 
 #[test]

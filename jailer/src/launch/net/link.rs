@@ -6,12 +6,12 @@ use crate::launch::run_dir::RunDir;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::Mode;
-use nix::unistd::{ftruncate, mkfifo};
+use nix::unistd::{ftruncate, getpid, mkfifo};
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Bytes of the page of [`make_state`].
 const STATE_SIZE: i64 = 4096;
@@ -39,7 +39,7 @@ impl Order {
 
 /// Makes the pipe of the NIC `id`, open both ways: its reader never sees its end.
 pub(crate) fn make(run_dir: &Path, id: &str) -> io::Result<OwnedFd> {
-    let path = run_dir.join(format!("{id}{}", RunDir::LINK));
+    let path = path_of(run_dir, id);
     mkfifo(&path, Mode::from_bits_truncate(0o600))?;
     let mut options = OpenOptions::new();
     options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
@@ -48,7 +48,40 @@ pub(crate) fn make(run_dir: &Path, id: &str) -> io::Result<OwnedFd> {
 
 /// Removes the pipe of a NIC that is no more.
 pub(crate) fn remove(run_dir: &Path, id: &str) {
-    let _ = std::fs::remove_file(run_dir.join(format!("{id}{}", RunDir::LINK)));
+    let _ = std::fs::remove_file(path_of(run_dir, id));
+}
+
+fn path_of(run_dir: &Path, id: &str) -> PathBuf {
+    run_dir.join(format!("{id}{}", RunDir::LINK))
+}
+
+/// The place of a pipe whose NIC is not the VM's yet. It goes away unless it is [named](Self::name): two that
+/// come at the same moment under one id must not have each other's.
+#[derive(Debug)]
+pub(crate) struct Unnamed(PathBuf);
+
+impl Unnamed {
+    /// Makes a pipe as [`make`] does.
+    pub(crate) fn make(run_dir: &Path) -> io::Result<(Self, OwnedFd)> {
+        // No NIC's: their names begin with no dot.
+        let own = format!(".{}", getpid());
+        remove(run_dir, &own);
+        let pipe = make(run_dir, &own)?;
+        Ok((Self(path_of(run_dir, &own)), pipe))
+    }
+
+    /// The pipe is that of the NIC `id` from now on.
+    pub(crate) fn name(self, id: &str) -> io::Result<()> {
+        let folder = self.0.parent().unwrap_or(Path::new("."));
+        std::fs::rename(&self.0, path_of(folder, id))
+    }
+}
+
+impl Drop for Unnamed {
+    fn drop(&mut self) {
+        // It is gone already where it was named.
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 /// Makes the page in which a NIC's process leaves what its successor must know (`--state-fd`): the last order,
@@ -73,7 +106,7 @@ pub(crate) fn order(vm: &str, folder: &Path, id: &str, order: Order) -> Result<u
         let file = options
             .write(true)
             .custom_flags(flags)
-            .open(folder.join(format!("{id}{}", RunDir::LINK)))?;
+            .open(path_of(folder, id))?;
         match file.metadata()?.file_type().is_fifo() {
             true => Ok(file),
             false => Err(io::Error::other("it is no pipe")),

@@ -139,14 +139,9 @@ pub(crate) fn look(device: &Device, nic: &Nic) -> Result<(), Failure> {
 }
 
 impl Nic {
-    /// Its TAP is in the host's network, where others may delete it and make it again.
-    pub(crate) fn may_vanish(&self) -> bool {
-        matches!(self.wire, Wire::Name(_) | Wire::Bridge(_) | Wire::Inherited(_))
-    }
-
-    /// Nothing is made for it.
+    /// Its TAP is in the host's network, where others may delete it and make it again; no process stays for it.
     pub(crate) fn is_of_the_host(&self) -> bool {
-        matches!(self.wire, Wire::Name(_) | Wire::Inherited(_))
+        matches!(self.wire, Wire::Name(_) | Wire::Bridge(_) | Wire::Inherited(_))
     }
 
     /// A relay carries its frames to a passt that may die.
