@@ -105,6 +105,7 @@ fn come_and_go() -> Result<()> {
         format!("--cmdline={CMDLINE}"),
         "--memory=192M".to_owned(),
         "--hotplug=2".to_owned(),
+        "--limits=pids=50,cpu-percent=400".to_owned(),
         format!("--disk=path={},format=raw", folder.join("a.raw").display()),
     ];
     let mut run = Run::with_flags(&flags)?;
@@ -147,6 +148,7 @@ fn disk_of_ours(vm: &mut Vm, image: &Path) -> Result<()> {
             .any(|p| p.name == name && p.jailed && p.fds.len() > 4)
     };
     ensure!(jailed("disk1"), "{state:?}");
+    is_limited(&state, "disk1")?;
     let locked = Command::new("qemu-img").arg("info").arg(image).output()?;
     ensure!(!locked.status.success(), "nobody locks {}", image.display());
     for key in b"fill vdb\n" {
@@ -158,6 +160,23 @@ fn disk_of_ours(vm: &mut Vm, image: &Path) -> Result<()> {
     }
     vm.hear("filled vdb")?;
     vm.ask("filled vdb", "is filled vdb")
+}
+
+/// It has a group of its own, with the limits of each process.
+fn is_limited(state: &RunState, name: &str) -> Result<()> {
+    let process = state.processes.iter().find(|process| process.name == name);
+    let pid = process.context("no such process")?.pid;
+    let own = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let own = own.lines().find_map(|line| line.strip_prefix("0::/"));
+    let group = Path::new("/sys/fs/cgroup").join(own.context("it is in no group")?);
+    let read = |file| fs::read_to_string(group.join(file));
+    ensure!(read("pids.max")?.trim() == "50", "{}", group.display());
+    ensure!(
+        read("cgroup.procs")?.trim() == pid.to_string(),
+        "it is not alone in {}",
+        group.display()
+    );
+    Ok(())
 }
 
 /// A NIC comes, answers and goes; its process goes with it.

@@ -168,9 +168,11 @@ fn check_hotplug(spec: &VmSpec) -> Result<(), Failure> {
             spec.hotplug
         )));
     }
-    if spec.hotplug > 0 && !spec.limits.controllers().is_empty() {
-        return Err(Failure::usage("hotplug: does not go with limits")
-            .cause("the process of a device that is attached would have none"));
+    if spec.hotplug > 0 && spec.limits.controllers().contains(&"io") {
+        return Err(Failure::usage(
+            "hotplug: does not go with limits.io-bytes-per-second and io-operations-per-second",
+        )
+        .cause("they are a block device's, and nobody knows on which one a disk lies that is attached"));
     }
     Ok(())
 }

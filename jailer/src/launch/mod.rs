@@ -271,7 +271,7 @@ impl<'a> Launch<'a> {
             .map_err(|e| Failure::host("cannot make the VM's control socket").because(&e))?;
         let groups = make_groups(self.spec, place, &plan, &inputs)?;
         let mut binaries = spawn::Binaries::open(&plan, groups.clone())?;
-        let obituary = Obituary::begin(groups.clone());
+        let obituary = Obituary::begin(&plan, groups.clone());
         let (identity, anchor) = self.become_spawner(identities, groups.as_deref())?;
         binaries.run_as(identity);
         nix::sys::prctl::set_no_new_privs()
@@ -380,15 +380,13 @@ fn make_groups(
         })?;
     }
     let Some(place) = place else { return Ok(None) };
-    let processes = plan.workers.iter().chain([&plan.supervisor]);
-    let children: Vec<_> = processes
-        .map(|process| {
-            (
-                process.name.clone(),
-                process.image_device().and_then(|n| inputs.disk_of(n)),
-            )
-        })
-        .collect();
+    let children = plan.processes().map(|process| {
+        let disk = process.image_device().and_then(|n| inputs.disk_of(n));
+        (process.name.clone(), disk)
+    });
+    // No process has such a name.
+    let later = (0..plan.most_attached()).map(|n| (format!("attached+{n}"), None));
+    let children: Vec<_> = children.chain(later).collect();
     let groups = Groups::make(place, &spec.limits, &children).map_err(no_limits)?;
     Ok(Some(Rc::new(groups)))
 }

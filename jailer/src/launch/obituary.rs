@@ -1,5 +1,6 @@
 //! Why the kernel killed a process, where it says so: a forbidden system call, or want of memory.
 
+use super::plan::Plan;
 use crate::sandbox::Witness;
 use crate::sandbox::cgroup::Groups;
 use crate::tell::tell;
@@ -22,18 +23,29 @@ pub(super) enum Known {
 pub(super) struct Obituary {
     witness: Witness,
     groups: Option<Rc<Groups>>,
-    /// Kills for want of memory that were told, by process name.
-    told: BTreeMap<String, u64>,
+    /// Where the processes' groups are among the VM's, by the processes' names.
+    places: BTreeMap<String, usize>,
+    /// Kills for want of memory that were told, by place.
+    told: BTreeMap<usize, u64>,
 }
 
 impl Obituary {
     /// Before root is left.
-    pub(super) fn begin(groups: Option<Rc<Groups>>) -> Self {
+    pub(super) fn begin(plan: &Plan, groups: Option<Rc<Groups>>) -> Self {
+        let places = plan.processes().zip(0..);
         Self {
             witness: Witness::begin(),
             groups,
+            places: places
+                .map(|(process, place)| (process.name.clone(), place))
+                .collect(),
             told: BTreeMap::new(),
         }
+    }
+
+    /// The process `name` is in the group at `place`.
+    pub(super) fn note(&mut self, name: &str, place: usize) {
+        self.places.insert(name.to_owned(), place);
     }
 
     /// What is known of the end of `process` by `signal`; says which call was forbidden.
@@ -49,9 +61,9 @@ impl Obituary {
                 tell(format_args!("bulkhead: {name} (pid {pid}): {verdict}"));
             }
         } else if signal == Signal::SIGKILL as u8
-            && let Some(groups) = &self.groups
+            && let (Some(groups), Some(&place)) = (&self.groups, self.places.get(name))
         {
-            let (kills, told) = (groups.oom_kills(name), self.told.entry(name.clone()).or_default());
+            let (kills, told) = (groups.oom_kills(place), self.told.entry(place).or_default());
             if kills > *told {
                 *told = kills;
                 return Known::OutOfMemory;

@@ -71,7 +71,7 @@ impl Stage {
         };
         let (bare, full) = (plan(&base)?, plan(&full)?);
         let mut opened = BTreeMap::new();
-        for process in processes(&full.0) {
+        for process in full.0.processes() {
             let path = binaries.join(process.binary);
             let file = File::open(&path).map_err(|e| {
                 Failure::host(format!("cannot open the probe {}", path.display()))
@@ -109,7 +109,9 @@ impl Stage {
             Role::Net => (&self.full, "net"),
             Role::Image | Role::Spawner | Role::Forker | Role::Relay | Role::StartupRing => return None,
         };
-        let process = processes(&of.0).find(|process| process.role.policy() == Some(name));
+        let process =
+            of.0.processes()
+                .find(|process| process.role.policy() == Some(name));
         process.map(|process| (of, process))
     }
 
@@ -153,10 +155,6 @@ impl Stage {
             _held: wires.held,
         })
     }
-}
-
-fn processes(plan: &Plan) -> impl Iterator<Item = &ProcessPlan> {
-    plan.workers.iter().chain([&plan.supervisor])
 }
 
 fn plan(spec: &str) -> Result<(Plan, Inputs), Failure> {

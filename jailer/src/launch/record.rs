@@ -61,15 +61,18 @@ impl<'a> Record<'a> {
                     process.pid = pid.as_raw();
                 }
             }
-            Event::Added { plan, place, pid } => self.state.processes.push(ProcessState {
-                name: plan.name,
-                role: plan.role,
-                pid: pid.as_raw(),
-                id: self.who.identity.outside(place),
-                jailed: self.who.jailed,
-                fds: plan.fds,
-                made: plan.made,
-            }),
+            Event::Added { plan, place, pid } => {
+                self.obituary.note(&plan.name, place);
+                self.state.processes.push(ProcessState {
+                    name: plan.name,
+                    role: plan.role,
+                    pid: pid.as_raw(),
+                    id: self.who.identity.outside(place),
+                    jailed: self.who.jailed,
+                    fds: plan.fds,
+                    made: plan.made,
+                });
+            }
             Event::Removed { name } => {
                 let is_it = |process: &ProcessState| process.role.is_device() && process.name == name;
                 self.state.processes.retain(|process| !is_it(process));

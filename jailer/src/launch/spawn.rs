@@ -59,7 +59,7 @@ impl Binaries {
         let identity = Settled::Own;
         let folder = binary_folder()?;
         let mut all = BTreeMap::new();
-        for process in plan.workers.iter().chain([&plan.supervisor]) {
+        for process in plan.processes() {
             all.insert(process.binary, open_binary(&folder, process.binary)?);
         }
         let proc = child::open_proc().map_err(|e| Failure::host("cannot open /proc").because(&e))?;
@@ -223,6 +223,12 @@ pub(crate) fn begin<'a>(
         .map(CString::new)
         .collect::<Result<_, _>>()
         .map_err(|e| Failure::usage(format!("{}: zero byte", process.name)).because(&e))?;
+    let cgroup = match &binaries.groups {
+        Some(groups) => Some(groups.of(place).ok_or_else(|| {
+            Failure::host(format!("cannot start {}", process.name)).cause("there is no cgroup for it")
+        })?),
+        None => None,
+    };
     let program = Program {
         binary,
         arguments,
@@ -230,10 +236,7 @@ pub(crate) fn begin<'a>(
         proc: binaries.proc.as_fd(),
         // Where there are ids for a VM, the spawner is in its empty root.
         rooted: binaries.identity != Settled::Own && binaries.removed == Removed::NONE,
-        cgroup: binaries
-            .groups
-            .as_ref()
-            .and_then(|groups| groups.of(&process.name)),
+        cgroup,
         address_space: address_space(process.role, binaries.guest_memory),
         startup: process.startup,
         seccomp: binaries.seccomp,

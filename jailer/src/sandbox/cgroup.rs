@@ -247,8 +247,8 @@ struct Child {
 }
 
 impl Groups {
-    /// Gives the group that was claimed its limits, and makes one for each of `children`: the processes'
-    /// names, each with the block device that its image lies on.
+    /// Gives the group that was claimed its limits, and makes one for each of `children`: their names, each with
+    /// the block device that its process's image lies on.
     ///
     /// # Errors
     /// Any [`CgroupError`]: a limit that cannot be kept is not left out.
@@ -295,9 +295,9 @@ impl Groups {
         Ok(())
     }
 
-    /// The folder of `name`'s group, for `Program::cgroup`.
-    pub fn of(&self, name: &str) -> Option<BorrowedFd<'_>> {
-        self.child(name).map(|child| child.folder.as_fd())
+    /// The folder of the group at `place` among the children, for `Program::cgroup`.
+    pub fn of(&self, place: usize) -> Option<BorrowedFd<'_>> {
+        self.children.get(place).map(|child| child.folder.as_fd())
     }
 
     /// The numbers of the groups' folders.
@@ -308,14 +308,10 @@ impl Groups {
             .collect()
     }
 
-    fn child(&self, name: &str) -> Option<&Child> {
-        self.children.iter().find(|child| child.name == name)
-    }
-
-    /// How many processes of `name`'s group the kernel has killed for want of memory.
-    pub fn oom_kills(&self, name: &str) -> u64 {
+    /// How many processes of the group at `place` the kernel has killed for want of memory.
+    pub fn oom_kills(&self, place: usize) -> u64 {
         let mut text = [0; 1024];
-        let events = self.child(name).and_then(|child| child.events.as_ref());
+        let events = self.children.get(place).and_then(|child| child.events.as_ref());
         match events.map(|events| events.read_at(&mut text, 0)) {
             Some(Ok(length)) => oom_kills(&String::from_utf8_lossy(&text[..length])),
             _ => 0,

@@ -139,6 +139,23 @@ pub(crate) struct Plan {
     pub(crate) supervision: SupervisorConfig,
 }
 
+impl Plan {
+    /// Each at its place: whose id it has among the VM's, and whose cgroup.
+    pub(crate) fn processes(&self) -> impl Iterator<Item = &ProcessPlan> {
+        self.workers.iter().chain([&self.supervisor])
+    }
+
+    /// How many processes devices that are attached may need behind those: each slot's device has one at most, and
+    /// the places of the plan's own are free again where those were detached.
+    pub(crate) fn most_attached(&self) -> usize {
+        let devices = self.workers.iter().filter(|worker| worker.role.is_device());
+        match self.vm.spares.len() {
+            0 => 0,
+            spares => (self.vm.devices.len() + spares).saturating_sub(devices.count()),
+        }
+    }
+}
+
 /// What a plan depends on beside the spec.
 pub(crate) struct Choices<'a> {
     pub(crate) jail: Jail,

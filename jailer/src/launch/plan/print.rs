@@ -16,7 +16,7 @@ impl Plan {
             Jail::On => "user, mount, pid, net, ipc, uts, cgroup and time namespaces; empty read-only root; ",
             Jail::Off => "off; ",
         };
-        for process in self.workers.iter().chain([&self.supervisor]) {
+        for process in self.processes() {
             let _ = writeln!(
                 out,
                 "process {}\n  execute {} {}\n  jail {walls}no capabilities; {landlock}\n  seccomp {} policy {}, until lockdown {}",
