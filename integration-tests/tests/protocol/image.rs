@@ -327,7 +327,29 @@ fn convert() -> Result<()> {
         qemu_img(&folder, &["check", "-q", "d.qcow2"])?;
         fs::remove_file(folder.path().join("d.qcow2"))?;
     }
-    Ok(())
+    qemu_img(
+        &folder,
+        &[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            "data_file=e.data",
+            "e.qcow2",
+            "4M",
+        ],
+    )?;
+    write(&folder, "e.qcow2", "write -P 3 1M 100k")?;
+    fails(
+        &folder,
+        &["convert", "e.qcow2", "f.qcow2"],
+        &["external data file"],
+    )?;
+    succeeds(&folder, &["convert", "--data-file=e.data", "e.qcow2", "f.qcow2"])?;
+    qemu_img(&folder, &["compare", "e.qcow2", "f.qcow2"])?;
+    let not_qcow2 = ["convert", "--data-file=e.data", "b.img", "g.qcow2"];
+    fails(&folder, &not_qcow2, &["only a qcow2 image has one"])
 }
 
 fn snapshots() -> Result<()> {

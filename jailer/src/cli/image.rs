@@ -100,9 +100,10 @@ pub(super) fn carry_out(verb: &ImageVerb) -> Result<(String, u8), Failure> {
         ImageVerb::Convert {
             image,
             target,
+            data_file,
             output_format,
             shape,
-        } => convert(image, target, *output_format, shape),
+        } => convert(image, data_file.as_deref(), (target, *output_format), shape),
         ImageVerb::Snapshot { image, action, json } => snapshot(image, action, *json),
         ImageVerb::Resize { image, size, shrink } => resize(image, size, *shrink),
     }
@@ -187,13 +188,19 @@ fn create(
 
 fn convert(
     image: &ImageArgs,
-    target: &Path,
-    format: Option<ImageFormat>,
+    data_file: Option<&Path>,
+    (target, format): (&Path, Option<ImageFormat>),
     shape: &Shape,
 ) -> Result<(String, u8), Failure> {
     let format = format_of(target, format)?;
     let flags: Vec<String> = shape.flag(format)?.into_iter().collect();
-    let source = image.chain(Access::Read)?;
+    let mut source = image.chain(Access::Read)?;
+    if let Some(path) = data_file {
+        if image.format()? != ImageFormat::Qcow2 {
+            return Err(Failure::usage("--data-file: only a qcow2 image has one"));
+        }
+        source = source.with_data_file(path)?;
+    }
     let new = Opened::new_file(target, format)?;
     let bar = ProgressBar::new(0);
     if let Ok(style) = ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}") {

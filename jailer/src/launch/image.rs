@@ -45,6 +45,8 @@ pub(crate) struct Setting {
 pub(crate) struct Opened {
     path: PathBuf,
     layers: Vec<(ImageFormat, File)>,
+    /// The top layer's external data file.
+    data_file: Option<File>,
     read_only: bool,
     /// Of a new file: [`LEAVING`].
     signals: Option<SignalFd>,
@@ -70,9 +72,16 @@ impl Opened {
         Ok(Self {
             path: path.to_owned(),
             layers: vec![(format, open_image("image", path, read_only)?)],
+            data_file: None,
             read_only,
             signals: None,
         })
+    }
+
+    /// The image with its external data file.
+    pub(crate) fn with_data_file(mut self, path: &Path) -> Result<Self, Failure> {
+        self.data_file = Some(open_image("--data-file", path, self.read_only)?);
+        Ok(self)
     }
 
     /// A new, empty file. From here on the signals that end us are waited for by [`Self::run`] alone.
@@ -92,6 +101,7 @@ impl Opened {
         Ok(Self {
             path: path.to_owned(),
             layers: vec![(format, file)],
+            data_file: None,
             read_only: false,
             signals: Some(signals),
         })
@@ -121,6 +131,7 @@ impl Opened {
                     file.try_clone()
                         .map_err(|e| Failure::host("image: no descriptor").because(&e))?,
                 )],
+                data_file: None,
                 read_only: true,
                 signals: None,
             };
@@ -201,6 +212,10 @@ impl Opened {
                 0 => arguments.extend([format!("--image-fd={number}"), format!("--format={format}")]),
                 _ => arguments.push(format!("--backing-fd={format}:{number}")),
             }
+        }
+        if let Some(file) = &self.data_file {
+            arguments.push(format!("--data-file-fd={}", fds.len()));
+            fds.push(file.as_fd());
         }
         if let Some((format, file)) = target.and_then(|target| target.layers.first()) {
             arguments.push(format!("--target-fd={}", fds.len()));

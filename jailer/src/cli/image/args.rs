@@ -55,6 +55,9 @@ pub(in crate::cli) enum ImageVerb {
         image: ImageArgs,
         /// The new image
         target: PathBuf,
+        /// The image's external data file: its name in a qcow2 image is never used
+        #[arg(long, value_name = "FILE")]
+        data_file: Option<PathBuf>,
         /// The new image's format: raw or qcow2 (default: by its name)
         #[arg(long, short = 'O', value_name = "FORMAT", value_parser = parse_format)]
         output_format: Option<ImageFormat>,
