@@ -4,7 +4,7 @@ use super::connection::Connection;
 use super::{ps, put_out};
 use crate::escape::EscapeReader;
 use crate::failure::Failure;
-use crate::launch::supervise::{LEAVING, take_by_descriptor};
+use crate::launch::signals::{LEAVING, take_by_descriptor};
 use crate::launch::terminal::{self, Saved};
 use crate::tell::say;
 use nix::errno::Errno;

@@ -4,8 +4,8 @@
 //! jailed tool as text, and are opened only where images may lie.
 
 use super::chain::{folder_of, lexical_join, open_backing, open_image};
+use super::signals::{LEAVING, take_by_descriptor};
 use super::spawn::{binary_folder, pair};
-use super::supervise::{LEAVING, take_by_descriptor};
 use crate::failure::Failure;
 use crate::sandbox::child::{Child, Parent, Program, Starting, open_proc, start};
 use crate::sandbox::{Role, SeccompMode};

@@ -6,6 +6,7 @@
 
 pub(crate) mod attach;
 mod chain;
+mod children;
 mod connect;
 mod connector;
 mod disk;
@@ -26,6 +27,7 @@ mod reaper;
 mod record;
 mod respawn;
 mod run_dir;
+pub(crate) mod signals;
 pub(crate) mod spawn;
 pub(crate) mod supervise;
 pub(crate) mod terminal;
@@ -151,7 +153,7 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
     } = Ground::claim(spec, &name)?;
     terminal::never_wait();
     let saved = terminal::save();
-    let signals = supervise::block_signals().map_err(|e| Failure::host("cannot take signals").because(&e))?;
+    let signals = signals::block_signals().map_err(|e| Failure::host("cannot take signals").because(&e))?;
     let reaper = Reaper::start(&run_dir, saved.as_ref(), place.as_ref(), identities.keep_paths())
         .map_err(|e| Failure::host("cannot start the reaper").because(&e))?;
     let notify = Notify::connect();

@@ -2,20 +2,20 @@
 //! told or when nobody is left to tell it, and ends last. Before it reads the first message it gives
 //! up whatever else it could do: its filter is `spawner.policy`, and the forker makes processes for it.
 
+use super::children::{Change, Worker, describe, next_change};
 use super::forker::Forker;
 use super::respawn::Respawner;
+use super::signals::ENDING;
 use super::spawn::Running;
 use crate::failure::Failure;
-use crate::inherit;
 use crate::sandbox::lockdown_spawner;
 use crate::tell::tell;
 use crate::wire::{Received, TransferError, send_message};
 use crate::wire_fds::{receive_with_fds, send_with_fd};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::signalfd::SignalFd;
 use nix::unistd::Pid;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -32,42 +32,6 @@ const LAST_MESSAGES: usize = 4096;
 const SUPERVISOR_GRACE: Duration = Duration::from_secs(5);
 /// Killed processes are reaped within this time, or left to init.
 const REAP_DEADLINE: Duration = Duration::from_secs(2);
-
-/// Signals that end a VM.
-const ENDING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
-
-/// Signals that end a command which has something to undo first: a console's terminal, a half-made file.
-pub(crate) const LEAVING: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
-
-/// Blocks the signals that the loop takes from a descriptor. Before any process is made: they
-/// unblock them again.
-pub(crate) fn block_signals() -> nix::Result<SignalFd> {
-    let all = ENDING.into_iter().chain([Signal::SIGCHLD]);
-    take_by_descriptor(all)
-}
-
-/// Blocks `signals`: they come by the descriptor. Not those of a terminal that whoever started us had ignored, as
-/// `nohup` and a shell's `&` do: a descriptor would bring them all the same.
-pub(crate) fn take_by_descriptor(signals: impl IntoIterator<Item = Signal>) -> nix::Result<SignalFd> {
-    let terminals = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGHUP];
-    let wanted = |signal: &Signal| !(terminals.contains(signal) && inherit::is_ignored(*signal));
-    let set: SigSet = signals.into_iter().filter(wanted).collect();
-    set.thread_block()?;
-    SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
-}
-
-/// Carries out `wait`, which may take as long as someone else likes, with the signals that end a VM ending this
-/// process at once. The reaper then removes what there is.
-pub(crate) fn interruptibly<T>(wait: impl FnOnce() -> T) -> T {
-    let ending: SigSet = ENDING.into_iter().collect();
-    let before = ending.thread_swap_mask(SigmaskHow::SIG_UNBLOCK);
-    let result = wait();
-    if let Ok(before) = before {
-        // Of the masks that there are none is refused.
-        let _ = before.thread_set_mask();
-    }
-    result
-}
 
 /// What the loop tells its caller about.
 pub(crate) enum Event<'a> {
@@ -477,74 +441,5 @@ impl Spawner {
 fn forget(sent: Result<(), TransferError>) {
     if let Err(error) = sent {
         tell(format_args!("bulkhead: cannot tell the forker: {error}"));
-    }
-}
-
-/// A process of the plan, or its latest successor.
-struct Worker {
-    pid: Pid,
-    reaped: bool,
-    /// What it is, until it is started for the first time.
-    coming: Option<Box<AddedProcess>>,
-    /// Another may have its place.
-    removed: bool,
-}
-
-impl Worker {
-    fn running(pid: Pid) -> Self {
-        Self {
-            pid,
-            reaped: false,
-            coming: None,
-            removed: false,
-        }
-    }
-
-    /// None that runs.
-    fn reaped() -> Self {
-        Self {
-            reaped: true,
-            ..Self::running(Pid::from_raw(0))
-        }
-    }
-
-    /// Its process id, while that is certain to be its own.
-    fn alive(&self) -> Option<Pid> {
-        Some(self.pid).filter(|_| !self.reaped)
-    }
-}
-
-/// What happened to a child.
-enum Change {
-    /// It was reaped.
-    Ended(ExitStatus),
-    /// It was stopped, or (false) goes on.
-    Stopped(bool),
-}
-
-fn next_change() -> Option<(Pid, Change)> {
-    let flags = WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED | WaitPidFlag::WCONTINUED;
-    loop {
-        return match waitpid(None::<Pid>, Some(flags)) {
-            Ok(WaitStatus::Exited(pid, code)) => Some((pid, Change::Ended(ExitStatus::Code(code as u8)))),
-            Ok(WaitStatus::Signaled(pid, signal, _)) => {
-                Some((pid, Change::Ended(ExitStatus::Signal(signal as u8))))
-            }
-            Ok(WaitStatus::Stopped(pid, _)) => Some((pid, Change::Stopped(true))),
-            Ok(WaitStatus::Continued(pid)) => Some((pid, Change::Stopped(false))),
-            Err(Errno::EINTR) => continue,
-            _ => None,
-        };
-    }
-}
-
-fn describe(status: ExitStatus) -> (u8, String) {
-    match status {
-        ExitStatus::Code(code) => (exit_code::ERROR, format!("exited with code {code}")),
-        ExitStatus::OutOfMemory => (exit_code::ERROR, "was killed, out of memory".into()),
-        ExitStatus::Signal(signal) if signal == Signal::SIGSYS as u8 => {
-            (exit_code::SECCOMP, "was stopped by seccomp".into())
-        }
-        ExitStatus::Signal(signal) => (exit_code::ERROR, format!("was killed by signal {signal}")),
     }
 }

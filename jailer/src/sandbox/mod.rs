@@ -17,6 +17,7 @@ mod mounts;
 mod rlimit;
 mod role;
 mod seccomp;
+mod step;
 mod trap;
 mod userns;
 mod verdict;
@@ -32,6 +33,7 @@ pub use end::{end, end_on_panic};
 pub use landlock::landlock_level;
 pub use role::{ParseRoleError, Role, SeccompMode};
 pub use seccomp::{Opcode, Rule, opcodes, rules};
+pub use step::{SpawnError, Step};
 pub use verdict::{Verdict, syscall_name};
 #[cfg(feature = "launcher")]
 pub use witness::Witness;
