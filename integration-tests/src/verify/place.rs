@@ -19,7 +19,7 @@ pub(super) const PROBES_FOLDER: &str = "probes";
 /// A copy of this program in the same folder: building the tests replaces the original.
 pub(super) const AGENT_FILE: &str = "nested-agent";
 /// How long one test program may take.
-const PROGRAM: Duration = Duration::from_secs(15 * 60);
+const PROGRAM: Duration = Duration::from_secs(40 * 60);
 /// How long one may take under `--full`.
 const PROGRAM_FULL: Duration = Duration::from_secs(3 * 3600);
 

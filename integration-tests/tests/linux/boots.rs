@@ -9,7 +9,7 @@ use libtest_mimic::Trial;
 use std::time::Duration;
 
 /// For one boot on an emulated processor that others use too.
-pub(crate) const BOOT: Duration = Duration::from_secs(120);
+pub(crate) const BOOT: Duration = Duration::from_secs(300);
 
 /// After a guest's deadline, for the test to say what was on its console.
 pub(crate) const GRACE: Duration = Duration::from_secs(20);

@@ -14,6 +14,7 @@ use nix::unistd::Uid;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 use vm_spec::net::NetSpec;
@@ -130,15 +131,25 @@ fn check(ran: &Ran) -> Result<()> {
     Ok(())
 }
 
-/// Sends back what it reads, at once.
+/// Sends back what it reads, at once. It never stops reading: its client reads nothing while it writes, and each would
+/// wait for the other once what lies between them is full.
 fn echo(mut stream: TcpStream) -> std::io::Result<()> {
+    let mut back = stream.try_clone()?;
+    let (sender, parts) = mpsc::channel::<Vec<u8>>();
+    let writer = thread::spawn(move || {
+        parts.iter().try_for_each(|part| back.write_all(&part))?;
+        back.shutdown(Shutdown::Write)
+    });
     let mut buffer = vec![0; 64 << 10];
     loop {
-        match stream.read(&mut buffer)? {
-            0 => return stream.shutdown(Shutdown::Write),
-            length => stream.write_all(&buffer[..length])?,
+        let length = stream.read(&mut buffer)?;
+        // The writer is gone: it says why.
+        if length == 0 || sender.send(buffer[..length].to_vec()).is_err() {
+            break;
         }
     }
+    drop(sender);
+    writer.join().unwrap_or(Ok(()))
 }
 
 /// A TFTP server (RFC 1350, block size by RFC 2348) for one file at a time, which it keeps in memory.
