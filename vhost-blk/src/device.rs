@@ -3,13 +3,13 @@
 use crate::control::Order;
 use crate::counters::{Counters, QueueCounters};
 use crate::growth::Growth;
-use crate::image::{self, BlockFile, Format, Image, ImageError, OpenOptions, Passphrase, SECTOR};
+use crate::image::{self, BlockFile, Format, Image, ImageError, OpenOptions, Passphrase, SECTOR, Way};
 use crate::io::{CacheMode, DirectFile, Fence, IoMode, RestrictedRing, await_direct_writes};
 use crate::options::{Options, Place, USAGE};
 use crate::queue::BlkQueue;
 use crate::request::{MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_WRITE_ZEROES_SECTORS};
 use crate::settings::Settings;
-use jailer::sandbox::Role;
+use jailer::sandbox::{Role, make_no_more_rings};
 use std::error::Error;
 use std::fs::File;
 use std::io::{self, Seek as _};
@@ -82,9 +82,14 @@ impl Program for BlkProgram {
 
     fn open(options: Options, num_queues: u16) -> Result<Box<dyn Device>, Box<dyn Error + Send + Sync>> {
         vhost_daemon::faults::arm(&options.serial);
-        let (image, fence) = open_image(&options)?;
+        let files = Files::open(&options)?;
+        let (engine, rings) = engine(&options, &files, num_queues)?;
+        // What is in the image is nobody's word, and this process may still make a ring that opens files.
+        if let Err(error) = make_no_more_rings() {
+            tracing::warn!(%error, "this process may make io_urings until it is confined");
+        }
+        let image = files.into_image(&options, engine)?;
         tracing::info!(image = image.describe(), "disk image is open");
-        let rings = make_rings(&options, fence, num_queues)?;
         let growth = options.control.map(|_| Growth::new()).transpose();
         let growth = growth.map_err(BlkError::Control)?;
         let orders = options.control.map(vhost_daemon::inherited).transpose();
@@ -110,56 +115,105 @@ impl Program for BlkProgram {
     }
 }
 
-fn open_image(options: &Options) -> Result<(Arc<dyn Image>, Fence), BlkError> {
-    let place = options
-        .image
-        .as_ref()
-        .ok_or(BlkError::Missing("one of --blk-file and --blk-fd is needed"))?;
-    let format = options.format.ok_or(BlkError::Missing("--format is needed"))?;
-    let open = |place: &Place, read_only| {
-        place
-            .open(read_only)
-            .map_err(|error| BlkError::Open(place.clone(), error))
-    };
-    let top = open(place, options.read_only)?;
-    let mut backing = Vec::new();
-    for (format, place) in &options.backing {
-        backing.push((*format, open(place, true)?));
-    }
-    let data_file = options.data_file.as_ref();
-    let data_file = data_file
-        .map(|place| open(place, options.read_only))
-        .transpose()?;
-    if options.cache == CacheMode::None || options.io == IoMode::Uring {
-        for file in [Some(&top), data_file.as_ref()].into_iter().flatten() {
-            image::lock_within(file.as_fd(), options.read_only, LETTING_GO)
-                .map_err(|error| BlkError::Image(place.clone(), error))?;
+/// What the image is made of, opened.
+struct Files {
+    /// Where the top is, for messages.
+    place: Place,
+    format: Format,
+    top: OwnedFd,
+    /// The top once more, past the page cache.
+    direct: Option<OwnedFd>,
+    backing: Vec<(Format, OwnedFd)>,
+    data: Option<OwnedFd>,
+    /// Whether direct writes of a predecessor were waited for.
+    fence: Fence,
+}
+
+impl Files {
+    fn open(options: &Options) -> Result<Self, BlkError> {
+        let place = options
+            .image
+            .as_ref()
+            .ok_or(BlkError::Missing("one of --blk-file and --blk-fd is needed"))?;
+        let format = options.format.ok_or(BlkError::Missing("--format is needed"))?;
+        let open = |place: &Place, read_only| {
+            place
+                .open(read_only)
+                .map_err(|error| BlkError::Open(place.clone(), error))
+        };
+        let top = open(place, options.read_only)?;
+        let mut backing = Vec::new();
+        for (format, place) in &options.backing {
+            backing.push((*format, open(place, true)?));
         }
+        let data = options.data_file.as_ref();
+        let data = data.map(|place| open(place, options.read_only)).transpose()?;
+        let mut files = Self {
+            place: place.clone(),
+            format,
+            top,
+            direct: None,
+            backing,
+            data,
+            fence: Fence::Passed,
+        };
+        if options.io != IoMode::Sync {
+            files.await_locks(options)?;
+        }
+        if options.cache == CacheMode::None {
+            files.pass_cache(options)?;
+        }
+        Ok(files)
     }
-    let defaults = OpenOptions::default();
-    let settings = OpenOptions {
-        read_only: options.read_only,
-        data_file: data_file.map(Arc::new),
-        passphrase: options.key.map(read_passphrase).transpose()?.map(Arc::new),
-        l2_cache_size: options.l2_cache_size.unwrap_or(defaults.l2_cache_size),
-        writes_lost: options.writes_lost,
-    };
-    let mut fence = Fence::Passed;
-    let image = if options.cache == CacheMode::None {
+
+    /// A predecessor that was killed may hold its locks a little longer: by what its ring has under way.
+    fn await_locks(&self, options: &Options) -> Result<(), BlkError> {
+        for file in [Some(&self.top), self.data.as_ref()].into_iter().flatten() {
+            image::lock_within(file.as_fd(), options.read_only, LETTING_GO)
+                .map_err(|error| BlkError::Image(self.place.clone(), error))?;
+        }
+        Ok(())
+    }
+
+    fn pass_cache(&mut self, options: &Options) -> Result<(), BlkError> {
+        let cannot = |error| BlkError::Open(self.place.clone(), error);
         if !options.read_only {
-            fence = await_direct_writes(top.as_fd()).map_err(|error| BlkError::Open(place.clone(), error))?;
+            self.fence = await_direct_writes(self.top.as_fd()).map_err(cannot)?;
         }
         let direct = match options.direct {
             Some(number) => Place::Fd(number).open(options.read_only),
-            None => place.open_with(options.read_only, libc::O_DIRECT),
+            None => self.place.open_with(options.read_only, libc::O_DIRECT),
         };
-        let direct = direct.map_err(|error| BlkError::Open(place.clone(), error))?;
-        open_direct(top, direct, format, backing, &settings)
-    } else {
-        image::open(top, format, backing, &settings)
-    };
-    let image = image.map_err(|error| BlkError::Image(place.clone(), error))?;
-    Ok((image, fence))
+        self.direct = Some(direct.map_err(cannot)?);
+        Ok(())
+    }
+
+    /// Whether any can say that a read of it would wait.
+    fn answer_at_once(&self) -> bool {
+        let top = self.direct.is_none().then_some(&self.top);
+        let backing = self.backing.iter().map(|(_, file)| file);
+        top.into_iter()
+            .chain(&self.data)
+            .chain(backing)
+            .any(|file| image::answers_at_once(file.as_fd()))
+    }
+
+    fn into_image(self, options: &Options, engine: Engine) -> Result<Arc<dyn Image>, BlkError> {
+        let defaults = OpenOptions::default();
+        let settings = OpenOptions {
+            read_only: options.read_only,
+            data_file: self.data.map(Arc::new),
+            passphrase: options.key.map(read_passphrase).transpose()?.map(Arc::new),
+            l2_cache_size: options.l2_cache_size.unwrap_or(defaults.l2_cache_size),
+            way: engine.cached,
+            writes_lost: options.writes_lost,
+        };
+        let image = match self.direct {
+            Some(direct) => open_direct((self.top, direct), self.format, self.backing, &settings, engine),
+            None => image::open(self.top, self.format, self.backing, &settings),
+        };
+        image.map_err(|error| BlkError::Image(self.place, error))
+    }
 }
 
 fn read_passphrase(number: RawFd) -> Result<Passphrase, BlkError> {
@@ -174,54 +228,89 @@ fn read_passphrase(number: RawFd) -> Result<Passphrase, BlkError> {
         .map_err(|error| BlkError::Key(number, error))
 }
 
-/// The top past the page cache; what lies below it is read through it.
+/// The top, as both its descriptors, past the page cache; what lies below it is read through it.
 fn open_direct(
-    top: OwnedFd,
-    direct: OwnedFd,
+    (top, direct): (OwnedFd, OwnedFd),
     format: Format,
     backing: Vec<(Format, OwnedFd)>,
     settings: &OpenOptions,
+    engine: Engine,
 ) -> Result<Arc<dyn Image>, ImageError> {
     let use_file = ImageError::io("use the image's file without the page cache");
     image::lock(top.as_fd(), settings.read_only)?;
     let top = image::host_file(top, settings)
         .and_then(|top| DirectFile::new(top, direct))
-        .map_err(use_file)?;
+        .map_err(use_file)?
+        .moved_by(engine.direct);
     let mut layers: Vec<(Format, Arc<dyn BlockFile>)> = vec![(format, Arc::new(top))];
     for (format, fd) in backing {
         image::lock(fd.as_fd(), true)?;
         let file = image::HostFile::new(fd).map_err(ImageError::io("use a backing file"))?;
-        layers.push((format, Arc::new(file)));
+        layers.push((format, Arc::new(file.moved_by(settings.way))));
     }
     image::open_layers(layers, image::data_file(settings)?, settings)
 }
 
-/// A ring for each queue, where `--io` and the host want it.
-fn make_rings(options: &Options, fence: Fence, num_queues: u16) -> Result<Vec<RestrictedRing>, BlkError> {
-    let past_cache = options.cache == CacheMode::None;
-    let wanted = match (options.io, fence) {
-        (IoMode::Auto, Fence::Passed) => past_cache,
-        (IoMode::Auto, Fence::None) if past_cache => {
-            tracing::info!("nothing waits for direct writes here: each queue moves one request at a time");
-            false
-        }
-        (IoMode::Auto, Fence::None) | (IoMode::Sync, _) => false,
-        (IoMode::Uring, Fence::None) if past_cache => {
-            tracing::warn!("--io=uring: nothing waits for the writes of a process that is killed");
-            true
-        }
-        (IoMode::Uring, _) => true,
+/// How queues move data of files that are read through the page cache, and past it.
+#[derive(Clone, Copy)]
+struct Engine {
+    cached: Way,
+    direct: Way,
+}
+
+/// What `--io` and the host allow, and a ring for each queue where one is used.
+fn engine(
+    options: &Options,
+    files: &Files,
+    num_queues: u16,
+) -> Result<(Engine, Vec<RestrictedRing>), BlkError> {
+    let calls = Engine {
+        cached: Way::Calls,
+        direct: Way::Calls,
     };
-    if !wanted {
-        return Ok(Vec::new());
+    let past_cache = files.direct.is_some();
+    let engine = match (options.io, files.fence) {
+        (IoMode::Sync, _) => calls,
+        (IoMode::Uring, fence) => {
+            if past_cache && fence == Fence::None {
+                tracing::warn!("--io=uring: nothing waits for the writes of a process that is killed");
+            }
+            Engine {
+                cached: Way::Ring,
+                direct: Way::Ring,
+            }
+        }
+        (IoMode::Auto, fence) => {
+            if past_cache && fence == Fence::None {
+                tracing::info!(
+                    "nothing waits for direct writes here: each queue moves one request at a time"
+                );
+            }
+            Engine {
+                cached: if files.answer_at_once() {
+                    Way::Attempt
+                } else {
+                    Way::Calls
+                },
+                direct: if past_cache && fence == Fence::Passed {
+                    Way::Ring
+                } else {
+                    Way::Calls
+                },
+            }
+        }
+    };
+    if engine.cached == Way::Calls && engine.direct == Way::Calls {
+        return Ok((calls, Vec::new()));
     }
-    let rings: io::Result<Vec<_>> = (0..num_queues).map(|_| RestrictedRing::new()).collect();
+    let writes = engine.cached == Way::Ring || engine.direct == Way::Ring;
+    let rings: io::Result<Vec<_>> = (0..num_queues).map(|_| RestrictedRing::new(writes)).collect();
     match rings {
         Err(error) if options.io == IoMode::Auto => {
-            tracing::warn!(%error, "the host refuses an io_uring: each queue moves one request at a time");
-            Ok(Vec::new())
+            tracing::warn!(%error, "the host refuses an io_uring: each queue waits for one request at a time");
+            Ok((calls, Vec::new()))
         }
-        rings => rings.map_err(BlkError::Uring),
+        rings => Ok((engine, rings.map_err(BlkError::Uring)?)),
     }
 }
 

@@ -25,7 +25,7 @@ pub(crate) const USAGE: &str = "  --blk-file=PATH         the image
   --l2-cache-size=BYTES   memory for mapping tables, for each layer; default 8M, at least 64K
   --cache=MODE            writeback (default), or none: past the host's page cache (O_DIRECT)
   --blk-direct-fd=N       with --blk-fd and --cache=none: the same file, open with O_DIRECT
-  --io=MODE               auto (default), sync or uring; auto takes io_uring for --cache=none
+  --io=MODE               auto (default), sync or uring; auto takes io_uring where a call would wait for the disk
   --read-only             the guest cannot write
   --serial=TEXT           what GET_ID answers; at most 20 bytes
   --limit=LIMITS          ops=N,bytes=SIZE a second, with bursts ops-burst=N,bytes-burst=SIZE; all

@@ -5,7 +5,7 @@
 //! is completed with an error, or kept and tried again (`--on-error`).
 
 use crate::counters::{Operation, QueueCounters};
-use crate::image::{Image, Resolved};
+use crate::image::{Buffers, Image, Resolved, Way, read_at_once};
 use crate::io::{Direction, RestrictedRing, Transfer};
 use crate::outcome::{Done, Failure};
 use crate::request::{Request, Status};
@@ -88,7 +88,7 @@ impl BlkQueue {
         };
         self.settings.limits.passed(request.data_length());
         faults::point(Step::BeforeSubmit);
-        let Some(chain) = self.begin(chain, &request) else {
+        let Some(chain) = self.begin(chain, &request, ring) else {
             faults::point(Step::AfterSubmit);
             return Ok(());
         };
@@ -99,15 +99,16 @@ impl BlkQueue {
         Ok(())
     }
 
-    /// Begins a transfer through the ring; gives the chain back where it has to be done by calls.
-    fn begin(&mut self, chain: Chain, request: &Request) -> Option<Chain> {
+    /// Begins a transfer through the ring, unless what it reads is there at once; gives the chain back where it
+    /// has to be done by calls.
+    fn begin(&mut self, chain: Chain, request: &Request, ring: &mut Ring) -> Option<Chain> {
         let flush = self.negotiated(VIRTIO_BLK_F_FLUSH);
         let Some(uring) = &mut self.uring else {
             return Some(chain);
         };
         let (direction, offset, length, skip) = match *request {
             Request::In { offset, length } => (Direction::Read, offset, length, 0),
-            Request::Out { offset, length } if flush => {
+            Request::Out { offset, length } if flush && uring.writes() => {
                 (Direction::Write, offset, length, Request::HEADER_LENGTH)
             }
             _ => return Some(chain),
@@ -116,20 +117,33 @@ impl BlkQueue {
             Direction::Read => self.image.resolve_read(offset, length as u64),
             Direction::Write => self.image.resolve_write(offset, length as u64),
         };
+        let (extent, guard) = match resolved {
+            Ok(Resolved::Mapped(extent, guard)) if extent.len == length as u64 => (extent, guard),
+            _ => return Some(chain),
+        };
+        let at_once = match (extent.way, direction) {
+            (Way::Ring, _) => 0,
+            (Way::Attempt, Direction::Read) => chain.with_writable(0, length, |slices| {
+                // What went wrong, the ring will tell.
+                read_at_once(extent.file, Buffers::new(slices), extent.offset).unwrap_or(0)
+            }),
+            (Way::Attempt, Direction::Write) | (Way::Calls, _) => return Some(chain),
+        };
+        if at_once == length {
+            self.moved += length;
+            self.conclude(chain, Done::new(Operation::Read, length, Ok(())), ring);
+            return None;
+        }
         let transfer = Transfer {
             chain,
             direction,
-            length,
-            skip,
+            at_once,
+            length: length - at_once,
+            skip: skip + at_once,
             taken: self.clock,
         };
-        match resolved {
-            Ok(Resolved::Mapped(extent, guard)) if extent.len == length as u64 => {
-                let refused = uring.push(transfer, extent.file, extent.offset, guard).err();
-                refused.map(|transfer| transfer.chain)
-            }
-            _ => Some(transfer.chain),
-        }
+        let refused = uring.push(transfer, extent.file, extent.offset + at_once as u64, guard);
+        refused.err().map(|transfer| transfer.chain)
     }
 
     /// Carries a request out by calls.
@@ -287,11 +301,13 @@ impl BlkQueue {
     /// Completes what the ring has ended.
     fn reap(&mut self, ring: &mut Ring) {
         while let Some((transfer, moved)) = self.uring.as_mut().and_then(RestrictedRing::ended) {
-            let (operation, length) = (transfer.direction.into(), transfer.length);
+            let operation = transfer.direction.into();
+            let length = transfer.at_once + transfer.length;
             let done = match moved {
-                Ok(moved) if moved == length => Done::new(operation, length, Ok(())),
-                // A short one, at the end of the file or by a signal; or one that is not aligned.
-                Ok(_) | Err(Errno::EAGAIN | Errno::EINTR | Errno::EINVAL) => {
+                Ok(moved) if moved == transfer.length => Done::new(operation, length, Ok(())),
+                // A short one, at the end of the file or by a signal; one that is not aligned; or one for which
+                // the kernel could make no thread.
+                Ok(_) | Err(Errno::EAGAIN | Errno::EINTR | Errno::EINVAL | Errno::ECANCELED) => {
                     let done = self.again(&transfer.chain);
                     self.clock = Instant::now();
                     done

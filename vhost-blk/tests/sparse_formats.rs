@@ -17,6 +17,7 @@ const READ_ONLY: OpenOptions = OpenOptions {
     data_file: None,
     passphrase: None,
     l2_cache_size: 1 << 20,
+    way: vhost_blk::image::Way::Calls,
     writes_lost: false,
 };
 

@@ -161,8 +161,6 @@ pub struct AddedProcess {
     pub role: ProcessRole,
     /// Its flags, but for those that all of a VM's processes have.
     pub arguments: Vec<String>,
-    /// It makes rings before it locks itself down.
-    pub rings: bool,
     /// The descriptors that it is executed with, numbered from 0.
     pub fds: Vec<FdState>,
     /// Which of them is its end of its vhost-user socket, which is made anew for each process.

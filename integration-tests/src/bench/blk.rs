@@ -92,13 +92,17 @@ fn measure(settings: &Settings, programs: &Programs, case: &Case) -> Result<Stri
     let start = |contender: Contender, name: &str| -> Result<Peer> {
         let image = folder.path().join(name);
         make_image(&image, contender.format, case)?;
-        Peer::start(programs, contender, &image, folder.path(), case.work)
+        let mut peer = Peer::start(programs, contender, &image, folder.path(), case.work)?;
+        if case.content == Content::Cold {
+            peer.forget = Some(File::open(image)?);
+        }
+        Ok(peer)
     };
     let mut ours = start(case.contender, "ours")?;
     let idle = ours.idle_memory()?;
     let mut baseline = start(case.baseline, "baseline")?;
     let limit = match case.content {
-        Content::Full => Limit::Time(Duration::from_millis(settings.turn)),
+        Content::Full | Content::Cold => Limit::Time(Duration::from_millis(settings.turn)),
         Content::Empty => Limit::Requests(ALLOCATIONS),
     };
     ours.turn(limit)?;

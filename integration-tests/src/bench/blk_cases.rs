@@ -15,6 +15,8 @@ pub(super) enum Place {
 pub(super) enum Content {
     /// Data everywhere.
     Full,
+    /// Data everywhere, and nothing of it in the page cache when a turn begins.
+    Cold,
     /// Nothing: every cluster is allocated on its first write.
     Empty,
 }
@@ -120,6 +122,7 @@ pub(super) fn all(size: u64, large: u64) -> Vec<Case> {
     });
     allocating(&mut cases, large);
     direct(&mut cases, size);
+    cold(&mut cases, size);
     cases
 }
 
@@ -175,6 +178,19 @@ fn direct(cases: &mut Vec<Case>, size: u64) {
             contender: direct(case.contender),
             baseline: direct(case.baseline),
             ..case
+        });
+    }
+}
+
+/// Through the page cache, which holds nothing: each read waits for the disk.
+fn cold(cases: &mut Vec<Case>, size: u64) {
+    for format in [Format::Raw, Format::Qcow2] {
+        let work = work(Operation::Read, Pattern::Random, BLOCK, 32, size);
+        let name = format!("{} not in the page cache, disk, depth 32 read", format.name());
+        cases.push(Case {
+            place: Place::Disk,
+            content: Content::Cold,
+            ..against_qemu(name, format, work, 1.0)
         });
     }
 }

@@ -6,8 +6,9 @@ use crate::{
     process::{Process, connect},
 };
 use anyhow::{Context, Result, anyhow, ensure};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use std::{
-    fs,
+    fs::{self, File},
     path::{Path, PathBuf},
     process::Command,
     sync::atomic::{AtomicU32, Ordering},
@@ -84,6 +85,8 @@ impl Turn {
 pub(super) struct Peer {
     process: Process,
     lanes: Vec<Lane>,
+    /// The image, where each turn begins with nothing of it in the page cache.
+    pub(super) forget: Option<File>,
     /// The connection stays open as long as the lanes are used.
     _session: Session,
 }
@@ -132,6 +135,7 @@ impl Peer {
         Ok(Self {
             process,
             lanes,
+            forget: None,
             _session: session,
         })
     }
@@ -139,6 +143,9 @@ impl Peer {
     /// Runs all queues for one turn.
     pub(super) fn turn(&mut self, limit: Limit) -> Result<Turn> {
         ensure!(self.process.alive()?, "it has ended: {}", self.process.stderr()?);
+        if let Some(image) = &self.forget {
+            posix_fadvise(image, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+        }
         let (cpu, start) = (self.cpu()?, Instant::now());
         let run = |lanes: &mut [Lane]| -> Result<u64> {
             if let [lane] = lanes {

@@ -3,6 +3,7 @@
 
 mod behaviour;
 mod blk;
+mod cold;
 mod fixture;
 mod hostile;
 mod image;
@@ -20,6 +21,7 @@ fn main() -> ExitCode {
     let mut tests = Vec::new();
     tests.extend(behaviour::tests());
     tests.extend(blk::tests());
+    tests.extend(cold::tests());
     tests.extend(hostile::tests());
     tests.extend(image::tests());
     tests.extend(image_damaged::tests());

@@ -8,7 +8,7 @@ use super::plan::{Choices, Source, device as device_plan};
 use super::spawn::{binary_folder, open_binary, pair, set_nonblocking};
 use super::{Jail, Options, disk};
 use crate::failure::Failure;
-use crate::sandbox::{Role, SeccompMode};
+use crate::sandbox::SeccompMode;
 use nix::fcntl::OFlag;
 use nix::sys::socket::SockType;
 use nix::unistd::pipe2;
@@ -193,7 +193,6 @@ impl Parts {
             role: plan.role,
             // The VM's forker adds those of all its processes.
             arguments: plan.own_arguments(&choices),
-            rings: plan.startup == Role::StartupRing,
             fds: numbered()
                 .map(|(number, fd)| FdState {
                     number,

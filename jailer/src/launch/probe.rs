@@ -141,7 +141,7 @@ impl Stage {
             rooted: false,
             cgroup: None,
             address_space: address_space(process.role, of.0.vm.memory),
-            startup: process.startup,
+            startup: process.startup(),
             seccomp: SeccompMode::Enforce,
             identity,
             parent: Parent::Caller,

@@ -7,8 +7,8 @@ use super::plan::{Descriptor, Plan, ProcessPlan, Source};
 use super::spawn::{Binaries, begin, pair};
 use super::watch::Watch;
 use crate::failure::Failure;
+use crate::sandbox::SeccompMode;
 use crate::sandbox::child::{Child, Parent, Starting};
-use crate::sandbox::{Role, SeccompMode};
 use crate::tell::tell;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
@@ -139,11 +139,6 @@ impl Respawner {
             name: added.name,
             role: added.role,
             binary: kind,
-            startup: if added.rings {
-                Role::StartupRing
-            } else {
-                Role::Startup
-            },
             arguments,
             descriptors,
             made: added.made,

@@ -238,7 +238,7 @@ pub(crate) fn begin<'a>(
         rooted: binaries.identity != Settled::Own && binaries.removed == Removed::NONE,
         cgroup,
         address_space: address_space(process.role, binaries.guest_memory),
-        startup: process.startup,
+        startup: process.startup(),
         seccomp: binaries.seccomp,
         identity: binaries.identity.of(place),
         parent,

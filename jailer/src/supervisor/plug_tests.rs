@@ -39,7 +39,6 @@ fn disk(id: &str) -> Attachment {
             name: id.into(),
             role: ProcessRole::Disk,
             arguments: vec!["--fd=3".into(), "--blk-fd=4".into()],
-            rings: false,
             fds: fds.collect(),
             socket: FdNumber(3),
             made: Vec::new(),

@@ -1,7 +1,7 @@
 //! Guest memory as a scatter list: the data path's only view of a request's payload.
 //!
 //! A [`Buffers`] is a window of a request's [`VolatileSlice`]s. Cutting it allocates nothing, and its
-//! pieces go to `preadv` and `pwritev` as they are.
+//! pieces go to `preadv2` and `pwritev2` as they are.
 #![expect(
     unsafe_code,
     reason = "guest memory has no Rust reference: it is filled by pointer"

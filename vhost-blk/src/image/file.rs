@@ -2,23 +2,25 @@
 //!
 //! The trait exists so that a test can record every write and barrier that an engine issues and replay
 //! any prefix or reordering of them.
-#![expect(unsafe_code, reason = "preadv and pwritev take guest memory by pointer")]
+#![expect(unsafe_code, reason = "preadv2 and pwritev2 take guest memory by pointer")]
 
 use std::fs::File;
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::FallocateFlags;
 use nix::sys::stat::{FileStat, SFlag, fstat};
-use nix::sys::uio::preadv;
 use nix::unistd::{Whence, lseek};
 
+use super::Way;
 use super::buffers::Buffers;
 use super::syncs::Syncs;
 
 /// Pieces handed to the kernel in one call; longer lists take several.
 const IOVECS_PER_CALL: usize = 64;
+/// Pieces of a read that does not wait: of a request with as many segments as the device offers.
+const IOVECS_AT_ONCE: usize = 128;
 
 /// A hole that any file system can make that makes any.
 const HOLE: u64 = 4096;
@@ -106,6 +108,11 @@ pub trait BlockFile: Send + Sync {
         None
     }
 
+    /// How data is best moved by that descriptor.
+    fn way(&self) -> Way {
+        Way::Calls
+    }
+
     /// As [`Self::descriptor`], to write to this range; `None` too where only [`Self::write_buffers`] may.
     fn descriptor_to_write(&self, _offset: u64, _len: u64) -> Option<BorrowedFd<'_>> {
         self.descriptor()
@@ -119,6 +126,7 @@ pub struct HostFile {
     /// Size of a block device, looked up once: finding it takes a system call that a jailed process lacks.
     fixed_size: Option<u64>,
     makes_holes: bool,
+    way: Way,
     syncs: Syncs,
 }
 
@@ -146,6 +154,7 @@ impl HostFile {
             file,
             fixed_size,
             makes_holes: true,
+            way: Way::Calls,
             syncs: Syncs::default(),
         };
         if fixed_size.is_none() {
@@ -168,6 +177,17 @@ impl HostFile {
             syncs: Syncs::lost(),
             ..host
         })
+    }
+
+    /// As it is, with its data moved so by an I/O engine. [`Way::Attempt`] is [`Way::Calls`] where the file
+    /// system cannot say that a read would wait, as those in memory.
+    #[must_use]
+    pub fn moved_by(self, way: Way) -> Self {
+        let way = match way {
+            Way::Attempt if !answers_at_once(self.file.as_fd()) => Way::Calls,
+            way => way,
+        };
+        Self { way, ..self }
     }
 
     /// Runs `fallocate`; says whether this file system can, or this block device with such a range.
@@ -195,8 +215,9 @@ impl HostFile {
     /// Whether a block device is this long by now.
     fn reaches(&self, len: u64) -> io::Result<bool> {
         let last = position(len.saturating_sub(1))?;
+        let mut byte = [0];
         loop {
-            return match preadv(&self.file, &mut [IoSliceMut::new(&mut [0])], last) {
+            return match read_vectors(self.file.as_fd(), &[room(&mut byte)], last, 0) {
                 Err(Errno::EINTR) => continue,
                 found => Ok(found? == 1),
             };
@@ -229,7 +250,7 @@ impl BlockFile for HostFile {
         while !buf.is_empty() {
             // Vectored like all else: one call less in the policy.
             let position = position(offset)?;
-            match preadv(&self.file, &mut [IoSliceMut::new(buf)], position) {
+            match read_vectors(self.file.as_fd(), &[room(buf)], position, 0) {
                 Ok(0) => {
                     buf.fill(0);
                     return Ok(());
@@ -247,16 +268,14 @@ impl BlockFile for HostFile {
 
     fn write_at(&self, mut buf: &[u8], mut offset: u64) -> io::Result<()> {
         while !buf.is_empty() {
-            match usize::try_from(write_vectors(&self.file, &[piece(buf)], position(offset)?, 0)) {
+            match write_vectors(&self.file, &[piece(buf)], position(offset)?, 0) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(done) => {
                     buf = &buf[done..];
                     offset += done as u64;
                 }
-                Err(_) => match Errno::last() {
-                    Errno::EINTR => {}
-                    error => return Err(error.into()),
-                },
+                Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
             }
         }
         Ok(())
@@ -268,12 +287,11 @@ impl BlockFile for HostFile {
     fn write_durably(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         let position = position(offset)?;
         let done = self.syncs.one_write(|| {
-            let done = write_vectors(&self.file, &[piece(buf)], position, libc::RWF_DSYNC);
-            usize::try_from(done).or_else(|_| match Errno::last() {
-                Errno::EINTR | Errno::EOPNOTSUPP => Ok(0),
+            match write_vectors(&self.file, &[piece(buf)], position, libc::RWF_DSYNC) {
+                Err(Errno::EINTR | Errno::EOPNOTSUPP) => Ok(0),
                 // It may be the flush that failed.
-                error => Err(io::Error::from(error)),
-            })
+                done => Ok(done?),
+            }
         })?;
         if done == buf.len() {
             return Ok(());
@@ -283,11 +301,8 @@ impl BlockFile for HostFile {
     }
 
     fn read_buffers(&self, to: Buffers<'_>, offset: u64) -> io::Result<()> {
-        let fd = self.file.as_raw_fd();
         transfer(to, offset, |list, offset| {
-            let count = i32::try_from(list.len()).unwrap_or(i32::MAX);
-            // SAFETY: `list` holds `count` pieces that stay valid and writable for the call.
-            unsafe { libc::preadv(fd, list.as_ptr(), count, offset) }
+            read_vectors(self.file.as_fd(), list, offset, 0)
         })
         .map(|done| to.window(done, usize::MAX).fill_zero())
     }
@@ -367,6 +382,56 @@ impl BlockFile for HostFile {
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         Some(self.file.as_fd())
     }
+
+    fn way(&self) -> Way {
+        self.way
+    }
+}
+
+/// Whether the file system can say that a read would wait; those in memory cannot.
+pub(crate) fn answers_at_once(file: BorrowedFd<'_>) -> bool {
+    let found = read_vectors(file, &[room(&mut [0])], 0, libc::RWF_NOWAIT);
+    matches!(found, Ok(_) | Err(Errno::EAGAIN))
+}
+
+/// Reads what is in the page cache from `offset` into guest memory without waiting for the disk; says how many
+/// bytes. Where it is not all, the kernel has begun to read more.
+///
+/// # Errors
+/// The kernel's; EAGAIN where it would wait for the first byte.
+pub(crate) fn read_at_once(file: BorrowedFd<'_>, to: Buffers<'_>, offset: u64) -> Result<usize, Errno> {
+    let mut list = [libc::iovec {
+        iov_base: std::ptr::null_mut(),
+        iov_len: 0,
+    }; IOVECS_AT_ONCE];
+    let count = to.fill_iovecs(&mut list);
+    let offset = libc::off_t::try_from(offset).map_err(|_| Errno::EINVAL)?;
+    read_vectors(file, &list[..count], offset, libc::RWF_NOWAIT)
+}
+
+/// `preadv2`, with and without flags: every read of the process is this one call. The C library's would be
+/// another one where `flags` is 0. The pieces must be valid for writing: of a slice that nobody else uses, or of
+/// guest memory that the caller holds.
+fn read_vectors(
+    file: BorrowedFd<'_>,
+    list: &[libc::iovec],
+    offset: libc::off_t,
+    flags: libc::c_int,
+) -> Result<usize, Errno> {
+    // SAFETY: `list` holds as many pieces as is said, which stay valid and writable for the call; the offset's
+    // high half is shifted out by a 64-bit kernel.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_preadv2,
+            file.as_raw_fd(),
+            list.as_ptr(),
+            list.len(),
+            offset,
+            0_i64,
+            flags,
+        )
+    };
+    usize::try_from(done).map_err(|_| Errno::last())
 }
 
 /// An offset as the kernel takes it.
@@ -381,6 +446,13 @@ fn piece(buf: &[u8]) -> libc::iovec {
     }
 }
 
+fn room(buf: &mut [u8]) -> libc::iovec {
+    libc::iovec {
+        iov_base: buf.as_mut_ptr().cast(),
+        iov_len: buf.len(),
+    }
+}
+
 /// `pwritev2`, with and without flags: every write of the process is this one call. The C library's
 /// would be another one where `flags` is 0. The pieces must be valid for reading: of a slice, or of guest
 /// memory that the caller holds.
@@ -389,22 +461,21 @@ fn write_vectors(
     list: &[libc::iovec],
     offset: libc::off_t,
     flags: libc::c_int,
-) -> libc::ssize_t {
-    // The offset's high half: a 64-bit kernel shifts it out.
-    let high: libc::c_long = 0;
+) -> Result<usize, Errno> {
     // SAFETY: `list` holds as many pieces as is said, which stay valid for the call, and the kernel only
-    // reads what they point to.
-    unsafe {
+    // reads what they point to; the offset's high half is shifted out by a 64-bit kernel.
+    let done = unsafe {
         libc::syscall(
             libc::SYS_pwritev2,
             file.as_raw_fd(),
             list.as_ptr(),
             list.len(),
             offset,
-            high,
+            0_i64,
             flags,
-        ) as libc::ssize_t
-    }
+        )
+    };
+    usize::try_from(done).map_err(|_| Errno::last())
 }
 
 fn file_type(status: &FileStat) -> SFlag {
@@ -415,7 +486,7 @@ fn file_type(status: &FileStat) -> SFlag {
 fn transfer(
     buffers: Buffers<'_>,
     offset: u64,
-    mut call: impl FnMut(&[libc::iovec], libc::off_t) -> libc::ssize_t,
+    mut call: impl FnMut(&[libc::iovec], libc::off_t) -> Result<usize, Errno>,
 ) -> io::Result<usize> {
     let mut done = 0;
     let mut list = [libc::iovec {
@@ -425,15 +496,11 @@ fn transfer(
     while done < buffers.len() {
         let count = buffers.window(done, usize::MAX).fill_iovecs(&mut list);
         let position = position(offset.saturating_add(done as u64))?;
-        match usize::try_from(call(&list[..count], position)) {
+        match call(&list[..count], position) {
             Ok(0) => break,
             Ok(moved) => done += moved,
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
         }
     }
     Ok(done)

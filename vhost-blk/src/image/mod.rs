@@ -27,6 +27,7 @@ pub use buffers::Buffers;
 pub use error::ImageError;
 pub(crate) use error::{errno, no_space, says_no_space};
 pub use file::{BlockFile, HostFile};
+pub(crate) use file::{answers_at_once, read_at_once};
 pub use lock::{lock, lock_within};
 pub use luks::Passphrase;
 pub use qcow2::Qcow2;
@@ -88,6 +89,19 @@ impl fmt::Display for Format {
     }
 }
 
+/// How data of a host file is best moved, for an I/O engine that has its descriptor.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Way {
+    /// By the image's own calls.
+    #[default]
+    Calls,
+    /// Reads first by a call that does not wait (RWF_NOWAIT), which finds what is in the page cache, and what it
+    /// lacks through a ring; writes by calls.
+    Attempt,
+    /// Through a ring at once.
+    Ring,
+}
+
 /// A range of a host file.
 #[derive(Debug)]
 pub struct Extent<'a> {
@@ -97,6 +111,8 @@ pub struct Extent<'a> {
     pub offset: u64,
     /// Length in bytes.
     pub len: u64,
+    /// How to move it.
+    pub way: Way,
 }
 
 /// Where the start of a guest range lies; `len` is never more than what was asked for, and never 0
@@ -257,6 +273,9 @@ pub struct OpenOptions {
     pub passphrase: Option<Arc<Passphrase>>,
     /// Most bytes of mapping tables kept in memory, for each layer.
     pub l2_cache_size: usize,
+    /// How an I/O engine moves data of the host's files that is in the page cache; [`Way::Attempt`] only of those
+    /// that can say that they would wait.
+    pub way: Way,
     /// The host failed to write back what a predecessor wrote: no flush may succeed any more.
     pub writes_lost: bool,
 }
@@ -268,6 +287,7 @@ impl Default for OpenOptions {
             data_file: None,
             passphrase: None,
             l2_cache_size: 8 << 20,
+            way: Way::Calls,
             writes_lost: false,
         }
     }
@@ -300,6 +320,7 @@ pub fn open(
     let mut layers = vec![(format, locked_file(top, options)?)];
     let below_top = OpenOptions {
         read_only: true,
+        way: options.way,
         ..OpenOptions::default()
     };
     for (index, (format, fd)) in backing.into_iter().enumerate() {
@@ -337,11 +358,12 @@ fn locked_file(fd: OwnedFd, options: &OpenOptions) -> Result<Arc<dyn BlockFile>,
 
 /// A file that is written to, unless `options` say otherwise.
 pub(crate) fn host_file(fd: OwnedFd, options: &OpenOptions) -> io::Result<HostFile> {
-    if options.writes_lost {
+    let file = if options.writes_lost {
         HostFile::after_loss(fd)
     } else {
         HostFile::new(fd)
-    }
+    };
+    Ok(file?.moved_by(options.way))
 }
 
 /// [`open`] on files of any kind, from top to base; `data` is the top's external data file.

@@ -9,7 +9,7 @@ use std::time::Instant;
 use vm_memory::VolatileSlice;
 
 use super::{
-    BlockFile, Buffers, Extent, HostFile, Image, ImageError, IoGuard, Resolved, SECTOR, check_range,
+    BlockFile, Buffers, Extent, HostFile, Image, ImageError, IoGuard, Resolved, SECTOR, Way, check_range,
 };
 
 /// A raw image in a regular file or on a block device.
@@ -66,9 +66,15 @@ impl RawImage {
 }
 
 /// All of a range, in `file` if that can be had.
-fn resolved(file: Option<BorrowedFd<'_>>, offset: u64, len: u64) -> Resolved<'_> {
+fn resolved(file: Option<BorrowedFd<'_>>, offset: u64, len: u64, way: Way) -> Resolved<'_> {
+    let extent = |file| Extent {
+        file,
+        offset,
+        len,
+        way,
+    };
     match file {
-        Some(file) => Resolved::Mapped(Extent { file, offset, len }, IoGuard::none()),
+        Some(file) => Resolved::Mapped(extent(file), IoGuard::none()),
         None => Resolved::Elsewhere { len },
     }
 }
@@ -140,12 +146,13 @@ impl Image for RawImage {
 
     fn resolve_read(&self, offset: u64, len: u64) -> io::Result<Resolved<'_>> {
         check_range(offset, len, self.capacity())?;
-        Ok(resolved(self.file.descriptor(), offset, len))
+        Ok(resolved(self.file.descriptor(), offset, len, self.file.way()))
     }
 
     fn resolve_write(&self, offset: u64, len: u64) -> io::Result<Resolved<'_>> {
         self.check_write(offset, len)?;
-        Ok(resolved(self.file.descriptor_to_write(offset, len), offset, len))
+        let file = self.file.descriptor_to_write(offset, len);
+        Ok(resolved(file, offset, len, self.file.way()))
     }
 
     fn describe(&self) -> String {

@@ -7,7 +7,7 @@
 //! such a write, unless the guest's own writes overlap.
 #![expect(unsafe_code, reason = "statx for the alignment, which nix does not offer")]
 
-use crate::image::{BlockFile, Buffers, HostFile};
+use crate::image::{BlockFile, Buffers, HostFile, Way};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 use nix::sys::stat::{SFlag, fstat};
@@ -25,6 +25,7 @@ const PAGE: u64 = 4096;
 pub struct DirectFile {
     plain: HostFile,
     direct: HostFile,
+    way: Way,
     /// Alignment of addresses and of offsets and lengths, in bytes.
     memory: u64,
     offset: u64,
@@ -49,9 +50,16 @@ impl DirectFile {
         Ok(Self {
             plain,
             direct,
+            way: Way::Calls,
             memory,
             offset,
         })
+    }
+
+    /// As it is, with aligned data moved so by an I/O engine.
+    #[must_use]
+    pub fn moved_by(self, way: Way) -> Self {
+        Self { way, ..self }
     }
 
     /// Whether the host takes this transfer, of whole units, past the page cache.
@@ -203,6 +211,10 @@ impl BlockFile for DirectFile {
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.direct.descriptor()
+    }
+
+    fn way(&self) -> Way {
+        self.way
     }
 
     fn descriptor_to_write(&self, offset: u64, len: u64) -> Option<BorrowedFd<'_>> {

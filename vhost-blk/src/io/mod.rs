@@ -1,8 +1,10 @@
 //! How requests reach the host's files: by plain calls, or through a restricted io_uring.
 //!
-//! Cached files take plain `preadv` and `pwritev`, which copy and return; O_DIRECT files take a
-//! ring, since a call that waits for the disk would leave it one request deep. Where a successor could
-//! not wait for what a ring had begun ([`Fence`]) they take calls all the same.
+//! What is read through the page cache is tried by a call that does not wait (RWF_NOWAIT); what that does not
+//! find there goes through a ring, since a call that waits for the disk would leave it one request deep. File
+//! systems in memory, where nothing waits, take plain calls, as all writes through the page cache do: they copy
+//! and return. O_DIRECT files take the ring at once; where a successor could not wait for what a ring had begun
+//! ([`Fence`]), calls.
 
 mod direct;
 mod ring;
@@ -15,13 +17,12 @@ use std::str::FromStr;
 /// Who moves the data (`--io`).
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub enum IoMode {
-    /// The ring where the image bypasses the page cache, the host has one and a successor could wait for
-    /// what it began; else plain calls.
+    /// As said above; where the host has no ring, plain calls.
     #[default]
     Auto,
     /// Plain calls.
     Sync,
-    /// The ring; without one the process does not start.
+    /// The ring for everything; without one the process does not start.
     Uring,
 }
 

@@ -36,9 +36,11 @@ pub(crate) enum Direction {
 pub(crate) struct Transfer {
     pub(crate) chain: Chain,
     pub(crate) direction: Direction,
-    /// In bytes.
+    /// Bytes of the request that were moved before, by a call.
+    pub(crate) at_once: usize,
+    /// The others, in bytes.
     pub(crate) length: usize,
-    /// Where the data starts in the chain's readable or writable part.
+    /// Where these start in the chain's readable or writable part.
     pub(crate) skip: usize,
     /// When the request was taken.
     pub(crate) taken: Instant,
@@ -76,6 +78,7 @@ pub(crate) struct RestrictedRing {
     ring: IoUring,
     slots: Vec<Slot>,
     free: Vec<u16>,
+    writes: bool,
 }
 
 // SAFETY: the pointers in it point to guest memory, which each transfer's chain keeps mapped whichever
@@ -83,13 +86,14 @@ pub(crate) struct RestrictedRing {
 unsafe impl Send for RestrictedRing {}
 
 impl RestrictedRing {
-    /// Makes the ring; before lockdown.
+    /// Makes the ring, for reads and, if it is for `writes` too, for these; before lockdown.
     ///
     /// # Errors
     /// Where the host has no io_uring, or forbids it.
-    pub(crate) fn new() -> io::Result<Self> {
+    pub(crate) fn new(writes: bool) -> io::Result<Self> {
         let ring = IoUring::builder().setup_r_disabled().build(DEPTH.into())?;
         let allowed = opcodes(Role::Disk).iter();
+        let allowed = allowed.filter(|opcode| writes || opcode.number != opcode::Writev::CODE);
         let mut allowed: Vec<_> = allowed.map(|opcode| Restriction::sqe_op(opcode.number)).collect();
         ring.submitter().register_restrictions(&mut allowed)?;
         ring.submitter().register_enable_rings()?;
@@ -97,7 +101,13 @@ impl RestrictedRing {
             ring,
             slots: (0..DEPTH).map(|_| Slot::default()).collect(),
             free: (0..DEPTH).rev().collect(),
+            writes,
         })
+    }
+
+    /// Whether it may write.
+    pub(crate) fn writes(&self) -> bool {
+        self.writes
     }
 
     /// Whether a transfer can be taken.
@@ -227,7 +237,7 @@ mod tests {
 
     #[test]
     fn a_restricted_ring_opens_nothing() {
-        let Ok(mut ring) = RestrictedRing::new() else {
+        let Ok(mut ring) = RestrictedRing::new(true) else {
             eprintln!("no io_uring here");
             return;
         };

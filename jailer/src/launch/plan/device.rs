@@ -4,7 +4,6 @@ use super::{Choices, Kept, ProcessPlan, Source, Table, another, any, exactly};
 use crate::launch::disk::Disk;
 use crate::launch::machine::{Backend, Device};
 use crate::launch::net::Nic;
-use crate::sandbox::Role;
 use vm_spec::control::{DeviceConfig, FdNumber};
 use vm_spec::run_state::{MadeFds, ProcessRole};
 use vm_spec::spec::ImageFormat;
@@ -30,7 +29,6 @@ pub(in crate::launch) fn plan(
         exactly(1, "anon_inode:[signalfd]", "the signal to end"),
         any("anon_inode:[eventfd]", "doorbells, interrupts, wake-ups"),
     ];
-    let mut startup = Role::Startup;
     let (role, binary) = match &device.backend {
         Backend::External(_) | Backend::Passt { .. } => return None,
         Backend::Disk(disk) => {
@@ -43,13 +41,10 @@ pub(in crate::launch) fn plan(
             ));
             arguments.extend(device.num_queues.map(|q| format!("--num-queues={q}")));
             made.push(exactly(1, "/memfd:inflight", "in-flight region"));
-            if disk.past_cache {
-                startup = Role::StartupRing;
-                made.push(MadeFds {
-                    most: device.num_queues.map(u32::from),
-                    ..exactly(0, "anon_inode:[io_uring]", "a queue's restricted ring")
-                });
-            }
+            made.push(MadeFds {
+                most: device.num_queues.map(u32::from),
+                ..exactly(0, "anon_inode:[io_uring]", "a queue's restricted ring")
+            });
             (ProcessRole::Disk, "vhost-user-blk")
         }
         Backend::Net(nic) => {
@@ -67,7 +62,6 @@ pub(in crate::launch) fn plan(
         name: device.id.clone(),
         role,
         binary,
-        startup,
         arguments,
         descriptors: fds.0,
         made,

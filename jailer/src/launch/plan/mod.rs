@@ -77,8 +77,6 @@ pub(crate) struct ProcessPlan {
     pub(crate) name: String,
     pub(crate) role: ProcessRole,
     pub(crate) binary: &'static str,
-    /// Whose system call filter it starts under.
-    pub(crate) startup: Role,
     pub(crate) arguments: Vec<String>,
     /// The one at index N becomes descriptor N.
     pub(crate) descriptors: Vec<Descriptor>,
@@ -95,6 +93,14 @@ pub(crate) struct Descriptor {
 }
 
 impl ProcessPlan {
+    /// Whose system call filter it starts under.
+    pub(crate) fn startup(&self) -> Role {
+        match self.role {
+            ProcessRole::Disk => Role::StartupRing,
+            _ => Role::Startup,
+        }
+    }
+
     /// The device whose image it is given.
     pub(crate) fn image_device(&self) -> Option<usize> {
         self.descriptors.iter().find_map(|given| match given.source {

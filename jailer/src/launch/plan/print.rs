@@ -25,7 +25,7 @@ impl Plan {
                 process.arguments.join(" "),
                 self.seccomp,
                 process.role.policy().unwrap_or("none"),
-                process.startup,
+                process.startup(),
             );
             let fds = process.descriptors.iter().zip(0..);
             held(

@@ -3,7 +3,6 @@
 use super::{Choices, ProcessPlan, Source, Table, exactly};
 use crate::launch::connector;
 use crate::launch::machine::{self, Device};
-use crate::sandbox::Role;
 use crate::supervisor::MOST_CLIENTS;
 use vm_spec::run_state::{Kept, MadeFds, ProcessRole};
 use vm_spec::spec::VmSpec;
@@ -77,7 +76,6 @@ pub(super) fn plan(
         name: "supervisor".into(),
         role: ProcessRole::Supervisor,
         binary: "bulkhead-supervisor",
-        startup: Role::Startup,
         arguments: vec![format!("--seccomp={}", choices.seccomp)],
         descriptors: fds.0,
         made: made(spec),

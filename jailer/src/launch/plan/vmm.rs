@@ -2,7 +2,6 @@
 
 use super::{Choices, ProcessPlan, Source, Table, any, exactly};
 use crate::launch::machine::{self, Backend, Device};
-use crate::sandbox::Role;
 use vm_spec::control::{SpareSlot, VmConfig};
 use vm_spec::machine::MACHINE_VERSION;
 use vm_spec::run_state::{Kept, MadeFds, ProcessRole};
@@ -69,7 +68,6 @@ pub(super) fn plan(spec: &VmSpec, devices: &[Device], choices: &Choices<'_>) -> 
         name: "vmm".into(),
         role: ProcessRole::Vmm,
         binary: "bulkhead-vmm",
-        startup: Role::Startup,
         arguments,
         descriptors: fds.0,
         made,

@@ -263,7 +263,16 @@ impl Image for Qcow2 {
         Ok(match self.judge(self.locate(&mut meta, offset, len))? {
             Piece::Zero { len } => Resolved::Zero { len },
             Piece::Host { offset, len } => match self.data.descriptor() {
-                Some(file) => Resolved::Mapped(Extent { file, offset, len }, self.guard(&meta)),
+                Some(file) => {
+                    let way = self.data.way();
+                    let extent = Extent {
+                        file,
+                        offset,
+                        len,
+                        way,
+                    };
+                    Resolved::Mapped(extent, self.guard(&meta))
+                }
                 None => Resolved::Elsewhere { len },
             },
             Piece::Packed { len, .. } => Resolved::Elsewhere { len },
@@ -283,7 +292,13 @@ impl Image for Qcow2 {
         let found = self.judge(self.in_place(&mut meta, offset, len))?;
         let mapped = found.and_then(|(offset, len)| {
             let file = self.data.descriptor_to_write(offset, len)?;
-            Some(Extent { file, offset, len })
+            let way = self.data.way();
+            Some(Extent {
+                file,
+                offset,
+                len,
+                way,
+            })
         });
         Ok(match mapped {
             Some(extent) => Resolved::Mapped(extent, self.guard(&meta)),

@@ -222,7 +222,14 @@ impl Image for SparseImage {
         Ok(match (self.locate(offset, len)?, self.file.descriptor()) {
             (Piece::Zero { len }, _) => Resolved::Zero { len },
             (Piece::Host { offset, len }, Some(file)) => {
-                Resolved::Mapped(Extent { file, offset, len }, IoGuard::none())
+                let way = self.file.way();
+                let extent = Extent {
+                    file,
+                    offset,
+                    len,
+                    way,
+                };
+                Resolved::Mapped(extent, IoGuard::none())
             }
             (piece, _) => Resolved::Elsewhere { len: piece.len() },
         })

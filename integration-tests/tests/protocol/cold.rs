@@ -1,0 +1,145 @@
+//! Reads of what the host's page cache lacks, in whole or in part: they go through the ring, so that a request
+//! does not wait for the one before it.
+
+use crate::blk::run_all;
+use crate::fixture::{BLOCK, DISK, Disk, Kind, qemu_img, write_block};
+use anyhow::{Context, Result, bail, ensure};
+use guest_contract::holds;
+use integration_tests::{
+    artifacts::Artifact,
+    frontend_harness::{BlockDriver, BlockRequest, DEADLINE, Options, STATUS_OK, Session},
+    process::Process,
+    suite::{Skip, artifact, seccomp_flag, test},
+};
+use libtest_mimic::Trial;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+const BLOCKS: u64 = 2048;
+/// Blocks of one read.
+const RUN: u64 = 16;
+
+pub(crate) fn tests() -> Vec<Trial> {
+    let case = |what, kind, over| test(format!("cold::{what}"), move || cold(kind, over));
+    vec![
+        case("raw", Kind::Raw, None),
+        case("qcow2", Kind::Qcow2, None),
+        case("overlay_on_raw", Kind::Raw, Some("--cache=writeback")),
+        case("overlay_on_qcow2", Kind::Qcow2, Some("--cache=writeback")),
+        case("direct_overlay_on_raw", Kind::Raw, Some("--cache=none")),
+    ]
+}
+
+/// `kind` is that of the image with the data; it lies below a fresh one that is opened `over` it, or alone.
+fn cold(kind: Kind, over: Option<&'static str>) -> Result<()> {
+    let disk = Disk::new(kind)?;
+    filled(&disk)?;
+    let mut command = disk.command()?;
+    if let Some(cache) = over {
+        command = overlay(&disk, cache)?;
+    }
+    command.arg("--fd=3");
+    let (process, socket) = Process::start_with_socket(command)?;
+    let session = Session::start(socket, &Options::default())
+        .with_context(|| format!("stderr: {}", process.stderr().unwrap_or_default()))?;
+    let mut driver = BlockDriver::new(session);
+    forget(&disk.path)?;
+    let runs = (0..BLOCKS / RUN).rev().map(|run| (run, read_run(run)));
+    run_all(&mut driver, 32, runs, |run, status, data| {
+        ensure!(status == STATUS_OK, "read {run}: status {status}");
+        for (block, data) in (run * RUN..).zip(data.chunks(BLOCK)) {
+            ensure!(holds(data, 7, block), "block {block} differs");
+        }
+        Ok(())
+    })?;
+    let reads = through_rings(&process)?;
+    ensure!(reads > 0, "no read went through a ring");
+    Ok(())
+}
+
+/// Writes the pattern and ends.
+fn filled(disk: &Disk) -> Result<()> {
+    let (mut process, mut driver) = disk.drive(&Options::default())?;
+    let writes = (0..BLOCKS).map(|block| (block, write_block(7, block)));
+    run_all(&mut driver, 32, writes, |block, status, _| {
+        ensure!(status == STATUS_OK, "write of block {block}: status {status}");
+        Ok(())
+    })?;
+    driver.done(0, &BlockRequest::Flush)?;
+    drop(driver);
+    let status = process.wait(DEADLINE)?;
+    ensure!(status.success(), "{status}: {}", process.stderr()?);
+    Ok(())
+}
+
+/// The command line for a new image over `disk`.
+fn overlay(disk: &Disk, cache: &str) -> Result<Command> {
+    let top = disk.folder.path().join("top");
+    let utf8 = |path: &PathBuf| {
+        path.to_str()
+            .map(str::to_owned)
+            .context("a path that is not UTF-8")
+    };
+    let (base, name, format) = (utf8(&disk.path)?, utf8(&top)?, disk.kind.name());
+    qemu_img(&["create", "-q", "-f", "qcow2", "-F", format, "-b", &base, &name])?;
+    let mut command = Command::new(artifact(Artifact::VhostUserBlk)?);
+    command.arg(seccomp_flag());
+    command.args([&format!("--blk-file={name}"), "--format=qcow2", cache]);
+    command.arg(format!("--backing={format}:{base}"));
+    Ok(command)
+}
+
+fn read_run(run: u64) -> BlockRequest {
+    let bytes = RUN * BLOCK as u64;
+    BlockRequest::Read {
+        sector: run * bytes / 512,
+        length: bytes as u32,
+    }
+}
+
+/// Leaves nothing of the file in the page cache but the first pages of each third read, unless the file's layout
+/// shifts them.
+fn forget(path: &Path) -> Result<()> {
+    let file = File::open(path)?;
+    posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+    // Or it would read ahead.
+    posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM)?;
+    let bytes = RUN * BLOCK as u64;
+    for start in (0..DISK).step_by(3 * bytes as usize) {
+        file.read_at(&mut [0; 5 * BLOCK], start)?;
+    }
+    Ok(())
+}
+
+/// How many transfers the process's rings have ended.
+fn through_rings(process: &Process) -> Result<u64> {
+    let folder = PathBuf::from(format!("/proc/{}", process.pid()));
+    let entries = match fs::read_dir(folder.join("fd")) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            bail!(Skip("only root sees what a ring has done".to_owned()))
+        }
+        entries => entries?,
+    };
+    let (mut rings, mut ended) = (0, 0);
+    for entry in entries {
+        let entry = entry?;
+        if fs::read_link(entry.path())?.as_os_str() == "anon_inode:[io_uring]" {
+            rings += 1;
+            let about = fs::read_to_string(folder.join("fdinfo").join(entry.file_name()))?;
+            let tail = about.lines().find_map(|line| line.strip_prefix("CqTail:"));
+            ended += tail.context("a ring without a CqTail")?.trim().parse::<u64>()?;
+        }
+    }
+    if rings == 0 {
+        bail!(Skip(
+            "no ring: reads of this file system wait for nothing, or the host refuses one".to_owned()
+        ))
+    }
+    Ok(ended)
+}
