@@ -136,32 +136,37 @@ fn memory(run: &mut Run) -> Result<Vec<(String, u64)>> {
         .collect()
 }
 
-fn halted(disk: &Path, net: u8) -> Result<Run> {
+fn halted(artifacts: &Artifacts, disk: &Path, net: u8) -> Result<Run> {
     let flags = [
+        format!("--kernel={}", artifacts.path(Artifact::TinyGuest)?.display()),
+        "--memory=64M".to_owned(),
+        "--cmdline=scenario=hlt".to_owned(),
         format!("--disk=path={},format=raw", disk.display()),
         format!("--net=private=10.213.{net}.1/24"),
         "--power-off-grace=1".to_owned(),
     ];
-    let mut run = Run::tiny("scenario=hlt", &flags)?;
+    // Not `Run::tiny`, which may take debug builds.
+    let launcher = Command::new(artifacts.path(Artifact::Bulkhead)?);
+    let mut run = Run::by(launcher, tempfile::tempdir()?, &flags)?;
     run.console.wait_line("ready=1", DEADLINE)?;
     Ok(run)
 }
 
-fn memories(folder: &Path) -> Result<bool> {
+fn memories(artifacts: &Artifacts, folder: &Path) -> Result<bool> {
     let mut disks = Vec::new();
     for name in ["one", "two"] {
         let path = folder.join(name);
         File::create(&path)?.set_len(16 << 20)?;
         disks.push(path);
     }
-    let mut first = halted(&disks[0], 10)?;
+    let mut first = halted(artifacts, &disks[0], 10)?;
     let alone = memory(&mut first)?;
     println!("PSS without guest RAM, one disk and one NIC, KiB:");
     for (name, size) in &alone {
         println!("  {name:<24} {size:>6}");
     }
     let sum = |sizes: &[(String, u64)]| sizes.iter().map(|(_, size)| size).sum::<u64>();
-    let mut second = halted(&disks[1], 11)?;
+    let mut second = halted(artifacts, &disks[1], 11)?;
     let both = sum(&memory(&mut second)?) + sum(&memory(&mut first)?);
     let (one, added) = (sum(&alone), both.saturating_sub(sum(&alone)));
     println!("  {:<24} {one:>6} (limit {MEMORY_LIMIT})", "sum");
@@ -182,7 +187,7 @@ fn run() -> Result<bool> {
     let disk = folder.path().join("disk");
     File::create(&disk)?.set_len(16 << 20)?;
     let launches = launches(&artifacts, &disk)?;
-    Ok(memories(folder.path())? && launches)
+    Ok(memories(&artifacts, folder.path())? && launches)
 }
 
 fn main() -> ExitCode {
