@@ -2,6 +2,7 @@
 
 use crate::control::Order;
 use crate::counters::{Counters, QueueCounters};
+use crate::flusher::Flusher;
 use crate::growth::Growth;
 use crate::image::{self, BlockFile, Format, Image, ImageError, OpenOptions, Passphrase, SECTOR, Way};
 use crate::io::{CacheMode, DirectFile, Fence, IoMode, RestrictedRing, await_direct_writes};
@@ -50,6 +51,9 @@ pub enum BlkError {
     /// `--control-fd` is no descriptor of this process.
     #[error("--control-fd")]
     Control(#[source] io::Error),
+    /// The kernel makes no eventfd.
+    #[error("cannot make an eventfd")]
+    Event(#[source] io::Error),
     /// `--io=uring` on a host without it.
     #[error("the host refuses an io_uring (see kernel.io_uring_disabled); use --io=auto or --io=sync")]
     Uring(#[source] io::Error),
@@ -84,6 +88,7 @@ impl Program for BlkProgram {
         vhost_daemon::faults::arm(&options.serial);
         let files = Files::open(&options)?;
         let (engine, rings) = engine(&options, &files, num_queues)?;
+        let waits = files.wait();
         // What is in the image is nobody's word, and this process may still make a ring that opens files.
         if let Err(error) = make_no_more_rings() {
             tracing::warn!(%error, "this process may make io_urings until it is confined");
@@ -92,6 +97,9 @@ impl Program for BlkProgram {
         tracing::info!(image = image.describe(), "disk image is open");
         let growth = options.control.map(|_| Growth::new()).transpose();
         let growth = growth.map_err(BlkError::Control)?;
+        let flushes_aside = !options.read_only && waits;
+        let flusher = flushes_aside.then(|| Flusher::new(num_queues)).transpose();
+        let flusher = flusher.map_err(BlkError::Event)?;
         let orders = options.control.map(vhost_daemon::inherited).transpose();
         let orders = orders.and_then(Orders::new).map_err(BlkError::Control)?;
         let settings = Settings {
@@ -109,6 +117,7 @@ impl Program for BlkProgram {
             rings,
             orders,
             growth,
+            flusher,
             grows_for: OrderNumber::default(),
             told: image.capacity(),
         }))
@@ -186,6 +195,12 @@ impl Files {
         };
         self.direct = Some(direct.map_err(cannot)?);
         Ok(())
+    }
+
+    /// Whether the host's disk is waited for: not in memory.
+    fn wait(&self) -> bool {
+        let mut written = [Some(&self.top), self.data.as_ref()].into_iter().flatten();
+        self.direct.is_some() || written.any(|file| image::answers_at_once(file.as_fd()))
     }
 
     /// Whether any can say that a read of it would wait.
@@ -351,6 +366,8 @@ pub struct BlkDevice {
     orders: Orders,
     /// Where there may be orders.
     growth: Option<Growth>,
+    /// Where flushes take their time.
+    flusher: Option<Flusher>,
     /// The latest order that it carries out.
     grows_for: OrderNumber,
     /// The capacity that the driver was last told of.
@@ -454,12 +471,14 @@ impl Device for BlkDevice {
 
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
         let mut rings = std::mem::take(&mut self.rings).into_iter();
+        let mut flushes = self.flusher.iter().flat_map(Flusher::queues);
         let mut queue = |counters: &Arc<QueueCounters>| -> Box<dyn QueueHandler> {
             Box::new(BlkQueue::new(
                 self.image,
                 self.settings.clone(),
                 Arc::clone(counters),
                 rings.next(),
+                flushes.next(),
             ))
         };
         self.counters.queues().iter().map(&mut queue).collect()
@@ -469,8 +488,10 @@ impl Device for BlkDevice {
         self.orders.source()
     }
 
-    fn take_errands(&mut self) -> Option<Errands> {
-        self.growth.as_ref().map(|growth| growth.errands(self.image))
+    fn take_errands(&mut self) -> Vec<Errands> {
+        let growth = self.growth.iter().map(|growth| growth.errands(self.image));
+        let flushes = self.flusher.iter().map(|flusher| flusher.errands(self.image));
+        growth.chain(flushes).collect()
     }
 
     fn errand_source(&self) -> Option<BorrowedFd<'_>> {

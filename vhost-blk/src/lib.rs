@@ -7,6 +7,7 @@
 mod control;
 mod counters;
 pub mod device;
+mod flusher;
 mod growth;
 pub mod image;
 pub mod io;

@@ -5,6 +5,7 @@
 //! is completed with an error, or kept and tried again (`--on-error`).
 
 use crate::counters::{Operation, QueueCounters};
+use crate::flusher::Flushes;
 use crate::image::{Buffers, Image, Resolved, Way, read_at_once};
 use crate::io::{Direction, RestrictedRing, Transfer};
 use crate::outcome::{Done, Failure};
@@ -25,7 +26,7 @@ const MOST_UNPUBLISHED: usize = 256 << 10;
 /// Between two tries of what the host failed, under `--on-error=stop`.
 const RETRY: Duration = Duration::from_millis(500);
 
-/// A request that the host failed, kept to be tried again.
+/// A request that waits for something: that the host, which failed it, is able again, or for a flush.
 struct Parked {
     chain: Chain,
     taken: Instant,
@@ -39,6 +40,11 @@ pub(crate) struct BlkQueue {
     counters: Arc<QueueCounters>,
     features: u64,
     uring: Option<RestrictedRing>,
+    flushes: Option<Flushes>,
+    /// What waits for those, the oldest first.
+    flushing: VecDeque<Parked>,
+    /// Whether the driver asked for something else while the last flush ran.
+    is_busy: bool,
     /// Bytes moved by calls in this round.
     moved: usize,
     /// The end of the latest request done by calls, and so the start of the next.
@@ -53,6 +59,7 @@ impl BlkQueue {
         settings: Settings,
         counters: Arc<QueueCounters>,
         uring: Option<RestrictedRing>,
+        flushes: Option<Flushes>,
     ) -> Self {
         let now = Instant::now();
         Self {
@@ -61,6 +68,9 @@ impl BlkQueue {
             counters,
             features: 0,
             uring,
+            flushes,
+            flushing: VecDeque::new(),
+            is_busy: false,
             moved: 0,
             clock: now,
             parked: VecDeque::new(),
@@ -93,16 +103,37 @@ impl BlkQueue {
             return Ok(());
         };
         let done = self.execute(&request, &chain);
+        if done.operation == Operation::Flush {
+            self.is_busy = ring.has_available().unwrap_or(true);
+        }
         faults::point(Step::AfterSubmit);
         self.moved += done.bytes;
         self.conclude(chain, done, ring);
         Ok(())
     }
 
-    /// Begins a transfer through the ring, unless what it reads is there at once; gives the chain back where it
-    /// has to be done by calls.
+    /// Whether there is anything, or likely to be soon, that a flush by this thread would hold up. A driver that does
+    /// nothing else meanwhile has its answer sooner from this thread than from another.
+    fn others_wait(&self, ring: &Ring) -> bool {
+        // More than the flush itself is held, or was completed and not told yet.
+        self.is_busy || ring.held() > 1 || self.moved > 0 || ring.has_available().unwrap_or(true)
+    }
+
+    /// Begins a flush, or a transfer through the ring, unless what it reads is there at once; gives the chain back
+    /// where it has to be done by calls.
     fn begin(&mut self, chain: Chain, request: &Request, ring: &mut Ring) -> Option<Chain> {
         let flush = self.negotiated(VIRTIO_BLK_F_FLUSH);
+        if let (Request::Flush, Some(flushes)) = (request, &self.flushes)
+            && self.others_wait(ring)
+        {
+            faults::point(Step::Flush);
+            flushes.begin();
+            self.is_busy = !self.flushing.is_empty();
+            let taken = self.clock;
+            self.flushing.push_back(Parked { chain, taken });
+            return None;
+        }
+        self.is_busy |= !self.flushing.is_empty();
         let Some(uring) = &mut self.uring else {
             return Some(chain);
         };
@@ -323,8 +354,23 @@ impl BlkQueue {
         }
     }
 
-    /// Completes what was begun through the io_uring.
-    fn await_transfers(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
+    /// Completes flushes that have ended so.
+    fn flushed(&mut self, outcomes: Vec<io::Result<()>>, ring: &mut Ring) {
+        for outcome in outcomes {
+            let Some(Parked { chain, taken }) = self.flushing.pop_front() else {
+                return;
+            };
+            let done = Done::new(Operation::Flush, 0, outcome.map_err(Failure::from));
+            self.settings.trouble.saw(&done);
+            self.settle(chain, taken, &done, ring);
+        }
+    }
+
+    /// Completes what was begun elsewhere: transfers through the io_uring, flushes.
+    fn await_all(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
+        let flushed = self.flushes.as_ref().map(Flushes::all).unwrap_or_default();
+        self.clock = Instant::now();
+        self.flushed(flushed, ring);
         while let Some(uring) = self.uring.as_mut().filter(|uring| uring.is_busy()) {
             uring.wait().map_err(|error| lost(&error))?;
             self.clock = Instant::now();
@@ -373,14 +419,22 @@ impl QueueHandler for BlkQueue {
         self.uring.as_ref().map(AsFd::as_fd)
     }
 
+    fn ended_source(&self) -> Option<BorrowedFd<'_>> {
+        let flushes = self.flushes.as_ref().filter(|_| !self.flushing.is_empty());
+        flushes.map(Flushes::source)
+    }
+
     fn is_ready(&mut self) -> bool {
         self.uring.as_mut().is_some_and(RestrictedRing::has_ended)
+            || self.flushes.as_ref().is_some_and(Flushes::has_ended)
     }
 
     fn process(&mut self, ring: &mut Ring) -> Result<Wait, RingFault> {
         self.moved = 0;
         self.clock = Instant::now();
         self.reap(ring);
+        let flushed = self.flushes.as_ref().map(Flushes::ended).unwrap_or_default();
+        self.flushed(flushed, ring);
         self.retry(ring);
         let pause = self.take_all(ring)?;
         let mut wait = Wait {
@@ -398,7 +452,7 @@ impl QueueHandler for BlkQueue {
 
     /// What waits for the host is tried once more and then answered: the ring cannot stop before.
     fn drain(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
-        self.await_transfers(ring)?;
+        self.await_all(ring)?;
         while let Some(Parked { chain, taken }) = self.parked.pop_front() {
             let done = self.again(&chain);
             self.clock = Instant::now();
@@ -414,7 +468,7 @@ impl QueueHandler for BlkQueue {
         if !ring.is_recorded() {
             return self.drain(ring);
         }
-        self.await_transfers(ring)?;
+        self.await_all(ring)?;
         for _ in self.parked.drain(..) {
             self.settings.trouble.waits_no_more();
         }

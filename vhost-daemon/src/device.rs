@@ -111,13 +111,13 @@ pub trait Device: Send {
         None
     }
 
-    /// What the device has done on a thread of its own, confined as its queues' are: what may wait for the
-    /// host for longer than a front end waits for an answer. Called once, before lockdown.
-    fn take_errands(&mut self) -> Option<Errands> {
-        None
+    /// What the device has done on threads of its own, confined as its queues' are: what may wait for the
+    /// host for longer than a front end or a queue should. Called once, before lockdown.
+    fn take_errands(&mut self) -> Vec<Errands> {
+        Vec::new()
     }
 
-    /// As [`Device::config_source`]: readable when the thread of [`Device::take_errands`] has done something.
+    /// As [`Device::config_source`]: readable when a thread of [`Device::take_errands`] has done something.
     fn errand_source(&self) -> Option<BorrowedFd<'_>> {
         None
     }
@@ -164,20 +164,26 @@ pub trait QueueHandler: Send {
         None
     }
 
+    /// Readable when something that the handler has done elsewhere has ended: waited for whenever it is there.
+    /// Asked for as [`QueueHandler::source`] is.
+    fn ended_source(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
     /// Whether what comes on a ring that was disabled is given back unread (vhost-user, "Ring states": a
     /// network device discards what is to be transmitted). Otherwise it waits until the ring is enabled.
     fn discards_when_disabled(&self) -> bool {
         false
     }
 
-    /// Whether [`QueueHandler::source`] has something, found without sleeping: asked again and again
+    /// Whether one of the handler's sources has something, found without sleeping: asked again and again
     /// while busy polling.
     fn is_ready(&mut self) -> bool {
         false
     }
 
     /// Takes what is available with [`Ring::pop`] and gives it back with [`Ring::complete`], now or
-    /// in a later call. Called at start, after a kick, when [`QueueHandler::source`] is ready, when
+    /// in a later call. Called at start, after a kick, when one of its sources is ready, when
     /// [`Wait::pause`] is over, and without a cause: it must look for itself. What was completed is published, and the guest
     /// interrupted at most once, after it returns (or at [`Ring::publish`]).
     ///

@@ -145,12 +145,12 @@ fn start<P: Program>(settings: Settings, options: P::Options) -> Result<(), Daem
         }
     };
     let own_inflight = inflight(device.as_ref(), settings.num_queues).map_err(DaemonError::Inflight)?;
-    // It confines itself while the others are made.
-    let own_thread = device.take_errands();
-    let own_thread = own_thread.map(|errands| OwnThread::spawn(errands, P::ROLE, settings.seccomp));
-    let own_thread = own_thread.transpose()?;
+    // They confine themselves while the others are made.
+    let own_threads = device.take_errands().into_iter();
+    let own_threads = own_threads.map(|errands| OwnThread::spawn(errands, P::ROLE, settings.seccomp));
+    let own_threads = own_threads.collect::<Result<Vec<_>, _>>()?;
     let workers = Worker::spawn_all(device.as_mut(), P::ROLE, settings.seccomp, settings.patience)?;
-    if let Some(thread) = own_thread {
+    for thread in own_threads {
         thread.confined()?;
     }
     let session = Arc::new(Mutex::new(Session::new(device, workers, sealing, own_inflight)));

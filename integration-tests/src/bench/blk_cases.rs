@@ -123,6 +123,7 @@ pub(super) fn all(size: u64, large: u64) -> Vec<Case> {
     allocating(&mut cases, large);
     direct(&mut cases, size);
     cold(&mut cases, size);
+    durable(&mut cases, size);
     cases
 }
 
@@ -192,5 +193,23 @@ fn cold(cases: &mut Vec<Case>, size: u64) {
             content: Content::Cold,
             ..against_qemu(name, format, work, 1.0)
         });
+    }
+}
+
+/// What a database does: random writes, and flushes between them.
+fn durable(cases: &mut Vec<Case>, size: u64) {
+    for format in [Format::Raw, Format::Qcow2] {
+        for (depth, flush_every) in [(32, 64), (1, 2)] {
+            let work = work(Operation::Write, Pattern::Random, BLOCK, depth, size);
+            let name = format!(
+                "{} 4 KiB random, FLUSH every {flush_every}, disk, depth {depth} write",
+                format.name()
+            );
+            cases.push(Case {
+                place: Place::Disk,
+                work: Work { flush_every, ..work },
+                ..against_qemu(name, format, work, 1.0)
+            });
+        }
     }
 }

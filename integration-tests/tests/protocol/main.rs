@@ -1,9 +1,9 @@
 //! The device processes over their sockets, with no VM: data, bad requests, bad rings, bad
 //! messages, restarts; and that they work where they are installed.
 
+mod aside;
 mod behaviour;
 mod blk;
-mod cold;
 mod fixture;
 mod hostile;
 mod image;
@@ -19,9 +19,9 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let mut tests = Vec::new();
+    tests.extend(aside::tests());
     tests.extend(behaviour::tests());
     tests.extend(blk::tests());
-    tests.extend(cold::tests());
     tests.extend(hostile::tests());
     tests.extend(image::tests());
     tests.extend(image_damaged::tests());

@@ -280,7 +280,13 @@ fn converse(mut run: Run, peer: &UdpSocket, port: u16) -> Result<()> {
     let client = UdpSocket::bind("127.0.0.1:0")?;
     client.set_read_timeout(Some(DEADLINE))?;
     client.send_to(b"published", ("127.0.0.1", port))?;
-    let length = client.recv(&mut bytes)?;
+    let length = client.recv(&mut bytes).with_context(|| {
+        format!(
+            "{}\n{}",
+            run.console.text(),
+            run.process.stderr().unwrap_or_default()
+        )
+    })?;
     ensure!(&bytes[..length] == b"published", "{:?}", &bytes[..length]);
     expect_ok(&mut run)?;
     ensure!(

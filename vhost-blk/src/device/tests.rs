@@ -118,10 +118,11 @@ impl Ordered {
             rings: Vec::new(),
             orders: Orders::new(Some(theirs.into())).unwrap(),
             growth: Some(Growth::new().unwrap()),
+            flusher: None,
             grows_for: OrderNumber::default(),
             told: SIZE,
         };
-        let errands = device.take_errands().unwrap();
+        let errands = device.take_errands().pop().unwrap();
         thread::spawn(move || {
             errands();
         });

@@ -408,7 +408,7 @@ impl Ring {
     }
 
     /// Whether there is a chain to take; what the handler put back counts once something came after it.
-    pub(crate) fn has_available(&self) -> Result<bool, RingFault> {
+    pub fn has_available(&self) -> Result<bool, RingFault> {
         let known = self.known();
         Ok(!self.resubmit.is_empty() || self.available_index(Ordering::Acquire)? != known.0)
     }

@@ -238,7 +238,7 @@ impl Lane {
     /// Waits for a cause; true if the ring is to be served.
     fn wait(&mut self) -> bool {
         // The first is the inbox; the kick and the handler's own, where they count, follow.
-        let mut fds: [PollFd<'_>; 3] =
+        let mut fds: [PollFd<'_>; 4] =
             std::array::from_fn(|_| PollFd::new(self.inbox.as_fd(), PollFlags::POLLIN));
         let (mut count, mut kick_at, mut limit) = (1, None, None);
         if let Some(running) = self
@@ -257,6 +257,10 @@ impl Lane {
             interest.set(PollFlags::POLLOUT, running.wait.writable);
             if let Some(source) = self.handler.source().filter(|_| !interest.is_empty()) {
                 fds[count] = PollFd::new(source, interest);
+                count += 1;
+            }
+            if let Some(source) = self.handler.ended_source() {
+                fds[count] = PollFd::new(source, PollFlags::POLLIN);
                 count += 1;
             }
         }

@@ -1,5 +1,5 @@
-//! Reads of what the host's page cache lacks, in whole or in part: they go through the ring, so that a request
-//! does not wait for the one before it.
+//! Requests that wait for the host's disk hold up no others: reads of what its page cache lacks, in whole or in
+//! part, which go through a ring; flushes, which have a thread of their own.
 
 use crate::blk::run_all;
 use crate::fixture::{BLOCK, DISK, Disk, Kind, qemu_img, write_block};
@@ -22,12 +22,21 @@ use std::{
 };
 
 const BLOCKS: u64 = 2048;
+/// Blocks that a flush has to write.
+const MANY: u64 = 8192;
 /// Blocks of one read.
 const RUN: u64 = 16;
 
 pub(crate) fn tests() -> Vec<Trial> {
-    let case = |what, kind, over| test(format!("cold::{what}"), move || cold(kind, over));
+    let case = |what, kind, over| {
+        test(format!("aside::not_in_the_cache::{what}"), move || {
+            cold(kind, over)
+        })
+    };
+    let flush = |kind: Kind| test(format!("aside::flush::{}", kind.name()), move || flush(kind));
     vec![
+        flush(Kind::Raw),
+        flush(Kind::Qcow2),
         case("raw", Kind::Raw, None),
         case("qcow2", Kind::Qcow2, None),
         case("overlay_on_raw", Kind::Raw, Some("--cache=writeback")),
@@ -113,6 +122,32 @@ fn forget(path: &Path) -> Result<()> {
     let bytes = RUN * BLOCK as u64;
     for start in (0..DISK).step_by(3 * bytes as usize) {
         file.read_at(&mut [0; 5 * BLOCK], start)?;
+    }
+    Ok(())
+}
+
+/// A read that comes after a flush, which has much to write, is done before it.
+fn flush(kind: Kind) -> Result<()> {
+    let disk = Disk::new(kind)?;
+    let file_system = nix::sys::statfs::statfs(disk.folder.path())?.filesystem_type();
+    if file_system == nix::sys::statfs::TMPFS_MAGIC {
+        bail!(Skip("in memory nothing waits for a flush".to_owned()))
+    }
+    let (_process, mut driver) = disk.drive(&Options::default())?;
+    for _ in 0..3 {
+        let writes = (0..MANY).map(|block| (block, write_block(7, block)));
+        run_all(&mut driver, 32, writes, |block, status, _| {
+            ensure!(status == STATUS_OK, "write of block {block}: status {status}");
+            Ok(())
+        })?;
+        let flush = driver.submit(0, &BlockRequest::Flush)?;
+        let read = driver.submit(0, &read_run(3))?;
+        driver.kick(0)?;
+        let first = driver.complete(0)?;
+        ensure!(first.tag == read, "the read waited for the flush");
+        ensure!(first.status == STATUS_OK && holds(&first.data[..BLOCK], 7, 3 * RUN));
+        let second = driver.complete(0)?;
+        ensure!(second.tag == flush && second.status == STATUS_OK, "{second:?}");
     }
     Ok(())
 }
