@@ -2,21 +2,20 @@
 
 use crate::control::Order;
 use crate::counters::{Counters, QueueCounters};
+use crate::files::Files;
 use crate::flusher::Flusher;
 use crate::growth::Growth;
-use crate::image::{self, BlockFile, Format, Image, ImageError, OpenOptions, Passphrase, SECTOR, Way};
-use crate::io::{CacheMode, DirectFile, Fence, IoMode, RestrictedRing, await_direct_writes};
+use crate::image::{self, Image, SECTOR};
+use crate::io::RestrictedRing;
 use crate::options::{Options, Place, USAGE};
 use crate::queue::BlkQueue;
 use crate::request::{MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_WRITE_ZEROES_SECTORS};
 use crate::settings::Settings;
 use jailer::sandbox::{Role, make_no_more_rings};
 use std::error::Error;
-use std::fs::File;
-use std::io::{self, Seek as _};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::io;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
-use std::time::Duration;
 use vhost_daemon::device::Errands;
 use vhost_daemon::{ConfigError, Device, OrderNumber, Orders, Program, QueueHandler, QueueLimits};
 use virtio_bindings::virtio_blk::*;
@@ -28,10 +27,6 @@ use zerocopy::{Immutable, IntoBytes};
 const MAX_SEGMENTS: u32 = 126;
 /// Physical block size of the host's file systems, as a power of two of logical blocks.
 const PHYSICAL_BLOCK_EXPONENT: u8 = 3;
-
-/// How long the locks of a predecessor that was killed may outlast it: as long as its io_uring, which waits
-/// for the writes under way.
-const LETTING_GO: Duration = Duration::from_secs(2);
 
 /// Why the device cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -87,7 +82,7 @@ impl Program for BlkProgram {
     fn open(options: Options, num_queues: u16) -> Result<Box<dyn Device>, Box<dyn Error + Send + Sync>> {
         vhost_daemon::faults::arm(&options.serial);
         let files = Files::open(&options)?;
-        let (engine, rings) = engine(&options, &files, num_queues)?;
+        let (engine, rings) = files.engine(&options, num_queues)?;
         let waits = files.wait();
         // What is in the image is nobody's word, and this process may still make a ring that opens files.
         if let Err(error) = make_no_more_rings() {
@@ -121,211 +116,6 @@ impl Program for BlkProgram {
             grows_for: OrderNumber::default(),
             told: image.capacity(),
         }))
-    }
-}
-
-/// What the image is made of, opened.
-struct Files {
-    /// Where the top is, for messages.
-    place: Place,
-    format: Format,
-    top: OwnedFd,
-    /// The top once more, past the page cache.
-    direct: Option<OwnedFd>,
-    backing: Vec<(Format, OwnedFd)>,
-    data: Option<OwnedFd>,
-    /// Whether direct writes of a predecessor were waited for.
-    fence: Fence,
-}
-
-impl Files {
-    fn open(options: &Options) -> Result<Self, BlkError> {
-        let place = options
-            .image
-            .as_ref()
-            .ok_or(BlkError::Missing("one of --blk-file and --blk-fd is needed"))?;
-        let format = options.format.ok_or(BlkError::Missing("--format is needed"))?;
-        let open = |place: &Place, read_only| {
-            place
-                .open(read_only)
-                .map_err(|error| BlkError::Open(place.clone(), error))
-        };
-        let top = open(place, options.read_only)?;
-        let mut backing = Vec::new();
-        for (format, place) in &options.backing {
-            backing.push((*format, open(place, true)?));
-        }
-        let data = options.data_file.as_ref();
-        let data = data.map(|place| open(place, options.read_only)).transpose()?;
-        let mut files = Self {
-            place: place.clone(),
-            format,
-            top,
-            direct: None,
-            backing,
-            data,
-            fence: Fence::Passed,
-        };
-        if options.io != IoMode::Sync {
-            files.await_locks(options)?;
-        }
-        if options.cache == CacheMode::None {
-            files.pass_cache(options)?;
-        }
-        Ok(files)
-    }
-
-    /// A predecessor that was killed may hold its locks a little longer: by what its ring has under way.
-    fn await_locks(&self, options: &Options) -> Result<(), BlkError> {
-        for file in [Some(&self.top), self.data.as_ref()].into_iter().flatten() {
-            image::lock_within(file.as_fd(), options.read_only, LETTING_GO)
-                .map_err(|error| BlkError::Image(self.place.clone(), error))?;
-        }
-        Ok(())
-    }
-
-    fn pass_cache(&mut self, options: &Options) -> Result<(), BlkError> {
-        let cannot = |error| BlkError::Open(self.place.clone(), error);
-        if !options.read_only {
-            self.fence = await_direct_writes(self.top.as_fd()).map_err(cannot)?;
-        }
-        let direct = match options.direct {
-            Some(number) => Place::Fd(number).open(options.read_only),
-            None => self.place.open_with(options.read_only, libc::O_DIRECT),
-        };
-        self.direct = Some(direct.map_err(cannot)?);
-        Ok(())
-    }
-
-    /// Whether the host's disk is waited for: not in memory.
-    fn wait(&self) -> bool {
-        let mut written = [Some(&self.top), self.data.as_ref()].into_iter().flatten();
-        self.direct.is_some() || written.any(|file| image::answers_at_once(file.as_fd()))
-    }
-
-    /// Whether any can say that a read of it would wait.
-    fn answer_at_once(&self) -> bool {
-        let top = self.direct.is_none().then_some(&self.top);
-        let backing = self.backing.iter().map(|(_, file)| file);
-        top.into_iter()
-            .chain(&self.data)
-            .chain(backing)
-            .any(|file| image::answers_at_once(file.as_fd()))
-    }
-
-    fn into_image(self, options: &Options, engine: Engine) -> Result<Arc<dyn Image>, BlkError> {
-        let defaults = OpenOptions::default();
-        let settings = OpenOptions {
-            read_only: options.read_only,
-            data_file: self.data.map(Arc::new),
-            passphrase: options.key.map(read_passphrase).transpose()?.map(Arc::new),
-            l2_cache_size: options.l2_cache_size.unwrap_or(defaults.l2_cache_size),
-            way: engine.cached,
-            writes_lost: options.writes_lost,
-        };
-        let image = match self.direct {
-            Some(direct) => open_direct((self.top, direct), self.format, self.backing, &settings, engine),
-            None => image::open(self.top, self.format, self.backing, &settings),
-        };
-        image.map_err(|error| BlkError::Image(self.place, error))
-    }
-}
-
-fn read_passphrase(number: RawFd) -> Result<Passphrase, BlkError> {
-    vhost_daemon::inherited(number)
-        .and_then(|fd| {
-            let mut file = File::from(fd);
-            // A predecessor may have read it through the same open file description; a pipe cannot be
-            // rewound, and need not be.
-            let _ = file.rewind();
-            Passphrase::read(file)
-        })
-        .map_err(|error| BlkError::Key(number, error))
-}
-
-/// The top, as both its descriptors, past the page cache; what lies below it is read through it.
-fn open_direct(
-    (top, direct): (OwnedFd, OwnedFd),
-    format: Format,
-    backing: Vec<(Format, OwnedFd)>,
-    settings: &OpenOptions,
-    engine: Engine,
-) -> Result<Arc<dyn Image>, ImageError> {
-    let use_file = ImageError::io("use the image's file without the page cache");
-    image::lock(top.as_fd(), settings.read_only)?;
-    let top = image::host_file(top, settings)
-        .and_then(|top| DirectFile::new(top, direct))
-        .map_err(use_file)?
-        .moved_by(engine.direct);
-    let mut layers: Vec<(Format, Arc<dyn BlockFile>)> = vec![(format, Arc::new(top))];
-    for (format, fd) in backing {
-        image::lock(fd.as_fd(), true)?;
-        let file = image::HostFile::new(fd).map_err(ImageError::io("use a backing file"))?;
-        layers.push((format, Arc::new(file.moved_by(settings.way))));
-    }
-    image::open_layers(layers, image::data_file(settings)?, settings)
-}
-
-/// How queues move data of files that are read through the page cache, and past it.
-#[derive(Clone, Copy)]
-struct Engine {
-    cached: Way,
-    direct: Way,
-}
-
-/// What `--io` and the host allow, and a ring for each queue where one is used.
-fn engine(
-    options: &Options,
-    files: &Files,
-    num_queues: u16,
-) -> Result<(Engine, Vec<RestrictedRing>), BlkError> {
-    let calls = Engine {
-        cached: Way::Calls,
-        direct: Way::Calls,
-    };
-    let past_cache = files.direct.is_some();
-    let engine = match (options.io, files.fence) {
-        (IoMode::Sync, _) => calls,
-        (IoMode::Uring, fence) => {
-            if past_cache && fence == Fence::None {
-                tracing::warn!("--io=uring: nothing waits for the writes of a process that is killed");
-            }
-            Engine {
-                cached: Way::Ring,
-                direct: Way::Ring,
-            }
-        }
-        (IoMode::Auto, fence) => {
-            if past_cache && fence == Fence::None {
-                tracing::info!(
-                    "nothing waits for direct writes here: each queue moves one request at a time"
-                );
-            }
-            Engine {
-                cached: if files.answer_at_once() {
-                    Way::Attempt
-                } else {
-                    Way::Calls
-                },
-                direct: if past_cache && fence == Fence::Passed {
-                    Way::Ring
-                } else {
-                    Way::Calls
-                },
-            }
-        }
-    };
-    if engine.cached == Way::Calls && engine.direct == Way::Calls {
-        return Ok((calls, Vec::new()));
-    }
-    let writes = engine.cached == Way::Ring || engine.direct == Way::Ring;
-    let rings: io::Result<Vec<_>> = (0..num_queues).map(|_| RestrictedRing::new(writes)).collect();
-    match rings {
-        Err(error) if options.io == IoMode::Auto => {
-            tracing::warn!(%error, "the host refuses an io_uring: each queue waits for one request at a time");
-            Ok((calls, Vec::new()))
-        }
-        rings => Ok((engine, rings.map_err(BlkError::Uring)?)),
     }
 }
 

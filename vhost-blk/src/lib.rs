@@ -7,6 +7,7 @@
 mod control;
 mod counters;
 pub mod device;
+mod files;
 mod flusher;
 mod growth;
 pub mod image;

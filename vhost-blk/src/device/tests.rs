@@ -1,7 +1,7 @@
 //! Orders to a device, over the socket that they come by.
 
 use super::*;
-use crate::image::Resolved;
+use crate::image::{ImageError, Resolved};
 use crate::settings::OnError;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io::{BufRead, BufReader, Write};
