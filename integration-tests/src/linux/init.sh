@@ -21,7 +21,7 @@ traffic() {
     # The longest that a frame of 9000 bytes can carry.
     say "icmp $(busybox ping -c 5 -i 0.1 -W 5 -s 8972 10.0.2.2 | received)"
     say "icmp6 $(busybox ping -6 -c 5 -i 0.1 -W 5 -s 8952 fd00::2 | received)"
-    busybox dd if=/dev/urandom of=/data bs=1M count=4 2>/dev/null
+    busybox dd if=/dev/urandom of=/data bs=1M count="$(option guest.traffic)" 2>/dev/null
     # Each CPU sends on a queue of its own, and the host answers on the pair that a flow came from.
     for mask in 1 2 4 8; do
         (exchange $mask 10.0.2.2 && say "tcp $mask") &

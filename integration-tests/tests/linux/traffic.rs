@@ -1,7 +1,7 @@
 //! A Linux guest's traffic of every kind, over four pairs of queues and long frames.
 
 use crate::boots::{BOOT, GRACE};
-use crate::default_kernel;
+use crate::{default_kernel, full};
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::artifacts::Artifact;
 use integration_tests::host::Host;
@@ -23,6 +23,8 @@ const TAP: &str = "wire0";
 const ECHO: u16 = 7000;
 /// TFTP (RFC 1350).
 const TFTP: u16 = 69;
+/// Four virtual processors that all have work share an emulated one.
+const LASTS: Duration = Duration::from_secs(2 * BOOT.as_secs());
 /// What of the guest's four pairs is counted.
 const PAIRS: u16 = 4;
 /// Both are larger than what any pair sees without traffic of its own: neighbours, and nothing else.
@@ -30,7 +32,7 @@ const INTERRUPTS: u64 = 5;
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![test_within(
-        BOOT + GRACE,
+        LASTS + GRACE,
         "TCP, UDP, ICMP, IPv6, frames of 9000 bytes, four pairs of queues, a link that goes and comes",
         || {
             Host::need_linux_kvm()?;
@@ -76,8 +78,13 @@ fn traffic() -> Result<Ran> {
             ip: vec!["10.0.2.15".to_owned(), "fd00::15".to_owned()],
             ..NetSpec::default()
         }],
-        words: "guest.traffic=1",
-        ..Launch::small(BOOT)
+        // MiB of each transfer.
+        words: if full() {
+            "guest.traffic=4"
+        } else {
+            "guest.traffic=1"
+        },
+        ..Launch::small(LASTS)
     };
     work.run_with(&launch, &mut |report| match report {
         "ready for the link to go" => link(&work, "down"),

@@ -69,6 +69,11 @@ pub(super) fn examine(json: bool) -> (String, u8) {
         net::passt(),
         net::host_bridge(),
         run_time_folder(),
+        rings(
+            fs::read_to_string("/proc/sys/kernel/io_uring_disabled")
+                .ok()
+                .as_deref(),
+        ),
         huge_pages(),
         transparent_huge_pages(),
     ];
@@ -328,6 +333,23 @@ fn run_time_folder() -> Finding {
     }
 }
 
+/// Whether disk processes may have an io_uring, from the sysctl; kernels before 6.6 lack it, and have rings.
+fn rings(setting: Option<&str>) -> Finding {
+    let name = "io_uring";
+    match setting.map_or("0", str::trim) {
+        "0" => Finding::good(
+            name,
+            "allowed: disks read many blocks at once of what is not in memory",
+        ),
+        disabled => Finding::bad(
+            name,
+            Level::Note,
+            format!("kernel.io_uring_disabled is {disabled}: a disk's queue waits for one block at a time"),
+            "sudo sysctl kernel.io_uring_disabled=0",
+        ),
+    }
+}
+
 fn huge_pages() -> Finding {
     let count = fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages");
     match count.map(|text| text.trim().to_owned()) {
@@ -358,5 +380,22 @@ fn transparent_huge_pages() -> Finding {
             format!("{in_force}: guest RAM gets them below the kernel only, and faults once for each 4 KiB"),
             "echo advise | sudo tee /sys/kernel/mm/transparent_hugepage/shmem_enabled",
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rings_that_the_host_forbids_are_a_note() {
+        let level = |setting| rings(setting).level;
+        assert!(matches!(level(None), Level::Good), "an older kernel");
+        assert!(matches!(level(Some("0\n")), Level::Good));
+        for setting in ["1\n", "2\n"] {
+            let finding = rings(Some(setting));
+            assert!(matches!(finding.level, Level::Note), "{setting}");
+            assert!(finding.what.contains(setting.trim()));
+        }
     }
 }

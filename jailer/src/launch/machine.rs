@@ -346,3 +346,32 @@ fn parse_hex(text: &str) -> Option<Vec<u8>> {
         .map(|i| u8::from_str_radix(&text[i..i + 2], 16).ok())
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(keys: &str) -> Option<String> {
+        let text = format!("{keys}\n[boot]\nkernel = \"/k\"\n");
+        let spec: VmSpec = toml::from_str(&text).expect(keys);
+        check_hotplug(&spec).err().map(|failure| failure.to_string())
+    }
+
+    #[test]
+    fn slots_for_hotplug_go_with_limits_but_those_of_a_block_device() {
+        for keys in [
+            "",
+            "hotplug = 2",
+            "limits = { memory = \"1G\", cpu-percent = 50, pids = 32 }\nhotplug = 2",
+            "limits = { io-bytes-per-second = \"1M\" }",
+        ] {
+            assert_eq!(refusal(keys), None, "{keys}");
+        }
+        for limit in ["io-bytes-per-second = \"1M\"", "io-operations-per-second = 9"] {
+            let words = refusal(&format!("hotplug = 2\nlimits = {{ {limit} }}")).expect(limit);
+            assert!(words.contains("limits.io-"), "{words}");
+        }
+        let words = refusal(&format!("hotplug = {}", MOST_HOTPLUG + 1)).expect("too many");
+        assert!(words.contains("hotplug"), "{words}");
+    }
+}
