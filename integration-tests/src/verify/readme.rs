@@ -40,6 +40,32 @@ fn judge(success: bool, output: &str) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::artifacts::workspace;
+
+    /// What stands in `text` between `before` and `after`, wherever it does.
+    fn between<'a>(text: &'a str, before: &'a str, after: &'a str) -> impl Iterator<Item = &'a str> {
+        let parts = text.split(before).skip(1);
+        parts.filter_map(move |part| part.split_once(after).map(|(inner, _)| inner))
+    }
+
+    #[test]
+    fn pages_lead_to_what_there_is() {
+        let page = |name: &str| std::fs::read_to_string(workspace().join(name)).expect(name);
+        let readme = page("README.md");
+        let links: Vec<&str> = between(&readme, "](", ")").collect();
+        assert!(links.contains(&"ARCHITECTURE.md"), "{links:?}");
+        for link in links.iter().filter(|link| !link.contains(':')) {
+            let about = workspace().join(link).metadata().expect(link);
+            assert!(about.len() > 0, "{link} is empty");
+        }
+        // The code map: paths, but for those that name several at once.
+        let map = page("ARCHITECTURE.md");
+        let paths =
+            between(&map, "`", "`").filter(|path| path.contains("/src/") && !path.contains(['{', '*']));
+        let missing: Vec<&str> = paths.filter(|path| !workspace().join(path).exists()).collect();
+        assert!(missing.is_empty(), "{missing:?}");
+        assert!(map.contains("`vmm/src/frontend/`"), "a page without its code map");
+    }
 
     #[test]
     fn only_the_last_line_and_the_exit_code_together_say_yes() {

@@ -418,11 +418,22 @@ fn read_vectors(
     offset: libc::off_t,
     flags: libc::c_int,
 ) -> Result<usize, Errno> {
-    // SAFETY: `list` holds as many pieces as is said, which stay valid and writable for the call; the offset's
-    // high half is shifted out by a 64-bit kernel.
+    vectors(libc::SYS_preadv2, file, list, offset, flags)
+}
+
+/// `preadv2` or `pwritev2`, as `number` says.
+fn vectors(
+    number: libc::c_long,
+    file: BorrowedFd<'_>,
+    list: &[libc::iovec],
+    offset: libc::off_t,
+    flags: libc::c_int,
+) -> Result<usize, Errno> {
+    // SAFETY: `list` holds as many pieces as is said, which stay valid for the call, for what `number` does with
+    // them; the offset's high half is shifted out by a 64-bit kernel.
     let done = unsafe {
         libc::syscall(
-            libc::SYS_preadv2,
+            number,
             file.as_raw_fd(),
             list.as_ptr(),
             list.len(),
@@ -462,20 +473,7 @@ fn write_vectors(
     offset: libc::off_t,
     flags: libc::c_int,
 ) -> Result<usize, Errno> {
-    // SAFETY: `list` holds as many pieces as is said, which stay valid for the call, and the kernel only
-    // reads what they point to; the offset's high half is shifted out by a 64-bit kernel.
-    let done = unsafe {
-        libc::syscall(
-            libc::SYS_pwritev2,
-            file.as_raw_fd(),
-            list.as_ptr(),
-            list.len(),
-            offset,
-            0_i64,
-            flags,
-        )
-    };
-    usize::try_from(done).map_err(|_| Errno::last())
+    vectors(libc::SYS_pwritev2, file.as_fd(), list, offset, flags)
 }
 
 fn file_type(status: &FileStat) -> SFlag {
