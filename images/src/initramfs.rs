@@ -8,19 +8,35 @@ use crate::kernel::Kernel;
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 
-/// What every /init begins with: the kernel's file systems, and the modules in their order.
+/// What every /init begins with: the kernel's file systems, and the modules in their order. Applets go by their
+/// bare names: Debian's shell finds them in itself, most of them without an exec, of which each takes 50 ms in an
+/// emulated machine.
 const PRELUDE: &str = "#!/bin/busybox sh\n\
-    /bin/busybox mkdir -p /proc /sys /dev /tmp /run\n\
-    /bin/busybox mount -t proc proc /proc\n\
-    /bin/busybox mount -t sysfs sys /sys\n\
-    /bin/busybox mount -t devtmpfs dev /dev\n\
     export PATH=/bin\n\
-    for module in $(/bin/busybox cat /modules/order); do\n\
-    /bin/busybox insmod /modules/$module.ko || echo \"init: cannot load $module\"\n\
-    done\n";
+    (PATH= uname) > /dev/null 2>&1 || /bin/busybox --install -s /bin\n\
+    mkdir -p /proc /sys /dev /tmp /run\n\
+    mount -t proc proc /proc\n\
+    mount -t sysfs sys /sys\n\
+    mount -t devtmpfs dev /dev\n\
+    load() {\n\
+    for module in $(cat /modules/$1); do\n\
+    insmod /modules/$module.ko || echo \"init: cannot load $module\"\n\
+    done\n\
+    }\n\
+    load order\n";
 
-/// Programs that have names of their own: what the script around `bulkhead run -- COMMAND` asks for.
-const APPLETS: [&str; 7] = ["dd", "mkdir", "mount", "setsid", "sh", "sleep", "sync"];
+/// Programs that have names of their own: what the script around `bulkhead run -- COMMAND` asks for, and what is
+/// asked for where /proc is not mounted.
+const APPLETS: [&str; 8] = [
+    "dd",
+    "mkdir",
+    "mount",
+    "setsid",
+    "sh",
+    "sleep",
+    "switch_root",
+    "sync",
+];
 
 /// What an initial RAM disk holds.
 #[derive(Debug)]
@@ -29,6 +45,8 @@ pub struct Initramfs<'a> {
     pub kernel: &'a Kernel,
     /// Modules to load, by name; what they need comes along.
     pub modules: &'a [&'a str],
+    /// Further modules, which the script loads, if it wants them, with `load later`.
+    pub later: &'a [&'a str],
     /// Shell script: what /init does once the modules are loaded. /proc, /sys and /dev are mounted.
     pub script: &'a str,
     /// Further files: name in the archive (folders are made), permissions, content.
@@ -43,13 +61,13 @@ impl Initramfs<'_> {
     /// A module or busybox is missing, or the file system fails.
     pub fn build(&self, cache: &Cache, apt: &Apt) -> Result<PathBuf> {
         let busybox = busybox(apt)?;
-        let mut recipe = Recipe::new("initramfs", 4)
+        let mut recipe = Recipe::new("initramfs", 5)
             .with(&self.kernel.release)
             .with(crate::cache::text(&self.kernel.modules)?)
             .with(crate::cache::text(&busybox)?)
             .with(PRELUDE)
             .with(self.script);
-        for module in self.modules {
+        for module in self.modules.iter().chain(&["/"]).chain(self.later) {
             recipe = recipe.with(module);
         }
         for (name, mode, content) in self.files {
@@ -73,12 +91,18 @@ impl Initramfs<'_> {
         for name in APPLETS {
             archive.link(&format!("bin/{name}"), "busybox");
         }
-        let mut order = String::new();
-        for module in self.kernel.modules()?.resolve(self.modules)? {
-            order = order + &module.name + "\n";
-            archive.file(&format!("modules/{}.ko", module.name), 0o644, &module.object);
+        let modules = self.kernel.modules()?;
+        let now = modules.resolve(self.modules)?;
+        let mut later = modules.resolve(self.later)?;
+        later.retain(|module| now.iter().all(|earlier| earlier.name != module.name));
+        for (list, modules) in [("order", now), ("later", later)] {
+            let mut order = String::new();
+            for module in modules {
+                order = order + &module.name + "\n";
+                archive.file(&format!("modules/{}.ko", module.name), 0o644, &module.object);
+            }
+            archive.file(&format!("modules/{list}"), 0o644, order.as_bytes());
         }
-        archive.file("modules/order", 0o644, order.as_bytes());
         let mut folders = vec!["bin".to_owned(), "dev".to_owned(), "modules".to_owned()];
         for (name, mode, content) in self.files {
             for ancestor in Path::new(name)

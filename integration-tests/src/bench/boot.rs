@@ -51,6 +51,7 @@ impl Guest {
         let initramfs = Initramfs {
             kernel: &kernel,
             modules: &[],
+            later: &[],
             script: &script,
             files: &[],
         };

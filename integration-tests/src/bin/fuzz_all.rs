@@ -32,7 +32,7 @@ fn main() -> anyhow::Result<ExitCode> {
         jobs: arguments.jobs.max(1),
         finds: Finds::Kept,
     };
-    let program = fuzz::Program::build()?;
+    let program = fuzz::Program::build(false)?;
     let targets = program.targets(&arguments.targets)?;
     if arguments.minimise {
         for target in &targets {

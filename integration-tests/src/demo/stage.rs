@@ -38,6 +38,7 @@ impl Stage {
         let initramfs = Initramfs {
             kernel: &kernel,
             modules: MODULES,
+            later: &[],
             script: INIT,
             files,
         }

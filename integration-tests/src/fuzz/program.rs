@@ -44,15 +44,16 @@ pub struct Program {
 }
 
 impl Program {
-    /// Builds it; cargo speaks on standard error.
+    /// Builds it, for runs of seconds if they are `brief`: sooner, and slower to run; cargo speaks on standard error.
     ///
     /// # Errors
     /// When it does not build.
-    pub fn build() -> anyhow::Result<Self> {
+    pub fn build(brief: bool) -> anyhow::Result<Self> {
+        let profile = if brief { "fuzz-brief" } else { "fuzz" };
         let format = ["--quiet", "--message-format=json-render-diagnostics"];
         let mut build = cargo("build");
         build
-            .args(["--profile=fuzz", "--target", TRIPLE])
+            .args(["--profile", profile, "--target", TRIPLE])
             .args(format)
             .env("CARGO_TARGET_DIR", folder()?)
             .env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\x1f"))

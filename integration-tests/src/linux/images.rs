@@ -15,7 +15,6 @@ const MODULES: &[&str] = &[
     "virtio_pci",
     "virtio_blk",
     "virtio_net",
-    "ext4",
     "af_packet",
     "pvpanic_mmio",
 ];
@@ -89,6 +88,7 @@ fn with_initrd(cache: &Cache, apt: &Apt, kernel: Kernel) -> anyhow::Result<Kerne
     let initramfs = Initramfs {
         kernel: &kernel,
         modules: MODULES,
+        later: &["ext4"],
         script: SCRIPT,
         files: &[],
     };

@@ -45,7 +45,6 @@ const MODULES: &[&str] = &[
 /// may not make user namespaces.
 const SCRIPT: &str = r#"
 fail() { echo "nested: $1"; poweroff -f; }
-for applet in mount mkdir chmod cat ifconfig poweroff switch_root sed; do ln -s busybox /bin/$applet; done
 OPTIONS=trans=virtio,version=9p2000.L,msize=1048576,access=any
 mkdir -p /host /upper /root
 mount -t 9p -o ro,cache=loose,$OPTIONS host /host || fail "cannot mount the host's files"
@@ -88,6 +87,7 @@ pub(super) fn start(options: &Options, log: &File) -> anyhow::Result<(Child, Gua
     let initramfs = Initramfs {
         kernel: &kernel,
         modules: MODULES,
+        later: &[],
         script: &script,
         files: &[],
     }

@@ -22,7 +22,7 @@ pub(super) fn targets(full: bool) -> Vec<(String, Outcome)> {
         jobs: JOBS,
         finds: Finds::Dropped,
     };
-    let program = Program::build();
+    let program = Program::build(!full);
     let targets = program.and_then(|program| Ok((program.targets(&[])?, program)));
     match targets {
         Ok((targets, program)) => {

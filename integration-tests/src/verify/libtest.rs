@@ -51,12 +51,8 @@ pub(super) fn announced(output: &str) -> Option<usize> {
 }
 
 fn no_outcome(name: String) -> (String, Outcome) {
-    (name, no_verdict())
-}
-
-/// The outcome of a test that was begun and has none.
-pub(super) fn no_verdict() -> Outcome {
-    Outcome::Failed("it has no outcome: the test program died in it".to_owned())
+    let why = "it has no outcome: the test program died in it".to_owned();
+    (name, Outcome::Failed(why))
 }
 
 /// `ok`, `FAILED`, `ignored`, `ignored, REASON`, `ignored (REASON)`.

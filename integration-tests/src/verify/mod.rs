@@ -18,7 +18,7 @@ use crate::setup::{self, Purpose};
 use anyhow::Context;
 use cargo::TestProgram;
 use libtest::Outcome;
-use place::{NestedPlace, Places};
+use place::{NestedTests, Places};
 use report::{Report, SuiteRun};
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
@@ -91,7 +91,7 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
     let mut report = Report::default();
     report.add_suite(check("formatting", cargo::formatting));
     eprintln!("verify: building the release binaries and the tests");
-    let programs = build(binaries.path())?;
+    let programs = build(binaries.path(), &mut report)?;
     tests(&mut report, &programs, binaries.path(), host, full);
     report.add_suite(SuiteRun::of("README", "cargo demo", || {
         vec![("cargo demo".to_owned(), readme::demo())]
@@ -106,14 +106,15 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
     Ok(count.failed == 0)
 }
 
-/// Builds everything under test into `folder`, and the test programs; two things at a time, since each has
-/// stretches in which it keeps one processor busy.
-fn build(folder: &Path) -> anyhow::Result<Vec<TestProgram>> {
+/// Builds everything under test into `folder`, and the test programs, and checks what needs no test program; two
+/// things at a time, since each has stretches in which it keeps one processor busy.
+fn build(folder: &Path, report: &mut Report) -> anyhow::Result<Vec<TestProgram>> {
     thread::scope(|scope| {
         let release = scope.spawn(|| Artifacts::build(Profile::Release));
         Images::write(&folder.join(place::IMAGES_FILE)).context("the test guests' images")?;
         stage_probes(&folder.join(place::PROBES_FOLDER)).context("the audit's probes")?;
         let programs = cargo::build_tests()?;
+        checks(report);
         let release = release.join().expect("to run cargo does not panic");
         release?.copy_to(folder)?;
         Ok(programs)
@@ -138,56 +139,68 @@ fn stage_probes(folder: &Path) -> anyhow::Result<()> {
 
 fn tests(report: &mut Report, programs: &[TestProgram], binaries: &Path, host: Host, full: bool) {
     let places = Places::new(binaries, full);
-    let mut runner = NestedPlace::new(&places);
     let (units, tiers): (Vec<_>, Vec<_>) = programs.iter().partition(|program| !program.tier);
     let (nested, here): (Vec<_>, Vec<_>) = tiers
         .into_iter()
         .partition(|program| !needs(program).met_by(host));
-    // The nested runner has one CPU: what asks for no quiet machine runs beside it.
-    let runs = thread::scope(|scope| {
-        let beside = scope.spawn(|| -> Vec<SuiteRun> {
-            let run = |program: &&TestProgram| runner.run(program, &["--test-threads=1"]);
-            nested.iter().map(run).collect()
-        });
-        checks(report);
+    // A nested runner has one CPU: what asks for no quiet machine runs beside it, and then a second one.
+    let tests = NestedTests::of(&places, &nested, "");
+    thread::scope(|scope| {
+        scope.spawn(|| tests.work());
         for program in units {
             report.add_suite(places.here(program, &[]));
         }
         report.add_suite(SuiteRun::of("fuzz", "host", || fuzzing::targets(full)));
-        beside.join().expect("the nested runner's thread does not panic")
-    });
-    runs.into_iter().for_each(|run| report.add_suite(run));
-    for program in &here {
-        match needs(program) {
-            Needs::Nothing => report.add_suite(places.here(program, &[])),
-            Needs::Kvm | Needs::LinuxKvm => one_by_one(report, program, &places),
+        for program in here.iter().filter(|program| needs(program) == Needs::Nothing) {
+            report.add_suite(places.here(program, &[]));
         }
+        tests.work();
+    });
+    add_all(report, tests);
+    for program in here.iter().filter(|program| needs(program) != Needs::Nothing) {
+        one_by_one(report, program, &places);
     }
     programs
         .iter()
         .filter(|program| program.tier)
         .for_each(|program| report.expect(&program.suite));
     if !host.runs_linux() {
-        retry_nested(report, &here, &mut runner);
+        retry_nested(report, &here, &places);
     }
     if full && host == Host::Software {
         // The walls once more on a kernel with all that Debian's has. Elsewhere the tier itself runs on it.
-        for program in here.iter().filter(|program| program.target == "tiny") {
-            let run = runner.run(program, &["--test-threads=1", "audit::"]);
-            report.add_suite(run.full_only("nested"));
-        }
+        let tiny: Vec<_> = here
+            .iter()
+            .copied()
+            .filter(|program| program.target == "tiny")
+            .collect();
+        add_full(report, "nested", NestedTests::of(&places, &tiny, "audit::"));
     }
     if full {
         // Those that fail with the jail on only have found a fault of the jail's.
         let places = places.unjailed();
-        let mut runner = NestedPlace::new(&places);
-        let alone: &[&str] = &["--test-threads=1"];
         for program in &here {
-            report.add_suite(places.here(program, alone).full_only("jail off"));
+            report.add_suite(places.here(program, &["--test-threads=1"]).full_only("jail off"));
         }
-        for program in &nested {
-            report.add_suite(runner.run(program, alone).full_only("nested, jail off"));
-        }
+        add_full(report, "nested, jail off", NestedTests::of(&places, &nested, ""));
+    }
+}
+
+fn add_all(report: &mut Report, tests: NestedTests<'_>) {
+    tests
+        .into_runs()
+        .into_iter()
+        .for_each(|run| report.add_suite(run));
+}
+
+/// Runs tests in two machines, under names that say how they differ from the usual ones.
+fn add_full(report: &mut Report, how: &str, tests: NestedTests<'_>) {
+    thread::scope(|scope| {
+        scope.spawn(|| tests.work());
+        tests.work();
+    });
+    for run in tests.into_runs() {
+        report.add_suite(run.full_only(how));
     }
 }
 
@@ -224,12 +237,15 @@ fn check(name: &'static str, run: fn() -> Outcome) -> SuiteRun {
 }
 
 /// What this host's KVM could not run may run in the nested runner.
-fn retry_nested(report: &mut Report, here: &[&TestProgram], runner: &mut NestedPlace<'_>) {
-    for program in here.iter().filter(|program| needs(program) == Needs::Kvm) {
-        for test in report.skipped_in(&program.suite) {
-            report.add_suite(runner.run(program, &["--exact", &test]));
-        }
-    }
+fn retry_nested(report: &mut Report, here: &[&TestProgram], places: &Places) {
+    let of_kvm = here.iter().filter(|program| needs(program) == Needs::Kvm);
+    let skipped = of_kvm.flat_map(|program| {
+        let tests = report.skipped_in(&program.suite).into_iter();
+        tests.map(|test| (*program, test))
+    });
+    let tests = NestedTests::named(places, skipped.collect());
+    tests.work();
+    add_all(report, tests);
 }
 
 fn needs(program: &TestProgram) -> Needs {

@@ -5,10 +5,13 @@ use super::libtest::{self, Outcome};
 use super::report::SuiteRun;
 use crate::artifacts::{BIN_DIR, PROBES};
 use crate::linux::IMAGES;
+use crate::nested::agent::run_here;
 use crate::nested::{Ended, Job, Nested, Options, Stream};
 use crate::suite::JAIL;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Tells tests to run their whole matrices.
 pub const FULL: &str = "BULKHEAD_FULL";
@@ -84,88 +87,129 @@ impl Places {
     }
 }
 
-/// Runs test programs in one boot of the nested runner.
+/// Booted when first needed; the error of a failed boot is kept.
+type Machine = Option<Result<Nested, String>>;
+
+/// Tests for the nested runner, each in a run of its program, and what became of them. Any number of threads may
+/// work on them, each with a machine of its own.
 #[derive(Debug)]
-pub(super) struct NestedPlace<'a> {
+pub(super) struct NestedTests<'a> {
     places: &'a Places,
-    /// Booted when first needed; the error of a failed boot is kept.
-    nested: Option<Result<Nested, String>>,
+    start: Instant,
+    waiting: Mutex<VecDeque<(&'a TestProgram, String)>>,
+    outcomes: Mutex<BTreeMap<&'a str, Vec<(String, Outcome)>>>,
 }
 
-impl<'a> NestedPlace<'a> {
-    /// For the same programs as `places`.
-    pub(super) fn new(places: &'a Places) -> Self {
-        Self { places, nested: None }
-    }
-
-    /// Runs a program. Where the emulated machine itself dies, which is no verdict on any test, the tests
-    /// that it had not finished run in another, once.
-    pub(super) fn run(&mut self, program: &TestProgram, arguments: &[&str]) -> SuiteRun {
-        SuiteRun::of(&program.suite, "nested", || self.outcomes(program, arguments))
-    }
-
-    fn outcomes(&mut self, program: &TestProgram, arguments: &[&str]) -> Vec<(String, Outcome)> {
-        let mut known = Vec::new();
-        let mut arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
-        for another in [true, false] {
-            let (finished, death) = self.once(program, &arguments);
-            known.extend(finished);
-            let Some(death) = death else { break };
-            if !another {
-                known.push(whole(program, death));
-                break;
+impl<'a> NestedTests<'a> {
+    /// The tests of some programs whose names contain `filter`.
+    pub(super) fn of(places: &'a Places, programs: &[&'a TestProgram], filter: &str) -> Self {
+        let tests = Self::named(places, Vec::new());
+        for program in programs {
+            let job = places.job(program, &["--list", filter]);
+            let mut list = Vec::new();
+            let ended = run_here(&job, &mut |stream, bytes| keep(&mut list, stream, bytes));
+            let list = String::from_utf8_lossy(&list);
+            let names: Vec<_> = list
+                .lines()
+                .filter_map(|line| line.strip_suffix(": test"))
+                .collect();
+            if !ended.success() || names.is_empty() {
+                tests.add(
+                    program,
+                    vec![whole(program, format!("it lists no test: {ended:?}"))],
+                );
             }
+            lock(&tests.waiting).extend(names.iter().map(|name| (*program, (*name).to_owned())));
+        }
+        tests
+    }
+
+    /// These.
+    pub(super) fn named(places: &'a Places, tests: Vec<(&'a TestProgram, String)>) -> Self {
+        Self {
+            places,
+            start: Instant::now(),
+            waiting: Mutex::new(tests.into()),
+            outcomes: Mutex::default(),
+        }
+    }
+
+    /// Runs one after the other until none waits.
+    pub(super) fn work(&self) {
+        let mut machine = Machine::default();
+        loop {
+            let Some((program, test)) = lock(&self.waiting).pop_front() else {
+                return;
+            };
+            self.add(program, self.run(&mut machine, program, &test));
+        }
+    }
+
+    /// What became of them, by program.
+    pub(super) fn into_runs(self) -> Vec<SuiteRun> {
+        let outcomes = self.outcomes.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let run = |(suite, outcomes)| SuiteRun::since(self.start, suite, "nested", outcomes);
+        outcomes.into_iter().map(run).collect()
+    }
+
+    fn add(&self, program: &'a TestProgram, outcomes: Vec<(String, Outcome)>) {
+        lock(&self.outcomes)
+            .entry(&program.suite)
+            .or_default()
+            .extend(outcomes);
+    }
+
+    /// Where the emulated machine itself dies, which is no verdict on any test, the test runs in another, once.
+    fn run(&self, machine: &mut Machine, program: &TestProgram, test: &str) -> Vec<(String, Outcome)> {
+        let once = self.once(machine, program, test);
+        once.or_else(|death| {
             eprintln!(
-                "verify: the nested runner died in {}: its other tests run in a new one: {death}",
+                "verify: the nested runner died in {}: {test}; once more: {death:#}",
                 program.suite
             );
-            // With a filter that is a part of names, what is skipped is one too.
-            if arguments.iter().all(|argument| argument.starts_with("--")) {
-                arguments.push("--exact".to_owned());
-            }
-            for (test, _) in &known {
-                arguments.extend(["--skip".to_owned(), test.clone()]);
-            }
-        }
-        known
+            self.once(machine, program, test)
+        })
+        .unwrap_or_else(|death| vec![(test.to_owned(), Outcome::Failed(format!("{death:#}")))])
     }
 
-    /// The tests that finished, and what the runner died of, if it did.
     fn once(
-        &mut self,
+        &self,
+        machine: &mut Machine,
         program: &TestProgram,
-        arguments: &[String],
-    ) -> (Vec<(String, Outcome)>, Option<String>) {
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let mut job = self.places.job(program, &arguments);
+        test: &str,
+    ) -> anyhow::Result<Vec<(String, Outcome)>> {
+        let mut job = self.places.job(program, &["--test-threads=1", "--exact", test]);
         job.environment.extend(Job::nested_environment());
-        let options = Options {
-            agent: Some(self.places.binaries.join(AGENT_FILE)),
-            ..Options::default()
+        let boot = || {
+            let options = Options {
+                agent: Some(self.places.binaries.join(AGENT_FILE)),
+                ..Options::default()
+            };
+            Nested::boot(&options).map_err(|error| format!("{error:#}"))
         };
-        let boot = || Nested::boot(&options).map_err(|error| format!("{error:#}"));
-        let nested = match self.nested.get_or_insert_with(boot) {
+        let nested = match machine.get_or_insert_with(boot) {
             Ok(nested) => nested,
-            Err(error) => return (vec![whole(program, error.clone())], None),
+            Err(error) => return Ok(vec![(test.to_owned(), Outcome::Failed(error.clone()))]),
         };
         let mut output = Vec::new();
-        match nested.run(&job, &mut |stream, bytes| keep(&mut output, stream, bytes)) {
-            Ok(ended) => (outcomes(program, &output, &ended), None),
-            Err(error) => {
-                // Whoever comes next gets a fresh boot.
-                self.nested = None;
-                let mut finished = libtest::parse(&String::from_utf8_lossy(&output));
-                finished.retain(|(_, outcome)| *outcome != libtest::no_verdict());
-                (finished, Some(format!("{error:#}")))
-            }
+        let ended = nested.run(&job, &mut |stream, bytes| keep(&mut output, stream, bytes));
+        if ended.is_err() {
+            // The next one gets a fresh boot.
+            *machine = None;
         }
+        Ok(outcomes(program, &output, &ended?))
     }
+}
+
+/// A panic elsewhere leaves both lists whole.
+fn lock<T>(list: &Mutex<T>) -> MutexGuard<'_, T> {
+    list.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// With the same watch as in the nested runner: a process group with a deadline.
 fn watch(program: &TestProgram, job: &Job) -> Vec<(String, Outcome)> {
     let mut output = Vec::new();
-    let ended = crate::nested::agent::run_here(job, &mut |stream, bytes| keep(&mut output, stream, bytes));
+    let ended = run_here(job, &mut |stream, bytes| keep(&mut output, stream, bytes));
     outcomes(program, &output, &ended)
 }
 

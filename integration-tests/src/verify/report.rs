@@ -28,6 +28,16 @@ impl SuiteRun {
     pub(super) fn of(suite: &str, place: &'static str, run: impl FnOnce() -> Vec<(String, Outcome)>) -> Self {
         let start = Instant::now();
         let outcomes = run();
+        Self::since(start, suite, place, outcomes)
+    }
+
+    /// Of a suite that began then.
+    pub(super) fn since(
+        start: Instant,
+        suite: &str,
+        place: &'static str,
+        outcomes: Vec<(String, Outcome)>,
+    ) -> Self {
         Self {
             suite: suite.to_owned(),
             place,
