@@ -23,6 +23,9 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRT
 
 /// Bytes moved by calls before the driver hears of them: it prepares more while the next ones move.
 const MOST_UNPUBLISHED: usize = 256 << 10;
+/// A round that has lasted so long takes no more: 256 requests that each clear 64 MiB would keep what is done from
+/// the driver, and this thread from its orders, for minutes.
+const LONG_ROUND: Duration = Duration::from_millis(1);
 /// Between two tries of what the host failed, under `--on-error=stop`.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -382,7 +385,8 @@ impl BlkQueue {
     /// Takes chains until there are no more, or something says that it is enough; how long to pause
     /// before the next.
     fn take_all(&mut self, ring: &mut Ring) -> Result<Option<Duration>, RingFault> {
-        while self.has_room() && self.moved < MOST_UNPUBLISHED {
+        let begun = self.clock;
+        while self.has_room() && self.moved < MOST_UNPUBLISHED && self.clock - begun < LONG_ROUND {
             if !self.parked.is_empty() {
                 return Ok(Some(RETRY));
             }

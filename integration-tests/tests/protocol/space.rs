@@ -7,7 +7,9 @@ use anyhow::{Context, Result, bail, ensure};
 use guest_contract::holds;
 use integration_tests::{
     artifacts::Artifact,
-    frontend_harness::{BlockDriver, DEADLINE, Options, STATUS_IOERR, STATUS_OK, Segment, Session, request},
+    frontend_harness::{
+        BlockDriver, BlockRequest, DEADLINE, Options, STATUS_IOERR, STATUS_OK, Segment, Session, request,
+    },
     process::{Process, inherit_at},
     suite::{Skip, artifact, test},
 };
@@ -54,6 +56,10 @@ pub(crate) fn tests() -> Vec<Trial> {
         }));
     }
     tests.push(test("space::no_discard_where_there_are_no_holes", no_holes));
+    tests.push(test(
+        "space::what_is_done_is_told_while_more_is_slow",
+        told_meanwhile,
+    ));
     tests
 }
 
@@ -275,7 +281,7 @@ fn no_holes() -> Result<()> {
     for block in 0..4 {
         host.driver.done(0, &write_block(7, block))?;
     }
-    let clear = integration_tests::frontend_harness::BlockRequest::WriteZeroes {
+    let clear = BlockRequest::WriteZeroes {
         sector: 2 * 8,
         count: 2 * 8,
         unmap: true,
@@ -284,4 +290,34 @@ fn no_holes() -> Result<()> {
     let data = host.driver.done(0, &read_block(3))?;
     ensure!(data.iter().all(|byte| *byte == 0), "the block is not zero");
     host.check(2)
+}
+
+/// The file system cannot zero a range: each request writes 16 MiB.
+fn told_meanwhile() -> Result<()> {
+    const REQUESTS: u16 = 8;
+    let mut host = Host::start("ramfs", Kind::Raw, &[])?;
+    let clear = BlockRequest::WriteZeroes {
+        sector: 0,
+        count: 32 << 10,
+        unmap: false,
+    };
+    for _ in 0..REQUESTS {
+        host.driver.submit(0, &clear)?;
+    }
+    let [_, _, used] = host.driver.session.rings[0].parts();
+    host.driver.kick(0)?;
+    let end = Instant::now() + DEADLINE;
+    let done = loop {
+        let done = host.driver.session.memory.observe(used + 2)?;
+        if done > 0 {
+            break done;
+        }
+        ensure!(Instant::now() < end, "nothing is done");
+    };
+    ensure!(done < REQUESTS, "all were told together");
+    for _ in 0..REQUESTS {
+        let status = host.driver.complete(0)?.status;
+        ensure!(status == STATUS_OK, "status {status}");
+    }
+    host.check(0)
 }
