@@ -5,7 +5,6 @@ use crate::image::{self, Image};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use vhost_daemon::device::Errands;
 
@@ -17,8 +16,7 @@ type Outcomes = Vec<io::Result<()>>;
 struct Queue {
     /// Asked for, and not begun.
     asked: usize,
-    /// Asked for, and not taken by the queue.
-    open: usize,
+    /// Not taken by the queue, whose event is readable while there is one.
     ended: Outcomes,
 }
 
@@ -34,7 +32,7 @@ impl Shared {
     }
 
     /// Waits until flushes are asked for, and carries them out.
-    fn carry_out(&self, told: &[Arc<Told>], flush: impl FnOnce() -> io::Result<()>) {
+    fn carry_out(&self, events: &[Arc<EventFd>], flush: impl FnOnce() -> io::Result<()>) {
         let idle = |queues: &mut Vec<Queue>| queues.iter().all(|queue| queue.asked == 0);
         let mut queues = self
             .changed
@@ -47,10 +45,11 @@ impl Shared {
         drop(queues);
         let outcome = flush();
         let mut queues = self.lock();
-        for ((queue, asked), told) in queues.iter_mut().zip(asked).zip(told) {
+        for ((queue, asked), event) in queues.iter_mut().zip(asked).zip(events) {
             queue.ended.extend((0..asked).map(|_| same(&outcome)));
             if asked > 0 {
-                told.tell();
+                // Under the lock: whoever takes what has ended takes the event as well. Only the fact counts.
+                let _ = event.write(1);
             }
         }
         self.changed.notify_all();
@@ -67,64 +66,40 @@ fn same(outcome: &io::Result<()>) -> io::Result<()> {
     })
 }
 
-/// How a queue's thread learns that a flush of its has ended.
-struct Told {
-    event: EventFd,
-    /// The same, for one that does not sleep.
-    flag: AtomicBool,
-}
-
-impl Told {
-    fn tell(&self) {
-        self.flag.store(true, Ordering::Release);
-        // Only the fact counts.
-        let _ = self.event.write(1);
-    }
-
-    fn heed(&self) {
-        if self.flag.swap(false, Ordering::Acquire) {
-            let _ = self.event.read();
-        }
-    }
-}
-
 /// The flushes of all queues.
 pub(crate) struct Flusher {
     shared: Arc<Shared>,
-    told: Vec<Arc<Told>>,
+    /// Of each queue.
+    events: Vec<Arc<EventFd>>,
 }
 
 impl Flusher {
     /// For so many queues, before lockdown; [`Self::errands`] must run on a thread.
     pub(crate) fn new(queues: u16) -> io::Result<Self> {
-        let told = || -> io::Result<Arc<Told>> {
-            Ok(Arc::new(Told {
-                event: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
-                flag: AtomicBool::new(false),
-            }))
-        };
-        let told = (0..queues).map(|_| told()).collect::<io::Result<Vec<_>>>()?;
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let events = (0..queues).map(|_| EventFd::from_flags(flags).map(Arc::new));
+        let events = events.collect::<Result<Vec<_>, _>>()?;
         let shared = Arc::<Shared>::default();
-        shared.lock().resize_with(told.len(), Queue::default);
-        Ok(Self { shared, told })
+        shared.lock().resize_with(events.len(), Queue::default);
+        Ok(Self { shared, events })
     }
 
     /// What the device's own thread does.
     pub(crate) fn errands(&self, image: &'static dyn Image) -> Errands {
-        let (shared, told) = (Arc::clone(&self.shared), self.told.clone());
+        let (shared, events) = (Arc::clone(&self.shared), self.events.clone());
         Box::new(move || {
             loop {
-                shared.carry_out(&told, || image.flush());
+                shared.carry_out(&events, || image.flush());
             }
         })
     }
 
     /// One for each queue, in their order.
     pub(crate) fn queues(&self) -> impl Iterator<Item = Flushes> + use<> {
-        let (shared, told) = (Arc::clone(&self.shared), self.told.clone());
-        told.into_iter().enumerate().map(move |(index, told)| Flushes {
+        let (shared, events) = (Arc::clone(&self.shared), self.events.clone());
+        events.into_iter().enumerate().map(move |(index, event)| Flushes {
             shared: Arc::clone(&shared),
-            told,
+            event,
             index,
         })
     }
@@ -133,7 +108,7 @@ impl Flusher {
 /// One queue's side.
 pub(crate) struct Flushes {
     shared: Arc<Shared>,
-    told: Arc<Told>,
+    event: Arc<EventFd>,
     index: usize,
 }
 
@@ -143,49 +118,46 @@ impl Flushes {
         let mut queues = self.shared.lock();
         if let Some(queue) = queues.get_mut(self.index) {
             queue.asked += 1;
-            queue.open += 1;
         }
         self.shared.changed.notify_all();
     }
 
     /// What came of those that have ended since it was last asked, the oldest first.
     pub(crate) fn ended(&self) -> Outcomes {
-        if !self.has_ended() {
-            return Outcomes::new();
-        }
-        self.told.heed();
         self.take(&mut self.shared.lock())
     }
 
-    /// As [`Self::ended`], once all have ended. It takes as long as the host's disk does.
-    pub(crate) fn all(&self) -> Outcomes {
+    /// As [`Self::ended`], once the `open` ones, which were asked for and not taken, have ended. It takes as long as
+    /// the host's disk does.
+    pub(crate) fn all(&self, open: usize) -> Outcomes {
         let busy = |queues: &mut Vec<Queue>| {
             let queue = queues.get(self.index);
-            queue.is_some_and(|queue| queue.ended.len() < queue.open)
+            queue.is_some_and(|queue| queue.ended.len() < open)
         };
         let queues = self.shared.changed.wait_while(self.shared.lock(), busy);
-        let mut queues = queues.unwrap_or_else(PoisonError::into_inner);
-        self.told.heed();
-        self.take(&mut queues)
+        self.take(&mut queues.unwrap_or_else(PoisonError::into_inner))
     }
 
     fn take(&self, queues: &mut [Queue]) -> Outcomes {
-        let Some(queue) = queues.get_mut(self.index) else {
-            return Outcomes::new();
-        };
-        let ended = std::mem::take(&mut queue.ended);
-        queue.open -= ended.len();
+        let ended = queues.get_mut(self.index).map(|queue| &mut queue.ended);
+        let ended = ended.map(std::mem::take).unwrap_or_default();
+        if !ended.is_empty() {
+            let _ = self.event.read();
+        }
         ended
     }
 
     /// Whether one has ended; asks the kernel nothing.
     pub(crate) fn has_ended(&self) -> bool {
-        self.told.flag.load(Ordering::Acquire)
+        let queues = self.shared.lock();
+        queues
+            .get(self.index)
+            .is_some_and(|queue| !queue.ended.is_empty())
     }
 
     /// Readable when one has ended.
     pub(crate) fn source(&self) -> BorrowedFd<'_> {
-        self.told.event.as_fd()
+        self.event.as_fd()
     }
 }
 
@@ -204,11 +176,11 @@ mod tests {
         let flusher = Flusher::new(2).unwrap();
         let (ends, outcomes) = mpsc::channel();
         let (begins, begun) = mpsc::channel();
-        let (shared, told) = (Arc::clone(&flusher.shared), flusher.told.clone());
+        let (shared, events) = (Arc::clone(&flusher.shared), flusher.events.clone());
         thread::spawn(move || {
             let mut goes_on = true;
             while goes_on {
-                shared.carry_out(&told, || {
+                shared.carry_out(&events, || {
                     let outcome = begins.send(()).ok().and_then(|()| outcomes.recv().ok());
                     goes_on = outcome.is_some();
                     outcome.unwrap_or(Ok(()))
@@ -249,7 +221,7 @@ mod tests {
                 .into_iter()
                 .filter_map(|outcome| outcome.err()?.raw_os_error());
             assert!(errors.eq(std::iter::repeat_n(libc::EIO, count)), "each is told");
-            assert!(queue.ended().is_empty() && queue.all().is_empty());
+            assert!(queue.ended().is_empty() && queue.all(0).is_empty());
         }
     }
 
@@ -264,7 +236,7 @@ mod tests {
             begun.recv_timeout(DEADLINE).unwrap();
             ends.send(Ok(())).unwrap();
         });
-        assert_eq!(queues[1].all().len(), 2);
+        assert_eq!(queues[1].all(2).len(), 2);
         ender.join().unwrap();
         let mut fds = [PollFd::new(queues[1].source(), PollFlags::POLLIN)];
         assert_eq!(

@@ -357,6 +357,11 @@ impl BlkQueue {
         }
     }
 
+    /// The flushes, while any of this queue's is under way.
+    fn under_way(&self) -> Option<&Flushes> {
+        self.flushes.as_ref().filter(|_| !self.flushing.is_empty())
+    }
+
     /// Completes flushes that have ended so.
     fn flushed(&mut self, outcomes: Vec<io::Result<()>>, ring: &mut Ring) {
         for outcome in outcomes {
@@ -371,9 +376,10 @@ impl BlkQueue {
 
     /// Completes what was begun elsewhere: transfers through the io_uring, flushes.
     fn await_all(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
-        let flushed = self.flushes.as_ref().map(Flushes::all).unwrap_or_default();
+        let open = self.flushing.len();
+        let flushed = self.flushes.as_ref().map(|flushes| flushes.all(open));
         self.clock = Instant::now();
-        self.flushed(flushed, ring);
+        self.flushed(flushed.unwrap_or_default(), ring);
         while let Some(uring) = self.uring.as_mut().filter(|uring| uring.is_busy()) {
             uring.wait().map_err(|error| lost(&error))?;
             self.clock = Instant::now();
@@ -424,20 +430,19 @@ impl QueueHandler for BlkQueue {
     }
 
     fn ended_source(&self) -> Option<BorrowedFd<'_>> {
-        let flushes = self.flushes.as_ref().filter(|_| !self.flushing.is_empty());
-        flushes.map(Flushes::source)
+        self.under_way().map(Flushes::source)
     }
 
     fn is_ready(&mut self) -> bool {
         self.uring.as_mut().is_some_and(RestrictedRing::has_ended)
-            || self.flushes.as_ref().is_some_and(Flushes::has_ended)
+            || self.under_way().is_some_and(Flushes::has_ended)
     }
 
     fn process(&mut self, ring: &mut Ring) -> Result<Wait, RingFault> {
         self.moved = 0;
         self.clock = Instant::now();
         self.reap(ring);
-        let flushed = self.flushes.as_ref().map(Flushes::ended).unwrap_or_default();
+        let flushed = self.under_way().map(Flushes::ended).unwrap_or_default();
         self.flushed(flushed, ring);
         self.retry(ring);
         let pause = self.take_all(ring)?;
