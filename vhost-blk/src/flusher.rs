@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use vhost_daemon::device::Errands;
+use vhost_daemon::faults::{self, Step};
 
 /// What came of flushes of one queue, the oldest first.
 type Outcomes = Vec<io::Result<()>>;
@@ -89,7 +90,10 @@ impl Flusher {
         let (shared, events) = (Arc::clone(&self.shared), self.events.clone());
         Box::new(move || {
             loop {
-                shared.carry_out(&events, || image.flush());
+                shared.carry_out(&events, || {
+                    faults::point(Step::Flush);
+                    image.flush()
+                });
             }
         })
     }

@@ -26,6 +26,8 @@ const MOST_UNPUBLISHED: usize = 256 << 10;
 /// A round that has lasted so long takes no more: 256 requests that each clear 64 MiB would keep what is done from
 /// the driver, and this thread from its orders, for minutes.
 const LONG_ROUND: Duration = Duration::from_millis(1);
+/// A flush that takes longer gains nothing by what two wake-ups cost.
+const SHORT_FLUSH: Duration = Duration::from_millis(1);
 /// Between two tries of what the host failed, under `--on-error=stop`.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -48,6 +50,8 @@ pub(crate) struct BlkQueue {
     flushing: VecDeque<Parked>,
     /// Whether the driver asked for something else while the last flush ran.
     is_busy: bool,
+    /// How long that took.
+    flush_time: Duration,
     /// Bytes moved by calls in this round.
     moved: usize,
     /// The end of the latest request done by calls, and so the start of the next.
@@ -74,6 +78,7 @@ impl BlkQueue {
             flushes,
             flushing: VecDeque::new(),
             is_busy: false,
+            flush_time: Duration::MAX,
             moved: 0,
             clock: now,
             parked: VecDeque::new(),
@@ -116,10 +121,14 @@ impl BlkQueue {
     }
 
     /// Whether there is anything, or likely to be soon, that a flush by this thread would hold up. A driver that does
-    /// nothing else meanwhile has its answer sooner from this thread than from another.
+    /// nothing else during a short one has its answer sooner from this thread than from another.
     fn others_wait(&self, ring: &Ring) -> bool {
         // More than the flush itself is held, or was completed and not told yet.
-        self.is_busy || ring.held() > 1 || self.moved > 0 || ring.has_available().unwrap_or(true)
+        self.is_busy
+            || self.flush_time > SHORT_FLUSH
+            || ring.held() > 1
+            || ring.has_unpublished()
+            || ring.has_available().unwrap_or(true)
     }
 
     /// Begins a flush, or a transfer through the ring, unless what it reads is there at once; gives the chain back
@@ -129,7 +138,6 @@ impl BlkQueue {
         if let (Request::Flush, Some(flushes)) = (request, &self.flushes)
             && self.others_wait(ring)
         {
-            faults::point(Step::Flush);
             flushes.begin();
             self.is_busy = !self.flushing.is_empty();
             let taken = self.clock;
@@ -317,8 +325,11 @@ impl BlkQueue {
 
     /// Writes the status, which is the chain's last writable byte whatever the framing (virtio 1.3,
     /// 5.2.6), and gives the chain back.
-    fn settle(&self, chain: Chain, taken: Instant, done: &Done, ring: &mut Ring) {
+    fn settle(&mut self, chain: Chain, taken: Instant, done: &Done, ring: &mut Ring) {
         let latency = self.clock.saturating_duration_since(taken);
+        if done.operation == Operation::Flush {
+            self.flush_time = latency;
+        }
         let status = done
             .outcome
             .as_ref()

@@ -7,18 +7,23 @@ use anyhow::{Context, Result, bail, ensure};
 use guest_contract::holds;
 use integration_tests::{
     artifacts::Artifact,
-    frontend_harness::{BlockDriver, BlockRequest, DEADLINE, Options, STATUS_OK, Session},
+    frontend_harness::{BlockDriver, BlockRequest, DEADLINE, Options, STATUS_OK, Session, request},
     process::Process,
     suite::{Skip, artifact, seccomp_flag, test},
 };
 use libtest_mimic::Trial;
-use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use nix::{
+    fcntl::{PosixFadviseAdvice, posix_fadvise},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::eventfd::EventFd,
+};
 use std::{
     fs::{self, File},
     io,
-    os::unix::fs::FileExt,
+    os::{fd::AsFd, unix::fs::FileExt},
     path::{Path, PathBuf},
     process::Command,
+    time::Instant,
 };
 
 const BLOCKS: u64 = 2048;
@@ -37,6 +42,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     vec![
         flush(Kind::Raw),
         flush(Kind::Qcow2),
+        test("aside::flush::alone", alone),
         case("raw", Kind::Raw, None),
         case("qcow2", Kind::Qcow2, None),
         case("overlay_on_raw", Kind::Raw, Some("--cache=writeback")),
@@ -129,10 +135,7 @@ fn forget(path: &Path) -> Result<()> {
 /// A read that comes after a flush, which has much to write, is done before it.
 fn flush(kind: Kind) -> Result<()> {
     let disk = Disk::new(kind)?;
-    let file_system = nix::sys::statfs::statfs(disk.folder.path())?.filesystem_type();
-    if file_system == nix::sys::statfs::TMPFS_MAGIC {
-        bail!(Skip("in memory nothing waits for a flush".to_owned()))
-    }
+    need_disk(&disk)?;
     let (_process, mut driver) = disk.drive(&Options::default())?;
     for _ in 0..3 {
         let writes = (0..MANY).map(|block| (block, write_block(7, block)));
@@ -148,6 +151,47 @@ fn flush(kind: Kind) -> Result<()> {
         ensure!(first.status == STATUS_OK && holds(&first.data[..BLOCK], 7, 3 * RUN));
         let second = driver.complete(0)?;
         ensure!(second.tag == flush && second.status == STATUS_OK, "{second:?}");
+    }
+    Ok(())
+}
+
+/// Nothing is asked for besides a flush, which takes 10 s all the same.
+fn alone() -> Result<()> {
+    let disk = Disk::new(Kind::Raw)?;
+    need_disk(&disk)?;
+    let mut command = disk.faulty("slow-flush")?;
+    command.arg("--fd=3");
+    let (process, socket) = Process::start_with_socket(command)?;
+    let session = Session::start(socket, &Options::default())
+        .with_context(|| format!("stderr: {}", process.stderr().unwrap_or_default()))?;
+    let mut driver = BlockDriver::new(session);
+    driver.submit(0, &BlockRequest::Flush)?;
+    driver.kick(0)?;
+    // Once the queue's thread has woken for it, it is taken before another answer is given.
+    let end = Instant::now() + DEADLINE;
+    while !is_idle(&driver.session.rings[0].kick)? {
+        ensure!(Instant::now() < end, "the kick is not heeded");
+    }
+    driver.session.connection.ask(request::GET_FEATURES, &[], &[])?;
+    let read = driver.submit(0, &read_run(3))?;
+    driver.kick(0)?;
+    let first = driver.complete(0)?;
+    ensure!(
+        first.tag == read && first.status == STATUS_OK,
+        "the read waited for the flush"
+    );
+    Ok(())
+}
+
+fn is_idle(kick: &EventFd) -> Result<bool> {
+    let mut fds = [PollFd::new(kick.as_fd(), PollFlags::POLLIN)];
+    Ok(poll(&mut fds, PollTimeout::ZERO)? == 0)
+}
+
+fn need_disk(disk: &Disk) -> Result<()> {
+    let file_system = nix::sys::statfs::statfs(disk.folder.path())?.filesystem_type();
+    if file_system == nix::sys::statfs::TMPFS_MAGIC {
+        bail!(Skip("in memory nothing waits for a flush".to_owned()))
     }
     Ok(())
 }

@@ -128,12 +128,21 @@ impl Disk {
 
     /// Our device process's command line for this disk, without the socket.
     pub(crate) fn command(&self) -> Result<Command> {
-        let mut command = Command::new(artifact(Artifact::VhostUserBlk)?);
+        self.command_of(Artifact::VhostUserBlk, "protocol-test")
+    }
+
+    /// As [`Self::command`], of a process with this fault.
+    pub(crate) fn faulty(&self, fault: &str) -> Result<Command> {
+        self.command_of(Artifact::FaultyBlk, &format!("bad.{fault}"))
+    }
+
+    fn command_of(&self, program: Artifact, serial: &str) -> Result<Command> {
+        let mut command = Command::new(artifact(program)?);
         command.arg(seccomp_flag());
         command
             .arg(format!("--blk-file={}", self.path.display()))
             .args(self.kind.flags())
-            .args(["--num-queues=4", "--serial=protocol-test"]);
+            .args(["--num-queues=4", &format!("--serial={serial}")]);
         Ok(command)
     }
 

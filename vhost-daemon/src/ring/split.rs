@@ -207,6 +207,11 @@ impl Ring {
         self.inflight.is_some()
     }
 
+    /// Whether something was completed that the driver is not told of yet.
+    pub fn has_unpublished(&self) -> bool {
+        !self.completed.is_empty()
+    }
+
     /// Chains taken and neither completed nor put back.
     pub fn held(&self) -> u16 {
         self.held_count
