@@ -16,6 +16,8 @@ pub(crate) struct Trouble {
     failing: AtomicU8,
     /// How often that began.
     times: AtomicU64,
+    /// Flushes that failed.
+    flushes: AtomicU64,
     /// Requests that wait for the host.
     waiting: AtomicUsize,
 }
@@ -41,10 +43,15 @@ impl Trouble {
 
     fn begins(&self, operation: Operation, failure: &Failure) {
         let Some(errno) = failure.passing() else { return };
-        if self.failing.swap(mark(operation), Ordering::Relaxed) != NONE {
+        let times = if operation == Operation::Flush {
+            // What it lost does not come back when something succeeds.
+            &self.flushes
+        } else if self.failing.swap(mark(operation), Ordering::Relaxed) == NONE {
+            &self.times
+        } else {
             return;
-        }
-        if (self.times.fetch_add(1, Ordering::Relaxed) + 1).is_power_of_two() {
+        };
+        if (times.fetch_add(1, Ordering::Relaxed) + 1).is_power_of_two() {
             match errno {
                 libc::EIO => tell(Happening::IoError, "the host's disk fails a request"),
                 _ => tell(Happening::NoSpace, "the host has no space left for the image"),
@@ -104,5 +111,17 @@ mod tests {
         trouble.saw(&done(Operation::Write, None));
         assert!(!failing());
         assert_eq!(trouble.times.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn a_flush_that_failed_hides_nothing_and_is_not_made_good() {
+        let trouble = Trouble::default();
+        let failing = || trouble.failing.load(Ordering::Relaxed) != NONE;
+        trouble.saw(&done(Operation::Flush, Some(libc::EIO)));
+        assert!(!failing());
+        trouble.saw(&done(Operation::Write, Some(libc::ENOSPC)));
+        trouble.saw(&done(Operation::Flush, Some(libc::EIO)));
+        trouble.saw(&done(Operation::Flush, None));
+        assert!(failing(), "writes still do");
     }
 }
