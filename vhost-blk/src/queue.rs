@@ -11,6 +11,7 @@ use crate::io::{Direction, RestrictedRing, Transfer};
 use crate::outcome::{Done, Failure};
 use crate::request::{Request, Status};
 use crate::settings::{OnError, Settings};
+use jailer::sandbox::end;
 use nix::errno::Errno;
 use std::collections::VecDeque;
 use std::io;
@@ -386,17 +387,16 @@ impl BlkQueue {
     }
 
     /// Completes what was begun elsewhere: transfers through the io_uring, flushes.
-    fn await_all(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
+    fn await_all(&mut self, ring: &mut Ring) {
         let open = self.flushing.len();
         let flushed = self.flushes.as_ref().map(|flushes| flushes.all(open));
         self.clock = Instant::now();
         self.flushed(flushed.unwrap_or_default(), ring);
         while let Some(uring) = self.uring.as_mut().filter(|uring| uring.is_busy()) {
-            uring.wait().map_err(|error| lost(&error))?;
+            uring.wait().unwrap_or_else(|error| lost(&error));
             self.clock = Instant::now();
             self.reap(ring);
         }
-        Ok(())
     }
 
     /// Takes chains until there are no more, or something says that it is enough; how long to pause
@@ -422,13 +422,14 @@ impl BlkQueue {
     }
 }
 
-/// The ring itself fails: nothing that was begun can be told from what was not.
-fn lost(error: &io::Error) -> RingFault {
+/// The io_uring itself fails. What is under way in it may still write to guest memory, and can be told from nothing
+/// else: only the end of the process ends it. A successor finds its requests in the in-flight region.
+fn lost(error: &io::Error) -> ! {
     tracing::error!(
         error = error as &dyn std::error::Error,
-        "the host's io_uring fails"
+        "the host's io_uring fails: the process ends"
     );
-    RingFault::Request("the host's io_uring fails")
+    end(1)
 }
 
 impl QueueHandler for BlkQueue {
@@ -463,7 +464,7 @@ impl QueueHandler for BlkQueue {
             ..Wait::AVAILABLE
         };
         if let Some(uring) = &mut self.uring {
-            uring.submit().map_err(|error| lost(&error))?;
+            uring.submit().unwrap_or_else(|error| lost(&error));
             wait.available &= uring.has_room();
             wait.readable = uring.is_busy();
         }
@@ -472,7 +473,7 @@ impl QueueHandler for BlkQueue {
 
     /// What waits for the host is tried once more and then answered: the ring cannot stop before.
     fn drain(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
-        self.await_all(ring)?;
+        self.await_all(ring);
         while let Some(Parked { chain, taken }) = self.parked.pop_front() {
             let done = self.again(&chain);
             self.clock = Instant::now();
@@ -488,7 +489,7 @@ impl QueueHandler for BlkQueue {
         if !ring.is_recorded() {
             return self.drain(ring);
         }
-        self.await_all(ring)?;
+        self.await_all(ring);
         for _ in self.parked.drain(..) {
             self.settings.trouble.waits_no_more();
         }

@@ -53,10 +53,16 @@ mod nothing {
     pub fn write() -> std::io::Result<()> {
         Ok(())
     }
+
+    /// Fails nothing.
+    #[inline(always)]
+    pub fn ring() -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 #[cfg(not(feature = "faults"))]
-pub use nothing::{arm, point, write};
+pub use nothing::{arm, point, ring, write};
 
 #[cfg(feature = "faults")]
 mod armed {
@@ -97,6 +103,8 @@ mod armed {
         SlowFlush(Duration, AtomicBool),
         /// Writes fail from the first time to the second.
         IoError(Instant, Instant),
+        /// The host's io_uring takes nothing.
+        Ring,
     }
 
     static FAULT: OnceLock<Fault> = OnceLock::new();
@@ -117,6 +125,7 @@ mod armed {
             (Some((_, step)), _) => Fault::Die(*step, now + life),
             (None, "spin") => Fault::Spin(now + Duration::from_secs(1), AtomicBool::new(false)),
             (None, "io-error") => Fault::IoError(now + Duration::from_secs(1), now + Duration::from_secs(3)),
+            (None, "ring") => Fault::Ring,
             (None, "slow-flush") => Fault::SlowFlush(Duration::from_secs(10), AtomicBool::new(false)),
             _ => return,
         };
@@ -132,6 +141,17 @@ mod armed {
             Some(Fault::IoError(from, to)) if (*from..*to).contains(&Instant::now()) => {
                 Err(nix::errno::Errno::EIO.into())
             }
+            _ => Ok(()),
+        }
+    }
+
+    /// Fails as an io_uring does that the host takes away.
+    ///
+    /// # Errors
+    /// ENXIO.
+    pub fn ring() -> std::io::Result<()> {
+        match FAULT.get() {
+            Some(Fault::Ring) => Err(nix::errno::Errno::ENXIO.into()),
             _ => Ok(()),
         }
     }
@@ -167,4 +187,4 @@ mod armed {
 }
 
 #[cfg(feature = "faults")]
-pub use armed::{arm, point, write};
+pub use armed::{arm, point, ring, write};

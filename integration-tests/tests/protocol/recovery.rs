@@ -1,11 +1,12 @@
 //! A back end is killed under load, and another goes on from the in-flight region: every request
 //! completes, and completes once.
 
-use crate::fixture::{Disk, Flaws, Kind, check_blocks, write_block};
-use anyhow::{Context, Result, ensure};
+use crate::fixture::{Disk, Flaws, Kind, check_blocks, read_block, write_block};
+use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
-    frontend_harness::{DEADLINE, Options, STATUS_OK, virtio},
-    suite::test,
+    frontend_harness::{BlockDriver, DEADLINE, Options, STATUS_OK, Session, virtio},
+    process::Process,
+    suite::{Skip, test},
 };
 use libtest_mimic::Trial;
 use nix::sys::signal::Signal;
@@ -27,7 +28,37 @@ pub(crate) fn tests() -> Vec<Trial> {
             tests.push(test(name, move || killed_under_load(kind, features)));
         }
     }
+    tests.push(test("recovery::a_ring_that_fails", ring_fails));
     tests
+}
+
+/// Nobody knows what becomes of requests in an io_uring that fails: the process ends, and the next one does them.
+fn ring_fails() -> Result<()> {
+    let disk = Disk::new(Kind::Raw)?;
+    let options = Options::default();
+    let mut command = disk.faulty("ring")?;
+    command.args(["--io=uring", "--fd=3"]);
+    let (mut process, socket) = Process::start_with_socket(command)?;
+    let session = match Session::start(socket, &options) {
+        Err(_) if process.stderr()?.contains("refuses an io_uring") => {
+            bail!(Skip("the host has no io_uring".to_owned()))
+        }
+        session => session?,
+    };
+    let mut driver = BlockDriver::new(session);
+    driver.submit(0, &read_block(0))?;
+    driver.kick(0)?;
+    let status = process.wait(DEADLINE)?;
+    let log = process.stderr()?;
+    ensure!(
+        status.code() == Some(1) && log.contains("io_uring fails"),
+        "{status}: {log}"
+    );
+    let (_next, socket) = disk.start()?;
+    let mut driver = driver.resume(socket, &options)?;
+    let status = driver.complete(0)?.status;
+    ensure!(status == STATUS_OK, "status {status}");
+    Ok(())
 }
 
 /// Kills the back end `ROUNDS` times, each time a little later, with up to `DEPTH` requests in

@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Instant;
-use vhost_daemon::Chain;
+use vhost_daemon::{Chain, faults};
 use vm_memory::VolatileSlice;
 
 /// Transfers under way on one queue.
@@ -162,7 +162,7 @@ impl RestrictedRing {
         if self.ring.submission().is_empty() {
             return Ok(());
         }
-        accept_busy(self.ring.submit())
+        accept_busy(faults::ring().and_then(|()| self.ring.submit()))
     }
 
     /// Waits until a transfer has ended; one must be under way.
