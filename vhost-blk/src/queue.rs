@@ -471,6 +471,12 @@ impl QueueHandler for BlkQueue {
         Ok(wait)
     }
 
+    /// What waits for the host goes on waiting.
+    fn suspend(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
+        self.await_all(ring);
+        Ok(())
+    }
+
     /// What waits for the host is tried once more and then answered: the ring cannot stop before.
     fn drain(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
         self.await_all(ring);

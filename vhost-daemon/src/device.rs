@@ -146,7 +146,7 @@ pub struct ConfigError;
 
 /// What one queue does. All its methods run on the queue's thread.
 ///
-/// Life of a queue: `start` and `resume`, then any number of `process`, then `drain`; and again. A handler that
+/// Life of a queue: `start` and `resume`, then any number of `process` and `suspend`, then `drain`; and again. A handler that
 /// completes each request before `process` returns has nothing to do in `drain`.
 pub trait QueueHandler: Send {
     /// The ring is about to run with the negotiated `features`.
@@ -192,6 +192,15 @@ pub trait QueueHandler: Send {
     /// the device's rules so that it cannot be answered. The ring is then broken until it is
     /// stopped and started again; the front end hears of it by the error eventfd.
     fn process(&mut self, ring: &mut Ring) -> Result<Wait, RingFault>;
+
+    /// Ends the I/O under way on `ring`, which goes on later: it is disabled, or loses a part of its memory. Chains
+    /// that wait for something may stay held; each keeps the memory that it lies in.
+    ///
+    /// # Errors
+    /// As [`QueueHandler::process`].
+    fn suspend(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
+        self.drain(ring)
+    }
 
     /// Finishes everything taken from `ring`: afterwards the handler holds no [`Chain`](crate::Chain)
     /// and no I/O is under way. Called before the ring stops, also when it is broken.

@@ -218,7 +218,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Another memory table: drains, then goes on in it.
+    /// Another memory table: ends the I/O in the old one, where that loses a part, then goes on in it.
     pub(crate) fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), WorkerError> {
         self.ask(Command::Memory(memory)).map(drop)
     }

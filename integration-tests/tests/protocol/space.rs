@@ -8,7 +8,8 @@ use guest_contract::holds;
 use integration_tests::{
     artifacts::Artifact,
     frontend_harness::{
-        BlockDriver, BlockRequest, DEADLINE, Options, STATUS_IOERR, STATUS_OK, Segment, Session, request,
+        BlockDriver, BlockRequest, DEADLINE, Memory, Options, STATUS_IOERR, STATUS_OK, Segment, Session,
+        request,
     },
     process::{Process, inherit_at},
     suite::{Skip, artifact, test},
@@ -47,6 +48,9 @@ pub(crate) fn tests() -> Vec<Trial> {
         tests.push(test(format!("space::{name}::stop"), move || stop(kind)));
         tests.push(test(format!("space::{name}::stop_alone"), move || {
             stop_alone(kind)
+        }));
+        tests.push(test(format!("space::{name}::stop_and_hotplug"), move || {
+            stop_and_hotplug(kind)
         }));
         tests.push(test(format!("space::{name}::stop_and_hang_up"), move || {
             stop_and_hang_up(kind)
@@ -230,6 +234,37 @@ fn stop_alone(kind: Kind) -> Result<()> {
     session.rings[0].wait_used(DEADLINE)?;
     ensure!(session.memory.read(status, 1)? == [STATUS_OK]);
     host.check(0)
+}
+
+/// What waits does so while memory comes and goes, and while the ring is disabled.
+fn stop_and_hotplug(kind: Kind) -> Result<()> {
+    let mut host = Host::start("tmpfs", kind, &["--on-error=stop"])?;
+    let end = host.fill_until_stopped()?;
+    let more = Memory::new(1 << 20)?;
+    // Far above the memory that there is.
+    let mut region = more.region();
+    for at in [0, 16] {
+        region[at + 5] = 1;
+    }
+    let slot = [&0_u64.to_le_bytes()[..], &region].concat();
+    let whole = host.driver.session.memory.clone();
+    let table = [&1_u64.to_le_bytes()[..], &whole.region()].concat();
+    let [disable, enable] = [0, 1_u64].map(|enabled| (enabled << 32).to_le_bytes());
+    for (message, payload, fd) in [
+        (request::ADD_MEM_REG, &slot[..], Some(more.fd())),
+        (request::REM_MEM_REG, &slot, None),
+        (request::SET_MEM_TABLE, &table, Some(whole.fd())),
+        (request::SET_VRING_ENABLE, &disable, None),
+        (request::SET_VRING_ENABLE, &enable, None),
+    ] {
+        let fds: Vec<_> = fd.into_iter().collect();
+        host.driver.session.connection.tell(message, payload, &fds)?;
+        ensure!(host.is_stopped(1)?, "message {message} had it answered");
+    }
+    host.free()?;
+    let status = host.driver.complete(0)?.status;
+    ensure!(status == STATUS_OK, "status {status} when space returned");
+    host.check(end + 1)
 }
 
 /// What waits has no answer when the session ends: it is in the in-flight region, for the next process.

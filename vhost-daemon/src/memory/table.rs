@@ -148,6 +148,15 @@ impl GuestMemory {
         Ok(Self { regions })
     }
 
+    /// Whether all of `other` is in this table too, by the same mappings.
+    pub(crate) fn holds(&self, other: &Self) -> bool {
+        let held = |wanted: &Region| {
+            let same = |region: &Region| Arc::ptr_eq(&region.mapping, &wanted.mapping);
+            self.regions.iter().any(same)
+        };
+        other.regions.iter().all(held)
+    }
+
     /// The guest address that the front end knows as `user_address`.
     pub fn guest_address(&self, user_address: u64) -> Option<GuestAddress> {
         self.regions.iter().find_map(|Region { spec, .. }| {

@@ -438,8 +438,8 @@ impl Ring {
         self.disable_kicks()
     }
 
-    /// Goes on in another memory table, in which the ring must lie at the same guest addresses. The
-    /// device holds no chain.
+    /// Goes on in another memory table, in which the ring must lie at the same guest addresses. Chains that
+    /// the device holds keep the one that they were found in.
     pub(crate) fn set_memory(
         &mut self,
         memory: Arc<GuestMemory>,
@@ -450,6 +450,11 @@ impl Ring {
         self.hint = RegionHint::default();
         self.spare.clear();
         Ok(())
+    }
+
+    /// The memory table that chains are found in.
+    pub(crate) fn memory(&self) -> &GuestMemory {
+        &self.memory
     }
 
     /// Whether the driver was ever shown a used element on this ring.

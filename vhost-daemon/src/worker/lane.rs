@@ -197,7 +197,7 @@ impl Lane {
 
     fn set_enabled(&mut self, enabled: bool) {
         if !enabled {
-            self.drain();
+            self.suspend();
         }
         self.enabled = enabled;
         self.discards = !enabled && self.running.is_some() && self.handler.discards_when_disabled();
@@ -207,7 +207,10 @@ impl Lane {
     }
 
     fn set_memory(&mut self, memory: Arc<GuestMemory>) -> Answer {
-        self.drain();
+        let grows = |running: &Running| memory.holds(running.ring.memory());
+        if !self.running.as_ref().is_some_and(grows) {
+            self.suspend();
+        }
         if let Some(running) = &mut self.running {
             if let Err(fault) = running.ring.set_memory(memory, &running.setup) {
                 self.break_ring(&fault);
@@ -216,6 +219,11 @@ impl Lane {
             running.pending = true;
         }
         Answer::Done
+    }
+
+    /// Ends the I/O under way, of a ring that goes on.
+    fn suspend(&mut self) {
+        self.finish(|handler, ring| handler.suspend(ring));
     }
 
     /// Finishes what was taken and publishes it.
