@@ -59,6 +59,7 @@ enum Command {
     Kick(OwnedFd),
     Call(Option<OwnedFd>),
     Error(Option<OwnedFd>),
+    Fault,
     Enable(bool),
     Memory(Arc<GuestMemory>),
     Quit,
@@ -206,6 +207,11 @@ impl Worker {
     /// The eventfd that reports a broken ring.
     pub(crate) fn set_error(&self, error: Option<OwnedFd>) -> Result<(), WorkerError> {
         self.ask(Command::Error(error)).map(drop)
+    }
+
+    /// Tells the front end by that eventfd that the ring does not run.
+    pub(crate) fn fault(&self) -> Result<(), WorkerError> {
+        self.ask(Command::Fault).map(drop)
     }
 
     /// Whether the ring's chains are taken (SET_VRING_ENABLE). What the thread knows it is not told

@@ -218,7 +218,13 @@ impl VhostUserBackendReqHandlerMut for Session {
         if vring.running {
             return worker.set_kick(kick.into()).map_err(|error| refuse(error.into()));
         }
-        self.start_ring(index, kick.into()).map_err(refuse)
+        self.start_ring(index, kick.into()).map_err(|error| {
+            // A front end that asked for no answer takes the ring for one that runs.
+            if let Ok((worker, _)) = self.queue(index) {
+                let _ = worker.fault();
+            }
+            refuse(error)
+        })
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {

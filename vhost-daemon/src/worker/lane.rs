@@ -139,6 +139,7 @@ impl Lane {
                 }
             }
             Command::Error(error) => self.error = error,
+            Command::Fault => signal(self.error.as_ref()),
             Command::Enable(enabled) => self.set_enabled(enabled),
             Command::Quit => {}
         }
@@ -169,10 +170,7 @@ impl Lane {
                 });
                 Answer::Done
             }
-            Err(fault) => {
-                signal(self.error.as_ref());
-                Answer::Faulted(fault)
-            }
+            Err(fault) => Answer::Faulted(fault),
         }
     }
 

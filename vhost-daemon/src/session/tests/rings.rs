@@ -79,6 +79,7 @@ struct Rig {
     go_on: Sender<()>,
     kick: EventFd,
     call: EventFd,
+    error: EventFd,
 }
 
 impl Rig {
@@ -105,22 +106,33 @@ impl Rig {
             go_on,
             kick: EventFd::new().unwrap(),
             call: EventFd::new().unwrap(),
+            error: EventFd::new().unwrap(),
         }
     }
 
     /// What a front end says about a ring that it starts.
     fn start(&mut self) {
+        self.place();
+        self.run().unwrap();
+    }
+
+    /// Where it lies.
+    fn place(&mut self) {
         let flags = VhostUserVringAddrFlags::empty();
         let [table, available, used] = [0, 0x1000, 0x2000].map(|at| BASE + at);
         self.session.set_vring_num(0, 8).unwrap();
         let addresses = self.session.set_vring_addr(0, flags, table, used, available, 0);
         addresses.unwrap();
-        let [kick, call] = [&self.kick, &self.call].map(|event| {
+    }
+
+    fn run(&mut self) -> vhost::vhost_user::Result<()> {
+        let [kick, call, error] = [&self.kick, &self.call, &self.error].map(|event| {
             let copy = event.as_fd().try_clone_to_owned();
             Some(File::from(copy.unwrap()))
         });
         self.session.set_vring_call(0, call).unwrap();
-        self.session.set_vring_kick(0, kick).unwrap();
+        self.session.set_vring_err(0, error).unwrap();
+        self.session.set_vring_kick(0, kick)
     }
 
     fn write(&self, at: u64, bytes: &[u8]) {
@@ -140,9 +152,7 @@ impl Rig {
 
     /// Whether the guest hears of a chain that was given back.
     fn interrupts(&self, limit: Duration) -> bool {
-        let mut fds = [PollFd::new(self.call.as_fd(), PollFlags::POLLIN)];
-        wait(&mut fds, Some(limit)).unwrap();
-        is_ready(&fds[0])
+        is_signalled(&self.call, limit)
     }
 
     /// Waits for the handler and lets it go.
@@ -150,6 +160,33 @@ impl Rig {
         let serves = self.asked.recv_timeout(LONG).is_ok();
         self.go_on.send(()).unwrap();
         serves
+    }
+}
+
+fn is_signalled(event: &EventFd, limit: Duration) -> bool {
+    let mut fds = [PollFd::new(event.as_fd(), PollFlags::POLLIN)];
+    wait(&mut fds, Some(limit)).unwrap();
+    is_ready(&fds[0])
+}
+
+#[test]
+fn a_ring_that_cannot_start_is_told_by_its_error_eventfd() {
+    let no_version: fn(&mut Rig) = |rig| {
+        rig.session.set_features(PROTOCOL_FEATURES).unwrap();
+        rig.place();
+    };
+    let nowhere: fn(&mut Rig) = |_| {};
+    let unaligned: fn(&mut Rig) = |rig| {
+        rig.place();
+        let flags = VhostUserVringAddrFlags::empty();
+        let addresses = rig.session.set_vring_addr(0, flags, BASE + 1, BASE, BASE, 0);
+        addresses.unwrap();
+    };
+    for break_it in [no_version, nowhere, unaligned] {
+        let mut rig = Rig::new(PROTOCOL_FEATURES);
+        break_it(&mut rig);
+        assert!(rig.run().is_err());
+        assert!(is_signalled(&rig.error, Duration::ZERO));
     }
 }
 
