@@ -107,6 +107,7 @@ impl Program for BlkProgram {
         let image: &'static Arc<dyn Image> = Box::leak(Box::new(image));
         Ok(Box::new(BlkDevice {
             image: &**image,
+            features: features(&**image, num_queues),
             settings,
             counters: Counters::new(num_queues),
             rings,
@@ -146,9 +147,30 @@ struct Config {
     unused1: [u8; 3],
 }
 
+/// What is offered for an image.
+fn features(image: &dyn Image, num_queues: u16) -> u64 {
+    let mut features = (1 << VIRTIO_BLK_F_SEG_MAX)
+        | (1 << VIRTIO_BLK_F_BLK_SIZE)
+        | (1 << VIRTIO_BLK_F_FLUSH)
+        | (1 << VIRTIO_BLK_F_TOPOLOGY);
+    if num_queues > 1 {
+        features |= 1 << VIRTIO_BLK_F_MQ;
+    }
+    if image.read_only() {
+        return features | 1 << VIRTIO_BLK_F_RO;
+    }
+    if image.can_discard() {
+        features |= 1 << VIRTIO_BLK_F_DISCARD;
+    }
+    features | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+}
+
 /// A disk.
 pub struct BlkDevice {
     image: &'static dyn Image,
+    /// As it was opened: one that is found damaged turns read-only, and a guest that starts again takes what it was
+    /// offered before.
+    features: u64,
     settings: Settings,
     counters: Counters,
     /// One for each queue, or none.
@@ -203,20 +225,7 @@ impl BlkDevice {
 
 impl Device for BlkDevice {
     fn features(&self) -> u64 {
-        let mut features = (1 << VIRTIO_BLK_F_SEG_MAX)
-            | (1 << VIRTIO_BLK_F_BLK_SIZE)
-            | (1 << VIRTIO_BLK_F_FLUSH)
-            | (1 << VIRTIO_BLK_F_TOPOLOGY);
-        if self.num_queues() > 1 {
-            features |= 1 << VIRTIO_BLK_F_MQ;
-        }
-        if self.image.read_only() {
-            return features | 1 << VIRTIO_BLK_F_RO;
-        }
-        if self.image.can_discard() {
-            features |= 1 << VIRTIO_BLK_F_DISCARD;
-        }
-        features | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+        self.features
     }
 
     fn set_features(&mut self, _features: u64) {}

@@ -8,7 +8,7 @@ use crate::{
 use anyhow::{Context, Result, ensure};
 use guest_contract::holds;
 use integration_tests::{
-    frontend_harness::{BlockDriver, BlockRequest, DEADLINE, Options, STATUS_IOERR, Session},
+    frontend_harness::{BlockDriver, BlockRequest, DEADLINE, Options, STATUS_IOERR, Session, request},
     process::Process,
     suite::test,
 };
@@ -298,6 +298,10 @@ fn found(kind: Kind, damage: &Damage) -> Result<()> {
     }
     let data = driver.done(0, &read_block(REST))?;
     ensure!(holds(&data, 1, REST), "block {REST} differs");
+    // A guest that starts again may take all that it was offered.
+    let features = driver.session.features.to_le_bytes();
+    let connection = &mut driver.session.connection;
+    connection.tell(request::SET_FEATURES, &features, &[])?;
     drop(driver);
     let status = process.wait(DEADLINE)?;
     ensure!(status.success(), "{status}: {}", process.stderr()?);

@@ -108,6 +108,7 @@ impl Ordered {
         socket.set_read_timeout(Some(DEADLINE)).unwrap();
         let mut device = BlkDevice {
             image,
+            features: features(image, 1),
             settings: Settings {
                 serial: Vec::new().into(),
                 limits: vhost_daemon::Limits::default().limiter(),
