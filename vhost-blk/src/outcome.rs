@@ -67,6 +67,14 @@ impl Done {
             outcome,
         }
     }
+
+    /// Bytes that one that succeeded wrote to the driver's buffers.
+    pub(crate) fn written(&self) -> usize {
+        match self.operation {
+            Operation::Read | Operation::Other => self.bytes,
+            _ => 0,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -215,7 +215,7 @@ impl BlkQueue {
                 let serial = &self.settings.serial;
                 id[..serial.len()].copy_from_slice(serial);
                 chain.write_at(0, &id[..*length]);
-                Done::new(O::Other, 0, Ok(()))
+                Done::new(O::Other, *length, Ok(()))
             }
             Request::Discard(_) => Done::new(O::Discard, 0, self.clear(request)),
             Request::WriteZeroes(_) => Done::new(O::WriteZeroes, 0, self.clear(request)),
@@ -338,10 +338,13 @@ impl BlkQueue {
         let failed = status != Status::OK;
         self.counters
             .completed(done.operation, done.bytes, failed, latency);
-        let length = chain.writable_length();
-        chain.write_at(length.saturating_sub(1), &[status.0]);
+        let before = chain.writable_length().saturating_sub(1);
+        chain.write_at(before, &[status.0]);
+        // What was written without a gap (virtio 1.3, 2.7.8.2): the status counts where it is not behind one.
+        let mut written = if failed { 0 } else { done.written() };
+        written += usize::from(written == before);
         // Below 2^32: the ring refuses longer chains.
-        ring.complete(chain, length as u32);
+        ring.complete(chain, written as u32);
     }
 
     /// Completes what the ring has ended.

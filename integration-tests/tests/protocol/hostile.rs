@@ -1,6 +1,6 @@
 //! What a hostile guest writes into its rings, and what a broken front end sends.
 
-use crate::fixture::{Disk, Kind, read_block, write_block};
+use crate::fixture::{DISK, Disk, Kind, read_block, write_block};
 use anyhow::{Context, Result, ensure};
 use guest_contract::holds;
 use integration_tests::{
@@ -23,6 +23,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         .map(|(name, damage, fault)| test(format!("hostile::ring::{name}"), move || ring(damage, fault)))
         .collect();
     tests.push(test("hostile::ring::header_too_short", short_header));
+    tests.push(test("hostile::ring::used_length", lengths));
     tests.extend(
         MESSAGES
             .into_iter()
@@ -319,6 +320,45 @@ fn short_header() -> Result<()> {
     }
     driver.done(0, &write_block(1, 0))?;
     ensure!(process.alive()?, "the process has gone: {}", process.stderr()?);
+    Ok(())
+}
+
+/// The used length is what was written from the first writable byte on (virtio 1.3, 2.7.8.2), no more.
+fn lengths() -> Result<()> {
+    const STATUS: u64 = DATA + 4096;
+    let disk = Disk::new(Kind::Raw)?;
+    let (_process, mut driver) = disk.drive(&Options::default())?;
+    let (read, flush, get_id) = (0_u64, 4, 8);
+    for (kind, sector, room, expected) in [
+        (read, 0, 512, 513),
+        (read, DISK / 512, 512, 0),
+        (get_id, 0, 20, 21),
+        (get_id, 0, 64, 20),
+        (get_id, 0, 8, 9),
+        (flush, 0, 0, 1),
+        (flush, 0, 8, 0),
+    ] {
+        let header = [kind.to_le_bytes(), sector.to_le_bytes()].concat();
+        driver.session.memory.write(DATA, &header)?;
+        let segment = |address, length, writable| Segment {
+            address,
+            length,
+            writable,
+        };
+        let mut chain = vec![segment(DATA, 16, false)];
+        if room > 0 {
+            chain.push(segment(DATA + 512, room, true));
+        }
+        chain.push(segment(STATUS, 1, true));
+        let ring = &mut driver.session.rings[0];
+        ring.push(&chain)?;
+        ring.force_kick()?;
+        let (_, length) = ring.wait_used(DEADLINE)?;
+        ensure!(
+            length == expected,
+            "type {kind}, sector {sector}, {room} bytes: used length {length}"
+        );
+    }
     Ok(())
 }
 
