@@ -287,9 +287,11 @@ impl Device for BlkDevice {
         self.orders.source()
     }
 
-    fn take_errands(&mut self) -> Vec<Errands> {
-        let growth = self.growth.iter().map(|growth| growth.errands(self.image));
-        let flushes = self.flusher.iter().map(|flusher| flusher.errands(self.image));
+    fn take_errands(&mut self) -> Vec<(&'static str, Errands)> {
+        let growth = self.growth.iter();
+        let growth = growth.map(|growth| ("growth", growth.errands(self.image)));
+        let flushes = self.flusher.iter();
+        let flushes = flushes.map(|flusher| ("flushes", flusher.errands(self.image)));
         growth.chain(flushes).collect()
     }
 

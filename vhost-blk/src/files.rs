@@ -147,7 +147,7 @@ impl Files {
         if engine == calls {
             return Ok((calls, Vec::new()));
         }
-        let writes = engine.cached == Way::Ring || engine.direct == Way::Ring;
+        let writes = !options.read_only && [engine.cached, engine.direct].contains(&Way::Ring);
         let rings: io::Result<Vec<_>> = (0..num_queues).map(|_| RestrictedRing::new(writes)).collect();
         match rings {
             Err(error) if options.io == IoMode::Auto => {
@@ -220,4 +220,28 @@ fn open_direct(
 pub(crate) struct Engine {
     cached: Way,
     direct: Way,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rings_of_a_disk_that_is_only_read_only_read() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        for read_only in [true, false] {
+            let options = Options {
+                image: Some(Place::Path(image.path().to_owned())),
+                format: Some(Format::Raw),
+                io: IoMode::Uring,
+                read_only,
+                ..Options::default()
+            };
+            let Ok((_, rings)) = Files::open(&options).unwrap().engine(&options, 1) else {
+                eprintln!("no io_uring here");
+                return;
+            };
+            assert_eq!(rings[0].writes(), !read_only);
+        }
+    }
 }

@@ -149,11 +149,9 @@ impl BlkQueue {
         let Some(uring) = &mut self.uring else {
             return Some(chain);
         };
-        let (direction, offset, length, skip) = match *request {
-            Request::In { offset, length } => (Direction::Read, offset, length, 0),
-            Request::Out { offset, length } if flush && uring.writes() => {
-                (Direction::Write, offset, length, Request::HEADER_LENGTH)
-            }
+        let (direction, offset, length) = match *request {
+            Request::In { offset, length } => (Direction::Read, offset, length),
+            Request::Out { offset, length } if flush && uring.writes() => (Direction::Write, offset, length),
             _ => return Some(chain),
         };
         let resolved = match direction {
@@ -182,7 +180,6 @@ impl BlkQueue {
             direction,
             at_once,
             length: length - at_once,
-            skip: skip + at_once,
             taken: self.clock,
         };
         let refused = uring.push(transfer, extent.file, extent.offset + at_once as u64, guard);

@@ -111,9 +111,9 @@ pub trait Device: Send {
         None
     }
 
-    /// What the device has done on threads of its own, confined as its queues' are: what may wait for the
+    /// What the device has done on threads of its own, which have these names, confined as its queues' are: what may wait for the
     /// host for longer than a front end or a queue should. Called once, before lockdown.
-    fn take_errands(&mut self) -> Vec<Errands> {
+    fn take_errands(&mut self) -> Vec<(&'static str, Errands)> {
         Vec::new()
     }
 

@@ -147,7 +147,8 @@ fn start<P: Program>(settings: Settings, options: P::Options) -> Result<(), Daem
     let own_inflight = inflight(device.as_ref(), settings.num_queues).map_err(DaemonError::Inflight)?;
     // They confine themselves while the others are made.
     let own_threads = device.take_errands().into_iter();
-    let own_threads = own_threads.map(|errands| OwnThread::spawn(errands, P::ROLE, settings.seccomp));
+    let own_threads =
+        own_threads.map(|(name, errands)| OwnThread::spawn(name, errands, P::ROLE, settings.seccomp));
     let own_threads = own_threads.collect::<Result<Vec<_>, _>>()?;
     let workers = Worker::spawn_all(device.as_mut(), P::ROLE, settings.seccomp, settings.patience)?;
     for thread in own_threads {
@@ -171,7 +172,7 @@ type Confinement = (Mutex<Option<Result<(), LockdownError>>>, Condvar);
 struct OwnThread(Arc<Confinement>);
 
 impl OwnThread {
-    fn spawn(errands: Errands, role: Role, mode: SeccompMode) -> Result<Self, DaemonError> {
+    fn spawn(name: &str, errands: Errands, role: Role, mode: SeccompMode) -> Result<Self, DaemonError> {
         let confined = Arc::<Confinement>::default();
         let told = Arc::clone(&confined);
         let body = move || {
@@ -183,7 +184,7 @@ impl OwnThread {
                 errands();
             }
         };
-        let builder = std::thread::Builder::new().name("errands".to_owned());
+        let builder = std::thread::Builder::new().name(name.to_owned());
         builder
             .stack_size(STACK_SIZE)
             .spawn(body)

@@ -123,7 +123,7 @@ impl Ordered {
             grows_for: OrderNumber::default(),
             told: SIZE,
         };
-        let errands = device.take_errands().pop().unwrap();
+        let (_, errands) = device.take_errands().pop().unwrap();
         thread::spawn(move || {
             errands();
         });

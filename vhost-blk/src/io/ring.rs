@@ -7,6 +7,7 @@
 #![expect(unsafe_code, reason = "hands guest memory to the kernel by pointer")]
 
 use crate::image::IoGuard;
+use crate::request::Request;
 use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
 use jailer::sandbox::{Role, opcodes};
@@ -40,8 +41,6 @@ pub(crate) struct Transfer {
     pub(crate) at_once: usize,
     /// The others, in bytes.
     pub(crate) length: usize,
-    /// Where these start in the chain's readable or writable part.
-    pub(crate) skip: usize,
     /// When the request was taken.
     pub(crate) taken: Instant,
 }
@@ -52,8 +51,11 @@ impl Transfer {
         iovecs.clear();
         let fill = |slices: &[VolatileSlice<'_>]| iovecs.extend(slices.iter().map(iovec));
         match self.direction {
-            Direction::Read => self.chain.with_writable(self.skip, self.length, fill),
-            Direction::Write => self.chain.with_readable(self.skip, self.length, fill),
+            Direction::Read => self.chain.with_writable(self.at_once, self.length, fill),
+            Direction::Write => {
+                let skip = Request::HEADER_LENGTH + self.at_once;
+                self.chain.with_readable(skip, self.length, fill);
+            }
         }
     }
 }
