@@ -4,15 +4,21 @@ use crate::device::BlkError;
 use crate::image::{self, BlockFile, Format, Image, ImageError, OpenOptions, Passphrase, Way};
 use crate::io::{CacheMode, DirectFile, Fence, IoMode, RestrictedRing, await_direct_writes};
 use crate::options::{Options, Place};
+use nix::sys::stat::{FileStat, SFlag, fstat};
+use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use std::fs::File;
 use std::io::{self, Seek as _};
-use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 /// How long the locks of a predecessor that was killed may outlast it: as long as its io_uring, which waits
 /// for the writes under way.
 const LETTING_GO: Duration = Duration::from_secs(2);
+/// File systems in memory.
+const IN_MEMORY: [FsType; 3] = [TMPFS_MAGIC, HUGETLBFS_MAGIC, RAMFS_MAGIC];
+/// `linux/magic.h`; the C library has none.
+const RAMFS_MAGIC: FsType = FsType(0x8584_58F6);
 
 /// What the image is made of, opened.
 pub(crate) struct Files {
@@ -91,10 +97,10 @@ impl Files {
         Ok(())
     }
 
-    /// Whether the host's disk is waited for: not in memory.
+    /// Whether a flush waits for a disk of the host's, or for another host.
     pub(crate) fn wait(&self) -> bool {
         let mut written = [Some(&self.top), self.data.as_ref()].into_iter().flatten();
-        self.direct.is_some() || written.any(|file| image::answers_at_once(file.as_fd()))
+        written.any(|file| !is_in_memory(file.as_fd()))
     }
 
     /// Whether any can say that a read of it would wait.
@@ -180,6 +186,15 @@ impl Files {
     }
 }
 
+/// Whether a file is nowhere but in the host's memory.
+fn is_in_memory(file: BorrowedFd<'_>) -> bool {
+    // Where a block device's node is says nothing of the device.
+    let is_file =
+        |status: FileStat| SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT == SFlag::S_IFREG;
+    fstat(file).is_ok_and(is_file)
+        && fstatfs(file).is_ok_and(|system| IN_MEMORY.contains(&system.filesystem_type()))
+}
+
 fn read_passphrase(number: RawFd) -> Result<Passphrase, BlkError> {
     vhost_daemon::inherited(number)
         .and_then(|fd| {
@@ -225,6 +240,17 @@ pub(crate) struct Engine {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    #[test]
+    fn only_what_is_in_memory_is_flushed_at_once() {
+        let memory = memfd_create(c"image", MFdFlags::MFD_CLOEXEC).unwrap();
+        assert!(is_in_memory(memory.as_fd()));
+        // A file system that cannot say whether a read would wait, as NFS and FUSE.
+        let other = File::open("/proc/self/stat").unwrap();
+        assert!(!image::answers_at_once(other.as_fd()));
+        assert!(!is_in_memory(other.as_fd()));
+    }
 
     #[test]
     fn the_rings_of_a_disk_that_is_only_read_only_read() {
