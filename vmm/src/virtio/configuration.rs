@@ -39,7 +39,8 @@ impl Written {
         self.0.iter_mut().for_each(|kept| kept.taken = true);
     }
 
-    /// The driver's reset: it reads from now on what back ends have shown.
+    /// The driver's reset, or a successor that was lost as it was told: the driver reads from now on what
+    /// back ends have shown.
     pub(super) fn forget_untaken(&mut self) {
         self.0.retain(|kept| kept.taken);
     }
@@ -49,8 +50,8 @@ impl Written {
     }
 
     /// Does to `config` what a successor will do.
-    fn foresee(&self, config: &mut [u8]) {
-        self.0.iter().for_each(|kept| kept.write.apply(config));
+    fn foresee(&self, kind: DeviceType, config: &mut [u8]) {
+        self.0.iter().for_each(|kept| kind.foresee(&kept.write, config));
     }
 
     /// Tells a successor, which must take what its predecessor did. What else it refuses is forgotten.
@@ -94,34 +95,41 @@ impl Worker {
                 Err(error) => self.lose(&error),
             }
         }
-        if !self.refresh_config() {
+        let changed = self.refresh_config().unwrap_or_else(|| {
             let mut config = self.offer.config.clone();
-            self.written.foresee(&mut config);
-            self.transport.set_config(&config);
-        }
-    }
-
-    fn keeps_writes(&self) -> bool {
-        self.offer.own_config && DeviceType(self.context.spec.device_type).keeps_writes()
-    }
-
-    pub(super) fn reread_config(&mut self) {
-        if self.refresh_config() {
+            self.written.foresee(self.kind(), &mut config);
+            self.transport.set_config(&config)
+        });
+        if changed {
             self.transport.config_changed();
         }
     }
 
-    /// Reads the back end's configuration again. False: it has none, or is lost.
-    pub(super) fn refresh_config(&mut self) -> bool {
-        let kind = DeviceType(self.context.spec.device_type);
+    fn keeps_writes(&self) -> bool {
+        self.offer.own_config && self.kind().keeps_writes()
+    }
+
+    fn kind(&self) -> DeviceType {
+        DeviceType(self.context.spec.device_type)
+    }
+
+    pub(super) fn reread_config(&mut self) {
+        if self.refresh_config().is_some() {
+            self.transport.config_changed();
+        }
+    }
+
+    /// Reads the back end's configuration again, and says whether the driver reads otherwise than before.
+    /// `None`: it has none, or is lost.
+    pub(super) fn refresh_config(&mut self) -> Option<bool> {
+        let kind = self.kind();
         match self.with_session(|s| offer::read_config(s, kind)) {
             Ok(Some(base)) => {
                 self.offer.config = offer::refresh(&self.offer, base, &self.context.spec);
                 self.written.settle(&self.offer.config);
-                self.transport.set_config(&self.offer.config);
-                true
+                Some(self.transport.set_config(&self.offer.config))
             }
-            _ => false,
+            _ => None,
         }
     }
 }

@@ -352,6 +352,7 @@ impl Connecting {
         let bar = MMIO32_START + u64::from(config.slot) * VIRTIO_BAR_SIZE;
         let space = layout::config_space(kind, bar, vectors, offer.config.len());
         let transport = Arc::new(Transport {
+            kind,
             memory: Arc::clone(&self.parts.memory),
             doorbells: Mutex::new(DoorbellSet::new(Arc::clone(&self.parts.doorbells), &events)),
             events,
@@ -360,7 +361,7 @@ impl Connecting {
             registers: Mutex::new(Registers::new(offer.features, offer.config, offer.queues)),
             msix: Mutex::new(msix),
             mailbox: Arc::clone(&self.thread.mailbox),
-            takes_config: offer.own_config,
+            takes_config: offer.own_config && kind.keeps_writes(),
             driven: AtomicBool::new(false),
         });
         // The thread waits for it, or has failed to confine itself: then it has hung up.

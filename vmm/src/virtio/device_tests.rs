@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use vhost::vhost_user::message::FrontendReq as Req;
-use vm_spec::control::Loss;
+use vm_spec::control::{DeviceConfig, Loss};
 
 const NEEDS_RESET: u8 = 0x40;
 
@@ -202,6 +202,51 @@ fn a_driver_reads_what_it_wrote_until_the_back_end_says_otherwise() {
     gate.open();
     rig.wait_for("the correction", |rig| rig.config(33) == 0);
     assert_eq!((rig.config(32), rig.generation()), (1, 1));
+    rig.wait_for("the interrupt", |rig| rig.interrupts.injected(0) == 1);
+}
+
+#[test]
+fn a_cache_is_shown_until_it_is_off() {
+    let (gate, script) = deliberate();
+    let config = script.config.clone();
+    config.lock().unwrap()[32] = 1;
+    let rig = Rig::new(script);
+    rig.drive();
+    rig.write(super::layout::DEVICE.start + 32, &[0]);
+    rig.fake.look(Req::SET_CONFIG, 1, |_| ());
+    assert_eq!(rig.config(32), 1, "what is written now may need a flush");
+    config.lock().unwrap()[32] = 0;
+    gate.open();
+    rig.wait_for("the interrupt", |rig| rig.interrupts.injected(0) == 1);
+    assert_eq!(rig.config(32), 0);
+}
+
+#[test]
+fn scsi_s_sizes_are_not_written() {
+    let script = Script::default();
+    *script.config.lock().unwrap() = vec![0; 36];
+    let scsi = DeviceConfig {
+        device_type: 8,
+        num_queues: None,
+        ..spec()
+    };
+    let rig = Rig::with(scsi, script);
+    rig.drive();
+    // sense_size and cdb_size, then cmd_per_lun.
+    for (offset, value) in [(20, 96u32), (24, 32), (12, 1)] {
+        rig.write(super::layout::DEVICE.start + offset, &value.to_le_bytes());
+    }
+    rig.fake
+        .look(Req::SET_CONFIG, 1, |seen| assert_eq!(seen.payload[0], 12));
+    assert_eq!(
+        rig.fake
+            .requests()
+            .iter()
+            .filter(|r| **r == Req::SET_CONFIG)
+            .count(),
+        1
+    );
+    assert_eq!([20, 24].map(|at| rig.config(at)), [0; 2]);
 }
 
 #[test]

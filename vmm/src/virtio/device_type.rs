@@ -1,7 +1,14 @@
 //! What the transport must know of each virtio device type: nothing but its PCI class, the
 //! sizes of its configuration space, and how many queues it has.
 
+use super::mailbox::ConfigWrite;
 use crate::frontend::{Error, MAX_QUEUES};
+use std::ops::Range;
+
+/// `sense_size` and `cdb_size` of SCSI (5.6.4).
+const SCSI_SIZES: Range<usize> = 20..28;
+/// `writeback` of a disk (5.2.4).
+const BLK_WRITEBACK: usize = 32;
 
 /// A virtio device id (virtio 1.3, 5).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -63,6 +70,25 @@ impl DeviceType {
     /// a write is an act: a character for the console (5.3.4), events that were seen (5.7.4).
     pub(super) fn keeps_writes(self) -> bool {
         !matches!(self, Self::CONSOLE | Self::GPU)
+    }
+
+    /// Whether a write goes no further. SCSI's sizes are such: other monitors keep them to themselves, and
+    /// there are back ends that end at the word of them. Linux's driver writes what they are by default.
+    pub(super) fn ignores(self, write: &ConfigWrite) -> bool {
+        let range = write.range();
+        self == Self::SCSI && SCSI_SIZES.start <= range.start && range.end <= SCSI_SIZES.end
+    }
+
+    /// Does to `config` what a write is expected to do. That a disk has no cache (5.2.5) is not shown before
+    /// it is so: the driver would not flush what is written until then.
+    pub(super) fn foresee(self, write: &ConfigWrite, config: &mut [u8]) {
+        let cache = config.get(BLK_WRITEBACK).copied();
+        write.apply(config);
+        if self == Self::BLOCK
+            && let (Some(now @ 0), Some(before)) = (config.get_mut(BLK_WRITEBACK), cache)
+        {
+            *now = before;
+        }
     }
 
     /// Queues by the device's chapter in virtio 1.3, where `config` and what is offered say or the type

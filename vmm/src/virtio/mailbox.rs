@@ -2,6 +2,7 @@
 //! orders are flags or a short list, and control commands are few.
 
 use super::device::Word;
+use super::device_type::DeviceType;
 use crate::frontend::{Error, QueueState, Ring};
 use nix::sys::eventfd::EventFd;
 use std::collections::VecDeque;
@@ -139,9 +140,11 @@ impl Mailbox {
     }
 
     /// Does to `config` what the writes that wait will do.
-    pub(super) fn foresee(&self, config: &mut [u8]) {
+    pub(super) fn foresee(&self, kind: DeviceType, config: &mut [u8]) {
         let mail = self.mail.lock().unwrap_or_else(PoisonError::into_inner);
-        mail.config_writes.iter().for_each(|write| write.apply(config));
+        mail.config_writes
+            .iter()
+            .for_each(|write| kind.foresee(write, config));
     }
 
     /// False: too many commands wait.

@@ -270,12 +270,14 @@ impl Registers {
         self.note_config_change()
     }
 
-    /// Takes over a changed configuration.
-    pub(super) fn set_config(&mut self, config: Vec<u8>) {
-        if self.config != config {
+    /// Takes over a configuration. True: it has changed.
+    pub(super) fn set_config(&mut self, config: Vec<u8>) -> bool {
+        let changed = self.config != config;
+        if changed {
             self.config = config;
             self.generation = self.generation.wrapping_add(1);
         }
+        changed
     }
 
     /// Notes a configuration change in the ISR. True: the driver must be told.

@@ -47,11 +47,10 @@ impl Worker {
             self.transport.offer_next(self.offer.features);
         }
         self.written.settle(&config);
-        self.transport.set_config(&config);
-        if config != self.offer.config {
-            self.offer.config = config;
+        if self.transport.set_config(&config) {
             self.transport.config_changed();
         }
+        self.offer.config = config;
         Ok(())
     }
 
@@ -111,10 +110,19 @@ impl Worker {
         if self.inflight.is_some() && !session.has_inflight() && self.may_have_requests_in_flight()? {
             return Err(Error::Successor("it cannot take over requests in flight"));
         }
-        if session.has_config() {
-            self.written.replay(session)?;
-        }
-        match offer::read_config(session, kind)? {
+        let told = match session.has_config() {
+            true => self.written.replay(session),
+            false => Ok(()),
+        };
+        let base = told
+            .and_then(|()| offer::read_config(session, kind))
+            .inspect_err(|error| {
+                // Two may have died of the same: the third is not told.
+                if error.loss().is_some() {
+                    self.written.forget_untaken();
+                }
+            })?;
+        match base {
             Some(base) => Ok(offer::refresh(&self.offer, base, spec)),
             None if self.offer.own_config => Err(Error::Successor("it has no configuration space")),
             None => Ok(self.offer.config.clone()),

@@ -1,6 +1,7 @@
 //! What the vCPU threads and the device's thread share of one device. Locks are taken in the
 //! order registers, MSI-X, doorbells, mailbox, and none is held during a vhost-user exchange.
 
+use super::device_type::DeviceType;
 use super::doorbells::DoorbellSet;
 use super::layout;
 use super::mailbox::{ConfigWrite, Mailbox, StartOrder};
@@ -13,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub(super) struct Transport {
+    pub(super) kind: DeviceType,
     pub(super) memory: Arc<MemoryTable>,
     pub(super) events: Vec<RingEvents>,
     /// Queues, from 0, that the back end serves.
@@ -23,7 +25,7 @@ pub(super) struct Transport {
     pub(super) msix: Mutex<Msix>,
     pub(super) doorbells: Mutex<DoorbellSet>,
     pub(super) mailbox: Arc<Mailbox>,
-    /// Back ends keep the configuration space, and one that is to come takes what is written now.
+    /// Back ends keep the configuration space and what is written there, one that is to come too.
     pub(super) takes_config: bool,
     /// A driver has set DRIVER_OK at least once in this boot.
     pub(super) driven: AtomicBool,
@@ -62,19 +64,23 @@ impl Transport {
         }
     }
 
-    /// The driver reads what it has written at once, and goes by it (virtio 1.3, 5.2.5: a cache mode,
-    /// say); what the back end makes of it follows.
+    /// The driver reads what it has written at once, and goes by it; what the back end makes of it
+    /// follows.
     fn config_write(&self, offset: u64, data: &[u8]) {
         let mut registers = lock(&self.registers);
         if !registers.accepts_config_write(offset, data.len()) {
             return;
         }
-        self.mailbox.write_config(ConfigWrite {
+        let write = ConfigWrite {
             offset: offset as u32,
             data: data.to_vec(),
-        });
+        };
+        if self.kind.ignores(&write) {
+            return;
+        }
+        self.mailbox.write_config(write);
         if self.takes_config {
-            self.mailbox.foresee(&mut registers.config);
+            self.mailbox.foresee(self.kind, &mut registers.config);
         }
     }
 
@@ -163,14 +169,15 @@ impl Transport {
         self.tell(tell);
     }
 
-    /// Takes over what the back end's configuration is now, with what the driver has written since.
-    pub(super) fn set_config(&self, config: &[u8]) {
+    /// Takes over what the back end's configuration is now, with what the driver has written since. True:
+    /// the driver reads otherwise than before.
+    pub(super) fn set_config(&self, config: &[u8]) -> bool {
         let mut registers = lock(&self.registers);
         let mut config = config.to_vec();
         if self.takes_config {
-            self.mailbox.foresee(&mut config);
+            self.mailbox.foresee(self.kind, &mut config);
         }
-        registers.set_config(config);
+        registers.set_config(config)
     }
 
     /// Tells the driver that the configuration has changed.
