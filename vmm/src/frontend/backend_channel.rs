@@ -1,5 +1,6 @@
 //! Requests from the back end (SET_BACKEND_REQ_FD). Only CONFIG_CHANGE_MSG is carried out; what
-//! is malformed closes the channel, and the device goes on without it.
+//! is malformed closes the channel, and the device goes on without it: its configuration is looked at
+//! from time to time.
 
 use super::error::Error;
 use super::message::{HEADER_SIZE, Header, MAX_PAYLOAD};
@@ -18,7 +19,8 @@ const BURST: usize = 16;
 const MOST_WASTE: usize = 1 << 20;
 
 /// Our end, and the end that back ends are given: one after the other the same, because the vmm
-/// makes no sockets.
+/// makes no sockets. What one does to it its successors find: bytes and modes are put right, a shutdown
+/// cannot be.
 #[derive(Debug)]
 pub struct RequestSockets {
     ours: UnixStream,
@@ -54,20 +56,25 @@ pub(super) struct BackendChannel {
 }
 
 impl BackendChannel {
-    /// A channel for a new peer: what the last one left is dropped. `acks`: REPLY_ACK is agreed.
-    pub(super) fn new(sockets: Arc<RequestSockets>, acks: bool) -> Self {
-        let mut waste = [0; MAX_PAYLOAD];
-        for _ in 0..MOST_WASTE / MAX_PAYLOAD {
-            if !matches!((&sockets.ours).read(&mut waste), Ok(1..)) {
-                break;
-            }
+    /// A channel for a new peer: what the last one left in it, requests and answers, is dropped. `acks`:
+    /// REPLY_ACK is agreed. `None`: the last one has shut it down.
+    pub(super) fn new(sockets: Arc<RequestSockets>, acks: bool) -> Option<Self> {
+        let left = |end| matches!(drop_waste(end), Err(error) if error.kind() == ErrorKind::WouldBlock);
+        let theirs = &sockets.theirs;
+        let sound = left(&sockets.ours)
+            && theirs.set_nonblocking(true).is_ok()
+            && left(theirs)
+            && theirs.set_nonblocking(false).is_ok();
+        if !sound {
+            tracing::warn!("a back end has broken the request channel for those after it");
+            return None;
         }
-        Self {
+        Some(Self {
             sockets,
             partial: Vec::new(),
             acks,
             config_changed: false,
-        }
+        })
     }
 
     pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
@@ -143,4 +150,15 @@ impl BackendChannel {
         }
         Ok(())
     }
+}
+
+/// Reads until nothing is there; the error says why.
+fn drop_waste(mut end: &UnixStream) -> std::io::Result<()> {
+    let mut waste = [0; MAX_PAYLOAD];
+    for _ in 0..MOST_WASTE / MAX_PAYLOAD {
+        if end.read(&mut waste)? == 0 {
+            break;
+        }
+    }
+    Ok(())
 }

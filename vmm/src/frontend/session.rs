@@ -84,8 +84,10 @@ impl Session {
         if session.has(Protocol::BACKEND_REQ) {
             let sockets = Arc::clone(&session.options.requests);
             let acks = session.has(Protocol::REPLY_ACK);
-            session.requests = Some(BackendChannel::new(Arc::clone(&sockets), acks));
-            session.set(FrontendReq::SET_BACKEND_REQ_FD, &[], Some(sockets.theirs()))?;
+            session.requests = BackendChannel::new(Arc::clone(&sockets), acks);
+            if session.requests.is_some() {
+                session.set(FrontendReq::SET_BACKEND_REQ_FD, &[], Some(sockets.theirs()))?;
+            }
         }
         session.share_memory()?;
         Ok(session)
@@ -364,6 +366,12 @@ impl Session {
     #[must_use]
     pub fn request_channel(&self) -> Option<BorrowedFd<'_>> {
         self.requests.as_ref().map(BackendChannel::as_fd)
+    }
+
+    /// Whether the back end would tell of changes, and cannot: its channel is closed.
+    #[must_use]
+    pub fn is_unheard(&self) -> bool {
+        self.has(Protocol::BACKEND_REQ) && self.requests.is_none()
     }
 
     /// Looks at the socket while no answer is due.

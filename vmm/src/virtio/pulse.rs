@@ -5,7 +5,7 @@
 
 use super::device_type::DeviceType;
 use super::worker::{Phase, Worker};
-use crate::frontend::{MemoryTable, Ring};
+use crate::frontend::{MemoryTable, Ring, Session};
 use nix::poll::PollTimeout;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -84,6 +84,9 @@ impl Worker {
     pub(super) fn look_for_progress(&mut self) {
         if !self.pulse.due() {
             return;
+        }
+        if self.session.as_ref().is_some_and(Session::is_unheard) {
+            self.look_for_changes();
         }
         let (Phase::Running(order), Some(session)) = (&self.phase, &mut self.session) else {
             return;

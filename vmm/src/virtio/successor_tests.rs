@@ -3,9 +3,12 @@ use super::layout::DEVICE;
 use super::rig::{Rig, script, spec};
 use crate::frontend::fake_backend::{FakeBackend, Gate, Quirk, Script, deadlines};
 use crate::frontend::{Deadlines, Error};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 use vhost::vhost_user::message::{FrontendReq as Req, VhostUserProtocolFeatures as Protocol};
 use vm_spec::control::DeviceConfig;
@@ -19,6 +22,13 @@ fn a_successor_takes_over_after_a_crash() {
     let rig = Rig::new(script());
     rig.drive();
     rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    // Left to its successors: an answer that it did not read.
+    let requests = rig.fake.fd(Req::SET_BACKEND_REQ_FD, 1);
+    tell_of_a_change(&requests, WANTS_REPLY);
+    rig.wait_for("the interrupt", |rig| rig.interrupts.injected(0) == 1);
+    UnixStream::from(OwnedFd::from(requests))
+        .set_nonblocking(true)
+        .unwrap();
     let region = rig.fake.fd(Req::SET_INFLIGHT_FD, 1);
     region.write_all_at(b"in flight", 0).unwrap();
     let ram = File::from(rig.memory.memfd().try_clone_to_owned().unwrap());
@@ -54,16 +64,53 @@ fn a_successor_takes_over_after_a_crash() {
     );
     // The heir's own requests arrive on the channel that its predecessor had.
     let requests = heir.fd(Req::SET_BACKEND_REQ_FD, 1);
-    (&requests)
-        .write_all(&[2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
-        .unwrap();
-    rig.wait_for("the interrupt", |rig| rig.interrupts.injected(0) == 1);
+    let flags = fcntl(&requests, FcntlArg::F_GETFL).unwrap();
+    assert!(!OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK));
+    let mut requests = UnixStream::from(OwnedFd::from(requests));
+    tell_of_a_change(&requests, WANTS_REPLY);
+    rig.wait_for("the interrupt", |rig| rig.interrupts.injected(0) == 2);
+    requests.set_nonblocking(true).unwrap();
+    let mut answers = [0; 40];
+    assert_eq!(
+        requests.read(&mut answers).unwrap(),
+        20,
+        "to its own request alone"
+    );
     // The driver's reset empties the region.
     rig.set_status(0);
     rig.wait_for("the reset", |rig| rig.status() == 0);
     region.read_exact_at(&mut kept, 0).unwrap();
     assert_eq!(kept, [0; 9]);
 }
+
+#[test]
+fn a_successor_is_heard_though_its_predecessor_shut_the_request_channel() {
+    let rig = Rig::new(script());
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    let requests = rig.fake.fd(Req::SET_BACKEND_REQ_FD, 1);
+    let requests = UnixStream::from(OwnedFd::from(requests));
+    requests.shutdown(std::net::Shutdown::Both).unwrap();
+    rig.fake.kill();
+    assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
+    let heirs = script();
+    let config = heirs.config.clone();
+    let (_heir, socket) = FakeBackend::start(heirs);
+    rig.replace(socket).unwrap();
+    assert_eq!((rig.config(0), rig.interrupts.injected(0)), (8, 0));
+    config.lock().unwrap()[0] = 16;
+    rig.wait_for("the interrupt", |rig| rig.interrupts.injected(0) == 1);
+    assert_eq!(rig.config(0), 16);
+}
+
+/// CONFIG_CHANGE_MSG of version 1, with more flags.
+fn tell_of_a_change(mut requests: impl Write, flags: u8) {
+    requests
+        .write_all(&[2, 0, 0, 0, 1 | flags, 0, 0, 0, 0, 0, 0, 0])
+        .unwrap();
+}
+
+const WANTS_REPLY: u8 = 1 << 3;
 
 #[test]
 fn a_successor_that_fails_as_it_starts_may_have_served_a_ring() {
