@@ -160,7 +160,7 @@ impl Channel {
 
     /// Waits until the socket is ready. Requests of the back end are answered meanwhile: it may
     /// wait for that answer before it gives its own.
-    fn wait(
+    pub(super) fn wait(
         &self,
         exchange: Exchange,
         events: PollFlags,

@@ -8,6 +8,7 @@ use super::memory::MemoryTable;
 use super::message::{Ack, Header, Inflight};
 use super::rings::{QueueState, Ring};
 use super::{Deadlines, MAX_QUEUES};
+use nix::poll::PollFlags;
 use nix::sys::eventfd::EventFd;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -24,6 +25,8 @@ const VERSION_1: u64 = 1 << virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 /// SET_VRING_KICK and its like: the queue's index is the low byte.
 const VRING_INDEX_MASK: u64 = 0xFF;
+/// Between two looks at what a stopped back end has not completed.
+const LOOK: Duration = Duration::from_millis(5);
 /// Most regions in one SET_MEM_TABLE.
 const MAX_TABLE_REGIONS: usize = 8;
 
@@ -323,6 +326,28 @@ impl Session {
         Ok(states)
     }
 
+    /// Waits, after [`Session::stop`] and within its deadline, until all that was taken is `completed`: many back
+    /// ends answer GET_VRING_BASE while they work.
+    ///
+    /// # Errors
+    /// Any [`Error`]; [`Error::Timeout`] when the deadline passes.
+    pub fn await_completion(&mut self, completed: impl Fn() -> bool) -> Result<(), Error> {
+        let request = FrontendReq::GET_VRING_BASE;
+        while !completed() {
+            let look = Exchange::new(request, LOOK, self.until);
+            match self.channel.wait(look, PollFlags::POLLIN, &mut self.requests) {
+                Ok(()) => self.channel.check_idle()?,
+                Err(Error::Timeout { .. }) if Instant::now() < self.until => {}
+                Err(Error::Timeout { request, .. }) => {
+                    let after = self.options.deadlines.drain;
+                    return Err(Error::Timeout { request, after });
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
     /// Brings a stopped device back to its first state. Ring indices are set to 0 in any case:
     /// RESET_DEVICE leaves them as they were.
     ///
@@ -400,6 +425,13 @@ impl Session {
     #[must_use]
     pub fn has_inflight(&self) -> bool {
         self.has(Protocol::INFLIGHT_SHMFD)
+    }
+
+    /// Whether a stopped back end may leave requests in its record, on which it works no more
+    /// (VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT).
+    #[must_use]
+    pub fn may_leave_requests(&self) -> bool {
+        self.has(Protocol::GET_VRING_BASE_INFLIGHT)
     }
 
     /// Starts the clock of an operation of several messages.

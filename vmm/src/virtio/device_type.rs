@@ -119,6 +119,16 @@ impl DeviceType {
         }
     }
 
+    /// Whether a queue carries requests, each of which ends by itself: in others buffers wait for what comes.
+    pub(super) fn has_requests(self, queue: u16, features: u64) -> bool {
+        match self {
+            Self::BLOCK => true,
+            Self::FS => queue > (features & 1) as u16,
+            Self::SCSI => queue >= 2,
+            _ => false,
+        }
+    }
+
     /// The last queues that the type must show but a back end need not serve: nobody waits for
     /// them. Vsock's event queue is such a one: QEMU's back ends never see it.
     pub(super) fn required(self, queues: u16) -> u16 {

@@ -2,10 +2,11 @@ use super::DeviceEvent;
 use super::rig::{Rig, script, spec};
 use crate::frontend::fake_backend::{FakeBackend, Quirk, Script, deadlines};
 use crate::frontend::{Deadlines, Error};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
-use vhost::vhost_user::message::FrontendReq as Req;
+use vhost::vhost_user::message::{FrontendReq as Req, VhostUserProtocolFeatures as Protocol};
 use vm_spec::control::{DeviceConfig, Loss};
 
 /// A device that was lost while its rings ran; its process has so long to end.
@@ -159,6 +160,47 @@ fn a_connection_does_not_say_that_someone_elses_back_end_has_let_go() {
     rig.wait_for("the reset", |rig| rig.status() == 0);
     rig.drive();
     heir.look(Req::SET_VRING_ENABLE, 2, |_| ());
+}
+
+/// Someone else's back end that says at once where a ring stands, with 8 requests taken and 5 completed.
+fn hasty(drain: Duration) -> (Rig, File) {
+    let hasty = Script {
+        protocol: script().protocol & !Protocol::GET_VRING_BASE_INFLIGHT.bits(),
+        bases: vec![8, 0],
+        ..script()
+    };
+    let times = Deadlines {
+        drain,
+        end: LONG,
+        ..deadlines()
+    };
+    let rig = Rig::build(others(), hasty, times);
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    let ram = File::from(rig.memory.memfd().try_clone_to_owned().unwrap());
+    ram.write_all_at(&[5, 0], Rig::used_index(0)).unwrap();
+    rig.set_status(0);
+    rig.fake.look(Req::GET_VRING_BASE, 2, |_| ());
+    (rig, ram)
+}
+
+#[test]
+fn a_reset_waits_for_what_someone_elses_back_end_has_taken() {
+    let (rig, ram) = hasty(deadlines().drain);
+    assert_eq!(rig.status(), 15, "it may still write");
+    ram.write_all_at(&[8, 0], Rig::used_index(0)).unwrap();
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    assert!(rig.events.try_recv().is_err(), "nothing was lost");
+    let (rig, _) = hasty(Duration::from_millis(200));
+    match rig.event() {
+        DeviceEvent::BackendLost { loss, .. } => assert_eq!(loss, Loss::Silent),
+        other => panic!("{other:?}"),
+    }
+    settle(&rig);
+    assert_eq!(rig.status(), 15, "it may still write");
+    let (_heir, socket) = FakeBackend::start(script());
+    rig.replace(socket).unwrap();
+    rig.wait_for("the reset", |rig| rig.status() == 0);
 }
 
 #[test]

@@ -72,18 +72,24 @@ impl Worker {
         }
         let mut session = Session::connect(socket, options)?;
         let config = self.check(&mut session)?;
+        // What a drained one had taken and did not complete went with it, unless there is a record.
+        let is_lost = self.inflight.is_none() && self.may_have_requests_in_flight()?;
         match &self.phase {
             Phase::Idle => self.inflight = session.get_inflight(self.offer.served, MAX_QUEUE_SIZE)?,
-            Phase::Running(order) | Phase::Orphaned(order) => match self.after_a_crash(order)? {
-                Some(order) => self.phase = Phase::Orphaned(order),
-                None => self.strand(&mut session)?,
-            },
-            // A record of nothing may begin, or end, here: `check` has seen that one of something goes on.
-            Phase::Drained(_) if !session.has_inflight() => self.inflight = None,
-            Phase::Drained(_) if self.inflight.is_none() => {
-                self.inflight = session.get_inflight(self.offer.served, MAX_QUEUE_SIZE)?;
+            Phase::Drained(_) if !is_lost => {
+                // A record of nothing may begin, or end, here: `check` has seen that one of something goes on.
+                if !session.has_inflight() {
+                    self.inflight = None;
+                } else if self.inflight.is_none() {
+                    self.inflight = session.get_inflight(self.offer.served, MAX_QUEUE_SIZE)?;
+                }
             }
-            Phase::Drained(_) => {}
+            Phase::Running(order) | Phase::Orphaned(order) | Phase::Drained(order) => {
+                match self.after_a_crash(order)? {
+                    Some(order) => self.phase = Phase::Orphaned(order),
+                    None => self.strand(&mut session)?,
+                }
+            }
         }
         Ok((session, config))
     }

@@ -9,6 +9,7 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use vhost::vhost_user::message::{FrontendReq as Req, VhostUserProtocolFeatures as Protocol};
 use vm_spec::control::DeviceConfig;
@@ -291,6 +292,37 @@ fn a_device_with_no_record_is_not_restarted_blindly() {
     rig.wait_for("the reset", |rig| rig.status() == 0);
     rig.drive();
     heir.look(Req::SET_VRING_ENABLE, 2, |_| ());
+}
+
+#[test]
+fn what_a_drained_back_end_had_taken_is_lost_with_it() {
+    for (used, resumed) in [(4u8, true), (2, false)] {
+        let vsock = DeviceConfig {
+            device_type: 19,
+            ours: false,
+            ..spec()
+        };
+        let without_record = || Script {
+            protocol: script().protocol & !Protocol::INFLIGHT_SHMFD.bits(),
+            config: Arc::new(Mutex::new(vec![0; 8])),
+            bases: vec![0, 4],
+            ..Script::default()
+        };
+        let rig = Rig::with(vsock, without_record());
+        rig.drive();
+        rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+        let ram = File::from(rig.memory.memfd().try_clone_to_owned().unwrap());
+        ram.write_all_at(&[used], Rig::used_index(1)).unwrap();
+        rig.device.drain().unwrap();
+        kill(&rig);
+        let (heir, socket) = FakeBackend::start(without_record());
+        rig.replace(socket).unwrap();
+        if resumed {
+            assert_eq!(heir.look(Req::SET_VRING_BASE, 2, |seen| seen.payload[4]), 4);
+        } else {
+            assert!(matches!(rig.event(), DeviceEvent::NeedsReset { .. }));
+        }
+    }
 }
 
 #[test]

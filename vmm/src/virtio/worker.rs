@@ -13,6 +13,7 @@ use super::MAX_QUEUE_SIZE;
 use super::bus_master::BusMaster;
 use super::configuration::Written;
 use super::device::{DeviceEvent, EventSink, Word};
+use super::device_type::DeviceType;
 use super::limiter::Limiter;
 use super::mailbox::{Command, Mail, Mailbox, StartOrder};
 use super::offer::{self, Offer};
@@ -347,7 +348,20 @@ impl Worker {
     pub(super) fn drain(&mut self) -> Result<Vec<QueueState>, Error> {
         if let Phase::Running(order) = &self.phase {
             let indices: Vec<u16> = order.rings.iter().map(|ring| ring.index).collect();
-            let states = self.with_session(|s| s.stop(indices.into_iter()))?;
+            let unsure = self.unsure_rings(order);
+            let memory = Arc::clone(&self.transport.memory);
+            let states = self.with_session(|s| {
+                let states = s.stop(indices.into_iter())?;
+                let completed = |ring: &Ring| {
+                    let used = ring.addresses.used_index(&memory);
+                    let mut own = states.iter().filter(|state| state.index == ring.index);
+                    own.all(|state| used == Some(state.next_avail))
+                };
+                if !s.may_leave_requests() {
+                    s.await_completion(|| unsure.iter().all(completed))?;
+                }
+                Ok(states)
+            })?;
             self.has_rings = false;
             if let Phase::Running(mut order) = std::mem::replace(&mut self.phase, Phase::Idle) {
                 for (ring, state) in order.rings.iter_mut().zip(&states) {
@@ -360,6 +374,17 @@ impl Worker {
             Phase::Drained(order) | Phase::Orphaned(order) => Ok(order.rings.iter().map(state_of).collect()),
             Phase::Idle | Phase::Running(_) => Ok(Vec::new()),
         }
+    }
+
+    /// The rings of someone else's back end that it may work on after it has said where they stand.
+    fn unsure_rings(&self, order: &StartOrder) -> Vec<Ring> {
+        let spec = &self.context.spec;
+        let kind = DeviceType(spec.device_type);
+        let rings = order.rings.iter().filter(|_| !spec.ours);
+        rings
+            .filter(|ring| kind.has_requests(ring.index, order.features))
+            .cloned()
+            .collect()
     }
 
     /// Starts rings that stand still, unless bus mastering is switched off: then they wait for it.
