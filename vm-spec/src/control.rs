@@ -149,6 +149,8 @@ pub struct DeviceConfig {
     pub requests_peer: FdNumber,
     /// Queues, where neither the type nor the back end says.
     pub num_queues: Option<u16>,
+    /// The largest that a queue may be, in entries; default the type's.
+    pub queue_size: Option<u16>,
     /// Configuration space for back ends that offer none; overlaid on what a network back end
     /// gives (MAC, MTU; status where it has none).
     pub config: Vec<u8>,

@@ -43,6 +43,9 @@ pub const LAST_SLOT: u8 = 31;
 /// (PCI 3.0, appendix H). What is written there ends the VM.
 pub const STATUS_REGISTER: u16 = 0x44;
 
+/// Most entries of a queue of a device.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+
 /// COM1: first I/O port (8 ports).
 pub const COM1_PORT: u16 = 0x3F8;
 /// COM1: global system interrupt.

@@ -167,6 +167,11 @@ pub struct VhostUserSpec {
     /// Queues to offer where the back end does not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub num_queues: Option<u16>,
+    /// Entries of a queue at most, a power of two from 2 to 1024, for back ends that take less or more than is
+    /// usual: 64 for `sound` and `can`, 128 for `scsi` and `console`, 256 for others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(range(min = 2, max = crate::machine::MAX_QUEUE_SIZE)))]
+    pub queue_size: Option<u16>,
     /// The back end completes requests in the order in which they were made available, so that one
     /// without an in-flight region can be succeeded after its death; network back ends always do.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]

@@ -168,6 +168,7 @@ impl Vm {
                 requests: FdNumber(socket + 1),
                 requests_peer: FdNumber(socket + 2),
                 num_queues: None,
+                queue_size: None,
                 config: device.config.0,
                 config_features: device.config.1,
                 ours: false,

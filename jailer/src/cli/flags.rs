@@ -13,10 +13,11 @@ use vm_spec::size::ByteSize;
 use vm_spec::spec::{BootSpec, OnDeviceDeath, OnReboot, VhostUserSpec, VmSpec};
 
 /// Keys whose values are numbers or truth values; all others are text.
-const NOT_TEXT: [&str; 15] = [
+const NOT_TEXT: [&str; 16] = [
     "in-order",
     "read-only",
     "num-queues",
+    "queue-size",
     "slot",
     "mtu",
     "tap-fd",
@@ -67,7 +68,7 @@ pub(super) struct VmFlags {
     /// [,{receive,transmit}-{packets,bytes}[-burst]=][,pcap=FILE][,id=][,slot=]
     #[arg(long, value_name = "KEY=VALUE,...")]
     net: Vec<String>,
-    /// type=NAME,socket=SOCKET [,num-queues=][,in-order=true][,config=HEX][,id=][,slot=]
+    /// type=NAME,socket=SOCKET [,num-queues=][,queue-size=][,in-order=true][,config=HEX][,id=][,slot=]
     #[arg(long, value_name = "KEY=VALUE,...")]
     vhost_user: Vec<String>,
     /// PCI slots, 0 to 8, kept for devices that are attached while the VM runs
@@ -320,6 +321,8 @@ mod tests {
             (disk.ops, disk.l2_cache_size),
             (Some(ByteSize(50 << 10)), Some(ByteSize(1 << 20)))
         );
+        let other: VhostUserSpec = list("--vhost-user", "type=can,socket=s,queue-size=32").unwrap();
+        assert_eq!(other.queue_size, Some(32));
         let net: NetSpec = list("--net", "tap=0,mtu=1400").unwrap();
         assert_eq!((net.tap.as_deref(), net.mtu), (Some("0"), Some(1400)));
         let net: NetSpec = list("--net", "user,publish=8080:80,publish=53:53/udp,guard=off").unwrap();

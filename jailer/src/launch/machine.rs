@@ -6,7 +6,7 @@ use super::net::{self, Nic, Passt, Publish};
 use crate::failure::Failure;
 use std::path::{Path, PathBuf};
 use vm_spec::control::{DeviceConfig, FdNumber};
-use vm_spec::machine::{FIRST_SLOT, LAST_SLOT, MAX_CPUS, MAX_MEMORY, MIN_MEMORY};
+use vm_spec::machine::{FIRST_SLOT, LAST_SLOT, MAX_CPUS, MAX_MEMORY, MAX_QUEUE_SIZE, MIN_MEMORY};
 use vm_spec::size::ByteSize;
 use vm_spec::spec::{BootSpec, MOST_HOTPLUG, VhostUserSpec, VmSpec};
 
@@ -39,6 +39,10 @@ impl Device {
             requests,
             requests_peer,
             num_queues: self.num_queues,
+            queue_size: match &self.backend {
+                Backend::External(remote) => remote.queue_size,
+                _ => None,
+            },
             config: self.config.clone(),
             config_features: self.config_features,
             ours: self.is_ours(),
@@ -75,6 +79,8 @@ pub(crate) struct Remote {
     pub(crate) socket: PathBuf,
     /// See [`VhostUserSpec::in_order`].
     pub(crate) in_order: bool,
+    /// See [`VhostUserSpec::queue_size`].
+    pub(crate) queue_size: Option<u16>,
 }
 
 impl Remote {
@@ -82,6 +88,7 @@ impl Remote {
         Self {
             socket: socket.to_owned(),
             in_order: false,
+            queue_size: None,
         }
     }
 }
@@ -242,6 +249,13 @@ pub(super) fn check_limit(
 pub(super) fn check_vhost_user(n: usize, other: &VhostUserSpec) -> Result<Device, Failure> {
     let field = format!("vhost-user[{n}]");
     check_queues(&format!("{field}.num-queues"), other.num_queues)?;
+    if let Some(size) = other.queue_size
+        && !(size.is_power_of_two() && (2..=MAX_QUEUE_SIZE).contains(&size))
+    {
+        return Err(Failure::usage(format!(
+            "{field}.queue-size: {size} is no power of two from 2 to {MAX_QUEUE_SIZE}"
+        )));
+    }
     let device_type = device_type(&other.device_type).ok_or_else(|| {
         Failure::usage(format!(
             "{field}.type: '{}' is no virtio device type",
@@ -265,6 +279,7 @@ pub(super) fn check_vhost_user(n: usize, other: &VhostUserSpec) -> Result<Device
         config_features: 0,
         backend: Backend::External(Remote {
             in_order: other.in_order,
+            queue_size: other.queue_size,
             ..Remote::at(&other.socket)
         }),
     })
@@ -355,6 +370,27 @@ mod tests {
         let text = format!("{keys}\n[boot]\nkernel = \"/k\"\n");
         let spec: VmSpec = toml::from_str(&text).expect(keys);
         check_hotplug(&spec).err().map(|failure| failure.to_string())
+    }
+
+    fn other(keys: &str) -> Result<Device, String> {
+        let text = format!("socket = \"/s\"\n{keys}");
+        check_vhost_user(0, &toml::from_str(&text).expect(keys)).map_err(|failure| failure.to_string())
+    }
+
+    #[test]
+    fn a_queue_has_a_power_of_two_of_entries() {
+        let size = |size: u16| other(&format!("type = \"fs\"\nqueue-size = {size}"));
+        for sound in [2, 64, 1024] {
+            let numbers = [FdNumber::NONE; 3];
+            assert_eq!(
+                size(sound).expect("sound").config(numbers).queue_size,
+                Some(sound)
+            );
+        }
+        for unsound in [0, 1, 96, 2048] {
+            let words = size(unsound).expect_err("unsound");
+            assert!(words.contains("vhost-user[0].queue-size"), "{words}");
+        }
     }
 
     #[test]

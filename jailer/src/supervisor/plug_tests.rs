@@ -19,6 +19,7 @@ fn config(id: &str) -> DeviceConfig {
         requests: FdNumber::NONE,
         requests_peer: FdNumber::NONE,
         num_queues: None,
+        queue_size: None,
         config: Vec::new(),
         config_features: 0,
         ours: false,

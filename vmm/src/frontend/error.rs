@@ -45,7 +45,7 @@ pub enum Error {
         problem: ReplyProblem,
     },
     /// The back end answered that it failed (REPLY_ACK with a value other than 0).
-    #[error("back end refused {0:?}")]
+    #[error("back end refused {0:?}{advice}", advice = advice(*.0))]
     Refused(FrontendReq),
     /// The back end lacks VIRTIO_F_VERSION_1.
     #[error("back end does not offer VIRTIO_F_VERSION_1 (feature bit 32)")]
@@ -84,6 +84,14 @@ pub enum Error {
     /// The device's thread did not answer in time.
     #[error("device thread did not answer within {0:?}")]
     Thread(Duration),
+}
+
+/// What a refusal may come of.
+fn advice(request: FrontendReq) -> &'static str {
+    match request {
+        FrontendReq::SET_VRING_NUM => ": it may take smaller queues only (key 'queue-size')",
+        _ => "",
+    }
 }
 
 /// How a reply breaks the protocol.

@@ -358,7 +358,12 @@ impl Connecting {
             events,
             served: offer.served,
             config_call: new_event()?,
-            registers: Mutex::new(Registers::new(offer.features, offer.config, offer.queues)),
+            registers: Mutex::new(Registers::new(
+                offer.features,
+                offer.config,
+                offer.queues,
+                offer.queue_size,
+            )),
             msix: Mutex::new(msix),
             mailbox: Arc::clone(&self.thread.mailbox),
             takes_config: offer.own_config && kind.keeps_writes(),

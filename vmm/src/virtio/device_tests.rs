@@ -369,6 +369,17 @@ fn a_hung_back_end_costs_its_device_only() {
 }
 
 #[test]
+fn a_back_end_that_takes_smaller_queues_only_is_told_with_the_key() {
+    let refusal = || Quirk::Payload(vec![1, 0, 0, 0, 0, 0, 0, 0]);
+    let rig = Rig::new(Script {
+        config: script().config,
+        ..Script::quirk_at(Req::SET_VRING_NUM, refusal)
+    });
+    rig.drive();
+    assert!(matches!(rig.event(), DeviceEvent::BackendLost { reason, .. } if reason.contains("queue-size")));
+}
+
+#[test]
 fn failures_to_connect_are_told_with_the_device() {
     let connect = |script: Script, confine: std::io::Result<()>| {
         let (_fake, socket) = FakeBackend::start(script);

@@ -28,6 +28,7 @@ impl DeviceType {
     pub(super) const FS: Self = Self(26);
     const PMEM: Self = Self(27);
     const I2C: Self = Self(34);
+    const CAN: Self = Self(36);
     const GPIO: Self = Self(41);
 
     /// PCI class code (24 bits). Drivers match on the device id; this is for `lspci`.
@@ -63,6 +64,16 @@ impl DeviceType {
             Self::FS => &[44, 40],
             Self::PMEM => &[16],
             _ => &[256, 128, 64, 32, 16, 8, 4],
+        }
+    }
+
+    /// Entries of a queue at most, where nobody says (queue_size of virtio 1.3, 4.1.4.3). Where it is less than for
+    /// others, known back ends refuse more.
+    pub(super) fn queue_size(self) -> u16 {
+        match self {
+            Self::SOUND | Self::CAN => 64,
+            Self::SCSI | Self::CONSOLE => 128,
+            _ => 256,
         }
     }
 

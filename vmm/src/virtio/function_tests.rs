@@ -1,6 +1,6 @@
 use super::layout::{DEVICE, ISR, NOTIFY, PBA, TABLE};
 use super::rig::{BAR, CONFIG, Rig, script, spec};
-use crate::frontend::fake_backend::Script;
+use crate::frontend::fake_backend::{Script, Seen};
 use vhost::vhost_user::message::FrontendReq;
 use vm_spec::control::DeviceConfig;
 use vm_spec::machine::VIRTIO_BAR_SIZE;
@@ -186,18 +186,15 @@ fn queues_are_checked_when_enabled() {
     rig.set_status(3);
     rig.accept_features(rig.offered());
     rig.set_status(11);
-    for (size, area) in [
-        (63u16, 0x1_0000u64),
-        (512, 0x1_0000),
-        (0, 0x1_0000),
-        (64, 0x1_0008),
-        (64, 0xC000_0000),
-    ] {
+    for area in [0x1_0008u64, 0xC000_0000] {
         rig.write(22, &0u16.to_le_bytes());
         rig.write(32, &area.to_le_bytes());
-        rig.write(24, &size.to_le_bytes());
         rig.write(28, &1u16.to_le_bytes());
-        assert!(!rig.queue_enabled(0), "{size} entries at {area:#x}");
+        assert!(!rig.queue_enabled(0), "at {area:#x}");
+    }
+    for (size, kept) in [(128u16, 128u16), (63, 128), (512, 128), (0, 128), (256, 256)] {
+        rig.write(24, &size.to_le_bytes());
+        assert_eq!(rig.read::<2>(24), kept.to_le_bytes(), "{size} entries");
     }
     rig.set_up_queue(0, 1);
     assert!(rig.queue_enabled(0));
@@ -337,6 +334,40 @@ fn queues_of(device_type: u16, features: u64, config: &[u8], limit: u64) -> (u16
     assert_eq!(rig.offered(), 1 << 32 | features);
     let space = (0..config.len()).map(|at| rig.config(at as u64)).collect();
     (u16::from_le_bytes(rig.read(18)), space)
+}
+
+#[test]
+fn the_type_or_the_spec_says_how_large_a_queue_may_be() {
+    for (device_type, asked, expected) in [
+        (2, None, 256u16),
+        (8, None, 128),
+        (25, None, 64),
+        (36, None, 64),
+        (25, Some(1024), 1024),
+        (2, Some(32), 32),
+        (2, Some(2048), 256),
+        (2, Some(100), 256),
+    ] {
+        let device = DeviceConfig {
+            device_type,
+            queue_size: asked,
+            ..spec()
+        };
+        let script = Script {
+            queues: 8,
+            ..Script::default()
+        };
+        let rig = Rig::with(device, script);
+        rig.set_command(2);
+        let tracked = |seen: &Seen| u16::from_ne_bytes([seen.payload[18], seen.payload[19]]);
+        let tracked = rig.fake.look(FrontendReq::GET_INFLIGHT_FD, 1, tracked);
+        let found = u16::from_le_bytes(rig.read(24));
+        assert_eq!((found, tracked), (expected, expected), "{device_type} {asked:?}");
+        // Also after a reset.
+        rig.write(24, &2u16.to_le_bytes());
+        rig.set_status(0);
+        assert_eq!(u16::from_le_bytes(rig.read(24)), expected);
+    }
 }
 
 #[test]

@@ -51,6 +51,3 @@ mod successor_tests;
 pub use device::{Connecting, Device, DeviceError, DeviceEvent, DeviceParts, EventSink, Word};
 pub use mailbox::{Done, Successor};
 pub use seat::{Confine, Seat};
-
-/// Largest queue that the transport offers, in entries (queue_size of virtio 1.3, 4.1.4.3).
-pub const MAX_QUEUE_SIZE: u16 = 256;

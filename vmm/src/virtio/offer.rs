@@ -6,6 +6,7 @@ use crate::frontend::{Error, MAX_QUEUES, Session};
 use std::ops::Range;
 use virtio_bindings::{virtio_blk, virtio_config, virtio_net, virtio_ring};
 use vm_spec::control::DeviceConfig;
+use vm_spec::machine::MAX_QUEUE_SIZE;
 
 /// Transport features that need nothing of the transport (virtio 1.3, 6). Not offered:
 /// ACCESS_PLATFORM, RING_PACKED, SR_IOV, NOTIFICATION_DATA, NOTIF_CONFIG_DATA, RING_RESET and
@@ -67,6 +68,8 @@ pub(super) struct Offer {
     pub(super) queues: u16,
     /// Queues, from 0, that the back end serves.
     pub(super) served: u16,
+    /// Entries of a queue at most.
+    pub(super) queue_size: u16,
 }
 
 /// Works out the offer from a fresh session.
@@ -81,6 +84,7 @@ pub(super) fn make(session: &mut Session, spec: &DeviceConfig) -> Result<Offer, 
         config: config(base, features, spec, kind),
         queues: 0,
         served: 0,
+        queue_size: queue_size(spec),
     };
     let limit = session.queue_limit();
     offer.queues = match kind {
@@ -99,6 +103,12 @@ pub(super) fn make(session: &mut Session, spec: &DeviceConfig) -> Result<Offer, 
         _ => kind.served(offer.queues, limit)?,
     };
     Ok(offer)
+}
+
+fn queue_size(spec: &DeviceConfig) -> u16 {
+    let sound = |size: &u16| size.is_power_of_two() && *size <= MAX_QUEUE_SIZE;
+    let default = DeviceType(spec.device_type).queue_size();
+    spec.queue_size.filter(sound).unwrap_or(default)
 }
 
 /// The back end's configuration space, or nothing.
@@ -254,6 +264,7 @@ mod tests {
             config: own,
             queues: 2,
             served: 2,
+            queue_size: 256,
         };
         assert_eq!(
             refresh(&old, vec![0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0], &spec)[6],

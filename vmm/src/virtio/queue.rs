@@ -1,6 +1,5 @@
 //! The registers of one virtqueue.
 
-use super::MAX_QUEUE_SIZE;
 use crate::frontend::{MemoryTable, RingAddresses};
 use crate::pci::NO_VECTOR;
 
@@ -16,21 +15,26 @@ pub(super) struct QueueRegisters {
 }
 
 impl QueueRegisters {
-    pub(super) fn new() -> Self {
+    /// Of a queue of at most `size` entries.
+    pub(super) fn new(size: u16) -> Self {
         Self {
-            size: MAX_QUEUE_SIZE,
+            size,
             vector: NO_VECTOR,
             areas: [0; 3],
             enabled: None,
         }
     }
 
+    /// Makes it smaller than its maximum, or as large again; of no other size are queues (4.1.4.3).
+    pub(super) fn resize(&mut self, size: u16, most: u16) {
+        if size.is_power_of_two() && size <= most {
+            self.size = size;
+        }
+    }
+
     /// Enables the queue if what the driver wrote is sound; otherwise `queue_enable` goes on
     /// reading 0.
     pub(super) fn enable(&mut self, memory: &MemoryTable) -> bool {
-        if self.size > MAX_QUEUE_SIZE {
-            return false;
-        }
         self.enabled = RingAddresses::check(memory, self.size, self.areas);
         self.enabled.is_some()
     }

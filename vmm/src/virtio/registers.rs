@@ -62,6 +62,8 @@ pub(super) struct Registers {
     offered_next: u64,
     pub(super) config: Vec<u8>,
     pub(super) queues: Vec<QueueRegisters>,
+    /// Entries of a queue at most.
+    queue_size: u16,
     pub(super) config_vector: u16,
     device_feature_select: u32,
     driver_feature_select: u32,
@@ -76,12 +78,13 @@ pub(super) struct Registers {
 }
 
 impl Registers {
-    pub(super) fn new(offered: u64, config: Vec<u8>, queues: u16) -> Self {
+    pub(super) fn new(offered: u64, config: Vec<u8>, queues: u16, queue_size: u16) -> Self {
         Self {
             offered,
             offered_next: offered,
             config,
-            queues: vec![QueueRegisters::new(); queues.into()],
+            queues: vec![QueueRegisters::new(queue_size); queues.into()],
+            queue_size,
             config_vector: NO_VECTOR,
             device_feature_select: 0,
             driver_feature_select: 0,
@@ -180,8 +183,9 @@ impl Registers {
             16 => return Effect::ConfigVector(value),
             22 => self.queue_select = value,
             24 => {
+                let most = self.queue_size;
                 if let Some(queue) = self.idle_queue() {
-                    queue.size = value;
+                    queue.resize(value, most);
                 }
             }
             26 if usize::from(queue) < self.queues.len() => {
@@ -257,6 +261,7 @@ impl Registers {
             self.offered_next,
             std::mem::take(&mut self.config),
             self.queues.len() as u16,
+            self.queue_size,
         );
         *self = Self {
             generation: self.generation,

@@ -37,6 +37,7 @@ pub(crate) fn spec() -> DeviceConfig {
         requests: FdNumber(-1),
         requests_peer: FdNumber(-1),
         num_queues: Some(2),
+        queue_size: None,
         config: Vec::new(),
         config_features: 0,
         ours: true,

@@ -1,7 +1,6 @@
 //! A back end takes over from another (live, after a drain) or from one that died, and the guest
 //! sees nothing of it.
 
-use super::MAX_QUEUE_SIZE;
 use super::device_type::DeviceType;
 use super::mailbox::{StartOrder, Successor};
 use super::offer;
@@ -75,13 +74,13 @@ impl Worker {
         // What a drained one had taken and did not complete went with it, unless there is a record.
         let is_lost = self.inflight.is_none() && self.may_have_requests_in_flight()?;
         match &self.phase {
-            Phase::Idle => self.inflight = session.get_inflight(self.offer.served, MAX_QUEUE_SIZE)?,
+            Phase::Idle => self.inflight = session.get_inflight(self.offer.served, self.offer.queue_size)?,
             Phase::Drained(_) if !is_lost => {
                 // A record of nothing may begin, or end, here: `check` has seen that one of something goes on.
                 if !session.has_inflight() {
                     self.inflight = None;
                 } else if self.inflight.is_none() {
-                    self.inflight = session.get_inflight(self.offer.served, MAX_QUEUE_SIZE)?;
+                    self.inflight = session.get_inflight(self.offer.served, self.offer.queue_size)?;
                 }
             }
             Phase::Running(order) | Phase::Orphaned(order) | Phase::Drained(order) => {
@@ -164,7 +163,7 @@ impl Worker {
     /// The requests that were in flight can be neither completed nor repeated: the driver is told, and
     /// once it has reset the device this back end serves it.
     fn strand(&mut self, session: &mut Session) -> Result<(), Error> {
-        self.inflight = session.get_inflight(self.offer.served, MAX_QUEUE_SIZE)?;
+        self.inflight = session.get_inflight(self.offer.served, self.offer.queue_size)?;
         self.phase = Phase::Idle;
         self.needs_reset(
             "its back end was lost and kept no record of requests in flight, which it may have completed \

@@ -9,7 +9,6 @@
 //! The session may be missing in any of these: a lost back end leaves the phase as it is, so
 //! that a successor can take over from there.
 
-use super::MAX_QUEUE_SIZE;
 use super::bus_master::BusMaster;
 use super::configuration::Written;
 use super::device::{DeviceEvent, EventSink, Word};
@@ -155,7 +154,7 @@ type Parts = (
 fn negotiate(context: &Context, socket: OwnedFd) -> Result<Parts, Error> {
     let mut session = Session::connect(socket, context.options.clone())?;
     let offer = offer::make(&mut session, &context.spec)?;
-    let inflight = session.get_inflight(offer.served, MAX_QUEUE_SIZE)?;
+    let inflight = session.get_inflight(offer.served, offer.queue_size)?;
     let ring_error = new_event()?;
     let events = (0..offer.queues)
         .map(|_| RingEvents::new(&ring_error))

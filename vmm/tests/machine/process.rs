@@ -234,6 +234,7 @@ fn disk([socket, requests, requests_peer]: [FdNumber; 3]) -> DeviceConfig {
         requests,
         requests_peer,
         num_queues: Some(1),
+        queue_size: None,
         config: vec![0; 60],
         config_features: 0,
         ours: true,
