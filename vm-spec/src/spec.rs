@@ -159,7 +159,8 @@ pub struct VhostUserSpec {
     /// Name in messages; default the type's name and a number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// Virtio device type: a name such as `fs`, `vsock`, `rng`, or its number (virtio 1.3, 5).
+    /// Virtio device type: a name such as `fs`, `vsock`, `rng`, or its number (virtio 1.3, 5); not `gpu` and
+    /// `input`.
     #[serde(rename = "type")]
     pub device_type: String,
     /// Socket path.

@@ -261,8 +261,12 @@ pub(super) fn check_vhost_user(n: usize, other: &VhostUserSpec) -> Result<Device
             "{field}.type: '{}' is no virtio device type",
             other.device_type
         ))
-        .hint("write a name such as fs, vsock, rng, gpu, or the type's number (virtio 1.3, 5)")
+        .hint("write a name such as fs, vsock, rng, sound, or the type's number (virtio 1.3, 5)")
     })?;
+    if let Some(why) = unserved(device_type) {
+        let what = format!("{field}.type: '{}' does not work", other.device_type);
+        return Err(Failure::usage(what).cause(why));
+    }
     let config = match &other.config {
         None => Vec::new(),
         Some(hex) => parse_hex(hex).ok_or_else(|| {
@@ -352,6 +356,18 @@ fn device_type(text: &str) -> Option<u16> {
     Some(by_name)
 }
 
+/// Why no back end can serve devices of a type.
+fn unserved(device_type: u16) -> Option<&'static str> {
+    match device_type {
+        16 => Some("a GPU's back end is given a display (VHOST_USER_GPU_SET_SOCKET), and there is none"),
+        18 => Some(
+            "an input device's driver reads its configuration at once after it has selected a part, and the \
+             guest never waits for a back end",
+        ),
+        _ => None,
+    }
+}
+
 fn parse_hex(text: &str) -> Option<Vec<u8>> {
     if !text.is_ascii() || !text.len().is_multiple_of(2) || text.len() > 512 {
         return None;
@@ -391,6 +407,22 @@ mod tests {
             let words = size(unsound).expect_err("unsound");
             assert!(words.contains("vhost-user[0].queue-size"), "{words}");
         }
+    }
+
+    #[test]
+    fn types_that_cannot_work_are_refused_with_the_reason() {
+        for (name, number, why) in [("gpu", 16, "display"), ("input", 18, "waits")] {
+            for kind in [name.to_owned(), number.to_string()] {
+                let text = format!("type = \"{kind}\"\nsocket = \"/s\"");
+                let failure = check_vhost_user(0, &toml::from_str(&text).expect("sound")).expect_err(name);
+                let words = format!("{failure:?}");
+                assert!(
+                    words.contains("vhost-user[0].type") && words.contains(why),
+                    "{words}"
+                );
+            }
+        }
+        other("type = \"sound\"").expect("works");
     }
 
     #[test]
