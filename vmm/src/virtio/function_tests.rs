@@ -267,6 +267,38 @@ fn net_takes_its_configuration_from_the_spec() {
 }
 
 #[test]
+fn a_net_feature_comes_with_its_field() {
+    const CONFIG: u64 = 1 << 9;
+    let [mtu, mac, status, speed, rss] = [3, 5, 16, 63, 60].map(|bit| 1u64 << bit);
+    let offered = |config_features, length: usize, protocol| {
+        let net = DeviceConfig {
+            device_type: 1,
+            num_queues: None,
+            config: vec![0; 12],
+            config_features,
+            ours: false,
+            ..spec()
+        };
+        let features = mtu | mac | status | speed | rss | 1 << 17;
+        let script = Script {
+            features: Script::default().features | features,
+            protocol,
+            ..Script::default()
+        };
+        *script.config.lock().unwrap() = vec![0; length];
+        let rig = Rig::with(net, script);
+        rig.set_command(2);
+        rig.offered() & !(1 << 32 | 1 << 17)
+    };
+    let all = Script::default().protocol;
+    assert_eq!(offered(0, 24, all & !CONFIG), 0);
+    assert_eq!(offered(mac | status, 24, all & !CONFIG), mac | status);
+    assert_eq!(offered(0, 10, all), mac | status);
+    assert_eq!(offered(mtu, 10, all), mac | status | mtu);
+    assert_eq!(offered(0, 24, all), mtu | mac | status | speed | rss);
+}
+
+#[test]
 fn a_control_queue_needs_a_back_end_that_serves_it() {
     const CONFIG: u64 = 1 << 9;
     const CTRL_VQ: u64 = 1 << 17;

@@ -42,10 +42,13 @@ const BLK_MQ: u64 = 1 << virtio_blk::VIRTIO_BLK_F_MQ;
 
 /// Fields of `struct virtio_net_config` with the feature that makes each valid (5.1.4).
 const NET_STATUS: u64 = 1 << virtio_net::VIRTIO_NET_F_STATUS;
-const NET_FIELDS: [(u64, Range<usize>); 3] = [
+const NET_FIELDS: [(u64, Range<usize>); 6] = [
     (1 << virtio_net::VIRTIO_NET_F_MAC, 0..6),
     (NET_STATUS, 6..8),
     (1 << virtio_net::VIRTIO_NET_F_MTU, 10..12),
+    (1 << virtio_net::VIRTIO_NET_F_SPEED_DUPLEX, 12..17),
+    (1 << virtio_net::VIRTIO_NET_F_RSS, 17..24),
+    (1 << virtio_net::VIRTIO_NET_F_HASH_REPORT, 17..24),
 ];
 const NET_MAX_PAIRS: usize = 8;
 const BLK_NUM_QUEUES: usize = 34;
@@ -75,8 +78,11 @@ pub(super) struct Offer {
 /// Works out the offer from a fresh session.
 pub(super) fn make(session: &mut Session, spec: &DeviceConfig) -> Result<Offer, Error> {
     let kind = DeviceType(spec.device_type);
-    let features = session.features() & (TRANSPORT | DEVICE);
+    let mut features = session.features() & (TRANSPORT | DEVICE);
     let base = read_config(session, kind)?;
+    if kind == DeviceType::NET {
+        features &= !net_features_of_no_field(base.as_deref(), spec);
+    }
     let mut offer = Offer {
         features: features | spec.config_features & DEVICE,
         own_features: features,
@@ -121,6 +127,15 @@ pub(super) fn read_config(session: &mut Session, kind: DeviceType) -> Result<Opt
         }
     }
     Ok(None)
+}
+
+/// Features that make a field valid which neither the back end nor the spec gives: an MTU of 0, say, is none.
+fn net_features_of_no_field(base: Option<&[u8]>, spec: &DeviceConfig) -> u64 {
+    let length = base.map_or(0, <[u8]>::len);
+    let nobody_gives =
+        |(feature, field): &(u64, Range<usize>)| field.end > length && spec.config_features & feature == 0;
+    let fields = NET_FIELDS.into_iter().filter(nobody_gives);
+    fields.fold(0, |all, (feature, _)| all | feature)
 }
 
 /// Puts the spec's configuration in place of, or (net) over, the back end's. The link's state is the
