@@ -16,6 +16,7 @@ const CFG_BAR: usize = 4;
 const CFG_OFFSET: usize = 8;
 const CFG_LENGTH: usize = 12;
 const CFG_DATA: usize = 16;
+const CFG_DATA_SIZE: usize = 4;
 
 pub(super) struct VirtioFunction {
     transport: Arc<Transport>,
@@ -55,38 +56,44 @@ impl VirtioFunction {
         lock(&self.transport.doorbells).move_bar(decoded);
     }
 
-    /// The BAR access that the driver set up in the PCI configuration access capability, when
-    /// `length` and the fields are as they must be (4.1.4.9.1).
-    fn window_access(&self, offset: u16, length: usize) -> Option<u64> {
+    /// The BAR access, its offset and width, that the driver has set up in the PCI configuration access
+    /// capability, when one of `length` bytes at `offset` touches its data and the other fields are as they
+    /// must be (4.1.4.9.1).
+    fn window_access(&self, space: &ConfigSpace, offset: u16, length: usize) -> Option<(u64, usize)> {
         let capability = self.places.pci_cfg;
-        if usize::from(offset) != capability + CFG_DATA {
+        let (start, data) = (usize::from(offset), capability + CFG_DATA);
+        if start >= data + CFG_DATA_SIZE || start + length <= data {
             return None;
         }
-        let space = lock(&self.space);
         let [bar] = space.get(capability + CFG_BAR);
         let at = u32::from_le_bytes(space.get(capability + CFG_OFFSET));
         let width = u32::from_le_bytes(space.get(capability + CFG_LENGTH));
-        let sound = matches!(width, 1 | 2 | 4) && at.is_multiple_of(width) && width as usize == length;
+        let sound = matches!(width, 1 | 2 | 4) && at.is_multiple_of(width);
         let end = u64::from(at) + u64::from(width);
-        (bar == 0 && sound && end <= VIRTIO_BAR_SIZE).then_some(at.into())
+        (bar == 0 && sound && end <= VIRTIO_BAR_SIZE).then_some((at.into(), width as usize))
     }
 }
 
 impl Function for VirtioFunction {
     fn config_read(&self, offset: u16, data: &mut [u8]) {
-        match self.window_access(offset, data.len()) {
-            Some(at) => self.transport.bar_read(at, data),
-            None => lock(&self.space).read(offset, data),
+        let mut space = lock(&self.space);
+        if let Some((at, width)) = self.window_access(&space, offset, data.len()) {
+            let field = self.places.pci_cfg + CFG_DATA;
+            let mut bytes: [u8; CFG_DATA_SIZE] = space.get(field);
+            self.transport.bar_read(at, &mut bytes[..width]);
+            space.put(field, u32::from_le_bytes(bytes), !0);
         }
+        space.read(offset, data);
     }
 
     fn config_write(&self, offset: u16, data: &[u8]) {
-        if let Some(at) = self.window_access(offset, data.len()) {
-            self.transport.bar_write(at, data);
-        }
         let mut space = lock(&self.space);
         let before = space.command();
         space.write(offset, data);
+        if let Some((at, width)) = self.window_access(&space, offset, data.len()) {
+            let bytes: [u8; CFG_DATA_SIZE] = space.get(self.places.pci_cfg + CFG_DATA);
+            self.transport.bar_write(at, &bytes[..width]);
+        }
         // Under the lock: two vCPUs that move the BAR do so one after the other.
         self.settle(&space);
         let after = space.command();

@@ -237,6 +237,19 @@ fn configuration_access_through_the_capability() {
     }
     set(20, 1);
     assert_eq!(read(1), [3], "misfits wrote nothing");
+    // Accesses of other widths, which the field's bytes make one of the right width.
+    let write = |at: u64, data: &[u8]| rig.bus.ecam_write(capability + 16 + at, data);
+    rig.set_command(2);
+    set(22, 2);
+    write(0, &[1, 0, 9, 9]);
+    assert_eq!(rig.read::<2>(22), [1, 0], "queue_select");
+    write(1, &[2]);
+    assert_eq!(rig.read::<2>(22), [1, 2]);
+    set(16, 2);
+    let mut high = [0];
+    rig.bus.ecam_read(capability + 17, &mut high);
+    assert_eq!(high, [0xFF], "config_msix_vector");
+    assert_eq!(read(4), [0xFF, 0xFF, 9, 9], "what is past the length stays");
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! What the vCPU threads and the device's thread share of one device. Locks are taken in the
-//! order registers, MSI-X, doorbells, mailbox, and none is held during a vhost-user exchange.
+//! order configuration space, registers, MSI-X, doorbells, mailbox, and none is held during a vhost-user exchange.
 
 use super::device_type::DeviceType;
 use super::doorbells::DoorbellSet;
