@@ -175,6 +175,14 @@ fn features_are_judged_from_what_was_offered() {
     rig.write(12, &1u32.to_le_bytes());
     rig.set_status(11);
     assert_eq!(rig.status(), 3, "a feature past 64 is unknown");
+    rig.write(8, &3u32.to_le_bytes());
+    rig.write(12, &0u32.to_le_bytes());
+    rig.set_status(11);
+    assert_eq!(rig.status(), 3, "none of another word");
+    rig.write(8, &2u32.to_le_bytes());
+    rig.write(12, &0u32.to_le_bytes());
+    rig.set_status(11);
+    assert_eq!(rig.status(), 11, "taken back");
 }
 
 #[test]

@@ -68,11 +68,14 @@ pub(super) struct Registers {
     device_feature_select: u32,
     driver_feature_select: u32,
     driver_features: u64,
-    /// The driver acknowledged a feature past the 64 that exist here.
-    unknown_features: bool,
+    /// Words of features, a bit each, past the two that exist here in which the driver acknowledged one; the
+    /// highest bit is for all words from there on.
+    unknown_features: u64,
     queue_select: u16,
     status: u8,
     generation: u8,
+    /// The driver has read of the configuration since it changed.
+    config_read: bool,
     isr: u8,
     resetting: bool,
 }
@@ -89,10 +92,11 @@ impl Registers {
             device_feature_select: 0,
             driver_feature_select: 0,
             driver_features: 0,
-            unknown_features: false,
+            unknown_features: 0,
             queue_select: 0,
             status: 0,
             generation: 0,
+            config_read: false,
             isr: 0,
             resetting: false,
         }
@@ -162,7 +166,10 @@ impl Registers {
             12 if self.status & FEATURES_OK == 0 => match self.driver_feature_select {
                 0 => self.driver_features = self.driver_features & !0xFFFF_FFFF | u64::from(value),
                 1 => self.driver_features = self.driver_features & 0xFFFF_FFFF | u64::from(value) << 32,
-                _ => self.unknown_features |= value != 0,
+                word => {
+                    let bit = 1 << word.min(u64::BITS - 1);
+                    self.unknown_features = self.unknown_features & !bit | if value == 0 { 0 } else { bit };
+                }
             },
             32 | 36 | 40 | 44 | 48 | 52 => {
                 if let Some(queue) = self.idle_queue() {
@@ -236,7 +243,7 @@ impl Registers {
 
     fn features_acceptable(&self) -> bool {
         let version_1 = self.driver_features >> VIRTIO_F_VERSION_1 & 1 != 0;
-        version_1 && !self.unknown_features && self.driver_features & !self.offered == 0
+        version_1 && self.unknown_features == 0 && self.driver_features & !self.offered == 0
     }
 
     /// Begins a reset from outside. True: rings may be running.
@@ -265,6 +272,7 @@ impl Registers {
         );
         *self = Self {
             generation: self.generation,
+            config_read: self.config_read,
             ..fresh
         };
     }
@@ -275,12 +283,14 @@ impl Registers {
         self.note_config_change()
     }
 
-    /// Takes over a configuration. True: it has changed.
+    /// Takes over a configuration. True: it has changed. Its generation does where the driver can have seen the
+    /// one before (4.1.4.3.1): counted otherwise, 256 changes between two reads would be none.
     pub(super) fn set_config(&mut self, config: Vec<u8>) -> bool {
         let changed = self.config != config;
         if changed {
             self.config = config;
-            self.generation = self.generation.wrapping_add(1);
+            let seen = std::mem::take(&mut self.config_read);
+            self.generation = self.generation.wrapping_add(seen.into());
         }
         changed
     }
@@ -297,7 +307,8 @@ impl Registers {
     }
 
     /// The device-specific configuration, any width and alignment; past its end it is zero.
-    pub(super) fn read_config(&self, offset: u64, data: &mut [u8]) {
+    pub(super) fn read_config(&mut self, offset: u64, data: &mut [u8]) {
+        self.config_read = true;
         for (byte, at) in data.iter_mut().zip(offset..) {
             let at = usize::try_from(at).unwrap_or(usize::MAX);
             *byte = self.config.get(at).copied().unwrap_or(0);
@@ -319,5 +330,26 @@ fn window(features: u64, select: u32) -> u32 {
         0 => features as u32,
         1 => (features >> 32) as u32,
         _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_counts_once_until_it_was_read() {
+        let mut registers = Registers::new(0, vec![0], 1, 256);
+        let generation = |registers: &Registers| registers.common()[21];
+        registers.read_config(0, &mut [0]);
+        let before = generation(&registers);
+        for change in 1..=256u16 {
+            assert!(registers.set_config(vec![change as u8]));
+        }
+        assert_ne!(generation(&registers), before);
+        let first = generation(&registers);
+        registers.read_config(0, &mut [0]);
+        registers.set_config(vec![7]);
+        assert_ne!(generation(&registers), first);
     }
 }
