@@ -323,8 +323,8 @@ fn a_net_feature_comes_with_its_field() {
 fn a_control_queue_needs_a_back_end_that_serves_it() {
     const CONFIG: u64 = 1 << 9;
     const CTRL_VQ: u64 = 1 << 17;
-    // CTRL_GUEST_OFFLOADS, CTRL_RX, GUEST_ANNOUNCE, MQ, HASH_TUNNEL, VQ_NOTF_COAL, NOTF_COAL.
-    let needs_it = [2, 18, 21, 22, 51, 52, 53]
+    // CTRL_GUEST_OFFLOADS, CTRL_RX, CTRL_RX_EXTRA, GUEST_ANNOUNCE, MQ, HASH_TUNNEL, VQ_NOTF_COAL, NOTF_COAL.
+    let needs_it = [2, 18, 20, 21, 22, 51, 52, 53]
         .iter()
         .fold(0, |all, bit| all | 1 << bit);
     let others = |protocol| {

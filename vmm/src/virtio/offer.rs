@@ -30,6 +30,7 @@ const NET_F_HASH_TUNNEL: u32 = 51;
 const NET_NEED_CTRL_VQ: u64 = NET_MQ
     | 1 << virtio_net::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS
     | 1 << virtio_net::VIRTIO_NET_F_CTRL_RX
+    | 1 << virtio_net::VIRTIO_NET_F_CTRL_RX_EXTRA
     | 1 << virtio_net::VIRTIO_NET_F_CTRL_VLAN
     | 1 << virtio_net::VIRTIO_NET_F_GUEST_ANNOUNCE
     | 1 << virtio_net::VIRTIO_NET_F_CTRL_MAC_ADDR
