@@ -98,7 +98,10 @@ impl Filter {
         let (Some(own), Some(table)) = (own, &self.table) else {
             return TapFilter::Everything;
         };
-        if self.has(Mode::Promiscuous) || self.has(Mode::AllUnicast) {
+        // What suppresses a kind outdoes what allows all of it; the kernel's filter cannot have every station
+        // and lack some groups.
+        let all_unicast = self.has(Mode::AllUnicast) && !self.has(Mode::NoUnicast);
+        if self.has(Mode::Promiscuous) || all_unicast {
             return TapFilter::Everything;
         }
         let wanted = |address: &MacAddress| {
@@ -107,7 +110,7 @@ impl Filter {
             } else {
                 Mode::NoUnicast
             };
-            !self.has(refused)
+            *address != BROADCAST && !self.has(refused)
         };
         let mut addresses: Vec<_> = [own].iter().chain(table).copied().filter(wanted).collect();
         addresses.sort_by_key(|address| address.is_group());
@@ -175,5 +178,19 @@ mod tests {
         filter.set_mode(Mode::NoBroadcast, true);
         let (addresses, _) = these(&filter);
         assert!(!addresses.is_empty() && addresses.iter().all(|one| one.is_group() && *one != BROADCAST));
+    }
+
+    #[test]
+    fn what_is_suppressed_does_not_pass_though_all_of_it_is_allowed() {
+        let mut filter = quiet();
+        filter.set_table(Some(vec![GROUP, OTHER, BROADCAST]));
+        filter.set_mode(Mode::AllUnicast, true);
+        assert_eq!(filter.tap(Some(OWN)), TapFilter::Everything);
+        filter.set_mode(Mode::NoUnicast, true);
+        assert_eq!(these(&filter).0, [GROUP, BROADCAST]);
+        filter.set_mode(Mode::NoBroadcast, true);
+        assert_eq!(these(&filter).0, [GROUP]);
+        filter.set_mode(Mode::Promiscuous, true);
+        assert_eq!(filter.tap(Some(OWN)), TapFilter::Everything);
     }
 }
