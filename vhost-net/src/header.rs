@@ -12,8 +12,11 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub const HEADER_SIZE: usize = 12;
 /// Bytes of an Ethernet header without tags.
 pub const ETHERNET_HEADER: usize = 14;
-/// Longest frame either way: the largest IP packet behind an Ethernet header with one tag.
-pub const MAX_FRAME: usize = ETHERNET_HEADER + 4 + 65535;
+/// Longest frame either way: the largest IPv6 packet behind an Ethernet header with one tag.
+pub const MAX_FRAME: usize = ETHERNET_HEADER + 4 + 40 + 65535;
+
+/// Bytes of a TCP header's longest options.
+const MOST_TCP_OPTIONS: usize = 40;
 
 /// Most segments of one frame: those of the longest packet at the least MTU of IPv4 (RFC 791, 68 bytes),
 /// 28 bytes each. The host cuts a frame while it takes it, so without a bound one byte each would make
@@ -76,9 +79,6 @@ pub enum HeaderError {
     /// More than [`MOST_SEGMENTS`].
     #[error("more than {MOST_SEGMENTS} segments")]
     Segments,
-    /// `hdr_len` reaches beyond the frame.
-    #[error("hdr_len beyond the frame")]
-    HeaderLength,
     /// The checksum lies outside the frame, or not where the protocol has it.
     #[error("csum_start or csum_offset outside the frame")]
     Checksum,
@@ -129,7 +129,7 @@ impl TxHeader {
             cut = check_segmentation(&header, frame, offloads)?;
             clean.gso_type = header.gso_type;
             clean.gso_size = header.gso_size;
-            clean.hdr_len = header.hdr_len;
+            clean.hdr_len = header_length(&header, cut.headers, frame);
         }
         Ok(Self { clean, cut })
     }
@@ -186,9 +186,6 @@ fn check_segmentation(header: &NetHeader, frame: usize, offloads: &Offloads) -> 
     if header.gso_size.get() == 0 || header.flags & F_NEEDS_CSUM == 0 {
         return Err(HeaderError::GsoSize);
     }
-    if usize::from(header.hdr_len.get()) > frame {
-        return Err(HeaderError::HeaderLength);
-    }
     let headers = usize::from(header.csum_start.get()) + length;
     if header.csum_offset.get() != offset || headers > frame {
         return Err(HeaderError::Checksum);
@@ -198,6 +195,17 @@ fn check_segmentation(header: &NetHeader, frame: usize, offloads: &Offloads) -> 
         return Err(HeaderError::Segments);
     }
     Ok(Cut { packets, headers })
+}
+
+/// The hint `hdr_len`, if it can be true of a frame with at least `headers` bytes of them: a device must not
+/// rely on it (virtio 1.3, 5.1.6.2.2), and the kernel refuses one beyond the frame.
+fn header_length(header: &NetHeader, headers: usize, frame: usize) -> U16 {
+    let true_ones = headers..=frame.min(headers + MOST_TCP_OPTIONS);
+    if true_ones.contains(&header.hdr_len.get().into()) {
+        header.hdr_len
+    } else {
+        U16::new(u16::try_from(headers).unwrap_or(0))
+    }
 }
 
 #[cfg(test)]

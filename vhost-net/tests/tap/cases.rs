@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::time::Duration;
-use vhost_net::header::{F_NEEDS_CSUM, GSO_NONE, GSO_TCPV4, GSO_UDP_L4, NetHeader};
+use vhost_net::header::{F_NEEDS_CSUM, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NetHeader};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_USO4,
     VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MRG_RXBUF,
@@ -23,6 +23,10 @@ pub const ALL: &[Case] = &[
         ten_thousand_frames_with_event_idx,
     ),
     ("super_frames_to_the_host", super_frames_to_the_host),
+    (
+        "the_longest_super_frame_to_the_host",
+        the_longest_super_frame_to_the_host,
+    ),
     ("udp_super_frames_both_ways", udp_super_frames_both_ways),
     ("super_frames_to_merged_buffers", super_frames_to_merged_buffers),
     ("super_frames_to_one_long_chain", super_frames_to_one_long_chain),
@@ -200,6 +204,29 @@ fn super_frames_to_the_host() -> Result<()> {
         ensure!(header[1] == GSO_TCPV4, "{length}: arrived as {header:?}");
         ensure!(frame[L4 + 20..] == sent[L4 + 20..], "{length}: payload");
     }
+    Ok(())
+}
+
+fn the_longest_super_frame_to_the_host() -> Result<()> {
+    let device = Device::start(&[])?;
+    let host = host(&device)?;
+    let mut guest = Guest::start(device.connect()?, EVERYTHING, MERGEABLE)?;
+    let header = NetHeader {
+        gso_type: GSO_TCPV6,
+        hdr_len: 74.into(),
+        csum_start: 54.into(),
+        ..tcp_segments()
+    };
+    let sent = Path::to_host(&device.tap).tcp6(&pattern(65_515, 1));
+    guest.send(header, &sent)?;
+    let (received, frame) = host.receive(DEADLINE)?;
+    ensure!(
+        received[1] == GSO_TCPV6
+            && frame[..14 + 40 + 16] == sent[..14 + 40 + 16]
+            && frame[74..] == sent[74..],
+        "{} bytes arrived, {received:?}",
+        frame.len()
+    );
     Ok(())
 }
 

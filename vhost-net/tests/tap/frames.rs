@@ -81,6 +81,21 @@ impl Path {
         segment.extend(payload);
         self.packet(TCP, &segment)
     }
+
+    /// A TCP frame (ACK) over IPv6 with no checksum yet.
+    pub fn tcp6(&self, payload: &[u8]) -> Vec<u8> {
+        let mut frame = [self.to_mac, self.from_mac].concat();
+        frame.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
+        frame.extend((20 + payload.len() as u16).to_be_bytes());
+        frame.extend([TCP, 64]);
+        for last in [1, 2] {
+            frame.extend([0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last]);
+        }
+        frame.extend([0x30, 0x39, 0x27, 0x0f, 0, 0, 0, 1, 0, 0, 0, 0, 0x50, 0x10]);
+        frame.extend([0x40, 0, 0, 0, 0, 0]);
+        frame.extend(payload);
+        frame
+    }
 }
 
 /// The TCP or UDP checksum of an IPv4 frame is right.
