@@ -14,14 +14,17 @@ pub enum Drop {
     Interface,
     /// The guest's buffer is too small for the frame, or its chain has too many segments.
     Buffer,
+    /// The frame is longer than the MTU that the guest was told.
+    Mtu,
 }
 
 /// With its name in metrics.
-const REASONS: [(Drop, &str); 4] = [
+const REASONS: [(Drop, &str); 5] = [
     (Drop::Header, "header"),
     (Drop::Guard, "guard"),
     (Drop::Interface, "interface"),
     (Drop::Buffer, "buffer"),
+    (Drop::Mtu, "mtu"),
 ];
 
 /// What one queue passed and nobody counted yet.
@@ -44,7 +47,7 @@ impl Batch {
 pub struct Direction {
     frames: AtomicU64,
     bytes: AtomicU64,
-    dropped: [AtomicU64; 4],
+    dropped: [AtomicU64; REASONS.len()],
 }
 
 impl Direction {
@@ -91,6 +94,7 @@ impl Direction {
             dropped_guard = self.drops(Drop::Guard),
             dropped_interface = self.drops(Drop::Interface),
             dropped_buffer = self.drops(Drop::Buffer),
+            dropped_mtu = self.drops(Drop::Mtu),
             "totals"
         );
     }

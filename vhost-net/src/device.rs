@@ -231,6 +231,7 @@ fn make_handlers(
             Arc::clone(&parts.counters),
             Arc::clone(&parts.link),
             running,
+            options.mtu,
         );
         let receive_queue = receive_queue.map_err(OpenError::Events)?;
         if pair == 1 {

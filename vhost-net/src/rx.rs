@@ -8,7 +8,7 @@
 
 use crate::buffers::{FrameBuffers, MAX_SEGMENTS, SliceStorage, Storage};
 use crate::counters::{Batch, Counters, Drop};
-use crate::header::{HEADER_SIZE, MAX_FRAME, NetHeader};
+use crate::header::{ETHERNET_HEADER, GSO_ECN, GSO_NONE, HEADER_SIZE, MAX_FRAME, NetHeader};
 use crate::link::Link;
 use crate::offload::Offloads;
 use crate::pacer::Pacer;
@@ -24,6 +24,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vhost_daemon::{Chain, QueueHandler, Ring, RingFault, Wait};
+use virtio_bindings::virtio_net::VIRTIO_NET_F_MTU;
+use vm_memory::VolatileSlice;
 use zerocopy::IntoBytes;
 
 /// The longest frame with its header.
@@ -38,6 +40,12 @@ const PUBLISH_EVERY: usize = 16;
 /// Frames after which the worker may interrupt the driver and look after its other duties. Bounds
 /// the work that a flood of frames, each dropped for want of room, can cause at a time.
 const MOST_FRAMES: usize = 64;
+
+/// Bytes of a frame with its header up to the Ethernet type.
+const HEAD: usize = HEADER_SIZE + ETHERNET_HEADER;
+/// Ethernet types of a tag, which the MTU does not count, and its length.
+const TAGS: [[u8; 2]; 2] = [[0x81, 0], [0x88, 0xa8]];
+const TAG: usize = 4;
 
 /// How long a frame that lacks room waits for the driver's next buffer. Far above what a busy or
 /// paused driver takes, as a frame is lost to it.
@@ -62,6 +70,10 @@ pub struct ReceiveQueue {
     hopeless: usize,
     timer: TimerFd,
     expected: Expectation,
+    /// `--mtu`.
+    mtu: Option<u16>,
+    /// The longest frame of the MTU that the driver was told, with its header and no tag.
+    longest_whole: usize,
     storage: Storage,
     slices: SliceStorage,
 }
@@ -104,15 +116,23 @@ impl Expectation {
 /// What became of one attempt to read.
 enum Read {
     Frame(usize),
+    /// A frame that the driver must not get.
+    Refused,
     Nothing(Wait),
 }
 
 impl ReceiveQueue {
-    /// A queue that reads from the pacer's TAP. Before lockdown.
+    /// A queue that reads from the pacer's TAP for a driver that is offered `mtu`. Before lockdown.
     ///
     /// # Errors
     /// When the kernel gives no timer.
-    pub fn new(pacer: Pacer, counters: Arc<Counters>, link: Arc<Link>, running: Running) -> io::Result<Self> {
+    pub fn new(
+        pacer: Pacer,
+        counters: Arc<Counters>,
+        link: Arc<Link>,
+        running: Running,
+        mtu: Option<u16>,
+    ) -> io::Result<Self> {
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         Ok(Self {
             pacer,
@@ -131,6 +151,8 @@ impl ReceiveQueue {
                 long: false,
                 short_calls: 0,
             },
+            mtu,
+            longest_whole: usize::MAX,
             storage: Storage::default(),
             slices: SliceStorage::default(),
         })
@@ -191,6 +213,16 @@ impl ReceiveQueue {
         }
         let result = read_retrying(&self.pacer, &buffers);
         self.storage = buffers.into_storage();
+        if let Ok(length) = result
+            && length > self.longest_whole
+            && !is_segmented_or_tagged(head(&slices, &self.spill), length - self.longest_whole)
+        {
+            self.slices.keep(slices);
+            self.counters
+                .receive
+                .dropped(Drop::Mtu, &"longer than the guest's MTU");
+            return Read::Refused;
+        }
         if let Ok(length) = result
             && length > room
         {
@@ -357,6 +389,7 @@ impl ReceiveQueue {
             }
             match self.read() {
                 Read::Nothing(wait) => break wait,
+                Read::Refused => frames += 1,
                 Read::Frame(length) => {
                     longest = longest.max(length);
                     frames += 1;
@@ -390,6 +423,28 @@ impl ReceiveQueue {
     }
 }
 
+/// The start of a frame that was read to `slices` and, behind them, to `spill`.
+fn head(slices: &[VolatileSlice<'_>], spill: &[u8]) -> [u8; HEAD] {
+    let mut head = [0; HEAD];
+    let mut done = 0;
+    for slice in slices {
+        if done == HEAD {
+            break;
+        }
+        done += slice.copy_to(&mut head[done..]);
+    }
+    if let Some(rest) = spill.get(done..HEAD) {
+        head[done..].copy_from_slice(rest);
+    }
+    head
+}
+
+/// A frame that starts so may be so many bytes longer than the MTU (virtio 1.3, 5.1.4.1).
+fn is_segmented_or_tagged(head: [u8; HEAD], bytes: usize) -> bool {
+    let [_, gso_type, .., high, low] = head;
+    gso_type & !GSO_ECN != GSO_NONE || (bytes <= TAG && TAGS.contains(&[high, low]))
+}
+
 fn read_retrying(pacer: &Pacer, buffers: &FrameBuffers<'_>) -> io::Result<usize> {
     loop {
         match pacer.tap().read_frame(buffers) {
@@ -403,6 +458,8 @@ fn read_retrying(pacer: &Pacer, buffers: &FrameBuffers<'_>) -> io::Result<usize>
 impl QueueHandler for ReceiveQueue {
     fn start(&mut self, features: u64) {
         self.offloads = Offloads::new(features);
+        let mtu = self.mtu.filter(|_| features & (1 << VIRTIO_NET_F_MTU) != 0);
+        self.longest_whole = mtu.map_or(usize::MAX, |mtu| HEAD + usize::from(mtu));
         self.waiting = None;
         self.hopeless = 0;
         self.expected = Expectation {

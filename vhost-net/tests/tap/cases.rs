@@ -3,6 +3,7 @@
 use crate::frames::{L4, Path, UDP, checksum_is_right, pattern};
 use crate::guest::{DEADLINE, Guest, LARGE, MERGEABLE};
 use crate::host::Host;
+use crate::namespace::ip;
 use crate::{Case, Device};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
@@ -12,6 +13,7 @@ use vhost_net::header::{F_NEEDS_CSUM, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_USO4,
     VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU,
 };
 
 pub const ALL: &[Case] = &[
@@ -39,6 +41,7 @@ pub const ALL: &[Case] = &[
         "a_frame_waits_for_enough_buffers",
         a_frame_waits_for_enough_buffers,
     ),
+    ("no_frame_is_longer_than_the_mtu", no_frame_is_longer_than_the_mtu),
     ("configuration_space", configuration_space),
     ("one_front_end_after_another", one_front_end_after_another),
     (
@@ -375,6 +378,37 @@ fn a_frame_waits_for_enough_buffers() -> Result<()> {
     guest.post(20)?;
     ensure!(guest.receive(DEADLINE)?.1 == sent, "the long frame");
     ensure!(guest.receive(DEADLINE)?.1 == behind, "the frame behind it");
+    Ok(())
+}
+
+fn no_frame_is_longer_than_the_mtu() -> Result<()> {
+    let device = Device::start(&["--mtu=1500"])?;
+    let host = host(&device)?;
+    ip(&format!("link set {} mtu 9000", device.tap.name))?;
+    let mut guest = Guest::start(device.connect()?, EVERYTHING, MERGEABLE)?;
+    let path = Path::to_guest(&device.tap);
+    let of = |length: usize| path.udp([1, 2], &pattern(length - 42, length as u32), true);
+    let tagged = |length: usize| {
+        let frame = of(length - 4);
+        [&frame[..12], &[0x81, 0, 0, 1], &frame[12..]].concat()
+    };
+    for (long, next) in [
+        (of(2000), of(1000)),
+        (of(1515), of(1514)),
+        (tagged(1519), tagged(1518)),
+    ] {
+        host.send(&[0; 10], &long)?;
+        host.send(&[0; 10], &next)?;
+        let frame = guest.receive(DEADLINE)?.1;
+        ensure!(frame == next, "{} bytes arrived, not {}", frame.len(), next.len());
+    }
+    super_frame_to(&mut guest, &host, &device, 10_000)?;
+    // A driver that was told no MTU.
+    drop(guest);
+    let features = EVERYTHING & !(1 << VIRTIO_NET_F_MTU);
+    let mut guest = Guest::start(device.connect()?, features, MERGEABLE)?;
+    host.send(&[0; 10], &of(2000))?;
+    ensure!(guest.receive(DEADLINE)?.1 == of(2000));
     Ok(())
 }
 
