@@ -70,6 +70,12 @@ impl Pacer {
         &self.tap
     }
 
+    /// The driver does not use the pair.
+    #[must_use]
+    pub fn is_detached(&self) -> bool {
+        self.seat.as_ref().is_some_and(|seat| !seat.is_attached())
+    }
+
     /// What to poll.
     #[must_use]
     pub fn source(&self) -> BorrowedFd<'_> {

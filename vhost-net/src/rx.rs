@@ -363,6 +363,9 @@ impl ReceiveQueue {
             if self.waiting.is_some() && !up {
                 self.give_up(Drop::Interface, &"the link is down");
             }
+            if self.waiting.is_some() && self.pacer.is_detached() {
+                self.give_up(Drop::Interface, &"the driver uses its queue no longer");
+            }
             if let Some(frame) = self.waiting
                 && !self.place_waiting(ring, frame)?
             {

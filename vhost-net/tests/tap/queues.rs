@@ -3,7 +3,7 @@
 use crate::frames::{Path, pattern};
 use crate::guest::{Buffers, DEADLINE, Guest, MERGEABLE};
 use crate::host::Host;
-use crate::namespace::{TestTap, text};
+use crate::namespace::{TestTap, ip, text};
 use crate::{BINARY, Case, Device};
 use anyhow::{Context, Result, ensure};
 use integration_tests::process::{Process, inherit_at};
@@ -28,7 +28,11 @@ pub const ALL: &[Case] = &[
         a_driver_of_one_pair,
     ),
     (
-        "a_driver_that_changes_its_pairs_for_ever_is_slowed",
+        "a_frame_that_waits_does_not_reach_a_pair_given_up",
+        a_frame_that_waits,
+    ),
+    (
+        "a_driver_that_changes_pairs_or_address_for_ever_is_slowed",
         changes_for_ever,
     ),
     ("an_inherited_tap_and_socket", an_inherited_tap_and_socket),
@@ -138,6 +142,29 @@ fn a_driver_of_one_pair() -> Result<()> {
         "{second} of 50 flows on the second pair"
     );
     Ok(())
+}
+
+fn a_frame_that_waits() -> Result<()> {
+    let device = Device::on(TestTap::new(" multi_queue")?, &["--num-queues=4"])?;
+    ip(&format!("link set {} mtu 9000", device.tap.name))?;
+    let host = Host::new(&device.tap.name, device.tap.host_mac())?;
+    let path = Path::to_guest(&device.tap);
+    let send = || {
+        (0..20).try_for_each(|port| host.send(&[0; 10], &path.udp([1000 + port, 7], &pattern(4000, 1), true)))
+    };
+    let mut guest = Guest::with_queues(device.connect()?, EVERYTHING, FEW, 5)?;
+    ensure!(u32::from(guest.control(CONTROL, &pairs_set(2))?) == VIRTIO_NET_OK);
+    guest.use_pair(1);
+    // A buffer that a frame does not fit in: the first on this pair waits for more.
+    guest.post(1)?;
+    send()?;
+    ensure!(guest.receive(GAP).is_err(), "a frame without room for it");
+    ensure!(u32::from(guest.control(CONTROL, &pairs_set(1))?) == VIRTIO_NET_OK);
+    guest.post(10)?;
+    ensure!(guest.receive(GAP).is_err(), "a frame on a pair that was given up");
+    ensure!(u32::from(guest.control(CONTROL, &pairs_set(2))?) == VIRTIO_NET_OK);
+    send()?;
+    guest.receive(DEADLINE).map(drop)
 }
 
 fn changes_for_ever() -> Result<()> {
