@@ -21,8 +21,8 @@ use virtio_bindings::virtio_net::{
 
 /// Longest command that is read: two tables of some 300 addresses each.
 const LONGEST: usize = 4096;
-/// How often the driver may have the kernel asked, each time under its lock for all interfaces. Far more
-/// than a driver needs that is not out to hold up its neighbours.
+/// How often the driver may have the kernel asked, each time under its lock for all interfaces, and the front
+/// end read the configuration anew. Far more than a driver needs that is not out to hold up its neighbours.
 const ASKED: Rate = Rate {
     per_second: 100,
     burst: 32,
@@ -135,6 +135,18 @@ impl ControlQueue {
         }
     }
 
+    /// Does what may change the configuration space. The front end's copy follows a moment after the answer,
+    /// not before it as virtio 1.3, 5.1.6.5.2.1 has it: a wait for it would hold up the queue.
+    fn with_station(&self, step: impl FnOnce(&Station) -> Done) -> Done {
+        let before = self.station.mac();
+        let done = step(&self.station);
+        let changed = self.station.mac() != before;
+        if changed {
+            self.link.config_changed();
+        }
+        done.map(|asked| asked + usize::from(changed))
+    }
+
     fn execute(&self, command: Command) -> Done {
         match command {
             Command::Pairs(pairs) => {
@@ -144,8 +156,9 @@ impl ControlQueue {
             Command::Receive(mode, on) => self.station.set_mode(mode, on),
             Command::Table(addresses) => self.station.set_table(Some(addresses)),
             Command::LongTable => self.station.set_table(None),
-            Command::Address(mac) => self.station.set_mac(mac),
+            Command::Address(mac) => self.with_station(|station| station.set_mac(mac)),
             Command::Announced => {
+                // As for the station: the front end's copy follows (5.1.6.5.4.2).
                 self.link.announced();
                 Some(0)
             }
@@ -163,6 +176,7 @@ impl QueueHandler for ControlQueue {
             self.station.begin();
         } else {
             self.steering.resume();
+            self.with_station(Station::resume);
         }
     }
 

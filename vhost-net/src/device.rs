@@ -133,7 +133,12 @@ impl NetDevice {
             .or_else(|| state.uso())
             .ok_or(TapError::Gone)?;
         state.set_uso(uso);
-        let station = Station::new(Arc::clone(first), options.mac, guard.is_some());
+        let station = Station::new(
+            Arc::clone(first),
+            options.mac,
+            guard.is_some(),
+            Arc::clone(&state),
+        );
         let parts = Parts {
             steering: Arc::new(Steering::new(&taps, Arc::clone(&state)).map_err(OpenError::Events)?),
             station: Arc::new(station),
@@ -324,6 +329,7 @@ impl Device for NetDevice {
 
     fn flush(&mut self) -> io::Result<()> {
         self.parts.counters.log();
+        self.parts.station.leave();
         Ok(())
     }
 }

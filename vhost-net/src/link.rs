@@ -1,8 +1,8 @@
 //! The link as the driver sees it: the launcher may take it down, and a TAP that vanishes does.
 //!
-//! Queues' threads tell of a TAP that is gone; the session's thread reads what the launcher wants
-//! from `--link-fd` and tells the driver by a change of the configuration space (virtio 1.3, 5.1.4). It
-//! watches `--control-fd` by the same descriptor.
+//! Queues' threads tell of a TAP that is gone and of what the driver changed; the session's thread reads
+//! what the launcher wants from `--link-fd` and tells the driver by a change of the configuration space
+//! (virtio 1.3, 5.1.4). It watches `--control-fd` by the same descriptor.
 
 use crate::state::State;
 use crate::tap::{Tap, is_gone};
@@ -82,10 +82,15 @@ impl Link {
         let gone = self.set_carrier().is_err_and(|error| is_gone(&error));
         if gone && !self.gone.swap(true, Ordering::AcqRel) {
             tell(Happening::TapLost, "the TAP is gone: the guest's link is down");
-            // An eventfd at its limit wakes just as well.
-            let _ = self.wake.write(1);
+            self.config_changed();
         }
         gone
+    }
+
+    /// The configuration space is another now: the session tells the front end, which keeps a copy.
+    pub fn config_changed(&self) {
+        // An eventfd at its limit wakes just as well.
+        let _ = self.wake.write(1);
     }
 
     fn set_carrier(&self) -> io::Result<()> {
@@ -106,7 +111,9 @@ impl Link {
 
     /// The driver has announced itself.
     pub fn announced(&self) {
-        self.announce.store(false, Ordering::Release);
+        if self.announce.swap(false, Ordering::AcqRel) {
+            self.config_changed();
+        }
     }
 
     /// `status` of the configuration space.
@@ -159,16 +166,16 @@ impl LinkWatch {
         self.epoll.0.as_fd()
     }
 
-    /// Whether the driver acknowledged VIRTIO_NET_F_GUEST_ANNOUNCE.
+    /// Whether the driver, another one, acknowledged VIRTIO_NET_F_GUEST_ANNOUNCE.
     pub fn set_announces(&mut self, announces: bool) {
         self.announces = announces;
-        self.link.announced();
+        self.link.announce.store(false, Ordering::Release);
     }
 
-    /// Takes all causes; whether the driver has to look at `status`.
+    /// Takes all causes; whether the driver has to look at the configuration space.
     pub fn changed(&mut self) -> bool {
         let before = self.link.status();
-        let lost = self.link.wake.read().is_ok();
+        let told = self.link.wake.read().is_ok();
         let mut bytes = [0; MOST_BYTES];
         let taken = match &self.orders {
             Some(orders) => nix::unistd::read(orders, &mut bytes),
@@ -179,7 +186,7 @@ impl LinkWatch {
             Ok(count) => bytes.iter().take(count).for_each(|byte| self.obey(*byte)),
             Err(_) => {}
         }
-        lost || self.link.status() != before
+        told || self.link.status() != before
     }
 
     /// Takes orders that came by `--control-fd`; `metrics` is what one of them asks for.

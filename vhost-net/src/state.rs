@@ -1,8 +1,10 @@
 //! `--state-fd`: what a driver and the launcher said once and do not repeat to a successor of this
-//! process, and what a TAP that may be gone by then could do. A page that the launcher keeps, one byte for each; it names no address and no size.
+//! process, and what a TAP that may be gone by then could do. A page that the launcher keeps, one byte for
+//! each but the NIC's address; it names no place and no size.
 //!
 //! Whoever wrote it may have been taken over by its guest: what cannot be counts as never said.
 
+use crate::address::MacAddress;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::stat::{SFlag, fstat};
 use std::fs::File;
@@ -23,6 +25,9 @@ const PAIRS: usize = 1;
 const USO: usize = 2;
 const NO: u8 = b'n';
 const YES: u8 = b'y';
+/// Whether the driver chose an address, and which.
+const MAC: usize = 4;
+const MAC_BYTES: std::ops::Range<usize> = MAC + 1..MAC + 7;
 
 /// What outlives the process, if the launcher keeps it.
 pub struct State {
@@ -105,6 +110,28 @@ impl State {
         self.store(USO, if uso { YES } else { NO });
     }
 
+    /// The address that the driver chose, if it did and a station can have it.
+    #[must_use]
+    pub fn mac(&self) -> Option<MacAddress> {
+        let mut mac = MacAddress([0; 6]);
+        for (byte, at) in mac.0.iter_mut().zip(MAC_BYTES) {
+            *byte = self.load(at);
+        }
+        (self.load(MAC) == YES && mac.is_station()).then_some(mac)
+    }
+
+    /// The driver has chosen an address, or has the one that was given.
+    pub fn set_mac(&self, mac: Option<MacAddress>) {
+        // A process that ends in between leaves none.
+        self.store(MAC, NO);
+        if let Some(mac) = mac {
+            for (byte, at) in mac.0.into_iter().zip(MAC_BYTES) {
+                self.store(at, byte);
+            }
+            self.store(MAC, YES);
+        }
+    }
+
     fn load(&self, at: usize) -> u8 {
         let page = self.page.as_volatile_slice();
         page.load(at, Ordering::Acquire).unwrap_or(0)
@@ -142,6 +169,11 @@ mod tests {
         assert_eq!(said, (Some(false), Some(3), Some(true)));
         second.set_link(true);
         assert_eq!(first.link(), Some(true));
+        let mac = MacAddress([2, 3, 4, 5, 6, 7]);
+        second.set_mac(Some(mac));
+        assert_eq!(first.mac(), Some(mac));
+        first.set_mac(None);
+        assert_eq!(second.mac(), None);
         let private = State::private().unwrap();
         private.set_pairs(2);
         assert_eq!((private.link(), private.pairs(2)), (None, Some(2)));
@@ -156,6 +188,10 @@ mod tests {
             file.write_all_at(&bytes, 0).unwrap();
             let said = (state.link(), state.pairs(3), state.uso());
             assert_eq!(said, (None, None, None), "{bytes:?}");
+        }
+        for mac in [[0; 7], [YES, 1, 2, 3, 4, 5, 6], [YES, 0, 0, 0, 0, 0, 0]] {
+            file.write_all_at(&mac, MAC as u64).unwrap();
+            assert_eq!(state.mac(), None, "{mac:?}");
         }
     }
 

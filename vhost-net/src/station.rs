@@ -2,6 +2,7 @@
 
 use crate::address::MacAddress;
 use crate::filter::{Filter, Mode, TapFilter};
+use crate::state::State as Kept;
 use crate::tap::Tap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,31 +17,38 @@ pub struct Station {
     /// The guard holds the guest to `given`.
     guarded: bool,
     state: Mutex<State>,
+    /// Where the address that the driver chose outlives the process.
+    kept: Arc<Kept>,
 }
 
 struct State {
     mac: Option<MacAddress>,
-    /// The driver has no other: it told this process, or it cannot have told another one.
+    /// The driver has no other: it told this process or one before, or it cannot have told another one.
     sure: bool,
     filter: Filter,
     /// What the kernel has.
     set: TapFilter,
+    /// The address that the last reset took from a driver, which another process may go on with.
+    left: Option<MacAddress>,
 }
 
 impl Station {
-    /// A guest that has said nothing yet.
+    /// A guest that has said nothing yet but, to a predecessor, what address it chose.
     #[must_use]
-    pub fn new(tap: Arc<Tap>, given: Option<MacAddress>, guarded: bool) -> Self {
+    pub fn new(tap: Arc<Tap>, given: Option<MacAddress>, guarded: bool, kept: Arc<Kept>) -> Self {
+        let chosen = kept.mac().filter(|_| !guarded);
         Self {
             tap,
             given,
             guarded,
             state: Mutex::new(State {
-                mac: given,
-                sure: guarded,
+                mac: chosen.or(given),
+                sure: guarded || chosen.is_some(),
                 filter: Filter::default(),
                 set: TapFilter::Everything,
+                left: None,
             }),
+            kept,
         }
     }
 
@@ -56,15 +64,25 @@ impl Station {
         if !own {
             return None;
         }
-        self.change(|state| {
+        let done = self.change(|state| {
             state.mac = Some(mac);
             state.sure = true;
-        })
+        });
+        self.kept.set_mac(Some(mac));
+        done
     }
 
     /// A driver begins: it has the address that is in the configuration space.
     pub fn begin(&self) {
-        self.lock().sure = true;
+        let mut state = self.lock();
+        state.sure = true;
+        self.kept
+            .set_mac(state.mac.filter(|mac| self.given != Some(*mac)));
+    }
+
+    /// A driver goes on, after a front end that went: with the address that it chose.
+    pub fn resume(&self) -> Done {
+        self.kept.mac().and_then(|mac| self.set_mac(mac))
     }
 
     /// VIRTIO_NET_CTRL_RX.
@@ -79,11 +97,21 @@ impl Station {
 
     /// The device was reset: everything passes, and the address is the one that was given.
     pub fn reset(&self) {
+        let left = self.kept.mac();
+        self.kept.set_mac(None);
         self.change(|state| {
             state.mac = self.given;
             state.sure = true;
             state.filter = Filter::default();
+            state.left = left;
         });
+    }
+
+    /// The reset was that of a front end which went: its driver may go on with another process.
+    pub fn leave(&self) {
+        if let Some(mac) = self.lock().left.take() {
+            self.kept.set_mac(Some(mac));
+        }
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) -> Done {

@@ -1,7 +1,7 @@
 //! The guest's side: a driver with merged receive buffers and super-frames, over the front-end harness.
 
 use anyhow::{Context, Result, ensure};
-use integration_tests::frontend_harness::{Options, Segment, Session};
+use integration_tests::frontend_harness::{Options, Segment, Session, request};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
@@ -204,6 +204,15 @@ impl Guest {
         self.session.rings[index].wait_used(DEADLINE)?;
         self.free.push(address);
         Ok(self.session.memory.read(answer, 1)?[0])
+    }
+
+    /// Where the device's own requests arrive from now on.
+    pub fn listen(&mut self) -> Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_read_timeout(Some(DEADLINE))?;
+        let connection = &mut self.session.connection;
+        connection.tell(request::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()])?;
+        Ok(ours)
     }
 
     /// Waits until the device signals queue `index`'s error eventfd.

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::InterfaceFlags;
 use nix::time::{ClockId, clock_gettime};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -25,6 +25,10 @@ pub const ALL: &[Case] = &[
     ("orders_are_answered_until_nobody_gives_them", orders),
     ("the_driver_chooses_what_it_receives", the_driver_chooses),
     ("the_driver_changes_its_address", the_driver_changes_its_address),
+    (
+        "the_front_end_hears_of_what_the_driver_changes",
+        the_front_end_hears,
+    ),
     (
         "a_guest_with_too_few_buffers_loses_the_frame_only",
         too_few_buffers,
@@ -299,6 +303,36 @@ fn the_driver_changes_its_address() -> Result<()> {
         ensure!(config == wanted, "{config:x?}, guard {guard}");
     }
     Ok(())
+}
+
+fn the_front_end_hears() -> Result<()> {
+    const CONFIG_CHANGE: u32 = 2;
+    let (theirs, orders): (OwnedFd, OwnedFd) = nix::unistd::pipe()?;
+    let flags = ["--guard=off", "--link-fd=5"];
+    let device = Device::with(TestTap::new("")?, &flags, Some((theirs, 5)))?;
+    let mut guest = Guest::with_queues(device.connect()?, EVERYTHING, MERGEABLE, 3)?;
+    let mut channel = guest.listen()?;
+    let mut hears = |what: &str| -> Result<()> {
+        let mut message = [0; 12];
+        channel.read_exact(&mut message).context(what.to_owned())?;
+        ensure!(message[..4] == CONFIG_CHANGE.to_le_bytes(), "{message:?}");
+        // One message a change.
+        channel.set_nonblocking(true)?;
+        let more = channel.read(&mut message).is_ok();
+        channel.set_nonblocking(false)?;
+        ensure!(!more, "more than one message: {what}");
+        Ok(())
+    };
+    let set = |mac: [u8; 6]| [&[1, 1], &mac[..]].concat();
+    ensure!(guest.control(CONTROL, &set(device.tap.guest_mac()))? == OK);
+    ensure!(guest.control(CONTROL, &set([2, 0, 0, 0, 9, 9]))? == OK);
+    hears("another address")?;
+    nix::unistd::write(&orders, b"a")?;
+    hears("ANNOUNCE")?;
+    wait_status(&mut guest, LINK_UP | ANNOUNCE)?;
+    ensure!(guest.control(CONTROL, &[3, 0])? == OK, "ANNOUNCE_ACK");
+    hears("ANNOUNCE_ACK")?;
+    wait_status(&mut guest, LINK_UP)
 }
 
 fn too_few_buffers() -> Result<()> {

@@ -42,9 +42,10 @@ const NET_NEED_CTRL_VQ: u64 = NET_MQ
 const BLK_MQ: u64 = 1 << virtio_blk::VIRTIO_BLK_F_MQ;
 
 /// Fields of `struct virtio_net_config` with the feature that makes each valid (5.1.4).
+const NET_MAC: u64 = 1 << virtio_net::VIRTIO_NET_F_MAC;
 const NET_STATUS: u64 = 1 << virtio_net::VIRTIO_NET_F_STATUS;
 const NET_FIELDS: [(u64, Range<usize>); 6] = [
-    (1 << virtio_net::VIRTIO_NET_F_MAC, 0..6),
+    (NET_MAC, 0..6),
     (NET_STATUS, 6..8),
     (1 << virtio_net::VIRTIO_NET_F_MTU, 10..12),
     (1 << virtio_net::VIRTIO_NET_F_SPEED_DUPLEX, 12..17),
@@ -140,12 +141,18 @@ fn net_features_of_no_field(base: Option<&[u8]>, spec: &DeviceConfig) -> u64 {
 }
 
 /// Puts the spec's configuration in place of, or (net) over, the back end's. The link's state is the
-/// back end's own where it has one: it changes.
+/// back end's own where it has one: it changes. So is the address with one of ours, which was given the
+/// spec's: a driver may choose another (5.1.6.5.2).
 fn config(base: Option<Vec<u8>>, own_features: u64, spec: &DeviceConfig, kind: DeviceType) -> Vec<u8> {
     match base {
         None => spec.config.clone(),
         Some(mut config) if kind == DeviceType::NET => {
-            let from_spec = spec.config_features & !(own_features & NET_STATUS);
+            let changing = if spec.ours {
+                NET_STATUS | NET_MAC
+            } else {
+                NET_STATUS
+            };
+            let from_spec = spec.config_features & !(own_features & changing);
             for (feature, field) in NET_FIELDS {
                 if from_spec & feature != 0
                     && let Some(value) = spec.config.get(field.clone())
@@ -261,6 +268,21 @@ pub(super) fn refresh(old: &Offer, base: Vec<u8>, spec: &DeviceConfig) -> Vec<u8
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_address_is_that_of_a_back_end_of_ours() {
+        let spec = |ours| DeviceConfig {
+            device_type: DeviceType::NET.0,
+            config: vec![7; 6],
+            config_features: NET_MAC,
+            ours,
+            ..crate::virtio::rig::spec()
+        };
+        let read = |own_features, ours| config(Some(vec![9; 6]), own_features, &spec(ours), DeviceType::NET);
+        assert_eq!(read(NET_MAC, true), [9; 6]);
+        assert_eq!(read(0, true), [7; 6]);
+        assert_eq!(read(NET_MAC, false), [7; 6]);
+    }
 
     #[test]
     fn the_links_state_is_the_back_ends_where_it_has_one() {

@@ -8,6 +8,7 @@
 //! connections while nobody serves them.
 
 use super::device::DeviceEvent;
+use super::device_type::DeviceType;
 use super::mailbox::Answer;
 use super::worker::{Phase, Worker};
 use crate::error::chain;
@@ -59,9 +60,10 @@ impl Worker {
             let queues = 0..self.offer.served;
             // A failure was reported by `with_session`.
             let _ = self.with_session(|s| s.reset(queues));
-            if !self.written.is_empty() {
-                // Some back ends undo it, some do not: a successor must be as the next driver finds
-                // this one.
+            // Of what the driver wrote some back ends undo it, some do not: a successor must be as the next
+            // driver finds this one. Of a NIC's address and status the control queue may have told it.
+            let is_nic = DeviceType(self.context.spec.device_type) == DeviceType::NET;
+            if is_nic || !self.written.is_empty() {
                 self.refresh_config();
             }
             self.forget_inflight();

@@ -1,4 +1,5 @@
 use super::DeviceEvent;
+use super::layout::DEVICE;
 use super::rig::{Rig, script, spec};
 use crate::frontend::fake_backend::{FakeBackend, Quirk, Script, deadlines};
 use crate::frontend::{Deadlines, Error};
@@ -112,6 +113,28 @@ fn the_end_of_the_vm_waits_for_no_lost_back_end() {
     rig.device.refuse_successors();
     rig.bus.reset();
     assert!(began.elapsed() < Duration::from_secs(10));
+}
+
+#[test]
+fn the_next_driver_finds_a_nics_configuration_as_the_reset_has_left_it() {
+    let script = Script::default();
+    let space = script.config.clone();
+    let of_drivers = [2, 0, 0, 0, 9, 9, 3, 0];
+    let after_reset = [2, 0, 0, 0, 0, 1, 1, 0];
+    *space.lock().unwrap() = of_drivers.to_vec();
+    let nic = DeviceConfig {
+        device_type: 1,
+        num_queues: None,
+        ..spec()
+    };
+    let rig = Rig::with(nic, script);
+    rig.drive();
+    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+    assert_eq!(rig.read::<8>(DEVICE.start), of_drivers);
+    *space.lock().unwrap() = after_reset.to_vec();
+    rig.set_status(0);
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    assert_eq!(rig.read::<8>(DEVICE.start), after_reset);
 }
 
 fn others() -> DeviceConfig {

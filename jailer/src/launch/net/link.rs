@@ -85,7 +85,7 @@ impl Drop for Unnamed {
 }
 
 /// Makes the page in which a NIC's process leaves what its successor must know (`--state-fd`): the last order,
-/// and how many pairs of queues the driver uses.
+/// and what the driver said, such as how many pairs of queues it uses.
 pub(crate) fn make_state() -> io::Result<OwnedFd> {
     let state = memfd_create(c"nic-state", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
     ftruncate(&state, STATE_SIZE)?;
