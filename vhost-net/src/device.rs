@@ -127,10 +127,11 @@ impl NetDevice {
             return Err(OptionsError::Tap.into());
         };
         let state = Arc::new(open_state(&options)?);
-        // Of a TAP that is gone a predecessor knew; another takes over once there is one again.
-        let uso = first
-            .supports_uso()
-            .or_else(|| state.uso())
+        // Asked once: for a moment it leaves frames unfinished that the driver may not take. Of a TAP that is
+        // gone a predecessor knew; another takes over once there is one again.
+        let uso = state
+            .uso()
+            .or_else(|| first.supports_uso())
             .ok_or(TapError::Gone)?;
         state.set_uso(uso);
         let station = Station::new(
@@ -280,7 +281,9 @@ impl Device for NetDevice {
     }
 
     fn set_features(&mut self, features: u64) {
-        self.set_offload(Offloads::new(features).tun());
+        let offload = Offloads::new(features).tun();
+        self.set_offload(offload);
+        self.parts.steering.set_offload(offload);
         self.watch
             .set_announces(features & (1 << VIRTIO_NET_F_GUEST_ANNOUNCE) != 0);
     }

@@ -35,9 +35,21 @@ impl TunOffload {
         self.0
     }
 
+    /// The set of these bits, as far as they mean something.
+    #[must_use]
+    pub fn from_bits(bits: u32) -> Self {
+        Self(bits & Self::TCP.with(Self::USO).0)
+    }
+
+    /// All of `other` is in this set, too.
+    #[must_use]
+    pub fn contains(self, other: Self) -> bool {
+        other.0 & !self.0 == 0
+    }
+
     /// Both sets together.
     #[must_use]
-    pub fn with(self, other: Self) -> Self {
+    pub const fn with(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
 }

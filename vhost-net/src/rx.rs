@@ -41,6 +41,10 @@ const PUBLISH_EVERY: usize = 16;
 /// the work that a flood of frames, each dropped for want of room, can cause at a time.
 const MOST_FRAMES: usize = 64;
 
+/// Most frames that are dropped for a driver that does not take what the one before did: more than a TAP's
+/// queue holds (1000), unless it was given another length. Bounds the wait for a host that sends on.
+const MOST_UNFIT: usize = 1 << 14;
+
 /// Bytes of a frame with its header up to the Ethernet type.
 const HEAD: usize = HEADER_SIZE + ETHERNET_HEADER;
 /// Ethernet types of a tag, which the MTU does not count, and its length.
@@ -240,9 +244,9 @@ impl ReceiveQueue {
         }
     }
 
-    /// Takes one frame off the TAP that the guest does not see, as its link is down. What to wait for
-    /// if there is none.
-    fn discard(&mut self) -> Option<Wait> {
+    /// Takes one frame off the TAP that the guest does not see, and says why. What to wait for if there is
+    /// none.
+    fn discard(&mut self, why: &dyn Display) -> Option<Wait> {
         self.spill.resize(LONGEST, 0);
         let mut buffers = FrameBuffers::from_storage(std::mem::take(&mut self.storage));
         buffers.push_private(&mut self.spill);
@@ -250,11 +254,17 @@ impl ReceiveQueue {
         self.storage = buffers.into_storage();
         match result {
             Ok(_) => {
-                self.give_up(Drop::Interface, &"the link is down");
+                self.give_up(Drop::Interface, why);
                 None
             }
             Err(error) => Some(self.failed(&error)),
         }
+    }
+
+    /// Empties the TAP's queue of what the driver does not take.
+    fn discard_unfit(&mut self) {
+        let unfit = "of a kind that only the driver before took";
+        (0..MOST_UNFIT).any(|_| self.discard(&unfit).is_some());
     }
 
     fn failed(&mut self, error: &io::Error) -> Wait {
@@ -381,7 +391,7 @@ impl ReceiveQueue {
             }
             if !up {
                 frames += 1;
-                match self.discard() {
+                match self.discard(&"the link is down") {
                     Some(wait) => break wait,
                     None => continue,
                 }
@@ -469,6 +479,13 @@ impl QueueHandler for ReceiveQueue {
             long: false,
             short_calls: 0,
         };
+    }
+
+    /// A driver that goes on takes what it took.
+    fn resume(&mut self, index: u16) {
+        if self.running.take_unfit() && index == 0 {
+            self.discard_unfit();
+        }
     }
 
     fn source(&self) -> Option<BorrowedFd<'_>> {

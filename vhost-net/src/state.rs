@@ -5,6 +5,7 @@
 //! Whoever wrote it may have been taken over by its guest: what cannot be counts as never said.
 
 use crate::address::MacAddress;
+use crate::offload::TunOffload;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::stat::{SFlag, fstat};
 use std::fs::File;
@@ -25,6 +26,8 @@ const PAIRS: usize = 1;
 const USO: usize = 2;
 const NO: u8 = b'n';
 const YES: u8 = b'y';
+/// What the driver takes unfinished.
+const OFFLOAD: usize = 3;
 /// Whether the driver chose an address, and which.
 const MAC: usize = 4;
 const MAC_BYTES: std::ops::Range<usize> = MAC + 1..MAC + 7;
@@ -110,6 +113,17 @@ impl State {
         self.store(USO, if uso { YES } else { NO });
     }
 
+    /// What the latest driver takes unfinished, as far as it is known.
+    #[must_use]
+    pub fn offload(&self) -> TunOffload {
+        TunOffload::from_bits(self.load(OFFLOAD).into())
+    }
+
+    /// The driver takes this unfinished.
+    pub fn set_offload(&self, offload: TunOffload) {
+        self.store(OFFLOAD, u8::try_from(offload.bits()).unwrap_or(0));
+    }
+
     /// The address that the driver chose, if it did and a station can have it.
     #[must_use]
     pub fn mac(&self) -> Option<MacAddress> {
@@ -169,6 +183,8 @@ mod tests {
         assert_eq!(said, (Some(false), Some(3), Some(true)));
         second.set_link(true);
         assert_eq!(first.link(), Some(true));
+        first.set_offload(TunOffload::TCP.with(TunOffload::USO));
+        assert_eq!(second.offload(), TunOffload::TCP.with(TunOffload::USO));
         let mac = MacAddress([2, 3, 4, 5, 6, 7]);
         second.set_mac(Some(mac));
         assert_eq!(first.mac(), Some(mac));

@@ -1,6 +1,7 @@
 //! Which queues of a multi-queue TAP the kernel may steer flows to: those whose receive ring runs
 //! and that the driver asked for. A frame for any other would never reach the guest.
 
+use crate::offload::TunOffload;
 use crate::state::State;
 use crate::tap::{QueueState, Tap};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -12,6 +13,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub struct Steering {
     seats: Vec<Arc<Seat>>,
     wishes: Mutex<Wishes>,
+    /// What waits in the first pair's queue may be of a kind that the driver does not take.
+    unfit: AtomicBool,
     state: Arc<State>,
 }
 
@@ -55,6 +58,12 @@ impl Running {
             self.steering.set_running(self.pair, now);
         }
     }
+
+    /// Whether frames that wait for this queue since before it started may be of a kind that the driver does
+    /// not take; says so once. The others' were dropped as they were detached.
+    pub fn take_unfit(&self) -> bool {
+        self.pair == 0 && self.steering.unfit.swap(false, Ordering::AcqRel)
+    }
 }
 
 impl Steering {
@@ -78,6 +87,7 @@ impl Steering {
                 active: seats.len(),
                 running: vec![false; seats.len()],
             }),
+            unfit: AtomicBool::new(false),
             seats,
             state,
         };
@@ -116,6 +126,14 @@ impl Steering {
     pub fn resume(&self) {
         let pairs = self.state.pairs(self.pairs()).unwrap_or(self.pairs());
         self.change(|wishes| wishes.active = pairs);
+    }
+
+    /// A driver takes this unfinished; the one before may have had more in the queue.
+    pub fn set_offload(&self, offload: TunOffload) {
+        if !offload.contains(self.state.offload()) {
+            self.unfit.store(true, Ordering::Release);
+        }
+        self.state.set_offload(offload);
     }
 
     /// All pairs that run are used, until a driver says otherwise.

@@ -41,6 +41,10 @@ pub const ALL: &[Case] = &[
         "a_frame_waits_for_enough_buffers",
         a_frame_waits_for_enough_buffers,
     ),
+    (
+        "what_only_the_driver_before_takes_is_dropped",
+        what_only_the_driver_before_takes,
+    ),
     ("no_frame_is_longer_than_the_mtu", no_frame_is_longer_than_the_mtu),
     ("configuration_space", configuration_space),
     ("one_front_end_after_another", one_front_end_after_another),
@@ -378,6 +382,31 @@ fn a_frame_waits_for_enough_buffers() -> Result<()> {
     guest.post(20)?;
     ensure!(guest.receive(DEADLINE)?.1 == sent, "the long frame");
     ensure!(guest.receive(DEADLINE)?.1 == behind, "the frame behind it");
+    Ok(())
+}
+
+fn what_only_the_driver_before_takes() -> Result<()> {
+    const FEW: u64 = 1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_GUEST_CSUM | PLAIN;
+    let device = Device::start(&[])?;
+    let host = host(&device)?;
+    let path = Path::to_guest(&device.tap);
+    let behind = path.udp([1, 2], &pattern(100, 2), true);
+    for (before, after) in [(EVERYTHING, FEW), (FEW, PLAIN)] {
+        // Frames wait in the TAP, as this driver has no buffers.
+        let guest = Guest::connect(device.connect()?, before, MERGEABLE)?;
+        let (header, waiting) = match before {
+            FEW => (needs_checksum(), path.udp([1, 2], &pattern(100, 1), false)),
+            _ => (tcp_segments(), path.tcp(1, &pattern(10_000, 1))),
+        };
+        for _ in 0..3 {
+            host.send(&short(&header), &waiting)?;
+        }
+        drop(guest);
+        let mut guest = Guest::start(device.connect()?, after, MERGEABLE)?;
+        host.send(&[0; 10], &behind)?;
+        let (header, frame) = guest.receive(DEADLINE)?;
+        ensure!(frame == behind, "{} bytes, {header:?}", frame.len());
+    }
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! A process takes the place of one that died: what the launcher and the driver said once still holds.
 
+use crate::cases::{short, tcp_segments};
 use crate::frames::{Path, pattern};
 use crate::guest::{DEADLINE, Guest, MERGEABLE};
 use crate::host::Host;
@@ -18,6 +19,7 @@ use std::os::unix::net::UnixStream;
 use std::process::Command;
 use vhost_net::header::NetHeader;
 use vhost_net::tap::Tap;
+use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
 pub const ALL: &[Case] = &[
     ("a_successor_keeps_the_link_down", keeps_the_link_down),
@@ -27,6 +29,10 @@ pub const ALL: &[Case] = &[
         filters_by_what_it_is_told,
     ),
     ("a_successor_keeps_the_drivers_address", keeps_the_address),
+    (
+        "a_successor_finds_what_waits_for_its_driver_alone",
+        finds_what_waits,
+    ),
     ("a_successor_needs_no_tap", needs_no_tap),
     ("a_state_that_may_shrink_is_refused", a_state_that_may_shrink),
 ];
@@ -218,6 +224,33 @@ fn keeps_the_address() -> Result<()> {
     let (_process, socket) = launcher.start(None)?;
     let mut guest = Guest::with_queues(socket, EVERYTHING, MERGEABLE, 3)?;
     ensure!(guest.session.config(0, 6)? == launcher.tap.guest_mac());
+    Ok(())
+}
+
+fn finds_what_waits() -> Result<()> {
+    let launcher = Launcher::new(1)?;
+    let (process, socket) = launcher.start(None)?;
+    let guest = Guest::connect(socket, EVERYTHING, MERGEABLE)?;
+    launcher.tap.wait_up()?;
+    let host = Host::new(&launcher.tap.name, launcher.tap.host_mac())?;
+    let path = Path::to_guest(&launcher.tap);
+    let long = path.tcp(1, &pattern(10_000, 1));
+    let send_long = || host.send(&short(&tcp_segments()), &long);
+    send_long()?;
+    let (process, mut guest) = launcher.replace(process, guest)?;
+    guest.post(10)?;
+    ensure!(guest.receive(DEADLINE)?.1 == long, "what waited for the driver");
+    // Another driver, which does not take it.
+    drop(guest);
+    drop(process);
+    send_long()?;
+    let (_process, socket) = launcher.start(None)?;
+    let features = 1 << VIRTIO_NET_F_MRG_RXBUF;
+    let mut guest = Guest::start(socket, features, MERGEABLE)?;
+    let behind = path.udp([1, 2], &pattern(100, 2), true);
+    host.send(&[0; 10], &behind)?;
+    let frame = guest.receive(DEADLINE)?.1;
+    ensure!(frame == behind, "{} bytes arrived", frame.len());
     Ok(())
 }
 
