@@ -33,6 +33,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("bad_input::tap_fds_of_two_taps", two_taps),
         test("bad_input::tap_fd_is_not_open", not_open),
         test("bad_input::tap_mtu_is_too_large", too_large),
+        test("bad_input::tap_of_a_larger_mtu", larger_mtu),
     ]
 }
 
@@ -138,6 +139,27 @@ fn too_large() -> Result<()> {
     );
     ensure!(!message.contains("hint"), "{message}");
     Ok(())
+}
+
+fn larger_mtu() -> Result<()> {
+    need_own_tap()?;
+    let tap = format!("bhm{}", std::process::id());
+    let flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_MULTI_QUEUE;
+    // One queue of it is ours, so that it stays.
+    let _queue = open_as(&tap, flags)?;
+    let command = Command::new(artifact(Artifact::Bulkhead)?);
+    let nics = [
+        format!("--net=tap={tap},mtu=1400"),
+        "--net=tap=nosuch0".to_owned(),
+    ];
+    let flags = [vec![kernel()?], nics.to_vec()].concat();
+    let words = [
+        "net[0].mtu: 1400 is below",
+        "1500",
+        "ip link set bhm",
+        "net[1].tap",
+    ];
+    says(Run::by(command, tempfile::tempdir()?, &flags)?, &words)
 }
 
 /// The launcher with `fd` as its descriptor [`FD`], and as many NICs on that.

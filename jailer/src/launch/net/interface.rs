@@ -59,6 +59,11 @@ pub(super) fn open_existing(name: &str, queues: u16) -> Result<Vec<OwnedFd>, Net
     }
 }
 
+/// The MTU of the interface `name`, as the host sees it.
+pub(super) fn mtu_of(name: &str) -> Result<i32, NetError> {
+    Interfaces::open()?.mtu(name)
+}
+
 /// Whether TAPs can be made, as far as can be seen without making one.
 pub(super) fn look_at_device() -> Result<(), NetError> {
     open_device().map(drop)
@@ -226,7 +231,7 @@ impl Interfaces {
         let mut request = request_for(name);
         // SAFETY: `request` is a live ifreq, which SIOCGIFMTU fills in.
         unsafe { get_mtu(self.0.as_raw_fd(), &raw mut request) }
-            .map_err(|e| NetError::Make("read the bridge's MTU", e.into()))?;
+            .map_err(|e| NetError::Make("read an interface's MTU", e.into()))?;
         // SAFETY: SIOCGIFMTU has just written this member.
         Ok(unsafe { request.ifr_ifru.ifru_mtu })
     }

@@ -32,6 +32,7 @@ pub(crate) use user::serve;
 use super::Options;
 use super::machine::{Backend, Device};
 use crate::failure::Failure;
+use crate::tell::tell;
 use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access};
 use std::fs::{File, OpenOptions};
@@ -97,6 +98,7 @@ pub(crate) fn open(
     let queues = nic.queues;
     match &nic.wire {
         Wire::Name(name) => interface::open_existing(name, queues)
+            .inspect(|_| warn_of_mtu(field, name, nic.mtu))
             .map(Opened::Ready)
             .map_err(|e| no_existing_tap(field, name, &e)),
         Wire::Inherited(fds) => inherited::inherited(fds)
@@ -112,6 +114,19 @@ pub(crate) fn open(
         Wire::Isolated(name) => isolated::start(field, nic, name)
             .map(Opened::Making)
             .map_err(|e| not_made(&format!("{field}.isolated"), &e)),
+    }
+}
+
+/// The host may send longer frames than the guest is told of; its process drops those.
+fn warn_of_mtu(field: &str, name: &str, mtu: Option<u16>) {
+    if let Some(mtu) = mtu
+        && let Ok(of_tap) = interface::mtu_of(name)
+        && of_tap > mtu.into()
+    {
+        tell(format_args!(
+            "bulkhead: warning: {field}.mtu: {mtu} is below that of the TAP, {of_tap}: longer packets do not \
+             reach the guest; hint: ip link set {name} mtu {mtu}"
+        ));
     }
 }
 
