@@ -44,12 +44,12 @@ pub struct DiskSpec {
     /// one without an in-flight region can be succeeded after its death.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub in_order: bool,
-    /// The guest cannot write.
+    /// The guest cannot write. Goes with `path`.
     pub read_only: bool,
     /// What the host keeps of the image in memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache: Option<CacheMode>,
-    /// Memory for mapping tables, for each layer of the image, 64K to 1G; default 8M.
+    /// Memory for mapping tables, for each layer of the image, 64K to 1G; default 8M. Not of raw images.
     #[cfg_attr(test, schemars(with = "Option<ByteSize>"))]
     #[serde(deserialize_with = "l2_cache_size", skip_serializing_if = "Option::is_none")]
     pub l2_cache_size: Option<ByteSize>,

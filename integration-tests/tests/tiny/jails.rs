@@ -52,7 +52,7 @@ fn flags(folder: &Path, kernel: &Path) -> Result<Vec<String>> {
         "--cmdline=scenario=hlt".to_owned(),
         format!("--disk=path={},format=raw", disk.display()),
         format!(
-            "--disk=path={},format=raw,serial=second,l2-cache-size=64K,poll-us=50,on-error=stop,\
+            "--disk=path={},format=raw,serial=second,poll-us=50,on-error=stop,\
              ops=50K,bytes=1G,queues=2{}",
             second.display(),
             if takes_direct(&second) { ",cache=none" } else { "" }

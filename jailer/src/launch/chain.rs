@@ -45,7 +45,7 @@ pub(super) fn open_chain(
 ) -> Result<Vec<Layer>, Failure> {
     let (field, path) = (format!("{}.path", device.field), disk.path.as_path());
     let top = open_image_for(purpose, &field, path, disk.read_only)?;
-    if disk.format == ImageFormat::Raw && disk.key.is_none() {
+    if disk.format == ImageFormat::Raw {
         has_sectors(&field, path, &top)?;
     }
     let own_folder = folder_of(&field, path)?;
@@ -177,7 +177,7 @@ pub(super) fn open_image_for(
     Ok(file)
 }
 
-/// A raw image is the disk itself, which has whole sectors. An encrypted one has a header in front.
+/// A raw image is the disk itself, which has whole sectors.
 fn has_sectors(field: &str, path: &Path, file: &File) -> Result<(), Failure> {
     let failed = || Failure::host(format!("{field}: {} is no raw disk", path.display()));
     let about = file.metadata().map_err(|e| failed().because(&e))?;

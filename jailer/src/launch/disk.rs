@@ -92,9 +92,20 @@ fn check_ours(field: &str, id: &str, disk: &DiskSpec, path: PathBuf) -> Result<D
             .cause(format!("{} images can only be read", format.name()))
             .hint("add read-only=true, or put a qcow2 overlay on it"));
     }
-    if disk.data_file.is_some() && format != ImageFormat::Qcow2 {
-        let failure = Failure::usage(format!("{field}.data-file: goes with format=qcow2"));
-        return Err(failure.cause(format!("a {} image has none", format.name())));
+    let of_qcow2 = [
+        ("data-file", disk.data_file.is_some(), "has none"),
+        ("key-file", disk.key_file.is_some(), "is not encrypted"),
+        ("key-fd", disk.key_fd.is_some(), "is not encrypted"),
+    ];
+    for (key, given, why) in of_qcow2 {
+        if given && format != ImageFormat::Qcow2 {
+            let failure = Failure::usage(format!("{field}.{key}: goes with format=qcow2"));
+            return Err(failure.cause(format!("a {} image {why}", format.name())));
+        }
+    }
+    if disk.l2_cache_size.is_some() && format == ImageFormat::Raw {
+        let failure = Failure::usage(format!("{field}.l2-cache-size: does not go with format=raw"));
+        return Err(failure.cause("a raw image has no mapping tables"));
     }
     let key = match (&disk.key_file, disk.key_fd) {
         (Some(_), Some(_)) => {
@@ -148,6 +159,8 @@ fn flags(field: &str, id: &str, disk: &DiskSpec) -> Result<Vec<String>, Failure>
 fn asked_of_us(disk: &DiskSpec) -> Option<&'static str> {
     let limits = [disk.ops, disk.ops_burst, disk.bytes, disk.bytes_burst];
     let keys = [
+        ("format", disk.format.is_some()),
+        ("read-only", disk.read_only),
         ("key-file", disk.key_file.is_some()),
         ("key-fd", disk.key_fd.is_some()),
         ("data-file", disk.data_file.is_some()),
@@ -197,6 +210,7 @@ mod tests {
             ops: Some(ByteSize(1000)),
             bytes: Some(ByteSize(1 << 20)),
             bytes_burst: Some(ByteSize(4096)),
+            format: Some(ImageFormat::Qcow2),
             ..raw()
         };
         let flags = [
@@ -250,17 +264,34 @@ mod tests {
             ..raw()
         };
         assert!(refusal(&data_file).contains("disk[0].data-file: goes with format=qcow2"));
+        let key = DiskSpec {
+            key_fd: Some(5),
+            ..raw()
+        };
+        assert!(refusal(&key).contains("disk[0].key-fd: goes with format=qcow2"));
+        let tables = DiskSpec {
+            l2_cache_size: Some(ByteSize(1 << 20)),
+            ..raw()
+        };
+        assert!(refusal(&tables).contains("disk[0].l2-cache-size: does not go with format=raw"));
         let queues = DiskSpec {
             queues: Some(33),
             ..raw()
         };
         assert!(refusal(&queues).contains("disk[0].queues: 33"));
-        let elsewhere = DiskSpec {
-            vhost_user: Some("/s".into()),
-            cache: Some(CacheMode::None),
-            ..DiskSpec::default()
-        };
-        assert!(refusal(&elsewhere).contains("disk[0].cache: goes with path"));
+        let elsewhere: [(&str, fn(&mut DiskSpec)); 3] = [
+            ("cache", |disk| disk.cache = Some(CacheMode::None)),
+            ("format", |disk| disk.format = Some(ImageFormat::Raw)),
+            ("read-only", |disk| disk.read_only = true),
+        ];
+        for (key, set) in elsewhere {
+            let mut disk = DiskSpec {
+                vhost_user: Some("/s".into()),
+                ..DiskSpec::default()
+            };
+            set(&mut disk);
+            assert!(refusal(&disk).contains(&format!("disk[0].{key}: goes with path")));
+        }
         let order = DiskSpec {
             in_order: true,
             ..raw()
@@ -269,8 +300,9 @@ mod tests {
         let both_keys = DiskSpec {
             key_file: Some("k".into()),
             key_fd: Some(5),
+            format: Some(ImageFormat::Qcow2),
             ..raw()
         };
-        assert!(refusal(&both_keys).contains("disk[0].key-fd"));
+        assert!(refusal(&both_keys).contains("disk[0].key-fd: excludes key-file"));
     }
 }
