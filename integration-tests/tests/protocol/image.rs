@@ -280,7 +280,38 @@ fn create() -> Result<()> {
         &["create", "--cluster-size=3000", "x.qcow2", "1M"],
         &["no power of two"],
     )?;
-    fails(&folder, &["create", "x.vmdk", "1M"], &["can only be read"])
+    fs::write(folder.path().join("key"), "secret")?;
+    fs::create_dir(folder.path().join("in"))?;
+    let refused: [(&[&str], &str); 9] = [
+        (&["x.vmdk", "1M"], "can only be read"),
+        (&["x.img", "0"], "positive multiple of 512"),
+        (&["x.img", "511"], "positive multiple of 512"),
+        (&["x.qcow2", "0"], "positive multiple of 512"),
+        (&["--key-file", "key", "x.qcow2", "1M"], "qemu-img create"),
+        (&["--image-folder", "/nope", "x.img", "1M"], "goes with --backing"),
+        (&["-b", "../base.img", "-F", "raw", "in/x.qcow2"], "lies outside"),
+        (&["no/x.img", "1M"], "No such file"),
+        (&["base.img", "1M"], "never overwritten"),
+    ];
+    for (args, words) in refused {
+        fails(&folder, &[&["create"], args].concat(), &[words])?;
+    }
+    for made in ["x.vmdk", "x.img", "x.qcow2", "in/x.qcow2"] {
+        ensure!(!folder.path().join(made).exists(), "{made} was made");
+    }
+    // As whoever opens it will be allowed to.
+    let below = [
+        "create",
+        "--image-folder",
+        ".",
+        "-b",
+        "../base.img",
+        "-F",
+        "raw",
+        "in/x.qcow2",
+    ];
+    succeeds(&folder, &below)?;
+    fails(&folder, &["convert", "base.img", "z"], &["--output-format=raw"])
 }
 
 fn convert() -> Result<()> {

@@ -30,7 +30,8 @@ pub(super) fn usage_code(arguments: &[OsString]) -> u8 {
 }
 
 /// What a person called the file; the content is never looked at.
-fn format_of(path: &Path, given: Option<ImageFormat>) -> Result<ImageFormat, Failure> {
+/// `flag` is the one that says it.
+fn format_of(path: &Path, given: Option<ImageFormat>, flag: &str) -> Result<ImageFormat, Failure> {
     let by_name = || match path.extension().and_then(|name| name.to_str()) {
         Some("img") => Some(ImageFormat::Raw),
         Some(name) => ImageFormat::named(name),
@@ -39,13 +40,15 @@ fn format_of(path: &Path, given: Option<ImageFormat>) -> Result<ImageFormat, Fai
     given.or_else(by_name).ok_or_else(|| {
         Failure::usage(format!("the format of {} is not given", path.display()))
             .cause("it is never guessed from what is in the file")
-            .hint("add --format=raw, --format=qcow2 or another (--help lists them)")
+            .hint(format!(
+                "add {flag}=raw, {flag}=qcow2 or another (--help lists them)"
+            ))
     })
 }
 
 impl ImageArgs {
     fn format(&self) -> Result<ImageFormat, Failure> {
-        format_of(&self.file, self.format)
+        format_of(&self.file, self.format, "--format")
     }
 
     fn setting(&self) -> Setting {
@@ -160,8 +163,15 @@ fn create(
     mut flags: Vec<String>,
 ) -> Result<(String, u8), Failure> {
     let format = image.format()?;
+    if image.key_file.is_some() {
+        return Err(Failure::usage("--key-file: an encrypted image cannot be created")
+            .hint("make it with qemu-img create -f qcow2 -o encrypt.format=luks,..."));
+    }
     if backing.is_some() && format != ImageFormat::Qcow2 {
         return Err(Failure::usage("--backing: only a qcow2 image has a backing file"));
+    }
+    if backing.is_none() && !image.image_folder.is_empty() {
+        return Err(Failure::usage("--image-folder: goes with --backing"));
     }
     let below = backing
         .map(|(name, format)| {
@@ -169,9 +179,7 @@ fn create(
                 .to_str()
                 .ok_or_else(|| Failure::usage("--backing: the name is not UTF-8"))?;
             flags.push(format!("--backing-name={}:{text}", format.name()));
-            // As whoever opens the new image will see the name.
-            let folder = image.file.parent().unwrap_or(Path::new(""));
-            Opened::chain(&image.setting(), &folder.join(name), format, Access::Read)
+            Opened::backing_of(&image.setting(), &image.file, text, format)
         })
         .transpose()?;
     if below.is_none() && !flags.iter().any(|flag| flag.starts_with("--size=")) {
@@ -192,7 +200,7 @@ fn convert(
     (target, format): (&Path, Option<ImageFormat>),
     shape: &Shape,
 ) -> Result<(String, u8), Failure> {
-    let format = format_of(target, format)?;
+    let format = format_of(target, format, "--output-format")?;
     let flags: Vec<String> = shape.flag(format)?.into_iter().collect();
     let mut source = image.chain(Access::Read)?;
     if let Some(path) = data_file {
@@ -280,10 +288,11 @@ mod tests {
 
     #[test]
     fn a_format_is_taken_from_the_name_alone() {
-        let of = |name: &str| format_of(Path::new(name), None);
+        let of = |name: &str| format_of(Path::new(name), None, "--output-format");
         assert_eq!(of("a.img").unwrap(), ImageFormat::Raw);
         assert_eq!(of("a.vpc").unwrap(), ImageFormat::Vhd);
-        assert!(of("a").unwrap_err().to_string().contains("never guessed"));
+        let unknown = of("a").unwrap_err().to_string();
+        assert!(unknown.contains("never guessed") && unknown.contains("add --output-format=raw"));
         assert!(of("a.tar").is_err());
     }
 }

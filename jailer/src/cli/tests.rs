@@ -38,6 +38,13 @@ fn helps_name_all_that_can_be_given() {
     }
 }
 
+#[test]
+fn create_names_what_it_makes() {
+    let help = help("image create");
+    assert!(help.contains("raw or qcow2"), "{help}");
+    assert!(!help.contains("vmdk") && !help.contains("--key-file"), "{help}");
+}
+
 /// A role without attacks would pass an audit that tried nothing.
 #[test]
 fn only_roles_with_attacks_are_audited() {

@@ -4,6 +4,7 @@
 //! jailed tool as text, and are opened only where images may lie.
 
 use super::chain::{folder_of, lexical_join, open_backing, open_image};
+use super::inputs::unopened;
 use super::signals::{LEAVING, take_by_descriptor};
 use super::spawn::{binary_folder, pair};
 use crate::failure::Failure;
@@ -94,9 +95,13 @@ impl Opened {
             .create_new(true)
             .open(path);
         let file = file.map_err(|e| {
-            Failure::host(format!("image: cannot make {}", path.display()))
-                .because(&e)
-                .hint("a file that is there is never overwritten: remove it first, or take another name")
+            let failure = Failure::host(format!("image: cannot make {}", path.display()));
+            match e.kind() {
+                io::ErrorKind::AlreadyExists => failure
+                    .because(&e)
+                    .hint("a file that is there is never overwritten: remove it first, or take another name"),
+                _ => unopened(failure, path, &e),
+            }
         })?;
         Ok(Self {
             path: path.to_owned(),
@@ -115,14 +120,43 @@ impl Opened {
         format: ImageFormat,
         access: Access,
     ) -> Result<Self, Failure> {
-        let mut all = Self::alone(path, format, access)?;
-        let mut folder = folder_of("image", path)?;
-        let mut allowed = vec![folder.clone()];
-        for folder in &setting.folders {
-            allowed.push(folder.canonicalize().map_err(|e| {
-                Failure::host(format!("--image-folder: cannot use {}", folder.display())).because(&e)
-            })?);
-        }
+        let all = Self::alone(path, format, access)?;
+        let folder = folder_of("image", path)?;
+        let allowed = allowed(setting, &folder)?;
+        all.with_backing(setting, folder, &allowed)
+    }
+
+    /// What a new image at `path` is to call `name`, with all that lies below it: opened as whoever opens the
+    /// new image will.
+    pub(crate) fn backing_of(
+        setting: &Setting,
+        path: &Path,
+        name: &str,
+        format: ImageFormat,
+    ) -> Result<Self, Failure> {
+        let folder = folder_of("image", path)?;
+        let allowed = allowed(setting, &folder)?;
+        let wanted = lexical_join(&folder, Path::new(name));
+        let file = open_backing("--backing", &allowed, &wanted, name, "--image-folder")?;
+        let folder = wanted.parent().unwrap_or(Path::new("/")).to_owned();
+        let backing = Self {
+            path: wanted,
+            layers: vec![(format, file)],
+            data_file: None,
+            read_only: true,
+            signals: None,
+        };
+        backing.with_backing(setting, folder, &allowed)
+    }
+
+    /// Opens what lies below the lowest layer, whose folder is `folder`.
+    fn with_backing(
+        self,
+        setting: &Setting,
+        mut folder: PathBuf,
+        allowed: &[PathBuf],
+    ) -> Result<Self, Failure> {
+        let mut all = self;
         while let Some((ImageFormat::Qcow2, file)) = all.layers.last() {
             let layer = Self {
                 path: all.path.clone(),
@@ -142,7 +176,7 @@ impl Opened {
             if all.layers.len() == LONGEST_CHAIN {
                 return Err(Failure::host(format!(
                     "image: the chain of {} has more than {LONGEST_CHAIN} layers",
-                    path.display()
+                    all.path.display()
                 )));
             }
             let format = qcow2.backing_format.as_deref().and_then(ImageFormat::named);
@@ -153,7 +187,7 @@ impl Opened {
                 .hint("name it in the image: qemu-img rebase -u -b BASE -F FORMAT IMAGE")
             })?;
             let wanted = lexical_join(&folder, Path::new(&name));
-            let file = open_backing("image", &allowed, &wanted, &name, "--image-folder")?;
+            let file = open_backing("image", allowed, &wanted, &name, "--image-folder")?;
             folder = wanted.parent().unwrap_or(Path::new("/")).to_owned();
             all.layers.push((format, file));
         }
@@ -279,6 +313,17 @@ impl Opened {
             }
         })
     }
+}
+
+/// Where the backing files of an image in `folder` may lie.
+fn allowed(setting: &Setting, folder: &Path) -> Result<Vec<PathBuf>, Failure> {
+    let mut allowed = vec![folder.to_owned()];
+    for folder in &setting.folders {
+        allowed.push(folder.canonicalize().map_err(|e| {
+            Failure::host(format!("--image-folder: cannot use {}", folder.display())).because(&e)
+        })?);
+    }
+    Ok(allowed)
 }
 
 fn open_binary() -> Result<File, Failure> {

@@ -20,7 +20,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vm_spec::image::{FromImageTool, ImageInfo};
 
 use crate::image::qcow2;
-use crate::image::{self, BlockFile, Format, HostFile, Image, ImageError, OpenOptions, Passphrase, lock};
+use crate::image::{
+    self, BlockFile, Format, HostFile, Image, ImageError, OpenOptions, Passphrase, SECTOR, lock,
+};
 use arguments::{Arguments, Job, Snapshot};
 
 /// How long the launcher may leave its socket full.
@@ -197,6 +199,12 @@ fn refuse_ignored(format: Format, what: &str, chosen: bool) -> Result<(), ToolEr
 /// Writes an empty disk to an empty file.
 fn make(file: &dyn BlockFile, format: Format, options: &qcow2::CreateOptions) -> Result<(), ToolError> {
     let failed = |error| ToolError::Io("make the image", error);
+    let size = options.size;
+    if size == 0 || !size.is_multiple_of(SECTOR) {
+        return Err(ToolError::Refused(format!(
+            "a disk of {size} bytes: a size is a positive multiple of {SECTOR}"
+        )));
+    }
     match format {
         Format::Raw => file.grow_to(options.size).map_err(failed)?,
         Format::Qcow2 => qcow2::create(file, options)?,
@@ -289,6 +297,21 @@ mod tests {
 
     fn length(file: &File) -> u64 {
         file.metadata().unwrap().len()
+    }
+
+    #[test]
+    fn a_disk_has_whole_sectors() {
+        for format in [Format::Raw, Format::Qcow2] {
+            for (size, sound) in [(0, false), (511, false), (512, true), (1000, false)] {
+                let image = tempfile::tempfile().unwrap();
+                let options = Create {
+                    size: Some(size),
+                    ..Create::default()
+                };
+                let made = create(files(&image, format, None), options);
+                assert_eq!(made.is_ok(), sound, "{format} of {size} bytes: {made:?}");
+            }
+        }
     }
 
     #[test]

@@ -32,6 +32,10 @@ pub(in crate::cli) enum ImageVerb {
         json: bool,
     },
     /// Make an empty raw or qcow2 image
+    #[command(
+        mut_arg("format", |format| format.help("Its format: raw or qcow2 (default: by its name)")),
+        mut_arg("key_file", |key| key.hide(true))
+    )]
     Create {
         #[command(flatten)]
         image: ImageArgs,

@@ -135,7 +135,7 @@ fn cipher(
             luks::check(file, offset, length)?;
             Err(ImageError::refused(
                 "crypt_method",
-                "the image is encrypted (LUKS) and no passphrase was passed; pass one with --key-fd",
+                "the image is encrypted (LUKS) and no passphrase was passed",
             ))
         }
     }
