@@ -12,7 +12,7 @@ use nix::unistd::Uid;
 use std::fmt::Write as _;
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use vm_spec::control::exit_code;
 
 /// How a check came out.
@@ -324,11 +324,16 @@ fn tun() -> Finding {
 
 fn run_time_folder() -> Finding {
     let name = "run-time folder";
-    match std::env::var_os("XDG_RUNTIME_DIR") {
-        Some(folder) if Path::new(&folder).is_dir() => Finding::good(name, "XDG_RUNTIME_DIR is set"),
-        _ => Finding::good(
+    let [folder, _] = launch::run_places();
+    let folder = folder.display();
+    match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
+        None => Finding::good(name, format!("{folder} (XDG_RUNTIME_DIR is not set)")),
+        Some(set) if set.is_absolute() && set.is_dir() => Finding::good(name, format!("{folder}")),
+        Some(set) => Finding::bad(
             name,
-            format!("/tmp/bulkhead-{} (XDG_RUNTIME_DIR is not set)", Uid::effective()),
+            Level::Note,
+            format!("{folder}, since XDG_RUNTIME_DIR is no folder: {}", set.display()),
+            "set it to a folder of yours, by its whole path",
         ),
     }
 }

@@ -31,7 +31,7 @@ const OTHERS_EXIT: &str =
 const ENVIRONMENT: [(&str, &str); 4] = [
     (
         "XDG_RUNTIME_DIR",
-        "where the folder bulkhead with the VMs' run-time folders lies; without it they lie in /tmp/bulkhead-UID",
+        "where the folder bulkhead with the VMs' run-time folders lies; without it they lie in /tmp/bulkhead-UID. Verbs look for VMs in both",
     ),
     (
         "BULKHEAD_BIN_DIR",

@@ -33,7 +33,10 @@ fn running() -> Result<Vec<RunningVm>, Failure> {
 pub(super) fn find(name: &str) -> Result<RunningVm, Failure> {
     let mut all = running()?.into_iter();
     all.find(|vm| vm.name() == name).ok_or_else(|| {
-        Failure::usage(format!("no VM '{name}' runs")).hint("bulkhead ps names those that run")
+        let [first, second] = launch::run_places();
+        Failure::usage(format!("no VM '{name}' runs"))
+            .cause(format!("none in {} or {}", first.display(), second.display()))
+            .hint("bulkhead ps names those that run")
     })
 }
 

@@ -100,6 +100,11 @@ pub fn run_folders() -> Result<Vec<PathBuf>, Failure> {
     run_dir::all()
 }
 
+/// Where those folders are looked for; new ones go to the first.
+pub fn run_places() -> [PathBuf; 2] {
+    run_dir::places()
+}
+
 /// Whether the VM whose run-time folder `folder` is runs, and `spawner` is its spawner.
 ///
 /// # Errors

@@ -36,26 +36,49 @@ pub(crate) struct RunDir {
     lock: Flock<File>,
 }
 
-/// The folder of all VMs of this user.
-fn parent() -> PathBuf {
-    match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
-        Some(folder) if folder.is_absolute() && folder.is_dir() => folder.join("bulkhead"),
-        _ => PathBuf::from(format!("/tmp/bulkhead-{}", geteuid())),
+/// `XDG_RUNTIME_DIR`, where it names a folder.
+fn given() -> Option<PathBuf> {
+    let folder = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from)?;
+    (folder.is_absolute() && folder.is_dir()).then_some(folder)
+}
+
+/// The folders that VMs of this user are in: new ones go to the first. The variable may be set in one shell and
+/// not in another, which is where the second comes in.
+pub(crate) fn places() -> [PathBuf; 2] {
+    places_of(given(), geteuid())
+}
+
+fn places_of(given: Option<PathBuf>, uid: Uid) -> [PathBuf; 2] {
+    let fallback = PathBuf::from(format!("/tmp/bulkhead-{uid}"));
+    match given {
+        Some(folder) => [folder.join("bulkhead"), fallback],
+        None => [fallback, format!("/run/user/{uid}/bulkhead").into()],
     }
 }
 
 /// The folders of all VMs of this user, in the order of their names; also of those that are over, where
 /// nobody swept yet.
 pub(crate) fn all() -> Result<Vec<PathBuf>, Failure> {
-    let parent = parent();
-    let listed = check_owner(&parent).and_then(|()| fs::read_dir(&parent));
-    let entries = match listed {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        listed => listed.map_err(|e| unusable(&parent, &e))?,
+    all_in(places())
+}
+
+fn all_in([first, second]: [PathBuf; 2]) -> Result<Vec<PathBuf>, Failure> {
+    let mut folders = match list(&first) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
+        listed => listed.map_err(|e| unusable(&first, &e))?,
     };
-    let mut folders: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
-    folders.sort();
+    // One that someone else made in the second's place holds no VM of ours, and hinders nobody.
+    folders.extend(list(&second).unwrap_or_default());
+    folders.sort_by(|a, b| a.file_name().cmp(&b.file_name()));
     Ok(folders)
+}
+
+fn list(parent: &Path) -> io::Result<Vec<PathBuf>> {
+    check_owner(parent)?;
+    Ok(fs::read_dir(parent)?
+        .flatten()
+        .map(|entry| entry.path())
+        .collect())
 }
 
 /// Whether the process `pid` locked the folder `path`, and the lock is held. By the kernel's own list: what a
@@ -95,7 +118,18 @@ pub(crate) fn connect_to(path: &Path) -> io::Result<OwnedFd> {
 
 /// Makes and locks the folder of VM `name`, after sweeping those of VMs that are gone.
 pub(crate) fn create(name: &str) -> Result<RunDir, Failure> {
-    let parent = parent();
+    create_in(places(), name)
+}
+
+fn create_in([parent, other]: [PathBuf; 2], name: &str) -> Result<RunDir, Failure> {
+    let runs = |parent: &Path| {
+        Failure::usage(format!("name: the VM '{name}' already runs"))
+            .cause(format!("its run-time folder is in {}", parent.display()))
+            .hint("give another name, or end that VM first")
+    };
+    if check_owner(&other).is_ok() && matches!(try_lock(&other.join(name)), Ok(None)) {
+        return Err(runs(&other));
+    }
     let failed = |e: &dyn std::error::Error| unusable(&parent, e);
     let path = parent.join(name);
     for _ in 0..ATTEMPTS {
@@ -104,10 +138,7 @@ pub(crate) fn create(name: &str) -> Result<RunDir, Failure> {
         sweep(&parent);
         match make(&path).and_then(|()| try_lock(&path)) {
             Ok(Some(lock)) => return Ok(RunDir { path, lock }),
-            Ok(None) => {
-                return Err(Failure::usage(format!("name: the VM '{name}' already runs"))
-                    .hint("give another name, or end that VM first"));
-            }
+            Ok(None) => return Err(runs(&parent)),
             // Swept, or removed as the last one's parent, between two calls.
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(failed(&e)),
@@ -276,6 +307,54 @@ mod tests {
         assert!(locked(own) && !locked(1));
         drop(lock);
         assert!(!locked(own));
+    }
+
+    fn two_places() -> (tempfile::TempDir, [PathBuf; 2]) {
+        let folder = tempfile::tempdir().unwrap();
+        let places = ["first", "second"].map(|name| folder.path().join(name));
+        (folder, places)
+    }
+
+    #[test]
+    fn a_vm_is_found_and_its_name_taken_wherever_it_was_started() {
+        let (_folder, [first, second]) = two_places();
+        let run_dir = create_in([second.clone(), first.clone()], "b").unwrap();
+        let _other = create_in([first.clone(), second.clone()], "a").unwrap();
+        for places in [[&first, &second], [&second, &first]].map(|all| all.map(Clone::clone)) {
+            assert_eq!(
+                all_in(places.clone()).unwrap(),
+                [first.join("a"), second.join("b")]
+            );
+            let refusal = create_in(places, "b").err().unwrap().to_string();
+            assert!(refusal.contains("already runs"), "{refusal}");
+            assert!(refusal.contains(second.to_str().unwrap()), "{refusal}");
+        }
+        drop(run_dir);
+        create_in([first, second], "b").unwrap();
+    }
+
+    #[test]
+    fn a_folder_that_others_may_write_is_not_looked_into() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let (_folder, [first, second]) = two_places();
+        let _vm = create_in([second.clone(), first.clone()], "a").unwrap();
+        fs::set_permissions(&second, fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(all_in([first.clone(), second.clone()]).unwrap().is_empty());
+        assert!(all_in([second.clone(), first.clone()]).is_err());
+        create_in([first, second], "a").unwrap();
+    }
+
+    #[test]
+    fn both_places_are_looked_at_whatever_the_variable_says() {
+        let of = |given: Option<&str>| places_of(given.map(PathBuf::from), Uid::from_raw(7));
+        assert_eq!(
+            of(Some("/x")),
+            ["/x/bulkhead", "/tmp/bulkhead-7"].map(PathBuf::from)
+        );
+        assert_eq!(
+            of(None),
+            ["/tmp/bulkhead-7", "/run/user/7/bulkhead"].map(PathBuf::from)
+        );
     }
 
     #[test]
