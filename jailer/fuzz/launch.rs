@@ -5,7 +5,8 @@ use super::{kernel, qcow2};
 
 /// Reads the input as both. What lies behind an image has a name that is in the input.
 pub fn files(input: &[u8]) {
-    if let Ok(Some(backing)) = qcow2::backing(&input[..input.len().min(qcow2::FRONT)]) {
+    let wants = qcow2::wants(&input[..input.len().min(qcow2::FRONT)]);
+    if let Some(backing) = wants.ok().and_then(|wants| wants.backing) {
         let name = backing.name.as_bytes();
         assert!(!name.is_empty() && name.len() <= 1023);
         assert!(input.windows(name.len()).any(|part| part == name));

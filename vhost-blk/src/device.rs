@@ -14,7 +14,7 @@ use crate::settings::Settings;
 use jailer::sandbox::{Role, make_no_more_rings};
 use std::error::Error;
 use std::io;
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use vhost_daemon::device::Errands;
 use vhost_daemon::{ConfigError, Device, OrderNumber, Orders, Program, QueueHandler, QueueLimits};
@@ -41,8 +41,8 @@ pub enum BlkError {
     #[error("cannot use {0} as a disk image")]
     Image(Place, #[source] image::ImageError),
     /// The passphrase cannot be read.
-    #[error("cannot read the passphrase from file descriptor {0}")]
-    Key(RawFd, #[source] io::Error),
+    #[error("cannot read the passphrase")]
+    Key(#[source] io::Error),
     /// `--control-fd` is no descriptor of this process.
     #[error("--control-fd")]
     Control(#[source] io::Error),

@@ -204,7 +204,7 @@ fn read_passphrase(number: RawFd) -> Result<Passphrase, BlkError> {
             let _ = file.rewind();
             Passphrase::read(file)
         })
-        .map_err(|error| BlkError::Key(number, error))
+        .map_err(BlkError::Key)
 }
 
 /// The top, as both its descriptors, past the page cache; what lies below it is read through it.

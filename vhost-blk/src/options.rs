@@ -72,7 +72,8 @@ impl std::fmt::Display for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Path(path) => path.display().fmt(f),
-            Self::Fd(number) => write!(f, "file descriptor {number}"),
+            // The number means nothing to who reads the log of a VM.
+            Self::Fd(_) => f.write_str("the file that was passed"),
         }
     }
 }

@@ -49,6 +49,8 @@ pub struct SupervisedProcess {
     pub name: String,
     /// What it does.
     pub role: ProcessRole,
+    /// What of the spec it serves, for messages: `disk[0].path: web.qcow2`.
+    pub serves: Option<String>,
     /// Its process id outside its namespace, for messages.
     pub pid: i32,
     /// Read end of the pipe that is its standard output and standard error, and those of its

@@ -14,7 +14,10 @@ use nix::unistd::{Gid, Uid, chown};
 use std::{
     fs::{self, File},
     io::{Read, Write},
-    os::unix::net::{UnixListener, UnixStream},
+    os::unix::{
+        fs::FileExt,
+        net::{UnixListener, UnixStream},
+    },
     path::Path,
     process::Command,
     thread,
@@ -178,7 +181,7 @@ type Bad = (
 );
 
 fn flags_alone() -> Vec<Trial> {
-    let cases: [Bad; 10] = [
+    let cases: [Bad; 11] = [
         (
             "initrd_too_large",
             |folder| {
@@ -250,6 +253,24 @@ fn flags_alone() -> Vec<Trial> {
                 ))
             },
             &["disk[0]", "qcow2"],
+        ),
+        (
+            "disk_that_its_process_refuses",
+            |folder| {
+                let disk = folder.join("disk");
+                let mut create = Command::new(artifact(Artifact::Bulkhead)?);
+                create.args(["image", "create", "--format=qcow2"]);
+                ensure!(create.arg(&disk).arg("1M").status()?.success(), "no image");
+                // incompatible_features: corrupt.
+                File::options().write(true).open(&disk)?.write_all_at(&[2], 79)?;
+                with(format!("--disk=path={},format=qcow2", disk.display()))
+            },
+            &[
+                "the corrupt bit",
+                "disk[0].path: ",
+                "/disk: disk0 (",
+                "exited with code 1",
+            ],
         ),
         (
             "format_missing",

@@ -21,7 +21,7 @@ use nix::unistd::mkfifo;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write as _};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
@@ -260,6 +260,11 @@ fn key() -> Result<()> {
         .arg(&disk)
         .arg("16M");
     ensure!(create.status()?.success(), "no image");
+    // crypt_method: LUKS, or nobody would want its passphrase.
+    File::options()
+        .write(true)
+        .open(&disk)?
+        .write_all_at(&[0, 0, 0, 2], 32)?;
     flags.pop();
     flags.push(format!("--disk=path={},format=qcow2,key-fd=5", disk.display()));
     // Open for writing too: it has no end.

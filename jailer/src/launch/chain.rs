@@ -1,7 +1,7 @@
 //! Opening images: the one that the spec names, and what lies behind it, below the folders that a person
 //! allowed.
 
-use super::disk::Disk;
+use super::disk::{Disk, Key};
 use super::image::printable;
 use super::inputs::unopened;
 use super::machine::Device;
@@ -64,9 +64,11 @@ pub(super) fn open_chain(
     while let Some(layer) = layers.last()
         && layer.format == ImageFormat::Qcow2
     {
-        let Some(backing) = read_backing(&field, layer)? else {
-            break;
-        };
+        let wants = read_header(&field, layer)?;
+        if layers.len() == 1 {
+            check_given(&device.field, disk, &wants)?;
+        }
+        let Some(backing) = wants.backing else { break };
         if layers.len() == LONGEST_CHAIN {
             return Err(Failure::host(format!(
                 "{field}: the backing chain of {} is longer than {LONGEST_CHAIN} images",
@@ -127,7 +129,7 @@ fn find_backing(
     Ok(file)
 }
 
-fn read_backing(field: &str, layer: &Layer) -> Result<Option<qcow2::Backing>, Failure> {
+fn read_header(field: &str, layer: &Layer) -> Result<qcow2::Wants, Failure> {
     let failed = || {
         Failure::host(format!(
             "{field}: {} is no qcow2 image that can be used",
@@ -139,7 +141,7 @@ fn read_backing(field: &str, layer: &Layer) -> Result<Option<qcow2::Backing>, Fa
     let n = File::from(file)
         .read_at(&mut front, 0)
         .map_err(|e| failed().because(&e))?;
-    qcow2::backing(&front[..n]).map_err(|e| {
+    qcow2::wants(&front[..n]).map_err(|e| {
         let hint = match e {
             qcow2::HeaderError::NoMagic => "check the format: qemu-img info, then format=raw",
             qcow2::HeaderError::NoBackingFormat => {
@@ -149,6 +151,32 @@ fn read_backing(field: &str, layer: &Layer) -> Result<Option<qcow2::Backing>, Fa
         };
         failed().because(&e).hint(hint)
     })
+}
+
+/// Whether the spec has what the image wants, and nothing else.
+fn check_given(field: &str, disk: &Disk, wants: &qcow2::Wants) -> Result<(), Failure> {
+    let path = disk.path.display();
+    let key = disk.key.as_ref().map(|key| match key {
+        Key::File(_) => "key-file",
+        Key::Inherited(_) => "key-fd",
+    });
+    match (key, wants.crypt_method) {
+        (Some(key), 0) => Err(Failure::host(format!("{field}.{key}: {path} is not encrypted"))),
+        (None, qcow2::LUKS) => Err(Failure::host(format!("{field}.path: {path} is encrypted"))
+            .cause("no passphrase is given")
+            .hint("add key-file=FILE, or key-fd=N")),
+        _ => Ok(()),
+    }?;
+    match (&disk.data_file, wants.data_file) {
+        (Some(_), false) => Err(Failure::host(format!("{field}.data-file: {path} has none"))
+            .cause("its data is in the image itself")),
+        (None, true) => Err(
+            Failure::host(format!("{field}.path: {path} keeps its data in another file"))
+                .cause("none is given, and the name that the image has for it is never used")
+                .hint("add data-file=FILE"),
+        ),
+        _ => Ok(()),
+    }
 }
 
 /// Opens an image, and holds it against others.
@@ -266,5 +294,55 @@ fn open_below(allowed: &[PathBuf], path: &Path) -> Result<File, BelowError> {
         Ok(fd) => Ok(File::from(fd)),
         Err(Errno::ELOOP | Errno::EXDEV) => Err(BelowError::Outside),
         Err(e) => Err(BelowError::Open(e.into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_gets_the_key_and_the_data_file_that_it_wants() {
+        let (key, data) = (Some(Key::Inherited(5)), Some(PathBuf::from("d")));
+        let refusal = |key, data_file, crypt_method, wanted| {
+            let disk = Disk {
+                path: "a.qcow2".into(),
+                format: ImageFormat::Qcow2,
+                read_only: false,
+                key,
+                data_file,
+                past_cache: false,
+                flags: Vec::new(),
+            };
+            let wants = qcow2::Wants {
+                backing: None,
+                crypt_method,
+                data_file: wanted,
+            };
+            check_given("disk[0]", &disk, &wants)
+                .err()
+                .map(|failure| failure.to_string())
+        };
+        assert_eq!(refusal(None, None, 0, false), None);
+        assert_eq!(refusal(key.clone(), data.clone(), qcow2::LUKS, true), None);
+        let wrong = [
+            (
+                refusal(key.clone(), None, 0, false),
+                "disk[0].key-fd: a.qcow2 is not encrypted",
+            ),
+            (
+                refusal(None, None, qcow2::LUKS, false),
+                "disk[0].path: a.qcow2 is encrypted",
+            ),
+            (
+                refusal(None, data, 0, false),
+                "disk[0].data-file: a.qcow2 has none",
+            ),
+            (refusal(None, None, 0, true), "add data-file=FILE"),
+        ];
+        for (refusal, words) in wrong {
+            let refusal = refusal.expect(words);
+            assert!(refusal.contains(words), "{refusal}");
+        }
     }
 }

@@ -1,6 +1,6 @@
-//! The little of a qcow2 header that says what lies behind an image: the backing file's name and
-//! format (QEMU's docs/interop/qcow2, Header). The image is untrusted: the guest may have
-//! written it.
+//! The little of a qcow2 header that says what an image wants beside itself: its backing file, by name and
+//! format, a passphrase, a file for its data (QEMU's docs/interop/qcow2, Header). The image is untrusted: the
+//! guest may have written it.
 
 use vm_spec::spec::ImageFormat;
 
@@ -14,6 +14,20 @@ const EXTENSION_BACKING_FORMAT: u32 = 0xE279_2ACA;
 const LONGEST_NAME: u32 = 1023;
 /// Most header extensions looked at.
 const MOST_EXTENSIONS: usize = 64;
+
+/// `crypt_method`: LUKS.
+pub(crate) const LUKS: u32 = 2;
+/// `incompatible_features`, bit 2: the data is in another file.
+const EXTERNAL_DATA: u64 = 4;
+
+/// What a header says.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Wants {
+    pub(crate) backing: Option<Backing>,
+    /// 0: it is not encrypted.
+    pub(crate) crypt_method: u32,
+    pub(crate) data_file: bool,
+}
 
 /// What lies behind an image.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -55,16 +69,24 @@ fn u64_at(bytes: &[u8], offset: usize) -> Result<u64, HeaderError> {
         .ok_or(HeaderError::Truncated)
 }
 
-/// Reads the backing file's name and format from a file's front.
-pub(crate) fn backing(front: &[u8]) -> Result<Option<Backing>, HeaderError> {
+/// Reads a file's front.
+pub(crate) fn wants(front: &[u8]) -> Result<Wants, HeaderError> {
     if !front.starts_with(MAGIC) {
         return Err(HeaderError::NoMagic);
     }
-    let header_length = match u32_at(front, 4)? {
-        2 => 72,
-        3 => u32_at(front, 100)? as usize,
+    let (header_length, features) = match u32_at(front, 4)? {
+        2 => (72, 0),
+        3 => (u32_at(front, 100)? as usize, u64_at(front, 72)?),
         version => return Err(HeaderError::Version(version)),
     };
+    Ok(Wants {
+        backing: backing(front, header_length)?,
+        crypt_method: u32_at(front, 32)?,
+        data_file: features & EXTERNAL_DATA != 0,
+    })
+}
+
+fn backing(front: &[u8], header_length: usize) -> Result<Option<Backing>, HeaderError> {
     let offset = usize::try_from(u64_at(front, 8)?).map_err(|_| HeaderError::Truncated)?;
     let length = u32_at(front, 16)?;
     if offset == 0 || length == 0 {
@@ -129,26 +151,44 @@ mod tests {
         front
     }
 
+    fn backing_of(front: &[u8]) -> Result<Option<Backing>, HeaderError> {
+        wants(front).map(|wants| wants.backing)
+    }
+
     #[test]
     fn name_and_format_are_read() {
         let wanted = Backing {
             name: "base.img".to_owned(),
             format: ImageFormat::Raw,
         };
-        assert_eq!(backing(&header(b"raw", b"base.img")), Ok(Some(wanted)));
-        assert_eq!(backing(&header(b"raw", b"")), Ok(None));
+        assert_eq!(backing_of(&header(b"raw", b"base.img")), Ok(Some(wanted)));
+        assert_eq!(backing_of(&header(b"raw", b"")), Ok(None));
+    }
+
+    #[test]
+    fn encryption_and_a_data_file_are_seen() {
+        let mut front = header(b"raw", b"");
+        let plain = wants(&front).unwrap();
+        assert_eq!((plain.crypt_method, plain.data_file), (0, false));
+        front[35] = 2;
+        front[79] = 5;
+        let both = wants(&front).unwrap();
+        assert_eq!((both.crypt_method, both.data_file), (LUKS, true));
+        // Version 2 has no features: something else is there.
+        front[7] = 2;
+        assert!(!wants(&front).unwrap().data_file);
     }
 
     #[test]
     fn bad_headers_are_refused() {
         let good = header(b"raw", b"base.img");
-        assert_eq!(backing(b"QFX"), Err(HeaderError::NoMagic));
-        assert_eq!(backing(&good[..good.len() - 1]), Err(HeaderError::Truncated));
-        assert_eq!(backing(&good[..50]), Err(HeaderError::Truncated));
+        assert_eq!(backing_of(b"QFX"), Err(HeaderError::NoMagic));
+        assert_eq!(backing_of(&good[..good.len() - 1]), Err(HeaderError::Truncated));
+        assert_eq!(backing_of(&good[..50]), Err(HeaderError::Truncated));
         let changed = |at: usize, bytes: &[u8]| {
             let mut front = good.clone();
             front[at..at + bytes.len()].copy_from_slice(bytes);
-            backing(&front)
+            backing_of(&front)
         };
         assert_eq!(changed(4, &[0, 0, 0, 4]), Err(HeaderError::Version(4)));
         assert_eq!(changed(8, &[255; 8]), Err(HeaderError::Truncated));
@@ -156,9 +196,12 @@ mod tests {
         assert_eq!(changed(100, &[255; 4]), Err(HeaderError::NoBackingFormat));
         assert_eq!(changed(108, &[255; 4]), Err(HeaderError::Truncated));
         assert_eq!(
-            backing(&header(b"tar", b"base")),
+            backing_of(&header(b"tar", b"base")),
             Err(HeaderError::BackingFormat("tar".to_owned()))
         );
-        assert_eq!(backing(&header(b"raw", b"\xff")), Err(HeaderError::NameNotText));
+        assert_eq!(
+            backing_of(&header(b"raw", b"\xff")),
+            Err(HeaderError::NameNotText)
+        );
     }
 }

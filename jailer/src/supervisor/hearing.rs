@@ -71,7 +71,10 @@ impl Supervisor {
             return;
         }
         let process = &self.processes[index];
-        let outcome = Outcome::of_process(&process.about, status);
+        let mut outcome = Outcome::of_process(&process.about, status);
+        if !self.guest_runs {
+            outcome = outcome.at_start(&process.about);
+        }
         if process.about.role == ProcessRole::Vmm {
             self.conclude(outcome);
             self.wind_down(now);

@@ -79,6 +79,19 @@ impl Outcome {
             line: Some(format!("{name} ({binary}pid {pid}) {what}")),
         }
     }
+
+    /// The same of a process that had not served yet: nothing is lost, it could not be started.
+    pub(super) fn at_start(self, process: &SupervisedProcess) -> Self {
+        let line = match (&process.serves, self.line) {
+            (Some(serves), Some(line)) => Some(format!("{serves}: {line}")),
+            (_, line) => line,
+        };
+        let code = match self.code {
+            exit_code::BACKEND_LOST => exit_code::ERROR,
+            code => code,
+        };
+        Self { code, line }
+    }
 }
 
 #[cfg(test)]
@@ -90,6 +103,7 @@ mod tests {
         SupervisedProcess {
             name: "disk0".into(),
             role,
+            serves: None,
             pid: 7,
             log: FdNumber(9),
             slot: None,
@@ -110,6 +124,22 @@ mod tests {
         let forbidden = Outcome::of_process(&disk, ExitStatus::Signal(SIGSYS));
         assert_eq!(forbidden.code, exit_code::SECCOMP);
         assert!(forbidden.line.unwrap().contains("stopped by seccomp"));
+    }
+
+    #[test]
+    fn a_process_that_never_served_is_no_loss() {
+        let disk = SupervisedProcess {
+            serves: Some("disk[0].path: a.qcow2".into()),
+            ..process(ProcessRole::Disk)
+        };
+        let at_start = |status| Outcome::of_process(&disk, status).at_start(&disk);
+        let refused = at_start(ExitStatus::Code(1));
+        assert_eq!(refused.code, exit_code::ERROR);
+        assert_eq!(
+            refused.line.as_deref(),
+            Some("disk[0].path: a.qcow2: disk0 (vhost-user-blk, pid 7) exited with code 1")
+        );
+        assert_eq!(at_start(ExitStatus::Signal(SIGSYS)).code, exit_code::SECCOMP);
     }
 
     #[test]

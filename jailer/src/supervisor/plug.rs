@@ -195,6 +195,7 @@ impl Supervisor {
             about: SupervisedProcess {
                 name,
                 role,
+                serves: None,
                 pid: 0,
                 log: FdNumber::NONE,
                 slot: Some(device.slot),

@@ -118,6 +118,7 @@ fn nic(play: &mut Play) -> OwnedFd {
     let about = SupervisedProcess {
         name: "net0".into(),
         role: ProcessRole::Net,
+        serves: None,
         pid: 7,
         log: FdNumber(0),
         slot: Some(1),

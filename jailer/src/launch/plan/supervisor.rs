@@ -2,7 +2,8 @@
 
 use super::{Choices, ProcessPlan, Source, Table, exactly};
 use crate::launch::connector;
-use crate::launch::machine::{self, Device};
+use crate::launch::image::printable;
+use crate::launch::machine::{self, Backend, Device};
 use crate::supervisor::MOST_CLIENTS;
 use vm_spec::run_state::{Kept, MadeFds, ProcessRole};
 use vm_spec::spec::VmSpec;
@@ -42,6 +43,7 @@ pub(super) fn plan(
         .map(|(n, (worker, slot))| SupervisedProcess {
             name: worker.name.clone(),
             role: worker.role,
+            serves: devices.iter().find(|device| device.id == worker.name).map(serves),
             pid: 0,
             log: fds.add(
                 Source::LogRead(n),
@@ -81,6 +83,14 @@ pub(super) fn plan(
         made: made(spec),
     };
     (process, config)
+}
+
+/// The field of the spec that a process is for, with what it names.
+fn serves(device: &Device) -> String {
+    match &device.backend {
+        Backend::Disk(disk) => printable(&format!("{}.path: {}", device.field, disk.path.display())),
+        _ => device.field.clone(),
+    }
 }
 
 fn made(spec: &VmSpec) -> Vec<MadeFds> {
