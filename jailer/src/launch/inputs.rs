@@ -24,7 +24,8 @@ use std::io::{self, Read as _};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 use vm_spec::control::FdNumber;
 use vm_spec::spec::{BootSpec, ImageFormat, VmSpec};
 
@@ -33,6 +34,10 @@ const LONGEST_KEY: u64 = 4096;
 
 /// How long someone else's back end may take to accept us.
 const ACCEPT_DEADLINE: Duration = Duration::from_secs(10);
+/// How long one that was started a moment ago may take to listen,
+const LISTEN_DEADLINE: Duration = Duration::from_secs(2);
+/// and how often it is tried.
+const LISTEN_LOOK: Duration = Duration::from_millis(10);
 
 /// The files of a VM.
 pub(crate) struct Inputs {
@@ -204,10 +209,12 @@ pub(super) fn open_backend(spec: &VmSpec, device: &Device) -> Result<Option<Back
             interruptibly(|| net::serve(&device.field, passt, publish, *mtu))
                 .map(|socket| Some(BackendInput::Socket(socket)))
         }
-        Backend::External(Remote { socket, .. }) => match interruptibly(|| connect(socket)) {
-            Ok(stream) => Ok(Some(BackendInput::Socket(stream))),
-            Err(e) => Err(no_back_end(device, socket, &e)),
-        },
+        Backend::External(Remote { socket, .. }) => {
+            match interruptibly(|| connect(socket, LISTEN_DEADLINE)) {
+                Ok(stream) => Ok(Some(BackendInput::Socket(stream))),
+                Err(e) => Err(no_back_end(device, socket, &e)),
+            }
+        }
     }
 }
 
@@ -221,8 +228,28 @@ pub(super) fn no_back_end(device: &Device, socket: &Path, error: &io::Error) -> 
     .hint("start the back end first, with this socket path")
 }
 
-fn connect(socket: &Path) -> io::Result<OwnedFd> {
-    connect_within(SockType::Stream, &UnixAddr::new(socket)?, ACCEPT_DEADLINE)
+/// Waits for whoever is about to listen there.
+fn connect(socket: &Path, patience: Duration) -> io::Result<OwnedFd> {
+    let address = UnixAddr::new(socket)?;
+    let end = Instant::now() + patience;
+    loop {
+        match connect_within(SockType::Stream, &address, ACCEPT_DEADLINE) {
+            Err(e) if is_to_come(&e) && Instant::now() < end => sleep(LISTEN_LOOK),
+            Err(e) if is_to_come(&e) => {
+                let why = format!("{e}, for {} s", patience.as_secs());
+                return Err(io::Error::new(e.kind(), why));
+            }
+            connected => return connected,
+        }
+    }
+}
+
+/// Nobody listens, or nobody has made the socket.
+fn is_to_come(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+    )
 }
 
 fn open_disk(spec: &VmSpec, device: &Device, disk: &Disk) -> Result<Images, Failure> {
@@ -447,5 +474,31 @@ impl Inputs {
             _ => None,
         };
         self.backends.iter().filter_map(holder).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn a_back_end_that_is_about_to_listen_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let connect_within_s = |seconds| connect(&path, Duration::from_secs(seconds));
+        let missing = connect_within_s(0).unwrap_err().to_string();
+        assert!(
+            missing.contains("No such file") && missing.ends_with(", for 0 s"),
+            "{missing}"
+        );
+        std::thread::scope(|scope| {
+            let connecting = scope.spawn(|| connect_within_s(60));
+            let _listener = UnixListener::bind(&path).unwrap();
+            connecting.join().unwrap().unwrap();
+        });
+        // The socket of one that is gone.
+        let refused = connect_within_s(0).unwrap_err().to_string();
+        assert!(refused.contains("refused"), "{refused}");
     }
 }
