@@ -12,6 +12,8 @@ use vm_spec::spec::{BootSpec, MOST_HOTPLUG, VhostUserSpec, VmSpec};
 
 /// Longest kernel command line in bytes (x86 COMMAND_LINE_SIZE less the end).
 const LONGEST_CMDLINE: usize = 2047;
+/// What the processes of a VM need beside the guest's RAM, in bytes.
+const BESIDE_RAM: u64 = 64 << 20;
 
 /// A device whose spec is sound.
 #[derive(Clone, PartialEq, Debug)]
@@ -165,7 +167,41 @@ fn check_machine(spec: &VmSpec) -> Result<(), Failure> {
         )));
     }
     check_hotplug(spec)?;
+    check_limits(spec)?;
     cmdline(&spec.boot).map(drop)
+}
+
+fn check_limits(spec: &VmSpec) -> Result<(), Failure> {
+    let limits = &spec.limits;
+    let none = [
+        ("cpu-percent", limits.cpu_percent == Some(0)),
+        ("pids", limits.pids == Some(0)),
+        (
+            "io-bytes-per-second",
+            limits.io_bytes_per_second == Some(ByteSize(0)),
+        ),
+        (
+            "io-operations-per-second",
+            limits.io_operations_per_second == Some(0),
+        ),
+    ];
+    if let Some((key, _)) = none.into_iter().find(|(_, none)| *none) {
+        return Err(Failure::usage(format!("limits.{key}: must be at least 1")));
+    }
+    // Huge pages are not counted.
+    let ram = spec.huge_pages.map_or(spec.memory.0, |_| 0);
+    let least = ByteSize(ram + BESIDE_RAM);
+    match limits.memory {
+        Some(limit) if limit.0 < least.0 => {
+            let failure = Failure::usage(format!("limits.memory: {limit} is less than {least}"));
+            Err(failure.cause(format!(
+                "the guest's RAM has {}, and its processes take {} or more beside it",
+                ByteSize(ram),
+                ByteSize(BESIDE_RAM)
+            )))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn check_hotplug(spec: &VmSpec) -> Result<(), Failure> {
@@ -385,7 +421,31 @@ mod tests {
     fn refusal(keys: &str) -> Option<String> {
         let text = format!("{keys}\n[boot]\nkernel = \"/k\"\n");
         let spec: VmSpec = toml::from_str(&text).expect(keys);
-        check_hotplug(&spec).err().map(|failure| failure.to_string())
+        check_machine(&spec).err().map(|failure| failure.to_string())
+    }
+
+    #[test]
+    fn limits_leave_room_for_the_vm() {
+        let with = |limit: &str| refusal(&format!("memory = \"64M\"\nlimits = {{ {limit} }}"));
+        for limit in ["memory = \"128M\"", "cpu-percent = 1", "pids = 1"] {
+            assert_eq!(with(limit), None, "{limit}");
+        }
+        for (limit, words) in [
+            ("memory = 0", "limits.memory: 0 is less than 128M"),
+            ("memory = \"127M\"", "limits.memory: 127M is less than 128M"),
+            ("cpu-percent = 0", "limits.cpu-percent: must be at least 1"),
+            ("pids = 0", "limits.pids: must be at least 1"),
+            ("io-bytes-per-second = 0", "limits.io-bytes-per-second: must be"),
+            (
+                "io-operations-per-second = 0",
+                "limits.io-operations-per-second: must be",
+            ),
+        ] {
+            let refusal = with(limit).expect(limit);
+            assert!(refusal.contains(words), "{refusal}");
+        }
+        let huge = "memory = \"1G\"\nhuge-pages = \"2M\"\nlimits = { memory = \"64M\" }";
+        assert_eq!(refusal(huge), None);
     }
 
     fn other(keys: &str) -> Result<Device, String> {
