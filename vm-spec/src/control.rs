@@ -328,7 +328,7 @@ pub mod exit_code {
     pub const RESET: u8 = 5;
     /// The guest reset before it did anything.
     pub const INSTANT_RESET: u8 = 6;
-    /// A device's process was lost.
+    /// A device's process was lost while the guest ran.
     pub const BACKEND_LOST: u8 = 7;
     /// A deadline passed.
     pub const TIMEOUT: u8 = 8;

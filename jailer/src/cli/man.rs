@@ -20,7 +20,7 @@ const EXIT_CODES: [(&str, &str); 12] = [
     ),
     ("5", "the guest reset, and on-reboot is exit"),
     ("6", "the guest reset before it did anything"),
-    ("7", "a device's process was lost"),
+    ("7", "a device's process was lost while the guest ran"),
     ("8", "a deadline passed"),
     ("148", "a process made a system call that its filter forbids"),
     ("128 + n", "ended by signal n"),
