@@ -35,6 +35,16 @@ pub struct VmEvent {
     pub detail: String,
 }
 
+/// A line of the file: an event, and when it was written down.
+#[derive(Debug, Serialize)]
+pub struct EventLine<'a> {
+    /// Wall-clock time, RFC 3339 in UTC.
+    pub time: String,
+    /// The event.
+    #[serde(flatten)]
+    pub event: &'a VmEvent,
+}
+
 /// What happened to a device.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -101,11 +111,17 @@ mod tests {
             outstanding: 0,
             detail: "line\nbreak".into(),
         };
-        let line = serde_json::to_string(&event).unwrap();
+        let line = EventLine {
+            time: "T".into(),
+            event: &event,
+        };
+        let line = serde_json::to_string(&line).unwrap();
+        assert!(line.starts_with(r#"{"time":"T","time-ns":5,"#), "{line}");
         assert!(
             line.contains(r#""event":"needs-reset""#) && !line.contains('\n'),
             "{line}"
         );
+        assert_eq!(serde_json::from_str::<VmEvent>(&line).unwrap(), event);
         let bytes = postcard::to_allocvec(&event).unwrap();
         assert_eq!(postcard::from_bytes::<VmEvent>(&bytes).unwrap(), event);
     }

@@ -18,6 +18,7 @@ pub mod shape;
 pub mod size;
 pub mod spec;
 pub mod supervise;
+pub mod timestamp;
 
 #[cfg(feature = "fuzzing")]
 #[path = "../fuzz/mod.rs"]

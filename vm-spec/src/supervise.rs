@@ -13,6 +13,8 @@ pub const MOST_PROCESSES: usize = 60;
 /// Everything the supervisor needs, sent once as the first message on its control socket.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct SupervisorConfig {
+    /// The VM's name.
+    pub name: String,
     /// Control socket to the vmm.
     pub vmm: FdNumber,
     /// Where clients connect ([`crate::client`]): listening, non-blocking.

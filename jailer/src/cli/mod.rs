@@ -32,7 +32,7 @@ use crate::failure::Failure;
 use crate::launch::net::link::{self, Order};
 use crate::launch::{self, Jail, Options};
 use crate::sandbox::{Role, SeccompMode};
-use crate::tell::say;
+use crate::tell::{say, speak_json};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use nix::sys::prctl;
 use std::ffi::OsString;
@@ -322,6 +322,9 @@ pub fn main() -> u8 {
             return of(u8::try_from(error.exit_code()).unwrap_or(USAGE));
         }
     };
+    if matches!(&verb, Verb::Run(run) if run.log_format == LogFormat::Json) {
+        speak_json();
+    }
     match carry_out(verb, launched_ns) {
         Ok(code) => code,
         Err(failure) => {

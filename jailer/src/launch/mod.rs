@@ -41,7 +41,7 @@ use crate::failure::Failure;
 use crate::sandbox::cgroup::{CgroupError, Groups, Place};
 use crate::sandbox::child::MAX_OPEN_FILES;
 use crate::sandbox::{Anchor, Root, SeccompMode, share_cores_within};
-use crate::tell::tell;
+use crate::tell::{name_vm, tell};
 use connector::Connector;
 use identity::{Identities, Settled};
 use inputs::Inputs;
@@ -140,6 +140,7 @@ pub fn dry_run(spec: &VmSpec, options: &Options) -> Result<String, Failure> {
 /// A [`Failure`] when it could not be started.
 pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Failure> {
     let (name, mut devices) = machine::check(spec, &default_name())?;
+    name_vm(&name);
     net::choose_servers(&mut devices);
     if options.jail == Jail::Off {
         tell(format_args!(

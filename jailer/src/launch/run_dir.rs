@@ -15,8 +15,9 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use vm_spec::client;
-use vm_spec::events::{self, VmEvent};
+use vm_spec::events::{self, EventLine, VmEvent};
 use vm_spec::run_state::{self, RunState};
+use vm_spec::timestamp::Timestamp;
 
 /// Another start or sweep of the same name is waited out this many times.
 const ATTEMPTS: usize = 8;
@@ -247,7 +248,8 @@ impl RunDir {
 
     /// Adds a line to the events, up to [`events::MAX_BYTES`].
     pub(crate) fn write_event(&self, event: &VmEvent) -> io::Result<()> {
-        let mut line = serde_json::to_vec(event)?;
+        let time = Timestamp::now().to_string();
+        let mut line = serde_json::to_vec(&EventLine { time, event })?;
         line.push(b'\n');
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND | OFlag::O_CLOEXEC;
         let file = openat(

@@ -2,7 +2,7 @@
 //! the name of who wrote it. Stops a process that a guest controls from flooding the terminal.
 
 use super::audience::Audience;
-use crate::tell::{MOST_AT_ONCE, tell_bytes};
+use crate::tell::{CERTAIN_TO_FIT, MOST_AT_ONCE, json_head, json_message, tell_bytes};
 use nix::errno::Errno;
 use nix::unistd::read;
 use serde::de::IgnoredAny;
@@ -14,8 +14,6 @@ use vm_spec::events::EventKind;
 
 /// Longest line passed on, in bytes; the rest of a longer one is dropped.
 const LONGEST_LINE: usize = 2048;
-/// Of a text that is longer as a line: even if each byte takes six as JSON.
-const CERTAIN_TO_FIT: usize = 600;
 /// Bytes of lines that someone who comes to listen hears of what was said before.
 const REMEMBERED: usize = 32 << 10;
 /// Lines that a process may write within [`PERIOD`].
@@ -159,70 +157,78 @@ pub(crate) fn printable(text: &str) -> String {
         .collect()
 }
 
+/// What an object of a process's own may not say.
+const OURS: [&str; 2] = ["process", "vm"];
+/// As `tracing` writes them.
+const LEVELS: [&str; 5] = ["ERROR", "WARN", "INFO", "DEBUG", "TRACE"];
+
 /// A process that logs JSON has its name added to its object; other text becomes a message, and so does an
 /// object that names a process itself.
 fn json_line(process: &str, text: &str) -> String {
-    let mut out = String::from("{\"process\":");
-    json_string(process, &mut out);
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = json_head(&mut out, process);
     let keys: Result<BTreeMap<String, IgnoredAny>, _> = serde_json::from_str(text);
-    let sound = keys.is_ok_and(|keys| !keys.is_empty() && !keys.contains_key("process"));
+    let sound = keys.is_ok_and(|keys| !keys.is_empty() && !OURS.iter().any(|key| keys.contains_key(*key)));
     match text.trim_ascii().strip_prefix('{') {
         Some(rest) if sound => {
             let _ = writeln!(out, ",{}", printable(rest));
         }
         _ => {
-            out.push_str(",\"message\":");
-            json_string(text, &mut out);
-            out.push_str("}\n");
+            let (level, text) = level(text).unwrap_or(("WARN", text));
+            let _ = json_message(&mut out, level, text);
         }
     }
     out
 }
 
-fn json_string(text: &str, out: &mut String) {
-    out.push('"');
-    for c in text.chars() {
-        match c {
-            '"' | '\\' => out.extend(['\\', c]),
-            c if c.is_control() => {
-                let _ = write!(out, "\\u{:04x}", u32::from(c));
-            }
-            c => out.push(c),
-        }
-    }
-    out.push('"');
+/// The level of a line that `tracing` wrote for people (`TIME  LEVEL MESSAGE`), and its message.
+fn level(text: &str) -> Option<(&str, &str)> {
+    let (time, rest) = text.split_once(' ')?;
+    let (level, message) = rest.trim_start().split_once(' ')?;
+    (time.ends_with('Z') && LEVELS.contains(&level)).then_some((level, message))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// The line's keys but its time.
+    fn read(line: &str) -> Vec<(String, String)> {
+        let mut read: BTreeMap<String, String> = serde_json::from_str(line).unwrap();
+        read.remove("timestamp");
+        read.into_iter().collect()
+    }
+
     #[test]
-    fn json_lines_name_the_process() {
-        assert_eq!(
-            json_line("disk0", "{\"level\":\"WARN\"}"),
-            "{\"process\":\"disk0\",\"level\":\"WARN\"}\n"
-        );
-        assert_eq!(
-            json_line("vmm", "say \"x\"\u{1b}"),
-            "{\"process\":\"vmm\",\"message\":\"say \\\"x\\\"\\u001b\"}\n"
-        );
+    fn json_lines_name_the_process_and_a_level() {
+        let own = json_line("disk0", "{\"level\":\"INFO\"}");
+        assert_eq!(own, "{\"process\":\"disk0\",\"level\":\"INFO\"}\n");
+        for (text, level, message) in [
+            ("say \"x\"\u{1b}", "WARN", "say \"x\"\u{1b}"),
+            ("2026-01-01T00:00:00.1Z ERROR vmm: lost", "ERROR", "vmm: lost"),
+            ("2026-01-01T00:00:00.1Z  INFO vmm: up", "INFO", "vmm: up"),
+            ("ERROR vmm: lost", "WARN", "ERROR vmm: lost"),
+        ] {
+            let wanted = [("level", level), ("message", message), ("process", "vmm")];
+            let wanted = wanted.map(|(key, value)| (key.to_owned(), value.to_owned()));
+            assert_eq!(read(&json_line("vmm", text)), wanted, "{text}");
+        }
     }
 
     #[test]
     fn nobody_speaks_in_anothers_name() {
         for text in [
-            "{\"process\":\"vmm\",\"level\":\"WARN\"}",
+            "{\"process\":\"vmm\",\"level\":\"INFO\"}",
             "{\"pr\\u006fcess\":\"vmm\"}",
-            "{\"level\":\"WARN\"} {}",
+            "{\"vm\":\"another\"}",
+            "{\"level\":\"INFO\"} {}",
             "{garbage}",
             "{}",
         ] {
-            let line = json_line("disk0", text);
-            let read: BTreeMap<String, String> = serde_json::from_str(&line).unwrap();
-            let wanted = [("process", "disk0"), ("message", text)];
+            let wanted = [("level", "WARN"), ("message", text), ("process", "disk0")];
             let wanted = wanted.map(|(key, value)| (key.to_owned(), value.to_owned()));
-            assert_eq!(read, wanted.into(), "{text}");
+            assert_eq!(read(&json_line("disk0", text)), wanted, "{text}");
         }
     }
 

@@ -29,6 +29,7 @@ mod upgrade;
 use crate::escape::Command;
 use crate::inherit;
 use crate::sandbox::{self, LockdownError, Locked, Role, SeccompMode};
+use crate::tell::{name_vm, speak_json};
 use crate::wire::{Received, TransferError, receive_message, send_message};
 use clients::Clients;
 pub use clients::{MOST_CLIENTS, NO_REQUEST};
@@ -168,6 +169,10 @@ struct Supervisor {
 impl Supervisor {
     fn new(spawner: OwnedFd, config: SupervisorConfig) -> Result<Self, SupervisorError> {
         let now = Instant::now();
+        if config.log_json {
+            speak_json();
+            name_vm(&config.name);
+        }
         let console = Console::new(
             take(config.console)?,
             config.input.map(take).transpose()?,

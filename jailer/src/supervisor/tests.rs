@@ -50,6 +50,7 @@ impl Play {
         bind(clients.as_raw_fd(), &address).unwrap();
         listen(&clients, Backlog::new(32).unwrap()).unwrap();
         let config = SupervisorConfig {
+            name: "vm".into(),
             vmm: give(of_vmm),
             clients: give(clients),
             console: give(of_guest),

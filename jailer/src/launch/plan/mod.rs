@@ -266,7 +266,7 @@ pub(crate) fn plan(spec: &VmSpec, name: &str, devices: &[Device], choices: &Choi
         let log = workers.len();
         workers.extend(device::plan(n, device, choices, log, &vm.devices[n]));
     }
-    let (supervisor, supervision) = supervisor::plan(spec, devices, &workers, choices);
+    let (supervisor, supervision) = supervisor::plan(spec, name, devices, &workers, choices);
     Plan {
         name: name.to_owned(),
         jail: choices.jail,

@@ -12,6 +12,7 @@ use vm_spec::supervise::{RemoteDevice, SupervisedProcess, SupervisorConfig};
 /// The process that watches `workers`.
 pub(super) fn plan(
     spec: &VmSpec,
+    name: &str,
     devices: &[Device],
     workers: &[ProcessPlan],
     choices: &Choices<'_>,
@@ -60,6 +61,7 @@ pub(super) fn plan(
         })
         .collect();
     let config = SupervisorConfig {
+        name: name.to_owned(),
         vmm,
         clients,
         console,
