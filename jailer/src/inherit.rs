@@ -16,11 +16,13 @@ static TAKEN: Mutex<Vec<i32>> = Mutex::new(Vec::new());
 /// Owns the inherited descriptor `number`, and makes it close at exec.
 ///
 /// # Errors
-/// When it is not open or below 3 (EBADF), or was taken before (EBUSY).
+/// When it is not open (EBADF), or was taken before (EBUSY); below 3.
 pub fn take(number: FdNumber) -> io::Result<OwnedFd> {
     let mut taken = TAKEN.lock().unwrap_or_else(|e| e.into_inner());
     if number.0 < 3 {
-        return Err(Errno::EBADF.into());
+        return Err(io::Error::other(
+            "0 to 2 cannot be used: they are standard input, output and error",
+        ));
     }
     if taken.contains(&number.0) {
         return Err(Errno::EBUSY.into());

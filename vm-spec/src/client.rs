@@ -10,6 +10,12 @@ use serde::{Deserialize, Serialize};
 /// The socket's name in the run-time folder.
 pub const SOCKET_NAME: &str = "control.sock";
 
+/// Why a request for a device fails that the VM does not have.
+#[must_use]
+pub fn no_device(device: &str) -> String {
+    format!("the VM has no device '{device}'")
+}
+
 /// From a client.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Request {

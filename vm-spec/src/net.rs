@@ -1,8 +1,12 @@
 //! A network interface, as a person writes it.
 
 use crate::size::ByteSize;
+use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 use std::path::PathBuf;
+
+/// Bytes of an interface's name (IFNAMSIZ, less its end).
+const LONGEST_NAME: usize = 15;
 
 /// A network interface: exactly one of `tap`, `tap-fd`, `bridge`, `user`, `isolated`, `private`,
 /// `vhost-user`.
@@ -14,7 +18,8 @@ pub struct NetSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// An existing TAP, by name.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(with = "Option<String>", length(max = LONGEST_NAME)))]
+    #[serde(deserialize_with = "interface", skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
     /// An existing TAP, by inherited file descriptor: one for each pair of queues. Should it vanish and return, it
     /// is found again only in the launcher's own network namespace and with CAP_NET_ADMIN.
@@ -22,7 +27,8 @@ pub struct NetSpec {
     #[serde(deserialize_with = "one_or_more", skip_serializing_if = "Vec::is_empty")]
     pub tap_fd: Vec<i32>,
     /// A bridge of the host, to which the launcher adds a TAP that it makes; needs CAP_NET_ADMIN.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(with = "Option<String>", length(max = LONGEST_NAME)))]
+    #[serde(deserialize_with = "interface", skip_serializing_if = "Option::is_none")]
     pub bridge: Option<String>,
     /// Outbound connections, DHCP and DNS by passt, without root.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
@@ -88,6 +94,16 @@ pub struct NetSpec {
     /// PCI device number, 1 to 31.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slot: Option<u8>,
+}
+
+fn interface<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    match Option::<String>::deserialize(deserializer)? {
+        Some(name) if name.len() > LONGEST_NAME => Err(D::Error::custom(format!(
+            "'{name}' has {} bytes, and an interface's name at most {LONGEST_NAME}",
+            name.len()
+        ))),
+        name => Ok(name),
+    }
 }
 
 /// A list, or its only item.

@@ -1,9 +1,11 @@
 //! What a person writes: `SPEC.toml`, flags and JSON are three spellings of [`VmSpec`].
 
 use crate::disk::DiskSpec;
+use crate::machine::MAX_CPUS;
 use crate::net::NetSpec;
 use crate::shape::{table, tables};
 use crate::size::ByteSize;
+use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -20,7 +22,8 @@ pub struct VmSpec {
     #[serde(deserialize_with = "table")]
     pub boot: BootSpec,
     /// vCPUs, 1 to 32.
-    #[serde(default = "one")]
+    #[cfg_attr(test, schemars(range(min = 1, max = MAX_CPUS)))]
+    #[serde(default = "one", deserialize_with = "cpus")]
     pub cpus: u8,
     /// Guest RAM; at least 32M.
     #[serde(default = "default_memory")]
@@ -259,6 +262,12 @@ pub const MOST_HOTPLUG: u8 = 8;
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
 fn is_zero(number: &u8) -> bool {
     *number == 0
+}
+
+fn cpus<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u8, D::Error> {
+    let number = i64::deserialize(deserializer)?;
+    let fits = u8::try_from(number).ok().filter(|n| (1..=MAX_CPUS).contains(n));
+    fits.ok_or_else(|| D::Error::custom(format!("{number} is not between 1 and {MAX_CPUS}")))
 }
 
 fn one() -> u8 {

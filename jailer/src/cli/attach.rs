@@ -9,7 +9,7 @@ use crate::launch::net::link;
 use crate::tell::tell;
 use std::os::fd::AsFd;
 use std::time::Duration;
-use vm_spec::client::{Answer, Request};
+use vm_spec::client::{Answer, Request, no_device};
 use vm_spec::run_state::{FdLink, ProcessRole, RunState};
 
 /// For a device's process to be made, to open its image and to answer: more than the supervisor waits.
@@ -37,9 +37,13 @@ pub(super) fn attach(vm: &str, flags: &DeviceFlags) -> Result<String, Failure> {
     let (slot, pid) = match answered? {
         Answer::Attached { slot, pid } => (slot, pid),
         Answer::Failed(why) => {
-            return Err(Failure::host(format!("{id} was not attached"))
-                .cause(why)
-                .hint("bulkhead logs says what its process said"));
+            // Its process's end, as the supervisor tells it.
+            let ended = why.starts_with(&format!("{id} ("));
+            let failure = Failure::host(format!("{id} was not attached")).cause(why);
+            return Err(match ended {
+                true => failure.hint("bulkhead logs says what its process said"),
+                false => failure,
+            });
         }
         _ => return Err(Failure::host("the supervisor gave no answer to the request")),
     };
@@ -65,6 +69,10 @@ pub(super) fn detach(vm: &str, device: &str) -> Result<String, Failure> {
         Answer::Detached => {
             link::remove(&running.folder, device);
             Ok(String::new())
+        }
+        Answer::Failed(why) if why == no_device(device) => {
+            let what = format!("the VM '{vm}' has no device '{device}'");
+            Err(running.naming(Failure::usage(what)))
         }
         Answer::Failed(why) => Err(Failure::host(format!("{device} was not detached"))
             .cause(why)

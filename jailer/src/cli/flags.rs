@@ -50,10 +50,10 @@ pub(super) struct VmFlags {
     #[arg(long, value_name = "TEXT")]
     cmdline: Option<String>,
     /// vCPUs, 1 to 32
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = values::cpus, allow_negative_numbers = true)]
     cpus: Option<u8>,
     /// Guest memory, such as 512M
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
     memory: Option<ByteSize>,
     /// Back memory with pages of this size: 2M or 1G
     #[arg(long, value_name = "SIZE")]
@@ -72,7 +72,7 @@ pub(super) struct VmFlags {
     #[arg(long, value_name = "KEY=VALUE,...")]
     vhost_user: Vec<String>,
     /// PCI slots, 0 to 8, kept for devices that are attached while the VM runs
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = values::hotplug, allow_negative_numbers = true)]
     hotplug: Option<u8>,
     /// The VM's name
     #[arg(long)]
@@ -84,7 +84,7 @@ pub(super) struct VmFlags {
     #[arg(long, value_name = "WHAT", value_parser = values::on_device_death(), hide_possible_values = true)]
     on_device_death: Option<OnDeviceDeath>,
     /// Seconds a guest has to power off when asked
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true)]
     power_off_grace: Option<u32>,
     /// memory=SIZE,cpu-percent=N,pids=N,io-bytes-per-second=SIZE,io-operations-per-second=N,core-scheduling=true
     #[arg(long, value_name = "KEY=VALUE,...")]

@@ -21,7 +21,7 @@ const KINDS: [&str; 3] = ["counter", "gauge", "histogram"];
 pub(super) fn show(vm: &str, device: Option<&str>) -> Result<String, Failure> {
     let running = ps::find(vm)?;
     let devices: Vec<&str> = match device {
-        Some(device) => vec![device],
+        Some(device) => running.role_of(device).map(|_| vec![device])?,
         None => running.devices().collect(),
     };
     let mut connection = Connection::open(&running)?;

@@ -6,6 +6,7 @@ use crate::failure::Failure;
 use crate::supervisor::printable;
 use std::time::Duration;
 use vm_spec::client::{Answer, Request};
+use vm_spec::run_state::ProcessRole;
 use vm_spec::size::ByteSize;
 
 /// For an answer: more than the supervisor gives the process.
@@ -16,7 +17,11 @@ const DEADLINE: Duration = Duration::from_secs(20);
 /// # Errors
 /// A [`Failure`] when no such VM or disk runs, or its format cannot do that.
 pub(super) fn resize(vm: &str, disk: &str, size: ByteSize) -> Result<String, Failure> {
-    let mut connection = Connection::open(&ps::find(vm)?)?;
+    let running = ps::find(vm)?;
+    if running.role_of(disk)? != ProcessRole::Disk {
+        return Err(running.naming(Failure::usage(format!("{disk} is no disk"))));
+    }
+    let mut connection = Connection::open(&running)?;
     let said = order(&mut connection, disk, format!("size {}", size.0))?;
     match said.trim().strip_prefix("error: ") {
         Some(why) => Err(Failure::host(format!("{disk} was not resized")).cause(printable(why))),

@@ -85,6 +85,27 @@ impl RunningVm {
         since.unwrap_or_default().as_secs()
     }
 
+    /// The role of the process of ours that serves `device`.
+    ///
+    /// # Errors
+    /// A [`Failure`] when there is none.
+    pub(super) fn role_of(&self, device: &str) -> Result<ProcessRole, Failure> {
+        let mut devices = self.state.processes.iter().filter(|p| p.role.is_device());
+        let process = devices.find(|process| process.name == device);
+        process.map(|process| process.role).ok_or_else(|| {
+            let what = format!(
+                "no process of ours serves a device '{device}' of the VM '{}'",
+                self.name()
+            );
+            self.naming(Failure::usage(what))
+        })
+    }
+
+    /// With a hint at what is there.
+    pub(super) fn naming(&self, failure: Failure) -> Failure {
+        failure.hint(format!("bulkhead inspect {} names its devices", self.name()))
+    }
+
     /// Those with a process of ours.
     pub(super) fn devices(&self) -> impl Iterator<Item = &str> {
         let devices = self.state.processes.iter().filter(|p| p.role.is_device());

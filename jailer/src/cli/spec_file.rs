@@ -151,11 +151,12 @@ pub(super) fn explain(place: &str, message: &str) -> Failure {
 }
 
 /// What Rust calls things, and people do not.
-const WORDS: [(&str, &str); 7] = [
+const WORDS: [(&str, &str); 8] = [
     ("expected u8", "expected a whole number from 0 to 255"),
     ("expected u16", "expected a whole number from 0 to 65535"),
     ("expected u32", "expected a whole number from 0 to 4294967295"),
     ("expected i32", "expected a whole number"),
+    ("expected i64", "expected a whole number"),
     ("expected path string", "expected a path"),
     ("expected a sequence", "expected a list, such as [\"a\", \"b\"]"),
     ("expected a boolean", "expected true or false"),
@@ -280,6 +281,37 @@ mod tests {
         let message = parse("vm.toml", text).unwrap_err().to_string();
         assert!(message.contains("vm.toml:1:10"), "{message}");
         assert!(message.contains("'X' is not a size suffix"), "{message}");
+    }
+
+    #[test]
+    fn numbers_and_names_out_of_range_are_told_in_place() {
+        let boot = "[boot]\nkernel = \"k\"\n";
+        for (text, place, words) in [
+            (
+                format!("cpus = 999\n{boot}"),
+                "1:8",
+                "999 is not between 1 and 32",
+            ),
+            (format!("cpus = -1\n{boot}"), "1:8", "-1 is not between 1 and 32"),
+            (format!("cpus = \"2\"\n{boot}"), "1:8", "expected a whole number"),
+            (
+                format!("{boot}[[net]]\ntap = \"averyveryverylongname\""),
+                "4:7",
+                "an interface's name at most 15",
+            ),
+            (
+                format!("{boot}[[net]]\nbridge = \"averyveryverylongname\""),
+                "4:10",
+                "an interface's name at most 15",
+            ),
+        ] {
+            let message = parse("vm.toml", &text).unwrap_err().to_string();
+            assert!(
+                message.contains(&format!("vm.toml:{place}: ")),
+                "{text}: {message}"
+            );
+            assert!(message.contains(words), "{text}: {message}");
+        }
     }
 
     #[test]

@@ -45,6 +45,24 @@ fn create_names_what_it_makes() {
     assert!(!help.contains("vmdk") && !help.contains("--key-file"), "{help}");
 }
 
+#[test]
+fn numbers_below_zero_are_numbers() {
+    for (flag, words) in [
+        ("--cpus=-1", "from 1 to 32"),
+        ("--cpus 999", "from 1 to 32"),
+        ("--cpus -1", "from 1 to 32"),
+        ("--hotplug -1", "from 0 to 8"),
+        ("--memory -1", "-1"),
+    ] {
+        let line = ["bulkhead", "run"].into_iter().chain(flag.split(' '));
+        let error = Cli::try_parse_from(line).unwrap_err().to_string();
+        assert!(
+            error.contains(words) && !error.contains("tip:"),
+            "{flag}: {error}"
+        );
+    }
+}
+
 /// A role without attacks would pass an audit that tried nothing.
 #[test]
 fn only_roles_with_attacks_are_audited() {

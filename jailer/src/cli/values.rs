@@ -4,7 +4,8 @@ use crate::audit::AUDITED;
 use crate::audit::wall::Wall;
 use crate::sandbox::{Role, SeccompMode};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use vm_spec::spec::{OnDeviceDeath, OnReboot};
+use vm_spec::machine::MAX_CPUS;
+use vm_spec::spec::{MOST_HOTPLUG, OnDeviceDeath, OnReboot};
 
 fn one_of<T, const N: usize>(words: [(&'static str, T); N]) -> impl TypedValueParser<Value = T>
 where
@@ -43,6 +44,16 @@ pub(super) fn on_reboot() -> impl TypedValueParser<Value = OnReboot> {
 
 pub(super) fn on_device_death() -> impl TypedValueParser<Value = OnDeviceDeath> {
     one_of([("restart", OnDeviceDeath::Restart), ("end", OnDeviceDeath::End)])
+}
+
+pub(super) fn cpus(text: &str) -> Result<u8, String> {
+    let number = text.parse().ok().filter(|n| (1..=MAX_CPUS).contains(n));
+    number.ok_or_else(|| format!("expected a number from 1 to {MAX_CPUS}"))
+}
+
+pub(super) fn hotplug(text: &str) -> Result<u8, String> {
+    let number = text.parse().ok().filter(|n| *n <= MOST_HOTPLUG);
+    number.ok_or_else(|| format!("expected a number from 0 to {MOST_HOTPLUG}"))
 }
 
 /// In a help's words.

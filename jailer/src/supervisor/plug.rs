@@ -18,7 +18,7 @@ use super::{Process, Supervisor};
 use crate::wire_fds::{send_with_fd, send_with_fds};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
-use vm_spec::client::{Answer, Attachment};
+use vm_spec::client::{Answer, Attachment, no_device};
 use vm_spec::control::{DeviceConfig, FdNumber, ToVmm};
 use vm_spec::events::EventKind;
 use vm_spec::supervise::{AddedProcess, FromSupervisor, MOST_PROCESSES, RemoteDevice, SupervisedProcess};
@@ -94,8 +94,17 @@ impl Plugs {
                 Err("no PCI slot is left for it: start the VM with more (hotplug)".to_owned())
             }
             None => Err(format!(
-                "slot {slot} is taken, or not kept for devices that are attached"
+                "slot {slot} is taken, or not kept for devices that are attached; free: {}",
+                self.free()
             )),
+        }
+    }
+
+    /// The empty slots, in words.
+    fn free(&self) -> String {
+        match &*self.spares {
+            [] => "none".to_owned(),
+            spares => spares.iter().map(u8::to_string).collect::<Vec<_>>().join(", "),
         }
     }
 
@@ -368,7 +377,7 @@ impl Supervisor {
         let process = self.device_place(device).filter(member);
         let slot = process.and_then(|index| self.processes[index].about.slot);
         let slot = slot.or_else(|| Some(self.remotes[self.remote(device)?].slot()));
-        let slot = slot.ok_or_else(|| format!("the VM has no device '{device}'"))?;
+        let slot = slot.ok_or_else(|| no_device(device))?;
         if self.plugs.asked.iter().any(|asked| asked.slot == slot) {
             return Err(format!("the guest is asked for '{device}' already"));
         }
