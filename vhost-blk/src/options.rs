@@ -12,6 +12,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use vhost_daemon::Limits;
+use vm_spec::size::ByteSize;
 
 /// Printed by `--help`.
 pub(crate) const USAGE: &str = "  --blk-file=PATH         the image
@@ -22,7 +23,7 @@ pub(crate) const USAGE: &str = "  --blk-file=PATH         the image
   --data-file=PATH        the image's external data file (qcow2)
   --data-file-fd=N        the same, already open
   --key-fd=N              the passphrase of an encrypted image (LUKS in qcow2), read to its end
-  --l2-cache-size=BYTES   memory for mapping tables, for each layer; default 8M, at least 64K
+  --l2-cache-size=SIZE    memory for mapping tables, for each layer; 64K to 1G, default 8M
   --cache=MODE            writeback (default), or none: past the host's page cache (O_DIRECT)
   --blk-direct-fd=N       with --blk-fd and --cache=none: the same file, open with O_DIRECT
   --io=MODE               auto (default), sync or uring; auto takes io_uring where a call would wait for the disk
@@ -167,18 +168,12 @@ fn layer(value: OsString) -> Result<(Format, OsString), lexopt::Error> {
     Ok((format, OsString::from_vec(rest)))
 }
 
-/// Bytes with an optional K or M; from one set of the cache to what a process may sensibly hold.
+/// As in a spec; from one set of the cache to what a process may sensibly hold.
 fn cache_size(text: &str) -> Result<usize, &'static str> {
-    let (digits, unit) = match text.strip_suffix(['K', 'M']) {
-        Some(digits) if text.ends_with('K') => (digits, 10),
-        Some(digits) => (digits, 20),
-        None => (text, 0),
-    };
-    let number = digits.parse::<usize>().ok();
-    number
-        .and_then(|number| number.checked_mul(1 << unit))
+    let size = text.parse::<ByteSize>().ok();
+    size.and_then(|size| usize::try_from(size.0).ok())
         .filter(|size| (64 << 10..=1 << 30).contains(size))
-        .ok_or("expected 64K to 1024M")
+        .ok_or("expected 64K to 1G")
 }
 
 fn serial(value: OsString) -> Result<Vec<u8>, lexopt::Error> {
@@ -238,8 +233,12 @@ mod tests {
         assert!(message(&["--backing=base.img"]).contains("FORMAT:PATH"));
         assert!(message(&["--blk-file=a", "--blk-fd=3"]).contains("exclude each other"));
         for size in ["1K", "2000M", "18446744073709551615M", "M", ""] {
-            assert!(message(&[&format!("--l2-cache-size={size}")]).contains("64K to 1024M"));
+            assert!(message(&[&format!("--l2-cache-size={size}")]).contains("64K to 1G"));
         }
+        assert_eq!(
+            parse(&["--l2-cache-size=1G"]).unwrap().l2_cache_size,
+            Some(1 << 30)
+        );
         assert!(message(&["--limit=packets=1"]).contains("ops-burst"));
         assert!(message(&["--on-error=ignore"]).contains("report or stop"));
         assert!(message(&["--serial=123456789012345678901"]).contains("20 bytes"));

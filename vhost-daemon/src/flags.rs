@@ -1,7 +1,7 @@
 //! The command line: QEMU's back-end program conventions and a few flags of ours.
 
-use crate::Program;
 use crate::log::LogFormat;
+use crate::{Program, QueueLimits};
 use jailer::sandbox::SeccompMode;
 use lexopt::{Arg, Parser, ValueExt};
 use std::ffi::OsString;
@@ -60,11 +60,11 @@ const SHARED_USAGE: &str =
   --fd=N                  a connected socket; serves it to its end
                           neither is needed where systemd passes a listening socket (LISTEN_FDS)
   --print-capabilities    print what this program can do as JSON, and exit
-  --num-queues=N          request queues
+  --num-queues=N          QUEUES
   --poll-us=N             after a request, look N microseconds for the next one before sleeping;
                           0 (default) to 10000; costs a CPU
-  --seccomp=MODE          enforce (default), log or off
-  --log-level=LEVEL       error, warn (default), info, debug or trace
+  --seccomp=MODE          enforce (default), trap, log or off
+  --log-level=LEVEL       off, error, warn (default), info, debug or trace
   --log-format=FORMAT     human (default) or json
   --help, --version
 ";
@@ -73,7 +73,16 @@ const SHARED_USAGE: &str =
 pub(crate) fn help<P: Program>() -> String {
     let mut text = format!("Usage: {} [--socket-path=PATH | --fd=N] FLAGS\n\n", P::NAME);
     text.push_str(P::USAGE);
-    let _ = write!(text, "\n{SHARED_USAGE}");
+    let QueueLimits {
+        default,
+        most,
+        multiple,
+    } = P::QUEUES;
+    let queues = match multiple {
+        1 => format!("queues, 1 to {most}, default {default}"),
+        multiple => format!("queues, a multiple of {multiple} up to {most}, default {default}"),
+    };
+    let _ = write!(text, "\n{}", SHARED_USAGE.replace("QUEUES", &queues));
     text
 }
 
@@ -100,19 +109,25 @@ pub(crate) fn parse<P: Program>(
             return Err(argument.unexpected());
         };
         let name = name.to_owned();
-        match name.as_str() {
-            "help" => return Ok(Request::Help),
-            "version" => return Ok(Request::Version),
-            "print-capabilities" => return Ok(Request::PrintCapabilities),
-            "socket-path" => connect(&mut connection, Connection::Path(parser.value()?.into()))?,
-            "fd" => connect(&mut connection, Connection::Fd(parser.value()?.parse()?))?,
-            "num-queues" => num_queues = parser.value()?.parse_with(queues::<P>)?,
-            "poll-us" => patience = parser.value()?.parse_with(microseconds)?,
-            "seccomp" => seccomp = parser.value()?.parse()?,
-            "log-level" => log_level = parser.value()?.parse()?,
-            "log-format" => log_format = parser.value()?.parse()?,
-            _ if P::option(&mut options, &name, &mut parser)? => {}
-            _ => return Err(Arg::Long(&name).unexpected()),
+        let mut take = || -> Result<Option<Request<P::Options>>, lexopt::Error> {
+            match name.as_str() {
+                "help" => return Ok(Some(Request::Help)),
+                "version" => return Ok(Some(Request::Version)),
+                "print-capabilities" => return Ok(Some(Request::PrintCapabilities)),
+                "socket-path" => connect(&mut connection, Connection::Path(parser.value()?.into()))?,
+                "fd" => connect(&mut connection, Connection::Fd(parser.value()?.parse()?))?,
+                "num-queues" => num_queues = parser.value()?.parse_with(queues::<P>)?,
+                "poll-us" => patience = parser.value()?.parse_with(microseconds)?,
+                "seccomp" => seccomp = parser.value()?.parse()?,
+                "log-level" => log_level = parser.value()?.parse()?,
+                "log-format" => log_format = parser.value()?.parse()?,
+                _ if P::option(&mut options, &name, &mut parser)? => {}
+                _ => return Err(Arg::Long(&name).unexpected()),
+            }
+            Ok(None)
+        };
+        if let Some(question) = take().map_err(|error| of_flag(&name, error))? {
+            return Ok(question);
         }
     }
     let activated = || Connection::activated(|name| std::env::var(name).ok(), std::process::id());
@@ -131,6 +146,15 @@ pub(crate) fn parse<P: Program>(
     Ok(Request::Serve(settings, options))
 }
 
+/// An error that says whose value is wrong.
+fn of_flag(name: &str, error: lexopt::Error) -> lexopt::Error {
+    let words = error.to_string();
+    match words.contains("--") {
+        true => error,
+        false => format!("--{name}: {words}").into(),
+    }
+}
+
 fn connect(connection: &mut Option<Connection>, new: Connection) -> Result<(), lexopt::Error> {
     match connection.replace(new) {
         None => Ok(()),
@@ -142,10 +166,12 @@ fn queues<P: Program>(text: &str) -> Result<u16, String> {
     let limits = P::QUEUES;
     let number = text.parse::<u16>().ok();
     let allowed = |n: &u16| (1..=limits.most).contains(n) && n.is_multiple_of(limits.multiple);
-    number.filter(allowed).ok_or_else(|| {
-        let (first, most) = (limits.multiple, limits.most);
-        format!("is not a multiple of {first} from {first} to {most}")
-    })
+    number
+        .filter(allowed)
+        .ok_or_else(|| match (limits.multiple, limits.most) {
+            (1, most) => format!("is not a number from 1 to {most}"),
+            (first, most) => format!("is not a multiple of {first} from {first} to {most}"),
+        })
 }
 
 /// Longest busy wait: the session waits for a worker that polls.

@@ -88,6 +88,15 @@ impl Program for NetProgram {
         options.take(name, parser)
     }
 
+    fn check(options: &Options) -> Result<(), lexopt::Error> {
+        let guard = options.guard().map(drop);
+        let taps = match options.tap_name.is_some() == options.tap_fds.is_empty() {
+            true => Ok(()),
+            false => Err(OptionsError::Tap),
+        };
+        taps.and(guard).map_err(|error| error.to_string().into())
+    }
+
     fn open(options: Options, num_queues: u16) -> Result<Box<dyn Device>, Box<dyn Error + Send + Sync>> {
         let device = NetDevice::open(options, num_queues / 2)?;
         Ok(Box::new(device))

@@ -71,7 +71,10 @@ fn usage_errors_name_the_flag_and_what_it_takes() {
         (&["--fd=3", "--num-queues=3"], "multiple of 2 from 2 to 8"),
         (&["--fd=3", "--num-queues=10"], "multiple of 2 from 2 to 8"),
         (&["--fd=3", "--num-queues=0"], "multiple of 2 from 2 to 8"),
-        (&["--fd=three"], "three"),
+        (&["--fd=3", "--num-queues=0"], "--num-queues: "),
+        (&["--fd=three"], "--fd: "),
+        (&["--tap-fd=x"], "--tap-fd: "),
+        (&["--log-level=loud"], "--log-level: "),
         (&["--seccomp=maybe"], "enforce, trap, log, off"),
         (&["--log-format=xml"], "human, json"),
         (&["--no-such-flag"], "--no-such-flag"),
@@ -90,6 +93,7 @@ fn questions_are_answered_without_the_needed_flags() {
         parsed(&["--print-capabilities"]),
         Ok(Request::PrintCapabilities)
     ));
+    assert!(help::<Pairs>().contains("a multiple of 2 up to 8, default 2"));
     assert!(help::<Pairs>().contains("--tap-fd=N") && help::<Pairs>().contains("--socket-path=PATH"));
     let capabilities: serde_json::Value = serde_json::from_str(&capabilities::<Pairs>()).unwrap();
     assert_eq!(
