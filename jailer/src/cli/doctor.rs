@@ -2,7 +2,7 @@
 
 mod net;
 
-use crate::launch::spawn::installed;
+use crate::launch::spawn::{installed, unopened};
 use crate::launch::{self, identity};
 use crate::sandbox::cgroup::Place;
 use crate::sandbox::landlock_level;
@@ -57,6 +57,7 @@ pub(super) fn examine(json: bool) -> (String, u8) {
     let findings = [
         kvm(),
         kvm_kind(),
+        programs(),
         open_files(),
         user_namespaces(),
         identity(),
@@ -153,6 +154,19 @@ fn kvm_kind() -> Finding {
         ),
         Some(module) => Finding::good(name, format!("hardware ({module})")),
         None => Finding::bad(name, Level::Note, "no KVM module that is known", ""),
+    }
+}
+
+fn programs() -> Finding {
+    let name = "programs";
+    match &*unopened() {
+        [] => Finding::good(name, "all of them can be opened"),
+        missing => Finding::bad(
+            name,
+            Level::Missing,
+            missing.join(", "),
+            "install all of Bulkhead's binaries in one folder (cargo install-bulkhead)",
+        ),
     }
 }
 

@@ -130,6 +130,10 @@ pub fn dry_run(spec: &VmSpec, options: &Options) -> Result<String, Failure> {
     net::choose_servers(&mut devices);
     let chains = look::look(spec, &devices)?;
     let plan = make_plan(spec, &name, &devices, options, chains, false)?;
+    let folder = spawn::binary_folder()?;
+    for process in plan.processes() {
+        spawn::open_binary(&folder, process.binary)?;
+    }
     let identity = identity::describe(&spawn::installed());
     Ok(plan.describe(&identity))
 }

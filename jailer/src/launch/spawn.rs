@@ -122,17 +122,30 @@ pub(crate) fn binary_folder() -> Result<PathBuf, Failure> {
     }
 }
 
-/// Our binaries that a VM may need, as far as they are installed.
+/// Our binaries that a VM may need.
+const NAMES: [&str; 4] = [
+    "bulkhead-vmm",
+    "bulkhead-supervisor",
+    "vhost-user-blk",
+    "vhost-user-net",
+];
+
+/// Those that are installed.
 pub(crate) fn installed() -> Vec<PathBuf> {
-    let names = [
-        "bulkhead-vmm",
-        "bulkhead-supervisor",
-        "vhost-user-blk",
-        "vhost-user-net",
-    ];
     let folder = binary_folder().unwrap_or_default();
-    let paths = names.into_iter().map(|name| folder.join(name));
+    let paths = NAMES.into_iter().map(|name| folder.join(name));
     paths.filter(|path| path.exists()).collect()
+}
+
+/// All of our binaries that cannot be opened, and why.
+pub(crate) fn unopened() -> Vec<String> {
+    let folder = binary_folder().unwrap_or_default();
+    let paths = NAMES
+        .into_iter()
+        .chain([super::image::BINARY])
+        .map(|name| folder.join(name));
+    let failed = |path: PathBuf| Some(format!("{}: {}", path.display(), File::open(&path).err()?));
+    paths.filter_map(failed).collect()
 }
 
 /// The supervisor's ends of what others hold already.

@@ -33,7 +33,10 @@ pub(super) fn private_bridge() -> Finding {
         Err(error) => Finding::bad(
             name,
             Level::Note,
-            format!("{}: no NIC with user or isolated", crate::failure::chain(&error)),
+            format!(
+                "{}: no NIC with user, isolated or private",
+                crate::failure::chain(&error)
+            ),
             "sudo modprobe tun && sudo modprobe bridge && sudo chmod 0666 /dev/net/tun",
         ),
     }
