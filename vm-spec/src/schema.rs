@@ -47,7 +47,10 @@ mod tests {
     #[test]
     fn names_what_must_and_may_be_given() {
         let schema: Value = serde_json::from_str(SCHEMA).unwrap();
-        assert_eq!(schema["required"], json!(["boot"]));
+        assert_eq!(
+            schema["$defs"]["VhostUserSpec"]["required"],
+            json!(["type", "socket"])
+        );
         assert_eq!(schema["additionalProperties"], json!(false));
         assert_eq!(schema["properties"]["cpus"]["default"], json!(1));
         let disk = &schema["$defs"]["DiskSpec"];

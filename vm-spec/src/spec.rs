@@ -19,7 +19,7 @@ pub struct VmSpec {
     pub name: Option<String>,
     /// What to boot.
     #[cfg_attr(test, schemars(with = "BootSpec"))]
-    #[serde(deserialize_with = "table")]
+    #[serde(default, deserialize_with = "table")]
     pub boot: BootSpec,
     /// vCPUs, 1 to 32.
     #[cfg_attr(test, schemars(range(min = 1, max = MAX_CPUS)))]
@@ -85,11 +85,13 @@ pub struct VmSpec {
 }
 
 /// What to boot.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Default, Debug, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct BootSpec {
-    /// An uncompressed ELF with a PVH note, or a bzImage; the file's magic tells which.
+    /// An uncompressed ELF with a PVH note, or a bzImage; the file's magic tells which. It may be left to
+    /// `--kernel`.
+    #[serde(default)]
     pub kernel: PathBuf,
     /// Initial RAM disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]

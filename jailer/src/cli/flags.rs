@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use vm_spec::disk::DiskSpec;
 use vm_spec::net::NetSpec;
 use vm_spec::size::ByteSize;
-use vm_spec::spec::{BootSpec, OnDeviceDeath, OnReboot, VhostUserSpec, VmSpec};
+use vm_spec::spec::{OnDeviceDeath, OnReboot, VhostUserSpec, VmSpec};
 
 /// Keys whose values are numbers or truth values; all others are text.
 const NOT_TEXT: [&str; 16] = [
@@ -49,10 +49,10 @@ pub(super) struct VmFlags {
     /// Kernel command line
     #[arg(long, value_name = "TEXT")]
     cmdline: Option<String>,
-    /// vCPUs, 1 to 32
+    /// vCPUs, 1 to 32 (default: 1)
     #[arg(long, value_name = "N", value_parser = values::cpus, allow_negative_numbers = true)]
     cpus: Option<u8>,
-    /// Guest memory, such as 512M
+    /// Guest memory, such as 512M (default: 256M)
     #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
     memory: Option<ByteSize>,
     /// Back memory with pages of this size: 2M or 1G
@@ -71,19 +71,19 @@ pub(super) struct VmFlags {
     /// type=NAME,socket=SOCKET [,num-queues=][,queue-size=][,in-order=true][,config=HEX][,id=][,slot=]
     #[arg(long, value_name = "KEY=VALUE,...")]
     vhost_user: Vec<String>,
-    /// PCI slots, 0 to 8, kept for devices that are attached while the VM runs
+    /// PCI slots, 0 to 8, kept for devices that are attached while the VM runs (default: 0)
     #[arg(long, value_name = "N", value_parser = values::hotplug, allow_negative_numbers = true)]
     hotplug: Option<u8>,
-    /// The VM's name
+    /// The VM's name (default: vm-PID)
     #[arg(long)]
     name: Option<String>,
-    /// What a guest's reboot does: restart or exit
+    /// What a guest's reboot does: restart (default) or exit
     #[arg(long, value_name = "WHAT", value_parser = values::on_reboot(), hide_possible_values = true)]
     on_reboot: Option<OnReboot>,
-    /// What the end of a device's process does: restart (it) or end (the VM)
+    /// What the end of a device's process does: restart (it, the default) or end (the VM)
     #[arg(long, value_name = "WHAT", value_parser = values::on_device_death(), hide_possible_values = true)]
     on_device_death: Option<OnDeviceDeath>,
-    /// Seconds a guest has to power off when asked
+    /// Seconds a guest has to power off when asked (default: 10)
     #[arg(long, value_name = "SECONDS", allow_negative_numbers = true)]
     power_off_grace: Option<u32>,
     /// memory=SIZE,cpu-percent=N,pids=N,io-bytes-per-second=SIZE,io-operations-per-second=N,core-scheduling=true
@@ -126,8 +126,6 @@ impl DeviceFlags {
     /// A VM of `cpus` vCPUs that has this device only.
     pub(super) fn spec(&self, cpus: u8) -> Result<VmSpec, Failure> {
         let flags = VmFlags {
-            // What it boots from is of no account.
-            kernel: Some(PathBuf::new()),
             cpus: Some(cpus),
             disk: self.device.disk.iter().cloned().collect(),
             net: self.device.net.iter().cloned().collect(),
@@ -142,19 +140,8 @@ impl DeviceFlags {
 impl VmFlags {
     /// The VM that the flags alone describe.
     pub(super) fn alone(&self) -> Result<VmSpec, Failure> {
-        let kernel = self.kernel.clone().ok_or_else(|| {
-            Failure::usage("boot.kernel: no kernel is given").hint("name a spec file, or give --kernel FILE")
-        })?;
-        let boot = BootSpec {
-            kernel,
-            initrd: None,
-            cmdline: String::new(),
-            command: Vec::new(),
-        };
-        let minimal = toml::Table::try_from(Minimal { boot })
-            .and_then(|table| toml::to_string(&table))
-            .map_err(|e| Failure::usage("boot.kernel: cannot be used").because(&e))?;
-        self.over(spec_file::parse("flags", &minimal)?)
+        // Every default is the deserialiser's.
+        self.over(spec_file::parse("flags", "")?)
     }
 
     /// `spec` with what the flags say instead and besides.
@@ -188,12 +175,6 @@ impl VmFlags {
         }
         Ok(spec)
     }
-}
-
-/// The least spec, so that every default is the deserialiser's.
-#[derive(Serialize)]
-struct Minimal {
-    boot: BootSpec,
 }
 
 fn set<T: Clone>(field: &mut T, flag: &Option<T>) {
@@ -367,6 +348,16 @@ mod tests {
         let limits = flags.over(spec).unwrap().limits;
         assert_eq!((limits.memory, limits.pids), (Some(ByteSize(1000)), Some(50)));
         assert!(limits.core_scheduling && limits.cpu_percent.is_none());
+    }
+
+    #[test]
+    fn a_kernel_may_come_from_the_spec_or_a_flag() {
+        let spec = spec_file::parse("v", "cpus = 2\n").unwrap();
+        let flags = VmFlags {
+            kernel: Some("k".into()),
+            ..VmFlags::default()
+        };
+        assert_eq!(flags.over(spec).unwrap().boot.kernel, PathBuf::from("k"));
     }
 
     #[test]

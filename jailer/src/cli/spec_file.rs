@@ -84,7 +84,8 @@ fn resolve_paths(spec: &mut VmSpec, folder: &Path) {
         .chain(nets.flat_map(|n| n.vhost_user.iter_mut().chain(&mut n.pcap)))
         .chain(spec.vhost_user.iter_mut().map(|v| &mut v.socket))
         .chain(&mut spec.image_folders);
-    for path in paths {
+    // A kernel that a flag names is none yet.
+    for path in paths.filter(|path| !path.as_os_str().is_empty()) {
         *path = folder.join(&*path);
     }
 }
@@ -360,5 +361,8 @@ mod tests {
         assert_eq!(disk.path.as_deref(), Some(Path::new("/vm/d")));
         assert_eq!(disk.key_file.as_deref(), Some(Path::new("/vm/k")));
         assert_eq!(disk.data_file.as_deref(), Some(Path::new("/f")));
+        let mut without = parse("v", "cpus = 1\n").unwrap();
+        resolve_paths(&mut without, Path::new("/vm"));
+        assert_eq!(without.boot.kernel, Path::new(""));
     }
 }

@@ -279,19 +279,25 @@ mod tests {
             ..raw()
         };
         assert!(refusal(&queues).contains("disk[0].queues: 33"));
-        let elsewhere: [(&str, fn(&mut DiskSpec)); 3] = [
-            ("cache", |disk| disk.cache = Some(CacheMode::None)),
-            ("format", |disk| disk.format = Some(ImageFormat::Raw)),
-            ("read-only", |disk| disk.read_only = true),
-        ];
-        for (key, set) in elsewhere {
-            let mut disk = DiskSpec {
-                vhost_user: Some("/s".into()),
-                ..DiskSpec::default()
-            };
-            set(&mut disk);
-            assert!(refusal(&disk).contains(&format!("disk[0].{key}: goes with path")));
-        }
+        let someones = || DiskSpec {
+            vhost_user: Some("/s".into()),
+            ..DiskSpec::default()
+        };
+        let cache = DiskSpec {
+            cache: Some(CacheMode::None),
+            ..someones()
+        };
+        assert!(refusal(&cache).contains("disk[0].cache: goes with path"));
+        let format = DiskSpec {
+            format: Some(ImageFormat::Raw),
+            ..someones()
+        };
+        assert!(refusal(&format).contains("disk[0].format: goes with path"));
+        let read_only = DiskSpec {
+            read_only: true,
+            ..someones()
+        };
+        assert!(refusal(&read_only).contains("disk[0].read-only: goes with path"));
         let order = DiskSpec {
             in_order: true,
             ..raw()

@@ -130,6 +130,10 @@ pub(crate) fn check(spec: &VmSpec, default_name: &str) -> Result<(String, Vec<De
 }
 
 fn check_machine(spec: &VmSpec) -> Result<(), Failure> {
+    if spec.boot.kernel.as_os_str().is_empty() {
+        return Err(Failure::usage("boot.kernel: no kernel is given")
+            .hint("name a spec file that has one, or give --kernel FILE"));
+    }
     if spec.cpus == 0 || spec.cpus > MAX_CPUS {
         return Err(Failure::usage(format!(
             "cpus: {} is not between 1 and {MAX_CPUS}",
@@ -422,6 +426,17 @@ mod tests {
         let text = format!("{keys}\n[boot]\nkernel = \"/k\"\n");
         let spec: VmSpec = toml::from_str(&text).expect(keys);
         check_machine(&spec).err().map(|failure| failure.to_string())
+    }
+
+    #[test]
+    fn a_kernel_is_missed_once_flags_have_had_their_say() {
+        for text in ["", "[boot]\ncmdline = \"x\"\n"] {
+            let refusal = check_machine(&toml::from_str(text).unwrap()).unwrap_err();
+            assert!(
+                refusal.to_string().contains("boot.kernel: no kernel is given"),
+                "{refusal}"
+            );
+        }
     }
 
     #[test]
