@@ -86,7 +86,10 @@ fn a_home_that_no_shell_has_put_in_is_explained() {
 #[test]
 fn wrong_fields_are_named() {
     let cases: [(&[&str], &str); 10] = [
-        (&["--cpus", "33"], "cpus: 33 is not between 1 and 32"),
+        (
+            &["--cpus", "33"],
+            "'33' for '--cpus <N>': expected a number from 1 to 32",
+        ),
         (&["--memory", "16M"], "memory: 16M is not between 32M and 1T"),
         (&["--memory", "512"], "a number alone is bytes: write 512M"),
         (&["--name=-x"], "name: '-x' is no name"),
