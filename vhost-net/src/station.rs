@@ -68,7 +68,9 @@ impl Station {
             state.mac = Some(mac);
             state.sure = true;
         });
-        self.kept.set_mac(Some(mac));
+        if done.is_some() {
+            self.kept.set_mac(Some(mac));
+        }
         done
     }
 
@@ -99,12 +101,12 @@ impl Station {
     pub fn reset(&self) {
         let left = self.kept.mac();
         self.kept.set_mac(None);
-        self.change(|state| {
-            state.mac = self.given;
-            state.sure = true;
-            state.filter = Filter::default();
-            state.left = left;
-        });
+        let mut state = self.lock();
+        state.mac = self.given;
+        state.sure = true;
+        state.filter = Filter::default();
+        state.left = left;
+        self.settle(&mut state);
     }
 
     /// The reset was that of a front end which went: its driver may go on with another process.
@@ -114,9 +116,20 @@ impl Station {
         }
     }
 
+    /// What the kernel refuses is not done: the driver is told so, and goes on as before.
     fn change(&self, change: impl FnOnce(&mut State)) -> Done {
         let mut state = self.lock();
+        let before = (state.mac, state.sure, state.filter.clone());
         change(&mut state);
+        let done = self.settle(&mut state);
+        if done.is_none() {
+            (state.mac, state.sure, state.filter) = before;
+        }
+        done
+    }
+
+    /// Has the kernel filter as `state` wants it.
+    fn settle(&self, state: &mut State) -> Done {
         let wanted = state.filter.tap(state.mac.filter(|_| state.sure));
         if wanted == state.set {
             return Some(0);

@@ -25,6 +25,7 @@ pub const ALL: &[Case] = &[
     ("orders_are_answered_until_nobody_gives_them", orders),
     ("the_driver_chooses_what_it_receives", the_driver_chooses),
     ("the_driver_changes_its_address", the_driver_changes_its_address),
+    ("what_the_kernel_refuses_is_not_done", what_the_kernel_refuses),
     (
         "the_front_end_hears_of_what_the_driver_changes",
         the_front_end_hears,
@@ -302,6 +303,20 @@ fn the_driver_changes_its_address() -> Result<()> {
         let wanted = if expected == OK { new } else { own };
         ensure!(config == wanted, "{config:x?}, guard {guard}");
     }
+    Ok(())
+}
+
+fn what_the_kernel_refuses() -> Result<()> {
+    let device = Device::start(&["--guard=off"])?;
+    let mut guest = Guest::with_queues(device.connect()?, EVERYTHING, MERGEABLE, 3)?;
+    ensure!(guest.control(CONTROL, &[0, 0, 0])? == OK, "promiscuous mode off");
+    ip(&format!("link delete {}", device.tap.name))?;
+    ensure!(
+        guest.control(CONTROL, &[1, 1, 2, 0, 0, 0, 9, 9])? == ERROR,
+        "no TAP"
+    );
+    let config = guest.session.config(0, 6)?;
+    ensure!(config == device.tap.guest_mac(), "{config:x?}");
     Ok(())
 }
 
