@@ -88,14 +88,14 @@ fn grows() -> Result<()> {
         "{}",
         said(&output)
     );
-    for (words, why) in [
-        (["disk0", "1M"], "size: "),
-        (["disk7", "64M"], "no device 'disk7'"),
-        (["net0", "64M"], "no device 'net0'"),
+    for (words, code, why) in [
+        (["disk0", "1M"], 1, "size: "),
+        (["disk7", "64M"], 2, "no device 'disk7'"),
+        (["net0", "64M"], 2, "no device 'net0'"),
     ] {
         let output = order(&run, "resize", &words)?;
         ensure!(
-            output.status.code() == Some(1) && said(&output).contains(why),
+            output.status.code() == Some(code) && said(&output).contains(why),
             "{words:?}: {}",
             said(&output)
         );
@@ -137,7 +137,7 @@ fn nic() -> Result<()> {
     tells(&run, &format!("bulkhead_net_link_up{{{of}}} 0"))?;
     let output = order(&run, "resize", &["net0", "64M"])?;
     ensure!(
-        output.status.code() == Some(1) && said(&output).contains("is no order: write metrics"),
+        output.status.code() == Some(2) && said(&output).contains("net0 is no disk"),
         "{}",
         said(&output)
     );

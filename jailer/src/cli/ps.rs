@@ -93,10 +93,8 @@ impl RunningVm {
         let mut devices = self.state.processes.iter().filter(|p| p.role.is_device());
         let process = devices.find(|process| process.name == device);
         process.map(|process| process.role).ok_or_else(|| {
-            let what = format!(
-                "no process of ours serves a device '{device}' of the VM '{}'",
-                self.name()
-            );
+            let name = self.name();
+            let what = format!("the VM '{name}' has no device '{device}' that a process of ours serves");
             self.naming(Failure::usage(what))
         })
     }
