@@ -111,8 +111,8 @@ pub trait Device: Send {
         None
     }
 
-    /// What the device has done on threads of its own, which have these names, confined as its queues' are: what may wait for the
-    /// host for longer than a front end or a queue should. Called once, before lockdown.
+    /// What the device has done on threads of its own, which have these names, confined as its queues' are: what may
+    /// wait for the host for longer than a front end or a queue should. Called once, before lockdown.
     fn take_errands(&mut self) -> Vec<(&'static str, Errands)> {
         Vec::new()
     }
@@ -146,8 +146,8 @@ pub struct ConfigError;
 
 /// What one queue does. All its methods run on the queue's thread.
 ///
-/// Life of a queue: `start` and `resume`, then any number of `process` and `suspend`, then `drain`; and again. A handler that
-/// completes each request before `process` returns has nothing to do in `drain`.
+/// Life of a queue: `start` and `resume`, then any number of `process` and `suspend`, then `drain`; and again. A
+/// handler that completes each request before `process` returns has nothing to do in `drain`.
 pub trait QueueHandler: Send {
     /// The ring is about to run with the negotiated `features`.
     fn start(&mut self, features: u64);
