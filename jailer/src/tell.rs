@@ -43,7 +43,7 @@ pub fn tell(line: fmt::Arguments<'_>) {
     let mut buffer = [0; MOST_AT_ONCE];
     let text = cut(&mut buffer[..MOST_AT_ONCE - 1], |text| text.write_fmt(line));
     if JSON.load(Ordering::Relaxed) {
-        return tell_json(&text[..text.floor_char_boundary(CERTAIN_TO_FIT)]);
+        return tell_json(text);
     }
     let end = text.len();
     buffer[end] = b'\n';
@@ -53,9 +53,14 @@ pub fn tell(line: fmt::Arguments<'_>) {
 
 fn tell_json(text: &str) {
     let mut buffer = [0; MOST_AT_ONCE];
-    let line = cut(&mut buffer, |line| json_line(line, text));
-    // As above.
-    let _ = tell_bytes(line.as_bytes());
+    for text in [text, &text[..text.floor_char_boundary(CERTAIN_TO_FIT)]] {
+        let line = cut(&mut buffer, |line| json_line(line, text));
+        if line.ends_with('\n') {
+            // As above.
+            let _ = tell_bytes(line.as_bytes());
+            return;
+        }
+    }
 }
 
 /// The words of this process as an object.

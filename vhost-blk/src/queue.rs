@@ -333,8 +333,12 @@ impl BlkQueue {
             .as_ref()
             .map_or_else(Failure::status, |()| Status::OK);
         let failed = status != Status::OK;
-        self.counters
-            .completed(done.operation, done.bytes, failed, latency);
+        // A serial number is no data of the disk's.
+        let data = match done.operation {
+            Operation::Other => 0,
+            _ => done.bytes,
+        };
+        self.counters.completed(done.operation, data, failed, latency);
         let before = chain.writable_length().saturating_sub(1);
         chain.write_at(before, &[status.0]);
         // What was written without a gap (virtio 1.3, 2.7.8.2): the status counts where it is not behind one.

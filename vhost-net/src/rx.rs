@@ -47,9 +47,10 @@ const MOST_UNFIT: usize = 1 << 14;
 
 /// Bytes of a frame with its header up to the Ethernet type.
 const HEAD: usize = HEADER_SIZE + ETHERNET_HEADER;
-/// Ethernet types of a tag, which the MTU does not count, and its length.
+/// Ethernet types of a tag, which the MTU does not count, its length, and how many a frame may have.
 const TAGS: [[u8; 2]; 2] = [[0x81, 0], [0x88, 0xa8]];
 const TAG: usize = 4;
+const MOST_TAGS: usize = 2;
 
 /// How long a frame that lacks room waits for the driver's next buffer. Far above what a busy or
 /// paused driver takes, as a frame is lost to it.
@@ -455,7 +456,7 @@ fn head(slices: &[VolatileSlice<'_>], spill: &[u8]) -> [u8; HEAD] {
 /// A frame that starts so may be so many bytes longer than the MTU (virtio 1.3, 5.1.4.1).
 fn is_segmented_or_tagged(head: [u8; HEAD], bytes: usize) -> bool {
     let [_, gso_type, .., high, low] = head;
-    gso_type & !GSO_ECN != GSO_NONE || (bytes <= TAG && TAGS.contains(&[high, low]))
+    gso_type & !GSO_ECN != GSO_NONE || (bytes <= MOST_TAGS * TAG && TAGS.contains(&[high, low]))
 }
 
 fn read_retrying(pacer: &Pacer, buffers: &FrameBuffers<'_>) -> io::Result<usize> {

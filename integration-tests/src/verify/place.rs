@@ -10,6 +10,7 @@ use crate::nested::{Ended, Job, Nested, Options, Stream};
 use crate::suite::JAIL;
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -96,14 +97,19 @@ type Machine = Option<Result<Nested, String>>;
 pub(super) struct NestedTests<'a> {
     places: &'a Places,
     start: Instant,
+    /// Who has, or may yet get, a machine.
+    workers: AtomicUsize,
     waiting: Mutex<VecDeque<(&'a TestProgram, String)>>,
     outcomes: Mutex<BTreeMap<&'a str, Vec<(String, Outcome)>>>,
 }
 
 impl<'a> NestedTests<'a> {
-    /// The tests of some programs whose names contain `filter`.
+    /// For two threads, the tests of some programs whose names contain `filter`.
     pub(super) fn of(places: &'a Places, programs: &[&'a TestProgram], filter: &str) -> Self {
-        let tests = Self::named(places, Vec::new());
+        let tests = Self {
+            workers: AtomicUsize::new(2),
+            ..Self::named(places, Vec::new())
+        };
         for program in programs {
             let job = places.job(program, &["--list", filter]);
             let mut list = Vec::new();
@@ -124,11 +130,12 @@ impl<'a> NestedTests<'a> {
         tests
     }
 
-    /// These.
+    /// These, for one thread.
     pub(super) fn named(places: &'a Places, tests: Vec<(&'a TestProgram, String)>) -> Self {
         Self {
             places,
             start: Instant::now(),
+            workers: AtomicUsize::new(1),
             waiting: Mutex::new(tests.into()),
             outcomes: Mutex::default(),
         }
@@ -141,12 +148,23 @@ impl<'a> NestedTests<'a> {
             let Some((program, test)) = lock(&self.waiting).pop_front() else {
                 return;
             };
-            self.add(program, self.run(&mut machine, program, &test));
+            let outcomes = self.run(&mut machine, program, &test);
+            if matches!(machine, Some(Err(_))) && self.workers.fetch_sub(1, Ordering::Relaxed) > 1 {
+                // The other's may boot.
+                lock(&self.waiting).push_front((program, test));
+                return;
+            }
+            self.add(program, outcomes);
         }
     }
 
     /// What became of them, by program.
     pub(super) fn into_runs(self) -> Vec<SuiteRun> {
+        // Given back when the other had gone.
+        for (program, test) in lock(&self.waiting).drain(..) {
+            let why = "no nested runner could be booted for it".to_owned();
+            self.add(program, vec![(test, Outcome::Failed(why))]);
+        }
         let outcomes = self.outcomes.into_inner().unwrap_or_else(PoisonError::into_inner);
         let run = |(suite, outcomes)| SuiteRun::since(self.start, suite, "nested", outcomes);
         outcomes.into_iter().map(run).collect()
@@ -197,7 +215,11 @@ impl<'a> NestedTests<'a> {
             // The next one gets a fresh boot.
             *machine = None;
         }
-        Ok(outcomes(program, &output, &ended?))
+        let mut outcomes = outcomes(program, &output, &ended?);
+        if outcomes.is_empty() {
+            outcomes.push((test.to_owned(), Outcome::Failed("it did not run".to_owned())));
+        }
+        Ok(outcomes)
     }
 }
 

@@ -37,10 +37,10 @@ pub(super) fn attach(vm: &str, flags: &DeviceFlags) -> Result<String, Failure> {
     let (slot, pid) = match answered? {
         Answer::Attached { slot, pid } => (slot, pid),
         Answer::Failed(why) => {
-            // Its process's end, as the supervisor tells it.
-            let ended = why.starts_with(&format!("{id} ("));
+            // For want of a slot nothing was begun.
+            let begun = !why.contains("slot");
             let failure = Failure::host(format!("{id} was not attached")).cause(why);
-            return Err(match ended {
+            return Err(match begun {
                 true => failure.hint("bulkhead logs says what its process said"),
                 false => failure,
             });

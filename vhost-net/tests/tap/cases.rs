@@ -417,14 +417,14 @@ fn no_frame_is_longer_than_the_mtu() -> Result<()> {
     let mut guest = Guest::start(device.connect()?, EVERYTHING, MERGEABLE)?;
     let path = Path::to_guest(&device.tap);
     let of = |length: usize| path.udp([1, 2], &pattern(length - 42, length as u32), true);
-    let tagged = |length: usize| {
-        let frame = of(length - 4);
-        [&frame[..12], &[0x81, 0, 0, 1], &frame[12..]].concat()
-    };
+    let with_tag = |kind: [u8; 2], frame: &[u8]| [&frame[..12], &kind, &[0, 1], &frame[12..]].concat();
+    let tagged = |length: usize| with_tag([0x81, 0], &of(length - 4));
+    let twice = |length: usize| with_tag([0x88, 0xa8], &tagged(length - 4));
     for (long, next) in [
         (of(2000), of(1000)),
         (of(1515), of(1514)),
-        (tagged(1519), tagged(1518)),
+        (tagged(1523), tagged(1518)),
+        (twice(1523), twice(1522)),
     ] {
         host.send(&[0; 10], &long)?;
         host.send(&[0; 10], &next)?;

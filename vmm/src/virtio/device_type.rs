@@ -139,8 +139,9 @@ impl DeviceType {
     pub(super) fn has_requests(self, queue: u16, features: u64) -> bool {
         match self {
             Self::BLOCK => true,
-            Self::FS => queue > (features & 1) as u16,
-            Self::SCSI => queue >= 2,
+            // All but the notifications', and all but the events'.
+            Self::FS => queue != 1 || features & 1 == 0,
+            Self::SCSI => queue != 1,
             _ => false,
         }
     }

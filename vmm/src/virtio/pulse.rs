@@ -5,7 +5,7 @@
 
 use super::device_type::DeviceType;
 use super::worker::{Phase, Worker};
-use crate::frontend::{MemoryTable, Ring, Session};
+use crate::frontend::{MemoryTable, Ring};
 use nix::poll::PollTimeout;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -85,8 +85,12 @@ impl Worker {
         if !self.pulse.due() {
             return;
         }
-        if self.session.as_ref().is_some_and(Session::is_unheard) {
-            self.look_for_changes();
+        if let Some(session) = self.session.as_mut().filter(|session| session.is_unheard()) {
+            // A slow disk may delay someone else's answer for longer than a configuration is waited for.
+            match session.ping() {
+                Ok(()) => self.look_for_changes(),
+                Err(error) => self.lose(&error),
+            }
         }
         let (Phase::Running(order), Some(session)) = (&self.phase, &mut self.session) else {
             return;

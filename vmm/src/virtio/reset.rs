@@ -14,6 +14,7 @@ use super::worker::{Phase, Worker};
 use crate::error::chain;
 use crate::frontend::Error;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -148,7 +149,12 @@ impl Worker {
 
     /// Whether the VM ends: nobody reads the guest's memory any more.
     fn is_ending(&self) -> bool {
-        let mut fds = [PollFd::new(self.context.ending.as_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+        is_set(&self.context.ending)
     }
+}
+
+/// Whether an event has happened; it stays so.
+pub(super) fn is_set(event: &EventFd) -> bool {
+    let mut fds = [PollFd::new(event.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }

@@ -48,6 +48,30 @@ fn a_reset_is_done_once_the_lost_back_end_has_a_successor() {
 }
 
 #[test]
+fn a_successor_is_told_of_a_reset_that_its_predecessor_did_not_hear_of() {
+    let of_a_driver = [9, 0, 0, 0, 0, 0, 0, 0];
+    let rig = lost(LONG);
+    rig.set_status(0);
+    settle(&rig);
+    let heirs = script();
+    let space = heirs.config.clone();
+    space.lock().unwrap()[..8].copy_from_slice(&of_a_driver);
+    let quirk = move |at| {
+        if at == Req::RESET_DEVICE {
+            space.lock().unwrap()[0] = 8;
+        }
+        Quirk::Normal
+    };
+    let (_heir, socket) = FakeBackend::start(Script {
+        quirk: Box::new(quirk),
+        ..heirs
+    });
+    rig.replace(socket).unwrap();
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    assert_eq!(rig.config(0), 8, "as after a reset");
+}
+
+#[test]
 fn a_reset_is_done_once_the_device_is_given_up() {
     let rig = lost(LONG);
     rig.set_status(0);

@@ -70,6 +70,10 @@ impl Worker {
             options.deadlines.first_answer = options.deadlines.first_answer.min(held.left());
         }
         let mut session = Session::connect(socket, options)?;
+        if self.context.options.ours && matches!(self.phase, Phase::Idle) {
+            // The last driver's reset may have found nobody who could be told of it.
+            session.reset(0..self.offer.served)?;
+        }
         let config = self.check(&mut session)?;
         // What a drained one had taken and did not complete went with it, unless there is a record.
         let is_lost = self.inflight.is_none() && self.may_have_requests_in_flight()?;

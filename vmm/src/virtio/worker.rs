@@ -17,7 +17,7 @@ use super::limiter::Limiter;
 use super::mailbox::{Command, Mail, Mailbox, StartOrder};
 use super::offer::{self, Offer};
 use super::pulse::Pulse;
-use super::reset::Held;
+use super::reset::{Held, is_set};
 use super::seat::{Confine, Order, unconfined};
 use super::transport::Transport;
 use crate::error::chain;
@@ -349,6 +349,7 @@ impl Worker {
             let indices: Vec<u16> = order.rings.iter().map(|ring| ring.index).collect();
             let unsure = self.unsure_rings(order);
             let memory = Arc::clone(&self.transport.memory);
+            let ending = Arc::clone(&self.context.ending);
             let states = self.with_session(|s| {
                 let states = s.stop(indices.into_iter())?;
                 let completed = |ring: &Ring| {
@@ -357,7 +358,8 @@ impl Worker {
                     own.all(|state| used == Some(state.next_avail))
                 };
                 if !s.may_leave_requests() {
-                    s.await_completion(|| unsure.iter().all(completed))?;
+                    // At the VM's end nobody reads the guest's memory any more.
+                    s.await_completion(|| is_set(&ending) || unsure.iter().all(completed))?;
                 }
                 Ok(states)
             })?;
