@@ -10,7 +10,6 @@ use crate::nested::{Ended, Job, Nested, Options, Stream};
 use crate::suite::JAIL;
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -88,28 +87,22 @@ impl Places {
     }
 }
 
-/// Booted when first needed; the error of a failed boot is kept.
-type Machine = Option<Result<Nested, String>>;
-
 /// Tests for the nested runner, each in a run of its program, and what became of them. Any number of threads may
 /// work on them, each with a machine of its own.
 #[derive(Debug)]
 pub(super) struct NestedTests<'a> {
     places: &'a Places,
     start: Instant,
-    /// Who has, or may yet get, a machine.
-    workers: AtomicUsize,
+    /// Why a thread had no machine and left its tests to others.
+    unbooted: Mutex<String>,
     waiting: Mutex<VecDeque<(&'a TestProgram, String)>>,
     outcomes: Mutex<BTreeMap<&'a str, Vec<(String, Outcome)>>>,
 }
 
 impl<'a> NestedTests<'a> {
-    /// For two threads, the tests of some programs whose names contain `filter`.
+    /// The tests of some programs whose names contain `filter`.
     pub(super) fn of(places: &'a Places, programs: &[&'a TestProgram], filter: &str) -> Self {
-        let tests = Self {
-            workers: AtomicUsize::new(2),
-            ..Self::named(places, Vec::new())
-        };
+        let tests = Self::named(places, Vec::new());
         for program in programs {
             let job = places.job(program, &["--list", filter]);
             let mut list = Vec::new();
@@ -130,40 +123,40 @@ impl<'a> NestedTests<'a> {
         tests
     }
 
-    /// These, for one thread.
+    /// These.
     pub(super) fn named(places: &'a Places, tests: Vec<(&'a TestProgram, String)>) -> Self {
         Self {
             places,
             start: Instant::now(),
-            workers: AtomicUsize::new(1),
+            unbooted: Mutex::default(),
             waiting: Mutex::new(tests.into()),
             outcomes: Mutex::default(),
         }
     }
 
-    /// Runs one after the other until none waits.
+    /// Runs one after the other until none waits, or no machine boots.
     pub(super) fn work(&self) {
-        let mut machine = Machine::default();
+        let mut machine = None;
         loop {
             let Some((program, test)) = lock(&self.waiting).pop_front() else {
                 return;
             };
-            let outcomes = self.run(&mut machine, program, &test);
-            if matches!(machine, Some(Err(_))) && self.workers.fetch_sub(1, Ordering::Relaxed) > 1 {
-                // The other's may boot.
-                lock(&self.waiting).push_front((program, test));
-                return;
+            match self.run(&mut machine, program, &test) {
+                Ok(outcomes) => self.add(program, outcomes),
+                Err(error) => {
+                    lock(&self.waiting).push_front((program, test));
+                    *lock(&self.unbooted) = format!("{error:#}");
+                    return;
+                }
             }
-            self.add(program, outcomes);
         }
     }
 
-    /// What became of them, by program.
+    /// What became of them, by program, once nobody works on them any more.
     pub(super) fn into_runs(self) -> Vec<SuiteRun> {
-        // Given back when the other had gone.
+        let why = lock(&self.unbooted).clone();
         for (program, test) in lock(&self.waiting).drain(..) {
-            let why = "no nested runner could be booted for it".to_owned();
-            self.add(program, vec![(test, Outcome::Failed(why))]);
+            self.add(program, vec![(test, Outcome::Failed(why.clone()))]);
         }
         let outcomes = self.outcomes.into_inner().unwrap_or_else(PoisonError::into_inner);
         let run = |(suite, outcomes)| SuiteRun::since(self.start, suite, "nested", outcomes);
@@ -178,44 +171,51 @@ impl<'a> NestedTests<'a> {
     }
 
     /// Where the emulated machine itself dies, which is no verdict on any test, the test runs in another, once.
-    fn run(&self, machine: &mut Machine, program: &TestProgram, test: &str) -> Vec<(String, Outcome)> {
-        let once = self.once(machine, program, test);
-        once.or_else(|death| {
-            eprintln!(
-                "verify: the nested runner died in {}: {test}; once more: {death:#}",
-                program.suite
-            );
-            self.once(machine, program, test)
+    ///
+    /// # Errors
+    /// No machine boots.
+    fn run(
+        &self,
+        machine: &mut Option<Nested>,
+        program: &TestProgram,
+        test: &str,
+    ) -> anyhow::Result<Vec<(String, Outcome)>> {
+        let mut why = String::new();
+        for _ in 0..2 {
+            let mut nested = match machine.take() {
+                Some(nested) => nested,
+                None => self.boot()?,
+            };
+            match self.once(&mut nested, program, test) {
+                Ok(outcomes) => {
+                    *machine = Some(nested);
+                    return Ok(outcomes);
+                }
+                Err(death) => why = format!("the nested runner died: {death:#}"),
+            }
+            eprintln!("verify: {}: {test}: {why}", program.suite);
+        }
+        Ok(vec![(test.to_owned(), Outcome::Failed(why))])
+    }
+
+    fn boot(&self) -> anyhow::Result<Nested> {
+        Nested::boot(&Options {
+            agent: Some(self.places.binaries.join(AGENT_FILE)),
+            ..Options::default()
         })
-        .unwrap_or_else(|death| vec![(test.to_owned(), Outcome::Failed(format!("{death:#}")))])
     }
 
     fn once(
         &self,
-        machine: &mut Machine,
+        nested: &mut Nested,
         program: &TestProgram,
         test: &str,
     ) -> anyhow::Result<Vec<(String, Outcome)>> {
         let mut job = self.places.job(program, &["--test-threads=1", "--exact", test]);
         job.environment.extend(Job::nested_environment());
-        let boot = || {
-            let options = Options {
-                agent: Some(self.places.binaries.join(AGENT_FILE)),
-                ..Options::default()
-            };
-            Nested::boot(&options).map_err(|error| format!("{error:#}"))
-        };
-        let nested = match machine.get_or_insert_with(boot) {
-            Ok(nested) => nested,
-            Err(error) => return Ok(vec![(test.to_owned(), Outcome::Failed(error.clone()))]),
-        };
         let mut output = Vec::new();
-        let ended = nested.run(&job, &mut |stream, bytes| keep(&mut output, stream, bytes));
-        if ended.is_err() {
-            // The next one gets a fresh boot.
-            *machine = None;
-        }
-        let mut outcomes = outcomes(program, &output, &ended?);
+        let ended = nested.run(&job, &mut |stream, bytes| keep(&mut output, stream, bytes))?;
+        let mut outcomes = outcomes(program, &output, &ended);
         if outcomes.is_empty() {
             outcomes.push((test.to_owned(), Outcome::Failed("it did not run".to_owned())));
         }
@@ -223,7 +223,7 @@ impl<'a> NestedTests<'a> {
     }
 }
 
-/// A panic elsewhere leaves both lists whole.
+/// A panic elsewhere leaves what is locked whole.
 fn lock<T>(list: &Mutex<T>) -> MutexGuard<'_, T> {
     list.lock().unwrap_or_else(PoisonError::into_inner)
 }
