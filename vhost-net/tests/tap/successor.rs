@@ -49,6 +49,14 @@ struct Launcher {
 }
 
 impl Launcher {
+    /// For a NIC of one pair, whose driver may choose another address.
+    fn unguarded() -> Result<Self> {
+        Ok(Self {
+            guarded: false,
+            ..Self::new(1)?
+        })
+    }
+
     fn new(pairs: usize) -> Result<Self> {
         let tap = TestTap::new(if pairs > 1 { " multi_queue" } else { "" })?;
         Ok(Self {
@@ -163,10 +171,7 @@ fn keeps_the_pairs() -> Result<()> {
 
 fn filters_by_what_it_is_told() -> Result<()> {
     const CONTROL: usize = 2;
-    let launcher = Launcher {
-        guarded: false,
-        ..Launcher::new(1)?
-    };
+    let launcher = Launcher::unguarded()?;
     let (process, socket) = launcher.start(None)?;
     let mut guest = Guest::with_queues(socket, EVERYTHING, MERGEABLE, 3)?;
     launcher.tap.wait_up()?;
@@ -203,10 +208,7 @@ fn filters_by_what_it_is_told() -> Result<()> {
 
 fn keeps_the_address() -> Result<()> {
     const CONTROL: usize = 2;
-    let launcher = Launcher {
-        guarded: false,
-        ..Launcher::new(1)?
-    };
+    let launcher = Launcher::unguarded()?;
     let (process, socket) = launcher.start(None)?;
     let mut guest = Guest::with_queues(socket, EVERYTHING, MERGEABLE, 3)?;
     let chosen = [2, 7, 7, 7, 7, 7];
