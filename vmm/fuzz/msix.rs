@@ -1,9 +1,9 @@
 //! MSI-X under any order of table writes, masks and signals.
 
-use crate::pci::fakes::{FakeInterrupts, event};
+use crate::frontend::SharedEvent;
+use crate::pci::fakes::{FakeInterrupts, add, event};
 use crate::pci::{Msix, NO_VECTOR};
 use arbitrary::Unstructured;
-use nix::sys::eventfd::EventFd;
 use std::sync::Arc;
 
 const VECTORS: u16 = 3;
@@ -12,7 +12,7 @@ const MOST_STEPS: usize = 64;
 
 /// A source, the vector it raises, and whether a signal of it has not been seen injected.
 struct Source {
-    event: Arc<EventFd>,
+    event: Arc<SharedEvent>,
     vector: u16,
     owed: bool,
 }
@@ -80,7 +80,7 @@ fn step(
     let source = &mut sources[usize::from(which) % EVENTS];
     match kind & 7 {
         0 | 1 => {
-            source.event.write(1).ok()?;
+            add(&source.event, 1);
             source.owed = source.vector != NO_VECTOR;
         }
         2 => {

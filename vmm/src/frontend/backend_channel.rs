@@ -2,10 +2,10 @@
 //! is malformed closes the channel, and the device goes on without it: its configuration is looked at
 //! from time to time.
 
-use super::error::Error;
 use super::message::{HEADER_SIZE, Header, MAX_PAYLOAD};
-use std::io::{ErrorKind, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv, send};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use vhost::vhost_user::message::BackendReq;
@@ -23,22 +23,16 @@ const MOST_WASTE: usize = 1 << 20;
 /// cannot be.
 #[derive(Debug)]
 pub struct RequestSockets {
-    ours: UnixStream,
+    ours: OwnedFd,
     theirs: UnixStream,
 }
 
 impl RequestSockets {
     /// The two ends of a Unix stream socketpair.
-    ///
-    /// # Errors
-    /// [`Error::Resource`].
-    pub fn new(ours: OwnedFd, theirs: OwnedFd) -> Result<Self, Error> {
-        let (ours, theirs) = (UnixStream::from(ours), UnixStream::from(theirs));
-        ours.set_nonblocking(true).map_err(|source| Error::Resource {
-            what: "the back-end request channel",
-            source,
-        })?;
-        Ok(Self { ours, theirs })
+    #[must_use]
+    pub fn new(ours: OwnedFd, theirs: OwnedFd) -> Self {
+        let theirs = UnixStream::from(theirs);
+        Self { ours, theirs }
     }
 
     /// The end for the back end.
@@ -59,12 +53,10 @@ impl BackendChannel {
     /// A channel for a new peer: what the last one left in it, requests and answers, is dropped. `acks`:
     /// REPLY_ACK is agreed. `None`: the last one has shut it down.
     pub(super) fn new(sockets: Arc<RequestSockets>, acks: bool) -> Option<Self> {
-        let left = |end| matches!(drop_waste(end), Err(error) if error.kind() == ErrorKind::WouldBlock);
-        let theirs = &sockets.theirs;
-        let sound = left(&sockets.ours)
-            && theirs.set_nonblocking(true).is_ok()
-            && left(theirs)
-            && theirs.set_nonblocking(false).is_ok();
+        let left = |end| drop_waste(end) == Err(Errno::EAGAIN);
+        let sound = left(sockets.ours.as_fd())
+            && left(sockets.theirs())
+            && sockets.theirs.set_nonblocking(false).is_ok();
         if !sound {
             tracing::warn!("a back end has broken the request channel for those after it");
             return None;
@@ -123,12 +115,12 @@ impl BackendChannel {
         let mut buffer = [0; HEADER_SIZE + MAX_PAYLOAD];
         while self.partial.len() < length {
             let missing = length - self.partial.len();
-            // A plain read: file descriptors that come along are closed by the kernel.
-            match (&self.sockets.ours).read(&mut buffer[..missing]) {
+            // With no room for them: file descriptors that come along are closed by the kernel.
+            match take(self.as_fd(), &mut buffer[..missing]) {
                 Ok(0) => return Err("end of file"),
                 Ok(count) => self.partial.extend_from_slice(&buffer[..count]),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(Errno::EAGAIN) => return Ok(false),
+                Err(Errno::EINTR) => {}
                 Err(_) => return Err("read failed"),
             }
         }
@@ -143,7 +135,8 @@ impl BackendChannel {
             let mut message = header.reply(size_of_val(&answer)).as_bytes().to_vec();
             message.extend_from_slice(answer.as_bytes());
             // 20 bytes: a socket that cannot take them belongs to a back end that never reads.
-            match (&self.sockets.ours).write(&message) {
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            match send(self.as_fd().as_raw_fd(), &message, flags) {
                 Ok(count) if count == message.len() => {}
                 _ => return Err("answers are not read"),
             }
@@ -153,12 +146,17 @@ impl BackendChannel {
 }
 
 /// Reads until nothing is there; the error says why.
-fn drop_waste(mut end: &UnixStream) -> std::io::Result<()> {
+fn drop_waste(end: BorrowedFd<'_>) -> Result<(), Errno> {
     let mut waste = [0; MAX_PAYLOAD];
     for _ in 0..MOST_WASTE / MAX_PAYLOAD {
-        if end.read(&mut waste)? == 0 {
+        if take(end, &mut waste)? == 0 {
             break;
         }
     }
     Ok(())
+}
+
+/// Receives without waiting, whatever mode a back end has left or sets meanwhile.
+fn take(end: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<usize, Errno> {
+    recv(end.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT)
 }

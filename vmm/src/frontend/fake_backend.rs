@@ -309,7 +309,7 @@ pub(crate) fn deadlines() -> Deadlines {
 
 pub(crate) fn requests() -> RequestSockets {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    RequestSockets::new(ours.into(), theirs.into()).unwrap()
+    RequestSockets::new(ours.into(), theirs.into())
 }
 
 pub(crate) fn options() -> SessionOptions {

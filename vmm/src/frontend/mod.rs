@@ -20,6 +20,7 @@ mod memory;
 mod message;
 mod rings;
 mod session;
+mod shared_event;
 
 #[cfg(any(test, feature = "fuzzing"))]
 #[cfg_attr(not(test), allow(dead_code, reason = "the tests use more of it"))]
@@ -35,6 +36,7 @@ pub use memory::{HostAddress, MemoryTable};
 pub(crate) use rings::new_event;
 pub use rings::{QueueState, Ring, RingAddresses, RingEvents};
 pub use session::{Session, SessionOptions};
+pub use shared_event::SharedEvent;
 
 use std::time::Duration;
 

@@ -2,6 +2,7 @@
 
 use super::error::Error;
 use super::memory::{HostAddress, MemoryTable};
+use super::shared_event::SharedEvent;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::sync::Arc;
 
@@ -12,11 +13,11 @@ const QUEUE_SIZE_LIMIT: u16 = 32768;
 #[derive(Clone, Debug)]
 pub struct RingEvents {
     /// Guest to back end: there are available buffers.
-    pub kick: Arc<EventFd>,
+    pub kick: Arc<SharedEvent>,
     /// Back end to guest: there are used buffers.
-    pub call: Arc<EventFd>,
+    pub call: Arc<SharedEvent>,
     /// Back end to vmm: a ring is broken. One for all queues of a device.
-    pub error: Arc<EventFd>,
+    pub error: Arc<SharedEvent>,
 }
 
 impl RingEvents {
@@ -24,16 +25,16 @@ impl RingEvents {
     ///
     /// # Errors
     /// [`Error::Resource`].
-    pub fn new(error: &Arc<EventFd>) -> Result<Self, Error> {
+    pub fn new(error: &Arc<SharedEvent>) -> Result<Self, Error> {
         Ok(Self {
-            kick: new_event()?,
-            call: new_event()?,
+            kick: Arc::new(SharedEvent::new()?),
+            call: Arc::new(SharedEvent::new()?),
             error: Arc::clone(error),
         })
     }
 }
 
-/// A new non-blocking eventfd.
+/// A new non-blocking eventfd, which no back end is given.
 ///
 /// # Errors
 /// [`Error::Resource`].

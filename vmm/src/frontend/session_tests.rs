@@ -3,11 +3,15 @@ use super::fake_backend::{
 };
 use super::inflight::InflightRegion;
 use super::message::{Ack, Header, Inflight};
-use super::{Error, ReplyProblem, Ring, RingAddresses, RingEvents, Session, SessionOptions, new_event};
+use super::{
+    Error, ReplyProblem, Ring, RingAddresses, RingEvents, Session, SessionOptions, SharedEvent, new_event,
+};
 use nix::fcntl::SealFlag;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::TryRecvError;
 use std::time::{Duration, Instant};
 use vhost::vhost_user::message::FrontendReq as Req;
 use zerocopy::IntoBytes;
@@ -32,7 +36,7 @@ fn ring(index: u16, size: u16) -> Ring {
         index,
         addresses,
         base: 5,
-        events: RingEvents::new(&new_event().unwrap()).unwrap(),
+        events: RingEvents::new(&Arc::new(SharedEvent::new().unwrap())).unwrap(),
     }
 }
 
@@ -309,6 +313,32 @@ fn what_a_back_end_left_in_its_channel_is_not_its_successors() {
     let change = Header::request(2, 0, Ack::None);
     channel.write_all(change.as_bytes()).unwrap();
     assert!(session.take_config_change());
+}
+
+#[test]
+fn nobody_waits_for_a_back_end_that_changes_the_mode_of_its_channel() {
+    let options = options();
+    let (first, socket) = FakeBackend::start(Script::default());
+    Session::connect(socket, options.clone()).unwrap();
+    let channel = UnixStream::from(OwnedFd::from(first.fd(Req::SET_BACKEND_REQ_FD, 1)));
+    let (done, over) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for _ in 0..200 {
+            let (_heir, socket) = FakeBackend::start(Script::default());
+            let session = Session::connect(socket, options.clone()).unwrap();
+            assert!(session.request_channel().is_some());
+        }
+        done.send(()).unwrap();
+    });
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let end = loop {
+        channel.set_nonblocking(false).unwrap();
+        match over.try_recv() {
+            Err(TryRecvError::Empty) => assert!(Instant::now() < deadline, "a successor waits"),
+            end => break end,
+        }
+    };
+    assert_eq!(end, Ok(()));
 }
 
 #[test]

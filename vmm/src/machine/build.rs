@@ -200,11 +200,8 @@ impl Build {
             .map(|s| (s.slot, s.requests, s.requests_peer));
         for (slot, ours, theirs) in named.chain(spares) {
             let (ours, theirs) = (self.descriptors.take(ours)?, self.descriptors.take(theirs)?);
-            let sockets = RequestSockets::new(ours, theirs).map_err(|source| Error::Device {
-                device: format!("the device in slot {slot}"),
-                source: Box::new(source),
-            })?;
-            if requests.insert(slot, Arc::new(sockets)).is_some() {
+            let sockets = Arc::new(RequestSockets::new(ours, theirs));
+            if requests.insert(slot, sockets).is_some() {
                 return Err(Error::Config(SlotTaken(slot).to_string()));
             }
         }

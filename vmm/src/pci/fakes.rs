@@ -1,11 +1,10 @@
 //! KVM's side of interrupts and doorbells, without KVM.
 
+use crate::frontend::SharedEvent;
 use crate::platform::{Doorbells, Gsi, Interrupts, MsiMessage};
-use nix::sys::eventfd::EventFd;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Arc, Mutex};
 
 /// Where a test may put a signal between two steps of the code under test.
@@ -25,7 +24,7 @@ const MARK: u64 = 1 << 32;
 
 struct Irqfd {
     gsi: u32,
-    event: File,
+    event: SharedEvent,
     /// The marked count at attach that no signal has woken the irqfd for; 0 for none.
     unseen: u64,
 }
@@ -45,13 +44,12 @@ impl State {
     /// Takes signals of attached eventfds, as an irqfd does at the moment of the signal.
     fn pump(&mut self) {
         for irqfd in self.attached.values_mut() {
-            let mut bytes = [0; 8];
-            if irqfd.event.read(&mut bytes).is_err() {
+            let count = irqfd.event.take();
+            if count == 0 {
                 continue;
             }
-            let count = u64::from_ne_bytes(bytes);
             if count == irqfd.unseen {
-                irqfd.event.write_all(&bytes).unwrap();
+                add(&irqfd.event, count);
                 continue;
             }
             irqfd.unseen = 0;
@@ -139,12 +137,11 @@ impl Interrupts for FakeInterrupts {
 
     fn attach(&self, gsi: Gsi, eventfd: BorrowedFd<'_>) -> io::Result<()> {
         self.at(Point::BeforeAttach);
-        let mut event = File::from(eventfd.try_clone_to_owned()?);
-        let mut count = [0; 8];
+        let event = SharedEvent::from(eventfd.try_clone_to_owned()?);
         let mut unseen = 0;
-        if self.strict && event.read(&mut count).is_ok() {
-            unseen = u64::from_ne_bytes(count) + MARK;
-            event.write_all(&unseen.to_ne_bytes())?;
+        if self.strict && event.is_signalled() {
+            unseen = event.take() + MARK;
+            add(&event, unseen);
         }
         let irqfd = Irqfd {
             gsi: gsi.0,
@@ -196,7 +193,12 @@ impl Doorbells for FakeDoorbells {
     }
 }
 
-/// A non-blocking eventfd.
-pub(crate) fn event() -> Arc<EventFd> {
-    crate::frontend::new_event().unwrap()
+/// An eventfd.
+pub(crate) fn event() -> Arc<SharedEvent> {
+    Arc::new(SharedEvent::new().unwrap())
+}
+
+/// Signals as whoever has a copy does, which is no matter of emptying first.
+pub(crate) fn add(event: &SharedEvent, count: u64) {
+    nix::unistd::write(event.as_fd(), &count.to_ne_bytes()).unwrap();
 }

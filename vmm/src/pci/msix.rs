@@ -1,8 +1,8 @@
 //! MSI-X (PCI 3.0, 6.8.2): the table, the pending bits, and the two levels of mask.
 
 use super::vector::Vector;
+use crate::frontend::SharedEvent;
 use crate::platform::Interrupts;
-use nix::sys::eventfd::EventFd;
 use std::io;
 use std::sync::Arc;
 
@@ -79,7 +79,7 @@ impl Msix {
     /// Lets `event` raise vector `number` in place of vector `old`; either may be [`NO_VECTOR`].
     /// Returns the vector it now raises: `number`, or [`NO_VECTOR`] where there is no such
     /// vector or KVM refused it (virtio 1.3, 4.1.5.1.2: the driver reads it back).
-    pub fn assign(&mut self, event: &Arc<EventFd>, old: u16, number: u16) -> u16 {
+    pub fn assign(&mut self, event: &Arc<SharedEvent>, old: u16, number: u16) -> u16 {
         if let Some(vector) = self.vectors.get_mut(usize::from(old))
             && let Err(error) = vector.remove_source(self.interrupts.as_ref(), event)
         {

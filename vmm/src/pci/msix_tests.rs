@@ -1,7 +1,7 @@
-use super::fakes::{FakeInterrupts, Point, event};
+use super::fakes::{FakeInterrupts, Point, add, event};
 use super::{Msix, NO_VECTOR};
+use crate::frontend::SharedEvent;
 use crate::platform::MsiMessage;
-use nix::sys::eventfd::EventFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -37,7 +37,7 @@ fn pending(msix: &Msix) -> u8 {
     bits[0]
 }
 
-fn assigned(msix: &mut Msix, vector: u16) -> Arc<EventFd> {
+fn assigned(msix: &mut Msix, vector: u16) -> Arc<SharedEvent> {
     let source = event();
     assert_eq!(msix.assign(&source, NO_VECTOR, vector), vector);
     source
@@ -48,16 +48,16 @@ fn pending_while_masked_and_delivered_at_unmask() {
     let (interrupts, mut msix) = msix(2);
     let source = assigned(&mut msix, 1);
     msix.set_control(ENABLE);
-    source.write(1).unwrap();
+    add(&source, 1);
     assert_eq!(pending(&msix), 0b10);
     assert_eq!(interrupts.injected(1), 0);
     program(&mut msix, 1, 0x41);
     assert_eq!(interrupts.injected(1), 1);
     assert_eq!(pending(&msix), 0);
-    source.write(1).unwrap();
+    add(&source, 1);
     assert_eq!(interrupts.injected(1), 2);
     msix.set_control(ENABLE | FUNCTION_MASK);
-    source.write(1).unwrap();
+    add(&source, 1);
     assert_eq!(pending(&msix), 0b10);
     assert_eq!(interrupts.injected(1), 2);
     msix.set_control(ENABLE);
@@ -72,7 +72,7 @@ fn pending_while_bus_mastering_is_off() {
     program(&mut msix, 0, 7);
     msix.set_bus_master(true);
     msix.set_bus_master(false);
-    source.write(1).unwrap();
+    add(&source, 1);
     msix.set_control(ENABLE | FUNCTION_MASK);
     msix.set_control(ENABLE);
     mask(&mut msix, 0, true);
@@ -85,7 +85,7 @@ fn pending_while_bus_mastering_is_off() {
     let source = assigned(&mut msix, 0);
     msix.set_control(ENABLE);
     program(&mut msix, 0, 7);
-    source.write(1).unwrap();
+    add(&source, 1);
     assert_eq!(interrupts.injected(0), 2, "at power-on nothing is switched off");
 }
 
@@ -108,7 +108,7 @@ fn a_signal_at_any_step_of_mask_and_unmask_is_delivered() {
         let count = signals.clone();
         interrupts.hook(move |at| {
             if at == point {
-                signal.write(1).unwrap();
+                add(&signal, 1);
                 count.fetch_add(1, Ordering::SeqCst);
             }
         });
@@ -163,7 +163,7 @@ fn nothing_is_lost_under_load() {
     let deadline = Instant::now() + Duration::from_secs(60);
     for number in 0..SIGNALS {
         let before = interrupts.injected(0);
-        sources[(number % 2) as usize].write(1).unwrap();
+        add(&sources[(number % 2) as usize], 1);
         while interrupts.injected(0) == before {
             assert!(Instant::now() < deadline, "interrupt {number} was lost");
             thread::yield_now();
@@ -206,7 +206,7 @@ fn assignment_follows_the_driver() {
     program(&mut msix, 1, 2);
     let source = assigned(&mut msix, 0);
     assert_eq!(msix.assign(&source, 0, 1), 1);
-    source.write(1).unwrap();
+    add(&source, 1);
     assert_eq!((interrupts.injected(0), interrupts.injected(1)), (0, 1));
     assert_eq!(msix.assign(&source, 1, 2), NO_VECTOR, "there is no vector 2");
     assert_eq!(interrupts.attached(), 0);

@@ -23,15 +23,14 @@
 //! - Mask and unmask of one function exclude each other (the lock around [`super::Msix`]), so
 //!   that no detach comes between the read and the second signal.
 
+use crate::frontend::SharedEvent;
 use crate::platform::{Gsi, Interrupts, MsiMessage};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::EventFd;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
 struct Source {
-    event: Arc<EventFd>,
+    event: Arc<SharedEvent>,
     attached: bool,
 }
 
@@ -82,8 +81,8 @@ impl Vector {
         for source in self.sources.iter_mut().filter(|source| !source.attached) {
             interrupts.attach(self.gsi, source.event.as_fd())?;
             source.attached = true;
-            if source.event.read().is_ok() {
-                source.event.write(1)?;
+            if source.event.take() > 0 {
+                source.event.signal();
             }
         }
         Ok(())
@@ -98,7 +97,7 @@ impl Vector {
     }
 
     /// Lets `event` raise this vector from the next [`Vector::settle`] on.
-    pub(super) fn add_source(&mut self, event: Arc<EventFd>) {
+    pub(super) fn add_source(&mut self, event: Arc<SharedEvent>) {
         if !self
             .sources
             .iter()
@@ -115,7 +114,7 @@ impl Vector {
     pub(super) fn remove_source(
         &mut self,
         interrupts: &dyn Interrupts,
-        event: &Arc<EventFd>,
+        event: &Arc<SharedEvent>,
     ) -> io::Result<()> {
         let found = self
             .sources
@@ -147,11 +146,6 @@ impl Vector {
     /// The pending bit: an interrupt waits for the vector to be unmasked. A live vector has none
     /// (its eventfds may hold a count that KVM has injected already).
     pub(super) fn pending(&self) -> bool {
-        !self.live && self.sources.iter().any(|source| is_signalled(&source.event))
+        !self.live && self.sources.iter().any(|source| source.event.is_signalled())
     }
-}
-
-fn is_signalled(event: &EventFd) -> bool {
-    let mut fds = [PollFd::new(event.as_fd(), PollFlags::POLLIN)];
-    matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..))
 }

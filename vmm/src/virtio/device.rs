@@ -9,7 +9,9 @@ use super::registers::Registers;
 use super::seat::{Order, Seat};
 use super::transport::{Transport, lock};
 use super::worker::{self, Negotiated};
-use crate::frontend::{Deadlines, Error, MemoryTable, QueueState, RequestSockets, SessionOptions, new_event};
+use crate::frontend::{
+    Deadlines, Error, MemoryTable, QueueState, RequestSockets, SessionOptions, SharedEvent, new_event,
+};
 use crate::pci::{Function, Msix};
 use crate::platform::{Doorbells, Interrupts};
 use nix::sys::eventfd::EventFd;
@@ -357,7 +359,7 @@ impl Connecting {
             doorbells: Mutex::new(DoorbellSet::new(Arc::clone(&self.parts.doorbells), &events)),
             events,
             served: offer.served,
-            config_call: new_event()?,
+            config_call: Arc::new(SharedEvent::new()?),
             registers: Mutex::new(Registers::new(
                 offer.features,
                 offer.config,

@@ -50,7 +50,7 @@ fn a_driver_starts_the_rings_and_gets_their_interrupts() {
     let mut kick = rig.fake.fd(Req::SET_VRING_KICK, 2);
     rig.write(super::layout::NOTIFY.start + 4, &1u16.to_le_bytes());
     let mut count = [0; 8];
-    kick.read_exact(&mut count).unwrap();
+    rig.wait_for("the kick", |_| kick.read_exact(&mut count).is_ok());
     assert_eq!(count[0], 1);
 }
 

@@ -66,16 +66,11 @@ impl DoorbellSet {
         self.queues.clear();
     }
 
-    /// A doorbell that came as an exit: KVM had no ioeventfd for it (it refused one, or another
+    /// Whose doorbell `bell` is, which came as an exit: KVM had no ioeventfd for it (it refused one, or another
     /// vCPU is moving the BAR). Bells of queues that are not enabled are nobody's.
-    pub(super) fn ring(&self, index: u64) {
-        let queue = usize::try_from(index)
-            .ok()
-            .and_then(|index| self.queues.get(index));
-        if let Some(queue) = queue.filter(|queue| queue.enabled) {
-            // EAGAIN: the count is at its maximum, so the back end has a signal to see anyway.
-            let _ = queue.events.kick.write(1);
-        }
+    pub(super) fn queue(&self, bell: u64) -> Option<u16> {
+        let queue = self.queues.get(usize::try_from(bell).ok()?)?;
+        queue.enabled.then_some(bell as u16)
     }
 
     fn settle(&mut self, index: usize) {

@@ -5,7 +5,7 @@ use super::device::Word;
 use super::device_type::DeviceType;
 use crate::frontend::{Error, QueueState, Ring};
 use nix::sys::eventfd::EventFd;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::SyncSender;
@@ -86,6 +86,8 @@ pub(super) struct Mail {
     pub(super) reset: bool,
     pub(super) start: Option<StartOrder>,
     pub(super) config_writes: Vec<ConfigWrite>,
+    /// Queues whose doorbells rang, and KVM did not hear it.
+    pub(super) bells: BTreeSet<u16>,
     /// The guest has let go of the device; who is told of its end.
     pub(super) eject: Option<Word>,
     pub(super) commands: VecDeque<Command>,
@@ -119,6 +121,7 @@ impl Mailbox {
         self.leave(|mail| {
             mail.start = None;
             mail.config_writes.clear();
+            mail.bells.clear();
             mail.reset = true;
         });
     }
@@ -137,6 +140,11 @@ impl Mailbox {
                 mail.config_writes.push(write);
             }
         });
+    }
+
+    /// The doorbell of `queue` rang.
+    pub(super) fn ring(&self, queue: u16) {
+        self.leave(|mail| mail.bells.extend([queue]));
     }
 
     /// Does to `config` what the writes that wait will do.

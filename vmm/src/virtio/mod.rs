@@ -39,6 +39,8 @@ mod device_tests;
 #[cfg(test)]
 mod function_tests;
 #[cfg(test)]
+mod hostile_tests;
+#[cfg(test)]
 mod reset_tests;
 #[cfg(any(test, feature = "fuzzing"))]
 #[cfg_attr(not(test), allow(dead_code, reason = "the tests use more of it"))]

@@ -104,9 +104,7 @@ impl Worker {
         }
         match session.ping() {
             // A kick that was lost, by whoever, costs a moment instead of the queue.
-            Ok(()) => stalled.iter().for_each(|ring| {
-                let _ = ring.events.kick.write(1);
-            }),
+            Ok(()) => stalled.iter().for_each(|ring| ring.events.kick.signal()),
             Err(error) => self.lose(&error),
         }
     }

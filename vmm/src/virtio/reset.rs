@@ -127,7 +127,7 @@ impl Worker {
     }
 
     fn complete_reset(&mut self) {
-        let _ = self.ring_error.read();
+        self.ring_error.take();
         // Without the writes that the reset has cancelled.
         self.transport.set_config(&self.offer.config);
         self.transport.complete_reset();

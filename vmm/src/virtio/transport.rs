@@ -6,9 +6,8 @@ use super::doorbells::DoorbellSet;
 use super::layout;
 use super::mailbox::{ConfigWrite, Mailbox, StartOrder};
 use super::registers::{Effect, Registers};
-use crate::frontend::{MemoryTable, Ring, RingEvents};
+use crate::frontend::{MemoryTable, Ring, RingEvents, SharedEvent};
 use crate::pci::Msix;
-use nix::sys::eventfd::EventFd;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,7 +19,7 @@ pub(super) struct Transport {
     /// Queues, from 0, that the back end serves.
     pub(super) served: u16,
     /// Raises the configuration vector.
-    pub(super) config_call: Arc<EventFd>,
+    pub(super) config_call: Arc<SharedEvent>,
     pub(super) registers: Mutex<Registers>,
     pub(super) msix: Mutex<Msix>,
     pub(super) doorbells: Mutex<DoorbellSet>,
@@ -60,7 +59,11 @@ impl Transport {
         } else if let Some(at) = inside(&layout::NOTIFY, offset, data.len())
             && at % layout::NOTIFY_MULTIPLIER == 0
         {
-            lock(&self.doorbells).ring(at / layout::NOTIFY_MULTIPLIER);
+            let bell = at / layout::NOTIFY_MULTIPLIER;
+            // Not from here: a back end may hold up whoever signals.
+            if let Some(queue) = lock(&self.doorbells).queue(bell) {
+                self.mailbox.ring(queue);
+            }
         }
     }
 
@@ -145,10 +148,10 @@ impl Transport {
     fn release(&self) {
         lock(&self.msix).release();
         lock(&self.doorbells).disable_all();
-        let _ = self.config_call.read();
+        self.config_call.take();
         for events in &self.events {
-            let _ = events.call.read();
-            let _ = events.kick.read();
+            events.call.take();
+            events.kick.take();
         }
     }
 
@@ -188,8 +191,7 @@ impl Transport {
 
     fn tell(&self, tell: bool) {
         if tell {
-            // EAGAIN: the count is at its maximum, so the interrupt is on its way anyway.
-            let _ = self.config_call.write(1);
+            self.config_call.signal();
         }
     }
 }

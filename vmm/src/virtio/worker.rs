@@ -22,7 +22,7 @@ use super::seat::{Confine, Order, unconfined};
 use super::transport::Transport;
 use crate::error::chain;
 use crate::frontend::{
-    Error, InflightRegion, QueueState, Ring, RingEvents, Session, SessionOptions, new_event,
+    Error, InflightRegion, QueueState, Ring, RingEvents, Session, SessionOptions, SharedEvent,
 };
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -68,7 +68,7 @@ pub(super) struct Worker {
     pub(super) written: Written,
     pub(super) inflight: Option<InflightRegion>,
     /// One for all queues: a back end's word that a ring is broken.
-    pub(super) ring_error: Arc<EventFd>,
+    pub(super) ring_error: Arc<SharedEvent>,
     pub(super) phase: Phase,
     pub(super) bus_master: BusMaster,
     /// The latest back end, be it lost, was given rings and has not been seen to stop.
@@ -147,7 +147,7 @@ type Parts = (
     Session,
     Option<InflightRegion>,
     Offer,
-    Arc<EventFd>,
+    Arc<SharedEvent>,
     Vec<RingEvents>,
 );
 
@@ -155,7 +155,7 @@ fn negotiate(context: &Context, socket: OwnedFd) -> Result<Parts, Error> {
     let mut session = Session::connect(socket, context.options.clone())?;
     let offer = offer::make(&mut session, &context.spec)?;
     let inflight = session.get_inflight(offer.served, offer.queue_size)?;
-    let ring_error = new_event()?;
+    let ring_error = Arc::new(SharedEvent::new()?);
     let events = (0..offer.queues)
         .map(|_| RingEvents::new(&ring_error))
         .collect::<Result<_, _>>()?;
@@ -174,7 +174,7 @@ impl Worker {
             if self.over {
                 return self.await_quit();
             }
-            if self.ring_error.read().is_ok() {
+            if self.ring_error.take() > 0 {
                 self.needs_reset("back end reported a broken ring (vring error eventfd)".to_owned());
             }
             self.look_at_session();
@@ -234,6 +234,10 @@ impl Worker {
         self.write_config(mail.config_writes);
         if let Some(order) = mail.start {
             self.start(order);
+        }
+        for queue in mail.bells {
+            let events = self.transport.events.get(usize::from(queue));
+            events.inspect(|events| events.kick.signal());
         }
         if let Some(done) = mail.eject {
             self.leaving = Some(done);
@@ -415,8 +419,8 @@ impl Worker {
     /// or completed a request and not said so.
     fn running_again(&self, order: StartOrder) -> Phase {
         for ring in &order.rings {
-            let _ = ring.events.kick.write(1);
-            let _ = ring.events.call.write(1);
+            ring.events.kick.signal();
+            ring.events.call.signal();
         }
         Phase::Running(order)
     }
