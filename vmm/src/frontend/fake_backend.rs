@@ -180,6 +180,14 @@ impl FakeBackend {
             seen.fd.as_ref().unwrap().try_clone().unwrap()
         })
     }
+
+    /// A copy of the fd of the last `request` for a queue.
+    pub(crate) fn fd_of(&self, request: FrontendReq, queue: u8) -> File {
+        let seen = self.log.seen.lock().unwrap();
+        let of = |seen: &&Seen| seen.request == request && seen.payload[0] == queue;
+        let fd = seen.iter().rfind(of).unwrap().fd.as_ref();
+        fd.unwrap().try_clone().unwrap()
+    }
 }
 
 impl Drop for FakeBackend {

@@ -1,10 +1,11 @@
 use super::rig::{self, Rig, script, spec};
 use super::{DeviceEvent, DeviceParts};
 use crate::frontend::fake_backend::{FakeBackend, Gate, Quirk, Script, deadlines, memory, requests};
-use crate::frontend::{Deadlines, Error, QueueState};
+use crate::frontend::{Deadlines, Error, QueueState, SharedEvent};
 use crate::pci::fakes::{FakeDoorbells, FakeInterrupts};
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -429,6 +430,67 @@ fn a_back_end_without_progress_is_kicked_while_it_answers() {
     let mut count = [0; 8];
     (&kick).read_exact(&mut count).unwrap();
     assert!(rig.events.try_recv().is_err(), "a slow disk is no hang");
+}
+
+/// A NIC of one pair and a control queue, which a driver has started.
+fn nic(script: Script) -> Rig {
+    let nic = DeviceConfig {
+        device_type: 1,
+        num_queues: None,
+        ..spec()
+    };
+    let script = Script {
+        features: Script::default().features | 1 << 17,
+        ..script
+    };
+    *script.config.lock().unwrap() = vec![0; 12];
+    let times = Deadlines {
+        alive: Duration::from_millis(300),
+        ..deadlines()
+    };
+    let rig = Rig::build(nic, script, times);
+    rig.set_command(6);
+    rig.set_status(3);
+    rig.accept_features(rig.offered());
+    rig.set_status(11);
+    (0..3).for_each(|queue| rig.set_up_queue(queue, queue + 1));
+    rig.set_status(15);
+    rig.fake.look(Req::SET_VRING_ENABLE, 3, |_| ());
+    rig
+}
+
+#[test]
+fn a_control_queue_without_progress_is_noticed_and_receive_buffers_are_not() {
+    let rig = nic(Script::default());
+    let kicks =
+        [0, 1, 2].map(|queue| SharedEvent::from(OwnedFd::from(rig.fake.fd_of(Req::SET_VRING_KICK, queue))));
+    let memfd = File::from(rig.memory.memfd().try_clone_to_owned().unwrap());
+    for queue in [0, 2] {
+        memfd
+            .write_all_at(&3u16.to_le_bytes(), 0x1_4002 + 0x1_0000 * queue)
+            .unwrap();
+    }
+    rig.wait_for("the kick", |_| kicks[2].take() == 1);
+    assert_eq!([0, 1].map(|queue: usize| kicks[queue].take()), [0, 0]);
+}
+
+#[test]
+fn a_nic_that_does_not_answer_is_lost_though_nothing_waits() {
+    let mut asked = 0;
+    let rig = nic(Script::quirk_at(Req::GET_FEATURES, move || {
+        asked += 1;
+        if asked < 3 { Quirk::Normal } else { Quirk::Silent }
+    }));
+    // The handshake's, and one that is answered.
+    let lost = rig.events.recv_timeout(Duration::from_secs(20)).unwrap();
+    assert!(matches!(
+        lost,
+        DeviceEvent::BackendLost {
+            loss: Loss::Silent,
+            outstanding: 0,
+            ..
+        }
+    ));
 }
 
 #[test]

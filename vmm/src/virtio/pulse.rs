@@ -1,21 +1,28 @@
 //! Whether a back end that runs makes progress. The vmm is not on the data path, so it looks from
 //! time to time at the indices in guest memory; where requests wait and none is completed it asks
 //! the back end for a sign of life. One that answers is waited for as long as it takes: a slow
-//! disk is no hang, and a thread that spins is found by the process itself when it is asked.
+//! disk is no hang, and a thread that spins is found by the process itself when it is asked. A NIC is asked in any
+//! case: what waits in a receive queue says nothing.
 
 use super::device_type::DeviceType;
+use super::mailbox::StartOrder;
 use super::worker::{Phase, Worker};
-use crate::frontend::{MemoryTable, Ring};
+use crate::frontend::{MemoryTable, Ring, Session};
 use nix::poll::PollTimeout;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
+use virtio_bindings::virtio_net::VIRTIO_NET_F_CTRL_VQ;
 
 /// Between two looks.
 const PERIOD: Duration = Duration::from_secs(1);
+/// A NIC is asked at every so manieth look.
+const LOOKS_PER_QUESTION: u8 = 3;
 
 /// What the looks found.
 pub(super) struct Pulse {
     next: Instant,
+    /// Since a NIC was asked.
+    looks: u8,
     /// The used index of each queue that had requests waiting at the latest look.
     waiting: BTreeMap<u16, u16>,
 }
@@ -24,6 +31,7 @@ impl Pulse {
     pub(super) fn new() -> Self {
         Self {
             next: Instant::now() + PERIOD,
+            looks: 0,
             waiting: BTreeMap::new(),
         }
     }
@@ -42,6 +50,12 @@ impl Pulse {
             self.next = now + PERIOD;
         }
         due
+    }
+
+    /// Whether a NIC is to be asked at this look.
+    fn asks(&mut self) -> bool {
+        self.looks = (self.looks + 1) % LOOKS_PER_QUESTION;
+        self.looks == 0
     }
 
     /// The queues whose requests waited at the latest look already, none of them completed since.
@@ -85,19 +99,22 @@ impl Worker {
         if !self.pulse.due() {
             return;
         }
-        if let Some(session) = self.session.as_mut().filter(|session| session.is_unheard()) {
+        let is_net = DeviceType(self.context.spec.device_type) == DeviceType::NET;
+        let asks = is_net && matches!(self.phase, Phase::Running(_)) && self.pulse.asks();
+        let unheard = self.session.as_ref().is_some_and(Session::is_unheard);
+        if asks || unheard {
             // A slow disk may delay someone else's answer for longer than a configuration is waited for.
-            match session.ping() {
-                Ok(()) => self.look_for_changes(),
-                Err(error) => self.lose(&error),
+            match self.with_session(Session::ping) {
+                Ok(()) if unheard => self.look_for_changes(),
+                // One that failed was reported as it cost the session.
+                Ok(()) | Err(_) => {}
             }
         }
         let (Phase::Running(order), Some(session)) = (&self.phase, &mut self.session) else {
             return;
         };
-        // Receive buffers wait for as long as nobody sends.
-        let is_net = DeviceType(self.context.spec.device_type) == DeviceType::NET;
-        let rings = order.rings.iter().filter(|ring| !is_net || ring.index % 2 == 1);
+        let rings = order.rings.iter();
+        let rings = rings.filter(|ring| !is_net || is_answered(ring, order));
         let stalled = self.pulse.stalled(rings, &self.transport.memory);
         if stalled.is_empty() {
             return;
@@ -108,4 +125,12 @@ impl Worker {
             Err(error) => self.lose(&error),
         }
     }
+}
+
+/// Whether what waits in a NIC's queue is soon done with: receive buffers wait for as long as nobody sends. The
+/// control queue is the last (virtio 1.3, 5.1.2).
+fn is_answered(ring: &Ring, order: &StartOrder) -> bool {
+    let has_control = order.features >> VIRTIO_NET_F_CTRL_VQ & 1 != 0;
+    let is_last = order.rings.last().is_some_and(|last| last.index == ring.index);
+    ring.index % 2 == 1 || (has_control && is_last)
 }
