@@ -22,7 +22,8 @@ pub struct SlotTaken(pub u8);
 
 type Functions = [Option<Arc<dyn Function>>; DEVICES];
 
-/// PCI segment 0, bus 0, shared among the vCPUs.
+/// PCI segment 0, bus 0, shared among the vCPUs. Functions are reached under the lock, and [`PciBus::remove`] waits
+/// for it: no vCPU, which may close nothing, is ever the last to have one.
 pub struct PciBus {
     bridge: Arc<HostBridge>,
     functions: RwLock<Functions>,
@@ -57,7 +58,7 @@ impl PciBus {
         }
     }
 
-    /// Takes the function out of device `slot`, where there is one that is no bridge.
+    /// Takes the function out of device `slot`, where there is one that is no bridge. No vCPU is in it any more.
     pub fn remove(&self, slot: u8) -> Option<Arc<dyn Function>> {
         let place = usize::from(slot);
         (place > 0).then(|| self.functions_mut().get_mut(place)?.take())?
@@ -71,10 +72,6 @@ impl PciBus {
         self.functions.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn at(&self, device: usize) -> Option<Arc<dyn Function>> {
-        self.functions().get(device)?.clone()
-    }
-
     /// A read of an I/O port. False: the port is not the bus's, `data` is untouched.
     pub fn io_read(&self, port: u16, data: &mut [u8]) -> bool {
         match port {
@@ -82,7 +79,7 @@ impl PciBus {
                 data.copy_from_slice(&self.address.load(Ordering::Relaxed).to_le_bytes());
             }
             CONFIG_ADDRESS..CONFIG_DATA => data.fill(0xFF),
-            CONFIG_DATA..=0xCFF => match self.selected(port, data.len()) {
+            CONFIG_DATA..=0xCFF => match self.selected(&self.functions(), port, data.len()) {
                 Some((function, offset)) => function.config_read(offset, data),
                 None => data.fill(0xFF),
             },
@@ -102,7 +99,7 @@ impl PciBus {
             }
             0xCF9..CONFIG_DATA => {}
             CONFIG_DATA..=0xCFF => {
-                if let Some((function, offset)) = self.selected(port, data.len()) {
+                if let Some((function, offset)) = self.selected(&self.functions(), port, data.len()) {
                     function.config_write(offset, data);
                 }
             }
@@ -113,7 +110,7 @@ impl PciBus {
 
     /// A read of the enhanced configuration space, `offset` bytes into it.
     pub fn ecam_read(&self, offset: u64, data: &mut [u8]) {
-        match self.enhanced(offset, data.len()) {
+        match enhanced(&self.functions(), offset, data.len()) {
             Some((function, register)) => function.config_read(register, data),
             None => data.fill(0xFF),
         }
@@ -121,7 +118,7 @@ impl PciBus {
 
     /// A write to the enhanced configuration space.
     pub fn ecam_write(&self, offset: u64, data: &[u8]) {
-        if let Some((function, register)) = self.enhanced(offset, data.len()) {
+        if let Some((function, register)) = enhanced(&self.functions(), offset, data.len()) {
             function.config_write(register, data);
         }
     }
@@ -134,7 +131,8 @@ impl PciBus {
 
     /// A read of guest physical address `gpa`. False: no BAR is decoded there.
     pub fn mmio_read(&self, gpa: u64, data: &mut [u8]) -> bool {
-        let Some((function, offset, size)) = self.decode(gpa) else {
+        let functions = self.functions();
+        let Some((function, offset, size)) = decode(&functions, gpa) else {
             return false;
         };
         if fits(offset, data.len(), size) {
@@ -147,7 +145,8 @@ impl PciBus {
 
     /// A write to guest physical address `gpa`. False: no BAR is decoded there.
     pub fn mmio_write(&self, gpa: u64, data: &[u8]) -> bool {
-        let Some((function, offset, size)) = self.decode(gpa) else {
+        let functions = self.functions();
+        let Some((function, offset, size)) = decode(&functions, gpa) else {
             return false;
         };
         if fits(offset, data.len(), size) {
@@ -181,7 +180,12 @@ impl PciBus {
         }
     }
 
-    fn selected(&self, port: u16, length: usize) -> Option<(Arc<dyn Function>, u16)> {
+    fn selected<'f>(
+        &self,
+        functions: &'f Functions,
+        port: u16,
+        length: usize,
+    ) -> Option<(&'f dyn Function, u16)> {
         let address = self.address.load(Ordering::Relaxed);
         let lane = port & 3;
         // An access that leaves the four byte lanes is the next port's, which is nobody's.
@@ -193,26 +197,27 @@ impl PciBus {
         if bus != 0 || high & 7 != 0 {
             return None;
         }
-        let function = self.at(usize::from(high >> 3))?;
+        let function = functions.get(usize::from(high >> 3))?.as_deref()?;
         Some((function, u16::from(low & 0xFC) | lane))
     }
+}
 
-    fn enhanced(&self, offset: u64, length: usize) -> Option<(Arc<dyn Function>, u16)> {
-        let device = usize::try_from(offset >> 15).ok()?;
-        let register = u16::try_from(offset & 0xFFF).ok()?;
-        // Bits 12 to 14 are the function number: only function 0 exists.
-        if offset >> 12 & 7 != 0 || !fits(register.into(), length, CONFIG_SPACE_SIZE.into()) {
-            return None;
-        }
-        Some((self.at(device)?, register))
+fn enhanced(functions: &Functions, offset: u64, length: usize) -> Option<(&dyn Function, u16)> {
+    let device = usize::try_from(offset >> 15).ok()?;
+    let register = u16::try_from(offset & 0xFFF).ok()?;
+    // Bits 12 to 14 are the function number: only function 0 exists.
+    if offset >> 12 & 7 != 0 || !fits(register.into(), length, CONFIG_SPACE_SIZE.into()) {
+        return None;
     }
+    Some((functions.get(device)?.as_deref()?, register))
+}
 
-    fn decode(&self, gpa: u64) -> Option<(Arc<dyn Function>, u64, u64)> {
-        self.functions().iter().flatten().find_map(|function| {
-            let window = function.window()?;
-            Some((Arc::clone(function), window.offset_of(gpa)?, window.size))
-        })
-    }
+/// The function whose BAR `gpa` lies in, how far, and how large that is.
+fn decode(functions: &Functions, gpa: u64) -> Option<(&dyn Function, u64, u64)> {
+    functions.iter().flatten().find_map(|function| {
+        let window = function.window()?;
+        Some((&**function, window.offset_of(gpa)?, window.size))
+    })
 }
 
 fn fits(offset: u64, length: usize, size: u64) -> bool {
@@ -222,6 +227,44 @@ fn fits(offset: u64, length: usize, size: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Mutex;
+    use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+    use std::time::Duration;
+
+    /// Says that a vCPU reads it, which takes until it is let.
+    struct Slow {
+        entered: Sender<()>,
+        leave: Mutex<Receiver<()>>,
+    }
+
+    impl Function for Slow {
+        fn config_read(&self, _offset: u16, _data: &mut [u8]) {
+            self.entered.send(()).unwrap();
+            self.leave.lock().unwrap().recv().unwrap();
+        }
+
+        fn config_write(&self, _offset: u16, _data: &[u8]) {}
+    }
+
+    #[test]
+    fn no_vcpu_is_the_last_to_have_a_function() {
+        const LONG: Duration = Duration::from_secs(10);
+        let bus = Arc::new(PciBus::new(false));
+        let (entered, is_in) = channel();
+        let (let_go, leave) = channel();
+        let leave = Mutex::new(leave);
+        bus.add(5, Arc::new(Slow { entered, leave })).unwrap();
+        let reader = bus.clone();
+        std::thread::spawn(move || reader.ecam_read(5 << 15, &mut [0; 4]));
+        is_in.recv_timeout(LONG).unwrap();
+        let (tell, told) = channel();
+        std::thread::spawn(move || tell.send(bus.remove(5)).unwrap());
+        let early = told.recv_timeout(Duration::from_millis(50));
+        assert!(matches!(early, Err(RecvTimeoutError::Timeout)), "a vCPU is in it");
+        let_go.send(()).unwrap();
+        let function = told.recv_timeout(LONG).unwrap().unwrap();
+        assert_eq!(Arc::strong_count(&function), 1);
+    }
 
     fn probe(bus: &PciBus, address: u32, port: u16, width: usize) -> Vec<u8> {
         assert!(bus.io_write(0xCF8, &address.to_le_bytes()));
