@@ -1,7 +1,7 @@
 //! A whole session with a back end that lies, sends what it likes along, and talks unasked.
 
 use crate::frontend::fake_backend::{FakeBackend, Quirk, Script, memfd, memory, options};
-use crate::frontend::{Deadlines, Error, Ring, RingAddresses, RingEvents, Session, new_event};
+use crate::frontend::{Deadlines, Error, Ring, RingAddresses, RingEvents, Session, SharedEvent};
 use arbitrary::Unstructured;
 use nix::fcntl::SealFlag;
 use std::os::fd::OwnedFd;
@@ -106,7 +106,7 @@ fn use_session(session: &mut Session) -> Result<(), Error> {
     let config = session.read_config(60)?;
     assert!(config.is_none_or(|config| config.len() == 60));
     let region = session.get_inflight(2, 64)?;
-    let error = new_event()?;
+    let error = Arc::new(SharedEvent::new()?);
     let mut rings = Vec::new();
     for index in 0..2 {
         let base = 0x1_0000 * (u64::from(index) + 1);

@@ -33,6 +33,7 @@ pub use cpu::share_cores_within;
 pub use end::{end, end_on_panic};
 pub use landlock::landlock_level;
 pub use rings::make_no_more_rings;
+pub use rlimit::MAX_OPEN_FILES;
 pub use role::{ParseRoleError, Role, SeccompMode};
 pub use seccomp::{Opcode, Rule, opcodes, rules};
 pub use step::{SpawnError, Step};

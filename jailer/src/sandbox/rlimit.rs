@@ -3,9 +3,9 @@
 use super::LockdownError;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// Most open descriptors: 32 devices or queues with a kick, a call and an error eventfd each, and
+/// Most open descriptors of a jailed process: 32 devices or queues with a kick, a call and an error eventfd each, and
 /// room to spare. A peer that sends more by SCM_RIGHTS has them discarded by the kernel.
-const MAX_OPEN_FILES: u64 = 1023;
+pub const MAX_OPEN_FILES: u64 = 1023;
 
 pub(super) fn limit_self() -> Result<(), LockdownError> {
     lower(Resource::RLIMIT_CORE, "RLIMIT_CORE", 0)?;

@@ -70,3 +70,45 @@ pub(super) fn received(numbers: &[i32]) -> Vec<OwnedFd> {
         .map(|&number| unsafe { OwnedFd::from_raw_fd(number) })
         .collect()
 }
+
+/// Closes what came with a message of which not all came. `ancillary` is zeroed but for what the kernel wrote: at
+/// most one header of 16 bytes (its length, SOL_SOCKET, SCM_RIGHTS) with numbers behind it.
+pub(super) fn close_truncated(ancillary: &[u8]) {
+    const HEADER: usize = 16;
+    let word = |at: usize| Some(i32::from_ne_bytes(*ancillary.get(at..)?.first_chunk()?));
+    let length = word(0).and_then(|length| usize::try_from(length).ok());
+    let numbers = ancillary.get(HEADER..length.unwrap_or(0)).unwrap_or_default();
+    if word(12) == Some(libc::SCM_RIGHTS) {
+        let numbers: Vec<_> = numbers
+            .as_chunks()
+            .0
+            .iter()
+            .map(|four| i32::from_ne_bytes(*four))
+            .collect();
+        drop(received(&numbers));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::os::fd::IntoRawFd;
+
+    #[test]
+    fn what_came_of_a_truncated_message_is_closed() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        close_truncated(&[0; 40]);
+        let header = [
+            20_u64.to_ne_bytes(),
+            [1_i32, libc::SCM_RIGHTS]
+                .map(i32::to_ne_bytes)
+                .concat()
+                .try_into()
+                .unwrap(),
+        ];
+        let number = writer.into_raw_fd().to_ne_bytes();
+        close_truncated(&[header.as_flattened(), &number, &[0; 20]].concat());
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+    }
+}

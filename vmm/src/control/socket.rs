@@ -27,7 +27,7 @@ pub enum ControlError {
     /// What came is no message.
     #[error("the control socket carried something else than a message")]
     Wire(#[from] WireError),
-    /// The datagram or its descriptors did not fit.
+    /// The datagram did not fit.
     #[error("a control message is longer than the protocol allows")]
     TooLong,
     /// The supervisor does not read.
@@ -80,7 +80,7 @@ impl ControlSocket {
         self.socket.as_fd()
     }
 
-    /// Receives one message if there is one.
+    /// Receives one message if there is one, without descriptors where this process has no room for all.
     ///
     /// # Errors
     /// Any [`ControlError`]; the message is lost then.
@@ -94,17 +94,19 @@ impl ControlSocket {
             Err(Errno::ECONNRESET) => return Ok(Incoming::Closed),
             Err(errno) => return Err(failed("receive from")(errno)),
         };
-        let truncated = received
-            .flags
-            .intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
-        let length = received.bytes;
+        let (length, flags) = (received.bytes, received.flags);
         let mut fds = Vec::new();
-        for message in received.cmsgs().map_err(failed("receive from"))? {
-            if let ControlMessageOwned::ScmRights(numbers) = message {
-                fds.extend(super::descriptors::received(&numbers));
+        if flags.contains(MsgFlags::MSG_CTRUNC) {
+            // There was no room for all that came: a request that lacks its descriptors is refused.
+            super::descriptors::close_truncated(&ancillary);
+        } else {
+            for message in received.cmsgs().map_err(failed("receive from"))? {
+                if let ControlMessageOwned::ScmRights(numbers) = message {
+                    fds.extend(super::descriptors::received(&numbers));
+                }
             }
         }
-        if truncated {
+        if flags.contains(MsgFlags::MSG_TRUNC) {
             return Err(ControlError::TooLong);
         }
         if length == 0 {

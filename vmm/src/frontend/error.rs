@@ -61,6 +61,12 @@ pub enum Error {
         /// What the device type needs at least.
         needed: u16,
     },
+    /// The device's queues take more eventfds than this process can have.
+    #[error("no descriptors are left for {queues} queues (key 'num-queues' asks for fewer)")]
+    Descriptors {
+        /// Of the device.
+        queues: u16,
+    },
     /// The in-flight region is not acceptable.
     #[error("back end's in-flight region refused: {0}")]
     Inflight(&'static str),
@@ -135,6 +141,7 @@ impl Error {
             | Self::NoVersion1
             | Self::Successor(_)
             | Self::Queues { .. }
+            | Self::Descriptors { .. }
             | Self::Resource { .. }
             | Self::Cancelled
             | Self::Thread(_) => None,

@@ -4,6 +4,7 @@ use super::error::Error;
 use super::memory::{HostAddress, MemoryTable};
 use super::shared_event::SharedEvent;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 
 /// Largest queue size of a split virtqueue (virtio 1.3, 2.7).
@@ -21,6 +22,25 @@ pub struct RingEvents {
 }
 
 impl RingEvents {
+    /// Those of a device's queues, which share `error`. Descriptors from number `most` on are left to others.
+    ///
+    /// # Errors
+    /// [`Error::Resource`]; [`Error::Descriptors`] where not enough are left.
+    pub fn of_queues(queues: u16, error: &Arc<SharedEvent>, most: RawFd) -> Result<Vec<Self>, Error> {
+        let events = (0..queues).map(|_| {
+            let events = Self::new(error)?;
+            let last = events
+                .kick
+                .as_fd()
+                .as_raw_fd()
+                .max(events.call.as_fd().as_raw_fd());
+            (last < most)
+                .then_some(events)
+                .ok_or(Error::Descriptors { queues })
+        });
+        events.collect()
+    }
+
     /// New kick and call eventfds.
     ///
     /// # Errors

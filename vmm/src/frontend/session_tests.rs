@@ -41,6 +41,14 @@ fn ring(index: u16, size: u16) -> Ring {
 }
 
 #[test]
+fn queues_leave_descriptors_to_others() {
+    let error = Arc::new(SharedEvent::new().unwrap());
+    assert_eq!(RingEvents::of_queues(3, &error, i32::MAX).unwrap().len(), 3);
+    let refused = RingEvents::of_queues(3, &error, 3).unwrap_err();
+    assert!(refused.to_string().contains("num-queues"), "{refused}");
+}
+
+#[test]
 fn negotiates_in_order_and_starts_rings() {
     let script = Script {
         features: VERSION_1 | PROTOCOL | 1 << 26 | 1 << 9,

@@ -243,21 +243,25 @@ impl Connector {
             device: config.id.clone(),
             source: Box::new(source),
         })?;
-        self.seat(seat, config, back_end, None)
+        let connecting = self.seat(seat, config, back_end, None);
+        connecting.map_err(|(error, _)| failed(error))
     }
 
     /// Has `seat` serve a device; `answered` is called once its back end has answered, or will not.
+    ///
+    /// # Errors
+    /// Why it cannot. The seat comes back.
     pub(super) fn seat(
         &self,
         seat: Seat,
         config: DeviceConfig,
         back_end: Successor,
         answered: Option<Word>,
-    ) -> Result<Connecting, Error> {
+    ) -> Result<Connecting, (DeviceError, Seat)> {
         let events = self.events.clone();
-        let requests = self.requests.get(&config.slot).cloned();
         let parts = DeviceParts {
-            requests: requests.ok_or_else(|| Error::Config(format!("{}: no such slot", config.id)))?,
+            // There is one for each slot of the configuration.
+            requests: Arc::clone(&self.requests[&config.slot]),
             socket: back_end.socket,
             generation: back_end.generation,
             config,
@@ -268,7 +272,7 @@ impl Connector {
             deadlines: Deadlines::default(),
             answered,
         };
-        seat.connect(parts).map_err(failed)
+        seat.connect(parts)
     }
 
     fn confine(&self) -> Confine {

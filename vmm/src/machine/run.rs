@@ -236,22 +236,12 @@ impl Machine {
         Ok(None)
     }
 
-    fn replace_backend(
-        &self,
-        id: u64,
-        slot: u8,
-        generation: u32,
-        mut fds: Vec<OwnedFd>,
-    ) -> Result<(), String> {
+    fn replace_backend(&self, id: u64, slot: u8, generation: u32, fds: Vec<OwnedFd>) -> Result<(), String> {
         let device = self.device(slot)?;
-        match (fds.pop(), fds.is_empty()) {
-            (Some(socket), true) => {
-                let successor = Successor { socket, generation };
-                device.replace(successor, self.events.answer_to(id));
-                Ok(())
-            }
-            _ => Err("exactly one descriptor must come with this request".into()),
-        }
+        let socket = only(fds)?;
+        let successor = Successor { socket, generation };
+        device.replace(successor, self.events.answer_to(id));
+        Ok(())
     }
 
     fn report_devices(&mut self, control: &ControlSocket) -> Result<(), Error> {
@@ -375,6 +365,15 @@ fn told(event: DeviceEvent) -> Option<FromVmm> {
             Some(FromVmm::DeviceFault { device, reason })
         }
     }
+}
+
+/// What must come with a request.
+pub(super) fn only(fds: Vec<OwnedFd>) -> Result<OwnedFd, String> {
+    let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| match fds.len() {
+        0 => "no descriptor came with this request, or there was no room for it",
+        _ => "only one descriptor may come with this request",
+    })?;
+    Ok(fd)
 }
 
 pub(super) fn done(result: std::io::Result<()>) -> FromVmm {

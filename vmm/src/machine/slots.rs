@@ -40,16 +40,9 @@ impl Machine {
     ///
     /// # Errors
     /// Why it cannot.
-    pub(super) fn attach(
-        &mut self,
-        id: u64,
-        config: DeviceConfig,
-        mut fds: Vec<OwnedFd>,
-    ) -> Result<(), String> {
+    pub(super) fn attach(&mut self, id: u64, config: DeviceConfig, fds: Vec<OwnedFd>) -> Result<(), String> {
         let slot = config.slot;
-        let (Some(socket), true) = (fds.pop(), fds.is_empty()) else {
-            return Err("exactly one descriptor must come with this request".into());
-        };
+        let socket = super::run::only(fds)?;
         let seat = self.slots.seats.remove(&slot);
         let seat = seat.ok_or_else(|| format!("slot {slot} is not empty, or not kept for such devices"))?;
         let back_end = Successor {
@@ -58,8 +51,13 @@ impl Machine {
         };
         let answered = self.events.say(DeviceWord::Answered(slot));
         let connecting = self.slots.connector.seat(seat, config, back_end, Some(answered));
-        let connecting = connecting.map_err(|error| chain(&error))?;
-        self.slots.connecting.insert(slot, (id, connecting));
+        match connecting {
+            Ok(connecting) => drop(self.slots.connecting.insert(slot, (id, connecting))),
+            Err((error, seat)) => {
+                self.slots.seats.insert(slot, seat);
+                return Err(chain(&error.cause));
+            }
+        }
         Ok(())
     }
 

@@ -147,15 +147,20 @@ impl Seat {
     /// Has its thread negotiate, while the caller builds the machine.
     ///
     /// # Errors
-    /// When an eventfd cannot be made; the seat is lost.
-    pub fn connect(self, parts: DeviceParts) -> Result<Connecting, DeviceError> {
-        let device = parts.config.id.clone();
-        self.start(parts).map_err(|cause| DeviceError { device, cause })
+    /// When an eventfd cannot be made. The thread comes back, for another device.
+    pub fn connect(self, parts: DeviceParts) -> Result<Connecting, (DeviceError, Self)> {
+        let events = || Ok([new_event()?, new_event()?, new_event()?]);
+        match events() {
+            Ok(events) => Ok(self.start(parts, events)),
+            Err(cause) => {
+                let device = parts.config.id;
+                Err((DeviceError { device, cause }, self))
+            }
+        }
     }
 
-    fn start(self, parts: DeviceParts) -> Result<Connecting, Error> {
-        let (cancel, ending) = (new_event()?, new_event()?);
-        let mailbox = Arc::new(Mailbox::new(new_event()?));
+    fn start(self, parts: DeviceParts, [cancel, ending, wake]: [Arc<EventFd>; 3]) -> Connecting {
+        let mailbox = Arc::new(Mailbox::new(wake));
         let (give, negotiated) = sync_channel(1);
         let (transport, take) = sync_channel(1);
         let context = worker::Context {
@@ -179,7 +184,7 @@ impl Seat {
             take,
             answered: parts.answered,
         });
-        Ok(Connecting {
+        Connecting {
             parts: Started {
                 config: parts.config,
                 memory: parts.memory,
@@ -195,7 +200,7 @@ impl Seat {
                 mailbox,
                 seat: Some(self),
             },
-        })
+        }
     }
 }
 

@@ -61,7 +61,8 @@ pub(crate) fn script() -> Script {
 /// A device on a thread of its own.
 pub(crate) fn device(parts: DeviceParts, confine: Confine) -> Result<Device, DeviceError> {
     let seat = Seat::new(parts.config.slot, confine).unwrap();
-    seat.connect(parts)?.finish().map_err(|(error, _)| error)
+    let connecting = seat.connect(parts).map_err(|(error, _)| error)?;
+    connecting.finish().map_err(|(error, _)| error)
 }
 
 impl Rig {

@@ -23,6 +23,7 @@ pub(super) struct Order {
 }
 
 /// A thread that waits for a device, or serves one.
+#[derive(Debug)]
 pub struct Seat {
     orders: Option<SyncSender<Order>>,
     thread: Option<JoinHandle<()>>,

@@ -24,12 +24,17 @@ use crate::error::chain;
 use crate::frontend::{
     Error, InflightRegion, QueueState, Ring, RingEvents, Session, SessionOptions, SharedEvent,
 };
+use jailer::sandbox::MAX_OPEN_FILES;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use vm_spec::control::{DeviceConfig, Loss};
+
+/// Queues' eventfds have numbers below this: a back end that decides how many queues there are takes no room from
+/// the successors of others, which come with a socket and a region each.
+const MOST_OF_QUEUES: RawFd = MAX_OPEN_FILES as RawFd - 64;
 
 /// What the thread is given.
 pub(super) struct Context {
@@ -156,9 +161,7 @@ fn negotiate(context: &Context, socket: OwnedFd) -> Result<Parts, Error> {
     let offer = offer::make(&mut session, &context.spec)?;
     let inflight = session.get_inflight(offer.served, offer.queue_size)?;
     let ring_error = Arc::new(SharedEvent::new()?);
-    let events = (0..offer.queues)
-        .map(|_| RingEvents::new(&ring_error))
-        .collect::<Result<_, _>>()?;
+    let events = RingEvents::of_queues(offer.queues, &ring_error, MOST_OF_QUEUES)?;
     Ok((session, inflight, offer, ring_error, events))
 }
 

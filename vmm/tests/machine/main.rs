@@ -19,7 +19,7 @@ type Test = (&'static str, fn() -> Outcome);
 fn main() {
     let arguments = Arguments::from_args();
     let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
-    let tests: [Test; 19] = [
+    let tests: [Test; 20] = [
         ("a_byte_and_a_power_off", a_byte_and_a_power_off),
         ("more_memory_than_the_hole_and_many_vcpus", more_memory_and_vcpus),
         ("no_pic_interrupts_who_never_masked_it", pics),
@@ -34,6 +34,10 @@ fn main() {
         (
             "a_reboot_forgets_the_memory_types_of_the_last_guest",
             memory_types,
+        ),
+        (
+            "a_device_for_which_there_are_no_descriptors_is_refused",
+            no_descriptors,
         ),
         ("a_reset_ends_the_vm_where_so_asked", reset_ends),
         ("the_power_button_reaches_the_guest", power_button),
@@ -214,6 +218,42 @@ fn reboot_with_a_loss() -> Outcome {
     assert_eq!(vmm.output(), "bb");
     assert!(vmm.exit().success());
     Ok(())
+}
+
+/// Whatever it is that cannot be made, the guest runs on, and the slot stays.
+fn no_descriptors() -> Outcome {
+    let kernel = Code::default()
+        .print("r")
+        .wait_for_event()
+        .power_off()
+        .spin()
+        .elf();
+    let mut vmm = Vmm::start(Guest {
+        spare: true,
+        ..Guest::new(&kernel)
+    });
+    vmm.running();
+    let mut refused = Vec::new();
+    // Fewer than are polled at once, the kernel would not poll.
+    for most in 8..200 {
+        vmm.limit_descriptors(most);
+        let (disk, socket) = UnixStream::pair()?;
+        backend::start(disk, false);
+        match vmm.attach_disk(&socket) {
+            FromVmm::Failed(why) => refused.push(why),
+            FromVmm::Done => {
+                let reasons = ["no room for it", "cannot make an eventfd"];
+                let known = |why: &String| reasons.iter().any(|reason| why.contains(reason));
+                assert!(refused.len() > 6 && refused.iter().all(known), "{refused:?}");
+                // It told the guest, which has ended.
+                assert_eq!(vmm.ended().0, EndReason::PowerOff);
+                assert!(vmm.exit().success());
+                return Ok(());
+            }
+            other => return Err(format!("{other:?}").into()),
+        }
+    }
+    Err(format!("never attached: {refused:?}").into())
 }
 
 fn reset_ends() -> Outcome {

@@ -1,5 +1,7 @@
 //! A `bulkhead-vmm` process, driven over its control socket.
 
+#![expect(unsafe_code, reason = "sets another process's limit")]
+
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recv, send, sendmsg, setsockopt, socketpair,
@@ -14,7 +16,9 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
-use vm_spec::control::{DeviceConfig, EndReason, Envelope, FdNumber, FromVmm, MAX_MESSAGE, ToVmm, VmConfig};
+use vm_spec::control::{
+    DeviceConfig, EndReason, Envelope, FdNumber, FromVmm, MAX_MESSAGE, SpareSlot, ToVmm, VmConfig,
+};
 use vm_spec::machine;
 
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -36,6 +40,8 @@ pub(crate) struct Guest {
     pub(crate) takes_status: bool,
     /// The back end of a block device in slot [`SLOT`].
     pub(crate) disk: Option<UnixStream>,
+    /// Such a device may come later.
+    pub(crate) spare: bool,
 }
 
 impl Guest {
@@ -50,6 +56,7 @@ impl Guest {
             restart_on_reboot: true,
             takes_status: false,
             disk: None,
+            spare: false,
         }
     }
 }
@@ -84,6 +91,11 @@ impl Vmm {
             let (requests, peer) = UnixStream::pair().unwrap();
             inherited.extend([disk, requests, peer].map(OwnedFd::from));
         }
+        let first_of_spare = inherited.len();
+        if guest.spare {
+            let (requests, peer) = UnixStream::pair().unwrap();
+            inherited.extend([requests, peer].map(OwnedFd::from));
+        }
         let number = |index: usize| FdNumber(inherited[index].as_raw_fd());
         let config = VmConfig {
             machine_version: machine::MACHINE_VERSION,
@@ -95,11 +107,18 @@ impl Vmm {
             initrd: has_initrd.then(|| number(4)),
             cmdline: guest.cmdline,
             console: number(3),
-            devices: (inherited.len() > first_of_disk)
+            devices: (first_of_spare > first_of_disk)
                 .then(|| disk([0, 1, 2].map(|i| number(first_of_disk + i))))
                 .into_iter()
                 .collect(),
-            spares: Vec::new(),
+            spares: (inherited.len() > first_of_spare)
+                .then(|| SpareSlot {
+                    slot: SLOT,
+                    requests: number(first_of_spare),
+                    requests_peer: number(first_of_spare + 1),
+                })
+                .into_iter()
+                .collect(),
             restart_on_reboot: guest.restart_on_reboot,
             takes_status: guest.takes_status,
         };
@@ -142,12 +161,39 @@ impl Vmm {
 
     /// Hands the disk another back end. The number by which it is answered.
     pub(crate) fn replace_disk(&mut self, socket: &UnixStream) -> u64 {
+        self.send_with(
+            ToVmm::ReplaceBackend {
+                slot: SLOT,
+                generation: 1,
+            },
+            socket,
+        )
+    }
+
+    /// Puts a disk into the slot that is kept for one.
+    pub(crate) fn attach_disk(&mut self, socket: &UnixStream) -> FromVmm {
+        let config = disk([FdNumber(-1); 3]);
+        let id = self.send_with(ToVmm::Attach(Box::new(config)), socket);
+        let answer = self.receive();
+        assert_eq!(answer.id, id, "{answer:?}");
+        answer.body
+    }
+
+    /// Lets it have no descriptor of this number or above.
+    pub(crate) fn limit_descriptors(&self, most: u64) {
+        let limit = libc::rlimit {
+            rlim_cur: most,
+            rlim_max: 1023,
+        };
+        let pid = self.child.id() as libc::pid_t;
+        // SAFETY: reads the limit, and writes nothing.
+        let done = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    }
+
+    fn send_with(&mut self, body: ToVmm, socket: &UnixStream) -> u64 {
         let id = self.next_id;
         self.next_id += 1;
-        let body = ToVmm::ReplaceBackend {
-            slot: SLOT,
-            generation: 1,
-        };
         let bytes = Envelope::new(id, body).encode().unwrap();
         let fds = [socket.as_raw_fd()];
         let rights = [ControlMessage::ScmRights(&fds)];
