@@ -66,6 +66,7 @@ impl State {
 #[derive(Default)]
 pub(crate) struct FakeInterrupts {
     strict: bool,
+    limit: Option<usize>,
     state: Mutex<State>,
     hook: Mutex<Option<Hook>>,
 }
@@ -74,6 +75,14 @@ impl FakeInterrupts {
     pub(crate) fn strict() -> Self {
         Self {
             strict: true,
+            ..Self::default()
+        }
+    }
+
+    /// Of so many at a time.
+    pub(crate) fn limited(limit: usize) -> Self {
+        Self {
+            limit: Some(limit),
             ..Self::default()
         }
     }
@@ -115,6 +124,10 @@ impl FakeInterrupts {
 impl Interrupts for FakeInterrupts {
     fn allocate(&self) -> io::Result<Gsi> {
         let mut state = self.state.lock().unwrap();
+        let taken = state.gsis as usize - state.freed.len();
+        if self.limit.is_some_and(|limit| taken >= limit) {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        }
         state.gsis += 1;
         Ok(Gsi(state.gsis - 1))
     }

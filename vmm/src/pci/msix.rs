@@ -35,15 +35,16 @@ impl Msix {
     /// # Errors
     /// When there are not enough GSIs.
     pub fn new(interrupts: Arc<dyn Interrupts>, count: u16) -> io::Result<Self> {
-        let vectors = (0..count.min(MAX_VECTORS))
-            .map(|_| interrupts.allocate().map(Vector::new))
-            .collect::<io::Result<_>>()?;
-        Ok(Self {
+        let mut msix = Self {
             interrupts,
-            vectors,
+            vectors: Vec::new(),
             control: 0,
             stopped: false,
-        })
+        };
+        for _ in 0..count.min(MAX_VECTORS) {
+            msix.vectors.push(Vector::new(msix.interrupts.allocate()?));
+        }
+        Ok(msix)
     }
 
     /// Number of vectors.
@@ -192,5 +193,12 @@ impl Msix {
         entry[8..12].copy_from_slice(&vector.message.data.to_le_bytes());
         entry[12] = vector.masked.into();
         Some(entry)
+    }
+}
+
+impl Drop for Msix {
+    /// Also of one that was not made to the end, or whose function was not.
+    fn drop(&mut self) {
+        self.retire();
     }
 }

@@ -44,6 +44,14 @@ fn assigned(msix: &mut Msix, vector: u16) -> Arc<SharedEvent> {
 }
 
 #[test]
+fn a_function_that_is_not_made_leaves_no_interrupt_taken() {
+    let interrupts = Arc::new(FakeInterrupts::limited(3));
+    assert!(Msix::new(interrupts.clone(), 4).is_err());
+    drop(Msix::new(interrupts.clone(), 3).unwrap());
+    assert!(Msix::new(interrupts.clone(), 3).is_ok());
+}
+
+#[test]
 fn pending_while_masked_and_delivered_at_unmask() {
     let (interrupts, mut msix) = msix(2);
     let source = assigned(&mut msix, 1);
