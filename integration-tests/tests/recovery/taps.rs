@@ -47,6 +47,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test_within(LIMIT, "taps::one_on_a_bridge_is_made_again", bridged_tap),
         test_within(LIMIT, "taps::a_process_needs_none", no_tap_for_long),
         test_within(LIMIT, "taps::one_is_lost_with_its_process", both_at_once),
+        test_within(LIMIT, "taps::a_process_that_is_stopped_is_replaced", stopped),
         test_within(
             LIMIT,
             "taps::a_bridge_is_lost_with_its_process",
@@ -239,6 +240,22 @@ fn named_tap() -> Result<()> {
     let launcher = Command::new(artifact(Artifact::Bulkhead)?);
     let guest = OnTap::start(launcher, &format!("tap={}", interface.0))?;
     goes_and_comes(interface, guest)
+}
+
+/// A process that a signal stops is found, killed and replaced; frames go both ways then.
+fn stopped() -> Result<()> {
+    need_root()?;
+    Host::need_tun()?;
+    let wire = Wire::on(bridge('s')?)?;
+    let interface = Interface::make(&name('h'))?;
+    wire.connect(&interface)?;
+    let launcher = Command::new(artifact(Artifact::Bulkhead)?);
+    let mut guest = OnTap::start(launcher, &format!("tap={}", interface.0))?;
+    guest.strike(Signal::SIGSTOP)?;
+    guest.wait(EventKind::Hung, 1)?;
+    guest.wait(EventKind::Restarted, 1)?;
+    guest.expect_none_died()?;
+    guest.echoes_to(&wire)
 }
 
 /// Whoever made the TAP did not know how many pairs of queues would be wanted.
