@@ -1,4 +1,4 @@
-//! Block requests (virtio 1.3, 5.2): the driver, and the scenarios `blk`, `msix-mask`, `reboot`.
+//! Block requests (virtio 1.3, 5.2): the driver, and the scenarios `blk`, `msix-mask`, `needs-reset`, `reboot`.
 
 use crate::{
     cpu, memory,
@@ -365,6 +365,31 @@ fn discard_half(disk: &mut Disk, work: &Work) -> Result<(), Failure> {
         }
     }
     line!("discarded={blocks}");
+    Ok(())
+}
+
+/// `needs-reset`: writes blocks, waits until the device asks to be reset, resets it, and works with it as before.
+pub(crate) fn needs_reset_scenario(parameters: Parameters<'_>) -> Result<(), Failure> {
+    let work = Work {
+        requests: parameters.number("requests", 64),
+        size: 4096,
+        seed: parameters.number("seed", 1),
+        polled: false,
+        depth: 8,
+    };
+    let written = {
+        let mut disk = Disk::new(parameters, work.depth, work.size)?;
+        let written = disk.run(&work, WRITE_OUT)?;
+        line!("ready=1");
+        disk.device.await_needs_reset()?;
+        written
+    };
+    let mut disk = Disk::new(parameters, work.depth, work.size)?;
+    let read = disk.run(&work, READ)?;
+    line!("checksum={read:016x}");
+    if written != read || disk.run(&work, WRITE_OUT)? != read {
+        return Err("what was read is not what was written");
+    }
     Ok(())
 }
 

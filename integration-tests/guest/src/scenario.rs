@@ -29,6 +29,7 @@ pub(crate) fn run(command_line: &str) -> ! {
         "pci" => pci::scenario(),
         "blk" => blk::scenario(parameters),
         "msix-mask" => blk::mask_scenario(parameters),
+        "needs-reset" => blk::needs_reset_scenario(parameters),
         "reboot" => blk::reboot_scenario(parameters),
         "flushed" => flushed::scenario(parameters),
         "storm" => storm::scenario(parameters),

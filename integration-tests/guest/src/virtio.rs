@@ -19,6 +19,7 @@ const ACKNOWLEDGE: u8 = 1;
 const DRIVER: u8 = 2;
 const DRIVER_OK: u8 = 4;
 const FEATURES_OK: u8 = 8;
+const DEVICE_NEEDS_RESET: u8 = 64;
 
 // struct virtio_pci_common_cfg.
 const DEVICE_FEATURE_SELECT: u64 = 0;
@@ -89,6 +90,16 @@ impl Device {
             }
         }
         Err("the device does not reset")
+    }
+
+    /// Looks at the status until the device asks to be reset.
+    pub(crate) fn await_needs_reset(&self) -> Result<(), Failure> {
+        for _ in 0..PATIENCE {
+            if self.common.read8(DEVICE_STATUS) & DEVICE_NEEDS_RESET != 0 {
+                return Ok(());
+            }
+        }
+        Err("the device does not ask for a reset")
     }
 
     fn add_status(&self, bits: u8) {

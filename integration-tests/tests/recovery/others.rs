@@ -54,6 +54,7 @@ pub(crate) fn tests() -> Vec<Trial> {
                 .into_iter()
                 .try_for_each(no_record)
         }),
+        test_within(limit, "others::a_guest_that_is_told_resets_its_device", told),
         test_within(limit, "others::seeking_ends_with_the_vm", || ends(|_| Ok(None))),
         test_within(limit, "others::a_handshake_ends_with_the_vm", || {
             ends(|path| Ok(Some(UnixListener::bind(path)?)))
@@ -304,6 +305,33 @@ fn no_record(kind: Kind) -> Result<()> {
     let words = storm.run.process.stderr()?;
     ensure!(words.contains("no record"), "it does not say why: {words}");
     Ok(())
+}
+
+/// The guest, told that its device needs a reset, resets it and is served as before: as a device of a type that
+/// the VM knows by its number alone.
+fn told() -> Result<()> {
+    Host::need_kvm()?;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("disk");
+    File::create(&path)?.set_len(16 << 20)?;
+    let mut daemon = Daemon::start(Kind::Reference, &path)?;
+    let flag = format!("--vhost-user=type=block,socket={}", daemon.socket.display());
+    let mut run = Run::tiny("scenario=needs-reset", &[flag])?;
+    run.console
+        .wait_line("ready=1", DEADLINE)
+        .with_context(|| run.process.stderr().unwrap_or_default())?;
+    daemon.kill()?;
+    daemon.start_again()?;
+    let end = Instant::now() + DEADLINE;
+    while run.process.alive()? && Instant::now() < end {
+        // Its predecessor's socket may still be held for a moment.
+        daemon.keep_alive()?;
+        thread::sleep(Duration::from_millis(20));
+    }
+    run.wait(DEADLINE)?;
+    run.console
+        .expect_ok()
+        .with_context(|| run.process.stderr().unwrap_or_default())
 }
 
 /// A VM whose back end is gone is asked to end; `stand_in` may take the back end's place, and never
