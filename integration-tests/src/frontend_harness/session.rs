@@ -25,6 +25,8 @@ pub mod protocol {
     pub const INFLIGHT_SHMFD: u64 = 1 << 12;
     pub const RESET_DEVICE: u64 = 1 << 13;
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
+    pub const STATUS: u64 = 1 << 16;
+    pub const GET_VRING_BASE_INFLIGHT: u64 = 1 << 20;
 }
 
 /// Device feature bits that every device may have (virtio 1.3, 6), and vhost-user's own.
@@ -262,14 +264,23 @@ impl Session {
             next.features == self.features,
             "the new back end offers other features"
         );
-        if let Some(inflight) = self.inflight {
-            next.give_inflight(&inflight)?;
-            next.inflight = Some(inflight);
-        }
-        let bases: Vec<u16> = self.rings.iter().map(Ring::next_used).collect();
+        next.inflight = self.inflight;
         next.rings = self.rings;
-        next.start_rings(&bases)?;
+        let bases: Vec<u16> = next.rings.iter().map(Ring::next_used).collect();
+        next.go_on(&bases)?;
         Ok(next)
+    }
+
+    /// Starts the rings again, with the in-flight region that was kept; one without goes on at its base.
+    ///
+    /// # Errors
+    /// When the back end refuses.
+    pub fn go_on(&mut self, bases: &[u16]) -> Result<()> {
+        if let Some(inflight) = self.inflight.take() {
+            self.give_inflight(&inflight)?;
+            self.inflight = Some(inflight);
+        }
+        self.start_rings(bases)
     }
 
     /// Stops queue `index`; the index that it would go on from.

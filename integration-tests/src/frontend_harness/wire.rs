@@ -42,6 +42,7 @@ pub mod request {
     pub const GET_MAX_MEM_SLOTS: u32 = 36;
     pub const ADD_MEM_REG: u32 = 37;
     pub const REM_MEM_REG: u32 = 38;
+    pub const SET_STATUS: u32 = 39;
 }
 
 const VERSION: u32 = 1;

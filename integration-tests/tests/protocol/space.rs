@@ -9,7 +9,7 @@ use integration_tests::{
     artifacts::Artifact,
     frontend_harness::{
         BlockDriver, BlockRequest, DEADLINE, Memory, Options, STATUS_IOERR, STATUS_OK, Segment, Session,
-        request,
+        protocol, request,
     },
     process::{Process, inherit_at},
     suite::{Skip, artifact, test},
@@ -58,6 +58,9 @@ pub(crate) fn tests() -> Vec<Trial> {
         tests.push(test(format!("space::{name}::stop_and_reset"), move || {
             stop_and_reset(kind)
         }));
+        tests.push(test(format!("space::{name}::stop_and_pause"), move || {
+            stop_and_pause(kind)
+        }));
     }
     tests.push(test("space::no_discard_where_there_are_no_holes", no_holes));
     tests.push(test(
@@ -76,6 +79,10 @@ struct Host {
 
 impl Host {
     fn start(file_system: &str, kind: Kind, flags: &[&str]) -> Result<Self> {
+        Self::start_with(file_system, kind, flags, &Options::default())
+    }
+
+    fn start_with(file_system: &str, kind: Kind, flags: &[&str], options: &Options) -> Result<Self> {
         let possible = Command::new("unshare").args(["-Urm", "true"]).output();
         if !possible.is_ok_and(|output| output.status.success()) {
             bail!(Skip("no user namespaces here".to_owned()));
@@ -98,8 +105,7 @@ impl Host {
         control.set_read_timeout(Some(DEADLINE))?;
         inherit_at(&mut command, theirs.into(), 4)?;
         let process = Process::start_with_input(command, Stdio::piped())?;
-        let session = Session::start(ours, &Options::default())
-            .with_context(|| process.stderr().unwrap_or_default())?;
+        let session = Session::start(ours, options).with_context(|| process.stderr().unwrap_or_default())?;
         Ok(Self {
             process,
             driver: BlockDriver::new(session),
@@ -299,6 +305,30 @@ fn stop_and_reset(kind: Kind) -> Result<()> {
     let session = host.driver.session.restart(&Options::default())?;
     host.driver = BlockDriver::new(session);
     host.check(end)
+}
+
+/// As QEMU stops a device (`stop`) and goes on (`cont`): what waits is in the in-flight region meanwhile.
+fn stop_and_pause(kind: Kind) -> Result<()> {
+    let defaults = Options::default();
+    let options = Options {
+        protocol: defaults.protocol | protocol::STATUS | protocol::GET_VRING_BASE_INFLIGHT,
+        ..defaults
+    };
+    let mut host = Host::start_with("tmpfs", kind, &["--on-error=stop"], &options)?;
+    ensure!(
+        host.driver.session.protocol == options.protocol,
+        "not all is offered"
+    );
+    let end = host.fill_until_stopped()?;
+    let session = &mut host.driver.session;
+    let base = session.stop_ring(0)?;
+    let connection = &mut session.connection;
+    connection.tell(request::SET_STATUS, &0_u64.to_le_bytes(), &[])?;
+    host.free()?;
+    host.driver.session.go_on(&[u16::try_from(base)?])?;
+    let status = host.driver.complete(0)?.status;
+    ensure!(status == STATUS_OK, "status {status} when space returned");
+    host.check(end + 1)
 }
 
 fn no_holes() -> Result<()> {

@@ -201,8 +201,14 @@ impl Session {
                 value: status,
             });
         }
-        if status == 0 {
-            self.reset_device()?;
+        match status {
+            // Said at each stop of the device, too (QEMU): what GET_VRING_BASE left in the region is the front
+            // end's, which drops it where the driver resets the device.
+            0 if self.protocol_negotiated(VhostUserProtocolFeatures::GET_VRING_BASE_INFLIGHT) => {
+                self.reset()?
+            }
+            0 => self.reset_device()?,
+            _ => {}
         }
         self.status = status;
         Ok(())

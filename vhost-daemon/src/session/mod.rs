@@ -220,17 +220,23 @@ impl Session {
         Ok(())
     }
 
-    /// A device reset by RESET_DEVICE or a status of 0: rings stopped at index 0 and disabled
-    /// (vhost-user, VHOST_USER_RESET_DEVICE), nothing in flight.
+    /// RESET_DEVICE: nothing is in flight any more.
     fn reset_device(&mut self) -> Result<(), SessionError> {
+        self.reset()?;
+        if let Some(region) = &self.inflight {
+            region.zero();
+        }
+        Ok(())
+    }
+
+    /// A device reset by RESET_DEVICE or a status of 0: rings stopped at index 0 and disabled
+    /// (vhost-user, VHOST_USER_RESET_DEVICE).
+    fn reset(&mut self) -> Result<(), SessionError> {
         self.stop_rings()?;
         for (worker, vring) in self.workers.iter().zip(&mut self.vrings) {
             vring.base = 0;
             vring.enabled = false;
             worker.set_enabled(false)?;
-        }
-        if let Some(region) = &self.inflight {
-            region.zero();
         }
         self.device.reset();
         self.status = 0;
