@@ -20,10 +20,6 @@ impl TunOffload {
     pub const TSO6: Self = Self(0x04);
     /// TCP super-frames with ECN.
     pub const TSO_ECN: Self = Self(0x08);
-    /// UDP over IPv4 super-frames.
-    pub const USO4: Self = Self(0x20);
-    /// UDP over IPv6 super-frames.
-    pub const USO6: Self = Self(0x40);
     /// Both kinds of UDP super-frames: the kernel takes them together or not at all.
     pub const USO: Self = Self(0x60);
     /// All that kernels before 6.2 know.
@@ -57,12 +53,6 @@ impl TunOffload {
 const fn bit(feature: u32) -> u64 {
     1 << feature
 }
-
-/// Features of the guest's side that need a finished checksum when GUEST_CSUM is missing.
-const GUEST_SEGMENTS: u64 = bit(VIRTIO_NET_F_GUEST_TSO4)
-    | bit(VIRTIO_NET_F_GUEST_TSO6)
-    | bit(VIRTIO_NET_F_GUEST_USO4)
-    | bit(VIRTIO_NET_F_GUEST_USO6);
 
 /// Offload feature bits that need nothing but a TAP with virtio-net headers.
 pub const TCP_FEATURES: u64 = bit(VIRTIO_NET_F_CSUM)
@@ -111,12 +101,6 @@ impl Offloads {
     #[must_use]
     pub fn mergeable(&self) -> bool {
         self.has(VIRTIO_NET_F_MRG_RXBUF)
-    }
-
-    /// The driver takes super-frames of any kind.
-    #[must_use]
-    pub fn guest_segments(&self) -> bool {
-        self.guest_csum() && self.features & GUEST_SEGMENTS != 0
     }
 
     /// The driver may send super-frames of this `gso_type`.
