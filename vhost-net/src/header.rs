@@ -100,6 +100,35 @@ pub struct Cut {
     pub headers: usize,
 }
 
+impl Cut {
+    /// A frame that is one packet.
+    pub const WHOLE: Self = Self {
+        packets: 1,
+        headers: 0,
+    };
+
+    fn new(headers: usize, frame: usize, gso_size: U16) -> Self {
+        let packets = (frame - headers).div_ceil(gso_size.get().into()).max(1);
+        Self { packets, headers }
+    }
+
+    /// What a frame of `frame` bytes stands for that comes from a TAP with this header: the packets that its
+    /// kernel made it of, or would have cut it into. A header that cannot be true stands for one packet.
+    #[must_use]
+    pub fn received(header: &NetHeader, frame: usize) -> Self {
+        let headers =
+            transport(header.gso_type).map(|(_, least)| usize::from(header.csum_start.get()) + least);
+        match headers {
+            Some(headers) if headers <= frame && header.gso_size.get() > 0 => {
+                let Self { packets, headers } = Self::new(headers, frame, header.gso_size);
+                let packets = packets.min(MOST_SEGMENTS);
+                Self { packets, headers }
+            }
+            _ => Self::WHOLE,
+        }
+    }
+}
+
 impl TxHeader {
     /// Checks `header` against a frame of `frame` bytes (the header not counted).
     ///
@@ -121,10 +150,7 @@ impl TxHeader {
             clean.csum_start = header.csum_start;
             clean.csum_offset = header.csum_offset;
         }
-        let mut cut = Cut {
-            packets: 1,
-            headers: 0,
-        };
+        let mut cut = Cut::WHOLE;
         if header.gso_type != GSO_NONE {
             cut = check_segmentation(&header, frame, offloads)?;
             clean.gso_type = header.gso_type;
@@ -152,12 +178,6 @@ impl TxHeader {
         let field = usize::from(self.clean.csum_start.get()) + usize::from(self.clean.csum_offset.get());
         (self.clean.flags & F_NEEDS_CSUM != 0).then_some(field)
     }
-
-    /// The frame is to be segmented.
-    #[must_use]
-    pub fn is_segmented(&self) -> bool {
-        self.clean.gso_type != GSO_NONE
-    }
 }
 
 fn check_checksum(header: &NetHeader, frame: usize, offloads: &Offloads) -> Result<(), HeaderError> {
@@ -173,28 +193,31 @@ fn check_checksum(header: &NetHeader, frame: usize, offloads: &Offloads) -> Resu
 }
 
 fn check_segmentation(header: &NetHeader, frame: usize, offloads: &Offloads) -> Result<Cut, HeaderError> {
-    let kind = header.gso_type & !GSO_ECN;
-    // Where the protocol's own header has its checksum, and how long that header is at least.
-    let (offset, length) = match kind {
-        GSO_TCPV4 | GSO_TCPV6 => (16, 20),
-        GSO_UDP_L4 => (6, 8),
-        _ => return Err(HeaderError::GsoType),
-    };
+    let (offset, least) = transport(header.gso_type).ok_or(HeaderError::GsoType)?;
     if !offloads.host_segments(header.gso_type) {
         return Err(HeaderError::NotNegotiated);
     }
     if header.gso_size.get() == 0 || header.flags & F_NEEDS_CSUM == 0 {
         return Err(HeaderError::GsoSize);
     }
-    let headers = usize::from(header.csum_start.get()) + length;
+    let headers = usize::from(header.csum_start.get()) + least;
     if header.csum_offset.get() != offset || headers > frame {
         return Err(HeaderError::Checksum);
     }
-    let packets = (frame - headers).div_ceil(header.gso_size.get().into()).max(1);
-    if packets > MOST_SEGMENTS {
+    let cut = Cut::new(headers, frame, header.gso_size);
+    if cut.packets > MOST_SEGMENTS {
         return Err(HeaderError::Segments);
     }
-    Ok(Cut { packets, headers })
+    Ok(cut)
+}
+
+/// Where the header of the protocol that is segmented has its checksum, and how long it is at least.
+fn transport(gso_type: u8) -> Option<(u16, usize)> {
+    match gso_type & !GSO_ECN {
+        GSO_TCPV4 | GSO_TCPV6 => Some((16, 20)),
+        GSO_UDP_L4 => Some((6, 8)),
+        _ => None,
+    }
 }
 
 /// The hint `hdr_len`, if it can be true of a frame with at least `headers` bytes of them: a device must not

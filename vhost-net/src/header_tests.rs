@@ -34,7 +34,6 @@ fn a_plain_frame_carries_nothing_over() {
 #[test]
 fn a_super_frame_keeps_its_fields_but_not_num_buffers() {
     let header = TxHeader::check(tcp4(), 60_000, &everything()).unwrap();
-    assert!(header.is_segmented());
     let expected = NetHeader {
         num_buffers: 0.into(),
         ..tcp4()
@@ -108,6 +107,28 @@ fn a_super_frame_is_cut_into_as_many_packets_as_any_network_needs() {
     assert_eq!(cut(1, 54 + 64), packets(64));
     let plain = TxHeader::check(NetHeader::default(), 60, &everything()).unwrap();
     assert_eq!((plain.cut().packets, plain.cut().headers), (1, 0));
+}
+
+#[test]
+fn a_received_super_frame_counts_as_its_packets() {
+    let cut = |change: fn(&mut NetHeader), frame| {
+        // As the kernel says it: the hint is the part of the frame that lies together.
+        let mut header = tcp4();
+        header.hdr_len = 2000.into();
+        change(&mut header);
+        let cut = Cut::received(&header, frame);
+        (cut.packets, cut.headers)
+    };
+    assert_eq!(cut(|_| (), 54 + 1448), (1, 54));
+    assert_eq!(cut(|_| (), 54 + 3 * 1448), (3, 54));
+    assert_eq!(cut(|h| h.gso_type = GSO_TCPV6 | GSO_ECN, 54 + 1449), (2, 54));
+    assert_eq!(cut(|h| h.gso_type = GSO_UDP_L4, 42 + 1449), (2, 42));
+    // What a guest may write there meanwhile.
+    assert_eq!(cut(|h| h.gso_size = 1.into(), MAX_FRAME), (MOST_SEGMENTS, 54));
+    assert_eq!(cut(|h| h.gso_size = 0.into(), MAX_FRAME), (1, 0));
+    assert_eq!(cut(|h| h.csum_start = 65535.into(), 2000), (1, 0));
+    assert_eq!(cut(|h| h.gso_type = GSO_NONE, 2000), (1, 0));
+    assert_eq!(cut(|h| h.gso_type = 0x7f, 2000), (1, 0));
 }
 
 #[test]

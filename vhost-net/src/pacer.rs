@@ -101,13 +101,14 @@ impl Pacer {
         Some(Wait::READABLE)
     }
 
-    /// Accounts for a frame of `bytes`.
-    pub fn passed(&mut self, bytes: usize) {
-        self.limiter.passed(bytes);
+    /// There is a limit.
+    #[must_use]
+    pub fn is_limited(&self) -> bool {
+        self.limiter.is_limited()
     }
 
     /// Accounts for what becomes of a frame of `bytes`: each packet counts, and has headers.
-    pub fn passed_cut(&mut self, bytes: usize, cut: Cut) {
+    pub fn passed(&mut self, bytes: usize, cut: Cut) {
         if self.limiter.is_limited() {
             for _ in 1..cut.packets {
                 self.limiter.passed(cut.headers);

@@ -6,13 +6,17 @@
 //! it waits, later frames wait in the kernel's queue. A driver whose buffers are never enough loses
 //! the frame after a while (`GRACE`), not the link.
 
+mod discard;
+mod head;
+
 use crate::buffers::{FrameBuffers, MAX_SEGMENTS, SliceStorage, Storage};
 use crate::counters::{Batch, Counters, Drop};
-use crate::header::{ETHERNET_HEADER, GSO_ECN, GSO_NONE, HEADER_SIZE, MAX_FRAME, NetHeader};
+use crate::header::{Cut, HEADER_SIZE, MAX_FRAME, NetHeader};
 use crate::link::Link;
 use crate::offload::Offloads;
 use crate::pacer::Pacer;
 use crate::steering::Running;
+use head::Head;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
@@ -41,17 +45,6 @@ const PUBLISH_EVERY: usize = 16;
 /// the work that a flood of frames, each dropped for want of room, can cause at a time.
 const MOST_FRAMES: usize = 64;
 
-/// Most frames that are dropped for a driver that does not take what the one before did: more than a TAP's
-/// queue holds (1000), unless it was given another length. Bounds the wait for a host that sends on.
-const MOST_UNFIT: usize = 1 << 14;
-
-/// Bytes of a frame with its header up to the Ethernet type.
-const HEAD: usize = HEADER_SIZE + ETHERNET_HEADER;
-/// Ethernet types of a tag, which the MTU does not count, its length, and how many a frame may have.
-const TAGS: [[u8; 2]; 2] = [[0x81, 0], [0x88, 0xa8]];
-const TAG: usize = 4;
-const MOST_TAGS: usize = 2;
-
 /// How long a frame that lacks room waits for the driver's next buffer. Far above what a busy or
 /// paused driver takes, as a frame is lost to it.
 const GRACE: Duration = Duration::from_secs(2);
@@ -69,7 +62,7 @@ pub struct ReceiveQueue {
     /// Bytes that they hold.
     room: usize,
     spill: Vec<u8>,
-    /// A whole frame of this length with its header lies in `spill`.
+    /// It lies in `spill`, whole.
     waiting: Option<Waiting>,
     /// Room for which a frame was given up: until there is more, no frame waits that needs more.
     hopeless: usize,
@@ -83,11 +76,19 @@ pub struct ReceiveQueue {
     slices: SliceStorage,
 }
 
+/// A frame that was read.
+#[derive(Clone, Copy, Debug)]
+struct Frame {
+    /// In bytes, with its header.
+    length: usize,
+    /// What it stands for.
+    cut: Cut,
+}
+
 /// A frame that waits for buffers.
 #[derive(Clone, Copy, Debug)]
 struct Waiting {
-    /// With its header.
-    length: usize,
+    frame: Frame,
     /// Since there was last a new buffer, and how much room there was.
     since: Option<(Instant, usize)>,
 }
@@ -120,7 +121,7 @@ impl Expectation {
 
 /// What became of one attempt to read.
 enum Read {
-    Frame(usize),
+    Frame(Frame),
     /// A frame that the driver must not get.
     Refused,
     Nothing(Wait),
@@ -218,54 +219,42 @@ impl ReceiveQueue {
         }
         let result = read_retrying(&self.pacer, &buffers);
         self.storage = buffers.into_storage();
-        if let Ok(length) = result
-            && length > self.longest_whole
-            && !is_segmented_or_tagged(head(&slices, &self.spill), length - self.longest_whole)
-        {
-            self.slices.keep(slices);
-            self.counters
-                .receive
-                .dropped(Drop::Mtu, &"longer than the guest's MTU");
-            return Read::Refused;
-        }
-        if let Ok(length) = result
-            && length > room
+        let read = result.map(|length| {
+            let cut = self.cut(length, &slices)?;
+            Some(Frame { length, cut })
+        });
+        if let Ok(Some(frame)) = read
+            && frame.length > room
         {
             let mut done = 0;
             for slice in &slices {
                 let end = room.min(done + slice.len());
                 done += slice.copy_to(&mut self.spill[done..end]);
             }
-            self.waiting = Some(Waiting { length, since: None });
+            self.waiting = Some(Waiting { frame, since: None });
         }
         self.slices.keep(slices);
-        match result {
-            Ok(length) => Read::Frame(length),
+        match read {
+            Ok(Some(frame)) => Read::Frame(frame),
+            Ok(None) => {
+                let longer = "longer than the guest's MTU";
+                self.counters.receive.dropped(Drop::Mtu, &longer);
+                Read::Refused
+            }
             Err(error) => Read::Nothing(self.failed(&error)),
         }
     }
 
-    /// Takes one frame off the TAP that the guest does not see, and says why. What to wait for if there is
-    /// none.
-    fn discard(&mut self, why: &dyn Display) -> Option<Wait> {
-        self.spill.resize(LONGEST, 0);
-        let mut buffers = FrameBuffers::from_storage(std::mem::take(&mut self.storage));
-        buffers.push_private(&mut self.spill);
-        let result = read_retrying(&self.pacer, &buffers);
-        self.storage = buffers.into_storage();
-        match result {
-            Ok(_) => {
-                self.give_up(Drop::Interface, why);
-                None
-            }
-            Err(error) => Some(self.failed(&error)),
+    /// What the frame stands for that was just read, in so far as somebody counts it; none: it is longer than
+    /// the driver's MTU.
+    fn cut(&self, length: usize, slices: &[VolatileSlice<'_>]) -> Option<Cut> {
+        let excess = length.saturating_sub(self.longest_whole);
+        if excess == 0 && !self.pacer.is_limited() {
+            return Some(Cut::WHOLE);
         }
-    }
-
-    /// Empties the TAP's queue of what the driver does not take.
-    fn discard_unfit(&mut self) {
-        let unfit = "of a kind that only the driver before took";
-        (0..MOST_UNFIT).any(|_| self.discard(&unfit).is_some());
+        let head = Head::copy(slices, &self.spill);
+        let fits = excess == 0 || head.is_segmented_or_tagged(excess);
+        fits.then(|| head.cut(length - HEADER_SIZE))
     }
 
     fn failed(&mut self, error: &io::Error) -> Wait {
@@ -282,8 +271,8 @@ impl ReceiveQueue {
 
     /// Places the frame that waits in the spill buffer, or drops it. False: the driver has to make
     /// more buffers available first.
-    fn place_waiting(&mut self, ring: &mut Ring, frame: Waiting) -> Result<bool, RingFault> {
-        let length = frame.length;
+    fn place_waiting(&mut self, ring: &mut Ring, waiting: Waiting) -> Result<bool, RingFault> {
+        let length = waiting.frame.length;
         if !self.offloads.mergeable() {
             if self
                 .chains
@@ -297,7 +286,7 @@ impl ReceiveQueue {
             let room = self.room;
             // With all of the ring's chains in our hands there is no more to wait for.
             let never = ring.held() == ring.size() || room <= self.hopeless;
-            let late = frame
+            let late = waiting
                 .since
                 .is_some_and(|(at, had)| had == room && at.elapsed() >= GRACE);
             if never || late {
@@ -305,7 +294,7 @@ impl ReceiveQueue {
                 self.give_up(Drop::Buffer, &"longer than all of the guest's buffers together");
                 return Ok(true);
             }
-            self.wait_for_room(frame, room);
+            self.wait_for_room(waiting, room);
             return Ok(false);
         }
         self.hopeless = 0;
@@ -317,7 +306,7 @@ impl ReceiveQueue {
             }
         }
         self.waiting = None;
-        self.complete(ring, length);
+        self.complete(ring, waiting.frame);
         Ok(true)
     }
 
@@ -328,11 +317,11 @@ impl ReceiveQueue {
     }
 
     /// Sets the timer anew where there is more room than before.
-    fn wait_for_room(&mut self, frame: Waiting, room: usize) {
-        if frame.since.is_none_or(|(_, had)| had != room) {
+    fn wait_for_room(&mut self, waiting: Waiting, room: usize) {
+        if waiting.since.is_none_or(|(_, had)| had != room) {
             self.waiting = Some(Waiting {
                 since: Some((Instant::now(), room)),
-                ..frame
+                ..waiting
             });
             let expiry = Expiration::OneShot(TimeSpec::from_duration(GRACE));
             if let Err(error) = self.timer.set(expiry, TimerSetTimeFlags::empty()) {
@@ -341,8 +330,8 @@ impl ReceiveQueue {
         }
     }
 
-    /// Gives the driver the first chains, which hold a frame of `length` bytes with its header.
-    fn complete(&mut self, ring: &mut Ring, length: usize) {
+    /// Gives the driver the first chains, which hold this frame.
+    fn complete(&mut self, ring: &mut Ring, Frame { length, cut }: Frame) {
         let mut count: u16 = 0;
         let mut room = 0;
         for chain in &self.chains {
@@ -362,7 +351,7 @@ impl ReceiveQueue {
             left -= written;
             ring.complete(chain, written as u32);
         }
-        self.pacer.passed(length - HEADER_SIZE);
+        self.pacer.passed(length - HEADER_SIZE, cut);
         self.batch.passed(length - HEADER_SIZE);
     }
 
@@ -377,8 +366,8 @@ impl ReceiveQueue {
             if self.waiting.is_some() && self.pacer.is_detached() {
                 self.give_up(Drop::Interface, &"the driver uses its queue no longer");
             }
-            if let Some(frame) = self.waiting
-                && !self.place_waiting(ring, frame)?
+            if let Some(waiting) = self.waiting
+                && !self.place_waiting(ring, waiting)?
             {
                 // The timer is the source meanwhile.
                 break Wait::AVAILABLE_OR_READABLE;
@@ -404,11 +393,11 @@ impl ReceiveQueue {
             match self.read() {
                 Read::Nothing(wait) => break wait,
                 Read::Refused => frames += 1,
-                Read::Frame(length) => {
-                    longest = longest.max(length);
+                Read::Frame(frame) => {
+                    longest = longest.max(frame.length);
                     frames += 1;
                     if self.waiting.is_none() {
-                        self.complete(ring, length);
+                        self.complete(ring, frame);
                     }
                     if frames % PUBLISH_EVERY == 0 {
                         ring.publish()?;
@@ -437,28 +426,6 @@ impl ReceiveQueue {
     }
 }
 
-/// The start of a frame that was read to `slices` and, behind them, to `spill`.
-fn head(slices: &[VolatileSlice<'_>], spill: &[u8]) -> [u8; HEAD] {
-    let mut head = [0; HEAD];
-    let mut done = 0;
-    for slice in slices {
-        if done == HEAD {
-            break;
-        }
-        done += slice.copy_to(&mut head[done..]);
-    }
-    if let Some(rest) = spill.get(done..HEAD) {
-        head[done..].copy_from_slice(rest);
-    }
-    head
-}
-
-/// A frame that starts so may be so many bytes longer than the MTU (virtio 1.3, 5.1.4.1).
-fn is_segmented_or_tagged(head: [u8; HEAD], bytes: usize) -> bool {
-    let [_, gso_type, .., high, low] = head;
-    gso_type & !GSO_ECN != GSO_NONE || (bytes <= MOST_TAGS * TAG && TAGS.contains(&[high, low]))
-}
-
 fn read_retrying(pacer: &Pacer, buffers: &FrameBuffers<'_>) -> io::Result<usize> {
     loop {
         match pacer.tap().read_frame(buffers) {
@@ -473,7 +440,7 @@ impl QueueHandler for ReceiveQueue {
     fn start(&mut self, features: u64) {
         self.offloads = Offloads::new(features);
         let mtu = self.mtu.filter(|_| features & (1 << VIRTIO_NET_F_MTU) != 0);
-        self.longest_whole = mtu.map_or(usize::MAX, |mtu| HEAD + usize::from(mtu));
+        self.longest_whole = mtu.map_or(usize::MAX, head::longest_whole);
         self.waiting = None;
         self.hopeless = 0;
         self.expected = Expectation {

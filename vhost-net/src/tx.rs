@@ -151,7 +151,7 @@ impl TransmitQueue {
     fn sent(&mut self, result: io::Result<()>, length: usize, cut: Cut) -> Sent {
         match result {
             Ok(()) => {
-                self.pacer.passed_cut(length, cut);
+                self.pacer.passed(length, cut);
                 self.batch.passed(length);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Sent::Blocked,
