@@ -51,6 +51,7 @@ pub(crate) fn tests() -> Vec<Trial> {
             test(name("a_stopped_ring_is_drained"), move || drained(kind)),
             test(name("memory_is_replaced_under_load"), move || new_memory(kind)),
             test(name("memory_goes_under_load"), move || lost_memory(kind)),
+            test(name("memory_goes_and_comes"), move || replaced_memory(kind)),
         ]
     }))
     .collect()
@@ -347,7 +348,31 @@ fn new_memory(kind: Kind) -> Result<()> {
     check_blocks(&disk.content()?, 8, LOAD + 1)
 }
 
-/// A table without the ring's memory: what is under way ends in the old one, and the ring is broken.
+/// A region that is replaced while the ring runs: taken out and put back, nobody is told of an error.
+fn replaced_memory(kind: Kind) -> Result<()> {
+    let disk = Disk::new(kind)?;
+    let (mut process, mut driver) = disk.drive(&Options::default())?;
+    driver.done(0, &write_block(8, 0))?;
+    let memory = driver.session.memory.clone();
+    let slot = [&0_u64.to_le_bytes()[..], &memory.region()].concat();
+    for block in 1..LOAD {
+        let connection = &mut driver.session.connection;
+        connection.tell(request::REM_MEM_REG, &slot, &[])?;
+        connection.tell(request::ADD_MEM_REG, &slot, &[memory.fd()])?;
+        driver.done(0, &write_block(8, block))?;
+    }
+    ensure!(
+        !is_signalled(&driver, PollTimeout::ZERO)?,
+        "the queue was marked as broken"
+    );
+    drop(driver);
+    let status = process.wait(DEADLINE)?;
+    ensure!(status.success(), "{status}: {}", process.stderr()?);
+    check_blocks(&disk.content()?, 8, LOAD)
+}
+
+/// A table without the ring's memory: what is under way ends in the old one, and a driver that wants more is told;
+/// with the memory back in the table, it is served.
 fn lost_memory(kind: Kind) -> Result<()> {
     let disk = Disk::new(kind)?;
     let (mut process, mut driver) = under_load(&disk)?;
@@ -357,15 +382,29 @@ fn lost_memory(kind: Kind) -> Result<()> {
     let table = [1, place, other.size(), place, 0].map(u64::to_le_bytes).concat();
     let connection = &mut driver.session.connection;
     connection.tell(request::SET_MEM_TABLE, &table, &[other.fd()])?;
-    let mut polled = [PollFd::new(
-        driver.session.rings[0].error.as_fd(),
-        PollFlags::POLLIN,
-    )];
-    let ready = poll(&mut polled, PollTimeout::try_from(DEADLINE)?)?;
-    ensure!(ready > 0, "the queue was not marked as broken");
+    driver.submit(0, &write_block(8, LOAD))?;
+    driver.session.rings[0].force_kick()?;
+    ensure!(
+        is_signalled(&driver, PollTimeout::try_from(DEADLINE)?)?,
+        "the queue was not marked as broken"
+    );
     ensure!(process.alive()?, "the process has gone: {}", process.stderr()?);
+    let memory = driver.session.memory.clone();
+    let table = [&1_u64.to_le_bytes()[..], &memory.region()].concat();
+    let connection = &mut driver.session.connection;
+    connection.tell(request::SET_MEM_TABLE, &table, &[memory.fd()])?;
+    for _ in 0..=LOAD {
+        let status = driver.complete(0)?.status;
+        ensure!(status == STATUS_OK, "status {status}");
+    }
     drop(driver);
     let status = process.wait(DEADLINE)?;
     ensure!(status.success(), "{status}: {}", process.stderr()?);
-    disk.content().map(drop)
+    check_blocks(&disk.content()?, 8, LOAD + 1)
+}
+
+/// Whether the back end says that queue 0 is broken.
+fn is_signalled(driver: &BlockDriver, timeout: PollTimeout) -> Result<bool> {
+    let error = &driver.session.rings[0].error;
+    Ok(poll(&mut [PollFd::new(error.as_fd(), PollFlags::POLLIN)], timeout)? > 0)
 }

@@ -203,18 +203,13 @@ impl Session {
         Ok(())
     }
 
-    /// Another memory table, at once for all rings; each finishes its I/O in the old one first.
+    /// Another memory table, at once for all rings; each finishes its I/O in the old one first. One that is not in
+    /// the new table waits for one that has it: a region is replaced by REM_MEM_REG and ADD_MEM_REG.
     fn replace_memory(&mut self, memory: GuestMemory) -> Result<(), SessionError> {
         self.memory = Arc::new(memory);
         for (worker, vring) in self.workers.iter().zip(&self.vrings) {
             if vring.running {
-                // A ring that is not in the new table is broken, and the front end knows.
-                match worker.set_memory(Arc::clone(&self.memory)) {
-                    Err(error @ WorkerError::Ring { .. }) => {
-                        tracing::warn!(error = &error as &dyn std::error::Error, "memory table");
-                    }
-                    other => other?,
-                }
+                worker.set_memory(Arc::clone(&self.memory))?;
             }
         }
         Ok(())

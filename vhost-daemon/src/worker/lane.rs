@@ -9,12 +9,23 @@ use crate::ring::{Ring, RingFault, RingSetup};
 use crate::wait::{is_ready, wait};
 use crate::{QueueHandler, Wait};
 use nix::poll::{PollFd, PollFlags};
+use std::fmt::Display;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Between two lines about a broken ring: a guest can break it and reset the device in a loop.
 const WARNING_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Whether chains are taken from a ring.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Served,
+    /// The memory table lacks it: until one has it again.
+    Away,
+    /// The driver broke it: until it is started again.
+    Broken,
+}
 
 /// A started ring.
 struct Running {
@@ -26,8 +37,7 @@ struct Running {
     pending: bool,
     /// When the handler is to be called without another cause.
     alarm: Option<Instant>,
-    /// The driver broke the ring: nothing more is taken from it.
-    broken: bool,
+    state: State,
 }
 
 impl Running {
@@ -38,6 +48,14 @@ impl Running {
         }
         self.alarm
             .map(|alarm| alarm.saturating_duration_since(Instant::now()))
+    }
+
+    /// Takes a kick off the fd, if there is one: a front end may give an eventfd whose reader would wait.
+    fn forget_kick(&self) {
+        let mut fds = [PollFd::new(self.kick.as_fd(), PollFlags::POLLIN)];
+        if wait(&mut fds, Some(Duration::ZERO)).is_ok() && is_ready(&fds[0]) {
+            let _ = nix::unistd::read(&self.kick, &mut [0; 8]);
+        }
     }
 
     /// Takes the causes that no fd tells of: whether there is one.
@@ -166,7 +184,7 @@ impl Lane {
                     wait: Wait::AVAILABLE,
                     pending: true,
                     alarm: None,
-                    broken: false,
+                    state: State::Served,
                 });
                 Answer::Done
             }
@@ -210,9 +228,11 @@ impl Lane {
             self.suspend();
         }
         if let Some(running) = &mut self.running {
-            if let Err(fault) = running.ring.set_memory(memory, &running.setup) {
-                self.break_ring(&fault);
-                return Answer::Faulted(fault);
+            let found = running.ring.set_memory(memory, &running.setup);
+            if running.state != State::Broken {
+                running.state = if found.is_ok() { State::Served } else { State::Away };
+                // One that came before is no news, and is heeded when the ring is served.
+                running.forget_kick();
             }
             running.pending = true;
         }
@@ -232,7 +252,7 @@ impl Lane {
     fn finish(&mut self, how: impl FnOnce(&mut dyn QueueHandler, &mut Ring) -> Result<(), RingFault>) {
         let Some(running) = &mut self.running else { return };
         let drained = how(self.handler.as_mut(), &mut running.ring);
-        if running.broken {
+        if running.state != State::Served {
             return;
         }
         let published = drained.and_then(|()| publish(&mut running.ring, self.call.as_ref()));
@@ -247,17 +267,19 @@ impl Lane {
         let mut fds: [PollFd<'_>; 4] =
             std::array::from_fn(|_| PollFd::new(self.inbox.as_fd(), PollFlags::POLLIN));
         let (mut count, mut kick_at, mut limit) = (1, None, None);
-        if let Some(running) = self
-            .running
-            .as_ref()
-            .filter(|running| self.takes() && !running.broken)
-        {
+        let running = self.running.as_ref().filter(|_| self.takes());
+        let heard = running.filter(|running| match running.state {
+            State::Served => running.wait.available,
+            State::Away => true,
+            State::Broken => false,
+        });
+        if let Some(running) = heard {
+            kick_at = Some(count);
+            fds[count] = PollFd::new(running.kick.as_fd(), PollFlags::POLLIN);
+            count += 1;
+        }
+        if let Some(running) = running.filter(|running| running.state == State::Served) {
             limit = running.limit();
-            if running.wait.available {
-                kick_at = Some(count);
-                fds[count] = PollFd::new(running.kick.as_fd(), PollFlags::POLLIN);
-                count += 1;
-            }
             let mut interest = PollFlags::empty();
             interest.set(PollFlags::POLLIN, running.wait.readable);
             interest.set(PollFlags::POLLOUT, running.wait.writable);
@@ -288,7 +310,16 @@ impl Lane {
             // The count does not matter, and a kick taken away by another reader neither.
             let _ = nix::unistd::read(&running.kick, &mut [0; 8]);
         }
-        takes && !running.broken && (served || running.take_cause())
+        match running.state {
+            State::Served => takes && (served || running.take_cause()),
+            State::Away => {
+                if kicked {
+                    self.complain(&"the driver kicks a ring that is not in the memory table");
+                }
+                false
+            }
+            State::Broken => false,
+        }
     }
 
     /// Whether chains are taken, to be served or to be discarded.
@@ -310,14 +341,19 @@ impl Lane {
     /// is told. The process and its other queues go on.
     fn break_ring(&mut self, fault: &RingFault) {
         let Some(running) = &mut self.running else { return };
+        running.state = State::Broken;
+        // Only the end of the I/O matters; nothing is published on a broken ring.
+        let _ = self.handler.drain(&mut running.ring);
+        self.complain(&format_args!("ring is broken until the device is reset: {fault}"));
+    }
+
+    /// Tells the front end of a ring that cannot be served, and whoever reads the log.
+    fn complain(&mut self, why: &dyn Display) {
         let now = Instant::now();
         if self.next_warning.is_none_or(|next| now >= next) {
             self.next_warning = Some(now + WARNING_INTERVAL);
-            tracing::warn!(queue = self.index, error = %fault, "ring is broken until the device is reset");
+            tracing::warn!(queue = self.index, "{why}");
         }
-        running.broken = true;
-        // Only the end of the I/O matters; nothing is published on a broken ring.
-        let _ = self.handler.drain(&mut running.ring);
         signal(self.error.as_ref());
     }
 }
