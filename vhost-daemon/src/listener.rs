@@ -2,15 +2,15 @@
 
 use crate::descriptors::receive;
 use crate::doorkeeper::Doorkeeper;
+use crate::session::{Session, wait};
 use crate::signals::Termination;
-use crate::wait::{is_ready, wait};
-use nix::poll::{PollFd, PollFlags};
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::Mutex;
 
 /// A bound socket, in the hands of a doorkeeper.
 #[derive(Debug)]
@@ -49,21 +49,21 @@ impl Listener {
         Doorkeeper::start(listener, None).map(Self)
     }
 
-    /// The next front end; `None` when the process is asked to end.
-    pub(crate) fn accept(&self, termination: &Termination) -> io::Result<Option<UnixStream>> {
+    /// The next front end; `None` when the process is asked to end. The device of `session` does meanwhile what it
+    /// is asked for otherwise.
+    pub(crate) fn accept(
+        &self,
+        termination: &Termination,
+        session: &Mutex<Session>,
+    ) -> io::Result<Option<UnixStream>> {
         self.0.ask()?;
         loop {
-            let mut fds = [
-                PollFd::new(self.0.as_fd(), PollFlags::POLLIN),
-                PollFd::new(termination.as_fd(), PollFlags::POLLIN),
-            ];
-            wait(&mut fds, None)?;
-            let [incoming, ending] = fds.map(|fd| is_ready(&fd));
-            if ending {
+            let ready = wait(self.0.as_fd(), termination, session)?;
+            if ready.termination {
                 termination.acknowledge();
                 return Ok(None);
             }
-            if incoming {
+            if ready.source {
                 let (_, mut fds) = receive(self.0.as_fd(), &mut [0])?;
                 let socket = fds.pop().ok_or(io::ErrorKind::ConnectionAborted)?;
                 return Ok(Some(UnixStream::from(socket)));

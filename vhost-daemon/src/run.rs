@@ -236,7 +236,8 @@ impl Stage {
             Front::Connected(socket) => return Ok(self.serve(socket).map(drop)?),
             Front::Listening(listener) => listener,
         };
-        while let Some(socket) = listener.accept(&self.termination).map_err(ServeError::Io)? {
+        let next = || listener.accept(&self.termination, &self.session);
+        while let Some(socket) = next().map_err(ServeError::Io)? {
             match self.serve(socket) {
                 Ok(End::Disconnected) => {}
                 Ok(End::Terminated) => break,

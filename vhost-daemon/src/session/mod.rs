@@ -13,7 +13,7 @@ mod vring;
 pub use serve::ServeError;
 #[cfg(feature = "fuzzing")]
 pub(crate) use serve::messages;
-pub(crate) use serve::{End, serve};
+pub(crate) use serve::{End, serve, wait};
 
 use crate::Device;
 use crate::memory::{GuestMemory, MemoryError, Sealing};
@@ -128,6 +128,13 @@ impl Session {
         let recorded = F::INFLIGHT_SHMFD | F::GET_VRING_BASE_INFLIGHT;
         features.set(recorded, self.own_inflight.is_some());
         features
+    }
+
+    /// What the device waits for by itself.
+    fn config_sources(&self) -> std::io::Result<Vec<OwnedFd>> {
+        let sources = [self.device.config_source(), self.device.errand_source()];
+        let sources = sources.into_iter().flatten();
+        sources.map(|fd| fd.try_clone_to_owned()).collect()
     }
 
     fn negotiated(&self, bit: u32) -> bool {

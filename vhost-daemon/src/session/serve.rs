@@ -7,7 +7,7 @@ use crate::wait::{self, is_ready};
 use jailer::sandbox::Locked;
 use nix::poll::{PollFd, PollFlags};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -68,27 +68,12 @@ pub(crate) fn messages(
     let watched = socket.try_clone()?;
     let mut handler = BackendReqHandler::from_stream(socket, Arc::clone(session));
     loop {
-        // Asked for each time: a device may have nothing more to wait for.
-        let config_sources = {
-            let session = lock(session);
-            let sources = [session.device.config_source(), session.device.errand_source()];
-            let sources = sources.into_iter().flatten();
-            sources
-                .map(|fd| fd.try_clone_to_owned())
-                .collect::<io::Result<Vec<_>>>()?
-        };
-        let ready = wait(&watched, termination, &config_sources)?;
+        let ready = wait(watched.as_fd(), termination, session)?;
         if ready.termination {
             termination.acknowledge();
             return Ok(End::Terminated);
         }
-        if ready.config {
-            let mut session = lock(session);
-            if session.device.config_changed() {
-                session.send_config_change();
-            }
-        }
-        if !ready.message {
+        if !ready.source {
             continue;
         }
         match whole_message(&watched, termination)? {
@@ -183,23 +168,38 @@ fn room_for_an_answer(socket: &UnixStream, termination: &Termination) -> Result<
 }
 
 /// What there is to do.
-struct Ready {
-    message: bool,
-    termination: bool,
-    config: bool,
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Ready {
+    /// What was waited for.
+    pub(crate) source: bool,
+    /// The process is asked to end.
+    pub(crate) termination: bool,
 }
 
-/// Waits without a limit: a guest that changes nothing is no fault.
-fn wait(socket: &UnixStream, termination: &Termination, config: &[OwnedFd]) -> io::Result<Ready> {
+/// Waits for `source` without a limit: a guest that changes nothing is no fault. What the device waits for by
+/// itself is done meanwhile, whether there is a front end or not.
+pub(crate) fn wait(
+    source: BorrowedFd<'_>,
+    termination: &Termination,
+    session: &Mutex<Session>,
+) -> io::Result<Ready> {
+    // Asked for each time: a device may have nothing more to wait for.
+    let config = lock(session).config_sources()?;
     let mut fds = vec![
-        PollFd::new(socket.as_fd(), PollFlags::POLLIN),
+        PollFd::new(source, PollFlags::POLLIN),
         PollFd::new(termination.as_fd(), PollFlags::POLLIN),
     ];
     fds.extend(config.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
     wait::wait(&mut fds, None)?;
-    Ok(Ready {
-        message: is_ready(&fds[0]),
+    let ready = Ready {
+        source: is_ready(&fds[0]),
         termination: is_ready(&fds[1]),
-        config: fds[2..].iter().any(is_ready),
-    })
+    };
+    if fds[2..].iter().any(is_ready) && !ready.termination {
+        let mut session = lock(session);
+        if session.device.config_changed() {
+            session.send_config_change();
+        }
+    }
+    Ok(ready)
 }

@@ -23,6 +23,7 @@ pub const ALL: &[Case] = &[
     ),
     ("a_tap_that_vanishes_takes_the_link_down", a_tap_that_vanishes),
     ("orders_are_answered_until_nobody_gives_them", orders),
+    ("orders_are_heard_between_front_ends", between_front_ends),
     ("the_driver_chooses_what_it_receives", the_driver_chooses),
     ("the_driver_changes_its_address", the_driver_changes_its_address),
     ("what_the_kernel_refuses_is_not_done", what_the_kernel_refuses),
@@ -73,7 +74,7 @@ pub fn wait_carrier(tap: &TestTap, wanted: bool) -> Result<()> {
 
 fn down_and_up() -> Result<()> {
     let (theirs, ours): (OwnedFd, OwnedFd) = nix::unistd::pipe()?;
-    let device = Device::with(TestTap::new("")?, &["--link-fd=5"], Some((theirs, 5)))?;
+    let device = Device::with(TestTap::new("")?, &["--link-fd=5"], [(theirs, 5)])?;
     let host = Host::new(&device.tap.name, device.tap.host_mac())?;
     let mut guest = Guest::with_queues(device.connect()?, EVERYTHING, MERGEABLE, 3)?;
     guest.post(MERGEABLE.count)?;
@@ -108,7 +109,7 @@ fn down_and_up() -> Result<()> {
 
 fn frames_that_wait() -> Result<()> {
     let (theirs, ours): (OwnedFd, OwnedFd) = nix::unistd::pipe()?;
-    let device = Device::with(TestTap::new("")?, &["--link-fd=5"], Some((theirs, 5)))?;
+    let device = Device::with(TestTap::new("")?, &["--link-fd=5"], [(theirs, 5)])?;
     let mut guest = Guest::connect(device.connect()?, EVERYTHING, MERGEABLE)?;
     let host = Host::new(&device.tap.name, device.tap.host_mac())?;
     let path = Path::to_guest(&device.tap);
@@ -179,28 +180,24 @@ fn is_idle(device: &Device) -> Result<()> {
 }
 
 fn orders() -> Result<()> {
-    let (theirs, mut ours) = UnixStream::pair()?;
+    let (theirs, ours) = UnixStream::pair()?;
     ours.set_read_timeout(Some(DEADLINE))?;
     // Whoever makes a successor has it, too.
     let _copy = theirs.try_clone()?;
-    let device = Device::with(TestTap::new("")?, &["--control-fd=5"], Some((theirs.into(), 5)))?;
+    let device = Device::with(TestTap::new("")?, &["--control-fd=5"], [(theirs.into(), 5)])?;
     let host = Host::new(&device.tap.name, device.tap.host_mac())?;
     let mut guest = Guest::connect(device.connect()?, EVERYTHING, MERGEABLE)?;
     let sent = Path::to_host(&device.tap).udp([1, 2], &pattern(100, 1), true);
     guest.send(NetHeader::default(), &sent)?;
     ensure!(host.receive(DEADLINE)?.1 == sent);
-    let mut answers = BufReader::new(ours.try_clone()?);
+    let mut control = BufReader::new(ours);
     let bytes = format!(
         "bulkhead_net_bytes_total{{direction=\"transmit\"}} {}",
         sent.len()
     );
     let end = Instant::now() + DEADLINE;
     loop {
-        ours.write_all(b"metrics\n")?;
-        let mut metrics = String::new();
-        while !metrics.ends_with("# EOF\n") {
-            ensure!(answers.read_line(&mut metrics)? > 0, "no end: {metrics}");
-        }
+        let metrics = metrics(&mut control)?;
         let tells = |line: &str| metrics.lines().any(|told| told == line);
         ensure!(tells("bulkhead_net_link_up 1"), "{metrics}");
         // A frame is counted a moment after it has passed.
@@ -209,14 +206,54 @@ fn orders() -> Result<()> {
         }
         ensure!(Instant::now() < end, "no {bytes:?} in {metrics}");
     }
-    ours.write_all(b"size 1\n")?;
+    control.get_mut().write_all(b"size 1\n")?;
     let mut answer = String::new();
-    answers.read_line(&mut answer)?;
+    control.read_line(&mut answer)?;
     ensure!(answer.contains("\"size 1\" is no order"), "{answer}");
-    drop((answers, ours));
+    drop(control);
     is_idle(&device).context("without anybody who gives orders")?;
     guest.send(NetHeader::default(), &sent)?;
     ensure!(host.receive(DEADLINE)?.1 == sent);
+    Ok(())
+}
+
+/// A device's counters, by its `--control-fd`.
+pub fn metrics(control: &mut BufReader<UnixStream>) -> Result<String> {
+    control.get_mut().write_all(b"metrics\n")?;
+    let mut metrics = String::new();
+    while !metrics.ends_with("# EOF\n") {
+        ensure!(control.read_line(&mut metrics)? > 0, "no end: {metrics}");
+    }
+    Ok(metrics)
+}
+
+/// Before the first front end, and between two.
+fn between_front_ends() -> Result<()> {
+    let (theirs, ours) = UnixStream::pair()?;
+    ours.set_read_timeout(Some(DEADLINE))?;
+    let mut control = BufReader::new(ours);
+    let (orders, ours): (OwnedFd, OwnedFd) = nix::unistd::pipe()?;
+    let flags = ["--control-fd=5", "--link-fd=6", "--log-level=info"];
+    let device = Device::with(TestTap::new("")?, &flags, [(theirs.into(), 5), (orders, 6)])?;
+    device.tap.wait_up()?;
+    for round in 1..=2 {
+        for (order, up) in [(b"0", false), (b"1", true)] {
+            nix::unistd::write(&ours, order)?;
+            wait_carrier(&device.tap, up)?;
+            let metrics = metrics(&mut control)?;
+            let line = format!("bulkhead_net_link_up {}", u8::from(up));
+            ensure!(metrics.contains(&line), "round {round}: {metrics}");
+        }
+        let mut guest = Guest::connect(device.connect()?, EVERYTHING, MERGEABLE)?;
+        wait_status(&mut guest, LINK_UP)?;
+        drop(guest);
+        // The last that a session does.
+        let end = Instant::now() + DEADLINE;
+        while device.process.stderr()?.matches("totals").count() < 2 * round {
+            ensure!(Instant::now() < end, "the session does not end");
+            std::thread::sleep(LOOK);
+        }
+    }
     Ok(())
 }
 
@@ -324,7 +361,7 @@ fn the_front_end_hears() -> Result<()> {
     const CONFIG_CHANGE: u32 = 2;
     let (theirs, orders): (OwnedFd, OwnedFd) = nix::unistd::pipe()?;
     let flags = ["--guard=off", "--link-fd=5"];
-    let device = Device::with(TestTap::new("")?, &flags, Some((theirs, 5)))?;
+    let device = Device::with(TestTap::new("")?, &flags, [(theirs, 5)])?;
     let mut guest = Guest::with_queues(device.connect()?, EVERYTHING, MERGEABLE, 3)?;
     let mut channel = guest.listen()?;
     let mut hears = |what: &str| -> Result<()> {

@@ -42,11 +42,15 @@ impl Device {
 
     /// Starts it on this TAP.
     pub fn on(tap: TestTap, flags: &[&str]) -> Result<Self> {
-        Self::with(tap, flags, None)
+        Self::with(tap, flags, [])
     }
 
-    /// Starts it on this TAP, with this descriptor under this number.
-    pub fn with(tap: TestTap, flags: &[&str], inherited: Option<(OwnedFd, i32)>) -> Result<Self> {
+    /// Starts it on this TAP, with these descriptors under these numbers.
+    pub fn with(
+        tap: TestTap,
+        flags: &[&str],
+        inherited: impl IntoIterator<Item = (OwnedFd, i32)>,
+    ) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let binary = BINARY.get().context("no binary")?;
         let mut command = Command::new(binary);
@@ -54,7 +58,7 @@ impl Device {
         command.arg(format!("--tap-name={}", tap.name));
         command.arg(format!("--mac={}", text(&tap.guest_mac())));
         command.args(flags);
-        if let Some((fd, number)) = inherited {
+        for (fd, number) in inherited {
             inherit_at(&mut command, fd, number)?;
         }
         Ok(Self {
