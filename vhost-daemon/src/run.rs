@@ -14,7 +14,7 @@ use jailer::sandbox::{
 };
 use jailer::tell::say;
 use std::error::Error;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -79,9 +79,9 @@ pub fn run<P: Program>() -> ExitCode {
         }
     };
     let (settings, options) = match request {
-        Request::Help => return print(&flags::help::<P>()),
-        Request::Version => return print(&format!("{} {}", P::NAME, env!("CARGO_PKG_VERSION"))),
-        Request::PrintCapabilities => return print(&flags::capabilities::<P>()),
+        Request::Help => return print::<P>(&flags::help::<P>()),
+        Request::Version => return print::<P>(&format!("{} {}", P::NAME, env!("CARGO_PKG_VERSION"))),
+        Request::PrintCapabilities => return print::<P>(&flags::capabilities::<P>()),
         Request::Serve(settings, options) => (settings, options),
     };
     log::start(settings.log_level, settings.log_format);
@@ -95,9 +95,20 @@ pub fn run<P: Program>() -> ExitCode {
     }
 }
 
-fn print(text: &str) -> ExitCode {
-    println!("{}", text.trim_end());
-    ExitCode::SUCCESS
+/// A reader that left early is no error.
+fn print<P: Program>(text: &str) -> ExitCode {
+    let mut out = io::stdout();
+    let text = text.trim_end();
+    match writeln!(out, "{text}").and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            say(format_args!(
+                "{}: cannot write to standard output: {error}",
+                P::NAME
+            ));
+            ExitCode::FAILURE
+        }
+        _ => ExitCode::SUCCESS,
+    }
 }
 
 /// One line, the causes behind it.

@@ -22,7 +22,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::net::{UnixListener, UnixStream},
     },
-    process::Command,
+    process::{Command, Stdio},
     sync::Arc,
     time::Duration,
 };
@@ -33,6 +33,7 @@ const QUICK: Duration = Duration::from_secs(2);
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("life::capabilities", capabilities),
+        test("life::nobody_takes_what_is_printed", nobody_takes),
         test("life::reconnect", reconnect),
         test("life::socket_activation", socket_activation),
         test("life::socket_activation_by_what_is_no_listener", no_listener),
@@ -78,6 +79,27 @@ fn capabilities() -> Result<()> {
         ensure!(output.status.success(), "{}", output.status);
         let value: serde_json::Value = serde_json::from_slice(&output.stdout)?;
         ensure!(value["type"] == kind, "type is {}", value["type"]);
+    }
+    Ok(())
+}
+
+/// A full disk is an error, a reader that has left is none; neither is a crash.
+fn nobody_takes() -> Result<()> {
+    use integration_tests::artifacts::Artifact::{VhostUserBlk, VhostUserNet};
+    for program in [VhostUserBlk, VhostUserNet] {
+        for flag in ["--help", "--version", "--print-capabilities"] {
+            let (reader, gone) = nix::unistd::pipe()?;
+            drop(reader);
+            let full = File::options().write(true).open("/dev/full")?;
+            for (out, code) in [(full.into(), 1), (gone, 0)] {
+                let mut command = Command::new(artifact(program)?);
+                command.arg(flag).stdout(Stdio::from(out));
+                let mut process = Process::start(command)?;
+                let (status, said) = (process.wait(DEADLINE)?, process.stderr()?);
+                ensure!(status.code() == Some(code), "{flag}: {status}: {said}");
+                ensure!(said.contains("standard output") == (code == 1), "{flag}: {said}");
+            }
+        }
     }
     Ok(())
 }
