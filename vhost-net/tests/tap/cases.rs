@@ -431,6 +431,7 @@ fn no_frame_is_longer_than_the_mtu() -> Result<()> {
         let frame = guest.receive(DEADLINE)?.1;
         ensure!(frame == next, "{} bytes arrived, not {}", frame.len(), next.len());
     }
+    ensure!(device.dropped("receive", "mtu")? == 4);
     super_frame_to(&mut guest, &host, &device, 10_000)?;
     // A driver that was told no MTU.
     drop(guest);

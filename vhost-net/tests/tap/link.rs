@@ -4,7 +4,7 @@ use crate::frames::{Path, pattern};
 use crate::guest::{DEADLINE, Guest, MERGEABLE};
 use crate::host::Host;
 use crate::namespace::{TestTap, ip};
-use crate::{Case, Device};
+use crate::{Case, Device, metrics};
 use anyhow::{Context, Result, ensure};
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::InterfaceFlags;
@@ -180,7 +180,7 @@ fn is_idle(device: &Device) -> Result<()> {
 }
 
 fn orders() -> Result<()> {
-    let (theirs, ours) = UnixStream::pair()?;
+    let (theirs, mut ours) = UnixStream::pair()?;
     ours.set_read_timeout(Some(DEADLINE))?;
     // Whoever makes a successor has it, too.
     let _copy = theirs.try_clone()?;
@@ -190,14 +190,13 @@ fn orders() -> Result<()> {
     let sent = Path::to_host(&device.tap).udp([1, 2], &pattern(100, 1), true);
     guest.send(NetHeader::default(), &sent)?;
     ensure!(host.receive(DEADLINE)?.1 == sent);
-    let mut control = BufReader::new(ours);
     let bytes = format!(
         "bulkhead_net_bytes_total{{direction=\"transmit\"}} {}",
         sent.len()
     );
     let end = Instant::now() + DEADLINE;
     loop {
-        let metrics = metrics(&mut control)?;
+        let metrics = metrics(&ours)?;
         let tells = |line: &str| metrics.lines().any(|told| told == line);
         ensure!(tells("bulkhead_net_link_up 1"), "{metrics}");
         // A frame is counted a moment after it has passed.
@@ -206,32 +205,21 @@ fn orders() -> Result<()> {
         }
         ensure!(Instant::now() < end, "no {bytes:?} in {metrics}");
     }
-    control.get_mut().write_all(b"size 1\n")?;
+    ours.write_all(b"size 1\n")?;
     let mut answer = String::new();
-    control.read_line(&mut answer)?;
+    BufReader::new(&ours).read_line(&mut answer)?;
     ensure!(answer.contains("\"size 1\" is no order"), "{answer}");
-    drop(control);
+    drop(ours);
     is_idle(&device).context("without anybody who gives orders")?;
     guest.send(NetHeader::default(), &sent)?;
     ensure!(host.receive(DEADLINE)?.1 == sent);
     Ok(())
 }
 
-/// A device's counters, by its `--control-fd`.
-pub fn metrics(control: &mut BufReader<UnixStream>) -> Result<String> {
-    control.get_mut().write_all(b"metrics\n")?;
-    let mut metrics = String::new();
-    while !metrics.ends_with("# EOF\n") {
-        ensure!(control.read_line(&mut metrics)? > 0, "no end: {metrics}");
-    }
-    Ok(metrics)
-}
-
 /// Before the first front end, and between two.
 fn between_front_ends() -> Result<()> {
-    let (theirs, ours) = UnixStream::pair()?;
-    ours.set_read_timeout(Some(DEADLINE))?;
-    let mut control = BufReader::new(ours);
+    let (theirs, control) = UnixStream::pair()?;
+    control.set_read_timeout(Some(DEADLINE))?;
     let (orders, ours): (OwnedFd, OwnedFd) = nix::unistd::pipe()?;
     let flags = ["--control-fd=5", "--link-fd=6", "--log-level=info"];
     let device = Device::with(TestTap::new("")?, &flags, [(theirs.into(), 5), (orders, 6)])?;
@@ -240,7 +228,7 @@ fn between_front_ends() -> Result<()> {
         for (order, up) in [(b"0", false), (b"1", true)] {
             nix::unistd::write(&ours, order)?;
             wait_carrier(&device.tap, up)?;
-            let metrics = metrics(&mut control)?;
+            let metrics = metrics(&control)?;
             let line = format!("bulkhead_net_link_up {}", u8::from(up));
             ensure!(metrics.contains(&line), "round {round}: {metrics}");
         }
@@ -404,5 +392,6 @@ fn too_few_buffers() -> Result<()> {
             "the frame behind long frame {seed}"
         );
     }
+    ensure!(device.dropped("receive", "buffer")? == 5);
     Ok(())
 }

@@ -12,12 +12,14 @@ mod namespace;
 mod queues;
 mod successor;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use integration_tests::artifacts::{Artifact, Artifacts};
 use integration_tests::process::{Process, connect, inherit_at};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use namespace::{TestTap, text};
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::sync::OnceLock;
@@ -32,6 +34,8 @@ pub struct Device {
     pub tap: TestTap,
     pub process: Process,
     folder: TempDir,
+    /// `--control-fd`, unless the test has it.
+    control: Option<UnixStream>,
 }
 
 impl Device {
@@ -42,7 +46,13 @@ impl Device {
 
     /// Starts it on this TAP.
     pub fn on(tap: TestTap, flags: &[&str]) -> Result<Self> {
-        Self::with(tap, flags, [])
+        let (theirs, ours) = UnixStream::pair()?;
+        ours.set_read_timeout(Some(guest::DEADLINE))?;
+        let flags = [flags, &["--control-fd=9"]].concat();
+        Ok(Self {
+            control: Some(ours),
+            ..Self::with(tap, &flags, [(theirs.into(), 9)])?
+        })
     }
 
     /// Starts it on this TAP, with these descriptors under these numbers.
@@ -65,16 +75,37 @@ impl Device {
             tap,
             process: Process::start(command)?,
             folder,
+            control: None,
         })
     }
 
+    /// Frames that it says it has dropped, `direction` and `reason` as its metrics have them.
+    pub fn dropped(&self, direction: &str, reason: &str) -> Result<u64> {
+        let metrics = metrics(self.control.as_ref().context("no --control-fd")?)?;
+        let name = format!("bulkhead_net_dropped_total{{direction=\"{direction}\",reason=\"{reason}\"}} ");
+        let count = metrics.lines().find_map(|line| line.strip_prefix(&name));
+        Ok(count.with_context(|| format!("no {name}in {metrics}"))?.parse()?)
+    }
+
     /// Connects to it.
-    pub fn connect(&self) -> Result<std::os::unix::net::UnixStream> {
+    pub fn connect(&self) -> Result<UnixStream> {
         let socket = connect(&self.folder.path().join("net"), Duration::from_secs(10));
         let socket = socket.map_err(|error| error.context(self.process.stderr().unwrap_or_default()))?;
         self.tap.wait_up()?;
         Ok(socket)
     }
+}
+
+/// A device's counters, by the other end of its `--control-fd`.
+pub fn metrics(control: &UnixStream) -> Result<String> {
+    (&*control).write_all(b"metrics\n")?;
+    // Nothing comes behind the end.
+    let mut answer = BufReader::new(control);
+    let mut metrics = String::new();
+    while !metrics.ends_with("# EOF\n") {
+        ensure!(answer.read_line(&mut metrics)? > 0, "no end: {metrics}");
+    }
+    Ok(metrics)
 }
 
 fn main() -> ExitCode {
