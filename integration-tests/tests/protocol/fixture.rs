@@ -1,14 +1,17 @@
 //! Disks and the processes that serve them.
 
+use crate::net;
 use anyhow::{Context, Result, bail, ensure};
 use guest_contract::{fill, holds};
 use integration_tests::{
     artifacts::Artifact,
-    frontend_harness::{BlockDriver, BlockRequest, DEADLINE, Options, Session},
+    frontend_harness::{BlockDriver, BlockRequest, DEADLINE, NetDriver, Options, Session},
     process::{Process, connect},
     suite::{Skip, artifact, seccomp_flag},
+    tiny::Tap,
 };
 use std::{
+    any::Any,
     fs::{self, File},
     os::unix::net::UnixStream,
     path::PathBuf,
@@ -214,4 +217,41 @@ pub(crate) fn check_blocks(content: &[u8], seed: u64, blocks: u64) -> Result<()>
         ensure!(holds(data, seed, number), "block {number} differs");
     }
     Ok(())
+}
+
+/// One of the two programs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Target {
+    Disk,
+    Nic,
+}
+
+impl Target {
+    /// The command line without the socket, and what has to stay until the process ends.
+    pub(crate) fn command(self) -> Result<(Command, Box<dyn Any>)> {
+        Ok(match self {
+            Self::Disk => {
+                let disk = Disk::new(Kind::Raw)?;
+                (disk.command()?, Box::new(disk))
+            }
+            Self::Nic => {
+                let tap = Tap::new()?;
+                (net::command(&tap)?, Box::new(tap))
+            }
+        })
+    }
+
+    /// A front end that does as it should is served.
+    pub(crate) fn serves(self, socket: UnixStream) -> Result<()> {
+        match self {
+            Self::Disk => {
+                let session = Session::start(socket, &Options::default())?;
+                BlockDriver::new(session).done(0, &write_block(2, 0)).map(drop)
+            }
+            Self::Nic => {
+                let session = Session::start(socket, &net::options(0))?;
+                net::send(&mut NetDriver::new(session)?, 0)
+            }
+        }
+    }
 }

@@ -1,12 +1,12 @@
 //! What a hostile guest writes into its rings, and what a broken front end sends.
 
-use crate::fixture::{DISK, Disk, Kind, read_block, write_block};
+use crate::fixture::{DISK, Disk, Kind, Target, read_block, write_block};
 use anyhow::{Context, Result, ensure};
 use guest_contract::holds;
 use integration_tests::{
     frontend_harness::{
-        BASE, BlockDriver, Connection, DEADLINE, INDIRECT, Memory, NEXT, Options, STATUS_IOERR, Segment,
-        Session, WRITE, request, virtio,
+        BASE, Connection, DEADLINE, INDIRECT, Memory, NEXT, Options, STATUS_IOERR, Segment, Session, WRITE,
+        request, virtio,
     },
     process::{Process, connect},
     suite::test,
@@ -24,11 +24,12 @@ pub(crate) fn tests() -> Vec<Trial> {
         .collect();
     tests.push(test("hostile::ring::header_too_short", short_header));
     tests.push(test("hostile::ring::used_length", lengths));
-    tests.extend(
-        MESSAGES
-            .into_iter()
-            .map(|(name, attack)| test(format!("hostile::message::{name}"), move || message(attack))),
-    );
+    for (name, attack) in MESSAGES {
+        for (prefix, target) in [("", Target::Disk), ("net::", Target::Nic)] {
+            let name = format!("hostile::message::{prefix}{name}");
+            tests.push(test(name, move || message(attack, target)));
+        }
+    }
     tests
 }
 
@@ -363,10 +364,10 @@ fn lengths() -> Result<()> {
 }
 
 /// A bad message is refused or ends its session; the next front end is served.
-fn message(attack: Attack) -> Result<()> {
-    let disk = Disk::new(Kind::Raw)?;
-    let path = disk.folder.path().join("sock");
-    let mut command = disk.command()?;
+fn message(attack: Attack, target: Target) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("sock");
+    let (mut command, _served) = target.command()?;
     command.arg(format!("--socket-path={}", path.display()));
     let mut process = Process::start(command)?;
     let memory = Arc::new(Memory::new(1 << 20)?);
@@ -385,10 +386,9 @@ fn message(attack: Attack) -> Result<()> {
         "the message was taken, and the session went on"
     );
     drop(session);
-    let session = Session::start(connect(&path, DEADLINE)?, &Options::default())
+    target
+        .serves(connect(&path, DEADLINE)?)
         .with_context(|| format!("the next front end: {}", process.stderr().unwrap_or_default()))?;
-    let mut driver = BlockDriver::new(session);
-    driver.done(0, &write_block(2, 0))?;
     ensure!(process.alive()?, "the process has gone");
     ensure!(
         !process.stderr()?.contains("panicked"),

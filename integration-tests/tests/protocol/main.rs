@@ -4,6 +4,7 @@
 mod aside;
 mod behaviour;
 mod blk;
+mod confined;
 mod fixture;
 mod hostile;
 mod image;
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
     tests.extend(aside::tests());
     tests.extend(behaviour::tests());
     tests.extend(blk::tests());
+    tests.extend(confined::tests());
     tests.extend(hostile::tests());
     tests.extend(image::tests());
     tests.extend(image_damaged::tests());

@@ -25,19 +25,38 @@ pub(crate) fn tests() -> Vec<Trial> {
     ]
 }
 
-fn echo(features: u64) -> Result<()> {
-    let tap = Tap::new()?;
-    let echo = tap.echo()?;
+/// The command line of a process that serves this TAP, without the socket.
+pub(crate) fn command(tap: &Tap) -> Result<Command> {
     let mut command = Command::new(artifact(Artifact::VhostUserNet)?);
     command.arg(seccomp_flag());
-    command.args(["--fd=3", "--tap-fd=4", "--mac=02:00:00:00:00:02"]);
-    inherit_at(&mut command, tap.fd, 4)?;
-    let (mut process, socket) = Process::start_with_socket(command)?;
-    let options = Options {
+    command.args(["--tap-fd=4", "--mac=02:00:00:00:00:02"]);
+    inherit_at(&mut command, tap.fd.try_clone()?, 4)?;
+    Ok(command)
+}
+
+/// Both queues, with these ring features.
+pub(crate) fn options(features: u64) -> Options {
+    Options {
         queues: 2,
         features: FEATURE_MAC | features,
         ..Options::default()
-    };
+    }
+}
+
+/// Sends a test frame; once the device has taken it, it works.
+pub(crate) fn send(driver: &mut NetDriver, number: u64) -> Result<()> {
+    let mut frame = [0; FRAME_LENGTH];
+    write_frame(&mut frame, [0xFF; 6], MAC, GUEST_FRAMES, number);
+    driver.send(&frame, DEADLINE)
+}
+
+fn echo(features: u64) -> Result<()> {
+    let tap = Tap::new()?;
+    let echo = tap.echo()?;
+    let mut command = command(&tap)?;
+    command.arg("--fd=3");
+    let (mut process, socket) = Process::start_with_socket(command)?;
+    let options = options(features);
     let session = Session::start(socket, &options)
         .with_context(|| format!("stderr: {}", process.stderr().unwrap_or_default()))?;
     ensure!(
@@ -47,9 +66,7 @@ fn echo(features: u64) -> Result<()> {
     let mut driver = NetDriver::new(session)?;
     ensure!(driver.session.config(0, 6)? == MAC, "another MAC");
     for number in 0..FRAMES {
-        let mut frame = [0; FRAME_LENGTH];
-        write_frame(&mut frame, [0xFF; 6], MAC, GUEST_FRAMES, number);
-        driver.send(&frame, DEADLINE)?;
+        send(&mut driver, number)?;
         // The host's own traffic (IPv6 discovery) may come between.
         while frame_number(&driver.receive(DEADLINE)?, HOST_FRAMES) != Some(number) {}
     }
