@@ -33,7 +33,7 @@ impl Supervisor {
     pub(super) fn needs_devices(&self) -> bool {
         self.vmm.is_some()
             && self.outcome.is_none()
-            && matches!(self.phase, Phase::Running | Phase::PoweringOff(_))
+            && matches!(self.phase, Phase::Running | Phase::PoweringOff { .. })
     }
 
     /// The next time at which a device wants something.

@@ -1,7 +1,7 @@
 //! What the spawner and the vmm tell the supervisor.
 
 use super::outcome::{Outcome, SIGSYS};
-use super::{EXPLANATION_DEADLINE, Supervisor, SupervisorError};
+use super::{EXPLANATION_DEADLINE, Phase, Supervisor, SupervisorError};
 use crate::wire::{Received, receive_message};
 use crate::wire_fds::receive_with_fds;
 use std::os::fd::AsFd;
@@ -167,7 +167,13 @@ impl Supervisor {
                 self.device_answered(id, Ok(()), now);
             }
             FromVmm::Detached { slot } => self.device_detached(slot, now),
-            FromVmm::Rebooted | FromVmm::Stats(_) => {}
+            FromVmm::Rebooted => {
+                // The guest that was asked is no more.
+                if let Phase::PoweringOff { press, .. } = &mut self.phase {
+                    *press = now;
+                }
+            }
+            FromVmm::Stats(_) => {}
         }
     }
 }

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //!   Running --person--> PoweringOff --grace--> Stopping --+
+//!      |  \--person, before the guest runs---> Stopping --+
 //!      |  \--what cannot be replaced is lost-> Stopping --+--> WindingDown --> Finished
 //!      +------------------- Ended(reason) ----------------+    (all exited, or killed)
 //! ```
@@ -62,6 +63,8 @@ const EXIT_DEADLINE: Duration = Duration::from_millis(1500);
 /// A device process that exits with code 0 has seen its socket close: the vmm, which closed it, has
 /// this long to say why.
 const EXPLANATION_DEADLINE: Duration = Duration::from_millis(500);
+/// A guest that was asked to power off is asked again after this time: one that boots may not have heard.
+const PRESS_AGAIN: Duration = Duration::from_secs(2);
 /// A reader of our output has this long to take the last of it.
 const DRAIN_DEADLINE: Duration = Duration::from_millis(500);
 
@@ -121,8 +124,8 @@ fn first_message(spawner: &OwnedFd) -> Result<SupervisorConfig, SupervisorError>
 enum Phase {
     /// From the start until someone wants the end.
     Running,
-    /// The guest was asked to power off, and may take until then.
-    PoweringOff(Instant),
+    /// The guest was asked to power off, may take until then, and is asked again at times.
+    PoweringOff { until: Instant, press: Instant },
     /// The vmm was told to stop.
     Stopping(Instant),
     /// The VM is over; its processes exit.
@@ -290,9 +293,8 @@ impl Supervisor {
     fn deadline(&self) -> Option<Instant> {
         match self.phase {
             Phase::Running => None,
-            Phase::PoweringOff(at) | Phase::Stopping(at) | Phase::WindingDown(at) | Phase::Killing(at) => {
-                Some(at)
-            }
+            Phase::PoweringOff { until, press } => Some(until.min(press)),
+            Phase::Stopping(at) | Phase::WindingDown(at) | Phase::Killing(at) => Some(at),
         }
     }
 
@@ -308,7 +310,8 @@ impl Supervisor {
         }
         match self.phase {
             Phase::Running => {}
-            Phase::PoweringOff(_) => {
+            Phase::PoweringOff { until, .. } if now < until => self.press_power_button(until, now),
+            Phase::PoweringOff { .. } => {
                 let grace = self.grace.as_secs();
                 self.conclude(Outcome {
                     code: exit_code::TIMEOUT,
@@ -348,14 +351,27 @@ impl Supervisor {
     }
 
     fn power_off(&mut self, now: Instant) {
-        if self.phase == Phase::Running {
-            self.tell_vmm(ToVmm::PowerButton);
-            self.phase = Phase::PoweringOff(now + self.grace);
+        if self.phase != Phase::Running {
+            return;
         }
+        if self.guest_runs {
+            return self.press_power_button(now + self.grace, now);
+        }
+        self.conclude(Outcome {
+            code: exit_code::ERROR,
+            line: Some("the VM was stopped before its guest ran".to_owned()),
+        });
+        self.stop_vmm(now);
+    }
+
+    fn press_power_button(&mut self, until: Instant, now: Instant) {
+        self.tell_vmm(ToVmm::PowerButton);
+        let press = now + PRESS_AGAIN;
+        self.phase = Phase::PoweringOff { until, press };
     }
 
     fn stop_vmm(&mut self, now: Instant) {
-        if matches!(self.phase, Phase::Running | Phase::PoweringOff(_)) {
+        if matches!(self.phase, Phase::Running | Phase::PoweringOff { .. }) {
             self.tell_vmm(ToVmm::Stop);
             self.phase = Phase::Stopping(now + EXIT_DEADLINE);
         }

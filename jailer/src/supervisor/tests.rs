@@ -2,6 +2,7 @@
 
 mod hangs;
 mod helpers;
+mod stops;
 
 use super::*;
 use crate::wire_fds::{receive_with_fds, send_with_fd};
