@@ -150,9 +150,10 @@ impl ConsoleOutput {
                 }
                 Err(nix::Error::EINTR) => {}
                 Err(nix::Error::EAGAIN) => {
-                    state.blocked = true;
-                    // The main thread looks at `blocked` when the timer wakes it.
-                    self.set_timer(state);
+                    // Once: the main thread, which the timer wakes, waits for the socket from then on.
+                    if !std::mem::replace(&mut state.blocked, true) {
+                        self.set_timer(state);
+                    }
                     return;
                 }
                 Err(_) => {

@@ -73,6 +73,17 @@ impl Code {
         self
     }
 
+    /// Writes so many bytes of memory to COM1.
+    pub(crate) fn print_memory(mut self, count: u32) -> Self {
+        // mov dx, 0x3F8; mov esi, LOAD_ADDRESS; mov ecx, count; cld; rep outsb
+        self.0.extend([0x66, 0xBA, 0xF8, 0x03, 0xBE]);
+        self.0.extend(LOAD_ADDRESS.to_le_bytes());
+        self.0.push(0xB9);
+        self.0.extend(count.to_le_bytes());
+        self.0.extend([0xFC, 0xF3, 0x6E]);
+        self
+    }
+
     /// Echoes one byte from COM1's receiver back.
     pub(crate) fn echo(mut self) -> Self {
         // mov dx, 0x3FD; again: in al, dx; test al, 1; je again; mov dx, 0x3F8; in; out

@@ -6,9 +6,11 @@ mod process;
 
 use guest::Code;
 use libtest_mimic::{Arguments, Failed, Trial};
+use nix::sys::socket::{MsgFlags, recv};
 use process::{Guest, SLOT, Vmm};
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 use vm_spec::control::{EndReason, FromVmm, ToVmm};
@@ -43,6 +45,7 @@ fn main() {
         ("the_power_button_reaches_the_guest", power_button),
         ("input_reaches_the_guest", input),
         ("closed_input_keeps_nobody_busy", closed_input),
+        ("output_that_nobody_reads_keeps_nobody_busy", unread_output),
         ("stop_ends_a_spinning_guest", stop),
         ("a_supervisor_that_goes_takes_the_vm_along", abandoned),
         ("exits_are_counted_by_reason", exits),
@@ -304,14 +307,45 @@ fn closed_input() -> Outcome {
     assert_eq!(vmm.ask(ToVmm::PowerButton), FromVmm::Done);
     vmm.console.read_exact(&mut [0; 2])?;
     let before = vmm.ticks("bulkhead-vmm");
+    let_it_spin(&vmm);
+    let busy = vmm.ticks("bulkhead-vmm") - before;
+    assert!(busy < 5, "{busy} ticks of the main thread");
+    assert!(vmm.abandon().success());
+    Ok(())
+}
+
+/// Waits until the guest had 0.3 s of processor time.
+fn let_it_spin(vmm: &Vmm) {
     let enough = vmm.ticks("vcpu-0") + 30;
     let deadline = Instant::now() + Duration::from_secs(20);
     while vmm.ticks("vcpu-0") < enough {
         assert!(Instant::now() < deadline, "the guest does not spin");
         std::thread::yield_now();
     }
-    let busy = vmm.ticks("bulkhead-vmm") - before;
-    assert!(busy < 5, "{busy} ticks of the main thread");
+}
+
+fn unread_output() -> Outcome {
+    let kernel = Code::default().print_memory(1 << 20).spin().elf();
+    let mut vmm = Vmm::start(Guest::new(&kernel));
+    vmm.running();
+    let dropped = |vmm: &mut Vmm| match vmm.ask(ToVmm::Stats) {
+        FromVmm::Stats(stats) => stats.console_dropped,
+        other => panic!("no statistics: {other:?}"),
+    };
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while dropped(&mut vmm) == 0 {
+        assert!(Instant::now() < deadline, "the console takes it all");
+        std::thread::yield_now();
+    }
+    let before = vmm.sleeps();
+    let_it_spin(&vmm);
+    let sleeps = vmm.sleeps() - before;
+    assert!(sleeps < 10, "the main thread woke {sleeps} times");
+    // Who reads again is given more than what waited in the socket.
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    let mut text = vec![0; 1 << 20];
+    let in_socket = recv(vmm.console.as_raw_fd(), &mut text, flags)?;
+    vmm.console.read_exact(&mut text[..=in_socket])?;
     assert!(vmm.abandon().success());
     Ok(())
 }

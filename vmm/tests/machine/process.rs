@@ -259,6 +259,16 @@ impl Vmm {
         times.map(|time| time.parse::<u64>().unwrap()).sum()
     }
 
+    /// How often the main thread waited for something.
+    pub(crate) fn sleeps(&self) -> u64 {
+        let id = self.child.id();
+        let status = std::fs::read_to_string(format!("/proc/{id}/task/{id}/status")).unwrap();
+        let line = status
+            .lines()
+            .find_map(|l| l.strip_prefix("voluntary_ctxt_switches:"));
+        line.unwrap().trim().parse().unwrap()
+    }
+
     /// Closes the control socket: the supervisor is gone.
     pub(crate) fn abandon(self) -> ExitStatus {
         let Self { child, control, .. } = self;
