@@ -254,8 +254,8 @@ pub enum FromVmm {
     },
     /// The guest rebooted and the machine started again.
     Rebooted,
-    /// The VM could not be built, or its device could not be connected; the vmm exits next.
-    StartFailed {
+    /// The VM could not be built, its device could not be connected, or it cannot go on; the vmm exits next.
+    Error {
         /// What failed, one line.
         what: String,
         /// Why.

@@ -90,42 +90,43 @@ fn parse() -> Result<Arguments, lexopt::Error> {
 /// Builds and runs the VM; every end, good or bad, is told to the supervisor.
 fn run(control: &mut ControlSocket, arguments: &Arguments, started_ns: u64) -> Result<(), Error> {
     let config = receive_config(control)?;
-    let built = Build::new(
+    let error = match build_and_run(config, control, arguments, started_ns) {
+        Ok(reason) => return report_end(control, reason),
+        Err(error) => error,
+    };
+    let told = control.send(
+        0,
+        FromVmm::Error {
+            what: error.to_string(),
+            cause: error.cause(),
+            hint: error.hint(),
+        },
+    );
+    if told.is_ok() {
+        end(vm_spec::control::exit_code::ERROR);
+    }
+    Err(error)
+}
+
+fn build_and_run(
+    config: VmConfig,
+    control: &mut ControlSocket,
+    arguments: &Arguments,
+    started_ns: u64,
+) -> Result<EndReason, Error> {
+    let build = Build::new(
         config,
         arguments.control,
         Options {
             seccomp: arguments.seccomp,
         },
-    )
-    .and_then(|build| build.build(control))
-    .and_then(|machine| Ok((machine.lock_down_and_start()?, machine)));
-    let (started, machine) = match built {
-        Ok(built) => built,
-        Err(error) => {
-            let told = control.send(
-                0,
-                FromVmm::StartFailed {
-                    what: error.to_string(),
-                    cause: error.cause(),
-                    hint: error.hint(),
-                },
-            );
-            if told.is_ok() {
-                end(vm_spec::control::exit_code::ERROR);
-            }
-            return Err(error);
-        }
-    };
+    )?;
+    let machine = build.build(control)?;
+    let started = machine.lock_down_and_start()?;
     // The end of the process takes it apart: threads that ended by themselves, and descriptors
     // that were closed one by one, would take time and calls.
     let mut machine = ManuallyDrop::new(machine);
-    match machine.run(control, started_ns, &started) {
-        Ok(reason) => report_end(control, reason),
-        Err(error) => {
-            report_end(control, EndReason::KvmError)?;
-            Err(error)
-        }
-    }
+    machine.run(control, started_ns, &started)
 }
 
 fn report_end(control: &ControlSocket, reason: EndReason) -> Result<(), Error> {

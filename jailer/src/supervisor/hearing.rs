@@ -141,8 +141,11 @@ impl Supervisor {
                 }
             }
             FromVmm::DeviceFault { device, reason } => self.device_faulted(&device, &reason),
-            FromVmm::StartFailed { what, cause, hint } => {
-                let mut lines = what;
+            FromVmm::Error { what, cause, hint } => {
+                let mut lines = match self.guest_runs {
+                    true => format!("the VM cannot go on: {what}"),
+                    false => what,
+                };
                 for (name, text) in [("cause", cause), ("hint", hint)] {
                     if !text.is_empty() {
                         lines.push_str(&format!("\n  {name}: {text}"));

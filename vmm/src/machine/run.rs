@@ -6,7 +6,7 @@ use super::slots::Slots;
 use super::vcpus::Vcpus;
 use crate::boot::BootImages;
 use crate::control::{ControlSocket, Incoming};
-use crate::error::Error;
+use crate::error::{Error, chain};
 use crate::kvm::{Entry, EventRouter, Irqchip, Vm};
 use crate::serial::Input;
 use crate::virtio::{Device, DeviceEvent, Successor};
@@ -96,7 +96,7 @@ impl Machine {
         )?;
         for (message, fds) in std::mem::take(&mut self.early) {
             if let Some(reason) = self.obey(control, *message, fds)? {
-                return self.end(reason);
+                return Ok(self.end(reason));
             }
         }
         let mut input = Input::Open;
@@ -111,7 +111,7 @@ impl Machine {
             if ready.control
                 && let Some(reason) = self.serve(control)?
             {
-                return self.end(reason);
+                return Ok(self.end(reason));
             }
             if ready.events {
                 self.events.acknowledge();
@@ -119,10 +119,10 @@ impl Machine {
                 if let Some(event) = self.events.take_guest() {
                     let instant = self.platform.com1.output().written() == written;
                     match self.judge(event, instant) {
-                        Some(reason) => return self.end(reason),
+                        Some(reason) => return Ok(self.end(reason)),
                         None => {
                             if let Some(reason) = self.reset(control)? {
-                                return self.end(reason);
+                                return Ok(self.end(reason));
                             }
                             // Read before the start: the guest writes from the next moment on.
                             written = self.platform.com1.output().written();
@@ -332,12 +332,15 @@ impl Machine {
     }
 
     /// Stops vCPUs, drains devices and lets the console take what it will.
-    fn end(&self, reason: EndReason) -> Result<EndReason, Error> {
-        self.vcpus.hold()?;
+    fn end(&self, reason: EndReason) -> EndReason {
+        if let Err(error) = self.vcpus.hold() {
+            // What the guest wrote is to be kept all the same.
+            tracing::error!("{}", chain(&error));
+        }
         self.devices.iter().for_each(Device::refuse_successors);
         self.platform.pci.reset();
         self.platform.com1.output().drain(Instant::now() + CONSOLE_DRAIN);
-        Ok(reason)
+        reason
     }
 }
 

@@ -21,7 +21,7 @@ type Test = (&'static str, fn() -> Outcome);
 fn main() {
     let arguments = Arguments::from_args();
     let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
-    let tests: [Test; 20] = [
+    let tests: [Test; 21] = [
         ("a_byte_and_a_power_off", a_byte_and_a_power_off),
         ("more_memory_than_the_hole_and_many_vcpus", more_memory_and_vcpus),
         ("no_pic_interrupts_who_never_masked_it", pics),
@@ -51,6 +51,10 @@ fn main() {
         ("exits_are_counted_by_reason", exits),
         ("what_is_no_kernel_is_refused", no_kernel),
         ("a_truncated_kernel_is_refused", truncated_kernel),
+        (
+            "a_kernel_that_is_truncated_before_a_reboot_is_named",
+            overwritten_kernel,
+        ),
         ("too_large_an_initrd_or_too_little_memory_is_refused", too_large),
     ];
     let trials = tests
@@ -387,7 +391,7 @@ fn exits() -> Outcome {
 /// The three lines of a refusal.
 fn refusal(guest: Guest) -> (String, String, String) {
     let vmm = Vmm::start(guest);
-    let FromVmm::StartFailed { what, cause, hint } = vmm.event() else {
+    let FromVmm::Error { what, cause, hint } = vmm.event() else {
         panic!("it started");
     };
     assert!(!vmm.exit().success());
@@ -416,6 +420,23 @@ fn truncated_kernel() -> Outcome {
         assert!(what.contains("the kernel is truncated"), "{length}: {what}");
         assert!(hint.contains("incomplete"));
     }
+    Ok(())
+}
+
+fn overwritten_kernel() -> Outcome {
+    let kernel = Code::default().print("b").echo().out(0x602, 1).spin().elf();
+    let guest = Guest::new(&kernel);
+    let file = guest.kernel.try_clone()?;
+    let mut vmm = Vmm::start(guest);
+    vmm.running();
+    file.set_len(100)?;
+    vmm.console.write_all(b"x")?;
+    let FromVmm::Error { what, cause, .. } = vmm.event() else {
+        return Err("it went on".into());
+    };
+    assert_eq!(what, "boot.kernel: cannot read the kernel");
+    assert!(!cause.is_empty());
+    assert!(!vmm.exit().success());
     Ok(())
 }
 
