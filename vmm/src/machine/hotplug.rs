@@ -20,6 +20,8 @@ pub struct Hotplug {
     slots: u32,
     inserted: AtomicU32,
     wanted: AtomicU32,
+    /// What was ever wanted of the devices that are there.
+    asked: AtomicU32,
 }
 
 impl Hotplug {
@@ -30,6 +32,7 @@ impl Hotplug {
             slots,
             inserted: AtomicU32::new(0),
             wanted: AtomicU32::new(0),
+            asked: AtomicU32::new(0),
         }
     }
 
@@ -39,20 +42,32 @@ impl Hotplug {
         self.slots & bit(slot) != 0
     }
 
-    /// There is a new device in `slot`.
+    /// There is a new device in `slot`, of which nothing is wanted.
     pub fn insert(&self, slot: u8) {
+        self.forget(bit(slot));
         self.inserted.fetch_or(bit(slot), Ordering::SeqCst);
     }
 
     /// The guest is to let go of the device in `slot`.
     pub fn ask_back(&self, slot: u8) {
+        self.asked.fetch_or(bit(slot), Ordering::SeqCst);
         self.wanted.fetch_or(bit(slot), Ordering::SeqCst);
     }
 
-    /// Back to power-on: a guest that boots looks at the bus itself.
-    pub fn reset(&self) {
+    fn forget(&self, slots: u32) {
+        for register in [&self.inserted, &self.asked, &self.wanted] {
+            register.fetch_and(!slots, Ordering::SeqCst);
+        }
+    }
+
+    /// Back to power-on: a guest that boots looks at the bus itself, but knows nothing of what the last one was
+    /// asked for. Whether there is such.
+    #[must_use]
+    pub fn reset(&self) -> bool {
+        let asked = self.asked.load(Ordering::SeqCst);
         self.inserted.store(0, Ordering::SeqCst);
-        self.wanted.store(0, Ordering::SeqCst);
+        self.wanted.store(asked, Ordering::SeqCst);
+        asked != 0
     }
 
     /// A guest's read. False: the port is none of these.
@@ -73,12 +88,13 @@ impl Hotplug {
         true
     }
 
-    /// The slots that a guest's write lets go of.
+    /// The slots that a guest's write lets go of: there is no more to say of them.
     pub fn ejected(&self, port: u16, data: &[u8]) -> impl Iterator<Item = u8> + use<> {
         let written = match <[u8; WIDTH]>::try_from(data) {
             Ok(bytes) if port == HOTPLUG_EJECT_PORT => u32::from_le_bytes(bytes) & self.slots,
             _ => 0,
         };
+        self.forget(written);
         (0..=LAST_SLOT).filter(move |slot| written & bit(*slot) != 0)
     }
 }
@@ -113,9 +129,45 @@ mod tests {
         assert!(ejected(HOTPLUG_EJECT_PORT, &[0xFF]).is_empty());
         assert!(ejected(HOTPLUG_PORT, &[0xFF; 4]).is_empty());
         hotplug.insert(2);
-        hotplug.reset();
+        assert!(!hotplug.reset());
         assert_eq!(read(&hotplug, HOTPLUG_PORT), 0);
         assert!(hotplug.has(31) && !hotplug.has(0) && !hotplug.has(32));
+    }
+
+    #[test]
+    fn what_was_wanted_of_a_device_is_not_wanted_of_the_next() {
+        let hotplug = Hotplug::new(1 << 2);
+        let eject = || hotplug.ejected(HOTPLUG_EJECT_PORT, &4u32.to_le_bytes()).count();
+        // The guest never heard that it was to go, and lets go of it all the same.
+        hotplug.insert(2);
+        hotplug.ask_back(2);
+        assert_eq!(eject(), 1);
+        assert_eq!(read(&hotplug, HOTPLUG_PORT), 0);
+        assert_eq!(read(&hotplug, HOTPLUG_REMOVAL_PORT), 0);
+        // Asked when it had gone already.
+        hotplug.ask_back(2);
+        hotplug.insert(2);
+        assert_eq!(read(&hotplug, HOTPLUG_PORT), 1 << 2);
+        assert_eq!(read(&hotplug, HOTPLUG_REMOVAL_PORT), 0);
+        assert!(!hotplug.reset());
+    }
+
+    #[test]
+    fn a_guest_that_boots_is_asked_for_what_the_last_one_kept() {
+        let hotplug = Hotplug::new(1 << 2);
+        hotplug.insert(2);
+        hotplug.ask_back(2);
+        assert_eq!(read(&hotplug, HOTPLUG_REMOVAL_PORT), 1 << 2);
+        for _ in 0..2 {
+            assert!(hotplug.reset());
+            assert_eq!(read(&hotplug, HOTPLUG_PORT), 0);
+            assert_eq!(read(&hotplug, HOTPLUG_REMOVAL_PORT), 1 << 2);
+        }
+        assert_eq!(
+            hotplug.ejected(HOTPLUG_EJECT_PORT, &4u32.to_le_bytes()).count(),
+            1
+        );
+        assert!(!hotplug.reset());
     }
 
     #[test]

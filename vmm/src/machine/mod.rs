@@ -12,6 +12,7 @@ mod events;
 mod exits;
 mod hotplug;
 mod ports;
+mod reminder;
 mod run;
 mod slots;
 mod vcpus;

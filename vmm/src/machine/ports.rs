@@ -73,6 +73,18 @@ impl Ports {
         Ok(())
     }
 
+    /// Whether something happened that the guest has not read.
+    #[must_use]
+    pub fn has_unread_event(&self) -> bool {
+        self.pending.load(Ordering::SeqCst) != 0
+    }
+
+    /// Raises the interrupt for what happened before.
+    pub fn raise_again(&self) {
+        // A full counter means that the signal is pending already.
+        let _ = self.interrupt.write(1);
+    }
+
     /// Back to power-on.
     pub fn reset(&self) {
         self.pending.store(0, Ordering::SeqCst);

@@ -2,6 +2,7 @@
 
 use super::events::{DeviceWord, Events, GuestEvent};
 use super::exits::Platform;
+use super::reminder::Reminder;
 use super::slots::Slots;
 use super::vcpus::Vcpus;
 use crate::boot::BootImages;
@@ -100,8 +101,10 @@ impl Machine {
             }
         }
         let mut input = Input::Open;
+        let mut reminder = Reminder::default();
         loop {
-            let ready = self.wait(control, input, PollTimeout::NONE)?;
+            let timeout = reminder.look(&self.platform.ports, Instant::now());
+            let ready = self.wait(control, input, timeout)?;
             if ready.console_in {
                 input = self.platform.com1.receive();
             }
@@ -128,6 +131,7 @@ impl Machine {
                             written = self.platform.com1.output().written();
                             self.start();
                             input = Input::Open;
+                            reminder = Reminder::default();
                             control.send(0, FromVmm::Rebooted)?;
                         }
                     }
@@ -294,11 +298,14 @@ impl Machine {
         self.platform.pci.finish_reset();
         self.platform.com1.reset();
         self.platform.ports.reset();
-        self.platform.hotplug.reset();
         self.router.reset(self.irqchip.as_ref())?;
         self.vcpus.reset()?;
         self.entry = self.images.load(self.vm.ram(), self.vm.cpus())?;
         self.events.forget_guest();
+        if self.platform.hotplug.reset() {
+            let told = self.platform.ports.tell_of_hotplug();
+            told.map_err(Error::system("tell the guest of a device that is to go"))?;
+        }
         Ok(None)
     }
 

@@ -84,6 +84,22 @@ impl Code {
         self
     }
 
+    /// Opens the event device's pin, and ends by a triple fault once that interrupts.
+    pub(crate) fn fall_at_the_next_event(self) -> Self {
+        let (ioapic, pin) = (machine::IOAPIC_START, 0x10 + 2 * machine::GED_GSI);
+        let lapic_spurious = 0xFEE0_00F0;
+        let mut code = self.store(lapic_spurious, &0x1FFu32.to_le_bytes());
+        for (register, value) in [(pin + 1, 0), (pin, 0x30)] {
+            code = code.store(ioapic, &register.to_le_bytes());
+            code = code.store(ioapic + 0x10, &u32::to_le_bytes(value));
+        }
+        // mov esp, 0x200000; push 0; push 0; lidt [esp]; sti
+        code.0
+            .extend([0xBC, 0, 0, 0x20, 0, 0x6A, 0, 0x6A, 0, 0x0F, 0x01, 0x1C, 0x24]);
+        code.0.push(0xFB);
+        code.spin()
+    }
+
     /// Echoes one byte from COM1's receiver back.
     pub(crate) fn echo(mut self) -> Self {
         // mov dx, 0x3FD; again: in al, dx; test al, 1; je again; mov dx, 0x3F8; in; out

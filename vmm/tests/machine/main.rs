@@ -21,7 +21,7 @@ type Test = (&'static str, fn() -> Outcome);
 fn main() {
     let arguments = Arguments::from_args();
     let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
-    let tests: [Test; 21] = [
+    let tests: [Test; 22] = [
         ("a_byte_and_a_power_off", a_byte_and_a_power_off),
         ("more_memory_than_the_hole_and_many_vcpus", more_memory_and_vcpus),
         ("no_pic_interrupts_who_never_masked_it", pics),
@@ -43,6 +43,7 @@ fn main() {
         ),
         ("a_reset_ends_the_vm_where_so_asked", reset_ends),
         ("the_power_button_reaches_the_guest", power_button),
+        ("an_event_before_its_driver_is_told_again", early_event),
         ("input_reaches_the_guest", input),
         ("closed_input_keeps_nobody_busy", closed_input),
         ("output_that_nobody_reads_keeps_nobody_busy", unread_output),
@@ -284,6 +285,20 @@ fn power_button() -> Outcome {
     vmm.running();
     assert_eq!(vmm.ask(ToVmm::PowerButton), FromVmm::Done);
     assert_eq!(vmm.ended().0, EndReason::PowerOff);
+    assert!(vmm.exit().success());
+    Ok(())
+}
+
+fn early_event() -> Outcome {
+    let kernel = Code::default().print("r").echo().fall_at_the_next_event().elf();
+    let mut vmm = Vmm::start(Guest::new(&kernel));
+    vmm.running();
+    vmm.console.read_exact(&mut [0])?;
+    assert_eq!(vmm.ask(ToVmm::PowerButton), FromVmm::Done);
+    // KVM's worker brings the interrupt, and drops it.
+    let_it_spin(&vmm);
+    vmm.console.write_all(b"x")?;
+    assert_eq!(vmm.ended().0, EndReason::TripleFault);
     assert!(vmm.exit().success());
     Ok(())
 }
