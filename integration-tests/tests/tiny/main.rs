@@ -7,6 +7,7 @@ mod descriptors;
 mod dry_run;
 mod ends;
 mod fixture;
+mod helpers;
 mod hostile;
 mod images;
 mod jails;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
     tests.extend(clients::tests());
     tests.extend(dry_run::tests());
     tests.extend(ends::tests());
+    tests.extend(helpers::tests());
     tests.extend(hostile::tests());
     tests.extend(images::tests());
     tests.extend(jails::tests());

@@ -9,6 +9,7 @@ use integration_tests::{
 };
 use libtest_mimic::Trial;
 use std::{fs::File, process::Command, time::Duration};
+use vm_spec::control::exit_code;
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
@@ -16,16 +17,21 @@ pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("terminal::keys_reach_the_guest", keys),
         test("terminal::ctrl_a_x_leaves", leave),
+        test("terminal::the_background_is_left_alone", background),
     ]
 }
 
 fn start(cmdline: &str, folder: &tempfile::TempDir) -> Result<Terminal> {
+    start_by(Command::new(artifact(Artifact::Bulkhead)?), cmdline, folder)
+}
+
+/// By a command that ends in the launcher's path.
+fn start_by(mut command: Command, cmdline: &str, folder: &tempfile::TempDir) -> Result<Terminal> {
     Host::need_kvm()?;
     let disk = folder.path().join("disk");
     File::create(&disk)?.set_len(16 << 20)?;
-    let mut command = Command::new(artifact(Artifact::Bulkhead)?);
     command
-        .args(["run", "--memory=64M", "--power-off-grace=1"])
+        .args(["run", "--name=test", "--memory=64M", "--power-off-grace=1"])
         .args(jail_flags())
         .arg(format!("--kernel={}", artifact(Artifact::TinyGuest)?.display()))
         .arg(format!("--cmdline={cmdline}"))
@@ -66,5 +72,34 @@ fn leave() -> Result<()> {
         !folder.path().join("bulkhead").exists(),
         "the run-time folder is left"
     );
+    Ok(())
+}
+
+/// A shell that keeps the terminal, with its arguments as a job in the background, and reads a line after that.
+const JOB: &str = r#"set -m; "$@" & wait $!; code=$?; read -r line; echo "typed=$line"; exit $code"#;
+
+/// As by `bulkhead run ... &`: it is not stopped for reading keys or changing settings that are the shell's.
+fn background() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let bulkhead = artifact(Artifact::Bulkhead)?;
+    let mut shell = Command::new("sh");
+    shell.args(["-c", JOB, "sh"]).arg(bulkhead);
+    let mut terminal = start_by(shell, "scenario=hlt", &folder)?;
+    terminal.screen.wait_line("ready=1", DEADLINE)?;
+    terminal.type_keys(b"for the shell\n")?;
+    ensure!(terminal.is_as_before()?, "the terminal's settings have changed");
+    let stopped = Command::new(bulkhead)
+        .args(["stop", "test"])
+        .env("XDG_RUNTIME_DIR", folder.path())
+        .output()?;
+    ensure!(stopped.status.success(), "{stopped:?}");
+    terminal.screen.wait_line("typed=for the shell", DEADLINE)?;
+    let status = terminal.wait(DEADLINE)?;
+    let text = terminal.screen.text();
+    ensure!(
+        status.code() == Some(exit_code::TIMEOUT.into()),
+        "{status}: {text}"
+    );
+    ensure!(terminal.is_as_before()?, "the terminal's settings have changed");
     Ok(())
 }
