@@ -155,6 +155,96 @@ pub enum ArtifactError {
     },
 }
 
+/// What one call of cargo builds: it unifies features within a call, and only the launcher may link the launcher's
+/// part of the jail.
+struct Group {
+    target: &'static str,
+    packages: &'static [&'static str],
+    features: Option<&'static str>,
+    artifacts: &'static [Artifact],
+}
+
+/// A package whose features are chosen, of which nothing is built unless an artifact is its own. With these in each
+/// call, what several calls need is the same and is compiled once.
+const ALIGNED: &[&str] = &["bulkhead-vmm", "vhost-user-blk", "vhost-user-net", "images"];
+
+const SHIPPED: &[Group] = &[
+    Group {
+        target: MUSL,
+        packages: &["jailer"],
+        features: None,
+        artifacts: &[Artifact::Bulkhead, Artifact::Supervisor],
+    },
+    Group {
+        target: MUSL,
+        packages: &[],
+        features: None,
+        artifacts: &[
+            Artifact::Vmm,
+            Artifact::VhostUserBlk,
+            Artifact::ImageTool,
+            Artifact::VhostUserNet,
+        ],
+    },
+];
+
+const FOR_TESTS: &[Group] = &[
+    Group {
+        target: MUSL,
+        packages: &["peers"],
+        features: None,
+        artifacts: &[Artifact::ReferenceBlk, Artifact::Floor],
+    },
+    Group {
+        target: MUSL,
+        packages: &[],
+        features: Some("vhost-user-blk/faults"),
+        artifacts: &[Artifact::FaultyBlk],
+    },
+    Group {
+        target: BARE_METAL,
+        packages: &["tiny-guest"],
+        features: None,
+        artifacts: &[Artifact::TinyGuest, Artifact::TinyByte],
+    },
+];
+
+impl Group {
+    /// Runs `cargo build`: each executable that it names, by name.
+    fn build(&self, profile: Profile) -> Result<BTreeMap<String, PathBuf>, ArtifactError> {
+        let mut command = Command::new(cargo());
+        command
+            .current_dir(workspace())
+            .args(["build", "--quiet", "--target", self.target])
+            .arg("--message-format=json-render-diagnostics");
+        let aligned = match self.target {
+            MUSL => ALIGNED,
+            _ => &[],
+        };
+        for package in self.packages.iter().chain(aligned) {
+            command.args(["-p", package]);
+        }
+        for artifact in self.artifacts {
+            command.args(["--bin", artifact.name()]);
+        }
+        if let Some(features) = self.features {
+            command.args(["--features", features]);
+        }
+        if profile == Profile::Release {
+            command.arg("--release");
+        }
+        let messages = run(command)?;
+        let messages = messages.split(|byte| *byte == b'\n');
+        let messages = messages.filter_map(|line| serde_json::from_slice::<Value>(line).ok());
+        let executable = |message: Value| {
+            let name = message["target"]["name"].as_str()?;
+            let executable = message["executable"].as_str()?;
+            Some((name.to_owned(), PathBuf::from(executable)))
+        };
+        Ok(messages.filter_map(executable).collect())
+    }
+}
+
 /// Where each artifact is.
 #[derive(Clone, Debug)]
 pub struct Artifacts {
@@ -188,56 +278,31 @@ impl Artifacts {
     /// # Errors
     /// Any [`ArtifactError`].
     pub fn build(profile: Profile) -> Result<Self, ArtifactError> {
+        Self::build_all(profile, SHIPPED.iter().chain(FOR_TESTS))
+    }
+
+    /// Builds what is shipped, and nothing else.
+    ///
+    /// # Errors
+    /// Any [`ArtifactError`].
+    pub fn build_shipped() -> Result<Self, ArtifactError> {
+        Self::build_all(Profile::Release, SHIPPED)
+    }
+
+    fn build_all<'a>(
+        profile: Profile,
+        groups: impl IntoIterator<Item = &'a Group>,
+    ) -> Result<Self, ArtifactError> {
         ensure_targets()?;
-        let mut built = BTreeMap::new();
-        // One call a group: cargo unifies features within a call, and only the launcher may
-        // link the launcher's part of the jail.
-        let groups: [(&str, &[&str]); 5] = [
-            (MUSL, &["-p", "jailer"]),
-            (
-                MUSL,
-                &[
-                    "-p",
-                    "bulkhead-vmm",
-                    "-p",
-                    "vhost-user-blk",
-                    "-p",
-                    "vhost-user-net",
-                ],
-            ),
-            (
-                MUSL,
-                &[
-                    "-p",
-                    "integration-tests",
-                    "--bin",
-                    "floor",
-                    "--bin",
-                    "reference-blk",
-                ],
-            ),
-            (
-                MUSL,
-                &[
-                    "-p",
-                    "vhost-user-blk",
-                    "--features",
-                    "faults",
-                    "--bin",
-                    "vhost-user-blk-faults",
-                ],
-            ),
-            (BARE_METAL, &["-p", "tiny-guest"]),
-        ];
-        for (target, packages) in groups {
-            cargo_build(profile, target, packages, &mut built)?;
-        }
         let mut paths = BTreeMap::new();
-        for artifact in Artifact::ALL {
-            let path = built
-                .remove(artifact.name())
-                .ok_or(ArtifactError::NotBuilt(artifact.name()))?;
-            paths.insert(artifact, path);
+        for group in groups {
+            let built = group.build(profile)?;
+            for artifact in group.artifacts {
+                let path = built
+                    .get(artifact.name())
+                    .ok_or(ArtifactError::NotBuilt(artifact.name()))?;
+                paths.insert(*artifact, path.clone());
+            }
         }
         Ok(Self { paths })
     }
@@ -245,9 +310,10 @@ impl Artifacts {
     /// Where `artifact` is.
     ///
     /// # Errors
-    /// [`ArtifactError::Missing`].
+    /// [`ArtifactError::Missing`], [`ArtifactError::NotBuilt`].
     pub fn path(&self, artifact: Artifact) -> Result<&Path, ArtifactError> {
-        let path = &self.paths[&artifact];
+        let path = self.paths.get(&artifact);
+        let path = path.ok_or(ArtifactError::NotBuilt(artifact.name()))?;
         if path.is_file() {
             Ok(path)
         } else {
@@ -299,11 +365,18 @@ pub fn build_probes(target: &Path) -> Result<PathBuf, ArtifactError> {
     command
         .current_dir(workspace())
         .args(["build", "--quiet", "--target", MUSL])
-        .args(["-p", "jailer", "-p", "bulkhead-vmm"])
-        .args(["-p", "vhost-user-blk", "-p", "vhost-user-net"])
+        .args(["-p", "jailer", "-p", "integration-tests"])
         .args(["--no-default-features", "--features", "jailer/probe"])
         .arg("--target-dir")
-        .arg(target);
+        .arg(target)
+        // What these programs share with the tests is compiled once.
+        .env("CARGO_BUILD_BUILD_DIR", target_folder());
+    for package in ALIGNED {
+        command.args(["-p", package]);
+    }
+    for name in PROBE_NAMES {
+        command.args(["--bin", name]);
+    }
     run(command)?;
     Ok(target.join(MUSL).join("debug"))
 }
@@ -312,6 +385,15 @@ pub fn build_probes(target: &Path) -> Result<PathBuf, ArtifactError> {
 #[must_use]
 pub fn workspace() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+}
+
+/// Where cargo builds the workspace.
+#[must_use]
+pub fn target_folder() -> PathBuf {
+    match env::var_os("CARGO_TARGET_DIR") {
+        Some(folder) => PathBuf::from(folder),
+        None => workspace().join("target"),
+    }
 }
 
 fn cargo() -> String {
@@ -350,40 +432,6 @@ pub(crate) fn ensure_targets() -> Result<(), ArtifactError> {
             let mut add = Command::new("rustup");
             add.current_dir(workspace()).args(["target", "add", target]);
             run(add)?;
-        }
-    }
-    Ok(())
-}
-
-/// Runs `cargo build` and adds each executable that it names to `built`, by name.
-fn cargo_build(
-    profile: Profile,
-    target: &str,
-    packages: &[&str],
-    built: &mut BTreeMap<String, PathBuf>,
-) -> Result<(), ArtifactError> {
-    let mut command = Command::new(cargo());
-    command
-        .current_dir(workspace())
-        .args([
-            "build",
-            "--quiet",
-            "--message-format=json-render-diagnostics",
-            "--target",
-            target,
-        ])
-        .args(packages);
-    if profile == Profile::Release {
-        command.arg("--release");
-    }
-    let messages = run(command)?;
-    for line in messages.split(|byte| *byte == b'\n') {
-        let Ok(message) = serde_json::from_slice::<Value>(line) else {
-            continue;
-        };
-        let name = message["target"]["name"].as_str();
-        if let (Some(name), Some(executable)) = (name, message["executable"].as_str()) {
-            built.insert(name.to_owned(), PathBuf::from(executable));
         }
     }
     Ok(())

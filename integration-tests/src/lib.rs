@@ -9,6 +9,7 @@ pub mod host;
 pub mod install;
 pub mod interrupt;
 pub mod lent;
+mod lint;
 pub mod linux;
 pub mod loop_device;
 pub mod mounts;

@@ -4,7 +4,7 @@ use super::blk_cases::{Case, Content, Place, all};
 use super::blk_driver::Limit;
 use super::blk_floor::{self, Floor};
 use super::blk_peer::{Contender, Format, Peer, Programs, Turn};
-use crate::artifacts::{Artifact, Artifacts, BIN_DIR, Profile};
+use crate::artifacts::{Artifact, Artifacts, BIN_DIR};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use std::{
@@ -58,7 +58,7 @@ pub struct Settings {
 pub fn run(settings: &Settings) -> Result<()> {
     let artifacts = match env::var_os(BIN_DIR) {
         Some(dir) => Artifacts::from_dir(Path::new(&dir)),
-        None => Artifacts::build(Profile::Release)?,
+        None => Artifacts::build_shipped()?,
     };
     let programs = Programs {
         ours: artifacts.path(Artifact::VhostUserBlk)?.to_owned(),

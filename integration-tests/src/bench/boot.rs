@@ -5,7 +5,7 @@
 //! Where KVM runs no stock kernel it does all of it inside the nested runner. Only the ratio means
 //! anything there.
 
-use crate::artifacts::{Artifact, Artifacts, BIN_DIR, Profile};
+use crate::artifacts::{Artifact, Artifacts, BIN_DIR};
 use crate::host::Host;
 use crate::nested::{self, Ended, Job, Nested};
 use anyhow::{Context, Result, bail, ensure};
@@ -162,7 +162,7 @@ fn compare(guest: &Guest, bulkhead: &Path) -> Result<bool> {
 pub(super) fn artifacts() -> Result<Artifacts> {
     Ok(match env::var_os(BIN_DIR) {
         Some(dir) => Artifacts::from_dir(Path::new(&dir)),
-        None => Artifacts::build(Profile::Release)?,
+        None => Artifacts::build_shipped()?,
     })
 }
 

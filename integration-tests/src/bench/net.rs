@@ -4,7 +4,7 @@
 use super::net_bed::{Bed, Floor, Posting, RING, Turn};
 use super::net_frames::Size;
 use super::net_host;
-use crate::artifacts::{Artifact, Artifacts, BIN_DIR, Profile};
+use crate::artifacts::{Artifact, Artifacts, BIN_DIR};
 use anyhow::{Context, Result};
 use clap::Args;
 use std::io::Write;
@@ -93,9 +93,7 @@ pub fn run(settings: &Settings) -> Result<()> {
         (None, Some(dir)) => Artifacts::from_dir(Path::new(&dir))
             .path(Artifact::VhostUserNet)?
             .into(),
-        (None, None) => Artifacts::build(Profile::Release)?
-            .path(Artifact::VhostUserNet)?
-            .into(),
+        (None, None) => Artifacts::build_shipped()?.path(Artifact::VhostUserNet)?.into(),
     };
     // While this process has one thread.
     net_host::enter()?;

@@ -1,7 +1,7 @@
 //! `cargo install-bulkhead`.
 
 use clap::Parser;
-use integration_tests::artifacts::{Artifacts, BIN_DIR, Profile};
+use integration_tests::artifacts::{Artifacts, BIN_DIR};
 use integration_tests::install::{Place, install};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -33,7 +33,7 @@ fn main() -> ExitCode {
 fn run(place: &Place) -> anyhow::Result<()> {
     let artifacts = match std::env::var_os(BIN_DIR) {
         Some(folder) => Artifacts::from_dir(folder.as_ref()),
-        None => Artifacts::build(Profile::Release)?,
+        None => Artifacts::build_shipped()?,
     };
     for file in install(&artifacts, place)? {
         println!("{}", file.display());

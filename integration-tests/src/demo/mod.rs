@@ -11,7 +11,7 @@ mod timeline;
 mod user;
 mod vm;
 
-use crate::artifacts::{Artifacts, BIN_DIR, PROFILE, Profile};
+use crate::artifacts::{Artifacts, BIN_DIR, PROFILE};
 use crate::host::Host;
 use crate::interrupt;
 use crate::nested::{self, Job, Nested};
@@ -80,7 +80,7 @@ fn artifacts() -> anyhow::Result<Artifacts> {
         return Ok(Artifacts::locate()?);
     }
     eprintln!("demo: building the release binaries");
-    Ok(Artifacts::build(Profile::Release)?)
+    Ok(Artifacts::build_shipped()?)
 }
 
 fn run_here(stage: &Stage) -> anyhow::Result<()> {

@@ -1,8 +1,8 @@
 //! The instrumented program: how it is built, and what is in it.
 
-use crate::artifacts::workspace;
-use anyhow::{Context, bail, ensure};
-use serde_json::Value;
+use crate::artifacts::{target_folder, workspace};
+use crate::lint;
+use anyhow::{Context, bail};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -42,56 +42,39 @@ pub struct Target {
 pub struct Program {
     pub(super) path: PathBuf,
     pub(super) folder: PathBuf,
+    /// What clippy says of all that only fuzzing compiles, if the build is brief.
+    pub warnings: Vec<String>,
 }
 
 impl Program {
     /// Builds it; cargo speaks on standard error. For runs of seconds, if they are `brief`, with what the tests are
-    /// built of and only our own crates instrumented: a fifth of the time, and slower to run.
+    /// built of, linted like them, and only our own crates instrumented: a fifth of the time, and slower to run.
     ///
     /// # Errors
     /// When it does not build.
     pub fn build(brief: bool) -> anyhow::Result<Self> {
-        let mut build = cargo("build");
+        let mut build = cargo();
         if brief {
-            build.env("RUSTC_WORKSPACE_WRAPPER", wrapper()?);
+            build.env(lint::WRAPPER, wrapper()?);
         } else {
             build
                 .args(["--profile=fuzz", "--target", TRIPLE])
                 .env("CARGO_TARGET_DIR", folder()?)
                 .env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\x1f"))
-                .env_remove("RUSTFLAGS");
+                .env_remove("RUSTFLAGS")
+                .env_remove(lint::WRAPPER);
         }
-        build
-            .args(["--quiet", "--message-format=json-render-diagnostics"])
-            .stderr(Stdio::inherit());
-        let output = build.output().context("cargo")?;
-        ensure!(output.status.success(), "the fuzz targets do not compile");
-        let path = output
-            .stdout
-            .split(|byte| *byte == b'\n')
-            .filter_map(|line| serde_json::from_slice::<Value>(line).ok())
-            .find_map(|message| message["executable"].as_str().map(PathBuf::from));
+        build.args(["--quiet", "--message-format=json"]);
+        let built = lint::build(&mut build)?;
+        let messages = built.messages.iter();
+        let path = messages
+            .filter_map(|message| message["executable"].as_str())
+            .next();
         Ok(Self {
-            path: path.context("cargo names no program")?,
+            path: path.context("cargo names no program")?.into(),
             folder: folder()?,
+            warnings: built.warnings,
         })
-    }
-
-    /// Clippy on all that only fuzzing compiles. As the workspace is checked: nothing of ours depends on the
-    /// instrumentation, and what is checked already is not checked again.
-    ///
-    /// # Errors
-    /// What clippy says.
-    pub fn lint() -> anyhow::Result<()> {
-        let mut clippy = cargo("clippy");
-        clippy.args(["--quiet", "--", "-Dwarnings"]);
-        let output = clippy.output().context("cargo clippy")?;
-        ensure!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        Ok(())
     }
 
     /// The targets in the program, or those `wanted`.
@@ -172,13 +155,14 @@ fn replace(corpus: &Path, best: &Path) -> anyhow::Result<(usize, u64)> {
     Ok((count, bytes))
 }
 
-/// A script in the place of the compiler of our own crates, which adds [`FLAGS`] for all but build scripts.
+/// A script in the place of the compiler of our own crates: clippy's driver, with [`FLAGS`] for all but build scripts.
 fn wrapper() -> anyhow::Result<PathBuf> {
     let script = format!(
-        "#!/bin/sh\nrustc=\"$1\"\nshift\n\
-         case \" $* \" in *' --crate-name build_script_'*) exec \"$rustc\" \"$@\" ;; esac\n\
-         exec \"$rustc\" \"$@\" {}\n",
-        FLAGS.join(" ")
+        "#!/bin/sh\n\
+         case \" $* \" in *' --crate-name build_script_'*) exec {driver} \"$@\" ;; esac\n\
+         exec {driver} \"$@\" {}\n",
+        FLAGS.join(" "),
+        driver = lint::DRIVER,
     );
     let path = folder()?.join("instrumented-rustc");
     fs::write(&path, script)?;
@@ -188,19 +172,15 @@ fn wrapper() -> anyhow::Result<PathBuf> {
 
 /// Where instrumented code is built, and what runs find is kept.
 fn folder() -> anyhow::Result<PathBuf> {
-    let folder = match std::env::var_os("CARGO_TARGET_DIR") {
-        Some(folder) => PathBuf::from(folder),
-        None => workspace().join("target"),
-    };
-    let folder = folder.join("fuzz-all");
+    let folder = target_folder().join("fuzz-all");
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     Ok(folder)
 }
 
-fn cargo(command: &str) -> Command {
+fn cargo() -> Command {
     let mut cargo = Command::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned()));
     cargo
-        .args([command, "--package=fuzz-targets", "--features=libfuzzer"])
+        .args(["build", "--package=fuzz-targets", "--features=libfuzzer"])
         .current_dir(workspace())
         .stdin(Stdio::null());
     cargo

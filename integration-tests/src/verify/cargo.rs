@@ -2,7 +2,8 @@
 
 use super::libtest::Outcome;
 use crate::artifacts::workspace;
-use anyhow::{Context, bail, ensure};
+use crate::lint;
+use anyhow::ensure;
 use serde_json::Value;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -35,19 +36,6 @@ pub(super) fn formatting() -> Outcome {
     check(cargo().args(["fmt", "--all", "--", "--check"]))
 }
 
-/// Clippy on everything that runs on this system, warnings denied.
-pub(super) fn clippy() -> Outcome {
-    check(cargo().args([
-        "clippy",
-        "--quiet",
-        "--workspace",
-        "--all-targets",
-        "--",
-        "-D",
-        "warnings",
-    ]))
-}
-
 /// Clippy on the guest that runs on no system.
 pub(super) fn clippy_bare_metal() -> Outcome {
     let target = [
@@ -64,11 +52,6 @@ pub(super) fn clippy_bare_metal() -> Outcome {
     check(cargo().args(target))
 }
 
-/// The examples in the documentation.
-pub(super) fn doc_tests() -> Outcome {
-    check(cargo().args(["test", "--quiet", "--workspace", "--doc"]))
-}
-
 fn check(command: &mut Command) -> Outcome {
     match command.output() {
         Ok(output) if output.status.success() => Outcome::Passed,
@@ -81,28 +64,26 @@ fn check(command: &mut Command) -> Outcome {
     }
 }
 
-/// Builds every test program of the workspace.
+/// Builds every test program of the workspace, and everything else that runs on this system, by clippy, which
+/// compiles and lints in one; what it says of our code is the outcome.
 ///
 /// # Errors
 /// Something does not compile; cargo has said what on standard error.
-pub(super) fn build_tests() -> anyhow::Result<Vec<TestProgram>> {
-    let format = "--message-format=json-render-diagnostics";
+pub(super) fn build_tests() -> anyhow::Result<(Vec<TestProgram>, Outcome)> {
     let mut build = cargo();
-    build
-        .args(["test", "--quiet", "--workspace", "--no-run", format])
-        .stderr(Stdio::inherit());
-    let output = build.output().context("cargo")?;
-    if !output.status.success() {
-        bail!("the tests do not compile");
-    }
-    let messages = output.stdout.split(|byte| *byte == b'\n');
-    let messages = messages.filter_map(|line| serde_json::from_slice::<Value>(line).ok());
-    let programs: Vec<_> = messages.filter_map(|message| test_program(&message)).collect();
+    build.args(["test", "--quiet", "--workspace", "--no-run"]).args([
+        "--tests",
+        "--bench",
+        "launch",
+        "--message-format=json",
+    ]);
+    let built = lint::build(&mut build)?;
+    let programs: Vec<_> = built.messages.iter().filter_map(test_program).collect();
     ensure!(
         programs.iter().any(|program| program.tier),
         "cargo named no test program of any tier"
     );
-    Ok(programs)
+    Ok((programs, Outcome::of_warnings(&built.warnings)))
 }
 
 fn test_program(message: &Value) -> Option<TestProgram> {
@@ -115,6 +96,9 @@ fn test_program(message: &Value) -> Option<TestProgram> {
     let package = folder.file_name()?.to_str()?;
     let target = message["target"]["name"].as_str()?;
     let kind = message["target"]["kind"][0].as_str()?;
+    if kind == "bench" {
+        return None;
+    }
     let suite = match kind {
         "lib" => format!("{package} lib"),
         "bin" => format!("{package} bin {target}"),
@@ -145,5 +129,6 @@ mod tests {
         assert!(program.tier && program.suite == "integration-tests linux");
         assert!(!test_program(&message(true, "lib")).unwrap().tier);
         assert!(test_program(&message(false, "bin")).is_none());
+        assert!(test_program(&message(true, "bench")).is_none());
     }
 }

@@ -7,30 +7,27 @@ use std::time::Duration;
 /// Targets at the same time.
 const JOBS: usize = 2;
 
-/// Clippy on what only fuzzing compiles.
-pub(super) fn clippy() -> Outcome {
-    match Program::lint() {
-        Ok(()) => Outcome::Passed,
-        Err(error) => Outcome::Failed(format!("{error:#}")),
-    }
-}
-
-/// A test for each target: nothing crashes, hangs or takes too much memory.
+/// A test for each target: nothing crashes, hangs or takes too much memory; and one of what clippy says of what only
+/// fuzzing compiles.
 pub(super) fn targets(full: bool) -> Vec<(String, Outcome)> {
     let plan = Plan {
         each: Duration::from_secs(if full { 60 } else { 5 }),
         jobs: JOBS,
         finds: Finds::Dropped,
     };
-    let program = Program::build(!full);
-    let targets = program.and_then(|program| Ok((program.targets(&[])?, program)));
-    match targets {
-        Ok((targets, program)) => {
-            let runs = program.run_all(&targets, &plan);
-            runs.iter().map(outcome).collect()
-        }
-        Err(error) => vec![("build".to_owned(), Outcome::Failed(format!("{error:#}")))],
+    run(&plan, full).unwrap_or_else(|error| vec![("build".to_owned(), Outcome::Failed(format!("{error:#}")))])
+}
+
+fn run(plan: &Plan, full: bool) -> anyhow::Result<Vec<(String, Outcome)>> {
+    let mut program = Program::build(true)?;
+    let clippy = Outcome::of_warnings(&program.warnings);
+    if full {
+        program = Program::build(false)?;
     }
+    let targets = program.targets(&[])?;
+    let runs = program.run_all(&targets, plan);
+    let runs = runs.iter().map(outcome);
+    Ok(runs.chain([("clippy".to_owned(), clippy)]).collect())
 }
 
 fn outcome(run: &Run) -> (String, Outcome) {

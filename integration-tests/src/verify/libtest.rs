@@ -10,6 +10,16 @@ pub(super) enum Outcome {
     Skipped(String),
 }
 
+impl Outcome {
+    /// Passed, unless there are any.
+    pub(super) fn of_warnings(warnings: &[String]) -> Self {
+        match warnings {
+            [] => Self::Passed,
+            warnings => Self::Failed(warnings.concat()),
+        }
+    }
+}
+
 /// Every `test NAME ... OUTCOME` in a harness's standard output, in order. Whatever a test itself
 /// prints in between is passed over; a test that was begun and has no outcome failed.
 pub(super) fn parse(output: &str) -> Vec<(String, Outcome)> {

@@ -93,9 +93,6 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
     eprintln!("verify: building the release binaries and the tests");
     let programs = build(binaries.path(), &mut report)?;
     tests(&mut report, &programs, binaries.path(), host, full);
-    report.add_suite(SuiteRun::of("README", "cargo demo", || {
-        vec![("cargo demo".to_owned(), readme::demo())]
-    }));
     let minutes = start.elapsed().as_secs().div_ceil(60);
     if full {
         let page = report.page(&today()?, &host.to_string(), minutes);
@@ -113,7 +110,10 @@ fn build(folder: &Path, report: &mut Report) -> anyhow::Result<Vec<TestProgram>>
         let release = scope.spawn(|| Artifacts::build(Profile::Release));
         Images::write(&folder.join(place::IMAGES_FILE)).context("the test guests' images")?;
         stage_probes(&folder.join(place::PROBES_FOLDER)).context("the audit's probes")?;
-        let programs = cargo::build_tests()?;
+        let (programs, clippy) = cargo::build_tests()?;
+        report.add_suite(SuiteRun::of("workspace", "clippy", || {
+            vec![("clippy".to_owned(), clippy)]
+        }));
         checks(report);
         let release = release.join().expect("to run cargo does not panic");
         release?.copy_to(folder)?;
@@ -164,9 +164,20 @@ fn tests(report: &mut Report, programs: &[TestProgram], binaries: &Path, host: H
         .iter()
         .filter(|program| program.tier)
         .for_each(|program| report.expect(&program.suite));
-    if !host.runs_linux() {
-        retry_nested(report, &here, &places);
-    }
+    // Two machines at most, as for the Linux tests.
+    let demo = thread::scope(|scope| {
+        let demo = || {
+            SuiteRun::of("README", "cargo demo", || {
+                vec![("cargo demo".to_owned(), readme::demo())]
+            })
+        };
+        let demo = scope.spawn(demo);
+        if !host.runs_linux() {
+            retry_nested(report, &here, &places);
+        }
+        demo.join().expect("to run cargo does not panic")
+    });
+    report.add_suite(demo);
     if full && host == Host::Software {
         // The walls once more on a kernel with all that Debian's has. Elsewhere the tier itself runs on it.
         let tiny: Vec<_> = here
@@ -219,11 +230,8 @@ fn one_by_one(report: &mut Report, program: &TestProgram, places: &Places) {
 /// What needs no test program.
 fn checks(report: &mut Report) {
     type Check = fn() -> Outcome;
-    let checks: [(&str, Check); 6] = [
-        ("clippy", cargo::clippy),
+    let checks: [(&str, Check); 3] = [
         ("clippy, bare metal", cargo::clippy_bare_metal),
-        ("clippy, fuzz targets", fuzzing::clippy),
-        ("documentation examples", cargo::doc_tests),
         ("licences", licences::licences),
         ("advisories", licences::advisories),
     ];
