@@ -68,7 +68,7 @@ pub struct VmSpec {
     /// What the end of a device's process does.
     #[serde(default)]
     pub on_device_death: OnDeviceDeath,
-    /// Seconds a guest has to power off after `bulkhead stop`, SIGTERM or SIGINT before it is killed.
+    /// Seconds a guest has to power off after `bulkhead stop`, SIGTERM, SIGINT or SIGHUP before it is killed.
     #[serde(default = "default_grace")]
     pub power_off_grace: u32,
     /// What the VM may take of the host.

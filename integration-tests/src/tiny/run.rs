@@ -7,7 +7,7 @@ use crate::{
     suite::{artifact, jail_flags},
 };
 use anyhow::{Context, Result, ensure};
-use nix::unistd::Pid;
+use nix::{sys::signal::Signal, unistd::Pid};
 use std::{
     fs,
     io::Write,
@@ -22,6 +22,8 @@ use vm_spec::run_state::{FILE_NAME, ProcessRole, RunState};
 const NAME: &str = "test";
 /// Between two looks at the run-time folder.
 const LOOK: Duration = Duration::from_millis(5);
+/// Between two signals of [`Run::insist`].
+const INSISTENCE: Duration = Duration::from_millis(100);
 
 /// A launched VM.
 #[derive(Debug)]
@@ -177,6 +179,19 @@ impl Run {
         let status = self.process.wait(deadline)?;
         self.console.finish(deadline)?;
         Ok(status)
+    }
+
+    /// Sends `signal` again and again, as someone does who has waited long enough, until the end.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    pub fn insist(&mut self, signal: Signal, deadline: Duration) -> Result<ExitStatus> {
+        let end = Instant::now() + deadline;
+        while Instant::now() < end && self.process.alive()? {
+            self.process.signal(signal)?;
+            thread::sleep(INSISTENCE);
+        }
+        self.wait(deadline)
     }
 }
 

@@ -19,7 +19,7 @@ use std::{
     process::{Command, Output},
     sync::atomic::{AtomicBool, Ordering},
     thread,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 use tempfile::TempDir;
 use vm_spec::{control::exit_code, run_state::FILE_NAME};
@@ -40,6 +40,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("verbs::completions", completions),
         test("verbs::schema", schema),
         test("verbs::sigterm_has_an_exit_code", sigterm),
+        test("verbs::a_terminal_that_is_closed_asks_once", hang_up),
         test("verbs::an_audit_of_nothing_does_not_pass", empty_audit),
         test("verbs::run_with_stdin_closed", || run_without("<&-")),
         test("verbs::run_with_stdout_closed", || run_without(">&-")),
@@ -301,11 +302,27 @@ fn sigterm() -> Result<()> {
     // Asked twice, it is killed, and the code is a shell's for the signal.
     let mut run = halted(&place, 60)?;
     run.process.signal(Signal::SIGTERM)?;
-    run.process.signal(Signal::SIGINT)?;
+    let status = run.insist(Signal::SIGINT, DEADLINE)?;
+    ensure!(status.code() == Some(128 + Signal::SIGINT as i32), "{status}");
+    Ok(())
+}
+
+/// As where a terminal is closed, and of `timeout`: one request, in several signals.
+fn hang_up() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let mut run = halted(&place, 1)?;
+    for signal in [Signal::SIGHUP, Signal::SIGHUP, Signal::SIGTERM] {
+        run.process.signal(signal)?;
+        // Of two at once the second would not be seen.
+        thread::sleep(Duration::from_millis(5));
+    }
+    let late = Instant::now() + Duration::from_millis(600);
+    while Instant::now() < late {
+        run.process.signal(Signal::SIGHUP)?;
+        thread::sleep(Duration::from_millis(50));
+    }
     let status = run.wait(DEADLINE)?;
-    let code = status.code().context("no code")?;
-    let second = [Signal::SIGTERM, Signal::SIGINT].map(|signal| 128 + signal as i32);
-    ensure!(second.contains(&code), "{status}");
+    ensure!(status.code() == Some(exit_code::TIMEOUT.into()), "{status}");
     Ok(())
 }
 

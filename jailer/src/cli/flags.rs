@@ -83,7 +83,7 @@ pub(super) struct VmFlags {
     /// What the end of a device's process does: restart (it, the default) or end (the VM)
     #[arg(long, value_name = "WHAT", value_parser = values::on_device_death(), hide_possible_values = true)]
     on_device_death: Option<OnDeviceDeath>,
-    /// Seconds a guest has to power off when asked (default: 10)
+    /// Seconds a guest has to power off when asked, also by SIGTERM, SIGINT or SIGHUP (default: 10)
     #[arg(long, value_name = "SECONDS", allow_negative_numbers = true)]
     power_off_grace: Option<u32>,
     /// memory=SIZE,cpu-percent=N,pids=N,io-bytes-per-second=SIZE,io-operations-per-second=N,core-scheduling=true

@@ -23,7 +23,7 @@ const EXIT_CODES: [(&str, &str); 12] = [
     ("7", "a device's process was lost while the guest ran"),
     ("8", "a deadline passed"),
     ("148", "a process made a system call that its filter forbids"),
-    ("128 + n", "ended by signal n"),
+    ("128 + n", "ended by signal n, or asked by it a second time"),
 ];
 /// Of every other verb that says no others.
 const OTHERS_EXIT: &str =

@@ -98,7 +98,8 @@ enum Verb {
         #[arg(long, short)]
         follow: bool,
     },
-    /// Ask a VM's guest to power off, and wait until the VM is over; asked again, the VM is killed
+    /// Ask a VM's guest to power off, and wait until the VM is over; asked again half a
+    /// second later or more, the VM is killed
     Stop {
         /// The VM's name
         vm: String,

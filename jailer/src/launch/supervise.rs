@@ -32,6 +32,9 @@ const LAST_MESSAGES: usize = 4096;
 const SUPERVISOR_GRACE: Duration = Duration::from_secs(5);
 /// Killed processes are reaped within this time, or left to init.
 const REAP_DEADLINE: Duration = Duration::from_secs(2);
+/// What comes within this time of the first request is the same one: `timeout` and some shells signal a process and
+/// then its group.
+const ONE_REQUEST: Duration = Duration::from_millis(500);
 
 /// What the loop tells its caller about.
 pub(crate) enum Event<'a> {
@@ -81,7 +84,8 @@ pub(crate) struct Spawner {
     /// When the spawner stops waiting for the supervisor.
     deadline: Option<Instant>,
     grace: Duration,
-    asked: bool,
+    /// Since when the guest is asked to power off.
+    asked: Option<Instant>,
     told_ending: bool,
 }
 
@@ -111,7 +115,7 @@ impl Spawner {
             code: None,
             deadline: None,
             grace,
-            asked: false,
+            asked: None,
             told_ending: false,
         }
     }
@@ -235,7 +239,7 @@ impl Spawner {
     }
 
     fn tell_ending(&mut self, on_event: &mut dyn FnMut(Event<'_>)) {
-        let ends = self.asked || self.ending || self.code.is_some();
+        let ends = self.asked.is_some() || self.ending || self.code.is_some();
         if ends && !std::mem::replace(&mut self.told_ending, true) {
             on_event(Event::Ending);
         }
@@ -243,18 +247,22 @@ impl Spawner {
 
     fn take_signals(&mut self) {
         while let Ok(Some(info)) = self.signals.read_signal() {
-            let ending = ENDING.iter().any(|s| *s as u32 == info.ssi_signo);
-            match (ending, self.asked) {
-                (false, _) => {}
-                (true, false) => {
-                    self.asked = true;
-                    self.deadline = Some(Instant::now() + self.grace + SUPERVISOR_GRACE);
+            let Some(signal) = ENDING.into_iter().find(|s| *s as u32 == info.ssi_signo) else {
+                continue;
+            };
+            let now = Instant::now();
+            match self.asked {
+                None => {
+                    self.asked = Some(now);
+                    self.deadline = Some(now + self.grace + SUPERVISOR_GRACE);
                     self.tell(ToSupervisor::PowerOff);
                 }
-                (true, true) => {
+                // A terminal that is closed hangs up twice: by its shell, and by itself.
+                Some(first) if signal == Signal::SIGHUP || now < first + ONE_REQUEST => {}
+                Some(_) => {
                     tell(format_args!("bulkhead: asked twice: the VM is killed"));
-                    self.code
-                        .get_or_insert(128 + u8::try_from(info.ssi_signo).unwrap_or(0));
+                    // The number fits: signals end at 64.
+                    self.code.get_or_insert(128 + signal as u8);
                     self.kill_all();
                 }
             }
