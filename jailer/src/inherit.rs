@@ -3,7 +3,7 @@
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigHandler, Signal, signal};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
@@ -44,6 +44,13 @@ pub fn is_ignored(signal: Signal) -> bool {
     // SAFETY: all zeros, which it was made of, are a valid value, as is what the kernel has written.
     let now = unsafe { now.assume_init() };
     asked == 0 && now.sa_sigaction == libc::SIG_IGN
+}
+
+/// Has the ends of children told, also where whoever started this process had them ignored, which survives exec:
+/// nobody could be waited for.
+pub fn hear_of_children() {
+    // SAFETY: the default action runs no code of ours. It cannot be refused.
+    let _ = unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) };
 }
 
 /// Closes the descriptors `first` to `last` (both included), whichever are open.

@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::{PtyMaster, grantpt, posix_openpt, ptsname_r, unlockpt};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigHandler, Signal, kill, signal};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
@@ -23,7 +23,7 @@ use std::io::{ErrorKind, Write as _};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::os::unix::net::UnixListener;
-use std::os::unix::process::ExitStatusExt as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
 use std::process::Command;
 use std::thread;
@@ -51,6 +51,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("unread::a_key_that_does_not_come", key),
         test("unread::a_back_end_that_accepts_nobody", back_end),
         test("unread::hang_ups_that_are_ignored", ignored),
+        test("unread::ends_of_children_that_are_ignored", no_children),
     ]
 }
 
@@ -313,5 +314,25 @@ fn ignored() -> Result<()> {
     run.process.signal(Signal::SIGTERM)?;
     let status = run.wait(DEADLINE)?;
     ensure!(status.code() == Some(exit_code::TIMEOUT.into()), "{status}");
+    Ok(())
+}
+
+/// As under a parent that does not wait for what it starts.
+#[expect(unsafe_code, reason = "runs code between fork and exec")]
+fn no_children() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let mut launcher = Command::new(artifact(Artifact::Bulkhead)?);
+    let ignore = || {
+        // SAFETY: ignoring runs no code of ours.
+        unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
+        Ok(())
+    };
+    // SAFETY: the closure makes one call, which is async-signal-safe.
+    unsafe { launcher.pre_exec(ignore) };
+    let flags = flags("scenario=poweroff", place.path())?;
+    let mut run = Run::by(launcher, tempfile::tempdir()?, &flags)?;
+    let status = run.wait(DEADLINE)?;
+    let said = run.process.stderr()?;
+    ensure!(status.success() && !said.contains("in time"), "{status}: {said}");
     Ok(())
 }

@@ -29,6 +29,7 @@ pub(crate) mod fuzz;
 use crate::audit::wall::Wall;
 use crate::audit::{self, AUDITED};
 use crate::failure::Failure;
+use crate::inherit;
 use crate::launch::net::link::{self, Order};
 use crate::launch::{self, Jail, Options};
 use crate::sandbox::{Role, SeccompMode};
@@ -308,6 +309,7 @@ impl RunArgs {
 /// Runs the command line and returns the exit code.
 pub fn main() -> u8 {
     let launched_ns = launch::monotonic_ns();
+    inherit::hear_of_children();
     // A capability of the file (setcap) makes what is in /proc about us root's, and namespaces want it.
     if prctl::get_dumpable() == Ok(false) {
         let _ = prctl::set_dumpable(true);

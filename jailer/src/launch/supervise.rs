@@ -224,12 +224,16 @@ impl Spawner {
                     }
                 },
                 // Its death is heard as a signal; a supervisor that breaks the protocol is ended.
-                Ok((Received::End, _)) => self.control = None,
+                Ok((Received::End, _)) => {
+                    self.control = None;
+                    self.end_within(SUPERVISOR_GRACE);
+                }
                 Err(error) => {
                     tell(format_args!(
                         "bulkhead: the supervisor broke the control protocol: {error}"
                     ));
                     self.control = None;
+                    self.end_within(SUPERVISOR_GRACE);
                     if let Some(pid) = self.supervisor {
                         let _ = kill(pid, Signal::SIGKILL);
                     }
@@ -254,7 +258,7 @@ impl Spawner {
             match self.asked {
                 None => {
                     self.asked = Some(now);
-                    self.deadline = Some(now + self.grace + SUPERVISOR_GRACE);
+                    self.end_within(self.grace + SUPERVISOR_GRACE);
                     self.tell(ToSupervisor::PowerOff);
                 }
                 // A terminal that is closed hangs up twice: by its shell, and by itself.
@@ -332,8 +336,14 @@ impl Spawner {
         if let Err(error) = send_message(control.as_fd(), 0, message) {
             // It is gone or stuck; its end, or the deadline, ends the VM.
             tell(format_args!("bulkhead: cannot tell the supervisor: {error}"));
-            self.deadline.get_or_insert(Instant::now() + SUPERVISOR_GRACE);
+            self.end_within(SUPERVISOR_GRACE);
         }
+    }
+
+    /// The supervisor ends by then, or is not waited for.
+    fn end_within(&mut self, limit: Duration) {
+        let end = Instant::now() + limit;
+        self.deadline = Some(self.deadline.map_or(end, |at| at.min(end)));
     }
 
     /// Starts the successor of a device's process that was reaped. The socket goes to the
@@ -360,7 +370,7 @@ impl Spawner {
             && let Err(error) = send_with_fd(control.as_fd(), 0, message, socket.as_fd())
         {
             tell(format_args!("bulkhead: cannot tell the supervisor: {error}"));
-            self.deadline.get_or_insert(Instant::now() + SUPERVISOR_GRACE);
+            self.end_within(SUPERVISOR_GRACE);
         }
         on_event(match before.coming {
             Some(plan) => Event::Added {
