@@ -211,12 +211,17 @@ impl Supervisor {
         true
     }
 
-    /// The guest was told that a device needs a reset.
-    pub(super) fn device_faulted(&mut self, device: &str, reason: &str) {
+    /// The guest was told that a device needs a reset. It may reset it, and break it again, without end.
+    pub(super) fn device_faulted(&mut self, device: &str, reason: &str, now: Instant) {
+        let process = self.processes.iter().position(|p| p.about.name == device);
+        let remote = self.remote(device);
+        if process.or(remote).is_none() || !self.may_vmm_speak(now) {
+            return;
+        }
         self.say(&format!("{device}: the device needs a reset: {reason}"));
-        if let Some(index) = self.processes.iter().position(|p| p.about.name == device) {
+        if let Some(index) = process {
             self.note(index, EventKind::NeedsReset, Duration::ZERO, reason);
-        } else if let Some(index) = self.remote(device) {
+        } else if let Some(index) = remote {
             self.note_remote(index, EventKind::NeedsReset, Duration::ZERO, reason);
         }
     }

@@ -1,5 +1,6 @@
 //! What the spawner and the vmm tell the supervisor.
 
+use super::devices::shortened;
 use super::outcome::{Outcome, SIGSYS};
 use super::{EXPLANATION_DEADLINE, Phase, Supervisor, SupervisorError};
 use crate::wire::{Received, receive_message};
@@ -113,7 +114,9 @@ impl Supervisor {
                 started_ns,
                 first_instruction_ns,
             } => {
-                self.guest_runs = true;
+                if std::mem::replace(&mut self.guest_runs, true) {
+                    return;
+                }
                 self.tell_spawner(FromSupervisor::Running {
                     started_ns,
                     first_instruction_ns,
@@ -126,6 +129,7 @@ impl Supervisor {
                 outstanding,
                 reason,
             } => {
+                let reason = shortened(&reason);
                 match self.processes.iter().position(|p| p.about.name == device) {
                     Some(index) if self.needs_devices() => {
                         self.processes[index].outstanding = outstanding;
@@ -140,15 +144,16 @@ impl Supervisor {
                     }
                 }
             }
-            FromVmm::DeviceFault { device, reason } => self.device_faulted(&device, &reason),
+            FromVmm::DeviceFault { device, reason } => self.device_faulted(&device, &shortened(&reason), now),
             FromVmm::Error { what, cause, hint } => {
+                let what = shortened(&what);
                 let mut lines = match self.guest_runs {
                     true => format!("the VM cannot go on: {what}"),
                     false => what,
                 };
                 for (name, text) in [("cause", cause), ("hint", hint)] {
                     if !text.is_empty() {
-                        lines.push_str(&format!("\n  {name}: {text}"));
+                        lines.push_str(&format!("\n  {name}: {}", shortened(&text)));
                     }
                 }
                 self.conclude(Outcome {
@@ -162,7 +167,8 @@ impl Supervisor {
                 self.wind_down(now);
             }
             FromVmm::Failed(why) => {
-                if !self.device_answered(id, Err(&why), now) {
+                let why = shortened(&why);
+                if !self.device_answered(id, Err(&why), now) && self.may_vmm_speak(now) {
                     self.say(&format!("the vmm refused a request: {why}"));
                 }
             }
@@ -178,6 +184,15 @@ impl Supervisor {
             }
             FromVmm::Stats(_) => {}
         }
+    }
+
+    /// Whether one more line that only the vmm has caused is told: it may have been broken into.
+    pub(super) fn may_vmm_speak(&mut self, now: Instant) -> bool {
+        let may = self.vmm_words.take(now);
+        if self.vmm_words.is_just_spent() {
+            self.say("the vmm says too much: some of it is left out");
+        }
+        may
     }
 }
 

@@ -2,6 +2,7 @@
 //! the name of who wrote it. Stops a process that a guest controls from flooding the terminal.
 
 use super::audience::Audience;
+use super::quota::Quota;
 use crate::tell::{CERTAIN_TO_FIT, MOST_AT_ONCE, json_head, json_message, tell_bytes};
 use nix::errno::Errno;
 use nix::unistd::read;
@@ -26,8 +27,7 @@ pub(super) struct LogPipe {
     name: String,
     pipe: Option<OwnedFd>,
     line: Vec<u8>,
-    period_start: Instant,
-    lines: u32,
+    quota: Quota,
     dropped: u64,
     /// What its process told of, for whoever writes it down.
     pub(super) told: Vec<(EventKind, String)>,
@@ -39,8 +39,7 @@ impl LogPipe {
             name,
             pipe: Some(pipe),
             line: Vec::new(),
-            period_start: now,
-            lines: 0,
+            quota: Quota::new(LINES_A_PERIOD, PERIOD, now),
             dropped: 0,
             told: Vec::new(),
         }
@@ -84,17 +83,14 @@ impl LogPipe {
             return;
         }
         let line = std::mem::take(&mut self.line);
-        if now.duration_since(self.period_start) >= PERIOD {
-            self.period_start = now;
-            self.lines = 0;
-            self.report_dropped(log);
+        if !self.quota.take(now) {
+            self.dropped += 1;
+            return;
         }
-        self.lines += 1;
+        self.report_dropped(log);
         let text = String::from_utf8_lossy(&line);
-        if self.lines <= LINES_A_PERIOD {
-            self.told.extend(happening(&text));
-        }
-        if self.lines > LINES_A_PERIOD || !log.line(&self.name, &text) {
+        self.told.extend(happening(&text));
+        if !log.line(&self.name, &text) {
             self.dropped += 1;
         }
     }

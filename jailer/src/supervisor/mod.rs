@@ -19,6 +19,7 @@ mod outcome;
 mod plug;
 #[cfg(test)]
 mod plug_tests;
+mod quota;
 mod ready;
 mod recovery;
 mod remote;
@@ -43,6 +44,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use orders::Orders;
 use outcome::Outcome;
 use plug::{Membership, Plugs};
+use quota::Quota;
 use ready::Ready;
 use recovery::Recovery;
 use remote::Remote;
@@ -67,6 +69,12 @@ const EXPLANATION_DEADLINE: Duration = Duration::from_millis(500);
 const PRESS_AGAIN: Duration = Duration::from_secs(2);
 /// A reader of our output has this long to take the last of it.
 const DRAIN_DEADLINE: Duration = Duration::from_millis(500);
+
+/// Lines and events that the vmm may cause within [`VMM_PERIOD`], besides those that are told once: one of each
+/// device, and some.
+const VMM_LINES: u32 = 64;
+/// See [`VMM_LINES`].
+const VMM_PERIOD: Duration = Duration::from_secs(10);
 
 /// Why the supervisor cannot work.
 #[derive(Debug, thiserror::Error)]
@@ -164,6 +172,8 @@ struct Supervisor {
     /// What to conclude at that time, unless the vmm explains it before.
     suspicion: Option<(Instant, Outcome)>,
     requests: u64,
+    /// Of what the vmm may have us say.
+    vmm_words: Quota,
     on_device_death: OnDeviceDeath,
     /// The vmm has every device's first back end.
     guest_runs: bool,
@@ -219,6 +229,7 @@ impl Supervisor {
             outcome: None,
             suspicion: None,
             requests: 0,
+            vmm_words: Quota::new(VMM_LINES, VMM_PERIOD, now),
             on_device_death: config.on_device_death,
             guest_runs: false,
         })

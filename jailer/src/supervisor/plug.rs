@@ -101,7 +101,7 @@ impl Plugs {
     }
 
     /// The empty slots, in words.
-    fn free(&self) -> String {
+    pub(super) fn free(&self) -> String {
         match &*self.spares {
             [] => "none".to_owned(),
             spares => spares.iter().map(u8::to_string).collect::<Vec<_>>().join(", "),
@@ -435,10 +435,19 @@ impl Supervisor {
 
     /// The guest let go of the device in `slot`.
     pub(super) fn device_detached(&mut self, slot: u8, now: Instant) {
+        // Of those that are gone.
+        if slot == 0 {
+            return;
+        }
+        let remote = self.remotes.iter().position(|remote| remote.slot() == slot);
+        let process = self.processes.iter().position(|p| p.about.slot == Some(slot));
+        if remote.or(process).is_none() {
+            return;
+        }
         let asked = self.plugs.asked.iter().position(|asked| asked.slot == slot);
         let asker = asked.map(|at| self.plugs.asked.remove(at).asker);
-        self.plugs.give(slot);
-        if let Some(index) = self.remotes.iter().position(|remote| remote.slot() == slot) {
+        if let Some(index) = remote {
+            self.plugs.give(slot);
             self.note_remote(index, EventKind::Detached, Duration::ZERO, "");
             self.remotes[index].detach();
             if let Some(asker) = asker {
@@ -446,9 +455,12 @@ impl Supervisor {
             }
             return;
         }
-        let Some(index) = self.processes.iter().position(|p| p.about.slot == Some(slot)) else {
+        let Some(index) = process else { return };
+        // The guest was not told of one that is still on its way.
+        if self.attach_failed(index, "its slot was emptied", now) {
             return;
-        };
+        }
+        self.plugs.give(slot);
         self.note(index, EventKind::Detached, Duration::ZERO, "");
         let process = &mut self.processes[index];
         process.about.slot = None;

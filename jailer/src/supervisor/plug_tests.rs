@@ -429,3 +429,18 @@ fn an_end_of_the_vm_refuses_both() {
     detach(&mut play, &client, "disk1");
     assert!(failed(&client).contains("ends"));
 }
+
+/// Only a vmm that is not itself any more, or a guest of utmost haste, does that.
+#[test]
+fn one_whose_slot_is_emptied_before_it_is_there_is_not_attached() {
+    let (mut play, client) = running("emptied");
+    attach(&mut play, &client, disk("disk1"));
+    let id = spawned(&mut play, 0, 40);
+    vmm_says(&mut play, 0, FromVmm::Detached { slot: 3 });
+    vmm_says(&mut play, id, FromVmm::Done);
+    assert_eq!(told(&play), ["kill"]);
+    ends(&mut play, 0);
+    removed(&mut play, 0);
+    assert!(failed(&client).contains("emptied"));
+    assert_eq!(play.supervisor.plugs.free(), "3, 4");
+}

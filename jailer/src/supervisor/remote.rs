@@ -8,7 +8,7 @@
 //! ```
 
 use super::Supervisor;
-use super::devices::{Counters, event, shortened};
+use super::devices::{Counters, event};
 use super::outcome::Outcome;
 use crate::wire::{Received, send_message};
 use crate::wire_fds::{receive_with_fds, send_with_fd};
@@ -200,7 +200,7 @@ impl Supervisor {
         }
         (remote.lost, remote.outstanding) = (now, outstanding);
         remote.rest(now);
-        let line = format!("{}: {}", remote.about.name, shortened(why));
+        let line = format!("{}: {why}", remote.about.name);
         self.say(&line);
         self.note_remote(index, EventKind::Disconnected, Duration::ZERO, why);
         if self.on_device_death == OnDeviceDeath::End && self.outcome.is_none() {

@@ -3,6 +3,7 @@
 mod hangs;
 mod helpers;
 mod stops;
+mod words;
 
 use super::*;
 use crate::wire_fds::{receive_with_fds, send_with_fd};

@@ -3,7 +3,7 @@
 use super::*;
 
 /// What the log's listener has heard.
-fn heard(play: &mut Play, listener: &OwnedFd) -> String {
+pub(super) fn heard(play: &mut Play, listener: &OwnedFd) -> String {
     play.settle();
     let mut bytes = [0; 4096];
     let count = nix::unistd::read(listener, &mut bytes).unwrap_or(0);
