@@ -3,11 +3,17 @@
 //! which decides, to the spawner, which writes; so every field is always there.
 
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 
 /// Name of the file in the VM's run-time folder.
 pub const FILE_NAME: &str = "events.jsonl";
-/// Most bytes of that file. What comes after is counted in the next line's `count` only.
+/// Most bytes of that file. Before a line that would exceed them it is begun anew, by [`EventKind::BegunAnew`].
 pub const MAX_BYTES: u64 = 1 << 20;
+/// Events that the device's process itself may tell of ([`EventKind::told_as`]) within [`TOLD_PERIOD`]; what exceeds
+/// them is counted in the next line's `count` only.
+pub const MOST_TOLD: u32 = 16;
+/// See [`MOST_TOLD`].
+pub const TOLD_PERIOD: Duration = Duration::from_secs(10);
 /// Most bytes of [`VmEvent::detail`].
 pub const MAX_DETAIL: usize = 512;
 
@@ -17,7 +23,7 @@ pub const MAX_DETAIL: usize = 512;
 pub struct VmEvent {
     /// CLOCK_MONOTONIC in nanoseconds.
     pub time_ns: u64,
-    /// The device's id.
+    /// The device's id; for `begun-anew`: none.
     pub device: String,
     /// What happened.
     pub event: EventKind,
@@ -79,6 +85,25 @@ pub enum EventKind {
     TapLost,
     /// There is a TAP of that name again; a new process takes it over.
     TapBack,
+    /// The file had [`MAX_BYTES`]: what it told before this line is gone.
+    BegunAnew,
+}
+
+impl VmEvent {
+    /// The first line of a file that was begun anew, for the `count`th time.
+    #[must_use]
+    pub fn begun_anew(time_ns: u64, count: u64) -> Self {
+        Self {
+            time_ns,
+            device: String::new(),
+            event: EventKind::BegunAnew,
+            pid: 0,
+            count,
+            took_us: 0,
+            outstanding: 0,
+            detail: "there were too many events: those before are gone".to_owned(),
+        }
+    }
 }
 
 impl EventKind {

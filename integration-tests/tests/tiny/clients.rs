@@ -17,14 +17,23 @@ use nix::{
     unistd::Pid,
 };
 use std::{
-    fs,
+    fs::{self, File},
+    io::Write as _,
     os::fd::{AsRawFd, OwnedFd},
     process::{Command, Stdio},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
-use vm_spec::{client::SOCKET_NAME, control::exit_code, events::FILE_NAME, run_state::ProcessRole};
+use vm_spec::{
+    client::SOCKET_NAME,
+    control::exit_code,
+    events::{FILE_NAME, MAX_BYTES},
+    run_state::ProcessRole,
+};
 
 const DEADLINE: Duration = Duration::from_secs(20);
+/// Between two looks at a file.
+const LOOK: Duration = Duration::from_millis(5);
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
@@ -49,7 +58,27 @@ fn events_of_one_vm() -> Result<()> {
     let place = tempfile::tempdir()?;
     let mut run = start("scenario=hlt", &place)?;
     run.console.wait_line("ready=1", DEADLINE)?;
-    let (mut process, _lines) = follow_events(&mut run)?;
+    let (mut process, mut lines) = follow_events(&mut run)?;
+    // With so much in it the file is begun anew.
+    let path = run.run_folder().join(FILE_NAME);
+    let filler = "x".repeat(usize::try_from(MAX_BYTES)?) + "\n";
+    File::options()
+        .append(true)
+        .open(&path)?
+        .write_all(filler.as_bytes())?;
+    kill(run.pid_of(ProcessRole::Disk, DEADLINE)?, Signal::SIGKILL)?;
+    let end = Instant::now() + DEADLINE;
+    let anew = loop {
+        let text = fs::read_to_string(&path)?;
+        if text.contains("begun-anew") && text.contains("restarted") {
+            break text;
+        }
+        ensure!(Instant::now() < end, "{}", text.replace('x', ""));
+        thread::sleep(LOOK);
+    };
+    for line in anew.lines() {
+        lines.wait_line(line, DEADLINE)?;
+    }
     process.signal(Signal::SIGSTOP)?;
     run.process.signal(Signal::SIGTERM)?;
     run.wait(DEADLINE)?;

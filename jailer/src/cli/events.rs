@@ -27,27 +27,36 @@ pub(super) fn show(name: &str, follow: bool) -> Result<u8, Failure> {
     if !vm.runs() {
         return Err(Failure::usage(format!("the VM '{name}' has just ended")));
     }
-    let mut file = None;
+    // No file: nothing has happened yet.
+    let mut file: Option<File> = None;
     loop {
         // Before the last look, so that nothing falls between.
         let over = !follow || watched.is_over(&vm);
-        // No file: nothing has happened yet.
-        if file.is_none() {
-            file = watched.open_events();
+        // Before what was there before it is read to its end, which no longer moves then.
+        let mut newer = watched
+            .open_events()
+            .filter(|newer| !is_same(file.as_ref(), newer));
+        match file.iter_mut().chain(&mut newer).try_for_each(print) {
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(0),
+            printed => printed.map_err(|e| failed(&e))?,
         }
-        if let Some(file) = &mut file {
-            // A file descriptor keeps its place, and its file when that is removed.
-            let copied = io::copy(file, &mut io::stdout()).and_then(|_| io::stdout().flush());
-            match copied {
-                Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(0),
-                other => other.map_err(|e| failed(&e))?,
-            }
-        }
+        file = newer.or(file);
         if over {
             return Ok(0);
         }
         watched.wait_for_change().map_err(|e| failed(&e))?;
     }
+}
+
+/// Prints the rest of a file. Its descriptor keeps its place, and the file when that is removed.
+fn print(file: &mut File) -> io::Result<()> {
+    io::copy(file, &mut io::stdout())?;
+    io::stdout().flush()
+}
+
+fn is_same(one: Option<&File>, other: &File) -> bool {
+    let inode = |file: &File| file.metadata().map(|about| (about.dev(), about.ino())).ok();
+    one.is_some_and(|one| inode(one) == inode(other))
 }
 
 /// A VM's run-time folder, which another VM's of the same name is not taken for.
@@ -63,7 +72,10 @@ impl Watched {
     fn begin(vm: &RunningVm) -> io::Result<Self> {
         let folder = File::open(&vm.folder)?;
         let changes = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-        let kinds = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MODIFY | AddWatchFlags::IN_DELETE;
+        let kinds = AddWatchFlags::IN_CREATE
+            | AddWatchFlags::IN_MODIFY
+            | AddWatchFlags::IN_MOVED_TO
+            | AddWatchFlags::IN_DELETE;
         changes.add_watch(&vm.folder, kinds)?;
         let keepers = vm
             .state

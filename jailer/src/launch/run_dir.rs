@@ -8,6 +8,7 @@ use nix::fcntl::{Flock, FlockArg, OFlag, openat, renameat};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, geteuid};
+use std::cell::Cell;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -24,10 +25,11 @@ const ATTEMPTS: usize = 8;
 /// For a supervisor to let a client in.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 /// The files that a run-time folder may hold.
-const FILES: [&str; 4] = [
+const FILES: [&str; 5] = [
     run_state::FILE_NAME,
     "state.json.new",
     events::FILE_NAME,
+    "events.jsonl.new",
     client::SOCKET_NAME,
 ];
 
@@ -35,6 +37,8 @@ const FILES: [&str; 4] = [
 pub(crate) struct RunDir {
     path: PathBuf,
     lock: Flock<File>,
+    /// How often the events were begun anew.
+    begun_anew: Cell<u64>,
 }
 
 /// `XDG_RUNTIME_DIR`, where it names a folder.
@@ -138,7 +142,13 @@ fn create_in([parent, other]: [PathBuf; 2], name: &str) -> Result<RunDir, Failur
         check_owner(&parent).map_err(|e| failed(&e))?;
         sweep(&parent);
         match make(&path).and_then(|()| try_lock(&path)) {
-            Ok(Some(lock)) => return Ok(RunDir { path, lock }),
+            Ok(Some(lock)) => {
+                return Ok(RunDir {
+                    path,
+                    lock,
+                    begun_anew: Cell::new(0),
+                });
+            }
             Ok(None) => return Err(runs(&parent)),
             // Swept, or removed as the last one's parent, between two calls.
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
@@ -239,30 +249,40 @@ impl RunDir {
     /// through folders that are closed to who we are by now.
     pub(crate) fn write_state(&self, state: &RunState) -> io::Result<()> {
         let [name, new, ..] = FILES;
-        let text = serde_json::to_vec_pretty(state)?;
-        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC | OFlag::O_CLOEXEC;
-        let file = openat(&*self.lock, new, flags, Mode::from_bits_truncate(0o600))?;
-        File::from(file).write_all(&text)?;
+        self.replace(name, new, &serde_json::to_vec_pretty(state)?)
+    }
+
+    /// Writes a file anew, whole, as `new` at first.
+    fn replace(&self, name: &str, new: &str, text: &[u8]) -> io::Result<()> {
+        self.open(new, OFlag::O_TRUNC)?.write_all(text)?;
         renameat(&*self.lock, new, &*self.lock, name).map_err(io::Error::from)
     }
 
-    /// Adds a line to the events, up to [`events::MAX_BYTES`].
+    fn open(&self, name: &str, how: OFlag) -> io::Result<File> {
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_CLOEXEC | how;
+        let file = openat(&*self.lock, name, flags, Mode::from_bits_truncate(0o600))?;
+        Ok(File::from(file))
+    }
+
+    /// Adds a line to the events, or begins them anew: see [`events::MAX_BYTES`]. A reader keeps the file that it
+    /// has, which does not change any more then.
     pub(crate) fn write_event(&self, event: &VmEvent) -> io::Result<()> {
         let time = Timestamp::now().to_string();
-        let mut line = serde_json::to_vec(&EventLine { time, event })?;
-        line.push(b'\n');
-        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND | OFlag::O_CLOEXEC;
-        let file = openat(
-            &*self.lock,
-            events::FILE_NAME,
-            flags,
-            Mode::from_bits_truncate(0o600),
-        )?;
-        let mut file = File::from(file);
-        if file.metadata()?.len() + line.len() as u64 <= events::MAX_BYTES {
-            file.write_all(&line)?;
+        let line = |event: &VmEvent| {
+            let time = time.clone();
+            let mut line = serde_json::to_vec(&EventLine { time, event })?;
+            line.push(b'\n');
+            io::Result::Ok(line)
+        };
+        let text = line(event)?;
+        let [.., name, new, _] = FILES;
+        let mut file = self.open(name, OFlag::O_APPEND)?;
+        if file.metadata()?.len() + text.len() as u64 <= events::MAX_BYTES {
+            return file.write_all(&text);
         }
-        Ok(())
+        self.begun_anew.set(self.begun_anew.get() + 1);
+        let first = line(&VmEvent::begun_anew(event.time_ns, self.begun_anew.get()))?;
+        self.replace(name, new, &[first, text].concat())
     }
 
     /// Makes the socket that other commands connect to.
@@ -298,6 +318,7 @@ impl RunDir {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_spec::events::EventKind;
 
     #[test]
     fn a_lock_is_its_owners_as_long_as_it_is_held() {
@@ -333,6 +354,43 @@ mod tests {
         }
         drop(run_dir);
         create_in([first, second], "b").unwrap();
+    }
+
+    #[test]
+    fn too_many_events_begin_anew() {
+        let (_folder, places) = two_places();
+        let run_dir = create_in(places, "a").unwrap();
+        let path = run_dir.path().join(events::FILE_NAME);
+        let read = |file: &mut File| {
+            let mut text = String::new();
+            io::Read::read_to_string(file, &mut text).unwrap();
+            let events = text.lines().map(|line| serde_json::from_str(line).unwrap());
+            events.collect::<Vec<VmEvent>>()
+        };
+        let mut event = VmEvent {
+            device: "disk0".to_owned(),
+            event: EventKind::NoSpace,
+            detail: "x".repeat(events::MAX_DETAIL),
+            ..VmEvent::begun_anew(7, 0)
+        };
+        let mut all = Vec::new();
+        let mut file = None;
+        for count in 1..=4000 {
+            event.count = count;
+            run_dir.write_event(&event).unwrap();
+            assert!(fs::metadata(&path).unwrap().len() <= events::MAX_BYTES);
+            let mut open = file.take().unwrap_or_else(|| File::open(&path).unwrap());
+            all.extend(read(&mut open));
+            let same = open.metadata().unwrap().ino() == fs::metadata(&path).unwrap().ino();
+            file = same.then_some(open);
+        }
+        all.extend(file.as_mut().map(read).unwrap_or_default());
+        let (cuts, kept): (Vec<_>, Vec<_>) = all.iter().partition(|event| event.device.is_empty());
+        assert!(kept.iter().map(|event| event.count).eq(1..=4000));
+        assert!(cuts.iter().map(|event| event.count).eq(1..=cuts.len() as u64));
+        assert!((2..4).contains(&cuts.len()), "{cuts:?}");
+        run_dir.remove();
+        assert!(!run_dir.path().exists());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use super::outcome::Outcome;
 use super::plug::Membership;
+use super::quota::Quota;
 use super::recovery::Order;
 use super::{EXIT_DEADLINE, Phase, Supervisor};
 use crate::sandbox::EXIT_HUNG;
@@ -12,7 +13,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use vm_spec::control::{Loss, ToVmm};
-use vm_spec::events::{EventKind, MAX_DETAIL, VmEvent};
+use vm_spec::events::{EventKind, MAX_DETAIL, MOST_TOLD, TOLD_PERIOD, VmEvent};
 use vm_spec::spec::OnDeviceDeath;
 use vm_spec::supervise::{ExitStatus, FromSupervisor};
 
@@ -21,6 +22,11 @@ const HUNG: &str = "its process was stopped by a signal, and not continued in ti
 
 /// How many events of each kind a device has had.
 pub(super) type Counters = BTreeMap<EventKind, u64>;
+
+/// What a device's process may tell of itself.
+pub(super) fn of_telling(now: Instant) -> Quota {
+    Quota::new(MOST_TOLD, TOLD_PERIOD, now)
+}
 
 impl Supervisor {
     /// Whether a device's process that ends now is to have a successor.
@@ -227,16 +233,20 @@ impl Supervisor {
     }
 
     /// Writes down what processes told of by their logs. A device's process can tell of itself only.
-    pub(super) fn note_told(&mut self) {
+    pub(super) fn note_told(&mut self, now: Instant) {
         for index in 0..self.processes.len() {
             for (kind, detail) in std::mem::take(&mut self.processes[index].log.told) {
-                if self.processes[index].about.slot.is_none() {
+                let process = &mut self.processes[index];
+                if process.about.slot.is_none() {
                     continue;
                 }
                 if kind == EventKind::TapLost {
+                    // Where it is news, which it is once.
                     self.tap_lost(index, &detail);
-                } else {
+                } else if process.told.take(now) {
                     self.note(index, kind, Duration::ZERO, &detail);
+                } else {
+                    *process.counters.entry(kind).or_default() += 1;
                 }
             }
         }

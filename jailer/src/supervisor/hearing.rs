@@ -55,7 +55,7 @@ impl Supervisor {
         process.log.read(&mut self.log, now);
         let is_device = process.about.role.is_device();
         // What it told of was so before its end.
-        self.note_told();
+        self.note_told(now);
         if self.is_apart(index) {
             let line = Outcome::of_process(&self.processes[index].about, status).line;
             self.apart_ended(

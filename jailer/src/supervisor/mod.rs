@@ -148,6 +148,8 @@ struct Process {
     alive: bool,
     recovery: Recovery,
     counters: Counters,
+    /// Of events that it tells of itself.
+    told: Quota,
     /// Requests that the guest had under way when the latest back end was lost.
     outstanding: u32,
     upgrade: Option<Upgrade>,
@@ -203,6 +205,7 @@ impl Supervisor {
                     alive: true,
                     recovery: Recovery::new(now),
                     counters: Counters::new(),
+                    told: devices::of_telling(now),
                     outstanding: 0,
                     upgrade: None,
                     tap: Tap::Present,
@@ -247,7 +250,7 @@ impl Supervisor {
             ];
             self.wait(deadlines.into_iter().flatten().min())?;
             let now = Instant::now();
-            self.note_told();
+            self.note_told(now);
             // The vmm first: its own account of the end comes before what the end of its sockets
             // does to the devices.
             self.hear_vmm(hearing::MESSAGES_A_TURN, now);

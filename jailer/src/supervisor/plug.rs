@@ -8,7 +8,7 @@
 //! ```
 
 use super::clients::Asker;
-use super::devices::Counters;
+use super::devices::{Counters, of_telling};
 use super::logs::LogPipe;
 use super::orders::Orders;
 use super::recovery::{Order, Recovery};
@@ -214,6 +214,7 @@ impl Supervisor {
             alive: false,
             recovery: Recovery::coming(now),
             counters: Counters::new(),
+            told: of_telling(now),
             outstanding: 0,
             upgrade: None,
             tap: Tap::Present,

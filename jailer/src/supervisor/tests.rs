@@ -134,6 +134,7 @@ fn nic(play: &mut Play) -> OwnedFd {
         alive: true,
         recovery: Recovery::new(Instant::now()),
         counters: Counters::new(),
+        told: devices::of_telling(Instant::now()),
         outstanding: 0,
         upgrade: None,
         orders: None,
@@ -360,7 +361,7 @@ fn a_process_that_was_begun_without_the_tap_that_is_back_is_replaced_once() {
     assert_eq!(told(&play), ["tap", "TapBack"], "it cannot be killed yet");
     say();
     play.settle();
-    play.supervisor.note_told();
+    play.supervisor.note_told(now);
     joins(&mut play, now);
     assert_eq!(told(&play), ["Restarted", "kill"], "its TAP is no news");
     play.supervisor.process_ended(0, ExitStatus::Signal(9), now);

@@ -1,7 +1,8 @@
-//! What the vmm, which may have been broken into, can have us say and keep.
+//! What the vmm and devices' processes, which may have been broken into, can have us say and keep.
 
 use super::helpers::heard;
 use super::*;
+use vm_spec::events::{MOST_TOLD, TOLD_PERIOD};
 
 /// The vmm says so, and is heard.
 fn says(play: &mut Play, message: FromVmm, now: Instant) {
@@ -86,4 +87,35 @@ fn only_a_slot_that_was_taken_is_empty() {
         says(&mut play, FromVmm::Detached { slot }, Instant::now());
     }
     assert_eq!(play.supervisor.plugs.free(), "1, 3, 4");
+}
+
+#[test]
+fn a_process_tells_of_so_much_and_the_rest_is_counted() {
+    let mut play = Play::begin("told");
+    let log = nic(&mut play);
+    let now = Instant::now();
+    let line = b"event: no-space: nothing is left\n";
+    for _ in 0..200 {
+        nix::unistd::write(&log, line).unwrap();
+    }
+    play.settle();
+    play.supervisor.note_told(now);
+    let most = MOST_TOLD as usize;
+    assert_eq!(told(&play), vec!["NoSpace"; most]);
+    let more = |play: &mut Play, now| {
+        nix::unistd::write(&log, line).unwrap();
+        // Lines have their own bound.
+        play.supervisor.processes[0]
+            .log
+            .read(&mut play.supervisor.log, now);
+        play.supervisor.note_told(now);
+    };
+    more(&mut play, now + TOLD_PERIOD / 2);
+    assert_eq!(told(&play), [""; 0]);
+    more(&mut play, now + TOLD_PERIOD);
+    let next = receive_message::<FromSupervisor>(play.spawner.as_fd());
+    assert!(
+        matches!(&next, Ok(Received::Message(_, FromSupervisor::Event(event))) if event.count == 202),
+        "{next:?}"
+    );
 }
