@@ -55,6 +55,9 @@ impl Supervisor {
         if !self.needs_devices() {
             return;
         }
+        if self.vmm_stopped {
+            self.excuse_vmm(now);
+        }
         for index in 0..self.processes.len() {
             let hung = self.processes[index].recovery.is_hung(now);
             let order = self.processes[index].recovery.due(now);
@@ -131,10 +134,23 @@ impl Supervisor {
         self.processes[index].recovery.tell();
     }
 
-    /// A device's process was stopped, or goes on.
-    pub(super) fn device_stopped(&mut self, index: usize, stopped: bool, now: Instant) {
-        if let Some(process) = self.processes.get_mut(index) {
+    /// A process was stopped, or goes on. Whoever stops the vmm wants a pause: the guest has no other.
+    pub(super) fn process_stopped(&mut self, index: usize, stopped: bool, now: Instant) {
+        let Some(process) = self.processes.get_mut(index) else {
+            return;
+        };
+        if process.about.role.is_device() {
             process.recovery.stopped(now, stopped);
+        } else {
+            self.vmm_stopped = stopped;
+            self.excuse_vmm(now);
+        }
+    }
+
+    /// Gives the vmm its whole time for what it was asked.
+    fn excuse_vmm(&mut self, now: Instant) {
+        for process in &mut self.processes {
+            process.recovery.excuse_vmm(now);
         }
     }
 

@@ -29,7 +29,7 @@ impl Supervisor {
                     self.process_ended(process.into(), status, now);
                 }
                 Received::Message(_, ToSupervisor::Stopped { process, stopped }) => {
-                    self.device_stopped(process.into(), stopped, now);
+                    self.process_stopped(process.into(), stopped, now);
                 }
                 Received::Message(_, ToSupervisor::Respawned { process, pid }) => {
                     self.device_spawned(process.into(), pid, fds.pop(), now);

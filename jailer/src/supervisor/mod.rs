@@ -179,6 +179,8 @@ struct Supervisor {
     on_device_death: OnDeviceDeath,
     /// The vmm has every device's first back end.
     guest_runs: bool,
+    /// By a signal.
+    vmm_stopped: bool,
 }
 
 impl Supervisor {
@@ -235,6 +237,7 @@ impl Supervisor {
             vmm_words: Quota::new(VMM_LINES, VMM_PERIOD, now),
             on_device_death: config.on_device_death,
             guest_runs: false,
+            vmm_stopped: false,
         })
     }
 

@@ -151,6 +151,15 @@ impl Recovery {
         self.stopped = stopped.then(|| now + STOP_DEADLINE);
     }
 
+    /// What the vmm was asked is given its whole time anew: it was stopped meanwhile.
+    pub(super) fn excuse_vmm(&mut self, now: Instant) {
+        match &mut self.stage {
+            Stage::Releasing(until, _) => *until = now + RELEASE_DEADLINE,
+            Stage::Joining(until, _) => *until = now + JOIN_DEADLINE,
+            _ => {}
+        }
+    }
+
     /// Whether what [`Recovery::due`] answers next is for a process that stays stopped.
     pub(super) fn is_hung(&self, now: Instant) -> bool {
         self.is_of_use() && self.stopped.is_some_and(|at| now >= at)

@@ -116,16 +116,21 @@ impl Play {
 
 /// A NIC's process; the log pipe's other end.
 fn nic(play: &mut Play) -> OwnedFd {
+    process(play, "net0", ProcessRole::Net)
+}
+
+/// One more process; the log pipe's other end.
+fn process(play: &mut Play, name: &str, role: ProcessRole) -> OwnedFd {
     let (log, theirs) = nix::unistd::pipe().unwrap();
     fcntl(&log, FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
     let about = SupervisedProcess {
-        name: "net0".into(),
-        role: ProcessRole::Net,
+        name: name.into(),
+        role,
         serves: None,
         pid: 7,
         log: FdNumber(0),
-        slot: Some(1),
-        tap: Some(0),
+        slot: role.is_device().then_some(1),
+        tap: role.is_device().then_some(0),
         orders: None,
     };
     play.supervisor.processes.push(Process {

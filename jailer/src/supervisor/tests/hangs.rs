@@ -38,7 +38,7 @@ fn killed_for_good(play: &mut Play, now: Instant) {
 fn a_stopped_process_is_the_end() {
     let (mut play, _log) = begin("stopped");
     let now = Instant::now();
-    play.supervisor.device_stopped(0, true, now);
+    play.supervisor.process_stopped(0, true, now);
     let due = play.supervisor.devices_deadline().unwrap();
     play.supervisor.judge_devices(due);
     killed_for_good(&mut play, due);
@@ -78,4 +78,32 @@ fn a_process_that_shuts_the_guest_out_is_the_end() {
     play.supervisor.judge_deadlines(now + EXIT_DEADLINE);
     let outcome = play.supervisor.outcome.as_ref().unwrap();
     assert_eq!(outcome.line.as_deref(), Some("net0: it says nothing"));
+}
+
+#[test]
+fn a_vmm_that_is_stopped_pauses_its_vm() {
+    let mut play = Play::begin("pause");
+    let _vmm = process(&mut play, "vmm", ProcessRole::Vmm);
+    let _log = nic(&mut play);
+    let mut now = Instant::now();
+    play.supervisor.process_stopped(0, true, now);
+    // A device's process that dies meanwhile has a successor, which the vmm takes when it goes on.
+    play.supervisor.process_ended(1, ExitStatus::Signal(9), now);
+    play.supervisor.judge_devices(now);
+    assert_eq!(told(&play), ["Died", "respawn"]);
+    let (socket, _theirs) = pair(SockType::Stream);
+    play.supervisor.device_spawned(1, 8, Some(socket), now);
+    let id = play.supervisor.requests;
+    for _ in 0..100 {
+        now = play.supervisor.devices_deadline().unwrap();
+        play.supervisor.judge_devices(now);
+    }
+    now += Duration::from_secs(39);
+    play.supervisor.process_stopped(0, false, now);
+    now += Duration::from_secs(39);
+    play.supervisor.judge_devices(now);
+    assert_eq!(told(&play), [""; 0]);
+    assert!(play.supervisor.device_answered(id, Ok(()), now));
+    assert_eq!(told(&play), ["Restarted"]);
+    assert_eq!(play.supervisor.outcome, None);
 }
