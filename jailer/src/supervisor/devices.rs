@@ -59,8 +59,12 @@ impl Supervisor {
             self.excuse_vmm(now);
         }
         for index in 0..self.processes.len() {
-            let hung = self.processes[index].recovery.is_hung(now);
-            let order = self.processes[index].recovery.due(now);
+            let recovery = &mut self.processes[index].recovery;
+            let (hung, spawning) = (recovery.is_hung(now), recovery.is_spawning());
+            let order = recovery.due(now);
+            if spawning && !recovery.is_spawning() {
+                self.candidate_failed(index, "it was not started in time", now);
+            }
             if hung {
                 self.condemned(index, EventKind::Hung, HUNG);
             }
@@ -271,6 +275,9 @@ impl Supervisor {
     pub(super) fn carry_out(&mut self, index: usize, order: Option<Order>) {
         // The index fits: a VM has at most 32 devices.
         let process = index as u16;
+        if let Some(Order::GiveUp(reason)) = &order {
+            self.fail_upgrade(index, reason, Instant::now());
+        }
         match order {
             None => {}
             Some(Order::Respawn) => {

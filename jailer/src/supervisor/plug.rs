@@ -463,6 +463,7 @@ impl Supervisor {
         }
         self.plugs.give(slot);
         self.note(index, EventKind::Detached, Duration::ZERO, "");
+        self.fail_upgrade(index, "the guest let go of the device", now);
         let process = &mut self.processes[index];
         process.about.slot = None;
         let coming = process.recovery.is_spawning();

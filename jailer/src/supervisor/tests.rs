@@ -3,6 +3,7 @@
 mod hangs;
 mod helpers;
 mod stops;
+mod upgrades;
 mod words;
 
 use super::*;
@@ -17,7 +18,7 @@ use vm_spec::client::{Answer, Channel, Request};
 use vm_spec::control::FromVmm;
 use vm_spec::events::EventKind;
 use vm_spec::run_state::ProcessRole;
-use vm_spec::supervise::ExitStatus;
+use vm_spec::supervise::{Build, ExitStatus};
 
 /// What the supervisor inherits has numbers that nothing else ever has.
 static NEXT: AtomicI32 = AtomicI32::new(500);

@@ -120,7 +120,8 @@ impl Supervisor {
         }
     }
 
-    fn fail_upgrade(&mut self, index: usize, why: &str, now: Instant) {
+    /// No process of a new build is to come.
+    pub(super) fn fail_upgrade(&mut self, index: usize, why: &str, now: Instant) {
         let process = &mut self.processes[index];
         if let Some(upgrade) = process.upgrade.take() {
             let line = format!("{}: not upgraded: {why}", process.about.name);
