@@ -36,6 +36,9 @@ pub fn send_with_fds<T: Serialize + DeserializeOwned>(
     body: T,
     fds: &[BorrowedFd<'_>],
 ) -> Result<(), TransferError> {
+    if fds.len() > MAX_FDS {
+        return Err(WireError::TooManyFds(fds.len()).into());
+    }
     let bytes = Envelope::new(id, body).encode()?;
     let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&numbers)];
@@ -85,8 +88,11 @@ pub fn receive_with_fds<T: Serialize + DeserializeOwned>(
             Err(e) => return Err(failed(e)),
         }
     };
-    if cut || fds.len() > MAX_FDS {
+    if cut {
         return Err(WireError::TooLong(length).into());
+    }
+    if fds.len() > MAX_FDS {
+        return Err(WireError::TooManyFds(fds.len()).into());
     }
     if length == 0 {
         return Ok((Received::End, fds));
@@ -125,5 +131,24 @@ mod tests {
         drop(ours);
         let (end, _) = receive_with_fds::<FromSupervisor>(theirs.as_fd()).unwrap();
         assert!(matches!(end, Received::End));
+    }
+
+    /// A disk with the longest chain of images that a launcher opens.
+    #[test]
+    fn descriptors_of_a_long_chain_arrive_and_too_many_are_refused() {
+        let kind = SockType::SeqPacket;
+        let (ours, theirs) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        let send = |count| {
+            let fds = vec![ours.as_fd(); count];
+            send_with_fds(ours.as_fd(), 1, FromSupervisor::KillAll, &fds)
+        };
+        send(80).unwrap();
+        let (_, fds) = receive_with_fds::<FromSupervisor>(theirs.as_fd()).unwrap();
+        assert_eq!(fds.len(), 80);
+        let refused = send(MAX_FDS + 1);
+        assert!(
+            matches!(refused, Err(TransferError::Message(WireError::TooManyFds(97)))),
+            "{refused:?}"
+        );
     }
 }

@@ -12,8 +12,9 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 pub const PROTOCOL_VERSION: u16 = 1;
 /// Longest message in bytes. A longer one is refused unread.
 pub const MAX_MESSAGE: usize = 64 << 10;
-/// Most file descriptors in one message: a disk that is attached has one for each layer of its image.
-pub const MAX_FDS: usize = 32;
+/// Most file descriptors in one message: a disk that is attached has one for each layer of its image, 64 at most, and
+/// some besides. The kernel passes 253.
+pub const MAX_FDS: usize = 96;
 
 /// A message with its version and number. A reply carries the number of what it answers;
 /// events that answer nothing carry 0.
@@ -33,6 +34,9 @@ pub enum WireError {
     /// Longer than [`MAX_MESSAGE`].
     #[error("message of {0} bytes is longer than {MAX_MESSAGE}")]
     TooLong(usize),
+    /// With more descriptors than [`MAX_FDS`].
+    #[error("message with {0} descriptors, more than {MAX_FDS}")]
+    TooManyFds(usize),
     /// Of another version.
     #[error("peer speaks version {0} of the control protocol, this is {PROTOCOL_VERSION}")]
     Version(u16),
