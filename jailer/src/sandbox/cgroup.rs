@@ -26,6 +26,8 @@ use vm_spec::spec::LimitsSpec;
 const SPAWNER: &str = "spawner";
 /// Longest that killed processes may take to leave their groups.
 const DEATHS: Duration = Duration::from_millis(1500);
+/// The end of another VM, which takes the folder above with it, is waited out this many times.
+const ATTEMPTS: usize = 16;
 /// Microseconds that `cpu.max` counts in.
 const PERIOD: u64 = 100_000;
 
@@ -127,22 +129,7 @@ impl Place {
     /// # Errors
     /// [`CgroupError::InUse`] or [`CgroupError::File`].
     pub fn claim(mut self) -> Result<Self, CgroupError> {
-        for folder in self.above.iter().skip(1) {
-            make_folder(folder)?;
-        }
-        let failed = |e| CgroupError::File(self.group.clone(), e);
-        match fs::create_dir(&self.group) {
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-                let events = fs::read_to_string(self.group.join("cgroup.events")).unwrap_or_default();
-                if events.contains("populated 1") {
-                    return Err(CgroupError::InUse(self.group));
-                }
-                // What a launcher left that was killed.
-                clear(&self.group);
-                fs::create_dir(&self.group).map_err(failed)?;
-            }
-            other => other.map_err(failed)?,
-        }
+        self.make_group()?;
         self.made = inode(&self.group);
         let joined = make_folder(&self.group.join(SPAWNER)).and_then(|()| {
             let pid = nix::unistd::getpid().to_string();
@@ -152,6 +139,38 @@ impl Place {
             self.remove();
         }
         joined.map(|()| self)
+    }
+
+    /// Makes the VM's group, and what is above it, which whoever ends as the last VM removes.
+    fn make_group(&self) -> Result<(), CgroupError> {
+        let is_gone = |made: &Result<(), CgroupError>| matches!(made, Err(CgroupError::File(_, e)) if e.kind() == io::ErrorKind::NotFound);
+        let mut made = self.try_to_make_group();
+        for _ in 1..ATTEMPTS {
+            if !is_gone(&made) {
+                break;
+            }
+            made = self.try_to_make_group();
+        }
+        made
+    }
+
+    fn try_to_make_group(&self) -> Result<(), CgroupError> {
+        for folder in self.above.iter().skip(1) {
+            make_folder(folder)?;
+        }
+        let failed = |e| CgroupError::File(self.group.clone(), e);
+        match fs::create_dir(&self.group) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                let events = fs::read_to_string(self.group.join("cgroup.events")).unwrap_or_default();
+                if events.contains("populated 1") {
+                    return Err(CgroupError::InUse(self.group.clone()));
+                }
+                // What a launcher left that was killed.
+                clear(&self.group);
+                fs::create_dir(&self.group).map_err(failed)
+            }
+            other => other.map_err(failed),
+        }
     }
 
     /// Removes the VM's groups, if they are those that [`Self::claim`] made. What is in the spawner's is moved

@@ -2,6 +2,7 @@
 //! where it offers the controllers (`limits::` of the tiny tests).
 
 use super::*;
+use std::sync::atomic::{AtomicBool, Ordering};
 use vm_spec::size::ByteSize;
 
 const MOUNTS: &str = "22 28 0:20 / /sys rw - sysfs sysfs rw\n\
@@ -134,4 +135,26 @@ fn a_limit_that_cannot_be_kept_is_an_error() {
 fn kills_for_want_of_memory_are_counted() {
     assert_eq!(oom_kills("low 0\nhigh 0\nmax 7\noom 2\noom_kill 3\n"), 3);
     assert_eq!(oom_kills("oom_kill_x 9\n"), 0);
+}
+
+/// The last VM's end takes the common folder along.
+#[test]
+fn a_vm_begins_while_another_ends() {
+    let top = tempfile::tempdir().unwrap();
+    let place = place(top.path());
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let _ = fs::remove_dir(&place.above[1]);
+                std::thread::sleep(Duration::from_micros(20));
+            }
+        });
+        let made = (0..300).try_for_each(|_| {
+            place.make_group()?;
+            fs::remove_dir(&place.group).map_err(|e| CgroupError::File(place.group.clone(), e))
+        });
+        stop.store(true, Ordering::Relaxed);
+        made.unwrap();
+    });
 }
