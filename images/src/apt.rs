@@ -166,7 +166,7 @@ impl Apt {
         }
         match self.update() {
             Err(error) if stamp.exists() => {
-                tracing::warn!("{error}; the lists of an earlier day are used");
+                eprintln!("images: {error}; the lists of an earlier day are used");
                 Ok(())
             }
             result => result,

@@ -107,10 +107,8 @@ impl Cache {
             // Whoever builds it holds its lock.
             let lock = self.lock_file(entry_name)?;
             if lock.try_lock().is_ok() {
-                let left = entry.path();
-                tracing::debug!("removing {}, which a build has left", left.display());
                 // What cannot be removed is in nobody's way.
-                let _ = std::fs::remove_dir_all(left);
+                let _ = std::fs::remove_dir_all(entry.path());
             }
         }
         Ok(())

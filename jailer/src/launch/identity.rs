@@ -186,7 +186,6 @@ impl Identities {
                         "bulkhead: warning: every process is this user: {why}"
                     ));
                 }
-                tracing::debug!(why, "every process is this user");
                 Ok((Settled::Own, None))
             }
             Self::Range { anchor, first } => {

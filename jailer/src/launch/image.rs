@@ -16,11 +16,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::SockType;
-use nix::sys::wait::{WaitStatus, waitpid};
+use nix::sys::wait::waitpid;
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use vm_spec::image::{FromImageTool, ImageInfo, MAX_SNAPSHOTS, SnapshotInfo};
 use vm_spec::spec::ImageFormat;
@@ -380,9 +380,8 @@ fn finish(child: &Child, socket: OwnedFd) {
     if !matches!(poll(&mut ended, PollTimeout::from(2000_u16)), Ok(1)) {
         let _ = kill(child.pid, Signal::SIGKILL);
     }
-    if let Ok(WaitStatus::Signaled(_, signal, _)) = waitpid(child.pid, None) {
-        tracing::debug!(%signal, fd = child.pidfd.as_raw_fd(), "the image tool was ended");
-    }
+    // What it has said, or not, is judged.
+    let _ = waitpid(child.pid, None);
 }
 
 /// A text from an image: on one line, without what a terminal would obey.
