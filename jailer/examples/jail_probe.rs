@@ -1,13 +1,13 @@
 //! What `tests/sandbox.rs` executes in a jail: it tells what it sees on descriptor 1, and then
 //! does what its argument says.
 
-use jailer::sandbox::{Role, SeccompMode, end, end_on_panic, lockdown};
+use jailer::sandbox::{OrEnd, Role, SeccompMode, end, end_on_panic, lockdown};
 use std::fs::File;
 use std::io::Read;
 
 /// As every confined process has: the policies know its three calls only.
 #[global_allocator]
-static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+static ALLOCATOR: OrEnd<dlmalloc::GlobalDlmalloc> = OrEnd::new(dlmalloc::GlobalDlmalloc);
 
 fn main() {
     let order = std::env::args().nth(1).unwrap_or_default();
@@ -25,7 +25,12 @@ fn main() {
         _ => SeccompMode::Enforce,
     };
     end_on_panic("probe");
-    let _locked = lockdown(Role::Supervisor, mode).expect("lockdown");
+    let role = match order.as_str() {
+        // Whose policy has least for the end of a process.
+        "hungry" => Role::Disk,
+        _ => Role::Supervisor,
+    };
+    let _locked = lockdown(role, mode).expect("lockdown");
     println!("locked");
     match order.as_str() {
         "forbidden" | "trapped" => {
@@ -34,6 +39,8 @@ fn main() {
             println!("survived");
         }
         "panic" => panic!("as ordered"),
+        // More than any bound of an address space.
+        "hungry" => println!("{}", vec![1_u8; 1 << 46].len()),
         _ => {}
     }
     // Until the test has looked.

@@ -4,7 +4,7 @@
 //! of this test that becomes one.
 
 use jailer::sandbox::child::{Child, Parent, Program, open_proc, start};
-use jailer::sandbox::{Role, SeccompMode, Witness};
+use jailer::sandbox::{EXIT_NO_MEMORY, Role, SeccompMode, Witness};
 use nix::sys::wait::{WaitStatus, waitpid};
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -155,6 +155,7 @@ fn check_jail(binary: &Path) {
         "getppid (110): supervisor.policy has no rule for it",
     );
     check_last_words(binary, "panic", 101, "probe: panicked at");
+    check_last_words(binary, "hungry", EXIT_NO_MEMORY.into(), "out of memory");
 }
 
 /// Before its lockdown, too, a process is under a filter.

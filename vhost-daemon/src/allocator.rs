@@ -4,6 +4,7 @@
 #![expect(unsafe_code, reason = "an allocator: hands out raw memory")]
 
 use dlmalloc::Dlmalloc;
+use jailer::sandbox::OrEnd;
 use std::alloc::{GlobalAlloc, Layout};
 use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -54,22 +55,19 @@ unsafe impl dlmalloc::Allocator for Pages {
     }
 }
 
-/// One heap for all threads. Nothing on the path of a request allocates, so one lock does.
-pub struct Heap(Mutex<Dlmalloc<Pages>>);
+/// A device process's whole heap.
+pub type Heap = OrEnd<Shared>;
 
-impl Default for Heap {
-    fn default() -> Self {
-        Self::new()
-    }
+/// One heap for all threads. Nothing on the path of a request allocates, so one lock does.
+pub struct Shared(Mutex<Dlmalloc<Pages>>);
+
+/// An empty heap, for a program's `#[global_allocator]`.
+#[must_use]
+pub const fn heap() -> Heap {
+    OrEnd::new(Shared(Mutex::new(Dlmalloc::new_with_allocator(Pages))))
 }
 
-impl Heap {
-    /// An empty heap, for a program's `#[global_allocator]`.
-    #[must_use]
-    pub const fn new() -> Self {
-        Self(Mutex::new(Dlmalloc::new_with_allocator(Pages)))
-    }
-
+impl Shared {
     fn lock(&self) -> MutexGuard<'_, Dlmalloc<Pages>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -77,7 +75,7 @@ impl Heap {
 
 // SAFETY: dlmalloc's memory is aligned and as long as asked for, belongs to one caller until it is freed,
 // and is looked after under one lock; none of its methods unwinds.
-unsafe impl GlobalAlloc for Heap {
+unsafe impl GlobalAlloc for Shared {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: any size and alignment of a layout will do.
         unsafe { self.lock().malloc(layout.size(), layout.align()) }
@@ -101,10 +99,10 @@ unsafe impl GlobalAlloc for Heap {
 
 #[cfg(test)]
 mod tests {
-    use super::Heap;
+    use super::{Heap, heap};
 
     #[global_allocator]
-    static ALLOCATOR: Heap = Heap::new();
+    static ALLOCATOR: Heap = heap();
 
     /// This program's tests run on the heap above.
     #[test]

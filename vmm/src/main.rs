@@ -19,7 +19,8 @@ const USAGE: &str = "usage: bulkhead-vmm --control-fd=N [--seccomp=enforce|trap|
 
 /// Not the C library's: that one needs brk, mprotect and madvise, which the policies would then allow.
 #[global_allocator]
-static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+static ALLOCATOR: jailer::sandbox::OrEnd<dlmalloc::GlobalDlmalloc> =
+    jailer::sandbox::OrEnd::new(dlmalloc::GlobalDlmalloc);
 
 struct Arguments {
     control: i32,

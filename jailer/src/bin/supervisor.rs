@@ -1,7 +1,7 @@
 //! `bulkhead-supervisor [--seccomp=MODE]`: started by `bulkhead run` in a jail, with its control
 //! socket as descriptor 3.
 
-use jailer::sandbox::{SeccompMode, end, end_on_panic};
+use jailer::sandbox::{OrEnd, SeccompMode, end, end_on_panic};
 use jailer::supervisor::SupervisorError;
 use jailer::tell::tell;
 use std::error::Error;
@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 /// Not the C library's: that one needs brk, mprotect and madvise, which the policy would then allow.
 #[global_allocator]
-static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+static ALLOCATOR: OrEnd<dlmalloc::GlobalDlmalloc> = OrEnd::new(dlmalloc::GlobalDlmalloc);
 
 fn main() -> ExitCode {
     let mut mode = SeccompMode::Enforce;

@@ -2,10 +2,11 @@
 //! to say what it was. For finding out why a process was killed: a kill leaves no time for words.
 #![expect(unsafe_code, reason = "a signal handler and what the kernel tells it")]
 
+use super::line::Line;
 use super::{Role, Verdict, end};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use std::cell::Cell;
-use std::fmt::{self, Write as _};
+use std::fmt::Write as _;
 
 thread_local! {
     /// Whose filter this thread has. Constant at first and never dropped, so that a signal
@@ -50,32 +51,6 @@ extern "C" fn tell(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_v
         }
         None => writeln!(line, "stopped by seccomp: system call {number}"),
     };
-    // SAFETY: write(2) may be called in a handler; the line is live and as long as said.
-    unsafe { libc::write(libc::STDERR_FILENO, line.text.as_ptr().cast(), line.length) };
+    line.tell();
     end(vm_spec::control::exit_code::SECCOMP)
-}
-
-/// A line in place: a handler must not allocate. What does not fit is cut.
-struct Line {
-    text: [u8; 512],
-    length: usize,
-}
-
-impl Default for Line {
-    fn default() -> Self {
-        Self {
-            text: [0; 512],
-            length: 0,
-        }
-    }
-}
-
-impl fmt::Write for Line {
-    fn write_str(&mut self, part: &str) -> fmt::Result {
-        let room = &mut self.text[self.length..];
-        let count = room.len().min(part.len());
-        room[..count].copy_from_slice(&part.as_bytes()[..count]);
-        self.length += count;
-        Ok(())
-    }
 }

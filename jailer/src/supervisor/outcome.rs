@@ -1,6 +1,6 @@
 //! How a VM ended: the exit code, and the line that says why.
 
-use crate::sandbox::EXIT_HUNG;
+use crate::sandbox::{EXIT_HUNG, EXIT_NO_MEMORY};
 use vm_spec::control::{EndReason, exit_code};
 use vm_spec::run_state::ProcessRole;
 use vm_spec::supervise::{ExitStatus, SupervisedProcess};
@@ -67,6 +67,11 @@ impl Outcome {
                                         for the guest's RAM and the processes beside it"
                 .to_owned(),
             ExitStatus::Code(EXIT_HUNG) => "found that one of its threads spins, and gave up".to_owned(),
+            ExitStatus::Code(EXIT_NO_MEMORY) => {
+                "got no memory: the host, or the bound of its address space, \
+                                                 refused it"
+                    .to_owned()
+            }
             ExitStatus::Code(code) => format!("exited with code {code}"),
         };
         let code = match (status, role) {

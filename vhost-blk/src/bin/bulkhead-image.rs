@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 #[global_allocator]
-static ALLOCATOR: vhost_daemon::allocator::Heap = vhost_daemon::allocator::Heap::new();
+static ALLOCATOR: vhost_daemon::allocator::Heap = vhost_daemon::allocator::heap();
 
 fn main() -> ExitCode {
     vhost_blk::tool::main()
