@@ -4,15 +4,15 @@
 
 mod support;
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
 use support::recorder::{Op, Recorder};
 use support::{
-    Random, Request, Scratch, check_leaks_at_most, contents, create, qemu_contents, qemu_img, text,
+    Random, Request, Scratch, check_leaks_at_most, contents, create, full, qemu_contents, qemu_img, text,
 };
+use vhost_blk::image::qcow2::{self, Repair};
 use vhost_blk::image::{BlockFile, Format, Image, OpenOptions, open_layers};
 
 const SECTOR: usize = 512;
@@ -30,7 +30,7 @@ fn uniform(disk: &[u8]) -> Vec<u8> {
     disk.chunks(SECTOR)
         .map(|sector| {
             assert!(
-                sector.iter().all(|byte| *byte == sector[0]),
+                sector[1..] == sector[..SECTOR - 1],
                 "the test writes whole sectors of one value"
             );
             sector[0]
@@ -73,10 +73,38 @@ fn workload(
     events
 }
 
+/// Values that a sector may have: a bit for each.
+#[derive(Clone, Copy, Default)]
+struct Values([u128; 2]);
+
+impl Values {
+    fn only(value: u8) -> Self {
+        let mut values = Self::default();
+        values.insert(value);
+        values
+    }
+
+    fn insert(&mut self, value: u8) {
+        self.0[usize::from(value >> 7)] |= 1 << (value & 127);
+    }
+
+    fn contains(self, value: u8) -> bool {
+        self.0[usize::from(value >> 7)] >> (value & 127) & 1 == 1
+    }
+}
+
+impl std::fmt::Debug for Values {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set()
+            .entries((0..=255).filter(|value| self.contains(*value)))
+            .finish()
+    }
+}
+
 /// Values that each sector may have, if all before event `base` is certain and the log ends at `count`.
-fn allowed(events: &[Event], start: &[u8], base: Option<usize>, count: usize) -> Vec<BTreeSet<u8>> {
+fn allowed(events: &[Event], start: &[u8], base: Option<usize>, count: usize) -> Vec<Values> {
     let certain = base.map_or(start, |at| &events[at].after);
-    let mut values: Vec<BTreeSet<u8>> = certain.iter().map(|value| BTreeSet::from([*value])).collect();
+    let mut values: Vec<Values> = certain.iter().map(|value| Values::only(*value)).collect();
     let first = base.map_or(0, |at| at + 1);
     for event in events[first..].iter().take_while(|event| event.begin < count) {
         for sector in event.sectors.clone() {
@@ -86,12 +114,17 @@ fn allowed(events: &[Event], start: &[u8], base: Option<usize>, count: usize) ->
     values
 }
 
-fn judge(path: &Path, values: &[BTreeSet<u8>], what: &str) {
+/// qemu-img finds leaks at most, and reads what is allowed.
+fn judge(path: &Path, values: &[Values], what: &str) {
     if let Err(found) = check_leaks_at_most(path) {
         panic!("{what}: {found}");
     }
-    for (sector, (data, values)) in qemu_contents(path, &[]).chunks(SECTOR).zip(values).enumerate() {
-        let good = values.contains(&data[0]) && data.iter().all(|byte| *byte == data[0]);
+    compare(&qemu_contents(path, &[]), values, what);
+}
+
+fn compare(disk: &[u8], values: &[Values], what: &str) {
+    for (sector, (data, values)) in disk.chunks(SECTOR).zip(values).enumerate() {
+        let good = values.contains(data[0]) && data[1..] == data[..SECTOR - 1];
         assert!(
             good,
             "{what}: sector {sector} has {:#x}, expected one of {values:x?}",
@@ -100,12 +133,19 @@ fn judge(path: &Path, values: &[BTreeSet<u8>], what: &str) {
     }
 }
 
-/// Crashes tried for each case: `BULKHEAD_CRASH_POINTS`, or a few.
-fn points() -> u64 {
-    std::env::var("BULKHEAD_CRASH_POINTS")
-        .ok()
-        .and_then(|value| value.parse().ok())
-        .unwrap_or(8)
+/// With `--full` a crash is tried after each of so many operations, and at a few moments later on.
+const EACH: usize = 100;
+
+/// Lengths of the log, of at most `total`, at which a crash is tried.
+fn points(total: usize, random: &mut Random) -> Vec<usize> {
+    let each = if full() { EACH.min(total) + 1 } else { 0 };
+    let later = (0..8).map(|_| random.below(total as u64 + 1) as usize);
+    (0..each).chain(later).collect()
+}
+
+/// Orders in which a crash of the host keeps what was not flushed, at each point.
+fn orders() -> u64 {
+    if full() { 3 } else { 1 }
 }
 
 struct Case<'a> {
@@ -160,29 +200,42 @@ impl Case<'_> {
         drop(image);
         assert!(files.image.log().iter().any(|op| matches!(op, Op::Barrier)));
         let total = files.image.moment();
-        for _ in 0..points() {
-            let count = random.below(total as u64 + 1) as usize;
+        for count in points(total, &mut random) {
             let flushed = events.iter().rposition(|event| event.flush && event.end <= count);
-            self.leave(&files, |file| {
-                file.after_host_crash(file.count_at(count), &mut random)
-            });
-            judge(
-                self.path,
-                &allowed(&events, &start, flushed, count),
-                &format!("host crash after {count} of {total}"),
-            );
+            let values = allowed(&events, &start, flushed, count);
+            for order in 0..orders() {
+                self.leave(&files, |file| {
+                    file.after_host_crash(file.count_at(count), &mut random)
+                });
+                let what = format!("host crash after {count} of {total}, order {order}");
+                self.judge_alone(&values, &what);
+                // To start qemu-img takes longer than all the rest.
+                if order == 0 {
+                    judge(self.path, &values, &what);
+                }
+            }
             let completed = events.iter().rposition(|event| event.end <= count);
             self.leave(&files, |file| file.after_process_death(file.count_at(count)));
             let values = allowed(&events, &start, completed, count);
-            judge(
-                self.path,
-                &values,
-                &format!("process death after {count} of {total}"),
-            );
+            let what = format!("process death after {count} of {total}");
+            judge(self.path, &values, &what);
             self.go_on(&mut random);
         }
         self.leave(&files, |file| file.after_process_death(file.count_at(total)));
         support::check_clean(self.path);
+    }
+
+    /// Our own check finds leaks at most, and who opens the image reads what is allowed.
+    fn judge_alone(&self, values: &[Values], what: &str) {
+        let (image, files) = self.open();
+        compare(
+            &support::read(&*image, 0, self.start.len()).expect("reads"),
+            values,
+            what,
+        );
+        drop(image);
+        let found = qcow2::check(&*files.image, Repair::No).expect("checks");
+        assert_eq!((found.corruptions, &found.broken), (0, &None), "{what}");
     }
 
     /// The successor can write to what the dead process left.
@@ -191,12 +244,12 @@ impl Case<'_> {
         let mut model = support::read(&*image, 0, self.start.len()).expect("reads");
         workload(&*image, &files.image, &mut model, random, 10);
         drop(image);
-        let values: Vec<_> = uniform(&model)
-            .into_iter()
-            .map(|value| BTreeSet::from([value]))
-            .collect();
+        let values: Vec<_> = uniform(&model).into_iter().map(Values::only).collect();
         self.leave(&files, |file| file.after_process_death(file.position()));
-        judge(self.path, &values, "the successor");
+        self.judge_alone(&values, "the successor");
+        if !full() {
+            judge(self.path, &values, "the successor");
+        }
     }
 }
 
@@ -206,6 +259,18 @@ fn pattern(size: usize) -> Vec<u8> {
 }
 
 const SIZE: usize = 2 << 20;
+
+/// Bytes of the disk: with `--full` few clusters, such that a crash after each operation can be tried.
+fn size(options: &str) -> usize {
+    let cluster = options
+        .split(',')
+        .find_map(|option| option.strip_prefix("cluster_size="));
+    let cluster = match cluster.map(|size| (size.trim_end_matches('k'), size.ends_with('k'))) {
+        Some((number, kibi)) => number.parse::<usize>().expect("a number") << if kibi { 10 } else { 0 },
+        None => 64 << 10,
+    };
+    if full() { SIZE.min(128 * cluster) } else { SIZE }
+}
 
 fn plain_images() {
     for (seed, options) in [
@@ -222,8 +287,8 @@ fn plain_images() {
         eprintln!("{options}");
         let scratch = Scratch::new();
         let path = scratch.path("top");
-        create(&path, options, &SIZE.to_string());
-        let start = vec![0; SIZE];
+        create(&path, options, &size(options).to_string());
+        let start = vec![0; size(options)];
         Case {
             path: &path,
             below: None,
@@ -248,17 +313,17 @@ fn overlays() {
         eprintln!("{options}");
         let scratch = Scratch::new();
         let (path, below) = (scratch.path("top"), scratch.path("below"));
-        fs::write(&below, pattern(SIZE)).expect("writes");
+        fs::write(&below, pattern(size(options))).expect("writes");
         create(
             &path,
             &format!("{options},backing_file={},backing_fmt=raw", text(&below)),
-            &SIZE.to_string(),
+            &size(options).to_string(),
         );
         Case {
             path: &path,
             below: Some((&below, Format::Raw)),
             data: None,
-            start: pattern(SIZE),
+            start: pattern(size(options)),
             seed: seed as u64 + 100,
             steps: 60,
         }
@@ -274,7 +339,7 @@ fn compressed_and_snapshot_images() {
         eprintln!("{options}");
         let scratch = Scratch::new();
         let (path, raw) = (scratch.path("top"), scratch.path("raw"));
-        fs::write(&raw, pattern(SIZE)).expect("writes");
+        fs::write(&raw, pattern(size(options))).expect("writes");
         qemu_img(&[
             "convert",
             "-f",
@@ -292,13 +357,13 @@ fn compressed_and_snapshot_images() {
             path: &path,
             below: None,
             data: None,
-            start: pattern(SIZE),
+            start: pattern(size(options)),
             seed: seed as u64 + 200,
             steps: 60,
         }
         .run();
         assert!(
-            qemu_contents(&path, &["-l", "snapshot.name=one"]) == pattern(SIZE),
+            qemu_contents(&path, &["-l", "snapshot.name=one"]) == pattern(size(options)),
             "the snapshot has changed"
         );
     }
@@ -320,13 +385,13 @@ fn external_data_files() {
         create(
             &path,
             &format!("{options},data_file={}", text(&data)),
-            &SIZE.to_string(),
+            &size(options).to_string(),
         );
         Case {
             path: &path,
             below: None,
             data: Some(&data),
-            start: vec![0; SIZE],
+            start: vec![0; size(options)],
             seed: seed as u64 + 300,
             steps: 100,
         }

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use support::hooked::Hooked;
 use support::recorder::Recorder;
 use support::{
-    Random, Scratch, assert_same, check_clean, check_leaks_at_most, contents, create, open, open_with, patch,
-    qemu_contents, qemu_img, read, text, write,
+    Random, Scratch, assert_same, check_clean, check_leaks_at_most, contents, create, full, open, open_with,
+    patch, qemu_contents, qemu_img, read, text, write,
 };
 use vhost_blk::image::qcow2::{self, Repair};
 use vhost_blk::image::{BlockFile, Format, HostFile, Image, ImageError, OpenOptions, open_layers};
@@ -22,11 +22,7 @@ const OLD: u64 = (1 << 20) + 1536;
 
 /// Crashes of the host that are tried at each point.
 fn seeds() -> u64 {
-    if std::env::var_os("BULKHEAD_FULL").is_some() {
-        8
-    } else {
-        3
-    }
+    if full() { 8 } else { 3 }
 }
 
 /// Opens the image in `file`, over a raw one in `base`.

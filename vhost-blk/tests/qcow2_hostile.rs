@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use support::recorder::Recorder;
-use support::{Random, Request, Scratch, contents, create, open, patch, qemu_img, text, write};
+use support::{Random, Request, Scratch, contents, create, full, open, patch, qemu_img, text, write};
 use vhost_blk::image::{BlockFile, Format, OpenOptions, open_layers};
 
 const SIZE: u64 = 2 << 20;
@@ -116,10 +116,7 @@ fn damage(bytes: &mut [u8], random: &mut Random) {
 }
 
 fn damage_never_panics() {
-    let rounds = std::env::var("BULKHEAD_DAMAGES")
-        .ok()
-        .and_then(|value| value.parse().ok())
-        .unwrap_or(600);
+    let rounds = if full() { 4000 } else { 600 };
     let scratch = Scratch::new();
     let victims = victims(&scratch);
     let (mut opened, mut failed) = (0, 0);
