@@ -1,17 +1,16 @@
 //! The host fails: ENOSPC and EIO reach the guest as errors, the image stays whole, and writing goes on
-//! when the host has recovered. And the process dies for real, in the middle of writing.
+//! when the host has recovered.
 
 mod support;
 
 use std::collections::BTreeSet;
-use std::io::{self, BufRead, BufReader, Write};
-use std::process::{Command, Stdio};
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use support::recorder::Recorder;
 use support::{
-    Random, Request, Scratch, check_clean, check_leaks_at_most, contents, create, open, qemu_contents, text,
+    Random, Request, Scratch, check_clean, check_leaks_at_most, contents, create, open, qemu_contents,
 };
 use vhost_blk::image::{BlockFile, Format, Image, OpenOptions, open_layers};
 
@@ -315,96 +314,6 @@ fn attempt(image: &dyn Image, request: &Request, values: &mut [BTreeSet<u8>]) ->
     result
 }
 
-/// Set in the child that [`killed_writers_lose_no_completed_write`] starts: the image to write to.
-const CHILD: &str = "BULKHEAD_TEST_KILLED_WRITER";
-
-/// The child's part: writes for ever and says, one line each, what has completed.
-fn write_until_killed() {
-    let Ok(path) = std::env::var(CHILD) else { return };
-    let image = open(&[(std::path::Path::new(&path), Format::Qcow2)]);
-    let mut random = Random::new(u64::from(std::process::id()));
-    let mut out = io::stdout();
-    for step in 1..u64::MAX {
-        let (offset, len) = random.range(SIZE as u64, 64 << 10);
-        let value = (step % 250) as u8 + 1;
-        // Announced first: one that is cut off may be there or not.
-        let line = |what: &str| format!("\n@ {what} {offset} {len} {value}\n");
-        out.write_all(line("begin").as_bytes())
-            .expect("the parent listens");
-        if random.below(5) == 0 {
-            image.write_zeroes(offset, len, true).expect("zeroes");
-            out.write_all(format!("\n@ done {offset} {len} 0\n").as_bytes())
-                .expect("the parent listens");
-            continue;
-        }
-        support::write(&*image, offset, &vec![value; len as usize]).expect("writes");
-        out.write_all(line("done").as_bytes())
-            .expect("the parent listens");
-    }
-}
-
-fn killed_writers_lose_no_completed_write() {
-    let rounds = std::env::var("BULKHEAD_KILLS")
-        .ok()
-        .and_then(|value| value.parse().ok())
-        .unwrap_or(20);
-    let scratch = Scratch::new();
-    let path = scratch.path("top");
-    create(&path, "cluster_size=4k", &SIZE.to_string());
-    let mut values = vec![BTreeSet::from([0_u8]); SIZE / 512];
-    let mut random = Random::new(3);
-    for round in 0..rounds {
-        let mut child = Command::new(std::env::current_exe().expect("has a name"))
-            .args(["write_until_killed", "--exact", "--nocapture", "--test-threads=1"])
-            .env(CHILD, text(&path))
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("starts");
-        let mut lines = BufReader::new(child.stdout.take().expect("is piped")).lines();
-        let last = random.below(120) + 1;
-        let mut done = 0;
-        while let Some(Ok(line)) = lines.next() {
-            done += u64::from(note(&line, &mut values));
-            if done == last {
-                child.kill().expect("is killed");
-            }
-        }
-        child.wait().expect("ends");
-        assert!(done >= last, "round {round}: the writer ended by itself");
-        check_leaks_at_most(&path).unwrap_or_else(|found| panic!("round {round}: {found}"));
-        for (sector, (data, values)) in qemu_contents(&path, &[]).chunks(512).zip(&mut values).enumerate() {
-            assert!(
-                values.contains(&data[0]),
-                "round {round}: sector {sector} has {:#x} of {values:x?}",
-                data[0]
-            );
-            *values = BTreeSet::from([data[0]]);
-        }
-    }
-}
-
-/// Takes in a line of the child; says whether a write has completed.
-fn note(line: &str, values: &mut [BTreeSet<u8>]) -> bool {
-    let Some(rest) = line.strip_prefix("@ ") else {
-        return false;
-    };
-    let parts: Vec<&str> = rest.split(' ').collect();
-    let number = |at: usize| parts.get(at).and_then(|part| part.parse::<usize>().ok());
-    let (Some(offset), Some(len), Some(value)) = (number(1), number(2), number(3)) else {
-        return false;
-    };
-    let done = parts[0] == "done";
-    for sector in &mut values[offset / 512..(offset + len) / 512] {
-        if done {
-            sector.clear();
-        } else {
-            sector.insert(0);
-        }
-        sector.insert(value as u8);
-    }
-    done
-}
-
 suite! {
     with_qemu_img: [
         a_failing_host_leaves_the_image_whole,
@@ -412,7 +321,6 @@ suite! {
         failed_reservations_leak_nothing,
         a_flush_frees_later_what_it_cannot_free_now,
         dropped_clusters_make_room,
-        killed_writers_lose_no_completed_write,
     ],
-    alone: [write_until_killed],
+    alone: [],
 }

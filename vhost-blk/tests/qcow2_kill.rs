@@ -9,7 +9,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use support::{Random, Scratch, check_leaks_at_most, create, open, qemu_contents, text};
+use support::{Random, Scratch, check_leaks_at_most, create, full, open, qemu_contents, text};
 use vhost_blk::image::{Format, OpenOptions};
 
 /// Says to this program that it is the one that writes and is killed: the image's path.
@@ -19,14 +19,10 @@ const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Kills: all with `--full`, else a tenth.
 fn rounds() -> u64 {
-    if std::env::var_os("BULKHEAD_FULL").is_some() {
-        200
-    } else {
-        20
-    }
+    if full() { 200 } else { 20 }
 }
 
-/// Writes for ever; says a write's place, length and value once it has completed.
+/// Writes and zeroes for ever; says a request's place, length and value once it has completed.
 fn write_for_ever(path: &Path) -> ! {
     let layers: Vec<PathBuf> = std::iter::once(path.to_owned())
         .chain(Some(path.with_extension("base")).filter(|base| base.exists()))
@@ -43,10 +39,19 @@ fn write_for_ever(path: &Path) -> ! {
     let mut out = std::io::stdout();
     loop {
         let (offset, len) = random.range(SIZE, 100 << 10);
-        let value = random.below(255) as u8 + 1;
+        // One in five is zeroed.
+        let value = match random.below(5) {
+            0 => 0,
+            _ => random.below(255) as u8 + 1,
+        };
         // Announced first: it may be there in part, or whole, when its end is never heard of.
         writeln!(out, "begin {offset} {len} {value}").expect("says");
-        support::write(&*image, offset, &vec![value; len as usize]).expect("writes");
+        match value {
+            0 => image
+                .write_zeroes(offset, len, random.below(2) == 0)
+                .expect("zeroes"),
+            _ => support::write(&*image, offset, &vec![value; len as usize]).expect("writes"),
+        }
         writeln!(out, "end {offset} {len} {value}").expect("says");
     }
 }
