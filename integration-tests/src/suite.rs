@@ -49,6 +49,12 @@ pub fn need_jail() -> Result<()> {
     Ok(())
 }
 
+/// Everything is to be tried, and the strict limits hold: `cargo verify --full`.
+#[must_use]
+pub fn full() -> bool {
+    std::env::var_os(crate::verify::FULL).is_some()
+}
+
 /// For tests that start processes and wait for them.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 

@@ -31,11 +31,6 @@ fn main() -> ExitCode {
     integration_tests::suite::run(tests)
 }
 
-/// The whole matrices, not their pairwise subsets.
-fn full() -> bool {
-    std::env::var_os(integration_tests::verify::FULL).is_some()
-}
-
 fn images() -> Result<&'static Images> {
     static IMAGES: OnceLock<Result<Images, String>> = OnceLock::new();
     let images = IMAGES.get_or_init(|| Images::get().map_err(|error| format!("{error:#}")));

@@ -2,13 +2,13 @@
 //! again, and beside it QEMU with qemu-storage-daemon, which this test starts again at once.
 
 use crate::boots::BOOT;
+use crate::default_kernel;
 use crate::storm::strike;
-use crate::{default_kernel, full};
 use anyhow::{Context, Result, ensure};
 use integration_tests::host::Host;
 use integration_tests::linux::{KernelImages, Work};
 use integration_tests::process::Process;
-use integration_tests::suite::test_within;
+use integration_tests::suite::{full, test_within};
 use integration_tests::tiny::{Console, Run};
 use libtest_mimic::Trial;
 use nix::sys::signal::Signal;

@@ -2,13 +2,13 @@
 //! are killed: no file differs, no byte of a stream is lost, the link stays up, fsck finds nothing.
 
 use crate::boots::BOOT;
-use crate::{default_kernel, full};
+use crate::default_kernel;
 use anyhow::{Context, Result, ensure};
 use integration_tests::artifacts::Artifact;
 use integration_tests::demo::peer::Peer;
 use integration_tests::host::Host;
 use integration_tests::linux::{Work, pattern};
-use integration_tests::suite::{artifact, test_within};
+use integration_tests::suite::{artifact, full, test_within};
 use integration_tests::tiny::Run;
 use libtest_mimic::Trial;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};

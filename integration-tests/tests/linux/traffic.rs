@@ -1,13 +1,13 @@
 //! A Linux guest's traffic of every kind, over four pairs of queues and long frames.
 
 use crate::boots::{BOOT, GRACE};
-use crate::{default_kernel, full};
+use crate::default_kernel;
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::artifacts::Artifact;
 use integration_tests::host::Host;
 use integration_tests::linux::{Launch, Ran, Work};
 use integration_tests::process::ip;
-use integration_tests::suite::{Skip, artifact, test_within};
+use integration_tests::suite::{Skip, artifact, full, test_within};
 use libtest_mimic::Trial;
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::Uid;

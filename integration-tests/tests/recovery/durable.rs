@@ -3,14 +3,19 @@
 
 use crate::storm::{DEADLINE, Image, Storm};
 use anyhow::{Context, Result, ensure};
-use integration_tests::{host::Host, process::Listed, suite::test_within, tiny::Run, verify::FULL};
+use integration_tests::{
+    host::Host,
+    process::Listed,
+    suite::{full, test_within},
+    tiny::Run,
+};
 use libtest_mimic::Trial;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use std::{
-    env, thread,
+    thread,
     time::{Duration, Instant},
 };
 use vm_spec::run_state::{ProcessRole, RunState};
@@ -21,7 +26,7 @@ const GONE: Duration = Duration::from_secs(2);
 const BATCH: u64 = 8;
 
 pub(crate) fn tests() -> Vec<Trial> {
-    let rounds = if env::var_os(FULL).is_some() { 30 } else { 3 };
+    let rounds = if full() { 30 } else { 3 };
     let roles = [
         ("vmm", ProcessRole::Vmm),
         ("supervisor", ProcessRole::Supervisor),

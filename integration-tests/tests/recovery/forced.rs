@@ -3,9 +3,12 @@
 
 use crate::storm::{Image, Stalls, Storm, faulty_binaries};
 use anyhow::{Context, Result, ensure};
-use integration_tests::{host::Host, suite::test_within, verify::FULL};
+use integration_tests::{
+    host::Host,
+    suite::{full, test_within},
+};
 use libtest_mimic::Trial;
-use std::{env, time::Duration};
+use std::time::Duration;
 use vm_spec::events::{EventKind, VmEvent};
 
 /// The steps by the names that `vhost_daemon::faults` gives them.
@@ -26,8 +29,7 @@ const STEPS: [&str; 13] = [
 ];
 
 pub(crate) fn tests() -> Vec<Trial> {
-    let full = env::var_os(FULL).is_some();
-    let (kills, limit) = if full { (100, 300) } else { (10, 120) };
+    let (kills, limit) = if full() { (100, 300) } else { (10, 120) };
     let limit = Duration::from_secs(limit);
     let mut tests: Vec<_> = STEPS
         .into_iter()

@@ -11,9 +11,8 @@ use integration_tests::{
     artifacts::Artifact,
     host::Host,
     process::Process,
-    suite::{artifact, test_within},
+    suite::{artifact, full, test_within},
     tiny::{Run, Tap},
-    verify::FULL,
 };
 use libtest_mimic::Trial;
 use nix::{
@@ -21,7 +20,6 @@ use nix::{
     sys::signal::Signal,
 };
 use std::{
-    env,
     fs::{self, File},
     os::{fd::AsRawFd, unix::net::UnixListener},
     path::{Path, PathBuf},
@@ -36,8 +34,7 @@ use vm_spec::{events::EventKind, run_state::ProcessRole};
 const PROMPT: Duration = Duration::from_millis(1500);
 
 pub(crate) fn tests() -> Vec<Trial> {
-    let full = env::var_os(FULL).is_some();
-    let (kills, absence) = if full { (50, 70) } else { (6, 2) };
+    let (kills, absence) = if full() { (50, 70) } else { (6, 2) };
     let limit = Duration::from_secs(120 + 3 * kills + absence);
     let absence = Duration::from_secs(absence);
     vec![
