@@ -15,6 +15,7 @@ pub mod loop_device;
 pub mod mounts;
 pub mod nested;
 pub mod process;
+pub mod qemu_img;
 pub mod setup;
 pub mod suite;
 pub mod tap;

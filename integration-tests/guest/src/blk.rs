@@ -149,7 +149,12 @@ impl Disk {
     }
 
     /// Disk `number` of those on the bus.
-    fn at(number: u64, parameters: Parameters<'_>, depth: u64, size: usize) -> Result<Self, Failure> {
+    pub(crate) fn at(
+        number: u64,
+        parameters: Parameters<'_>,
+        depth: u64,
+        size: usize,
+    ) -> Result<Self, Failure> {
         let mut wanted = FLUSH_FEATURE | MULTI_QUEUE | DISCARD_FEATURE;
         if parameters.number("event-idx", 1) == 1 {
             wanted |= EVENT_IDX;
@@ -231,12 +236,17 @@ impl Disk {
         self.device.features & DISCARD_FEATURE != 0
     }
 
+    /// Asks for an interrupt at the next used chain; whether there is one already.
+    pub(crate) fn arm(&mut self) -> bool {
+        self.queues().for_each(|(queue, _)| queue.arm());
+        self.queues.iter().flatten().any(|(queue, _)| queue.has_used())
+    }
+
     /// Halts until a queue has a used chain; returns at once where nothing is under way.
     pub(crate) fn wait_used(&mut self) {
         while self.busy() {
             let seen = cpu::interrupts();
-            self.queues().for_each(|(queue, _)| queue.arm());
-            if self.queues.iter().flatten().any(|(queue, _)| queue.has_used()) {
+            if self.arm() {
                 return;
             }
             cpu::wait_for_interrupt(seen);

@@ -1,4 +1,4 @@
-//! `storm`: random writes, reads, flushes and discards on all queues at full depth, until a byte
+//! `storm`: random writes, reads, flushes and discards on all queues of one or two disks at full depth, until a byte
 //! comes on the console; then everything is read back. Each block carries its number and its
 //! generation, so that a write that was lost, doubled over a newer one, or went elsewhere is seen.
 
@@ -88,47 +88,97 @@ struct Done {
     discards: u64,
 }
 
-/// Runs the storm.
-pub(crate) fn scenario(parameters: Parameters<'_>) -> Result<(), Failure> {
-    let count = parameters.number("blocks", 8192);
-    let mut blocks = Blocks {
-        states: memory::pages(count as usize * 2)?
-            .get_mut(..count as usize * 2)
-            .ok_or("memory")?,
-        seed: parameters.number("seed", 1),
-        random: 0,
-    };
-    let depth = parameters.number("depth", blk::MAX_DEPTH);
-    let mut disk = Disk::new(parameters, depth, SIZE)?;
-    if count * STRIDE > disk.capacity() {
-        return Err("the disk is too small");
+/// A disk in the storm.
+struct Side {
+    disk: Disk,
+    blocks: Blocks,
+    mix: Mix,
+    done: Done,
+}
+
+type Sides = [Option<Side>; 2];
+
+impl Side {
+    /// Disk `number`; what its blocks hold differs from disk to disk.
+    fn new(parameters: Parameters<'_>, number: u64) -> Result<Self, Failure> {
+        let count = parameters.number("blocks", 8192);
+        let blocks = Blocks {
+            states: memory::pages(count as usize * 2)?
+                .get_mut(..count as usize * 2)
+                .ok_or("memory")?,
+            seed: parameters.number("seed", 1) + number,
+            random: 0,
+        };
+        let depth = parameters.number("depth", blk::MAX_DEPTH);
+        let disk = Disk::at(number, parameters, depth, SIZE)?;
+        if count * STRIDE > disk.capacity() {
+            return Err("the disk is too small");
+        }
+        let mix = Mix {
+            flushes: parameters.number("flushes", 1) != 0,
+            discards: disk.can_discard() && parameters.number("discards", 1) != 0,
+        };
+        Ok(Self {
+            disk,
+            blocks,
+            mix,
+            done: Done::default(),
+        })
     }
-    let mix = Mix {
-        flushes: parameters.number("flushes", 1) != 0,
-        discards: disk.can_discard() && parameters.number("discards", 1) != 0,
-    };
-    let mut done = Done::default();
+
+    /// Lets it end, and reads everything back.
+    fn finish(&mut self) -> Result<(), Failure> {
+        while self.disk.busy() {
+            self.disk.wait_used();
+            complete(self)?;
+        }
+        self.disk.one(FLUSH, 0, 0)?;
+        let sum = read_back(&mut self.disk, &self.blocks)?;
+        line!("writes={}", self.done.writes);
+        line!("reads={}", self.done.reads);
+        line!("flushes={}", self.done.flushes);
+        line!("discards={}", self.done.discards);
+        line!("checksum={sum:016x}");
+        Ok(())
+    }
+}
+
+/// Runs the storm, on the first `disks` of the bus.
+pub(crate) fn scenario(parameters: Parameters<'_>) -> Result<(), Failure> {
+    let mut sides: Sides = [None, None];
+    for (number, side) in (0..parameters.number("disks", 1)).zip(&mut sides) {
+        *side = Some(Side::new(parameters, number)?);
+    }
     serial::listen();
     line!("phase=work");
     while !serial::heard() {
-        submit(&mut disk, &mut blocks, &mix);
-        complete(&mut disk, &mut blocks, &mut done)?;
+        sides.iter_mut().flatten().for_each(submit);
+        wait_used(&mut sides);
+        sides.iter_mut().flatten().try_for_each(complete)?;
     }
-    while disk.busy() {
-        complete(&mut disk, &mut blocks, &mut done)?;
+    sides.iter_mut().flatten().try_for_each(Side::finish)
+}
+
+/// Halts until a disk has a used chain.
+fn wait_used(sides: &mut Sides) {
+    loop {
+        let seen = cpu::interrupts();
+        let mut used = false;
+        for side in sides.iter_mut().flatten() {
+            used |= side.disk.arm();
+        }
+        if used {
+            return;
+        }
+        cpu::wait_for_interrupt(seen);
     }
-    disk.one(FLUSH, 0, 0)?;
-    let sum = read_back(&mut disk, &blocks)?;
-    line!("writes={}", done.writes);
-    line!("reads={}", done.reads);
-    line!("flushes={}", done.flushes);
-    line!("discards={}", done.discards);
-    line!("checksum={sum:016x}");
-    Ok(())
 }
 
 /// Fills every free slot.
-fn submit(disk: &mut Disk, blocks: &mut Blocks, mix: &Mix) {
+fn submit(side: &mut Side) {
+    let Side {
+        disk, blocks, mix, ..
+    } = side;
     for (queue, slots) in disk.queues() {
         let mut submitted = false;
         while let Some(slot) = slots.free() {
@@ -161,9 +211,11 @@ fn submit(disk: &mut Disk, blocks: &mut Blocks, mix: &Mix) {
     }
 }
 
-/// Waits for a completion and takes all that there are.
-fn complete(disk: &mut Disk, blocks: &mut Blocks, done: &mut Done) -> Result<(), Failure> {
-    disk.wait_used();
+/// Takes all completions that there are.
+fn complete(side: &mut Side) -> Result<(), Failure> {
+    let Side {
+        disk, blocks, done, ..
+    } = side;
     for (queue, slots) in disk.queues() {
         while let Some((kind, block, memory)) = slots.complete(queue)? {
             match kind {

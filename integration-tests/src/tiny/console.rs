@@ -83,10 +83,15 @@ impl Console {
     /// # Errors
     /// When there is none.
     pub fn value(&self, key: &str) -> Result<&str> {
-        let value = |line: &'_ String| line.find('=').filter(|at| &line[..*at] == key);
-        let line = self.seen.iter().rev().find(|line| value(line).is_some());
-        let line = line.with_context(|| format!("no {key}= in:\n{}", self.text()))?;
-        Ok(&line[key.len() + 1..])
+        let last = self.values(key).last();
+        last.with_context(|| format!("no {key}= in:\n{}", self.text()))
+    }
+
+    /// The values of all lines `key=value`, in order.
+    pub fn values(&self, key: &str) -> impl Iterator<Item = &str> {
+        self.seen
+            .iter()
+            .filter_map(move |line| line.strip_prefix(key)?.strip_prefix('='))
     }
 
     /// The value of the last line `key=number`.

@@ -5,40 +5,42 @@ use crate::{
     victim::Victim,
 };
 use anyhow::{Context, Result, ensure};
-use integration_tests::{host::Host, suite::test_within, tiny::Run, verify::FULL};
+use integration_tests::{
+    host::Host,
+    suite::{full, test_within},
+    tiny::Run,
+};
 use libtest_mimic::Trial;
 use nix::sys::signal::Signal;
-use std::{env, fs::File, thread, time::Duration};
+use std::{env, path::PathBuf, thread, time::Duration};
+use tempfile::TempDir;
 use vm_spec::{events::EventKind, run_state::ProcessRole};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 /// A successor is there within this time.
 const SUCCESSOR: Duration = Duration::from_secs(10);
-/// How often two disks are to die at once, and in how many VMs at most.
-const DOUBLE_KILLS: usize = 3;
-const MOST_VMS: usize = 10;
 /// The seed of the moments; printed, so that a run can be repeated as far as time can.
 const SEED: &str = "BULKHEAD_SEED";
 
 pub(crate) fn tests() -> Vec<Trial> {
-    let full = env::var_os(FULL).is_some();
-    let (kills, limit) = if full { (500, 3600) } else { (50, 170) };
+    let (kills, limit) = if full() { (500, 3600) } else { (50, 170) };
     let limit = Duration::from_secs(limit);
-    let mut tests: Vec<_> = [(Image::Raw, kills / 2), (Image::Qcow2, kills)]
-        .into_iter()
-        .map(|(image, kills)| {
-            test_within(
-                limit,
-                format!("kills::disk_under_load_{}", image.name()),
-                move || under_load(image, kills),
-            )
-        })
-        .collect();
-    tests.push(test_within(limit, "kills::disk_stopped_under_load", stopped));
-    tests.push(test_within(limit, "kills::disk_while_the_guest_reboots", reboots));
-    tests.push(test_within(limit, "kills::disk_before_the_guest_runs", early));
-    tests.push(test_within(limit, "kills::disk_as_the_guest_powers_off", late));
-    tests.push(test_within(limit, "kills::two_disks_at_once", two));
+    type Test = fn(Image) -> Result<()>;
+    let each: [(&str, Test); 5] = [
+        ("disk_stopped_under_load", stopped),
+        ("disk_while_the_guest_reboots", reboots),
+        ("disk_before_the_guest_runs", early),
+        ("disk_as_the_guest_powers_off", late),
+        ("two_disks_at_once", two),
+    ];
+    let mut tests = Vec::new();
+    for (image, kills) in [(Image::Raw, kills / 2), (Image::Qcow2, kills)] {
+        let name = |test: &str| format!("kills::{test}_{}", image.name());
+        tests.push(test_within(limit, name("disk_under_load"), move || {
+            under_load(image, kills)
+        }));
+        tests.extend(each.map(|(test, body)| test_within(limit, name(test), move || body(image))));
+    }
     tests
 }
 
@@ -109,6 +111,7 @@ fn under_load(image: Image, kills: usize) -> Result<()> {
     let stalls = Stalls::of(events.iter());
     println!("{struck} kills in {rounds} VMs, {allocating} of them while the image's blocks changed");
     stalls.judge(image.name())?;
+    stalls.within_limits()?;
     ensure!(
         image == Image::Raw || allocating * 2 >= stalls.count(),
         "{allocating} of {} kills with allocating writes",
@@ -118,38 +121,74 @@ fn under_load(image: Image, kills: usize) -> Result<()> {
 }
 
 /// A disk process that is stopped is found, killed and replaced; its work goes on.
-fn stopped() -> Result<()> {
+fn stopped(image: Image) -> Result<()> {
     Host::need_kvm()?;
-    let folder = tempfile::tempdir()?;
-    let path = folder.path().join("disk");
-    File::create(&path)?.set_len(256 << 20)?;
-    let disk = format!("--disk=path={},format=raw", path.display());
-    let mut run = Run::tiny("scenario=blk requests=100000 size=4096 depth=64", &[disk])?;
-    let mut victim = Victim::new(ProcessRole::Disk);
-    ensure!(victim.strike(&mut run, Signal::SIGSTOP, SUCCESSOR)?, "no process");
-    let hung = victim.wait_event(&run, EventKind::Hung, DEADLINE)?;
-    let restarted = victim.wait_event(&run, EventKind::Restarted, DEADLINE)?;
-    ensure!(hung.pid != restarted.pid, "{hung:?} {restarted:?}");
-    let events = victim.events(&run)?;
+    let mut storm = Storm::start(image, "disk0", None)?;
+    for _ in 0..if full() { 20 } else { 1 } {
+        storm.victim.forget();
+        let hit = storm.victim.strike(&mut storm.run, Signal::SIGSTOP, SUCCESSOR)?;
+        ensure!(
+            hit && storm.victim.wait_restarted(&mut storm.run, DEADLINE)?,
+            "the VM ended: {}",
+            storm.last_words()?
+        );
+    }
+    let events = storm.calm()?.events;
+    let hung = events.iter().find(|event| event.event == EventKind::Hung);
+    let restarted = events.iter().find(|event| event.event == EventKind::Restarted);
+    ensure!(
+        hung.is_some() && hung.map(|event| event.pid) != restarted.map(|event| event.pid),
+        "{events:?}"
+    );
     ensure!(
         events.iter().all(|event| event.event != EventKind::Died),
         "a hung process is not one that died: {events:?}"
     );
-    run.wait(DEADLINE)?;
-    run.console
-        .expect_ok()
-        .with_context(|| run.process.stderr().unwrap_or_default())
+    Ok(())
+}
+
+/// A disk that holds nothing, and the flag for it.
+struct Empty {
+    image: Image,
+    path: PathBuf,
+    flag: String,
+    _folder: TempDir,
+}
+
+impl Empty {
+    fn new(image: Image) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("disk");
+        image.make(&path)?;
+        Ok(Self {
+            image,
+            flag: format!("--disk=path={},format={}", path.display(), image.name()),
+            path,
+            _folder: folder,
+        })
+    }
+
+    fn run(&self, cmdline: &str) -> Result<Run> {
+        Run::tiny(cmdline, std::slice::from_ref(&self.flag))
+    }
+
+    /// The guest has ended as it should, and its disk is sound.
+    fn ends(&self, run: &mut Run) -> Result<()> {
+        let status = run.wait(DEADLINE)?;
+        let words = run.process.stderr()?;
+        ensure!(status.success(), "{status}: {words}");
+        run.console.expect_ok().with_context(|| words)?;
+        self.image.check(&self.path)
+    }
 }
 
 /// Kills during boots, negotiations and resets: a guest that reboots does little else.
-fn reboots() -> Result<()> {
+fn reboots(image: Image) -> Result<()> {
     Host::need_kvm()?;
     let mut moments = Moments::new();
-    let folder = tempfile::tempdir()?;
-    let path = folder.path().join("disk");
-    File::create(&path)?.set_len(256 << 20)?;
-    let disk = format!("--disk=path={},format=raw", path.display());
-    let mut run = Run::tiny("scenario=reboot reboots=100", &[disk])?;
+    let disk = Empty::new(image)?;
+    let reboots = if full() { 200 } else { 50 };
+    let mut run = disk.run(&format!("scenario=reboot reboots={reboots}"))?;
     let mut victim = Victim::new(ProcessRole::Disk);
     let mut struck = 0;
     while victim.strike(&mut run, Signal::SIGKILL, SUCCESSOR)? {
@@ -158,114 +197,82 @@ fn reboots() -> Result<()> {
             moments.wait();
         }
     }
-    run.wait(DEADLINE)?;
-    run.console
-        .expect_ok()
-        .with_context(|| run.process.stderr().unwrap_or_default())?;
-    let boots = run.console.text().matches("boots=").count();
-    ensure!(boots == 101, "{boots} boots with {struck} kills");
+    disk.ends(&mut run)?;
+    let boots = run.console.values("boots").count();
+    ensure!(boots == reboots + 1, "{boots} boots with {struck} kills");
     println!("{struck} kills in {boots} boots");
     ensure!(struck > 0, "the guest was done before the first kill");
     Ok(())
 }
 
+/// Delays of the kills around a guest's start and end: half of them for a quick run.
+fn delays() -> Vec<u32> {
+    (0..30).step_by(if full() { 1 } else { 2 }).collect()
+}
+
 /// Kills from the first moment at which the process is known: as it starts, as the vmm negotiates
 /// with it, as the machine is built.
-fn early() -> Result<()> {
+fn early(image: Image) -> Result<()> {
     Host::need_kvm()?;
-    let folder = tempfile::tempdir()?;
-    let path = folder.path().join("disk");
-    File::create(&path)?.set_len(16 << 20)?;
-    let disk = format!("--disk=path={},format=raw", path.display());
+    let disk = Empty::new(image)?;
+    let delays = delays();
     let mut before = 0;
-    for delay in 0..30 {
-        let mut run = Run::tiny("scenario=blk requests=200 size=4096", std::slice::from_ref(&disk))?;
+    for delay in &delays {
+        let mut run = disk.run("scenario=blk requests=200 size=4096")?;
         let mut victim = Victim::new(ProcessRole::Disk);
-        victim.strike_early(&mut run, Duration::from_micros(100 * delay))?;
+        victim.strike_early(&mut run, Duration::from_micros(100) * *delay)?;
         before += usize::from(!victim.guest_runs(&run));
-        let status = run.wait(DEADLINE)?;
-        let words = run.process.stderr()?;
-        ensure!(status.success(), "{delay}: {status}: {words}");
-        run.console.expect_ok().with_context(|| words)?;
+        disk.ends(&mut run).with_context(|| format!("delay {delay}"))?;
     }
-    println!("{before} of 30 kills before the guest ran");
-    ensure!(before >= 5, "only {before} kills before the guest ran");
-    Ok(())
-}
-
-/// Kills around the end of a guest that is asked for nothing more: the VM ends as it should.
-fn late() -> Result<()> {
-    Host::need_kvm()?;
-    let folder = tempfile::tempdir()?;
-    let path = folder.path().join("disk");
-    File::create(&path)?.set_len(16 << 20)?;
-    let disk = format!("--disk=path={},format=raw", path.display());
-    let mut struck = 0;
-    for delay in 0..30 {
-        let mut run = Run::tiny("scenario=blk requests=200 size=4096", std::slice::from_ref(&disk))?;
-        run.console.wait_line("requests=200", DEADLINE)?;
-        thread::sleep(Duration::from_micros(200 * delay));
-        let mut victim = Victim::new(ProcessRole::Disk);
-        struck += usize::from(victim.strike(&mut run, Signal::SIGKILL, SUCCESSOR)?);
-        let status = run.wait(DEADLINE)?;
-        let words = run.process.stderr()?;
-        ensure!(status.success(), "{delay}: {status}: {words}");
-        run.console.expect_ok().with_context(|| words)?;
-    }
-    println!("{struck} of 30 kills hit");
-    ensure!(struck >= 5, "only {struck} kills hit");
-    Ok(())
-}
-
-/// Both disks of a VM die in the same moment, again and again, in as many VMs as it takes: on a fast
-/// machine a guest is done soon.
-fn two() -> Result<()> {
-    Host::need_kvm()?;
-    let mut struck = 0;
-    for _ in 0..MOST_VMS {
-        struck += strike_two()?;
-        if struck >= DOUBLE_KILLS {
-            break;
-        }
-    }
-    println!("{struck} double kills");
+    println!("{before} of {} kills before the guest ran", delays.len());
     ensure!(
-        struck >= DOUBLE_KILLS,
-        "the guests were done after {struck} double kills"
+        before * 6 >= delays.len(),
+        "only {before} kills before the guest ran"
     );
     Ok(())
 }
 
-/// How often both disks died at once before the guest was done.
-fn strike_two() -> Result<usize> {
-    let folder = tempfile::tempdir()?;
-    let disk = |name: &str| -> Result<String> {
-        let path = folder.path().join(name);
-        File::create(&path)?.set_len(256 << 20)?;
-        Ok(format!("--disk=path={},format=raw", path.display()))
-    };
-    let flags = [disk("one")?, disk("two")?];
-    let mut run = Run::tiny("scenario=blk requests=60000 size=4096 depth=64 disk=1", &flags)?;
-    let mut moments = Moments::new();
-    let mut victims = [Victim::named("disk0"), Victim::named("disk1")];
+/// Kills around the end of a guest that is asked for nothing more: the VM ends as it should.
+fn late(image: Image) -> Result<()> {
+    Host::need_kvm()?;
+    let disk = Empty::new(image)?;
+    let delays = delays();
     let mut struck = 0;
-    'work: loop {
+    for delay in &delays {
+        let mut run = disk.run("scenario=blk requests=200 size=4096")?;
+        run.console.wait_line("requests=200", DEADLINE)?;
+        thread::sleep(Duration::from_micros(200) * *delay);
+        let mut victim = Victim::new(ProcessRole::Disk);
+        struck += usize::from(victim.strike(&mut run, Signal::SIGKILL, SUCCESSOR)?);
+        disk.ends(&mut run).with_context(|| format!("delay {delay}"))?;
+    }
+    println!("{struck} of {} kills hit", delays.len());
+    ensure!(struck * 6 >= delays.len(), "only {struck} kills hit");
+    Ok(())
+}
+
+/// Both disks of a VM die in the same moment, again and again, with a storm on each.
+fn two(image: Image) -> Result<()> {
+    Host::need_kvm()?;
+    let mut moments = Moments::new();
+    let mut storm = Storm::two(image)?;
+    let mut victims = [Victim::named("disk0"), Victim::named("disk1")];
+    for _ in 0..if full() { 100 } else { 5 } {
         moments.wait();
         for victim in &mut victims {
-            if !victim.strike(&mut run, Signal::SIGKILL, SUCCESSOR)? {
-                break 'work;
-            }
+            let hit = victim.strike(&mut storm.run, Signal::SIGKILL, SUCCESSOR)?;
+            ensure!(hit, "the VM ended: {}", storm.last_words()?);
         }
-        struck += 1;
         for victim in &mut victims {
-            if !victim.wait_restarted(&mut run, SUCCESSOR)? {
-                break 'work;
-            }
+            let lives = victim.wait_restarted(&mut storm.run, SUCCESSOR)?;
+            ensure!(lives, "the VM ended: {}", storm.last_words()?);
         }
     }
-    run.wait(DEADLINE)?;
-    run.console
-        .expect_ok()
-        .with_context(|| run.process.stderr().unwrap_or_default())?;
-    Ok(struck)
+    let stalls = Stalls::of(storm.calm()?.events.iter());
+    stalls.judge(&format!("two disks, {}", image.name()))?;
+    ensure!(
+        stalls.busy() * 4 >= stalls.count(),
+        "the guest was idle at most kills"
+    );
+    stalls.within_limits()
 }

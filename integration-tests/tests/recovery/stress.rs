@@ -10,8 +10,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
-    suite::{artifact, test_within},
-    verify::FULL,
+    suite::{artifact, full, test_within},
 };
 use libtest_mimic::Trial;
 use nix::sys::signal::Signal;
@@ -36,7 +35,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) fn tests() -> Vec<Trial> {
     let given = env::var(SECONDS).ok().and_then(|text| text.parse().ok());
-    let usual = if env::var_os(FULL).is_some() { 1800 } else { 12 };
+    let usual = if full() { 1800 } else { 12 };
     let time = Duration::from_secs(given.unwrap_or(usual));
     let limit = time + Duration::from_secs(300);
     vec![test_within(limit, "stress::faults_everywhere", move || {
@@ -99,7 +98,9 @@ fn stress(time: Duration) -> Result<()> {
         count(EventKind::Restarted),
         count(EventKind::Upgraded)
     );
-    Stalls::of(tally.events.iter()).judge("stress")
+    let stalls = Stalls::of(tally.events.iter());
+    stalls.judge("stress")?;
+    stalls.within_limits()
 }
 
 /// One VM, from its start to its end.

@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
-    suite::{artifact, test_within},
+    suite::{artifact, full, test_within},
 };
 use libtest_mimic::Trial;
 use std::{path::Path, process::Output, thread, time::Duration};
@@ -55,6 +55,11 @@ fn there_and_back(image: Image) -> Result<()> {
     println!(
         "{}: {times} upgrades; the guest waited, in us: {stalls:?}",
         image.name()
+    );
+    let most = if full() { 50_000 } else { 5_000_000 };
+    ensure!(
+        stalls.iter().all(|stall| *stall < most),
+        "an upgrade took too long"
     );
     Ok(())
 }
