@@ -5,6 +5,7 @@
 //! little.
 
 use anyhow::{Context, Result, ensure};
+use integration_tests::bench::median;
 use integration_tests::{
     artifacts::{Artifact, Artifacts, BIN_DIR, Profile},
     host::Host,
@@ -59,9 +60,8 @@ impl Kind {
         Ok(())
     }
 
-    fn median(&mut self) -> Duration {
-        self.times.sort();
-        self.times[self.times.len() / 2]
+    fn median(&self) -> Duration {
+        median(self.times.clone())
     }
 }
 
@@ -97,7 +97,7 @@ fn launches(artifacts: &Artifacts, disk: &Path) -> Result<bool> {
             kind.launch(artifacts)?;
         }
     }
-    let [floor, with_cpuid, bare, full] = kinds.each_mut().map(Kind::median);
+    let [floor, with_cpuid, bare, full] = kinds.each_ref().map(Kind::median);
     println!("launch to the guest's first byte, medians of {ROUNDS} interleaved:");
     println!("  {:<24} {floor:>10.2?}", kinds[0].name);
     println!("  {:<24} {with_cpuid:>10.2?}", kinds[1].name);

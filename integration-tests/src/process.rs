@@ -39,6 +39,19 @@ pub fn ip(arguments: &str) -> Result<()> {
     Ok(())
 }
 
+/// Waits until `path` is there: a socket that is only looked for, where a connection would count.
+///
+/// # Errors
+/// When it does not appear before `deadline` has passed.
+pub fn wait_for(path: &Path, deadline: Duration) -> Result<()> {
+    let end = Instant::now() + deadline;
+    while !path.exists() {
+        ensure!(Instant::now() < end, "{} does not appear", path.display());
+        thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
 /// A child process; killed when dropped.
 #[derive(Debug)]
 pub struct Process {

@@ -4,7 +4,9 @@ use super::blk_cases::{Case, Content, Place, all};
 use super::blk_driver::Limit;
 use super::blk_floor::{self, Floor};
 use super::blk_peer::{Contender, Format, Peer, Programs, Turn};
+use super::median;
 use crate::artifacts::{Artifact, Artifacts, BIN_DIR};
+use crate::qemu_img::qemu_img;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use std::{
@@ -12,7 +14,6 @@ use std::{
     fs::{self, File},
     io::Write,
     path::{Path, PathBuf},
-    process::Command,
     time::Duration,
 };
 
@@ -161,11 +162,6 @@ impl std::fmt::Display for Floors {
     }
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
 fn line(case: &Case, turns: &[(Turn, Turn)], floors: &Floors, [idle, private]: [u64; 2]) -> String {
     let of = |value: fn(&(Turn, Turn)) -> f64| median(turns.iter().map(value).collect());
     let ratio = of(|(ours, baseline)| ours.rate() / baseline.rate());
@@ -190,11 +186,8 @@ fn line(case: &Case, turns: &[(Turn, Turn)], floors: &Floors, [idle, private]: [
 fn make_image(path: &Path, format: Format, case: &Case) -> Result<()> {
     let size = case.work.span;
     if case.content == Content::Empty {
-        return qemu_img(
-            &["create", "-q", "-f", format.name()],
-            &[path],
-            &[&size.to_string()],
-        );
+        let size = size.to_string();
+        return qemu_img(&["create", "-q", "-f", format.name(), text(path)?, &size]).map(drop);
     }
     let raw = match format {
         Format::Raw => path.to_owned(),
@@ -207,29 +200,20 @@ fn make_image(path: &Path, format: Format, case: &Case) -> Result<()> {
     }
     file.sync_all()?;
     if format == Format::Qcow2 {
-        qemu_img(&["convert", "-f", "raw", "-O", "qcow2"], &[&raw, path], &[])?;
+        qemu_img(&["convert", "-f", "raw", "-O", "qcow2", text(&raw)?, text(path)?])?;
         fs::remove_file(raw)?;
     }
     Ok(())
 }
 
-fn qemu_img(arguments: &[&str], files: &[&Path], rest: &[&str]) -> Result<()> {
-    let mut command = Command::new("qemu-img");
-    command.args(arguments).args(files).args(rest);
-    let status = command.status().context("qemu-img")?;
-    ensure!(status.success(), "{command:?}: {status}");
-    Ok(())
+fn text(path: &Path) -> Result<&str> {
+    path.to_str().context("the folder is not UTF-8")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::bench::blk_peer::Program;
-
-    #[test]
-    fn a_median_is_no_mean() {
-        assert!((median(vec![9.0, 1.0, 2.0]) - 2.0).abs() < f64::EPSILON);
-    }
 
     #[test]
     fn every_case_has_a_name_of_its_own() {

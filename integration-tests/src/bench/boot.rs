@@ -5,6 +5,7 @@
 //! Where KVM runs no stock kernel it does all of it inside the nested runner. Only the ratio means
 //! anything there.
 
+use super::median;
 use crate::artifacts::{Artifact, Artifacts, BIN_DIR};
 use crate::host::Host;
 use crate::nested::{self, Ended, Job, Nested};
@@ -136,11 +137,6 @@ fn launch(mut command: Command) -> Result<Duration> {
     Ok(time)
 }
 
-fn median(times: &mut [Duration]) -> Duration {
-    times.sort();
-    times[times.len() / 2]
-}
-
 /// The series on this very system.
 fn compare(guest: &Guest, bulkhead: &Path) -> Result<bool> {
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
@@ -153,7 +149,7 @@ fn compare(guest: &Guest, bulkhead: &Path) -> Result<bool> {
     println!("launch to init's first line, medians of {ROUNDS} taken in turn:");
     println!("  bulkhead     {ours:.2?}");
     println!("  QEMU microvm {theirs:.2?}");
-    let (ours, theirs) = (median(&mut ours), median(&mut theirs));
+    let (ours, theirs) = (median(ours), median(theirs));
     let ratio = ours.as_secs_f64() / theirs.as_secs_f64();
     println!("  {ours:.2?} / {theirs:.2?} = {ratio:.3} (limit {LIMIT})");
     Ok(ratio <= LIMIT)

@@ -5,6 +5,7 @@
 //! mean anything there.
 
 use super::boot::{FOLDER, artifacts, nested};
+use super::median;
 use crate::artifacts::Artifact;
 use crate::host::Host;
 use crate::nested::{Job, Stream, agent::run_here};
@@ -210,12 +211,6 @@ fn guest(contender: Contender, folder: &Path) -> Result<String> {
     Ok(console)
 }
 
-fn median(values: &[f64]) -> f64 {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
 /// All turns on this very system.
 fn compare(settings: &Settings, folder: &Path) -> Result<()> {
     let wire = Wire::make()?;
@@ -230,8 +225,12 @@ fn compare(settings: &Settings, folder: &Path) -> Result<()> {
     }
     drop(wire);
     println!("| | send Mb/s | receive Mb/s | round trip us |\n|---|---|---|---|");
-    let medians =
-        |series: &Series| [&series.send, &series.receive, &series.trip].map(|values| median(values));
+    // Of no pass there is none.
+    let of = |values: &Vec<f64>| match values.is_empty() {
+        true => f64::NAN,
+        false => median(values.clone()),
+    };
+    let medians = |series: &Series| [&series.send, &series.receive, &series.trip].map(of);
     for (contender, series) in &all {
         let [send, receive, trip] = medians(series);
         let name = contender.name();

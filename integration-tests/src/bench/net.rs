@@ -1,6 +1,7 @@
 //! `bench net`: the network process over a TAP in a network namespace of its own, and beside it the
 //! floor: one system call a frame from a bare loop, in turns within one run.
 
+use super::median;
 use super::net_bed::{Bed, Floor, Posting, RING, Turn};
 use super::net_frames::Size;
 use super::net_host;
@@ -136,11 +137,6 @@ fn measure(settings: &Settings, binary: &Path, case: &Case) -> Result<String> {
     bed.stop()?;
     floor.stop()?;
     Ok(line(case, &turns))
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 fn line(case: &Case, turns: &[(Turn, Turn)]) -> String {

@@ -4,6 +4,7 @@
 mod images;
 mod launch;
 pub mod pattern;
+pub mod words;
 
 pub use images::{IMAGES, Images, KernelImages};
 pub use launch::{Disk, Launch, Loader, Ran, Work};

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use integration_tests::host::Host;
 use integration_tests::linux::{Disk, Launch, Work, pattern};
 use integration_tests::process::Process;
+use integration_tests::process::wait_for;
 use integration_tests::suite::test_within;
 use libtest_mimic::Trial;
 use std::process::Command;
@@ -34,7 +35,7 @@ fn storage_daemon() -> Result<()> {
     ));
     let _daemon = Process::start(daemon).context("package qemu-utils")?;
     // One front end at a time: it is not connected to before bulkhead does, only looked for.
-    wait_for(&socket)?;
+    wait_for(&socket, Duration::from_secs(10))?;
     let launch = Launch {
         cpus: 2,
         disk: Some(Disk::Socket(socket)),
@@ -48,19 +49,4 @@ fn storage_daemon() -> Result<()> {
         ran.reports
     );
     pattern::check_raw(&raw)
-}
-
-/// Waits until the path is there.
-fn wait_for(path: &std::path::Path) -> Result<()> {
-    let deadline = std::time::Instant::now() + Duration::from_secs(10);
-    while !path.exists() {
-        ensure!(
-            std::time::Instant::now() < deadline,
-            "{} does not appear",
-            path.display()
-        );
-        // The file system offers no event that is worth its code here.
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
 }

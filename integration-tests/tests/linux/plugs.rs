@@ -10,6 +10,7 @@ use integration_tests::demo::peer::Peer;
 use integration_tests::host::Host;
 use integration_tests::linux::Work;
 use integration_tests::process::Process;
+use integration_tests::qemu_img::qemu_img_in;
 use integration_tests::suite::{artifact, test_within};
 use integration_tests::tiny::Run;
 use libtest_mimic::Trial;
@@ -98,7 +99,7 @@ fn come_and_go() -> Result<()> {
         File::create(folder.join(name))?.set_len(size)?;
     }
     let image = folder.join("b.qcow2");
-    qemu_img(&["create", "-q", "-f", "qcow2"], &image, &["16M"])?;
+    qemu_img_in(work.path(), &["create", "-q", "-f", "qcow2", "b.qcow2", "16M"])?;
     let flags = [
         format!("--kernel={}", work.kernel().elf.display()),
         format!("--initrd={}", work.kernel().initrd.display()),
@@ -125,7 +126,7 @@ fn come_and_go() -> Result<()> {
     vm.ask("gone vda", "gone vda")?;
     vm.detached("disk1")?;
     vm.ask("gone vdb", "gone vdb")?;
-    qemu_img(&["check", "-q"], &image, &[])?;
+    qemu_img_in(work.path(), &["check", "-q", "b.qcow2"])?;
     let at = vm.attached("--disk=path=a.raw,format=raw,id=again,slot=1")?;
     ensure!(at.starts_with("again: in PCI slot 1,"), "{at}");
     vm.ask("fill vda", "filled vda")?;
@@ -240,7 +241,7 @@ fn refused(vm: &Vm) -> Result<()> {
     vm.not_attached("--disk=path=c.raw,format=qcow2", &["disk[2].path", "qcow2 magic"])?;
     // One that only its process refuses: its L1 table begins within a sector.
     let bad = vm.folder.join("bad.qcow2");
-    qemu_img(&["create", "-q", "-f", "qcow2"], &bad, &["16M"])?;
+    qemu_img_in(&vm.folder, &["create", "-q", "-f", "qcow2", "bad.qcow2", "16M"])?;
     File::options()
         .write(true)
         .open(&bad)?
@@ -296,14 +297,4 @@ fn someone_elses(vm: &mut Vm) -> Result<()> {
     drop(daemon);
     vm.attached("--disk=path=c.raw,format=raw").map(drop)?;
     vm.ask("filled vdc", "is filled vdc")
-}
-
-fn qemu_img(before: &[&str], image: &Path, after: &[&str]) -> Result<()> {
-    let output = Command::new("qemu-img")
-        .args(before)
-        .arg(image)
-        .args(after)
-        .output()?;
-    ensure!(output.status.success(), "qemu-img {before:?}: {output:?}");
-    Ok(())
 }

@@ -5,6 +5,7 @@ use crate::boots::BOOT;
 use crate::default_kernel;
 use crate::storm::strike;
 use anyhow::{Context, Result, ensure};
+use integration_tests::bench::median;
 use integration_tests::host::Host;
 use integration_tests::linux::{KernelImages, Work};
 use integration_tests::process::Process;
@@ -57,11 +58,6 @@ fn beside() -> Result<()> {
     let ratio = ours.as_secs_f64() / theirs.as_secs_f64();
     println!("medians: {ours:.1?} / {theirs:.1?} = {ratio:.2}");
     Ok(())
-}
-
-fn median(mut times: Vec<Duration>) -> Duration {
-    times.sort();
-    times[times.len() / 2]
 }
 
 fn bulkhead(kernel: &KernelImages, disk: &Path) -> Result<Vec<Duration>> {

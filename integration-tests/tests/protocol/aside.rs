@@ -2,13 +2,14 @@
 //! part, which go through a ring; flushes, which have a thread of their own.
 
 use crate::blk::run_all;
-use crate::fixture::{BLOCK, DISK, Disk, Kind, qemu_img, write_block};
+use crate::fixture::{BLOCK, DISK, Disk, Kind, write_block};
 use anyhow::{Context, Result, bail, ensure};
 use guest_contract::holds;
 use integration_tests::{
     artifacts::Artifact,
     frontend_harness::{BlockDriver, BlockRequest, DEADLINE, Options, STATUS_OK, Session, request},
     process::Process,
+    qemu_img::qemu_img,
     suite::{Skip, artifact, seccomp_flag, test},
 };
 use libtest_mimic::Trial;

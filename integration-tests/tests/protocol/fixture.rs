@@ -7,14 +7,15 @@ use integration_tests::{
     artifacts::Artifact,
     frontend_harness::{BlockDriver, BlockRequest, DEADLINE, NetDriver, Options, Session},
     process::{Process, connect},
-    suite::{Skip, artifact, seccomp_flag},
+    qemu_img::{qemu_img, qemu_img_output},
+    suite::{artifact, seccomp_flag},
     tiny::Tap,
 };
 use std::{
     any::Any,
     fs::{self, File},
     os::unix::net::UnixStream,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
 };
 use tempfile::TempDir;
@@ -83,9 +84,7 @@ pub(crate) enum Flaws {
 const LEAKS: i32 = 3;
 
 fn check(name: &str, flaws: Flaws) -> Result<()> {
-    let output = Command::new("qemu-img")
-        .args(["check", "-f", "qcow2", name])
-        .output()?;
+    let output = qemu_img_output(Path::new("."), &["check", "-f", "qcow2", name])?;
     let code = output.status.code();
     let text = String::from_utf8_lossy(&output.stdout);
     ensure!(
@@ -94,20 +93,6 @@ fn check(name: &str, flaws: Flaws) -> Result<()> {
         text.lines().rev().take(8).collect::<Vec<_>>().join("\n")
     );
     Ok(())
-}
-
-/// Runs `qemu-img`.
-pub(crate) fn qemu_img(arguments: &[&str]) -> Result<String> {
-    let output = match Command::new("qemu-img").args(arguments).output() {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            bail!(Skip("qemu-img is not installed".to_owned()))
-        }
-        output => output?,
-    };
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let error = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "qemu-img {arguments:?}: {text}{error}");
-    Ok(text)
 }
 
 impl Disk {

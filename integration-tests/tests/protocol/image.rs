@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use integration_tests::{
     artifacts::Artifact,
+    qemu_img::{qemu_img_in, qemu_img_output},
     suite::{Skip, artifact, test},
 };
 use libtest_mimic::Trial;
@@ -61,22 +62,16 @@ fn fails(folder: &TempDir, args: &[&str], words: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn tool(folder: &TempDir, program: &str, args: &[&str]) -> Result<Output> {
-    let output = Command::new(program)
+fn qemu_io(folder: &TempDir, args: &[&str]) -> Result<Output> {
+    let output = Command::new("qemu-io")
         .current_dir(folder.path())
         .args(args)
         .output();
-    output.map_err(|_| Skip(format!("{program} is not installed")).into())
-}
-
-fn qemu_img(folder: &TempDir, args: &[&str]) -> Result<String> {
-    let output = tool(folder, "qemu-img", args)?;
-    ensure!(output.status.success(), "qemu-img {args:?}: {output:?}");
-    Ok(String::from_utf8(output.stdout)?)
+    output.map_err(|_| Skip("qemu-io is not installed".to_owned()).into())
 }
 
 fn write(folder: &TempDir, file: &str, command: &str) -> Result<()> {
-    let output = tool(folder, "qemu-io", &["-c", command, file])?;
+    let output = qemu_io(folder, &["-c", command, file])?;
     ensure!(output.status.success(), "qemu-io {command}: {output:?}");
     Ok(())
 }
@@ -107,22 +102,25 @@ fn agree(ours: &Value, theirs: &Value, must: &[&str]) -> Result<()> {
 fn info() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let shared = ["virtual-size", "format", "filename", "dirty-flag", "actual-size"];
-    qemu_img(&folder, &["create", "-f", "raw", "base.img", "4M"])?;
+    qemu_img_in(folder.path(), &["create", "-f", "raw", "base.img", "4M"])?;
     for options in [
         "compat=0.10",
         "cluster_size=4k,lazy_refcounts=on",
         "compression_type=zstd,refcount_bits=1",
         "extended_l2=on,backing_file=base.img,backing_fmt=raw",
     ] {
-        qemu_img(
-            &folder,
+        qemu_img_in(
+            folder.path(),
             &["create", "-q", "-f", "qcow2", "-o", options, "a.qcow2", "4M"],
         )?;
         if !options.contains("refcount_bits=1") {
-            qemu_img(&folder, &["snapshot", "-c", "first \u{e4}", "a.qcow2"])?;
+            qemu_img_in(folder.path(), &["snapshot", "-c", "first \u{e4}", "a.qcow2"])?;
         }
         let ours = json(&succeeds(&folder, &["info", "--json", "a.qcow2"])?)?;
-        let mut theirs = json(&qemu_img(&folder, &["info", "--output=json", "a.qcow2"])?)?;
+        let mut theirs = json(&qemu_img_in(
+            folder.path(),
+            &["info", "--output=json", "a.qcow2"],
+        )?)?;
         agree(&ours, &theirs, &[&shared[..], &["cluster-size"]].concat())?;
         let (ours_data, theirs_data) = (
             &ours["format-specific"]["data"],
@@ -144,10 +142,10 @@ fn info() -> Result<()> {
     }
     for format in ["raw", "vmdk", "vdi", "vhdx", "vpc"] {
         let name = format!("b.{format}");
-        qemu_img(&folder, &["create", "-q", "-f", format, &name, "4M"])?;
+        qemu_img_in(folder.path(), &["create", "-q", "-f", format, &name, "4M"])?;
         let ours = json(&succeeds(&folder, &["info", "--json", &name])?)?;
-        let theirs = json(&qemu_img(
-            &folder,
+        let theirs = json(&qemu_img_in(
+            folder.path(),
             &["info", "--output=json", "-f", format, &name],
         )?)?;
         agree(&ours, &theirs, &shared)?;
@@ -176,7 +174,7 @@ fn check() -> Result<()> {
     ];
     let compare = |code: i32| -> Result<()> {
         let output = image(&folder, &["check", "--json", "a.qcow2"])?;
-        let theirs = tool(&folder, "qemu-img", &["check", "--output=json", "a.qcow2"])?;
+        let theirs = qemu_img_output(folder.path(), &["check", "--output=json", "a.qcow2"])?;
         ensure!(
             output.status.code() == Some(code) && theirs.status.code() == Some(code),
             "{output:?} {theirs:?}"
@@ -191,7 +189,7 @@ fn check() -> Result<()> {
         }
         agree(&ours, &theirs, &fields)
     };
-    qemu_img(&folder, &["create", "-q", "-f", "qcow2", "a.qcow2", "8M"])?;
+    qemu_img_in(folder.path(), &["create", "-q", "-f", "qcow2", "a.qcow2", "8M"])?;
     write(&folder, "a.qcow2", "write -P 3 1M 1M")?;
     compare(0)?;
     let bytes = fs::read(folder.path().join("a.qcow2"))?;
@@ -240,8 +238,11 @@ fn create() -> Result<()> {
             size.replace("100", "100K")
         };
         succeeds(&folder, &["create", "--cluster-size", cluster, "a.qcow2", &bytes])?;
-        qemu_img(&folder, &["check", "-q", "a.qcow2"])?;
-        let theirs = json(&qemu_img(&folder, &["info", "--output=json", "a.qcow2"])?)?;
+        qemu_img_in(folder.path(), &["check", "-q", "a.qcow2"])?;
+        let theirs = json(&qemu_img_in(
+            folder.path(),
+            &["info", "--output=json", "a.qcow2"],
+        )?)?;
         let ours = json(&succeeds(&folder, &["info", "--json", "a.qcow2"])?)?;
         agree(&ours, &theirs, &["virtual-size", "cluster-size"])?;
         fails(&folder, &["create", "a.qcow2", "1M"], &["never overwritten"])?;
@@ -262,13 +263,13 @@ fn create() -> Result<()> {
             "top.qcow2",
         ],
     )?;
-    qemu_img(&folder, &["check", "-q", "top.qcow2"])?;
-    qemu_img(
-        &folder,
+    qemu_img_in(folder.path(), &["check", "-q", "top.qcow2"])?;
+    qemu_img_in(
+        folder.path(),
         &["compare", "-f", "qcow2", "-F", "raw", "top.qcow2", "base.img"],
     )?;
     write(&folder, "top.qcow2", "write -P 1 0 3M")?;
-    qemu_img(&folder, &["check", "-q", "top.qcow2"])?;
+    qemu_img_in(folder.path(), &["check", "-q", "top.qcow2"])?;
     fails(
         &folder,
         &["create", "--cluster-size=3000", "x.qcow2", "1M"],
@@ -312,8 +313,8 @@ fn convert() -> Result<()> {
     let folder = tempfile::tempdir()?;
     succeeds(&folder, &["create", "base.img", "6M"])?;
     write(&folder, "base.img", "write -P 9 1M 100k")?;
-    qemu_img(
-        &folder,
+    qemu_img_in(
+        folder.path(),
         &[
             "create", "-q", "-f", "qcow2", "-b", "base.img", "-F", "raw", "a.qcow2",
         ],
@@ -321,12 +322,12 @@ fn convert() -> Result<()> {
     write(&folder, "a.qcow2", "write -P 4 3000k 1M")?;
     for (format, name) in [("qcow2", "b.qcow2"), ("raw", "b.img")] {
         succeeds(&folder, &["convert", "a.qcow2", name])?;
-        qemu_img(
-            &folder,
+        qemu_img_in(
+            folder.path(),
             &["compare", "-f", "qcow2", "-F", format, "a.qcow2", name],
         )?;
     }
-    qemu_img(&folder, &["check", "-q", "b.qcow2"])?;
+    qemu_img_in(folder.path(), &["check", "-q", "b.qcow2"])?;
     let info = json(&succeeds(&folder, &["info", "--json", "b.img"])?)?;
     ensure!(
         info["actual-size"].as_u64().is_some_and(|used| used < 2 << 20),
@@ -343,17 +344,17 @@ fn convert() -> Result<()> {
     for (format, options) in sources {
         let source = format!("c.{format}");
         let base = ["convert", "-f", "raw", "-O", format];
-        qemu_img(&folder, &[&base[..], options, &["b.img", &source]].concat())?;
+        qemu_img_in(folder.path(), &[&base[..], options, &["b.img", &source]].concat())?;
         succeeds(&folder, &["convert", &source, "d.qcow2"])?;
-        qemu_img(
-            &folder,
+        qemu_img_in(
+            folder.path(),
             &["compare", "-f", "raw", "-F", "qcow2", "b.img", "d.qcow2"],
         )?;
-        qemu_img(&folder, &["check", "-q", "d.qcow2"])?;
+        qemu_img_in(folder.path(), &["check", "-q", "d.qcow2"])?;
         fs::remove_file(folder.path().join("d.qcow2"))?;
     }
-    qemu_img(
-        &folder,
+    qemu_img_in(
+        folder.path(),
         &[
             "create",
             "-q",
@@ -372,27 +373,35 @@ fn convert() -> Result<()> {
         &["external data file"],
     )?;
     succeeds(&folder, &["convert", "--data-file=e.data", "e.qcow2", "f.qcow2"])?;
-    qemu_img(&folder, &["compare", "e.qcow2", "f.qcow2"])?;
+    qemu_img_in(folder.path(), &["compare", "e.qcow2", "f.qcow2"])?;
     let not_qcow2 = ["convert", "--data-file=e.data", "b.img", "g.qcow2"];
     fails(&folder, &not_qcow2, &["only a qcow2 image has one"])
 }
 
 fn snapshots() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let sound = || qemu_img(&folder, &["check", "-q", "a.qcow2"]);
-    let same = |name: &str| qemu_img(&folder, &["compare", "-f", "qcow2", "-F", "raw", "a.qcow2", name]);
+    let sound = || qemu_img_in(folder.path(), &["check", "-q", "a.qcow2"]);
+    let same = |name: &str| {
+        qemu_img_in(
+            folder.path(),
+            &["compare", "-f", "qcow2", "-F", "raw", "a.qcow2", name],
+        )
+    };
     succeeds(&folder, &["create", "a.qcow2", "4M"])?;
     for (value, name) in [("1", "one"), ("2", "two"), ("3", "three")] {
         write(&folder, "a.qcow2", &format!("write -P {value} {value}00k 300k"))?;
-        qemu_img(
-            &folder,
+        qemu_img_in(
+            folder.path(),
             &["convert", "-O", "raw", "a.qcow2", &format!("{name}.img")],
         )?;
         succeeds(&folder, &["snapshot", "--create", name, "a.qcow2"])?;
         sound()?;
     }
     let ours = json(&succeeds(&folder, &["info", "--json", "a.qcow2"])?)?;
-    let theirs = json(&qemu_img(&folder, &["info", "--output=json", "a.qcow2"])?)?;
+    let theirs = json(&qemu_img_in(
+        folder.path(),
+        &["info", "--output=json", "a.qcow2"],
+    )?)?;
     agree(&ours, &theirs, &["snapshots"])?;
     let list = succeeds(&folder, &["snapshot", "--list", "a.qcow2"])?;
     ensure!(
@@ -406,7 +415,7 @@ fn snapshots() -> Result<()> {
     succeeds(&folder, &["snapshot", "--delete", "2", "a.qcow2"])?;
     sound()?;
     // qemu-img applies what is left.
-    qemu_img(&folder, &["snapshot", "-a", "three", "a.qcow2"])?;
+    qemu_img_in(folder.path(), &["snapshot", "-a", "three", "a.qcow2"])?;
     same("three.img")?;
     write(&folder, "a.qcow2", "write -P 8 0 4M")?;
     succeeds(&folder, &["snapshot", "--delete", "three", "a.qcow2"])?;
@@ -419,8 +428,8 @@ fn snapshots() -> Result<()> {
         &["snapshot", "--apply", "gone", "a.qcow2"],
         &["snapshot name", "there is no"],
     )?;
-    qemu_img(
-        &folder,
+    qemu_img_in(
+        folder.path(),
         &[
             "create",
             "-q",
@@ -447,8 +456,8 @@ fn resize() -> Result<()> {
         write(&folder, name, "write -P 5 0 2M")?;
         // Past what the first L1 table maps.
         succeeds(&folder, &["resize", name, "+3G"])?;
-        let size = json(&qemu_img(
-            &folder,
+        let size = json(&qemu_img_in(
+            folder.path(),
             &["info", "--output=json", "-f", format, name],
         )?)?;
         ensure!(size["virtual-size"] == (3_u64 << 30) + (2 << 20), "{size}");
@@ -461,7 +470,7 @@ fn resize() -> Result<()> {
         write(&folder, name, "read -P 5 0 1000k")?;
         write(&folder, name, "read -P 0 1000k 2072k")?;
         if format == "qcow2" {
-            qemu_img(&folder, &["check", "-q", name])?;
+            qemu_img_in(folder.path(), &["check", "-q", name])?;
         }
         fails(
             &folder,
@@ -479,13 +488,13 @@ fn encrypted() -> Result<()> {
     let secret = ["--object", "secret,id=s,file=key"];
     let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1";
     let create = ["create", "-q", "-f", "qcow2"];
-    qemu_img(
-        &folder,
+    qemu_img_in(
+        folder.path(),
         &[&create[..], &secret, &["-o", options, "a.qcow2", "2M"]].concat(),
     )?;
     let source = "driver=qcow2,file.filename=a.qcow2,encrypt.key-secret=s";
     let io = ["--image-opts", source, "-c", "write -P 7 1M 64k"];
-    let output = tool(&folder, "qemu-io", &[&secret[..], &io].concat())?;
+    let output = qemu_io(&folder, &[&secret[..], &io].concat())?;
     ensure!(output.status.success(), "{output:?}");
     let info = json(&succeeds(&folder, &["info", "--json", "a.qcow2"])?)?;
     ensure!(info["encrypted"] == true, "{info}");
@@ -510,8 +519,8 @@ fn outside() -> Result<()> {
     let base = elsewhere.path().join("base.img");
     fs::write(&base, vec![7; 1 << 20])?;
     let name = base.to_str().context("temporary paths are UTF-8")?;
-    qemu_img(
-        &folder,
+    qemu_img_in(
+        folder.path(),
         &["create", "-q", "-f", "qcow2", "-b", name, "-F", "raw", "a.qcow2"],
     )?;
     fails(

@@ -1,11 +1,12 @@
 //! Starts, ends and reconnects.
 
-use crate::fixture::{BLOCK, Disk, Kind, check_blocks, qemu_img, read_block, write_block};
+use crate::fixture::{BLOCK, Disk, Kind, check_blocks, read_block, write_block};
 use anyhow::{Context, Result, ensure};
 use guest_contract::holds;
 use integration_tests::{
     frontend_harness::{BASE, BlockDriver, DEADLINE, Memory, Options, STATUS_OK, Session, protocol, request},
     process::{Process, connect, inherit_at},
+    qemu_img::qemu_img,
     suite::{artifact, test},
 };
 use libtest_mimic::Trial;

@@ -3,18 +3,18 @@
 
 mod killed;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use integration_tests::artifacts::Artifact;
 use integration_tests::demo::peer::Peer;
+use integration_tests::linux::words::expect;
 use integration_tests::linux::{Images, KernelImages, pattern};
 use integration_tests::nested::agent::run_here;
 use integration_tests::nested::{Job, Stream};
-use integration_tests::process::{Process, inherit_at};
+use integration_tests::process::{Process, inherit_at, wait_for};
 use integration_tests::suite::{self, artifact, seccomp_flag, test_within};
-use integration_tests::verify::FULL;
 use std::path::Path;
 use std::process::{Command, ExitCode};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// For one boot on an emulated processor that others use too.
 const BOOT: Duration = Duration::from_secs(150);
@@ -26,7 +26,7 @@ const LISTEN: Duration = Duration::from_secs(10);
 fn main() -> ExitCode {
     integration_tests::nested::agent::intercept();
     integration_tests::demo::peer::intercept();
-    let kills = if std::env::var_os(FULL).is_some() { 20 } else { 3 };
+    let kills = if suite::full() { 20 } else { 3 };
     suite::run(vec![
         test_within(BOOT, "QEMU's guest uses our disk and our NIC", disk_and_nic),
         test_within(2 * BOOT, "one disk process serves QEMU twice", twice),
@@ -54,7 +54,7 @@ fn disk_and_nic() -> Result<()> {
         .arg("--tap-fd=4");
     inherit_at(&mut command, peer.tap.try_clone()?, 4)?;
     let _net = Process::start(command)?;
-    wait_for(&net)?;
+    wait_for(&net, LISTEN)?;
     let console = run_qemu(&kernel, &blk, Some(&net))?;
     expect(&console, &format!("disk {sum}"))?;
     expect(&console, &format!("page {page}"))?;
@@ -101,7 +101,7 @@ fn start_blk(disk: &Path, socket: &Path) -> Result<Process> {
         .arg("--num-queues=2")
         .args(["--on-error=stop", "--poll-us=50", "--limit=ops=50K,bytes=1G"]);
     let mut process = Process::start(command)?;
-    match wait_for(socket) {
+    match wait_for(socket, LISTEN) {
         Ok(()) => Ok(process),
         Err(error) => Err(error.context(format!("alive: {}; {}", process.alive()?, process.stderr()?))),
     }
@@ -174,22 +174,4 @@ fn qemu_argv(kernel: &KernelImages, blk: &Path, net: Option<&Path>, front: Front
     let line = "console=ttyS0 quiet mitigations=off no_timer_check panic=-1";
     add(&["-append", &format!("{line} {}", front.words)]);
     argv
-}
-
-fn expect(console: &str, report: &str) -> Result<()> {
-    let line = format!("guest: {report}");
-    let found = console.lines().any(|candidate| candidate.trim_end() == line);
-    found
-        .then_some(())
-        .with_context(|| format!("no '{line}' in\n{console}"))
-}
-
-/// Waits until the socket is there; a connection would count as a front end.
-fn wait_for(path: &Path) -> Result<()> {
-    let deadline = Instant::now() + LISTEN;
-    while !path.exists() {
-        ensure!(Instant::now() < deadline, "{} does not appear", path.display());
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
 }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
-    process::Process,
+    process::{Process, wait_for},
     suite::{artifact, full, test_within},
     tiny::{Run, Tap},
 };
@@ -91,7 +91,7 @@ impl Daemon {
     fn start(kind: Kind, disk: &Path) -> Result<Self> {
         let socket = disk.with_file_name("daemon.sock");
         let process = Process::start(command(kind, disk, &socket)?)?;
-        wait_for(&socket, &process)?;
+        wait_for(&socket, DEADLINE).with_context(|| process.stderr().unwrap_or_default())?;
         Ok(Self {
             kind,
             disk: disk.to_owned(),
@@ -131,16 +131,6 @@ impl Daemon {
     fn flag(&self, more: &str) -> String {
         format!("vhost-user={}{more}", self.socket.display())
     }
-}
-
-/// Waits for `daemon`'s socket. It is looked for only: some serve one connection.
-fn wait_for(socket: &Path, daemon: &Process) -> Result<()> {
-    let end = Instant::now() + DEADLINE;
-    while !socket.exists() {
-        ensure!(Instant::now() < end, "no socket: {}", daemon.stderr()?);
-        thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
 }
 
 fn command(kind: Kind, disk: &Path, socket: &Path) -> Result<Command> {
@@ -244,7 +234,7 @@ fn nic(kills: u64) -> Result<()> {
         Process::start(command)
     };
     let mut daemon = start()?;
-    wait_for(&socket, &daemon)?;
+    wait_for(&socket, DEADLINE).with_context(|| daemon.stderr().unwrap_or_default())?;
     let scenario = format!("scenario=net-echo packets={}", kills + 1);
     let flags = [format!(
         "--net=vhost-user={},mac=02:00:00:00:00:15",

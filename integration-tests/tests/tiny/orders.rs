@@ -1,19 +1,19 @@
 //! Orders to a running VM's device processes: `bulkhead resize` and `bulkhead metrics`.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use integration_tests::{
     host::Host,
-    suite::{Skip, test},
+    qemu_img::{qemu_img, qemu_img_in},
+    suite::test,
     tiny::{Events, Run},
 };
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 use std::{
     fs::{self, File},
-    io::ErrorKind,
     os::unix::fs::FileExt,
     path::Path,
-    process::{Command, Output},
+    process::Output,
     time::Duration,
 };
 use vm_spec::events::EventKind;
@@ -150,21 +150,10 @@ fn end(mut run: Run) -> Result<()> {
     run.wait(DEADLINE).map(drop)
 }
 
-/// Runs qemu-img on `image`.
-fn qemu_img(words: &[&str], image: &Path) -> Result<String> {
-    let output = match Command::new("qemu-img").args(words).arg(image).output() {
-        Err(error) if error.kind() == ErrorKind::NotFound => {
-            bail!(Skip("qemu-img is not installed".to_owned()))
-        }
-        output => output?,
-    };
-    ensure!(output.status.success(), "qemu-img {words:?}: {}", said(&output));
-    Ok(String::from_utf8(output.stdout)?)
-}
-
 /// The size that the image says, with no regard to who uses it.
 fn virtual_size(image: &Path) -> Result<u64> {
-    let info = qemu_img(&["info", "-U", "--output=json"], image)?;
+    let image = image.to_str().context("no text")?;
+    let info = qemu_img(&["info", "-U", "--output=json", image])?;
     let info: serde_json::Value = serde_json::from_str(&info)?;
     info["virtual-size"].as_u64().context("no size")
 }
@@ -177,9 +166,9 @@ fn qcow2_grows() -> Result<()> {
     let (base, disk) = (folder.path().join("base"), folder.path().join("disk"));
     fs::write(&base, vec![0xab; 2 * DISK as usize])?;
     let create = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "base"];
-    qemu_img(
-        &[&create[..], &["-o", "size=16M,cluster_size=512"]].concat(),
-        &disk,
+    qemu_img_in(
+        folder.path(),
+        &[&create[..], &["-o", "size=16M,cluster_size=512", "disk"]].concat(),
     )?;
     let flags = [
         format!("--disk=path={},format=qcow2", disk.display()),
@@ -209,17 +198,15 @@ fn qcow2_grows() -> Result<()> {
     );
     end(run)?;
     // The process that was killed left what it had reserved, and nothing worse.
-    qemu_img(&["check", "-q", "-r", "leaks"], &disk)?;
+    qemu_img_in(folder.path(), &["check", "-q", "-r", "leaks", "disk"])?;
     let run = start(&flags)?;
     let output = order(&run, "resize", &["disk0", "2G"])?;
     ensure!(output.status.success(), "{}", said(&output));
     end(run)?;
     ensure!(virtual_size(&disk)? == 2 << 30, "another size after the end");
-    qemu_img(&["check", "-q"], &disk)?;
-    let raw = folder.path().join("raw");
-    let source = disk.to_str().context("no text")?;
-    qemu_img(&["convert", "-O", "raw", source], &raw)?;
-    let raw = File::open(raw)?;
+    qemu_img_in(folder.path(), &["check", "-q", "disk"])?;
+    qemu_img_in(folder.path(), &["convert", "-O", "raw", "disk", "raw"])?;
+    let raw = File::open(folder.path().join("raw"))?;
     for (at, expected) in [(0, 0xab), (DISK - 512, 0xab), (DISK, 0), ((2 * DISK) - 512, 0)] {
         let mut sector = [1; 512];
         raw.read_exact_at(&mut sector, at)?;
