@@ -27,7 +27,10 @@ const LIMIT: Duration = Duration::from_secs(150);
 const SLOW: u64 = 100;
 /// More than a process takes to start, and less than the writes under way need.
 const NOTABLE: Duration = Duration::from_millis(300);
-const THROTTLE: &str = "/sys/fs/cgroup/blkio";
+/// Of cgroup v1.
+const BLKIO: &str = "/sys/fs/cgroup/blkio";
+/// Of cgroup v2.
+const UNIFIED: &str = "/sys/fs/cgroup";
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
@@ -49,29 +52,89 @@ enum Place {
     BlockDevice,
 }
 
+/// What makes a device slow for some processes.
+#[derive(Clone, Copy)]
+enum Throttle {
+    /// The controller blkio of cgroup v1.
+    Blkio,
+    /// The controller io of cgroup v2.
+    Io,
+}
+
+impl Throttle {
+    /// The one that this host has.
+    fn find() -> Result<Self> {
+        if !Uid::effective().is_root() {
+            bail!(Skip("only root makes a disk slow".to_owned()));
+        }
+        if Path::new(BLKIO).join("blkio.throttle.write_iops_device").exists() {
+            return Ok(Self::Blkio);
+        }
+        let controllers = Path::new(UNIFIED).join("cgroup.controllers");
+        let controllers = fs::read_to_string(controllers).unwrap_or_default();
+        if controllers.split_whitespace().any(|name| name == "io") {
+            return Ok(Self::Io);
+        }
+        bail!(Skip(
+            "neither cgroup v1's blkio nor cgroup v2's io is here to make a disk slow".to_owned()
+        ))
+    }
+
+    /// Makes the group `name`.
+    fn group(self, name: &str) -> Result<PathBuf> {
+        let root = match self {
+            Self::Blkio => Path::new(BLKIO),
+            Self::Io => {
+                let root = Path::new(UNIFIED);
+                fs::write(root.join("cgroup.subtree_control"), "+io").context("the controller io")?;
+                root
+            }
+        };
+        let group = root.join(name);
+        fs::create_dir(&group).context("a group that is throttled")?;
+        if !group.join(self.limit().0).exists() {
+            fs::remove_dir(&group)?;
+            bail!(Skip("this kernel throttles no block devices".to_owned()));
+        }
+        Ok(group)
+    }
+
+    /// The file that takes the limit, and what stands before the number of writes a second.
+    fn limit(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Blkio => ("blkio.throttle.write_iops_device", ""),
+            Self::Io => ("io.max", "wiops="),
+        }
+    }
+}
+
 /// A device over a file in memory, with a group for whose processes it is slow.
 struct SlowDisk {
     device: LoopDevice,
+    throttle: Throttle,
     group: PathBuf,
 }
 
 impl SlowDisk {
-    fn make(file: &Path) -> Result<Self> {
+    fn make(file: &Path, throttle: Throttle) -> Result<Self> {
         fs::File::create(file)?.set_len(640 << 20)?;
         let device = LoopDevice::over(file)?;
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let (process, count) = (std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let group = Path::new(THROTTLE).join(format!("bulkhead-fence-{process}-{count}"));
-        fs::create_dir(&group).context("a group that is throttled")?;
-        Ok(Self { device, group })
+        let group = throttle.group(&format!("bulkhead-fence-{process}-{count}"))?;
+        Ok(Self {
+            device,
+            throttle,
+            group,
+        })
     }
 
     /// Writes of process `pid` take their time from here on.
     fn slow(&self, pid: i32) -> Result<()> {
         let number = fs::metadata(self.device.path())?.rdev();
         let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
-        let limit = format!("{major}:{minor} {SLOW}");
-        fs::write(self.group.join("blkio.throttle.write_iops_device"), limit)?;
+        let (file, unit) = self.throttle.limit();
+        fs::write(self.group.join(file), format!("{major}:{minor} {unit}{SLOW}"))?;
         Ok(fs::write(self.group.join("cgroup.procs"), pid.to_string())?)
     }
 }
@@ -93,14 +156,7 @@ fn has_ring(pid: i32) -> Result<bool> {
 
 fn fence(place: Place) -> Result<()> {
     Host::need_kvm()?;
-    let throttles = Path::new(THROTTLE)
-        .join("blkio.throttle.write_iops_device")
-        .exists();
-    if !Uid::effective().is_root() || !throttles {
-        bail!(Skip(
-            "only root, with cgroup v1's blkio, makes a disk slow".to_owned()
-        ));
-    }
+    let throttle = Throttle::find()?;
     let mut slow = None;
     // A flush and a discard wait for writes, and with them the death of the process: here it is the
     // successor that is to wait.
@@ -108,7 +164,7 @@ fn fence(place: Place) -> Result<()> {
     let mut storm = Storm::on(scenario, Image::Raw, None, |path| {
         fs::remove_file(path)?;
         let file = path.with_extension("loop");
-        let mut disk = SlowDisk::make(&file)?;
+        let mut disk = SlowDisk::make(&file, throttle)?;
         let image = match place {
             Place::Waits(kind) | Place::Calls(kind) => {
                 let folder = path.with_extension("mount");
