@@ -9,17 +9,8 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use support::{Scratch, contents, create, fd, open, open_with, patch, qemu_img_output, text};
+use support::{Scratch, contents, create, fd, open, open_with, patch, qemu_img_output, read_only, text};
 use vhost_blk::image::{self, Format, ImageError, OpenOptions};
-
-const READ_ONLY: OpenOptions = OpenOptions {
-    read_only: true,
-    data_file: None,
-    passphrase: None,
-    l2_cache_size: 1 << 20,
-    way: vhost_blk::image::Way::Calls,
-    writes_lost: false,
-};
 
 fn image() -> (Scratch, std::path::PathBuf) {
     let scratch = Scratch::new();
@@ -44,7 +35,7 @@ fn two_writers_exclude_each_other() {
         message.contains("in use by another process that writes to it"),
         "{message}"
     );
-    refusal(&path, &READ_ONLY);
+    refusal(&path, &read_only());
     drop(first);
     drop(open(&[(&path, Format::Qcow2)]));
 }
@@ -52,8 +43,8 @@ fn two_writers_exclude_each_other() {
 fn readers_share_and_keep_writers_out() {
     let (_scratch, path) = image();
     let readers = [
-        open_with(&[(&path, Format::Qcow2)], &READ_ONLY).expect("opens"),
-        open_with(&[(&path, Format::Qcow2)], &READ_ONLY).expect("opens"),
+        open_with(&[(&path, Format::Qcow2)], &read_only()).expect("opens"),
+        open_with(&[(&path, Format::Qcow2)], &read_only()).expect("opens"),
     ];
     let message = refusal(&path, &OpenOptions::default());
     assert!(message.contains("relies on its content"), "{message}");
@@ -64,7 +55,7 @@ fn readers_share_and_keep_writers_out() {
 fn a_dirty_image_is_not_repaired_while_it_is_used() {
     let (_scratch, path) = image();
     patch(&path, 79, &[1]);
-    let reader = open_with(&[(&path, Format::Qcow2)], &READ_ONLY).expect("opens");
+    let reader = open_with(&[(&path, Format::Qcow2)], &read_only()).expect("opens");
     let before = contents(&path);
     refusal(&path, &OpenOptions::default());
     assert!(contents(&path) == before, "it was written to");
@@ -137,7 +128,7 @@ fn qemu_respects_our_locks() {
     assert!(message.contains("lock"), "{message}");
     drop(writer);
     assert!(check().status.success());
-    let _reader = open_with(&[(&path, Format::Qcow2)], &READ_ONLY).expect("opens");
+    let _reader = open_with(&[(&path, Format::Qcow2)], &read_only()).expect("opens");
     assert!(check().status.success(), "readers share");
     let output = qemu_img_output(&["resize", "-f", "qcow2", text(&path), "2M"]);
     assert!(!output.status.success(), "a reader keeps QEMU from writing");
@@ -174,11 +165,11 @@ fn we_respect_the_locks_of_qemu() {
     let (_scratch, path) = image();
     let writer = QemuIo::start(&path, &[]);
     refusal(&path, &OpenOptions::default());
-    refusal(&path, &READ_ONLY);
+    refusal(&path, &read_only());
     writer.end();
     let reader = QemuIo::start(&path, &["-r"]);
     refusal(&path, &OpenOptions::default());
-    drop(open_with(&[(&path, Format::Qcow2)], &READ_ONLY).expect("readers share"));
+    drop(open_with(&[(&path, Format::Qcow2)], &read_only()).expect("readers share"));
     reader.end();
     drop(open(&[(&path, Format::Qcow2)]));
 }

@@ -4,8 +4,8 @@
 mod support;
 
 use support::damaged::{CLUSTER, COPIED, Damaged, read_first, says, write_first};
-use support::{Scratch, contents, create, fd, open, patch, qemu_img, read, text, write};
-use vhost_blk::image::{self, Format, Image, OpenOptions};
+use support::{Scratch, contents, create, fd, open, patch, qemu_img, read, read_only, text, write};
+use vhost_blk::image::{self, Format, Image};
 
 const COMPRESSED: u64 = 1 << 62;
 /// All that a guest may do to the first cluster.
@@ -94,10 +94,7 @@ fn readers_change_nothing() {
     let victim = Damaged::new("");
     victim.set(victim.l2(), COPIED | 1 << 50);
     let before = contents(&victim.path);
-    let options = OpenOptions {
-        read_only: true,
-        ..OpenOptions::default()
-    };
+    let options = read_only();
     // Through a descriptor that could.
     let image = image::open(fd(&victim.path, true), Format::Qcow2, Vec::new(), &options).expect("opens");
     for _ in 0..2 {

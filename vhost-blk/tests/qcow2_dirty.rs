@@ -9,7 +9,7 @@ use support::recorder::Recorder;
 use support::victim::Victim;
 use support::{
     Random, Request, Scratch, check_clean, check_leaks_at_most, contents, create, open, open_with, patch,
-    qemu_contents, qemu_img, text, write,
+    qemu_contents, qemu_img, read_only, text, write,
 };
 use vhost_blk::image::{BlockFile, Format, ImageError, OpenOptions, open_layers};
 
@@ -49,12 +49,8 @@ fn dirty_images_are_repaired_before_writing() {
         let block = word(&bytes, word(&bytes, 48) as usize);
         patch(&path, block, &[0; 64]);
         patch(&path, 72, &(features | 1).to_be_bytes());
-        let read_only = OpenOptions {
-            read_only: true,
-            ..OpenOptions::default()
-        };
         let before = contents(&path);
-        let image = open_with(&[(&path, Format::Qcow2)], &read_only).expect("opens for reading");
+        let image = open_with(&[(&path, Format::Qcow2)], &read_only()).expect("opens for reading");
         Request::Read {
             offset: 0,
             len: size as u64,

@@ -12,7 +12,7 @@ use support::hooked::Hooked;
 use support::recorder::Recorder;
 use support::{
     Random, Scratch, assert_same, check_clean, check_leaks_at_most, contents, create, full, open, open_with,
-    patch, qemu_contents, qemu_img, read, text, write,
+    patch, qemu_contents, qemu_img, read, read_only, text, write,
 };
 use vhost_blk::image::qcow2::{self, Repair};
 use vhost_blk::image::{BlockFile, Format, HostFile, Image, ImageError, OpenOptions, open_layers};
@@ -481,10 +481,7 @@ fn what_excludes_growth_is_named_and_nothing_is_written() {
     patch(&path, 95, &[4]);
     refused(&path, 2 << 20, "autoclear_features");
     patch(&path, 95, &[0]);
-    let options = OpenOptions {
-        read_only: true,
-        ..OpenOptions::default()
-    };
+    let options = read_only();
     let image = open_with(&[(&path, Format::Qcow2)], &options).expect("opens");
     let result = image.grow(2 << 20, None);
     assert!(matches!(result, Err(ImageError::ReadOnly { .. })), "{result:?}");

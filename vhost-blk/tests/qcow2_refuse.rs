@@ -6,15 +6,12 @@ mod support;
 use std::path::Path;
 
 use support::victim::{Victim, refused};
-use support::{Scratch, contents, create, fd, open_with, patch, text};
+use support::{Scratch, contents, create, fd, open_with, patch, read_only, text};
 use vhost_blk::image::{self, Format, ImageError, OpenOptions};
 
 fn the_format_is_never_probed() {
     let victim = Victim::new("");
-    let options = OpenOptions {
-        read_only: true,
-        ..OpenOptions::default()
-    };
+    let options = read_only();
     let image = open_with(&[(&victim.path, Format::Raw)], &options).expect("opens as raw");
     assert_eq!(&support::read(&*image, 0, 512).expect("reads")[..4], b"QFI\xfb");
     let raw = victim.scratch.path("raw");
@@ -152,10 +149,7 @@ fn encryption() {
 fn corrupt_images_are_read_only() {
     let victim = Victim::new("");
     victim.u64(72, 2).refused("incompatible_features", "corrupt bit");
-    let options = OpenOptions {
-        read_only: true,
-        ..OpenOptions::default()
-    };
+    let options = read_only();
     let image = open_with(&[(&victim.path, Format::Qcow2)], &options).expect("opens for reading");
     assert_eq!(support::read(&*image, 0, 512).expect("reads"), vec![0; 512]);
 }
@@ -196,15 +190,11 @@ fn chains() {
         "chain",
         "appears twice",
     );
-    let read_only = OpenOptions {
-        read_only: true,
-        ..OpenOptions::default()
-    };
     for options in [
-        read_only.clone(),
+        read_only(),
         OpenOptions {
             data_file: Some(fd(all[15].0, false).into()),
-            ..read_only
+            ..read_only()
         },
     ] {
         refused(&[all[15], all[16], all[15]], &options, "chain", "appears twice");
@@ -247,10 +237,7 @@ fn direct_io() {
         .open(&victim.path);
     // Not every file system has it.
     let Ok(file) = direct else { return };
-    let options = OpenOptions {
-        read_only: true,
-        ..OpenOptions::default()
-    };
+    let options = read_only();
     let error = image::open(file.into(), Format::Qcow2, Vec::new(), &options)
         .err()
         .expect("is refused");

@@ -8,18 +8,9 @@ use std::path::Path;
 use support::victim::refused;
 use support::{
     Random, Scratch, assert_same, contents, create, open, open_with, patch, qemu_img, qemu_img_output, read,
-    text, write,
+    read_only, text, write,
 };
 use vhost_blk::image::{Format, OpenOptions};
-
-const READ_ONLY: OpenOptions = OpenOptions {
-    read_only: true,
-    data_file: None,
-    passphrase: None,
-    l2_cache_size: 1 << 20,
-    way: vhost_blk::image::Way::Calls,
-    writes_lost: false,
-};
 
 /// Format, qemu-img's name of it, and its options.
 const SHAPES: &[(Format, &str, &str)] = &[
@@ -75,8 +66,8 @@ fn what_qemu_img_wrote_is_read() {
     for (format, name, options) in SHAPES {
         let scratch = Scratch::new();
         let path = convert(&scratch, name, options);
-        let image =
-            open_with(&[(&path, *format)], &READ_ONLY).unwrap_or_else(|error| panic!("{options}: {error:?}"));
+        let image = open_with(&[(&path, *format)], &read_only())
+            .unwrap_or_else(|error| panic!("{options}: {error:?}"));
         // Without force_size the geometry decides, and rounds up.
         let mut expected = disk();
         expected.resize(image.capacity() as usize, 0);
@@ -126,7 +117,12 @@ fn they_lie_below_overlays() {
 fn what_needs_another_file_is_refused() {
     let scratch = Scratch::new();
     let flat = convert(&scratch, "vmdk", "subformat=monolithicFlat");
-    refused(&[(&flat, Format::Vmdk)], &READ_ONLY, "descriptor", "named files");
+    refused(
+        &[(&flat, Format::Vmdk)],
+        &read_only(),
+        "descriptor",
+        "named files",
+    );
     let vmdk = convert(&scratch, "vmdk", "subformat=monolithicSparse");
     let raw = scratch.path("raw");
     let layers = [(vmdk.as_path(), Format::Vmdk), (raw.as_path(), Format::Raw)];
@@ -148,22 +144,22 @@ fn what_needs_another_file_is_refused() {
     ] {
         let at = find(&vmdk, text);
         patch(&vmdk, at, other);
-        refused(&layers[..1], &READ_ONLY, field, reason);
+        refused(&layers[..1], &read_only(), field, reason);
         patch(&vmdk, at, text);
     }
-    refused(&layers, &READ_ONLY, "backing file", "a vmdk image has none");
+    refused(&layers, &read_only(), "backing file", "a vmdk image has none");
     let at = find(&vmdk, b"parentCID=ffffffff");
     patch(&vmdk, at + 10, b"12345678");
-    refused(&[(&vmdk, Format::Vmdk)], &READ_ONLY, "parentCID", "parent");
+    refused(&[(&vmdk, Format::Vmdk)], &read_only(), "parentCID", "parent");
     let vdi = convert(&scratch, "vdi", "static=off");
     patch(&vdi, 0x4c, &[4]);
-    refused(&[(&vdi, Format::Vdi)], &READ_ONLY, "image type", "differencing");
+    refused(&[(&vdi, Format::Vdi)], &read_only(), "image type", "differencing");
     let vhdx = convert(&scratch, "vhdx", "subformat=dynamic");
     let at = find(&vhdx, &(8_u32 << 20).to_le_bytes());
     patch(&vhdx, at + 4, &[2]);
     refused(
         &[(&vhdx, Format::Vhdx)],
-        &READ_ONLY,
+        &read_only(),
         "file parameters",
         "differencing",
     );
@@ -175,7 +171,7 @@ fn what_needs_another_file_is_refused() {
         patch(&vhd, at + 63, &[4]);
         patch(&vhd, at + 64, &checksum.wrapping_sub(1).to_be_bytes());
     }
-    refused(&[(&vhd, Format::Vhd)], &READ_ONLY, "disk type", "differencing");
+    refused(&[(&vhd, Format::Vhd)], &read_only(), "disk type", "differencing");
 }
 
 /// Who wrote a vhd image says whether its field or its geometry is the disk's size.
@@ -205,7 +201,7 @@ fn the_creator_of_a_vhd_says_where_its_size_is() {
         let bytes = contents(&path)[footer as usize..].to_vec();
         let sum: u32 = bytes.iter().map(|byte| u32::from(*byte)).sum();
         patch(&path, footer + 64, &(!sum).to_be_bytes());
-        let image = open_with(&[(&path, Format::Vhd)], &READ_ONLY).expect("opens");
+        let image = open_with(&[(&path, Format::Vhd)], &read_only()).expect("opens");
         let info = qemu_img(&["info", "-f", "vpc", "--output=json", text(&path)]);
         let expected = format!("\"virtual-size\": {},", image.capacity());
         assert!(info.contains(&expected), "{creator:?}: {expected} not in {info}");
@@ -234,7 +230,7 @@ fn no_format_is_taken_for_another() {
         (Format::Vhdx, "signature", "no vhdx image"),
         (Format::Vhd, "footer", "no vhd image"),
     ] {
-        refused(&[(&path, format)], &READ_ONLY, field, reason);
+        refused(&[(&path, format)], &read_only(), field, reason);
     }
 }
 
@@ -262,7 +258,7 @@ fn damage_never_panics() {
                     .expect("opens");
                 file.set_len(random.below(sound.len() as u64)).expect("cuts");
             }
-            let Ok(image) = open_with(&[(&path, *format)], &READ_ONLY) else {
+            let Ok(image) = open_with(&[(&path, *format)], &read_only()) else {
                 continue;
             };
             for _ in 0..8 {
@@ -293,7 +289,7 @@ fn states_of_vhdx_blocks_read_as_for_qemu() {
     let mut readable = Vec::new();
     for state in 0..8 {
         patch(&path, table, &[first & !7 | state]);
-        let image = open_with(&[(&path, Format::Vhdx)], &READ_ONLY).expect("opens");
+        let image = open_with(&[(&path, Format::Vhdx)], &read_only()).expect("opens");
         let ours = read(&*image, 0, BLOCK);
         let qemus = qemu_img_output(&["convert", "-f", "vhdx", "-O", "raw", text(&path), text(&raw)]);
         assert_eq!(ours.is_ok(), qemus.status.success(), "state {state}: {ours:?}");

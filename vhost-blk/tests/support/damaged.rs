@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use vhost_blk::image::{Format, Image, OpenOptions};
 
-use super::{Scratch, contents, create, open, open_with, patch, read, write};
+use super::{Scratch, contents, create, open, open_with, patch, read, read_only, write};
 
 pub const CLUSTER: u64 = 64 << 10;
 pub const COPIED: u64 = 1 << 63;
@@ -88,10 +88,7 @@ impl Damaged {
             .err()
             .expect("is refused");
         assert!(refused.to_string().contains("corrupt bit"), "{refused}");
-        let options = OpenOptions {
-            read_only: true,
-            ..OpenOptions::default()
-        };
+        let options = read_only();
         let image = open_with(&[(&self.path, Format::Qcow2)], &options).expect("opens for reading");
         assert_eq!(
             read(&*image, (8 << 20) - CLUSTER, 512).expect("reads"),

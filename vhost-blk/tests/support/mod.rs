@@ -62,6 +62,14 @@ pub fn fd(path: &Path, write: bool) -> OwnedFd {
         .into()
 }
 
+/// For those who may not write.
+pub fn read_only() -> OpenOptions {
+    OpenOptions {
+        read_only: true,
+        ..OpenOptions::default()
+    }
+}
+
 /// Opens `layers`, from top to base.
 pub fn open_with(
     layers: &[(&Path, Format)],

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use vhost_blk::image::{Format, ImageError, OpenOptions};
 
-use super::{Scratch, contents, create, open_with, patch};
+use super::{Scratch, contents, create, open_with, patch, read_only};
 
 /// An image to be broken.
 pub struct Victim {
@@ -49,11 +49,7 @@ impl Victim {
     /// Refused for reading too.
     #[track_caller]
     pub fn never(&self, field: &str, reason: &str) -> &Self {
-        let read_only = OpenOptions {
-            read_only: true,
-            ..OpenOptions::default()
-        };
-        refused(&[(&self.path, Format::Qcow2)], &read_only, field, reason);
+        refused(&[(&self.path, Format::Qcow2)], &read_only(), field, reason);
         self.refused(field, reason)
     }
 
