@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
 
 pub mod damaged;
+pub mod growing;
 pub mod hooked;
 pub mod recorder;
 pub mod suite;
