@@ -10,7 +10,7 @@ use libtest_mimic::Trial;
 use serde_json::Value;
 use std::{
     fs,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, symlink},
     path::Path,
     process::{Command, Output},
 };
@@ -535,6 +535,21 @@ fn outside() -> Result<()> {
         &["convert", "--image-folder", allowed, "a.qcow2", "b.img"],
     )?;
     ensure!(fs::read(folder.path().join("b.img"))? == vec![7; 1 << 20]);
+    // No link is followed, be it the file or a folder above it.
+    symlink(&base, folder.path().join("link"))?;
+    symlink(elsewhere.path(), folder.path().join("sub"))?;
+    for (image, linked) in [("l.qcow2", "link"), ("s.qcow2", "sub/base.img")] {
+        qemu_img(
+            &folder,
+            &["create", "-q", "-f", "qcow2", "-b", linked, "-F", "raw", image],
+        )?;
+        fails(
+            &folder,
+            &["convert", image, "l.img"],
+            &[linked, "lies outside", "--image-folder"],
+        )?;
+        ensure!(!folder.path().join("l.img").exists());
+    }
     // Names that QEMU would take for more than a file's are files that are not there.
     let front = fs::read(folder.path().join("a.qcow2"))?;
     let at = u64::from_be_bytes(*front[8..].first_chunk().context("a header")?);
