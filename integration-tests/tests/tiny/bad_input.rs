@@ -15,7 +15,7 @@ use std::{
     fs::{self, File},
     io::{Read, Write},
     os::unix::{
-        fs::FileExt,
+        fs::{FileExt, symlink},
         net::{UnixListener, UnixStream},
     },
     path::Path,
@@ -23,6 +23,7 @@ use std::{
     thread,
     time::Duration,
 };
+use vm_spec::control::exit_code;
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
@@ -33,14 +34,29 @@ pub(crate) fn tests() -> Vec<Trial> {
     tests.push(test("bad_input::stock_kernel_on_software_kvm", stock_kernel));
     tests.push(test("bad_input::kernel_larger_than_memory", kernel_too_large));
     tests.push(test("bad_input::unknown_key_in_a_file", unknown_key));
-    let back_ends: [(&str, Conduct, &[&str]); 3] = [
-        ("exits_at_once (waits)", drop, &["disk0", "closed"]),
-        ("hangs_in_the_handshake (waits)", hang, &["disk0", "GET_FEATURES"]),
-        ("offers_no_version_1", old, &["disk0", "VERSION_1"]),
+    let back_ends: [(&str, u8, Conduct, &[&str]); 3] = [
+        (
+            "exits_at_once (waits)",
+            exit_code::ERROR,
+            drop,
+            &["disk0", "closed"],
+        ),
+        (
+            "hangs_in_the_handshake (waits)",
+            exit_code::ERROR,
+            hang,
+            &["disk0", "GET_FEATURES"],
+        ),
+        (
+            "offers_no_version_1",
+            exit_code::ERROR,
+            old,
+            &["disk0", "VERSION_1"],
+        ),
     ];
-    for (name, conduct, words) in back_ends {
+    for (name, code, conduct, words) in back_ends {
         tests.push(test(format!("bad_input::back_end_{name}"), move || {
-            back_end(conduct, words)
+            back_end(conduct, code, words)
         }));
     }
     tests
@@ -66,7 +82,7 @@ fn in_other_dev(script: &str, words: &[&str]) -> Result<()> {
         .arg(become_nobody.get_program())
         .args(become_nobody.get_args());
     let flags = [format!("--kernel={}", place.path("tiny-guest").display())];
-    says(Run::by(command, runtime, &flags)?, words)
+    says(Run::by(command, runtime, &flags)?, exit_code::ERROR, words)
 }
 
 fn no_kvm() -> Result<()> {
@@ -95,6 +111,7 @@ fn stock_kernel() -> Result<()> {
     fs::write(&path, image)?;
     says(
         Run::with_flags(&[kernel(&path)])?,
+        exit_code::ERROR,
         &["boot.kernel", "kvm_pvm", "nested runner"],
     )
 }
@@ -115,6 +132,7 @@ fn kernel_too_large() -> Result<()> {
     fs::write(&path, image)?;
     says(
         Run::with_flags(&[kernel(&path), "--memory=64M".to_owned()])?,
+        exit_code::ERROR,
         &["bulkhead: memory: ", "kernel needs guest memory", "more memory"],
     )
 }
@@ -129,6 +147,7 @@ fn unknown_key() -> Result<()> {
     let place = format!("{}:6:3", path.display());
     says(
         Run::with_flags(&[path.display().to_string()])?,
+        exit_code::USAGE,
         &[&place, "unknown field `pth`", "did you mean 'path'?"],
     )
 }
@@ -159,7 +178,7 @@ fn old(mut socket: UnixStream) {
     }
 }
 
-fn back_end(conduct: Conduct, words: &[&str]) -> Result<()> {
+fn back_end(conduct: Conduct, code: u8, words: &[&str]) -> Result<()> {
     Host::need_kvm()?;
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("socket");
@@ -170,20 +189,22 @@ fn back_end(conduct: Conduct, words: &[&str]) -> Result<()> {
         }
     });
     let flags = with(format!("--disk=vhost-user={}", path.display()))?;
-    says(Run::with_flags(&flags)?, words)
+    says(Run::with_flags(&flags)?, code, words)
 }
 
-/// Flags that must fail, with what the message must name.
+/// Flags that must fail, with the exit code and what the message must name.
 type Bad = (
     &'static str,
+    u8,
     fn(&Path) -> Result<Vec<String>>,
     &'static [&'static str],
 );
 
 fn flags_alone() -> Vec<Trial> {
-    let cases: [Bad; 11] = [
+    let cases: [Bad; 13] = [
         (
             "initrd_too_large",
+            exit_code::ERROR,
             |folder| {
                 let path = folder.join("initrd");
                 File::create(&path)?.set_len(256 << 20)?;
@@ -195,46 +216,68 @@ fn flags_alone() -> Vec<Trial> {
         ),
         (
             "backing_file_outside",
-            |folder| {
-                let (inside, outside) = (folder.join("inside"), folder.join("outside"));
-                fs::create_dir(&inside)?;
-                fs::create_dir(&outside)?;
-                File::create(outside.join("base"))?.set_len(1 << 20)?;
-                let top = inside.join("top");
-                let mut create = Command::new("qemu-img");
-                create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]);
-                match create.arg(outside.join("base")).arg(&top).status() {
-                    Ok(status) if status.success() => {}
-                    _ => bail!(Skip("qemu-img is not installed".to_owned())),
-                }
-                with(format!("--disk=path={},format=qcow2", top.display()))
-            },
+            exit_code::ERROR,
+            |folder| overlay(folder, &folder.join("outside/base")),
             &["disk[0].path", "outside", "image-folder"],
         ),
         (
+            "backing_file_is_a_link_out",
+            exit_code::ERROR,
+            |folder| {
+                let flags = overlay(folder, Path::new("link"))?;
+                symlink(folder.join("outside/base"), folder.join("inside/link"))?;
+                Ok(flags)
+            },
+            &["disk[0].path", "'link'", "outside", "image-folder"],
+        ),
+        (
+            "backing_file_below_a_link_out",
+            exit_code::ERROR,
+            |folder| {
+                let flags = overlay(folder, Path::new("sub/base"))?;
+                symlink(folder.join("outside"), folder.join("inside/sub"))?;
+                Ok(flags)
+            },
+            &["disk[0].path", "'sub/base'", "outside", "image-folder"],
+        ),
+        (
             "kernel_missing",
+            exit_code::ERROR,
             |folder| Ok(vec![kernel(&folder.join("none"))]),
-            &["boot.kernel", "none"],
+            &["boot.kernel: cannot open", "none", "No such file"],
         ),
         (
             "kernel_truncated",
+            exit_code::ERROR,
             |folder| {
                 let whole = fs::read(artifact(Artifact::TinyGuest)?)?;
                 fs::write(folder.join("short"), &whole[..100])?;
                 Ok(vec![kernel(&folder.join("short"))])
             },
-            &["kernel"],
+            &[
+                "boot.kernel: ",
+                "cannot be booted",
+                "truncated: it has 100 bytes",
+                "vmlinux",
+            ],
         ),
         (
             "kernel_is_no_kernel",
+            exit_code::ERROR,
             |folder| {
                 fs::write(folder.join("text"), "no kernel")?;
                 Ok(vec![kernel(&folder.join("text"))])
             },
-            &["kernel"],
+            &[
+                "boot.kernel: ",
+                "cannot be booted",
+                "neither a 64-bit ELF image nor a bzImage",
+                "vmlinux",
+            ],
         ),
         (
             "disk_missing",
+            exit_code::ERROR,
             |folder| {
                 with(format!(
                     "--disk=path={},format=raw",
@@ -245,6 +288,7 @@ fn flags_alone() -> Vec<Trial> {
         ),
         (
             "disk_of_wrong_format",
+            exit_code::ERROR,
             |folder| {
                 fs::write(folder.join("raw"), [0; 4096])?;
                 with(format!(
@@ -256,6 +300,7 @@ fn flags_alone() -> Vec<Trial> {
         ),
         (
             "disk_that_its_process_refuses",
+            exit_code::ERROR,
             |folder| {
                 let disk = folder.join("disk");
                 let mut create = Command::new(artifact(Artifact::Bulkhead)?);
@@ -274,6 +319,7 @@ fn flags_alone() -> Vec<Trial> {
         ),
         (
             "format_missing",
+            exit_code::USAGE,
             |folder| {
                 fs::write(folder.join("raw"), [0; 4096])?;
                 with(format!("--disk=path={}", folder.join("raw").display()))
@@ -282,19 +328,39 @@ fn flags_alone() -> Vec<Trial> {
         ),
         (
             "memory_too_small",
+            exit_code::USAGE,
             |_| with("--memory=1M".to_owned()),
             &["memory: 1M is not between 32M"],
         ),
         (
             "unknown_key",
+            exit_code::USAGE,
             |_| with("--disk=pth=x,format=raw".to_owned()),
             &["pth", "path"],
         ),
     ];
     cases
         .into_iter()
-        .map(|(name, flags, words)| test(format!("bad_input::{name}"), move || refused(flags, words)))
+        .map(|(name, code, flags, words)| {
+            test(format!("bad_input::{name}"), move || refused(flags, code, words))
+        })
         .collect()
+}
+
+/// `inside/top`, an overlay of what it calls `backing`; beside its folder is `outside`, with a `base`.
+fn overlay(folder: &Path, backing: &Path) -> Result<Vec<String>> {
+    let (inside, outside) = (folder.join("inside"), folder.join("outside"));
+    fs::create_dir(&inside)?;
+    fs::create_dir(&outside)?;
+    File::create(outside.join("base"))?.set_len(1 << 20)?;
+    let top = inside.join("top");
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b"]);
+    match create.arg(backing).arg(&top).arg("1M").status() {
+        Ok(status) if status.success() => {}
+        _ => bail!(Skip("qemu-img is not installed".to_owned())),
+    }
+    with(format!("--disk=path={},format=qcow2", top.display()))
 }
 
 fn kernel(path: &Path) -> String {
@@ -305,17 +371,21 @@ fn with(flag: String) -> Result<Vec<String>> {
     Ok(vec![kernel(artifact(Artifact::TinyGuest)?), flag])
 }
 
-fn refused(flags: fn(&Path) -> Result<Vec<String>>, words: &[&str]) -> Result<()> {
+fn refused(flags: fn(&Path) -> Result<Vec<String>>, code: u8, words: &[&str]) -> Result<()> {
     Host::need_kvm()?;
     let folder = tempfile::tempdir()?;
-    says(Run::with_flags(&flags(folder.path())?)?, words)
+    says(Run::with_flags(&flags(folder.path())?)?, code, words)
 }
 
-/// Refused, soon, with a message that names the field and the cause, and with no guest started.
-pub(crate) fn says(mut run: Run, words: &[&str]) -> Result<()> {
+/// Refused, soon, with the README's exit code and a message that names the field and the cause, and with no guest
+/// started.
+pub(crate) fn says(mut run: Run, code: u8, words: &[&str]) -> Result<()> {
     let status = run.wait(DEADLINE)?;
     let message = run.process.stderr()?;
-    ensure!(!status.success(), "{status}: {message}");
+    ensure!(
+        status.code() == Some(code.into()),
+        "{status}, not {code}: {message}"
+    );
     for word in words {
         ensure!(
             message.contains(word),

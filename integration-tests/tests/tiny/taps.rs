@@ -17,6 +17,7 @@ use nix::{
     unistd::Uid,
 };
 use std::{fs::File, os::fd::OwnedFd, path::Path, process::Command, time::Duration};
+use vm_spec::control::exit_code;
 
 /// The descriptor that launchers inherit.
 const FD: i32 = 9;
@@ -45,7 +46,11 @@ fn beside(peer: &Peer, tap: &str, words: &[&str]) -> Result<()> {
         .args(["--preserve-credentials", "--"])
         .arg(artifact(Artifact::Bulkhead)?);
     let flags = [kernel()?, format!("--net=tap={tap}")];
-    says(Run::by(command, tempfile::tempdir()?, &flags)?, words)
+    says(
+        Run::by(command, tempfile::tempdir()?, &flags)?,
+        exit_code::ERROR,
+        words,
+    )
 }
 
 fn busy_by_name() -> Result<()> {
@@ -106,7 +111,11 @@ fn two_taps() -> Result<()> {
     inherit_at(&mut command, open_as(&name('y'), flags)?, FD + 1)?;
     let net = format!("--net=tap-fd={FD},tap-fd={},queues=2", FD + 1);
     let words = ["net[0].tap-fd: ", "two interfaces", "IFF_MULTI_QUEUE"];
-    says(Run::by(command, tempfile::tempdir()?, &[kernel()?, net])?, &words)
+    says(
+        Run::by(command, tempfile::tempdir()?, &[kernel()?, net])?,
+        exit_code::ERROR,
+        &words,
+    )
 }
 
 /// Goes on only where this process can make a TAP.
@@ -159,7 +168,11 @@ fn larger_mtu() -> Result<()> {
         "ip link set bhm",
         "net[1].tap",
     ];
-    says(Run::by(command, tempfile::tempdir()?, &flags)?, &words)
+    says(
+        Run::by(command, tempfile::tempdir()?, &flags)?,
+        exit_code::ERROR,
+        &words,
+    )
 }
 
 /// The launcher with `fd` as its descriptor [`FD`], and as many NICs on that.
@@ -170,7 +183,11 @@ fn inheriting(fd: Option<OwnedFd>, nics: usize, words: &[&str]) -> Result<()> {
     }
     let mut flags = vec![kernel()?];
     flags.extend(std::iter::repeat_n(format!("--net=tap-fd={FD}"), nics));
-    says(Run::by(command, tempfile::tempdir()?, &flags)?, words)
+    says(
+        Run::by(command, tempfile::tempdir()?, &flags)?,
+        exit_code::ERROR,
+        words,
+    )
 }
 
 fn kernel() -> Result<String> {
