@@ -1,7 +1,7 @@
 //! Disks and the processes that serve them.
 
 use crate::net;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use guest_contract::{fill, holds};
 use integration_tests::{
     artifacts::Artifact,

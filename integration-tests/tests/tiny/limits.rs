@@ -1,6 +1,9 @@
 //! A VM's cgroups, where the host offers the controllers of version 2 (the nested tier's does).
 
-use super::jails::Place;
+use super::{
+    jails::Place,
+    run::{GONE, is_swept},
+};
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     host::Host,
@@ -24,15 +27,31 @@ const DEADLINE: Duration = Duration::from_secs(20);
 const TOP: &str = "/sys/fs/cgroup";
 
 pub(crate) fn tests() -> Vec<Trial> {
-    vec![
+    let roles = [
+        ("spawner", ProcessRole::Spawner),
+        ("reaper", ProcessRole::Reaper),
+        ("supervisor", ProcessRole::Supervisor),
+        ("vmm", ProcessRole::Vmm),
+    ];
+    let kills = roles.map(|(name, role)| {
+        test(
+            format!("limits::are_gone_after_a_kill_of_the_{name}"),
+            move || gone_after_a_kill(role),
+        )
+    });
+    let tests = vec![
         test("limits::are_on_each_process_and_gone_at_the_end", kept_and_gone),
-        test("limits::are_gone_after_a_kill_of_the_spawner", gone_after_a_kill),
+        test(
+            "limits::are_gone_when_the_reaper_was_killed_too_and_another_starts",
+            swept,
+        ),
         test("limits::are_kept_in_a_group_that_a_user_was_given", delegated),
         test("limits::another_vm_of_the_same_name_is_left_alone", same_name),
         test("limits::hold_for_what_a_ring_leaves_to_its_threads", ring),
         test("limits::a_host_without_them_refuses", refused),
         test("limits::core_scheduling_is_kept_or_refused", core_scheduling),
-    ]
+    ];
+    tests.into_iter().chain(kills).collect()
 }
 
 /// Whether this host lets us limit what `controller` controls.
@@ -125,13 +144,15 @@ fn delegated() -> Result<()> {
     run.process.signal(Signal::SIGTERM)?;
     run.wait(DEADLINE)?;
     ensure!(!group.exists(), "{} is left behind", group.display());
-    let (run, state, group) = running(given.start(&place)?)?;
-    are_kept(&state, &group)?;
-    kill_spawner(&state)?;
-    is_gone(&group)?;
-    drop(run);
-    let down = fs::read_to_string(given.0.join("cgroup.subtree_control"))?;
-    ensure!(down.trim().is_empty(), "still hands down {down}");
+    for role in [ProcessRole::Spawner, ProcessRole::Reaper] {
+        let (run, state, group) = running(given.start(&place)?)?;
+        are_kept(&state, &group)?;
+        kill_process(&state, role)?;
+        is_gone(&group).with_context(|| format!("{role:?} was killed"))?;
+        drop(run);
+        let down = fs::read_to_string(given.0.join("cgroup.subtree_control"))?;
+        ensure!(down.trim().is_empty(), "still hands down {down}");
+    }
     Ok(())
 }
 
@@ -188,19 +209,27 @@ impl Drop for Given {
     }
 }
 
-fn gone_after_a_kill() -> Result<()> {
+fn gone_after_a_kill(role: ProcessRole) -> Result<()> {
     need_limits()?;
     let (run, state, group) = running(start()?)?;
-    kill_spawner(&state)?;
+    kill_process(&state, role)?;
     is_gone(&group)?;
     drop(run);
     Ok(())
 }
 
-fn kill_spawner(state: &RunState) -> Result<()> {
-    let mut spawners = state.processes.iter().filter(|p| p.role == ProcessRole::Spawner);
-    let spawner = spawners.next().context("no spawner")?;
-    Ok(kill(Pid::from_raw(spawner.pid), Signal::SIGKILL)?)
+fn kill_process(state: &RunState, role: ProcessRole) -> Result<()> {
+    let process = state.processes.iter().find(|process| process.role == role);
+    let pid = process.with_context(|| format!("no {role:?}"))?.pid;
+    Ok(kill(Pid::from_raw(pid), Signal::SIGKILL)?)
+}
+
+fn swept() -> Result<()> {
+    need_limits()?;
+    let (run, _, group) = running(start()?)?;
+    is_swept(run, &["file ", "cgroup "])?;
+    ensure!(!group.exists(), "{} is left behind", group.display());
+    Ok(())
 }
 
 /// Launchers with other run-time folders know nothing of each other but the group.
@@ -223,9 +252,13 @@ fn same_name() -> Result<()> {
 }
 
 fn is_gone(group: &Path) -> Result<()> {
-    let end = Instant::now() + DEADLINE;
+    let end = Instant::now() + GONE;
     while group.exists() {
-        ensure!(Instant::now() < end, "{} is left behind", group.display());
+        ensure!(
+            Instant::now() < end,
+            "{} is there after {GONE:?}",
+            group.display()
+        );
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(())

@@ -3,13 +3,14 @@
 use super::{
     jails::{Place, by_user_with_ids},
     traces::Traces,
+    verbs::{bulkhead, expect},
 };
 use anyhow::{Context, Result, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
     lent::{Lent, NOBODY, become_user},
-    suite::{Skip, artifact, jail_is_off, test},
+    suite::{Skip, artifact, jail_flags, jail_is_off, test},
     tiny::{Run, launcher},
 };
 use libtest_mimic::Trial;
@@ -30,7 +31,7 @@ use vm_spec::{control::exit_code, run_state::ProcessRole, spec::OnDeviceDeath};
 
 const DEADLINE: Duration = Duration::from_secs(20);
 /// Nothing is left this long after a process was killed.
-const GONE: Duration = Duration::from_secs(2);
+pub(crate) const GONE: Duration = Duration::from_secs(2);
 /// Between two looks at what is left.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -70,6 +71,9 @@ pub(crate) fn tests() -> Vec<Trial> {
     // Whose spawner sees no path.
     tests.push(test("run::kill_reaper_with_subordinate_ids", || {
         by_user_with_ids(|user, group| killed("reaper", ProcessRole::Reaper, Who::Other(user, group)))
+    }));
+    tests.push(test("run::kill_with_its_reapers_and_start_another", || {
+        is_swept(halted(&Place::make()?, OnDeviceDeath::End, Who::Own)?, &["file "])
     }));
     tests.push(test("run::with_a_capability_of_the_file", with_a_capability));
     tests.push(test("run::root_of_two_pid_namespaces", two_pid_namespaces));
@@ -369,6 +373,59 @@ pub(crate) fn gone(run: &mut Run, traces: &Traces) -> Result<()> {
         );
         thread::sleep(LOOK);
     }
+}
+
+/// The spawner and whoever would clean up behind it are killed: `left` stays, until a VM of another name starts.
+pub(crate) fn is_swept(mut run: Run, left: &[&str]) -> Result<()> {
+    let spawner = run.process.pid();
+    let reaper = run.pid_of(ProcessRole::Reaper, DEADLINE)?;
+    let traces = Traces::of(spawner.as_raw(), run.folder())?;
+    let second = fs::read_to_string(format!("/proc/{reaper}/task/{reaper}/children"))?;
+    let second = second
+        .split_whitespace()
+        .map(|pid| Ok(Pid::from_raw(pid.parse()?)));
+    let reapers = [Ok(reaper)]
+        .into_iter()
+        .chain(second)
+        .collect::<Result<Vec<_>>>()?;
+    // None of them sees the others' end.
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        reapers.iter().try_for_each(|pid| kill(*pid, signal))?;
+        if signal == Signal::SIGSTOP {
+            kill(spawner, Signal::SIGKILL)?;
+        }
+    }
+    run.process.wait(DEADLINE)?;
+    let end = Instant::now() + GONE;
+    let lasting = loop {
+        let lasting = traces.left()?;
+        if lasting
+            .iter()
+            .all(|one| left.iter().any(|kind| one.starts_with(kind)))
+        {
+            break lasting;
+        }
+        ensure!(Instant::now() < end, "left after {GONE:?}: {lasting:?}");
+        thread::sleep(LOOK);
+    };
+    for kind in left {
+        ensure!(
+            lasting.iter().any(|one| one.starts_with(kind)),
+            "who was killed removed its {kind}: {lasting:?}"
+        );
+    }
+    let kernel = format!("--kernel={}", artifact(Artifact::TinyGuest)?.display());
+    let mut next = vec![
+        "run",
+        "--name=next",
+        "--cmdline=scenario=poweroff",
+        kernel.as_str(),
+    ];
+    next.extend(jail_flags());
+    expect(&bulkhead(run.folder(), &next)?, exit_code::POWER_OFF)?;
+    let lasting = traces.left()?;
+    ensure!(lasting.is_empty(), "the next one did not sweep {lasting:?}");
+    Ok(())
 }
 
 fn sigterm() -> Result<()> {

@@ -164,7 +164,9 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
     terminal::never_wait();
     let saved = terminal::save();
     let signals = signals::block_signals().map_err(|e| Failure::host("cannot take signals").because(&e))?;
-    let reaper = Reaper::start(&run_dir, saved.as_ref(), place.as_ref(), identities.keep_paths())
+    // The confined spawner removes the run-time folder at most.
+    let removes_all = identities.keep_paths() && place.is_none();
+    let reaper = Reaper::start(&run_dir, saved.as_ref(), place.as_ref(), removes_all)
         .map_err(|e| Failure::host("cannot start the reaper").because(&e))?;
     let notify = Notify::connect();
     let launch = Launch {

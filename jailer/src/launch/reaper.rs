@@ -25,8 +25,8 @@ pub(crate) struct Reaper {
 }
 
 impl Reaper {
-    /// Starts the reaper, and a second one where `paths_remain` is false: the spawner will not see the paths that
-    /// are to be removed, should the first be killed. Only its own pipe, standard error, the terminal and the run-time
+    /// Starts the reaper, and a second one where `spawner_removes_all` is false: the spawner cannot remove what is
+    /// to be removed, should the first be killed. Only its own pipe, standard error, the terminal and the run-time
     /// folder's lock may be open besides: everything else is opened after it.
     ///
     /// The calling process must have one thread only.
@@ -34,7 +34,7 @@ impl Reaper {
         run_dir: &RunDir,
         saved: Option<&Saved>,
         groups: Option<&Place>,
-        paths_remain: bool,
+        spawner_removes_all: bool,
     ) -> nix::Result<Self> {
         let (ours, theirs) = pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
         let spawner = getpid();
@@ -54,7 +54,7 @@ impl Reaper {
                         groups,
                         spawner,
                     },
-                    paths_remain,
+                    spawner_removes_all,
                 );
                 // SAFETY: ends the child without running what the parent registered.
                 unsafe { libc::_exit(0) }
@@ -71,9 +71,9 @@ impl Reaper {
 }
 
 /// The life of the reaper.
-fn reap(pipe: &OwnedFd, remains: &Remains<'_>, paths_remain: bool) {
+fn reap(pipe: &OwnedFd, remains: &Remains<'_>, spawner_removes_all: bool) {
     let mut second = None;
-    if !paths_remain {
+    if !spawner_removes_all {
         // SAFETY: this process has one thread, so the child may do whatever the parent might.
         match unsafe { fork() } {
             Ok(ForkResult::Child) => {

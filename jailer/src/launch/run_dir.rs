@@ -3,6 +3,7 @@
 
 use super::connect::connect_within;
 use crate::failure::Failure;
+use crate::sandbox::cgroup::Place;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag, openat, renameat};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
@@ -121,7 +122,7 @@ pub(crate) fn connect_to(path: &Path) -> io::Result<OwnedFd> {
     connect_within(SockType::SeqPacket, &address, CONNECT_DEADLINE)
 }
 
-/// Makes and locks the folder of VM `name`, after sweeping those of VMs that are gone.
+/// Makes and locks the folder of VM `name`, after sweeping what VMs left whose reapers were killed too.
 pub(crate) fn create(name: &str) -> Result<RunDir, Failure> {
     create_in(places(), name)
 }
@@ -132,8 +133,11 @@ fn create_in([parent, other]: [PathBuf; 2], name: &str) -> Result<RunDir, Failur
             .cause(format!("its run-time folder is in {}", parent.display()))
             .hint("give another name, or end that VM first")
     };
-    if check_owner(&other).is_ok() && matches!(try_lock(&other.join(name)), Ok(None)) {
-        return Err(runs(&other));
+    if check_owner(&other).is_ok() {
+        if matches!(try_lock(&other.join(name)), Ok(None)) {
+            return Err(runs(&other));
+        }
+        sweep(&other);
     }
     let failed = |e: &dyn std::error::Error| unusable(&parent, e);
     let path = parent.join(name);
@@ -199,7 +203,8 @@ fn try_lock(path: &Path) -> io::Result<Option<Flock<File>>> {
     }
 }
 
-/// Removes the folders that nobody holds. What cannot be removed is left for the next sweep.
+/// Removes the folders that nobody holds, and their VMs' cgroups. A folder stays as long as its group does: the
+/// next sweep finds the group by it.
 fn sweep(parent: &Path) {
     let Ok(entries) = fs::read_dir(parent) else {
         return;
@@ -207,12 +212,25 @@ fn sweep(parent: &Path) {
     for entry in entries.flatten() {
         let path = entry.path();
         if let Ok(Some(_lock)) = try_lock(&path) {
-            remove(&path);
+            empty(&path);
+            let place = entry.file_name().to_str().and_then(|name| Place::find(name).ok());
+            if place.is_none_or(|place| place.sweep()) {
+                remove(&path);
+            }
         }
     }
 }
 
 fn remove(path: &Path) {
+    empty(path);
+    let _ = fs::remove_dir(path);
+    // The last VM's folder takes its parent along; with others in it, this fails.
+    if let Some(parent) = path.parent() {
+        let _ = fs::remove_dir(parent);
+    }
+}
+
+fn empty(path: &Path) {
     for file in FILES {
         let _ = fs::remove_file(path.join(file));
     }
@@ -224,11 +242,6 @@ fn remove(path: &Path) {
         {
             let _ = fs::remove_file(entry.path());
         }
-    }
-    let _ = fs::remove_dir(path);
-    // The last VM's folder takes its parent along; with others in it, this fails.
-    if let Some(parent) = path.parent() {
-        let _ = fs::remove_dir(parent);
     }
 }
 
@@ -391,6 +404,24 @@ mod tests {
         assert!((2..4).contains(&cuts.len()), "{cuts:?}");
         run_dir.remove();
         assert!(!run_dir.path().exists());
+    }
+
+    #[test]
+    fn what_nobody_holds_is_swept_in_both_places() {
+        let (_folder, [first, second]) = two_places();
+        let held = create_in([second.clone(), first.clone()], "held").unwrap();
+        for place in [&first, &second] {
+            let dead = place.join("dead");
+            make(place).and_then(|()| make(&dead)).unwrap();
+            for file in FILES.into_iter().chain(["net0.link"]) {
+                fs::write(dead.join(file), "").unwrap();
+            }
+        }
+        let _vm = create_in([first.clone(), second.clone()], "a").unwrap();
+        assert_eq!(
+            all_in([first.clone(), second]).unwrap(),
+            [first.join("a"), held.path().to_owned()]
+        );
     }
 
     #[test]

@@ -161,8 +161,7 @@ impl Place {
         let failed = |e| CgroupError::File(self.group.clone(), e);
         match fs::create_dir(&self.group) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-                let events = fs::read_to_string(self.group.join("cgroup.events")).unwrap_or_default();
-                if events.contains("populated 1") {
+                if self.is_populated() {
                     return Err(CgroupError::InUse(self.group.clone()));
                 }
                 // What a launcher left that was killed.
@@ -170,6 +169,28 @@ impl Place {
                 fs::create_dir(&self.group).map_err(failed)
             }
             other => other.map_err(failed),
+        }
+    }
+
+    fn is_populated(&self) -> bool {
+        let events = fs::read_to_string(self.group.join("cgroup.events")).unwrap_or_default();
+        events.contains("populated 1")
+    }
+
+    /// Removes the groups of a VM whose launcher was killed, with all who would have; whether none are there now.
+    /// Where somebody is in them they stay: it may be another VM of that name, launched elsewhere.
+    pub fn sweep(&self) -> bool {
+        if !self.is_populated() {
+            clear(&self.group);
+            self.remove_common();
+        }
+        !self.group.exists()
+    }
+
+    /// The last VM's takes the common folder along; with others in it, this fails.
+    fn remove_common(&self) {
+        if let Some(ours) = self.above.get(1) {
+            let _ = fs::remove_dir(ours);
         }
     }
 
@@ -201,10 +222,7 @@ impl Place {
         }
         end(&spawner);
         let _ = fs::remove_dir(&self.group);
-        if let Some(ours) = self.above.get(1) {
-            // The last VM's takes the common folder along; with others in it, this fails.
-            let _ = fs::remove_dir(ours);
-        }
+        self.remove_common();
     }
 }
 

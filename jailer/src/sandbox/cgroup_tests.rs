@@ -76,6 +76,20 @@ fn the_group_of_another_launcher_is_not_removed() {
 }
 
 #[test]
+fn what_a_killed_launcher_left_is_swept_once_nobody_is_in_it() {
+    let top = tempfile::tempdir().unwrap();
+    let place = place(top.path());
+    assert!(place.sweep());
+    fs::create_dir_all(place.group.join("vmm")).unwrap();
+    let events = place.group.join("cgroup.events");
+    fs::write(&events, "populated 1\nfrozen 0\n").unwrap();
+    assert!(!place.sweep() && place.group.join("vmm").exists());
+    // The kernel's own file goes with its folder.
+    fs::remove_file(events).unwrap();
+    assert!(place.sweep() && !top.path().join("bulkhead").exists());
+}
+
+#[test]
 fn root_and_users_have_their_places() {
     let root = Place::of(MOUNTS, "1:x:/\n0::/user.slice/a.scope\n", true, "web").unwrap();
     assert_eq!(root.group, Path::new("/sys/fs/cgroup/bulkhead/web"));
