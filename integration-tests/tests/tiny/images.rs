@@ -1,16 +1,24 @@
 //! `bulkhead image`, beside what is compared with qemu-img: how it ends, and what it refuses.
 
-use super::verbs::{bulkhead, expect};
+use super::{
+    descriptors,
+    jails::jail,
+    verbs::{bulkhead, expect},
+};
 use anyhow::{Context, Result, ensure};
 use integration_tests::{
     artifacts::Artifact,
     process::Process,
-    suite::{artifact, test},
+    suite::{artifact, need_jail, test},
 };
 use libtest_mimic::Trial;
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
 use std::{
+    collections::BTreeMap,
     fs,
     process::Command,
     thread,
@@ -19,12 +27,15 @@ use std::{
 use vm_spec::control::exit_code;
 
 const DEADLINE: Duration = Duration::from_secs(20);
+/// On the tool: of its start, and its own.
+const FILTERS: u32 = 2;
 /// Between two looks at a folder.
 const LOOK: Duration = Duration::from_millis(2);
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("images::an_interrupted_one_is_removed", interrupted),
+        test("images::whoever_parses_them_is_jailed", jailed),
         test("images::a_check_that_failed_is_no_verdict", unchecked),
         test("images::only_qcow2_has_a_shape", shapeless),
         test("images::snapshots_for_programs", snapshots),
@@ -64,6 +75,95 @@ fn interrupted() -> Result<()> {
         ensure!(path("b.qcow2").exists() == (code == 0), "{signal}: half a copy");
     }
     Ok(())
+}
+
+/// While it copies; it is stopped meanwhile.
+fn jailed() -> Result<()> {
+    need_jail()?;
+    let place = tempfile::tempdir()?;
+    let path = |name: &str| place.path().canonicalize().map(|folder| folder.join(name));
+    let name = |name: &str| -> Result<String> { Ok(path(name)?.to_string_lossy().into_owned()) };
+    fs::write(path("base.raw")?, vec![7; 64 << 20])?;
+    let (base, top, target) = (name("base.raw")?, name("top.qcow2")?, name("target.raw")?);
+    let create = [
+        "image",
+        "create",
+        "--backing=base.raw",
+        "--backing-format=raw",
+        &top,
+    ];
+    expect(&bulkhead(place.path(), &create)?, 0)?;
+    let mut command = Command::new(artifact(Artifact::Bulkhead)?);
+    command.args(["image", "convert", &top, &target]);
+    let mut process = Process::start(command)?;
+    let tool = tool_of(&mut process)?;
+    let stopped = Stopped::at_work(tool)?;
+    jail(tool, FILTERS)?;
+    let said = descriptors::open(process.pid().as_raw())?
+        .remove(&2)
+        .context("no stderr")?;
+    let mut open = descriptors::open(tool)?;
+    ensure!(
+        open.remove(&3).is_some_and(|link| link.starts_with("socket:[")),
+        "no socket at 3"
+    );
+    let expected = [
+        (0, "/dev/null"),
+        (1, &said),
+        (2, &said),
+        (4, &top),
+        (5, &base),
+        (6, &target),
+    ];
+    let expected = BTreeMap::from(expected.map(|(number, link)| (number, link.to_owned())));
+    ensure!(open == expected, "{open:?}, not {expected:?}");
+    drop(stopped);
+    let status = process.wait(DEADLINE)?;
+    ensure!(status.success(), "{status}: {}", process.stderr()?);
+    Ok(())
+}
+
+/// The jailed half of a conversion; looking at the images takes others before.
+fn tool_of(process: &mut Process) -> Result<i32> {
+    let pid = process.pid();
+    let end = Instant::now() + DEADLINE;
+    loop {
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+        let converts = |child: &&str| {
+            let words = fs::read(format!("/proc/{child}/cmdline")).unwrap_or_default();
+            words.starts_with(b"bulkhead-image\0convert\0")
+        };
+        if let Some(child) = children.split_whitespace().find(converts) {
+            return Ok(child.parse()?);
+        }
+        ensure!(process.alive()? && Instant::now() < end, "{}", process.stderr()?);
+        thread::sleep(LOOK);
+    }
+}
+
+/// A process that goes on when this is dropped.
+struct Stopped(Pid);
+
+impl Stopped {
+    /// Once it is under its own filter.
+    fn at_work(pid: i32) -> Result<Self> {
+        let filters = format!("Seccomp_filters:\t{FILTERS}\n");
+        let end = Instant::now() + DEADLINE;
+        while !fs::read_to_string(format!("/proc/{pid}/status"))?.contains(&filters) {
+            ensure!(Instant::now() < end, "no filter of its own");
+            thread::sleep(LOOK);
+        }
+        let stopped = Self(Pid::from_raw(pid));
+        kill(stopped.0, Signal::SIGSTOP)?;
+        Ok(stopped)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        // Fails only where it is gone already.
+        let _ = kill(self.0, Signal::SIGCONT);
+    }
 }
 
 /// 2 says that an image is corrupt, which nobody has looked at.

@@ -245,7 +245,7 @@ fn jails(mut run: Run, printed: &str, expected: Option<Identity>) -> Result<()> 
     for process in jailed {
         // Of its start and of its role; a disk process may make no more rings between the two.
         let filters = if process.role == ProcessRole::Disk { 3 } else { 2 };
-        let looked = jail(process, filters).and_then(|()| exact(process, &state, printed));
+        let looked = jail(process.pid, filters).and_then(|()| exact(process, &state, printed));
         looked.with_context(|| format!("process {} ({})", process.pid, process.name))?;
     }
     successor(&mut run, printed)
@@ -263,7 +263,7 @@ fn successor(run: &mut Run, printed: &str) -> Result<()> {
     let state = run.state(DEADLINE)?;
     let next = disk(&state)?;
     ensure!(next.pid != first.pid, "no successor of {}", first.pid);
-    let looked = jail(&next, 4).and_then(|()| exact(&next, &state, printed));
+    let looked = jail(next.pid, 4).and_then(|()| exact(&next, &state, printed));
     looked.with_context(|| format!("the successor {} of {}", next.pid, first.pid))
 }
 
@@ -331,9 +331,10 @@ fn identities(state: &RunState, jailed: &[&ProcessState]) -> Result<()> {
     Ok(())
 }
 
-fn jail(process: &ProcessState, filters: u32) -> Result<()> {
+/// What is around every jailed process, and on each of its threads.
+pub(crate) fn jail(pid: i32, filters: u32) -> Result<()> {
     let filters = format!("Seccomp_filters:\t{filters}");
-    let proc = PathBuf::from(format!("/proc/{}", process.pid));
+    let proc = PathBuf::from(format!("/proc/{pid}"));
     for task in fs::read_dir(proc.join("task"))? {
         let status = fs::read_to_string(task?.path().join("status"))?;
         for line in [
@@ -359,7 +360,7 @@ fn jail(process: &ProcessState, filters: u32) -> Result<()> {
             "the host's {name} namespace"
         );
     }
-    empty_root(process.pid)
+    empty_root(pid)
 }
 
 /// The only mount of the process is a root that holds nothing, and that nothing can be put in.
