@@ -14,6 +14,7 @@ mod jails;
 mod limits;
 mod listen;
 mod net;
+mod net_others;
 mod orders;
 mod run;
 mod service;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
     tests.extend(limits::tests());
     tests.extend(listen::tests());
     tests.extend(net::tests());
+    tests.extend(net_others::tests());
     tests.extend(orders::tests());
     tests.extend(run::tests());
     tests.extend(service::tests());

@@ -35,7 +35,7 @@ use std::{
 use tempfile::TempDir;
 use vm_spec::{events::EventKind, run_state::ProcessRole};
 
-const DEADLINE: Duration = Duration::from_secs(30);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
 /// Nothing is left this long after a VM's end.
 const GONE: Duration = Duration::from_secs(5);
 /// Frames that one guest sends and another answers.
@@ -46,7 +46,7 @@ const RECORD_HEADER: u64 = 16;
 /// Two VMs that have one name would have one address, too.
 const ASKING: &str = "mac=02:00:00:00:00:0a";
 /// The port in the guest that `net-user` listens on.
-const GUEST_PORT: u16 = 7;
+pub(crate) const GUEST_PORT: u16 = 7;
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
@@ -65,14 +65,19 @@ pub(crate) fn segment(name: &str) -> String {
     format!("{name}-{}", std::process::id())
 }
 
-/// Whether the keeper of a segment listens.
+/// Whether the keeper of a segment of ours listens.
 pub(crate) fn kept(segment: &str) -> Result<bool> {
-    let name = format!("@bulkhead/{}/{segment}", Uid::effective());
+    kept_by(Uid::effective().as_raw(), segment)
+}
+
+/// Whether that of a user's segment does.
+pub(crate) fn kept_by(user: u32, segment: &str) -> Result<bool> {
+    let name = format!("@bulkhead/{user}/{segment}");
     let sockets = fs::read_to_string("/proc/net/unix")?;
     Ok(sockets.lines().any(|line| line.ends_with(&name)))
 }
 
-fn wait_until(what: &str, mut reached: impl FnMut() -> Result<bool>) -> Result<()> {
+pub(crate) fn wait_until(what: &str, mut reached: impl FnMut() -> Result<bool>) -> Result<()> {
     let end = Instant::now() + GONE;
     while !reached()? {
         ensure!(Instant::now() < end, "{what} not after {GONE:?}");
@@ -89,7 +94,7 @@ fn started(cmdline: &str, net: &str, line: &str) -> Result<Run> {
     Ok(run)
 }
 
-fn expect_ok(run: &mut Run) -> Result<()> {
+pub(crate) fn expect_ok(run: &mut Run) -> Result<()> {
     run.wait(DEADLINE)?;
     let said = || run.process.stderr().unwrap_or_default();
     run.console.expect_ok().with_context(said)
@@ -257,7 +262,7 @@ fn user() -> Result<()> {
     }
 }
 
-fn nobodys_folder() -> Result<TempDir> {
+pub(crate) fn nobodys_folder() -> Result<TempDir> {
     let folder = tempfile::tempdir()?;
     chown(folder.path(), Some(NOBODY), Some(NOBODY))?;
     Ok(folder)
@@ -371,19 +376,26 @@ fn without_passt() -> Result<()> {
     Ok(())
 }
 
+/// Holds a network namespace with a bridge.
+pub(crate) fn with_bridge(name: &str) -> Result<Process> {
+    let mut host = Command::new("unshare");
+    let make =
+        format!("ip link add {name} type bridge && ip link set {name} up && echo up && exec sleep 1000");
+    host.args(["-n", "sh", "-c", &make]).stdout(Stdio::piped());
+    let mut host = Process::start(host)?;
+    let mut console = integration_tests::tiny::Console::new(host.child().stdout.take().context("stdout")?);
+    console.wait_line("up", DEADLINE)?;
+    Ok(host)
+}
+
 /// A TAP joins the bridge, and leaves it with the VM, however that ends.
 fn bridge() -> Result<()> {
     Host::need_tun()?;
     if !Uid::effective().is_root() {
         bail!(Skip("a bridge of the host needs root".to_owned()));
     }
-    let mut host = Command::new("unshare");
-    let make = "ip link add wire type bridge && ip link set wire up && echo up && exec sleep 1000";
-    host.args(["-n", "sh", "-c", make]).stdout(Stdio::piped());
-    let mut host = Process::start(host)?;
-    let mut console = integration_tests::tiny::Console::new(host.child().stdout.take().context("stdout")?);
-    console.wait_line("up", DEADLINE)?;
-    let pid = host.child().id();
+    let host = with_bridge("wire")?;
+    let pid = host.pid();
     let inside = |program: &Path| {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net=/proc/{pid}/ns/net")).arg(program);
