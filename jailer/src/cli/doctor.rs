@@ -4,7 +4,7 @@ mod net;
 
 use crate::launch::spawn::{installed, unopened};
 use crate::launch::{self, identity};
-use crate::sandbox::cgroup::Place;
+use crate::sandbox::cgroup::{CgroupError, Place};
 use crate::sandbox::landlock_level;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::wait::{WaitStatus, waitpid};
@@ -55,28 +55,34 @@ impl Finding {
 /// Examines the host; the text, and the exit code (1 when something needed is missing).
 pub(super) fn examine(json: bool) -> (String, u8) {
     let findings = [
-        kvm(),
-        kvm_kind(),
+        kvm(open_device("/dev/kvm")),
+        kvm_kind(
+            ["kvm_intel", "kvm_amd", "kvm_pvm"]
+                .into_iter()
+                .find(|module| Path::new("/sys/module").join(module).exists()),
+        ),
         programs(),
         open_files(),
-        user_namespaces(),
-        identity(),
-        landlock(),
-        cgroups(),
+        user_namespaces(
+            matches!(namespaces_in_child(), Ok(true)),
+            setting("/proc/sys/kernel/apparmor_restrict_unprivileged_userns"),
+        ),
+        identity(identity::describe(&installed())),
+        landlock(landlock_level()),
+        cgroups(
+            Place::find("doctor").map(|place| place.missing()),
+            Uid::effective().is_root(),
+        ),
         cpu(),
-        siblings(),
-        tun(),
+        siblings(setting("/sys/devices/system/cpu/smt/active")),
+        tun(open_device("/dev/net/tun")),
         net::private_bridge(),
         net::passt(),
         net::host_bridge(),
         run_time_folder(),
-        rings(
-            fs::read_to_string("/proc/sys/kernel/io_uring_disabled")
-                .ok()
-                .as_deref(),
-        ),
-        huge_pages(),
-        transparent_huge_pages(),
+        rings(setting("/proc/sys/kernel/io_uring_disabled")),
+        huge_pages(setting("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")),
+        transparent_huge_pages(setting("/sys/kernel/mm/transparent_hugepage/shmem_enabled")),
     ];
     let missing = findings.iter().any(|f| f.level == Level::Missing);
     let text = if json {
@@ -122,8 +128,14 @@ fn open_device(path: &str) -> io::Result<()> {
     OpenOptions::new().read(true).write(true).open(path).map(drop)
 }
 
-fn kvm() -> Finding {
-    match open_device("/dev/kvm") {
+/// What a file of the kernel's says; `None`: this kernel has none.
+fn setting(path: &str) -> Option<String> {
+    let text = fs::read_to_string(path).ok()?;
+    Some(text.trim().to_owned())
+}
+
+fn kvm(opened: io::Result<()>) -> Finding {
+    match opened {
         Ok(()) => Finding::good("kvm", "/dev/kvm can be opened"),
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Finding::bad(
             "kvm",
@@ -140,11 +152,8 @@ fn kvm() -> Finding {
     }
 }
 
-fn kvm_kind() -> Finding {
+fn kvm_kind(module: Option<&str>) -> Finding {
     let name = "kvm kind";
-    let module = ["kvm_intel", "kvm_amd", "kvm_pvm"]
-        .into_iter()
-        .find(|module| Path::new("/sys/module").join(module).exists());
     match module {
         Some("kvm_pvm") => Finding::bad(
             name,
@@ -178,32 +187,26 @@ fn open_files() -> Finding {
     }
 }
 
-/// Tries it in a process of its own: the launcher itself stays outside.
-fn user_namespaces() -> Finding {
+/// From whether they could be made, and AppArmor's sysctl.
+fn user_namespaces(made: bool, apparmor: Option<String>) -> Finding {
     let name = "user namespaces";
-    match namespaces_in_child() {
-        Ok(true) => Finding::good(name, "can be made"),
-        Ok(false) | Err(_) => Finding::bad(
-            name,
-            Level::Missing,
-            if restricted_by_apparmor() {
-                "AppArmor restricts them"
-            } else {
-                "cannot be made by this user (a chroot forbids them, too)"
-            },
-            if restricted_by_apparmor() {
-                "sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0"
-            } else {
-                "sudo sysctl user.max_user_namespaces=15000 kernel.unprivileged_userns_clone=1"
-            },
+    let (what, mend) = match apparmor.as_deref() {
+        _ if made => return Finding::good(name, "can be made"),
+        Some("1") => (
+            "AppArmor restricts them",
+            "sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0",
         ),
-    }
+        _ => (
+            "cannot be made by this user (a chroot forbids them, too)",
+            "sudo sysctl user.max_user_namespaces=15000 kernel.unprivileged_userns_clone=1",
+        ),
+    };
+    Finding::bad(name, Level::Missing, what, mend)
 }
 
 /// Whom a VM's processes would be.
-fn identity() -> Finding {
+fn identity(words: String) -> Finding {
     let name = "identity";
-    let words = identity::describe(&installed());
     match words.starts_with("each process") {
         true => Finding::good(name, words),
         false => Finding::bad(
@@ -216,11 +219,7 @@ fn identity() -> Finding {
     }
 }
 
-fn restricted_by_apparmor() -> bool {
-    fs::read_to_string("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
-        .is_ok_and(|text| text.trim() == "1")
-}
-
+/// Tries all in a process of its own: the launcher itself stays outside.
 #[expect(unsafe_code, reason = "a fork to try namespaces in")]
 fn namespaces_in_child() -> nix::Result<bool> {
     // SAFETY: this process has one thread; the child makes two calls and leaves.
@@ -243,9 +242,9 @@ fn namespaces_in_child() -> nix::Result<bool> {
     }
 }
 
-fn landlock() -> Finding {
+fn landlock(level: Option<u32>) -> Finding {
     let name = "landlock";
-    let lack = match landlock_level() {
+    let lack = match level {
         Some(level @ 6..) => return Finding::good(name, format!("level {level}")),
         Some(level) => format!("level {level}: signals and abstract sockets are denied from 6 on"),
         None => "none".to_owned(),
@@ -258,15 +257,15 @@ fn landlock() -> Finding {
     )
 }
 
-/// Whether a spec's limits could be kept; looks, and makes nothing.
-fn cgroups() -> Finding {
+/// Whether a spec's limits could be kept, by the controllers that are missing.
+fn cgroups(missing: Result<Vec<&'static str>, CgroupError>, root: bool) -> Finding {
     let name = "cgroup v2";
-    let lack = match Place::find("doctor").map(|place| place.missing()) {
+    let lack = match missing {
         Ok(missing) if missing.is_empty() => return Finding::good(name, "limits can be set"),
         Ok(missing) => format!("no limits on {}", missing.join(", ")),
         Err(error) => error.to_string(),
     };
-    let mend = if Uid::effective().is_root() {
+    let mend = if root {
         "boot with systemd.unified_cgroup_hierarchy=1, or cgroup_no_v1=all"
     } else {
         "systemd-run --user --scope -p Delegate=yes bulkhead run ..."
@@ -310,11 +309,10 @@ fn cpu() -> Finding {
 }
 
 /// Siblings of one core share more than memory.
-fn siblings() -> Finding {
+fn siblings(smt: Option<String>) -> Finding {
     let name = "core siblings";
-    let smt = fs::read_to_string("/sys/devices/system/cpu/smt/active").unwrap_or_default();
-    match smt.trim() {
-        "1" => Finding::bad(
+    match smt.as_deref() {
+        Some("1") => Finding::bad(
             name,
             Level::Note,
             "cores have siblings, which other guests may run on",
@@ -324,8 +322,8 @@ fn siblings() -> Finding {
     }
 }
 
-fn tun() -> Finding {
-    match open_device("/dev/net/tun") {
+fn tun(opened: io::Result<()>) -> Finding {
+    match opened {
         Ok(()) => Finding::good("tun", "/dev/net/tun can be opened"),
         Err(e) => Finding::bad(
             "tun",
@@ -353,9 +351,9 @@ fn run_time_folder() -> Finding {
 }
 
 /// Whether disk processes may have an io_uring, from the sysctl; kernels before 6.6 lack it, and have rings.
-fn rings(setting: Option<&str>) -> Finding {
+fn rings(setting: Option<String>) -> Finding {
     let name = "io_uring";
-    match setting.map_or("0", str::trim) {
+    match setting.as_deref().unwrap_or("0") {
         "0" => Finding::good(
             name,
             "allowed: disks read many blocks at once of what is not in memory",
@@ -369,10 +367,9 @@ fn rings(setting: Option<&str>) -> Finding {
     }
 }
 
-fn huge_pages() -> Finding {
-    let count = fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages");
-    match count.map(|text| text.trim().to_owned()) {
-        Ok(count) if count != "0" => Finding::good("huge pages", format!("{count} of 2M")),
+fn huge_pages(count: Option<String>) -> Finding {
+    match count {
+        Some(count) if count != "0" => Finding::good("huge pages", format!("{count} of 2M")),
         _ => Finding::bad(
             "huge pages",
             Level::Note,
@@ -383,10 +380,9 @@ fn huge_pages() -> Finding {
 }
 
 /// Whether guest RAM, which is shared memory, may get huge pages as it is touched.
-fn transparent_huge_pages() -> Finding {
-    const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+fn transparent_huge_pages(setting: Option<String>) -> Finding {
     let name = "transparent huge pages";
-    let setting = fs::read_to_string(SETTING).unwrap_or_default();
+    let setting = setting.unwrap_or_default();
     // The one in brackets is in force.
     let in_force = setting.split(['[', ']']).nth(1).unwrap_or("not offered");
     match in_force {
@@ -406,15 +402,113 @@ fn transparent_huge_pages() -> Finding {
 mod tests {
     use super::*;
 
+    /// A host's state, how bad it is, and what the finding and its remedy must name.
     #[test]
-    fn rings_that_the_host_forbids_are_a_note() {
-        let level = |setting| rings(setting).level;
-        assert!(matches!(level(None), Level::Good), "an older kernel");
-        assert!(matches!(level(Some("0\n")), Level::Good));
-        for setting in ["1\n", "2\n"] {
-            let finding = rings(Some(setting));
-            assert!(matches!(finding.level, Level::Note), "{setting}");
-            assert!(finding.what.contains(setting.trim()));
+    fn each_lack_has_its_remedy() {
+        let text = |text: &str| Some(text.to_owned());
+        let denied = || Err(io::ErrorKind::PermissionDenied.into());
+        let absent = || Err(io::ErrorKind::NotFound.into());
+        let cases = [
+            (kvm(denied()), Level::Missing, "not permitted", "usermod -aG kvm"),
+            (kvm(absent()), Level::Missing, "/dev/kvm", "modprobe kvm_intel"),
+            (
+                kvm_kind(Some("kvm_pvm")),
+                Level::Note,
+                "software KVM",
+                "cargo demo",
+            ),
+            (
+                user_namespaces(false, text("1")),
+                Level::Missing,
+                "AppArmor",
+                "apparmor_restrict_unprivileged_userns=0",
+            ),
+            (
+                user_namespaces(false, text("0")),
+                Level::Missing,
+                "by this user",
+                "max_user_namespaces=15000",
+            ),
+            (
+                user_namespaces(false, None),
+                Level::Missing,
+                "by this user",
+                "unprivileged_userns_clone=1",
+            ),
+            (
+                identity("every process is you".to_owned()),
+                Level::Note,
+                "every process is you",
+                "apt-get install uidmap",
+            ),
+            (landlock(Some(5)), Level::Note, "level 5", ""),
+            (landlock(None), Level::Note, "none; the empty root", ""),
+            (
+                cgroups(Ok(vec!["io", "cpu"]), true),
+                Level::Note,
+                "no limits on io, cpu",
+                "unified_cgroup_hierarchy=1",
+            ),
+            (
+                cgroups(Err(CgroupError::None), false),
+                Level::Note,
+                "not mounted",
+                "Delegate=yes",
+            ),
+            (siblings(text("1")), Level::Note, "siblings", "core-scheduling"),
+            (tun(absent()), Level::Note, "no NIC but user", "modprobe tun"),
+            (rings(text("1")), Level::Note, "is 1", "io_uring_disabled=0"),
+            (rings(text("2")), Level::Note, "is 2", "io_uring_disabled=0"),
+            (
+                huge_pages(text("0")),
+                Level::Note,
+                "none reserved",
+                "vm.nr_hugepages",
+            ),
+            (huge_pages(None), Level::Note, "none reserved", "vm.nr_hugepages"),
+            (
+                transparent_huge_pages(text("always advise [never] deny")),
+                Level::Note,
+                "never",
+                "echo advise",
+            ),
+            (
+                transparent_huge_pages(None),
+                Level::Note,
+                "not offered",
+                "echo advise",
+            ),
+        ];
+        for (finding, level, what, mend) in cases {
+            let Finding { name, .. } = finding;
+            assert_eq!(finding.level, level, "{name}");
+            assert!(finding.what.contains(what), "{name}: {}", finding.what);
+            assert!(finding.mend.contains(mend), "{name}: {}", finding.mend);
+            assert_eq!(finding.mend.is_empty(), mend.is_empty(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_host_that_has_it_all_needs_no_remedy() {
+        let text = |text: &str| Some(text.to_owned());
+        for finding in [
+            kvm(Ok(())),
+            kvm_kind(Some("kvm_amd")),
+            user_namespaces(true, text("1")),
+            identity("each process has a user of its own".to_owned()),
+            landlock(Some(6)),
+            cgroups(Ok(Vec::new()), true),
+            siblings(text("0")),
+            siblings(None),
+            tun(Ok(())),
+            rings(text("0")),
+            // Kernels before 6.6.
+            rings(None),
+            huge_pages(text("8")),
+            transparent_huge_pages(text("always [advise] never deny")),
+        ] {
+            assert_eq!(finding.level, Level::Good, "{}: {}", finding.name, finding.what);
+            assert!(finding.mend.is_empty(), "{}", finding.name);
         }
     }
 }
