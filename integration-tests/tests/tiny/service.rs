@@ -1,10 +1,10 @@
 //! `bulkhead run` as a service of systemd's: what it tells its manager.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
-    suite::{artifact, test},
+    suite::{Skip, artifact, test},
     tiny::Run,
 };
 use libtest_mimic::Trial;
@@ -31,6 +31,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("service::a_guest_that_is_asked_to", asked),
         test("service::a_guest_that_never_ran", never_ran),
         test("service::a_manager_that_is_gone", gone),
+        test("service::units_are_sound", units),
     ]
 }
 
@@ -50,6 +51,44 @@ fn run(manager: impl Into<OsString>, kernel: &Path, cmdline: &str) -> Result<Run
         "--power-off-grace=1".to_owned(),
     ];
     Run::by(command, tempfile::tempdir()?, &flags)
+}
+
+/// systemd has nothing to say against the units in docs/systemd, with the programs where they look for them.
+fn units() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let bin = home.path().join(".local/bin");
+    fs::create_dir_all(&bin)?;
+    for program in [Artifact::Bulkhead, Artifact::VhostUserBlk] {
+        fs::copy(artifact(program)?, bin.join(program.name()))?;
+    }
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/systemd");
+    let mut verify = Command::new("systemd-analyze");
+    verify
+        .args(["--user", "--man=no", "verify"])
+        .env("HOME", home.path())
+        .env("XDG_RUNTIME_DIR", home.path());
+    for unit in fs::read_dir(folder)? {
+        verify.arg(unit?.path());
+    }
+    let output = match verify.output() {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            bail!(Skip("systemd-analyze is not installed".to_owned()))
+        }
+        output => output?,
+    };
+    let words = String::from_utf8_lossy(&output.stderr);
+    // Of keys that it does not know it has words, and no failure.
+    let of_ours = |line: &str| {
+        ["bulkhead", "vhost-user-blk"]
+            .iter()
+            .any(|name| line.contains(name))
+    };
+    ensure!(
+        output.status.success() && !words.lines().any(of_ours),
+        "{}: {words}",
+        output.status
+    );
+    Ok(())
 }
 
 /// The manager hears it next: `what` is a line of it.
