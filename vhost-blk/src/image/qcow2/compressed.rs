@@ -2,6 +2,8 @@
 
 use std::io::Read;
 
+use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
+
 use super::geometry::Geometry;
 use super::header::Compression;
 use crate::image::ImageError;
@@ -47,17 +49,25 @@ fn inflate_deflate(packed: &[u8], plain: &mut [u8]) -> Result<usize, ImageError>
     Ok(usize::try_from(state.total_out()).unwrap_or(usize::MAX))
 }
 
-fn inflate_zstd(packed: &[u8], plain: &mut [u8]) -> Result<usize, ImageError> {
+fn inflate_zstd(mut packed: &[u8], plain: &mut [u8]) -> Result<usize, ImageError> {
     let broken =
         |reason: String| ImageError::corrupt("compressed cluster", format!("cannot be inflated: {reason}"));
-    let mut decoder = ruzstd::decoding::StreamingDecoder::new_with_max_window_size(packed, MAX_WINDOW)
-        .map_err(|error| broken(error.to_string()))?;
+    let mut decoder = FrameDecoder::new();
+    decoder.set_max_window_size(MAX_WINDOW);
     let mut len = 0;
-    while len < plain.len() {
-        match decoder.read(&mut plain[len..]) {
-            Ok(0) => break,
-            Ok(more) => len += more,
+    // What follows the frames, up to the sector's end, is none.
+    while len + 1 < plain.len() && !packed.is_empty() {
+        let mut frame = match StreamingDecoder::new_with_decoder(&mut packed, &mut decoder) {
+            Ok(frame) => frame,
+            Err(_) if len > 0 => break,
             Err(error) => return Err(broken(error.to_string())),
+        };
+        while len < plain.len() {
+            match frame.read(&mut plain[len..]) {
+                Ok(0) => break,
+                Ok(more) => len += more,
+                Err(error) => return Err(broken(error.to_string())),
+            }
         }
     }
     Ok(len)
@@ -89,6 +99,29 @@ mod tests {
         let mut block = header.to_le_bytes()[..3].to_vec();
         block.extend(content);
         block
+    }
+
+    #[test]
+    fn a_cluster_may_be_several_frames() {
+        let level = ruzstd::encoding::CompressionLevel::Fastest;
+        let half = |byte| vec![byte; GEOMETRY.cluster_bytes() / 2];
+        let pack = |bytes: &[u8]| ruzstd::encoding::compress_to_vec(bytes, level);
+        let one = pack(&half(1));
+        for padding in [0, 200] {
+            let both = [one.clone(), pack(&half(2)), vec![0; padding]].concat();
+            let plain = inflate(&both, Compression::Zstd, &GEOMETRY).expect("inflates");
+            assert!(plain == [half(1), half(2)].concat());
+            for (packed, reason) in [
+                ([one.clone(), vec![0; padding]].concat(), "less than a cluster"),
+                (
+                    [&one[..], &pack(&[half(1), half(2)].concat())].concat(),
+                    "more than a cluster",
+                ),
+            ] {
+                let refusal = inflate(&packed, Compression::Zstd, &GEOMETRY).expect_err("is refused");
+                assert!(refusal.to_string().contains(reason), "{refusal}");
+            }
+        }
     }
 
     /// 4 bytes make 128 KiB, and nothing comes out before the window is full.
