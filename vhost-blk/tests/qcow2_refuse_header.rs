@@ -123,7 +123,10 @@ fn limits() {
         (vec![0; 23], "bitmaps extension", "23 bytes long"),
     ] {
         let victim = Victim::new("");
-        victim.extension(0x2385_2875, &data).never(field, reason);
+        victim
+            .extension(0x2385_2875, &data)
+            .u64(88, 1)
+            .never(field, reason);
     }
 }
 

@@ -9,7 +9,8 @@ use support::{
     Random, Request, Scratch, check_clean, contents, create, open, patch, qemu_contents, qemu_img,
     qemu_img_output, read, text, write,
 };
-use vhost_blk::image::Format;
+use vhost_blk::image::qcow2::{self, Repair};
+use vhost_blk::image::{Format, HostFile};
 
 fn word(bytes: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
@@ -43,6 +44,35 @@ fn bitmaps_are_marked_in_use_before_the_first_write() {
     };
     assert!(flags("follows").contains("in-use"), "{info}");
     assert!(!flags("rests").contains("in-use"), "{info}");
+    check_clean(&path);
+}
+
+/// A writer that knows no bitmaps clears their autoclear bit and leaves the extension: what it says is old.
+fn bitmaps_left_behind_are_none() {
+    let scratch = Scratch::new();
+    let path = scratch.path("top");
+    create(&path, "", "2M");
+    write(&*open(&[(&path, Format::Qcow2)]), 0, &[1; 512]).expect("writes");
+    qemu_img(&["bitmap", "--add", text(&path), "old"]);
+    let before = contents(&path);
+    let extension = [0x23, 0x85, 0x28, 0x75, 0, 0, 0, 24];
+    let directory = before.windows(8).position(|bytes| bytes == extension);
+    let directory = directory.expect("has the extension") as u64 + 24;
+    let l2 = word(&before, word(&before, 40) as usize) & !(1 << 63);
+    let data = word(&before, l2 as usize) & !(1 << 63);
+    patch(&path, 88, &[0; 8]);
+    for place in [data, 1 << 40, 1 << 60, 77] {
+        patch(&path, directory, &place.to_be_bytes());
+        let image = open(&[(&path, Format::Qcow2)]);
+        write(&*image, 0, &[2; 512]).expect("writes");
+        assert!(!image.read_only());
+        drop(image);
+        // What they had is nobody's.
+        support::check_leaks_at_most(&path).unwrap_or_else(|found| panic!("{place:#x}: {found}"));
+    }
+    let file = HostFile::new(support::fd(&path, true)).expect("is a file");
+    let found = qcow2::check(&file, Repair::Refcounts).expect("repairs");
+    assert!(found.leaks_fixed > 0, "{found:?}");
     check_clean(&path);
 }
 
@@ -298,6 +328,7 @@ fn resolving_leads_to_the_data() {
 suite! {
     with_qemu_img: [
         bitmaps_are_marked_in_use_before_the_first_write,
+        bitmaps_left_behind_are_none,
         unknown_parts_of_the_header_stay,
         the_refcount_table_grows,
         rewriting_takes_no_space,

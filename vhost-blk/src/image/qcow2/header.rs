@@ -121,9 +121,14 @@ impl Header {
             backing_offset
         };
         let incompatible = if version == 3 { fields.u64(72) } else { 0 };
-        let extensions = extensions::parse(&first, header_length, extensions_end)
+        let mut extensions = extensions::parse(&first, header_length, extensions_end)
             .map_err(|error| unknown_features(incompatible, None).err().unwrap_or(error))?;
         unknown_features(incompatible, Some(&extensions))?;
+        let autoclear = if version == 3 { fields.u64(88) } else { 0 };
+        if autoclear & BITMAPS == 0 {
+            // Who wrote without knowing them may have put anything in their place.
+            extensions.bitmaps = None;
+        }
         let header = Self {
             geometry: Geometry {
                 encrypted,
@@ -139,7 +144,7 @@ impl Header {
             snapshots_offset: fields.u64(64),
             incompatible,
             compatible: if version == 3 { fields.u64(80) } else { 0 },
-            autoclear: if version == 3 { fields.u64(88) } else { 0 },
+            autoclear,
             compression: compression(&fields, incompatible, header_length)?,
             extensions,
         };
