@@ -199,18 +199,22 @@ fn refuse_ignored(format: Format, what: &str, chosen: bool) -> Result<(), ToolEr
 /// Writes an empty disk to an empty file.
 fn make(file: &dyn BlockFile, format: Format, options: &qcow2::CreateOptions) -> Result<(), ToolError> {
     let failed = |error| ToolError::Io("make the image", error);
-    let size = options.size;
-    if size == 0 || !size.is_multiple_of(SECTOR) {
-        return Err(ToolError::Refused(format!(
-            "a disk of {size} bytes: a size is a positive multiple of {SECTOR}"
-        )));
-    }
+    check_size(options.size)?;
     match format {
         Format::Raw => file.grow_to(options.size).map_err(failed)?,
         Format::Qcow2 => qcow2::create(file, options)?,
         other => return Err(ToolError::Refused(format!("{other} images can only be read"))),
     }
     file.sync().map_err(failed)
+}
+
+fn check_size(size: u64) -> Result<(), ToolError> {
+    if size == 0 || !size.is_multiple_of(SECTOR) {
+        return Err(ToolError::Refused(format!(
+            "a disk of {size} bytes: a size is a positive multiple of {SECTOR}"
+        )));
+    }
+    Ok(())
 }
 
 fn change_snapshots(file: &HostFile, snapshot: &Snapshot) -> Result<(), ToolError> {
@@ -231,6 +235,7 @@ fn resize(files: Files, size: u64, shrink: bool) -> Result<(), ToolError> {
     if !matches!(format, Format::Raw | Format::Qcow2) {
         return Err(ToolError::Refused(format!("{format} images can only be read")));
     }
+    check_size(size)?;
     let plain = HostFile::new(files.image.try_clone().map_err(failed)?).map_err(failed)?;
     let image = files.open()?;
     let old = image.capacity();
@@ -249,7 +254,7 @@ fn resize(files: Files, size: u64, shrink: bool) -> Result<(), ToolError> {
     }
     if format == Format::Raw {
         drop(image);
-        return plain.cut_to(size).and_then(|()| plain.sync()).map_err(failed);
+        return cut(&plain, size);
     }
     qcow2::check_shrinkable(&plain, size)?;
     // What comes back when the disk grows again reads as zeros.
@@ -257,6 +262,17 @@ fn resize(files: Files, size: u64, shrink: bool) -> Result<(), ToolError> {
     image.close().map_err(failed)?;
     drop(image);
     Ok(qcow2::shrink(&plain, size)?)
+}
+
+/// Makes a raw image shorter.
+fn cut(file: &dyn BlockFile, size: u64) -> Result<(), ToolError> {
+    if file.has_fixed_size() {
+        return Err(ToolError::Refused(
+            "a block device cannot be made smaller here: use what made it".into(),
+        ));
+    }
+    let done = file.cut_to(size).and_then(|()| file.sync());
+    done.map_err(|error| ToolError::Io("resize the image", error))
 }
 
 fn chain(error: &dyn Error) -> String {
@@ -312,6 +328,73 @@ mod tests {
                 assert_eq!(made.is_ok(), sound, "{format} of {size} bytes: {made:?}");
             }
         }
+    }
+
+    #[test]
+    fn a_disk_stays_of_whole_sectors() {
+        for format in [Format::Raw, Format::Qcow2] {
+            let image = tempfile::tempfile().unwrap();
+            let options = Create {
+                size: Some(8192),
+                ..Create::default()
+            };
+            create(files(&image, format, None), options).unwrap();
+            let before = length(&image);
+            for size in [0, 1000, 4095] {
+                let error = resize(files(&image, format, None), size, true).unwrap_err();
+                assert!(error.to_string().contains("multiple of 512"), "{format}: {error}");
+                assert_eq!(length(&image), before, "{format} to {size}");
+            }
+            resize(files(&image, format, None), 512, true).unwrap();
+            assert_eq!(files(&image, format, None).open().unwrap().capacity(), 512);
+        }
+    }
+
+    /// Nothing but that it is one.
+    struct Device;
+
+    impl BlockFile for Device {
+        fn size(&self) -> io::Result<u64> {
+            Ok(8192)
+        }
+
+        fn read_at(&self, _: &mut [u8], _: u64) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn write_at(&self, _: &[u8], _: u64) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn zero_range(&self, _: u64, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn grow_to(&self, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn cut_to(&self, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn sync(&self) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn has_fixed_size(&self) -> bool {
+            true
+        }
+
+        fn identity(&self) -> io::Result<(u64, u64)> {
+            Ok((0, 0))
+        }
+    }
+
+    #[test]
+    fn a_device_is_not_cut() {
+        let error = cut(&Device, 512).unwrap_err();
+        assert!(error.to_string().contains("block device"), "{error}");
     }
 
     #[test]
