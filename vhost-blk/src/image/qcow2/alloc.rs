@@ -139,9 +139,6 @@ impl Qcow2 {
             for index in missing {
                 self.add_block_elsewhere(meta, index)?;
             }
-            self.file
-                .sync()
-                .map_err(ImageError::io("flush the refcount table"))?;
         }
         Err(no_space())
     }
@@ -186,8 +183,9 @@ impl Qcow2 {
         let cluster = self.take_one(meta)?;
         let block = self.geometry.offset_of(cluster);
         meta.kinds.insert(cluster, Kind::Refblock);
+        // Nobody else makes it durable, and refcounts in the block are relied on from here on.
         self.file
-            .write_at(&block.to_be_bytes(), meta.refcounts.table_offset + index * 8)
+            .write_durably(&block.to_be_bytes(), meta.refcounts.table_offset + index * 8)
             .map_err(ImageError::io("write the refcount table"))?;
         meta.refcounts.table[index as usize] = block;
         Ok(())
