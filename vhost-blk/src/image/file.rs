@@ -78,6 +78,12 @@ pub trait BlockFile: Send + Sync {
     /// already, and shows what it holds.
     fn grow_to(&self, len: u64) -> io::Result<()>;
 
+    /// Makes the file reach to the end of this range and has space for it, so that writing there lacks none. What
+    /// the file held stays.
+    fn secure_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.grow_to(offset + len)
+    }
+
     /// Cuts the file to `len` bytes if it is longer and can be cut.
     fn cut_to(&self, len: u64) -> io::Result<()>;
 
@@ -161,7 +167,7 @@ impl HostFile {
             // A hole behind the end changes nothing.
             let end = host.size()?.next_multiple_of(HOLE);
             host.makes_holes = host
-                .allocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, end, HOLE)
+                .allocate_inside(FallocateFlags::FALLOC_FL_PUNCH_HOLE, end, HOLE)
                 .unwrap_or(false);
         }
         Ok(host)
@@ -190,6 +196,11 @@ impl HostFile {
         Self { way, ..self }
     }
 
+    /// [`Self::allocate`] that leaves the size as it is.
+    fn allocate_inside(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<bool> {
+        self.allocate(mode | FallocateFlags::FALLOC_FL_KEEP_SIZE, offset, len)
+    }
+
     /// Runs `fallocate`; says whether this file system can, or this block device with such a range.
     fn allocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<bool> {
         if len == 0 {
@@ -198,7 +209,6 @@ impl HostFile {
         let (Ok(start), Ok(count)) = (i64::try_from(offset), i64::try_from(len)) else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
-        let mode = mode | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         loop {
             return match nix::fcntl::fallocate(&self.file, mode, start, count) {
                 Ok(()) => Ok(true),
@@ -318,19 +328,19 @@ impl BlockFile for HostFile {
     }
 
     fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
-        if self.allocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, offset, len)? {
+        if self.allocate_inside(FallocateFlags::FALLOC_FL_PUNCH_HOLE, offset, len)? {
             return Ok(());
         }
         self.write_zeros(offset, len)
     }
 
     fn discard_range(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.allocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, offset, len)
+        self.allocate_inside(FallocateFlags::FALLOC_FL_PUNCH_HOLE, offset, len)
             .map(|_| ())
     }
 
     fn zero_in_place(&self, offset: u64, len: u64) -> io::Result<()> {
-        if self.allocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len)? {
+        if self.allocate_inside(FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len)? {
             return Ok(());
         }
         self.write_zeros(offset, len)
@@ -344,6 +354,16 @@ impl BlockFile for HostFile {
             (true, Some(_)) => Err(super::no_space()),
             (true, None) => self.file.set_len(len),
         }
+    }
+
+    fn secure_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        let size = self.size()?;
+        if self.fixed_size.is_none() && !self.allocate(FallocateFlags::empty(), offset, len)? {
+            // What is inside may be in use: only zeros behind the end change nothing.
+            let start = offset.max(size);
+            return self.write_zeros(start, (offset + len).saturating_sub(start));
+        }
+        self.grow_to(offset + len)
     }
 
     fn cut_to(&self, len: u64) -> io::Result<()> {

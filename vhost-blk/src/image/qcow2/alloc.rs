@@ -420,7 +420,7 @@ impl Qcow2 {
         for index in 0..blocks {
             table[(needed + index) as usize] = block_at(index);
             let counted = total.saturating_sub(index * per_block).min(per_block);
-            let block = super::repair::block_of_ones(geometry, counted);
+            let block = super::structure::block_of_ones(geometry, counted);
             self.file
                 .write_at(&block, block_at(index))
                 .map_err(ImageError::io("write a refcount block"))?;

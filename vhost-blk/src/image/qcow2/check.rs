@@ -6,7 +6,7 @@ use super::draft::Draft;
 use super::geometry::Geometry;
 use super::header::{CORRUPT, DIRTY, Header, INCOMPATIBLE_OFFSET};
 use super::refcount::Refcounts;
-use super::repair::{self, Counts, Wrong};
+use super::repair::{self, Recount, Wrong};
 use super::tables;
 use crate::image::{BlockFile, ImageError};
 
@@ -41,9 +41,11 @@ pub fn check(file: &dyn BlockFile, repair: Repair) -> Result<CheckResult, ImageE
         return Ok(result);
     }
     if result.leaks + result.corruptions > 0 || header.is_dirty() {
-        check_countable(file)?;
+        check_has_dirty_bit(&header)?;
+        let recount = count_anew(file)?;
+        let recount = recount.secure(file)?;
         mark_dirty(file, &header)?;
-        count_anew(file)?;
+        recount.carry_out(file)?;
         let (header, size) = super::open::read_header(file)?;
         let after = compare(file, &header, size)?;
         result = CheckResult {
@@ -71,7 +73,8 @@ fn clear_corrupt(file: &dyn BlockFile) -> Result<(), ImageError> {
 /// counts anew, under the dirty bit from first to last.
 ///
 /// # Errors
-/// Where the references could not be counted after it: they are, in a draft, before anything is written.
+/// Where the references could not be counted after it, or there is no space for any of it: both are found out
+/// before anything is written.
 pub(super) fn change(
     file: &dyn BlockFile,
     header: &Header,
@@ -80,17 +83,11 @@ pub(super) fn change(
     check_has_dirty_bit(header)?;
     let draft = Draft::over(file)?;
     plan(&draft)?;
-    check_countable(&draft)?;
+    let recount = count_anew(&draft)?;
+    let recount = recount.secure(file)?;
     mark_dirty(file, header)?;
     plan(file)?;
-    count_anew(file)
-}
-
-/// Whether [`count_anew`] can do it; reads only.
-fn check_countable(file: &dyn BlockFile) -> Result<(), ImageError> {
-    let (header, size) = super::open::read_header(file)?;
-    let tables = tables::snapshots(&header, file, size)?;
-    repair::new_counts(file, &header, &tables, size).map(drop)
+    recount.carry_out(file)
 }
 
 fn check_has_dirty_bit(header: &Header) -> Result<(), ImageError> {
@@ -106,7 +103,6 @@ fn check_has_dirty_bit(header: &Header) -> Result<(), ImageError> {
 /// Sets the dirty bit, durably: from here on the refcounts may lie, and whoever opens the image for writing
 /// counts anew.
 fn mark_dirty(file: &dyn BlockFile, header: &Header) -> Result<(), ImageError> {
-    check_has_dirty_bit(header)?;
     file.write_at(&(header.incompatible | DIRTY).to_be_bytes(), INCOMPATIBLE_OFFSET)
         .and_then(|()| file.sync())
         .map_err(ImageError::io("set the dirty bit"))
@@ -127,26 +123,21 @@ pub(super) fn append(
     Ok(end)
 }
 
-/// Counts anew and clears the dirty bit.
-fn count_anew(file: &dyn BlockFile) -> Result<(), ImageError> {
+fn count_anew(file: &dyn BlockFile) -> Result<Recount, ImageError> {
     let (header, size) = super::open::read_header(file)?;
     let tables = tables::snapshots(&header, file, size)?;
-    repair::rebuild(file, &header, &tables, size)
+    Recount::of(file, header, &tables, size)
 }
 
 fn compare(file: &dyn BlockFile, header: &Header, size: u64) -> Result<CheckResult, ImageError> {
     let geometry = &header.geometry;
     let file_end = size.next_multiple_of(geometry.cluster_size());
     let tables = tables::snapshots(header, file, size)?;
-    let mut refcounts = Refcounts::load(
-        file,
-        geometry,
-        header.reftable_offset,
-        header.reftable_clusters,
-        file_end,
-    )?;
+    let mut refcounts = Refcounts::load(file, header, file_end)?;
     let mut counts = repair::count(file, header, &tables, file_end)?;
-    add_refcount_structure(&mut counts, geometry, header, &refcounts)?;
+    for cluster in refcounts.structure(geometry) {
+        counts.add(cluster..cluster + 1, 1)?;
+    }
     let walked = repair::visit_copied(file, header, &counts, file_end, Wrong::Count)?;
     let mut result = CheckResult {
         corruptions: walked.wrong,
@@ -166,19 +157,4 @@ fn compare(file: &dyn BlockFile, header: &Header, size: u64) -> Result<CheckResu
         }
     }
     Ok(result)
-}
-
-fn add_refcount_structure(
-    counts: &mut Counts,
-    geometry: &Geometry,
-    header: &Header,
-    refcounts: &Refcounts,
-) -> Result<(), ImageError> {
-    let table = geometry.cluster_of(header.reftable_offset);
-    counts.add(table..table + u64::from(header.reftable_clusters), 1)?;
-    for block in refcounts.table.iter().filter(|block| **block != 0) {
-        let block = geometry.cluster_of(*block);
-        counts.add(block..block + 1, 1)?;
-    }
-    Ok(())
 }

@@ -1,10 +1,12 @@
 //! Making an empty image: header, L1 table, refcounts.
 
+use std::collections::BTreeSet;
+
 use super::extensions;
 use super::geometry::Geometry;
 use super::header::{MAGIC, MAX_BACKING_NAME};
-use super::repair::write_structure;
-use crate::image::{BlockFile, Format, ImageError};
+use super::structure::Structure;
+use crate::image::{BlockFile, Format, ImageError, no_space};
 
 /// Bytes of the header, up to compression_type and its padding.
 const HEADER_LENGTH: u32 = 112;
@@ -61,7 +63,10 @@ pub fn create(file: &dyn BlockFile, options: &CreateOptions) -> Result<(), Image
     file.write_at(&first, 0)
         .and_then(|()| file.grow_to(end))
         .map_err(ImageError::io("write the header"))?;
-    write_structure(file, &geometry, vec![1; clusters as usize], end)?;
+    let mut counts = vec![1; clusters as usize];
+    let structure = Structure::place(&geometry, &counts, &BTreeSet::new(), u64::MAX)?;
+    let structure = structure.ok_or_else(|| ImageError::io("write refcounts")(no_space()))?;
+    structure.write(file, &geometry, &mut counts)?;
     // Read back by the eyes of whoever opens it.
     super::open::read_header(file).map(drop)
 }

@@ -41,6 +41,7 @@ mod read;
 mod refcount;
 mod repair;
 mod snapshot;
+mod structure;
 mod tables;
 mod write;
 

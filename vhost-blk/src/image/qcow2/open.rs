@@ -12,8 +12,9 @@ use super::geometry::Geometry;
 use super::grow::Growth;
 use super::header::{Header, RAW_DATA};
 use super::refcount::{Refcounts, words};
+use super::repair::Recount;
 use super::tables::Table;
-use super::{Kind, Meta, Qcow2, alloc, free, header, holes, repair, tables};
+use super::{Kind, Meta, Qcow2, alloc, free, header, holes, tables};
 use crate::image::luks::{self, Cipher, CryptFile};
 use crate::image::{BlockFile, Image, ImageError, OpenOptions};
 
@@ -56,7 +57,8 @@ impl Qcow2 {
             check_writable(&header)?;
             if header.is_dirty() {
                 tracing::warn!("the image was not closed properly; rebuilding its refcounts");
-                repair::rebuild(&*file, &header, &tables, size)?;
+                let recount = Recount::of(&*file, header, &tables, size)?;
+                recount.secure(&*file)?.carry_out(&*file)?;
                 (header, size) = read_header(&*file)?;
                 tables = tables::snapshots(&header, &*file, size)?;
             }
@@ -164,13 +166,7 @@ fn load(
     file.read_at(&mut bytes, header.l1_offset)
         .map_err(ImageError::io("read the L1 table"))?;
     let l1: Vec<u64> = words(&bytes).collect();
-    let refcounts = Refcounts::load(
-        file,
-        geometry,
-        header.reftable_offset,
-        header.reftable_clusters,
-        file_end,
-    )?;
+    let refcounts = Refcounts::load(file, header, file_end)?;
     let kinds = if options.read_only {
         HashMap::new()
     } else {

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::cache::Cache;
 use super::geometry::Geometry;
+use super::header::Header;
 use crate::image::{BlockFile, ImageError};
 
 /// Bytes of refcount blocks kept in memory.
@@ -18,34 +19,61 @@ pub(super) struct Refcounts {
 }
 
 impl Refcounts {
-    /// Loads the table of `clusters` clusters at `offset`.
-    pub(super) fn load(
-        file: &dyn BlockFile,
-        geometry: &Geometry,
-        offset: u64,
-        clusters: u32,
-        file_end: u64,
-    ) -> Result<Self, ImageError> {
-        let mut bytes = vec![0; clusters as usize * geometry.cluster_bytes()];
-        file.read_at(&mut bytes, offset)
-            .map_err(ImageError::io("read the refcount table"))?;
-        let table: Vec<u64> = words(&bytes).collect();
-        if let Some((index, entry)) = table.iter().enumerate().find(|(_, entry)| {
-            **entry != 0
-                && (geometry.within(**entry) != 0 || **entry < geometry.cluster_size() || **entry >= file_end)
-        }) {
-            return Err(ImageError::refused(
+    /// Those of a reader, who has no use for any.
+    pub(super) fn none(geometry: &Geometry) -> Self {
+        Self {
+            table: Vec::new(),
+            table_offset: 0,
+            blocks: Cache::new(BLOCK_CACHE, geometry.cluster_size()),
+        }
+    }
+
+    /// Loads the table.
+    ///
+    /// # Errors
+    /// [`ImageError::Refused`] for an entry that places its block where none can be.
+    pub(super) fn load(file: &dyn BlockFile, header: &Header, file_end: u64) -> Result<Self, ImageError> {
+        Self::load_with(file, header, file_end, &mut |index, entry| {
+            Err(ImageError::refused(
                 "refcount table",
                 format!(
                     "entry {index} places a block at {entry:#x}: not aligned, in the header or past the end"
                 ),
-            ));
-        }
-        Ok(Self {
-            table,
-            table_offset: offset,
-            blocks: Cache::new(BLOCK_CACHE, geometry.cluster_size()),
+            ))
         })
+    }
+
+    /// Loads the table; `bad` judges the entries that place a block where none can be, number and value. A
+    /// block that it does not refuse counts as absent.
+    pub(super) fn load_with(
+        file: &dyn BlockFile,
+        header: &Header,
+        file_end: u64,
+        bad: &mut dyn FnMut(usize, u64) -> Result<(), ImageError>,
+    ) -> Result<Self, ImageError> {
+        let geometry = &header.geometry;
+        let mut bytes = vec![0; header.reftable_clusters as usize * geometry.cluster_bytes()];
+        file.read_at(&mut bytes, header.reftable_offset)
+            .map_err(ImageError::io("read the refcount table"))?;
+        let mut refcounts = Self::none(geometry);
+        refcounts.table_offset = header.reftable_offset;
+        refcounts.table.extend(words(&bytes));
+        for (index, entry) in refcounts.table.iter_mut().enumerate() {
+            let inside = geometry.cluster_size()..file_end;
+            if *entry != 0 && (geometry.within(*entry) != 0 || !inside.contains(entry)) {
+                bad(index, std::mem::take(entry))?;
+            }
+        }
+        Ok(refcounts)
+    }
+
+    /// The clusters of the table, then those of the blocks.
+    pub(super) fn structure(&self, geometry: &Geometry) -> impl Iterator<Item = u64> {
+        let first = geometry.cluster_of(self.table_offset);
+        let table = first..first + geometry.clusters_for(self.table.len() as u64 * 8);
+        let blocks = self.table.iter().filter(|block| **block != 0);
+        let geometry = *geometry;
+        table.chain(blocks.map(move |block| geometry.cluster_of(*block)))
     }
 
     /// Host offset of the block that covers a cluster.

@@ -1,17 +1,17 @@
 //! Rebuilding the refcounts of an image with the dirty bit: count every reference, write a new refcount
-//! structure behind the file's end, switch the header over, then clear the bit.
-//!
-//! The old structure is not touched, so that a crash at any point leaves a dirty image to start over with.
+//! structure to clusters that nothing uses, switch the header over, then clear the bit. Where there are no such
+//! clusters it takes the place of the old one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use super::entry::{COPIED, Cluster, Host, L1Entry};
 use super::geometry::Geometry;
-use super::header::{DIRTY, Header, INCOMPATIBLE_OFFSET, MAX_REFTABLE_BYTES, REFTABLE_OFFSET};
-use super::refcount::{insert, words};
+use super::header::{DIRTY, Header, INCOMPATIBLE_OFFSET, MAX_REFTABLE_BYTES};
+use super::refcount::{Refcounts, words};
+use super::structure::Structure;
 use super::tables::Table;
-use crate::image::{BlockFile, ImageError};
+use crate::image::{BlockFile, ImageError, no_space};
 
 /// Most host clusters whose references can be counted (128 MiB of counters).
 const MOST_CLUSTERS: u64 = 64 << 20;
@@ -65,49 +65,131 @@ impl Counts {
     }
 }
 
-/// Rebuilds the refcounts and clears the dirty bit.
-///
-/// # Errors
-/// `Corrupt` or `Refused` where the mapping itself is broken; the file is unchanged then.
-pub(super) fn rebuild(
-    file: &dyn BlockFile,
-    header: &Header,
-    tables: &[Table],
+/// The references counted anew.
+pub(super) struct Recount {
+    header: Header,
+    /// Of the file when it was counted, in bytes.
     size: u64,
-) -> Result<(), ImageError> {
-    let file_end = size.next_multiple_of(header.geometry.cluster_size());
-    let counts = new_counts(file, header, tables, size)?;
-    write_structure(file, &header.geometry, counts.counts.clone(), file_end)?;
-    visit_copied(file, header, &counts, file_end, Wrong::Mend)?;
-    let features = header.incompatible & !DIRTY;
-    file.write_at(&features.to_be_bytes(), INCOMPATIBLE_OFFSET)
-        .and_then(|()| file.sync())
-        .map_err(ImageError::io("clear the dirty bit"))
+    counts: Counts,
+    /// Clusters of the structure that the header points to.
+    old: BTreeSet<u64>,
 }
 
-/// What [`rebuild`] writes; reads only, and refuses all that it would refuse.
-pub(super) fn new_counts(
-    file: &dyn BlockFile,
-    header: &Header,
-    tables: &[Table],
-    size: u64,
-) -> Result<Counts, ImageError> {
-    let geometry = &header.geometry;
-    let counts = count(
-        file,
-        header,
-        tables,
-        size.next_multiple_of(geometry.cluster_size()),
-    )?;
-    let most = counts.counts.iter().copied().max().unwrap_or(0);
-    if u64::from(most) > geometry.max_refcount() {
-        return Err(ImageError::refused(
-            "refcount_order",
-            format!("too small for {most} references"),
-        ));
+impl Recount {
+    /// Counts; reads only.
+    ///
+    /// # Errors
+    /// `Corrupt` or `Refused` where the mapping itself is broken, or the counts cannot be noted.
+    pub(super) fn of(
+        file: &dyn BlockFile,
+        header: Header,
+        tables: &[Table],
+        size: u64,
+    ) -> Result<Self, ImageError> {
+        let geometry = &header.geometry;
+        let file_end = size.next_multiple_of(geometry.cluster_size());
+        let counts = count(file, &header, tables, file_end)?;
+        let most = counts.counts.iter().copied().max().unwrap_or(0);
+        if u64::from(most) > geometry.max_refcount() {
+            return Err(ImageError::refused(
+                "refcount_order",
+                format!("too small for {most} references"),
+            ));
+        }
+        let old = Refcounts::load_with(file, &header, file_end, &mut |_, _| Ok(()))?;
+        let old = old.structure(geometry).collect();
+        Ok(Self {
+            header,
+            size,
+            counts,
+            old,
+        })
     }
-    structure_size(geometry, counts.counts.len() as u64)?;
-    Ok(counts)
+
+    /// Makes sure that there is space for what is to be written: new tables up to the end that the counted file
+    /// has, and the counts. What is in use stays as it is.
+    ///
+    /// The counts get the place of the old ones only where there is no other. A crash may leave either of them
+    /// there, or neither: the dirty bit says that none is to be believed.
+    ///
+    /// # Errors
+    /// `Io` where there is no space, and `Refused` where there are too many clusters; the file is as it was.
+    pub(super) fn secure(self, file: &dyn BlockFile) -> Result<Secured, ImageError> {
+        let structure = self.find_room(file)?;
+        Ok(Secured {
+            recount: self,
+            structure,
+        })
+    }
+
+    fn find_room(&self, file: &dyn BlockFile) -> Result<Structure, ImageError> {
+        let size = file.size().map_err(no_space_for_tables)?;
+        let inside = self.header.geometry.cluster_of(self.size);
+        let end = if file.has_fixed_size() { inside } else { u64::MAX };
+        let mut failed = no_space_for_tables(no_space());
+        for (taken, end) in [(&self.old, end), (&BTreeSet::new(), inside)] {
+            let counts = &self.counts.counts;
+            let Some(structure) = Structure::place(&self.header.geometry, counts, taken, end)? else {
+                continue;
+            };
+            match self.secure_places(file, size, &structure) {
+                Ok(()) => return Ok(structure),
+                Err(error) => failed = error,
+            }
+            if let Err(error) = file.cut_to(size) {
+                tracing::warn!(%error, "cannot cut the image's file back");
+            }
+        }
+        Err(failed)
+    }
+
+    fn secure_places(
+        &self,
+        file: &dyn BlockFile,
+        size: u64,
+        structure: &Structure,
+    ) -> Result<(), ImageError> {
+        if file.has_fixed_size() {
+            return Ok(());
+        }
+        let geometry = &self.header.geometry;
+        let runs = structure.runs().into_iter();
+        let runs = runs.map(|run| geometry.offset_of(run.start)..geometry.offset_of(run.end));
+        let tables = size..self.size.max(size);
+        std::iter::once(tables)
+            .chain(runs)
+            .try_for_each(|range| file.secure_range(range.start, range.end - range.start))
+            .map_err(no_space_for_tables)
+    }
+}
+
+fn no_space_for_tables(error: std::io::Error) -> ImageError {
+    ImageError::io("find space for new tables")(error)
+}
+
+/// A recount with a place for it.
+pub(super) struct Secured {
+    recount: Recount,
+    structure: Structure,
+}
+
+impl Secured {
+    /// Writes the counts and clears the dirty bit. The mapping is the one that was counted.
+    pub(super) fn carry_out(self, file: &dyn BlockFile) -> Result<(), ImageError> {
+        let Recount {
+            header,
+            size,
+            mut counts,
+            ..
+        } = self.recount;
+        self.structure.write(file, &header.geometry, &mut counts.counts)?;
+        let file_end = size.next_multiple_of(header.geometry.cluster_size());
+        visit_copied(file, &header, &counts, file_end, Wrong::Mend)?;
+        let features = header.incompatible & !DIRTY;
+        file.write_at(&features.to_be_bytes(), INCOMPATIBLE_OFFSET)
+            .and_then(|()| file.sync())
+            .map_err(ImageError::io("clear the dirty bit"))
+    }
 }
 
 /// Counts the references to each cluster, but for those to the refcount structure itself.
@@ -242,76 +324,6 @@ fn count_bitmaps(file: &dyn BlockFile, header: &Header, counts: &mut Counts) -> 
         }
     }
     Ok(())
-}
-
-/// Blocks, and clusters of the table, that count `start` clusters and themselves.
-fn structure_size(geometry: &Geometry, start: u64) -> Result<(u64, u64), ImageError> {
-    let (mut blocks, mut clusters) = (0, 0);
-    loop {
-        let total = start + blocks + clusters;
-        let next = (
-            total.div_ceil(geometry.refblock_entries()),
-            geometry.clusters_for(blocks * 8).max(1),
-        );
-        if next == (blocks, clusters) {
-            break;
-        }
-        (blocks, clusters) = (next.0.max(blocks), next.1.max(clusters));
-    }
-    if geometry.offset_of(clusters) > MAX_REFTABLE_BYTES {
-        return Err(ImageError::refused(
-            "refcount_table_clusters",
-            "the rebuilt table would be over 8 MiB",
-        ));
-    }
-    Ok((blocks, clusters))
-}
-
-/// Writes blocks and table behind `file_end`, then points the header to them.
-pub(super) fn write_structure(
-    file: &dyn BlockFile,
-    geometry: &Geometry,
-    mut counts: Vec<u16>,
-    file_end: u64,
-) -> Result<(), ImageError> {
-    let start = counts.len() as u64;
-    let (blocks, clusters) = structure_size(geometry, start)?;
-    counts.resize((start + blocks + clusters) as usize, 1);
-    let per_block = geometry.refblock_entries() as usize;
-    for (index, part) in counts.chunks(per_block).enumerate() {
-        let place = file_end + geometry.offset_of(index as u64);
-        file.write_at(&block(geometry, part.iter().copied()), place)
-            .map_err(ImageError::io("write a refcount block"))?;
-    }
-    let mut table = vec![0; clusters as usize * geometry.cluster_bytes()];
-    for (index, entry) in table.chunks_exact_mut(8).take(blocks as usize).enumerate() {
-        entry.copy_from_slice(&(file_end + geometry.offset_of(index as u64)).to_be_bytes());
-    }
-    let place = file_end + geometry.offset_of(blocks);
-    let mut field = [0; 12];
-    field[..8].copy_from_slice(&place.to_be_bytes());
-    field[8..].copy_from_slice(&(clusters as u32).to_be_bytes());
-    file.write_at(&table, place)
-        .and_then(|()| file.sync())
-        .and_then(|()| file.write_at(&field, REFTABLE_OFFSET))
-        .and_then(|()| file.sync())
-        .map_err(ImageError::io("write the refcount table"))
-}
-
-/// A refcount block with these counts.
-fn block(geometry: &Geometry, counts: impl Iterator<Item = u16>) -> Vec<u8> {
-    let order = geometry.refcount_order;
-    let mut bytes = vec![0; geometry.cluster_bytes()];
-    for (index, count) in counts.enumerate() {
-        let bit = index << order;
-        insert(&mut bytes[bit / 8..], bit as u64 % 8, order, u64::from(count));
-    }
-    bytes
-}
-
-/// A refcount block whose first `counted` clusters are used once.
-pub(super) fn block_of_ones(geometry: &Geometry, counted: u64) -> Vec<u8> {
-    block(geometry, (0..counted).map(|_| 1))
 }
 
 /// Looks at COPIED in the active tables: does it say whether the refcount is one?
