@@ -10,8 +10,8 @@ use std::time::Duration;
 use support::hooked::Hooked;
 use support::recorder::Recorder;
 use support::{
-    Random, Scratch, assert_same, check_clean, contents, create, open, patch, qemu_contents, qemu_img, text,
-    write,
+    Random, Scratch, assert_same, check_clean, contents, create, open, open_with, patch, qemu_contents,
+    qemu_img, read, text, write,
 };
 use vhost_blk::image::qcow2::{self, CreateOptions, Repair};
 use vhost_blk::image::{BlockFile, Format, HostFile, ImageError, OpenOptions, Resolved, open_layers};
@@ -105,6 +105,36 @@ fn repairs_count_anew() {
         check(&file, Repair::Refcounts).expect("repairs again");
         check_clean(&path);
         assert_same(&qemu_contents(&path, &[]), &now, "the repaired disk");
+    }
+}
+
+/// An entry of the refcount table that places no block: what it counted is counted anew, and reading needs none.
+fn a_damaged_refcount_table_is_counted_anew() {
+    let (start, _, now) = image_with_snapshot();
+    let word = |at: usize| u64::from_be_bytes(start[at..at + 8].try_into().expect("eight bytes"));
+    let end = start.len().next_multiple_of(4096) as u64;
+    for wrong in [end, 1 << 40, word(word(48) as usize) | 512] {
+        let mut broken = start.clone();
+        broken[word(48) as usize..][..8].copy_from_slice(&wrong.to_be_bytes());
+        let scratch = Scratch::new();
+        let path = scratch.path("top");
+        std::fs::write(&path, &broken).expect("writes");
+        let file = HostFile::new(support::fd(&path, true)).expect("is a file");
+        let found = qcow2::check(&file, Repair::No).expect("checks");
+        assert!(found.corruptions > 1 && found.broken.is_none(), "{found:?}");
+        let read_only = OpenOptions {
+            read_only: true,
+            ..OpenOptions::default()
+        };
+        let image = open_with(&[(&path, Format::Qcow2)], &read_only).expect("opens for reading");
+        assert_same(&read(&*image, 0, SIZE).expect("reads"), &now, "read");
+        drop(image);
+        assert!(contents(&path) == broken);
+        let found = qcow2::check(&file, Repair::Refcounts).expect("repairs");
+        assert_eq!((found.corruptions, found.leaks), (0, 0), "{found:?}");
+        assert!(found.corruptions_fixed > 1, "{found:?}");
+        check_clean(&path);
+        assert_same(&qemu_contents(&path, &[]), &now, "repaired");
     }
 }
 
@@ -307,6 +337,7 @@ suite! {
         snapshots_are_taken_applied_and_deleted_whole,
         disks_shrink_whole,
         repairs_count_anew,
+        a_damaged_refcount_table_is_counted_anew,
         a_repaired_image_is_corrupt_no_more,
         what_excludes_a_change_is_named_and_nothing_is_written,
         what_cannot_be_counted_after_is_refused_before,

@@ -53,6 +53,18 @@ impl Victim {
         self.refused(field, reason)
     }
 
+    /// It opens for reading.
+    #[track_caller]
+    pub fn reads(&self) -> &Self {
+        let read_only = OpenOptions {
+            read_only: true,
+            ..OpenOptions::default()
+        };
+        let opened = open_with(&[(&self.path, Format::Qcow2)], &read_only);
+        opened.unwrap_or_else(|error| panic!("{error:?}"));
+        self
+    }
+
     /// Adds a header extension in front of the others.
     pub fn extension(&self, kind: u32, data: &[u8]) -> &Self {
         let header_length = self.header_length();

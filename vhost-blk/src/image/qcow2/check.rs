@@ -133,14 +133,18 @@ fn compare(file: &dyn BlockFile, header: &Header, size: u64) -> Result<CheckResu
     let geometry = &header.geometry;
     let file_end = size.next_multiple_of(geometry.cluster_size());
     let tables = tables::snapshots(header, file, size)?;
-    let mut refcounts = Refcounts::load(file, header, file_end)?;
+    let mut misplaced = 0;
+    let mut refcounts = Refcounts::load_with(file, header, file_end, &mut |_, _| {
+        misplaced += 1;
+        Ok(())
+    })?;
     let mut counts = repair::count(file, header, &tables, file_end)?;
     for cluster in refcounts.structure(geometry) {
         counts.add(cluster..cluster + 1, 1)?;
     }
     let walked = repair::visit_copied(file, header, &counts, file_end, Wrong::Count)?;
     let mut result = CheckResult {
-        corruptions: walked.wrong,
+        corruptions: misplaced + walked.wrong,
         total_clusters: geometry.clusters_for(header.size),
         allocated_clusters: walked.allocated,
         ..CheckResult::default()

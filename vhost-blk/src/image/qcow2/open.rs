@@ -166,11 +166,12 @@ fn load(
     file.read_at(&mut bytes, header.l1_offset)
         .map_err(ImageError::io("read the L1 table"))?;
     let l1: Vec<u64> = words(&bytes).collect();
-    let refcounts = Refcounts::load(file, header, file_end)?;
-    let kinds = if options.read_only {
-        HashMap::new()
+    let (refcounts, kinds) = if options.read_only {
+        (Refcounts::none(geometry), HashMap::new())
     } else {
-        kinds(geometry, tables, &refcounts, &l1, file_end)?
+        let refcounts = Refcounts::load(file, header, file_end)?;
+        let kinds = kinds(geometry, tables, &refcounts, &l1, file_end)?;
+        (refcounts, kinds)
     };
     Ok(Meta {
         l1,
