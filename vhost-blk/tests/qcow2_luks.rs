@@ -363,6 +363,35 @@ fn the_passphrase_must_fit() {
     assert_eq!(format!("{:?}", key(SECRET).passphrase), "Some(Passphrase)");
 }
 
+/// Where the extension lies that points to the LUKS header, and that.
+fn luks_header(image: &[u8]) -> (usize, u64) {
+    let start = [0x05, 0x37, 0xbe, 0x77, 0, 0, 0, 16];
+    let pointer = image.windows(8).position(|bytes| bytes == start);
+    let pointer = pointer.expect("has the extension");
+    let place = image[pointer + 8..pointer + 16].try_into();
+    (pointer, u64::from_be_bytes(place.expect("eight bytes")))
+}
+
+/// More rounds than this host can do in the time that a disk may take: said before they are done.
+fn what_takes_too_long_is_refused_at_once() {
+    let scratch = Scratch::new();
+    let path = scratch.path("top");
+    create_encrypted(&path, "", "");
+    // Of the digest and of the first slot.
+    let (_, luks) = luks_header(&contents(&path));
+    for at in [164, 212] {
+        patch(&path, luks + at, &(1_u32 << 26).to_be_bytes());
+    }
+    let begun = std::time::Instant::now();
+    refused(
+        &[(&path, Format::Qcow2)],
+        &key(SECRET),
+        "LUKS key slot iterations",
+        "and a disk may take 25 s to open",
+    );
+    assert!(begun.elapsed() < std::time::Duration::from_secs(20));
+}
+
 /// Field, offset in the LUKS header, value, field that is named, reason.
 const HOSTILE: &[(u64, &[u8], &str, &str)] = &[
     (0, b"LUNS", "LUKS magic", "no LUKS header"),
@@ -376,7 +405,7 @@ const HOSTILE: &[(u64, &[u8], &str, &str)] = &[
     (164, &[0xff; 4], "LUKS mk-digest-iter", "outside 1 to"),
     (208, &[0; 4], "LUKS key slot active", "0x0"),
     (212, &[0; 4], "LUKS key slot iterations", "outside 1 to"),
-    (212, &[2, 0, 0, 0], "LUKS key slot iterations", "outside 1 to"),
+    (212, &[8, 0, 0, 0], "LUKS key slot iterations", "outside 1 to"),
     (
         248,
         &[0; 4],
@@ -398,12 +427,7 @@ fn hostile_headers_are_refused() {
     create_encrypted(&path, "", "");
     let top = [(path.as_path(), Format::Qcow2)];
     let before = contents(&path);
-    let pointer = before
-        .windows(8)
-        .position(|bytes| bytes == [0x05, 0x37, 0xbe, 0x77, 0, 0, 0, 16])
-        .expect("has the extension");
-    let word = |at: usize| u64::from_be_bytes(before[at..at + 8].try_into().expect("eight bytes"));
-    let luks = word(pointer + 8);
+    let (pointer, luks) = luks_header(&before);
     for (at, bytes, field, reason) in HOSTILE {
         patch(&path, luks + at, bytes);
         refused(&top, &key(SECRET), field, reason);
@@ -472,6 +496,7 @@ suite! {
     with_qemu_img: [
         both_sides_read_what_either_wrote,
         every_key_slot_opens_the_image,
+        what_takes_too_long_is_refused_at_once,
         snapshots_and_overlays_keep_what_they_showed,
         no_plaintext_reaches_the_file_at_any_time,
         a_crash_shows_zeros_or_new_data_never_noise,

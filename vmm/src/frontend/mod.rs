@@ -46,7 +46,8 @@ pub const MAX_QUEUES: u16 = 256;
 /// How long the vmm waits for a back end.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadlines {
-    /// For the very first answer: the process may still be starting.
+    /// For the very first answer: the process may still be starting. One of ours, which opens a disk first, has
+    /// [`Deadlines::drain`].
     pub first_answer: Duration,
     /// For a sign of life ([`Session::ping`]): a busy host may give the process no CPU for seconds.
     pub alive: Duration,

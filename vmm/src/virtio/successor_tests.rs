@@ -182,6 +182,30 @@ fn a_successor_of_the_dead_may_wait_for_the_disk() {
     });
 }
 
+/// A passphrase is tried for longer than a process may take to answer that is no process of ours.
+#[test]
+fn the_first_process_of_ours_may_open_its_files() {
+    let first_answer = Duration::from_millis(200);
+    let times = Deadlines {
+        first_answer,
+        ..deadlines()
+    };
+    let gate = Gate::default();
+    let quirk = gate.clone();
+    let late = Script {
+        features: script().features,
+        config: script().config,
+        ..Script::quirk_at(Req::GET_FEATURES, move || Quirk::Wait(quirk.clone()))
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(2 * first_answer);
+            gate.open();
+        });
+        Rig::with_deadlines(late, times).drive();
+    });
+}
+
 #[test]
 fn a_live_back_end_is_drained_before_it_is_replaced() {
     let rig = Rig::new(Script {

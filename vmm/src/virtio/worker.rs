@@ -157,7 +157,12 @@ type Parts = (
 );
 
 fn negotiate(context: &Context, socket: OwnedFd) -> Result<Parts, Error> {
-    let mut session = Session::connect(socket, context.options.clone())?;
+    let mut options = context.options.clone();
+    if options.ours {
+        // It opens its files first, and tries a passphrase for seconds. Should it die of that, it hangs up at once.
+        options.deadlines.first_answer = options.deadlines.drain;
+    }
+    let mut session = Session::connect(socket, options)?;
     let offer = offer::make(&mut session, &context.spec)?;
     let inflight = session.get_inflight(offer.served, offer.queue_size)?;
     let ring_error = Arc::new(SharedEvent::new()?);

@@ -1,5 +1,7 @@
 //! The LUKS header (592 bytes, big-endian), checked.
 
+use std::time::{Duration, Instant};
+
 use zerocopy::byteorder::big_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -13,8 +15,10 @@ const ACTIVE: u32 = 0x00ac_71f3;
 const INACTIVE: u32 = 0x0000_dead;
 /// Parts that a key is split into: the specification's number, which QEMU insists on too.
 pub(super) const STRIPES: usize = 4000;
-/// Most rounds of PBKDF2: bounds what one key slot costs to try (half a minute).
-const MAX_ITERATIONS: u32 = 1 << 24;
+/// Most rounds of PBKDF2: what nobody asks for. What a host has time for is measured.
+const MAX_ITERATIONS: u32 = 1 << 26;
+/// Rounds that are measured at a time, some milliseconds, and how often: one may have been interrupted.
+const MEASURED: (u32, u32) = (1 << 12, 4);
 /// Longest header with its key material: bounds what is read; cryptsetup's and QEMU's are under 2 MiB.
 const MAX_LENGTH: u64 = 16 << 20;
 
@@ -112,6 +116,23 @@ impl Header {
             digest_iterations: fields.mk_digest_iter.get(),
             slots,
         })
+    }
+
+    /// How long a round of PBKDF2 takes here that makes a slot's key.
+    pub(super) fn time_of_a_round(&self) -> Duration {
+        let mut key = vec![0; self.key_len];
+        let (rounds, times) = MEASURED;
+        let measured = (0..times).map(|_| {
+            let begun = Instant::now();
+            self.hash.pbkdf2(&[0; 32], &self.digest_salt, rounds, &mut key);
+            begun.elapsed() / rounds
+        });
+        measured.min().unwrap_or_default()
+    }
+
+    /// Rounds that trying a slot takes; those for the digest, which is no longer than the key, are as long at most.
+    pub(super) fn rounds(&self, slot: &KeySlot) -> u32 {
+        slot.iterations.saturating_add(self.digest_iterations)
     }
 
     /// Whether this is the key that the header has the digest of.

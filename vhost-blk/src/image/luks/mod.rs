@@ -8,6 +8,7 @@ mod hash;
 mod header;
 
 use std::io::Read;
+use std::time::{Duration, Instant};
 
 use aes::cipher::KeyInit;
 use aes::{Aes128, Aes256};
@@ -21,6 +22,9 @@ use header::{Header, KeySlot};
 
 /// Bytes that are encrypted under one tweak.
 const SECTOR: usize = 512;
+/// For all key slots that are tried: the vmm waits 30 s for the first answer of a device's process, which comes
+/// after the image was opened.
+const PATIENCE: Duration = Duration::from_secs(25);
 /// Longest passphrase or key file in bytes; cryptsetup's limit for one that is typed.
 const MAX_PASSPHRASE: usize = 512;
 
@@ -111,7 +115,22 @@ pub(super) fn unlock(
     passphrase: &Passphrase,
 ) -> Result<Cipher, ImageError> {
     let header = Header::read(file, offset, len)?;
+    let begun = Instant::now();
+    let round = header.time_of_a_round();
     for slot in &header.slots {
+        let needed = begun.elapsed() + round.saturating_mul(header.rounds(slot));
+        if needed > PATIENCE {
+            return Err(ImageError::refused(
+                "LUKS key slot iterations",
+                format!(
+                    "{} would be tried for {} s, and a disk may take {} s to open; give the passphrase a key \
+                     slot with fewer, or erase the slots before its own",
+                    slot.iterations,
+                    needed.as_secs(),
+                    PATIENCE.as_secs()
+                ),
+            ));
+        }
         let key = master_key(file, offset, &header, slot, passphrase)?;
         if header.is_master_key(&key)
             && let Some(cipher) = Cipher::new(&key)
