@@ -536,8 +536,8 @@ fn outside() -> Result<()> {
     symlink(&base, folder.path().join("link"))?;
     symlink(elsewhere.path(), folder.path().join("sub"))?;
     for (image, linked) in [("l.qcow2", "link"), ("s.qcow2", "sub/base.img")] {
-        qemu_img(
-            &folder,
+        qemu_img_in(
+            folder.path(),
             &["create", "-q", "-f", "qcow2", "-b", linked, "-F", "raw", image],
         )?;
         fails(
