@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use libtest_mimic::Completion;
-use support::{Scratch, assert_same, open, read, write};
-use vhost_blk::image::Format;
+use support::{Scratch, assert_same, contents, create, open, patch, qemu_img, read, text, write};
+use vhost_blk::image::qcow2::{self, Repair};
+use vhost_blk::image::{Format, HostFile};
 
 const SIZE: usize = 1 << 20;
 const FILE: &str = "file";
@@ -92,6 +93,37 @@ fn a_disk_is_no_longer_than_its_device() -> Completion {
     Completion::Completed
 }
 
+/// The device never has more room: counts find it inside.
+fn an_image_on_a_device_is_repaired() -> Completion {
+    let Some((scratch, device)) = LoopDevice::make() else {
+        return Completion::ignored_with("no loop devices with blocks of 4096 bytes here");
+    };
+    let path = scratch.path("top");
+    create(&path, "cluster_size=4k", "256k");
+    write(&*open(&[(&path, Format::Qcow2)]), 0, &[7; 100 << 10]).expect("writes");
+    qemu_img(&["snapshot", "-c", "one", text(&path)]);
+    let bytes = contents(&path);
+    patch(&device.0, 0, &bytes);
+    let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+    // Of a cluster that nobody uses.
+    patch(&device.0, word(word(48) as usize) + 2 * 200, &[0, 1]);
+    let file = HostFile::new(support::fd(&device.0, true)).expect("is a device");
+    let found = qcow2::check(&file, Repair::Refcounts).expect("repairs");
+    assert_eq!((found.leaks_fixed, found.leaks, found.corruptions), (1, 0, 0));
+    support::check_clean(&device.0);
+    qcow2::delete(&file, "one").expect("deletes");
+    drop(file);
+    support::check_clean(&device.0);
+    let image = open(&[(&device.0, Format::Qcow2)]);
+    write(&*image, 0, &[8; 512]).expect("writes");
+    assert_same(
+        &read(&*image, 512, 1024).expect("reads"),
+        &[7; 1024],
+        "what was there",
+    );
+    Completion::Completed
+}
+
 fn main() -> ExitCode {
     support::suite::run(vec![
         support::suite::test_if_possible(
@@ -102,5 +134,11 @@ fn main() -> ExitCode {
             "a_disk_is_no_longer_than_its_device",
             a_disk_is_no_longer_than_its_device,
         ),
+        support::suite::test_if_possible("an_image_on_a_device_is_repaired", || {
+            match Command::new("qemu-img").arg("--version").output() {
+                Ok(_) => an_image_on_a_device_is_repaired(),
+                Err(_) => Completion::ignored_with("qemu-img is not installed"),
+            }
+        }),
     ])
 }

@@ -4,6 +4,7 @@
 mod support;
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use support::{
     write,
 };
 use vhost_blk::image::qcow2::{self, Repair};
-use vhost_blk::image::{BlockFile, Format, ImageError, OpenOptions, open_layers};
+use vhost_blk::image::{BlockFile, Format, HostFile, ImageError, OpenOptions, open_layers};
 
 const CLUSTER: usize = 4096;
 const SIZE: usize = 1 << 20;
@@ -226,11 +227,25 @@ fn a_device_without_room_is_repaired_in_place() {
     crash_everywhere(&file, &again, [&[1; SIZE]; 2], "repair");
 }
 
+/// Nothing that is there changes.
+fn what_is_secured_has_its_space() {
+    let scratch = Scratch::new();
+    let path = scratch.path("file");
+    std::fs::write(&path, [7; 100]).expect("writes");
+    let file = HostFile::new(support::fd(&path, true)).expect("is a file");
+    file.secure_range(0, 1 << 20).expect("there is space");
+    let mut expected = vec![7; 100];
+    expected.resize(1 << 20, 0);
+    assert!(contents(&path) == expected);
+    let taken = std::fs::metadata(&path).expect("is there").blocks() * 512;
+    assert!(taken >= 1 << 20, "{taken} bytes");
+}
+
 suite! {
     with_qemu_img: [
         a_full_host_refuses_before_anything_is_written,
         a_device_has_room_inside,
         a_device_without_room_is_repaired_in_place,
     ],
-    alone: [],
+    alone: [what_is_secured_has_its_space],
 }
