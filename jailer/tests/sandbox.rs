@@ -16,8 +16,8 @@ use std::process::Command;
 /// A user that owns nothing here.
 const UNPRIVILEGED: u32 = 12345;
 
-/// Builds the probe as shipped binaries are built: static, for an empty root. What it depends on, the audit's
-/// probes have built there already, most often.
+/// Builds the probe as shipped binaries are built: static, for an empty root. What it depends on is built where the
+/// workspace's is, for the audit's probes most often.
 fn probe() -> PathBuf {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("probes");
     let status = Command::new(env!("CARGO"))
@@ -36,6 +36,10 @@ fn probe() -> PathBuf {
             "--target-dir",
         ])
         .arg(&target)
+        .env(
+            "CARGO_BUILD_BUILD_DIR",
+            target.ancestors().nth(2).expect("a target folder"),
+        )
         .status()
         .expect("cargo runs");
     assert!(status.success(), "the probe does not build");

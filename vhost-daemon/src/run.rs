@@ -251,7 +251,7 @@ impl Stage {
         while let Some(socket) = next().map_err(ServeError::Io)? {
             match self.serve(socket) {
                 Ok(End::Disconnected) => {}
-                Ok(End::Terminated) => break,
+                Ok(End::Terminated) => return Ok(()),
                 // A queue that hangs, or data that cannot be made durable, is not survived.
                 Err(error @ ServeError::Session(SessionError::Worker(_) | SessionError::Flush(_))) => {
                     return Err(error.into());
@@ -259,7 +259,9 @@ impl Stage {
                 Err(error) => tracing::error!(error = &error as &dyn Error, "front end dropped"),
             }
         }
-        Ok(())
+        // What orders began between front ends is finished.
+        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(session.end().map_err(ServeError::from)?)
     }
 
     fn serve(&self, socket: UnixStream) -> Result<End, ServeError> {

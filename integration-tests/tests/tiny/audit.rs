@@ -61,7 +61,7 @@ const ALONE: [(&str, &[&str]); 7] = [
     ("namespace", &[]),
     ("landlock", &[]),
     ("capability", &["capset"]),
-    ("seal", &["truncate-memory", "seal-memory"]),
+    ("seal", &["truncate-memory", "grow-memory", "seal-memory"]),
     ("limit", &["exhaust-fds", "raise-core", "exhaust-memory"]),
     ("cgroup", &[]),
 ];

@@ -83,7 +83,7 @@ fn jailed() -> Result<()> {
     let place = tempfile::tempdir()?;
     let path = |name: &str| place.path().canonicalize().map(|folder| folder.join(name));
     let name = |name: &str| -> Result<String> { Ok(path(name)?.to_string_lossy().into_owned()) };
-    fs::write(path("base.raw")?, vec![7; 64 << 20])?;
+    fs::write(path("base.raw")?, vec![7; 256 << 20])?;
     let (base, top, target) = (name("base.raw")?, name("top.qcow2")?, name("target.raw")?);
     let create = [
         "image",

@@ -220,7 +220,6 @@ fn no_such_vm() -> Result<()> {
     Ok(())
 }
 
-/// What is missing has its remedy, and the exit code says so.
 /// What doctor looks at, in its order.
 const EXAMINED: [&str; 18] = [
     "kvm",
@@ -243,6 +242,7 @@ const EXAMINED: [&str; 18] = [
     "transparent huge pages",
 ];
 
+/// What is missing has its remedy, and the exit code says so.
 fn doctor() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let output = bulkhead(folder.path(), &["doctor", "--json"])?;

@@ -87,16 +87,17 @@ fn reap(pipe: &OwnedFd, remains: &Remains<'_>, spawner_removes_all: bool) {
         }
     }
     let in_order = wait(pipe, remains.run_dir);
+    if second.is_some() {
+        // It holds the folder's lock too: the VM is over when both let go. One after the other, since groups are
+        // removed by name, which may be another VM's once the folder is gone.
+        let _ = waitpid(second, None);
+    }
     remains.clean_up();
     if !in_order {
         let spawner = remains.spawner;
         tell(format_args!(
             "bulkhead: the spawner (pid {spawner}) died: its VM was ended"
         ));
-    }
-    if second.is_some() {
-        // It holds the folder's lock too: the VM is over when both let go.
-        let _ = waitpid(second, None);
     }
 }
 

@@ -161,7 +161,7 @@ fn a_vm_begins_while_another_ends() {
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 let _ = fs::remove_dir(&place.above[1]);
-                std::thread::sleep(Duration::from_micros(20));
+                std::thread::sleep(Duration::from_millis(1));
             }
         });
         let made = (0..300).try_for_each(|_| {

@@ -156,6 +156,9 @@ impl Supervisor {
         for process in &mut self.processes {
             process.recovery.excuse_vmm(now);
         }
+        for remote in &mut self.remotes {
+            remote.excuse_vmm(now);
+        }
     }
 
     /// The spawner made a process: its socket goes to the vmm.

@@ -87,7 +87,9 @@ impl LogPipe {
             self.dropped += 1;
             return;
         }
-        self.report_dropped(log);
+        if self.quota.is_fresh() {
+            self.report_dropped(log);
+        }
         let text = String::from_utf8_lossy(&line);
         self.told.extend(happening(&text));
         if !log.line(&self.name, &text) {

@@ -30,6 +30,11 @@ impl Quota {
         self.asked <= self.most
     }
 
+    /// Whether the last one was the first of its period.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.asked == 1
+    }
+
     /// Whether the last one was the first of its period that was refused.
     pub(super) fn is_just_spent(&self) -> bool {
         self.asked == self.most.saturating_add(1)

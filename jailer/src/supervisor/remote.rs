@@ -70,6 +70,13 @@ impl Remote {
         }
     }
 
+    /// Gives the vmm its whole time for what it was given.
+    pub(super) fn excuse_vmm(&mut self, now: Instant) {
+        if let Stage::Joining(until, _) = &mut self.stage {
+            *until = now + JOIN_DEADLINE;
+        }
+    }
+
     /// Its PCI slot; 0 once it has been detached.
     pub(super) fn slot(&self) -> u8 {
         self.about.slot

@@ -62,7 +62,7 @@ pub enum Error {
         needed: u16,
     },
     /// The device's queues take more eventfds than this process can have.
-    #[error("no descriptors are left for {queues} queues (key 'num-queues' asks for fewer)")]
+    #[error("no descriptors are left for {queues} queues")]
     Descriptors {
         /// Of the device.
         queues: u16,
@@ -160,6 +160,7 @@ impl Error {
             Self::NoVersion1 => {
                 "only back ends of virtio 1.0 or later work; update it or turn its legacy mode off"
             }
+            Self::Descriptors { .. } => "ask for fewer queues",
             Self::Queues { .. } => "ask for fewer queues, or start the back end with more",
             _ => "",
         }

@@ -45,7 +45,7 @@ fn queues_leave_descriptors_to_others() {
     let error = Arc::new(SharedEvent::new().unwrap());
     assert_eq!(RingEvents::of_queues(3, &error, i32::MAX).unwrap().len(), 3);
     let refused = RingEvents::of_queues(3, &error, 3).unwrap_err();
-    assert!(refused.to_string().contains("num-queues"), "{refused}");
+    assert!(refused.hint().contains("fewer queues"), "{refused}");
 }
 
 #[test]
@@ -331,14 +331,14 @@ fn nobody_waits_for_a_back_end_that_changes_the_mode_of_its_channel() {
     let channel = UnixStream::from(OwnedFd::from(first.fd(Req::SET_BACKEND_REQ_FD, 1)));
     let (done, over) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
-        for _ in 0..200 {
+        for _ in 0..50 {
             let (_heir, socket) = FakeBackend::start(Script::default());
             let session = Session::connect(socket, options.clone()).unwrap();
             assert!(session.request_channel().is_some());
         }
         done.send(()).unwrap();
     });
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     let end = loop {
         channel.set_nonblocking(false).unwrap();
         match over.try_recv() {

@@ -54,6 +54,11 @@ impl Hotplug {
         self.wanted.fetch_or(bit(slot), Ordering::SeqCst);
     }
 
+    /// The device in `slot` is gone.
+    pub fn emptied(&self, slot: u8) {
+        self.forget(bit(slot));
+    }
+
     fn forget(&self, slots: u32) {
         for register in [&self.inserted, &self.asked, &self.wanted] {
             register.fetch_and(!slots, Ordering::SeqCst);

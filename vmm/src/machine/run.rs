@@ -258,7 +258,10 @@ impl Machine {
                 }
                 DeviceWord::Ejected(slot) => self.ejected(slot),
                 DeviceWord::Answered(slot) => self.attached(slot, control)?,
-                DeviceWord::Vacated(slot) => self.vacated(slot, control)?,
+                DeviceWord::Vacated(slot) => {
+                    self.vacated(slot, control)?;
+                    self.platform.hotplug.emptied(slot);
+                }
                 DeviceWord::Answer(id, Ok(())) => control.send(id, FromVmm::Done)?,
                 DeviceWord::Answer(id, Err(why)) => control.send(id, FromVmm::Failed(why))?,
             }

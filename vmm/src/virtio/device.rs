@@ -343,7 +343,8 @@ impl Connecting {
     }
 
     fn build(&self) -> Result<(Arc<VirtioFunction>, Arc<WorkerHandle>), Error> {
-        let patience = self.parts.deadlines.first_answer + self.parts.deadlines.drain;
+        // A disk has the time of a drain for its first answer.
+        let patience = self.parts.deadlines.first_answer + 2 * self.parts.deadlines.drain;
         let Negotiated { offer, events } = self
             .negotiated
             .recv_timeout(patience)

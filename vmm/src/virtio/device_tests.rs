@@ -433,7 +433,7 @@ fn a_back_end_without_progress_is_kicked_while_it_answers() {
 }
 
 /// A NIC of one pair and a control queue, which a driver has started.
-fn nic(script: Script) -> Rig {
+fn nic(script: Script, alive: Duration) -> Rig {
     let nic = DeviceConfig {
         device_type: 1,
         num_queues: None,
@@ -444,10 +444,7 @@ fn nic(script: Script) -> Rig {
         ..script
     };
     *script.config.lock().unwrap() = vec![0; 12];
-    let times = Deadlines {
-        alive: Duration::from_millis(300),
-        ..deadlines()
-    };
+    let times = Deadlines { alive, ..deadlines() };
     let rig = Rig::build(nic, script, times);
     rig.set_command(6);
     rig.set_status(3);
@@ -461,7 +458,7 @@ fn nic(script: Script) -> Rig {
 
 #[test]
 fn a_control_queue_without_progress_is_noticed_and_receive_buffers_are_not() {
-    let rig = nic(Script::default());
+    let rig = nic(Script::default(), deadlines().alive);
     let kicks =
         [0, 1, 2].map(|queue| SharedEvent::from(OwnedFd::from(rig.fake.fd_of(Req::SET_VRING_KICK, queue))));
     let memfd = File::from(rig.memory.memfd().try_clone_to_owned().unwrap());
@@ -477,10 +474,11 @@ fn a_control_queue_without_progress_is_noticed_and_receive_buffers_are_not() {
 #[test]
 fn a_nic_that_does_not_answer_is_lost_though_nothing_waits() {
     let mut asked = 0;
-    let rig = nic(Script::quirk_at(Req::GET_FEATURES, move || {
+    let script = Script::quirk_at(Req::GET_FEATURES, move || {
         asked += 1;
         if asked < 3 { Quirk::Normal } else { Quirk::Silent }
-    }));
+    });
+    let rig = nic(script, Duration::from_millis(300));
     // The handshake's, and one that is answered.
     let lost = rig.events.recv_timeout(Duration::from_secs(20)).unwrap();
     assert!(matches!(

@@ -2,8 +2,8 @@
 
 use super::rig::{Rig, SLOT, script, spec};
 use super::{DeviceError, DeviceParts, Seat};
-use crate::frontend::Error;
-use crate::frontend::fake_backend::{FakeBackend, Quirk, Script, requests};
+use crate::frontend::fake_backend::{FakeBackend, Quirk, Script, deadlines, requests};
+use crate::frontend::{Deadlines, Error};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
@@ -27,7 +27,11 @@ fn parts(rig: &Rig, socket: OwnedFd, answered: Box<dyn FnOnce() + Send>) -> Devi
         interrupts: rig.interrupts.clone(),
         doorbells: rig.doorbells.clone(),
         events: Arc::new(|_| ()),
-        deadlines: crate::frontend::fake_backend::deadlines(),
+        // The first answer of a disk of ours has as long as a drain.
+        deadlines: Deadlines {
+            drain: Duration::from_secs(3),
+            ..deadlines()
+        },
         generation: 0,
         answered: Some(answered),
     }

@@ -158,7 +158,7 @@ type Parts = (
 
 fn negotiate(context: &Context, socket: OwnedFd) -> Result<Parts, Error> {
     let mut options = context.options.clone();
-    if options.ours {
+    if options.ours && DeviceType(context.spec.device_type) != DeviceType::NET {
         // It opens its files first, and tries a passphrase for seconds. Should it die of that, it hangs up at once.
         options.deadlines.first_answer = options.deadlines.drain;
     }

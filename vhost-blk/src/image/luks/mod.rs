@@ -22,7 +22,7 @@ use header::{Header, KeySlot};
 
 /// Bytes that are encrypted under one tweak.
 const SECTOR: usize = 512;
-/// For all key slots that are tried: the vmm waits 30 s for the first answer of a device's process, which comes
+/// For all key slots of one layer that are tried: the vmm waits 30 s for the first answer of a device's process, which comes
 /// after the image was opened.
 const PATIENCE: Duration = Duration::from_secs(25);
 /// Longest passphrase or key file in bytes; cryptsetup's limit for one that is typed.
