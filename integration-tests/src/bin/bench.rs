@@ -27,6 +27,9 @@ enum Verb {
 
 fn main() -> ExitCode {
     integration_tests::nested::agent::intercept();
+    if cfg!(debug_assertions) {
+        eprintln!("bench: built without --release: our driver holds up whoever is measured");
+    }
     let result = match Arguments::parse().verb {
         Verb::Blk(settings) => blk::run(&settings),
         Verb::Boot => boot::run(),
