@@ -30,7 +30,7 @@ const MOST_DEATHS: u32 = 600;
 /// The spawner answers within this time.
 const SPAWN_DEADLINE: Duration = Duration::from_secs(5);
 /// The vmm, whose own deadlines are shorter, says within this time whether a successor serves.
-const JOIN_DEADLINE: Duration = Duration::from_secs(40);
+pub(super) const JOIN_DEADLINE: Duration = Duration::from_secs(40);
 /// The vmm lets go of a process within this time: its drain deadline, and some.
 const RELEASE_DEADLINE: Duration = Duration::from_secs(35);
 /// A process that is stopped for this long, as by a debugger, is hung.

@@ -10,6 +10,7 @@
 use super::Supervisor;
 use super::devices::{Counters, event};
 use super::outcome::Outcome;
+use super::recovery::JOIN_DEADLINE;
 use crate::wire::{Received, send_message};
 use crate::wire_fds::{receive_with_fds, send_with_fd};
 use std::os::fd::{AsFd, OwnedFd};
@@ -25,8 +26,6 @@ const HEALTHY: Duration = Duration::from_secs(1);
 const FIRST_REST: Duration = Duration::from_millis(10);
 /// The longest rest.
 const LONGEST_REST: Duration = Duration::from_secs(1);
-/// The vmm, whose own deadlines are shorter, says within this time whether a back end serves.
-const JOIN_DEADLINE: Duration = Duration::from_secs(40);
 
 /// Where one device's back end is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

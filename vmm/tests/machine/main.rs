@@ -230,12 +230,7 @@ fn reboot_with_a_loss() -> Outcome {
 
 /// Whatever it is that cannot be made, the guest runs on, and the slot stays.
 fn no_descriptors() -> Outcome {
-    let kernel = Code::default()
-        .print("r")
-        .wait_for_event()
-        .power_off()
-        .spin()
-        .elf();
+    let kernel = until_an_event();
     let mut vmm = Vmm::start(Guest {
         spare: true,
         ..Guest::new(&kernel)
@@ -274,13 +269,18 @@ fn reset_ends() -> Outcome {
     Ok(())
 }
 
-fn power_button() -> Outcome {
-    let kernel = Code::default()
+/// A kernel that powers off once it is told of an event.
+fn until_an_event() -> Vec<u8> {
+    Code::default()
         .print("r")
         .wait_for_event()
         .power_off()
         .spin()
-        .elf();
+        .elf()
+}
+
+fn power_button() -> Outcome {
+    let kernel = until_an_event();
     let mut vmm = Vmm::start(Guest::new(&kernel));
     vmm.running();
     assert_eq!(vmm.ask(ToVmm::PowerButton), FromVmm::Done);
