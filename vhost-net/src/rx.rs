@@ -7,6 +7,7 @@
 //! the frame after a while (`GRACE`), not the link.
 
 mod discard;
+mod expectation;
 mod head;
 
 use crate::buffers::{FrameBuffers, MAX_SEGMENTS, SliceStorage, Storage};
@@ -16,6 +17,7 @@ use crate::link::Link;
 use crate::offload::Offloads;
 use crate::pacer::Pacer;
 use crate::steering::Running;
+use expectation::Expectation;
 use head::Head;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
@@ -34,10 +36,6 @@ use zerocopy::IntoBytes;
 
 /// The longest frame with its header.
 const LONGEST: usize = HEADER_SIZE + MAX_FRAME;
-/// Bytes gathered while no long frames are seen.
-const SHORT: usize = 4096;
-/// Calls without a long frame after which none is expected any more.
-const PATIENCE: u8 = 64;
 /// Frames after which the driver is shown what it has, so that it works while we read on.
 const PUBLISH_EVERY: usize = 16;
 
@@ -93,32 +91,6 @@ struct Waiting {
     since: Option<(Instant, usize)>,
 }
 
-/// How long the next frames may be.
-#[derive(Debug)]
-struct Expectation {
-    long: bool,
-    short_calls: u8,
-}
-
-impl Expectation {
-    fn bytes(&self) -> usize {
-        if self.long { LONGEST } else { SHORT }
-    }
-
-    /// A call of `process` ended, in which the longest frame had `length` bytes.
-    fn learn(&mut self, longest: usize) {
-        if longest > SHORT {
-            *self = Self {
-                long: true,
-                short_calls: 0,
-            };
-        } else if longest > 0 && self.long {
-            self.short_calls += 1;
-            self.long = self.short_calls < PATIENCE;
-        }
-    }
-}
-
 /// What became of one attempt to read.
 enum Read {
     Frame(Frame),
@@ -153,10 +125,7 @@ impl ReceiveQueue {
             waiting: None,
             hopeless: 0,
             timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?,
-            expected: Expectation {
-                long: false,
-                short_calls: 0,
-            },
+            expected: Expectation::default(),
             mtu,
             longest_whole: usize::MAX,
             storage: Storage::default(),
@@ -164,31 +133,42 @@ impl ReceiveQueue {
         })
     }
 
-    /// Takes chains until they hold `bytes`; returns whether they do.
-    fn gather(&mut self, ring: &mut Ring, bytes: usize) -> Result<bool, RingFault> {
+    /// Takes chains until they hold `bytes`; returns whether they do. No more of each is read than it needs for
+    /// `each`.
+    fn gather(&mut self, ring: &mut Ring, bytes: usize, each: usize) -> Result<bool, RingFault> {
         while self.room < bytes {
-            let Some(chain) = ring.pop()? else {
+            let Some(chain) = ring.pop_enough(each)? else {
                 return Ok(false);
             };
-            if chain.readable_length() > 0 || chain.writable_length() == 0 {
-                return Err(RingFault::Request(
-                    "a receive buffer must be writable, and only that",
-                ));
-            }
+            check(&chain)?;
             self.room += chain.writable_length();
             self.chains.push_back(chain);
         }
         Ok(true)
     }
 
-    /// Gathers for the next frame; a frame must fit one chain unless buffers can be merged.
+    /// Gathers for the next frame. Unless buffers can be merged it must fit one chain, of which Linux makes 19
+    /// descriptors: what of them a short frame does not need is not looked at.
     fn gather_expected(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
-        let bytes = if self.offloads.mergeable() {
-            self.expected.bytes()
-        } else {
-            1
-        };
-        self.gather(ring, bytes).map(drop)
+        let expected = self.expected.bytes();
+        if self.offloads.mergeable() {
+            return self.gather(ring, expected, usize::MAX).map(drop);
+        }
+        if self.room > 0 && self.room < expected {
+            self.read_rest(ring)?;
+        }
+        self.gather(ring, 1, expected).map(drop)
+    }
+
+    /// Reads the only chain to its end.
+    fn read_rest(&mut self, ring: &mut Ring) -> Result<(), RingFault> {
+        if let Some(chain) = self.chains.front_mut()
+            && ring.read_rest(chain)?
+        {
+            check(chain)?;
+            self.room = chain.writable_length();
+        }
+        Ok(())
     }
 
     /// Reads one frame into the gathered chains. A frame that is too long for them is in the spill
@@ -274,6 +254,7 @@ impl ReceiveQueue {
     fn place_waiting(&mut self, ring: &mut Ring, waiting: Waiting) -> Result<bool, RingFault> {
         let length = waiting.frame.length;
         if !self.offloads.mergeable() {
+            self.read_rest(ring)?;
             if self
                 .chains
                 .front()
@@ -282,7 +263,7 @@ impl ReceiveQueue {
                 self.give_up(Drop::Buffer, &"longer than the guest's buffer");
                 return Ok(true);
             }
-        } else if !self.gather(ring, length)? {
+        } else if !self.gather(ring, length, usize::MAX)? {
             let room = self.room;
             // With all of the ring's chains in our hands there is no more to wait for.
             let never = ring.held() == ring.size() || room <= self.hopeless;
@@ -426,6 +407,15 @@ impl ReceiveQueue {
     }
 }
 
+fn check(chain: &Chain) -> Result<(), RingFault> {
+    if chain.readable_length() > 0 || chain.writable_length() == 0 {
+        return Err(RingFault::Request(
+            "a receive buffer must be writable, and only that",
+        ));
+    }
+    Ok(())
+}
+
 fn read_retrying(pacer: &Pacer, buffers: &FrameBuffers<'_>) -> io::Result<usize> {
     loop {
         match pacer.tap().read_frame(buffers) {
@@ -443,10 +433,7 @@ impl QueueHandler for ReceiveQueue {
         self.longest_whole = mtu.map_or(usize::MAX, head::longest_whole);
         self.waiting = None;
         self.hopeless = 0;
-        self.expected = Expectation {
-            long: false,
-            short_calls: 0,
-        };
+        self.expected = Expectation::default();
     }
 
     /// A driver that goes on takes what it took.

@@ -1,4 +1,4 @@
-//! A descriptor chain that was checked from end to end.
+//! A descriptor chain that was checked, as far as it was read.
 
 use crate::memory::{GuestMemory, Segments};
 use std::sync::Arc;
@@ -24,6 +24,8 @@ pub(super) struct Parts {
     pub(super) memory: Arc<GuestMemory>,
     pub(super) readable: Segments,
     pub(super) writable: Segments,
+    /// More of the chain was not read.
+    pub(super) cut: bool,
 }
 
 impl Parts {
@@ -33,12 +35,14 @@ impl Parts {
             memory,
             readable: Segments::default(),
             writable: Segments::default(),
+            cut: false,
         }
     }
 
     pub(super) fn clear(&mut self) {
         self.readable.clear();
         self.writable.clear();
+        self.cut = false;
     }
 }
 
@@ -53,7 +57,7 @@ impl Chain {
         self.parts.readable.length()
     }
 
-    /// Bytes that the device may write.
+    /// Bytes that the device may write, as far as the chain was read.
     pub fn writable_length(&self) -> usize {
         self.parts.writable.length()
     }

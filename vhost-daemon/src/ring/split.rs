@@ -222,6 +222,15 @@ impl Ring {
     /// # Errors
     /// A [`RingFault`] for whatever the driver did wrong; the ring is of no more use.
     pub fn pop(&mut self) -> Result<Option<Chain>, RingFault> {
+        self.pop_enough(usize::MAX)
+    }
+
+    /// As [`Self::pop`], but reads no more of the chain than it needs for so many writable bytes. What else the
+    /// chain has costs nothing, and [`Self::read_rest`] finds it.
+    ///
+    /// # Errors
+    /// As [`Self::pop`], as far as the chain is read.
+    pub fn pop_enough(&mut self, writable: usize) -> Result<Option<Chain>, RingFault> {
         if self.budget == 0 {
             return Ok(None);
         }
@@ -250,6 +259,23 @@ impl Ring {
             }
             faults::point(Step::AfterTake);
         }
+        self.walk(head, writable).map(Some)
+    }
+
+    /// Reads a chain of [`Self::pop_enough`] to its end, once more from its head: the driver may have changed
+    /// it. True: it was not read so far before.
+    ///
+    /// # Errors
+    /// As [`Self::pop`].
+    pub fn read_rest(&mut self, chain: &mut Chain) -> Result<bool, RingFault> {
+        let cut = chain.parts.cut;
+        if cut {
+            *chain = self.walk(chain.head, usize::MAX)?;
+        }
+        Ok(cut)
+    }
+
+    fn walk(&mut self, head: u16, enough: usize) -> Result<Chain, RingFault> {
         let spare = self.spare.pop();
         let parts = spare.unwrap_or_else(|| Box::new(Parts::new(Arc::clone(&self.memory))));
         let mut walker = Walker {
@@ -258,8 +284,9 @@ impl Ring {
             indirect: self.indirect,
             hint: &mut self.hint,
             copy: &mut self.copy,
+            enough,
         };
-        walker.walk(head, parts).map(Some)
+        walker.walk(head, parts)
     }
 
     /// The head in the next available entry.

@@ -129,6 +129,56 @@ fn indirect_tables_are_followed_once() {
 }
 
 #[test]
+fn no_more_of_a_chain_is_read_than_is_wanted() {
+    let mut driver = Driver::new();
+    let outside = u64::MAX - 1;
+    driver.describe(0, driver.buffer(0), 12, NEXT | WRITE, 1);
+    driver.describe(1, driver.buffer(1), 100, NEXT | WRITE, 2);
+    driver.describe(2, outside, 4, WRITE, 0);
+    driver.offer(0);
+    let mut ring = driver.ring();
+    let mut chain = ring.pop_enough(112).unwrap().unwrap();
+    assert_eq!(chain.writable_length(), 112);
+    driver.describe(2, driver.buffer(2), 4, WRITE, 0);
+    assert!(ring.read_rest(&mut chain).unwrap());
+    assert_eq!(chain.writable_length(), 116);
+    assert!(!ring.read_rest(&mut chain).unwrap());
+    ring.complete(chain, 0);
+    driver.describe(2, outside, 4, WRITE, 0);
+    assert!(matches!(
+        driver.ring().pop_enough(113),
+        Err(RingFault::Memory { length: 4, .. })
+    ));
+
+    // More entries than are copied at first, of which one says the bytes and another that it is the last.
+    let mut driver = Driver::new();
+    let table = driver.buffer(4);
+    for index in 0..6 {
+        let buffer = driver.buffer(u64::from(index % 4));
+        driver.describe_in(table, index, buffer, 10, NEXT | WRITE, index + 1);
+    }
+    driver.describe_in(table, 6, driver.buffer(0), 5, WRITE, 0);
+    driver.describe(5, table, 16 * 7, INDIRECT, 0);
+    driver.offer(5);
+    for (enough, found) in [(1, 10), (40, 40), (41, 50), (60, 60), (61, 65), (1000, 65)] {
+        let mut ring = driver.ring();
+        let mut chain = ring.pop_enough(enough).unwrap().unwrap();
+        assert_eq!(chain.writable_length(), found, "{enough}");
+        assert_eq!(ring.read_rest(&mut chain).unwrap(), found < 65, "{enough}");
+        assert_eq!(chain.writable_length(), 65, "{enough}");
+    }
+    driver.describe_in(table, 5, driver.buffer(0), 10, NEXT | WRITE, 7);
+    assert_eq!(
+        driver.ring().pop_enough(50).unwrap().unwrap().writable_length(),
+        50
+    );
+    assert!(matches!(
+        driver.ring().pop_enough(61),
+        Err(RingFault::Next { head: 5, next: 7 })
+    ));
+}
+
+#[test]
 fn what_was_put_back_is_not_looked_at_again_before_there_is_more() {
     let mut driver = Driver::new();
     driver.describe(0, driver.buffer(0), 64, WRITE, 0);

@@ -12,6 +12,8 @@ pub(super) const DESCRIPTOR_SIZE: usize = 16;
 /// Most descriptors in an indirect table. Bounds the work that one head can ask for; more than any
 /// driver uses (Linux and Windows stay at the ring's size).
 const MAX_INDIRECT: usize = 1024;
+/// Entries of an indirect table that are copied at first where not all are wanted: a cache line.
+const FIRST_INDIRECT: usize = 4;
 
 /// A descriptor as the driver wrote it.
 #[derive(Clone, Copy)]
@@ -44,9 +46,11 @@ pub(super) struct Walker<'m> {
     pub(super) hint: &'m mut RegionHint,
     /// An indirect table, copied out.
     pub(super) copy: &'m mut Vec<u8>,
+    /// Writable bytes with which the walk ends, before the chain does.
+    pub(super) enough: usize,
 }
 
-impl Walker<'_> {
+impl<'m> Walker<'m> {
     /// Reads the chain at `head` into `parts`, which are empty and of this memory.
     pub(super) fn walk(&mut self, head: u16, parts: Box<Parts>) -> Result<Chain, RingFault> {
         let mut chain = Chain { head, parts };
@@ -61,7 +65,7 @@ impl Walker<'_> {
                 return Ok(chain);
             }
             self.append(&descriptor, &mut chain)?;
-            if descriptor.flags & VRING_DESC_F_NEXT == 0 {
+            if self.is_done(&descriptor, &mut chain) {
                 return Ok(chain);
             }
             index = descriptor.next;
@@ -69,13 +73,31 @@ impl Walker<'_> {
         Err(RingFault::Endless(head))
     }
 
+    /// Whether `descriptor` is the last that is wanted.
+    fn is_done(&self, descriptor: &Descriptor, chain: &mut Chain) -> bool {
+        let ends = descriptor.flags & VRING_DESC_F_NEXT == 0;
+        let enough = chain.writable_length() >= self.enough;
+        chain.parts.cut = enough && !ends;
+        ends || enough
+    }
+
     /// Follows the chain through the table that `descriptor` names. It has no further tables.
     fn follow_indirect(&mut self, descriptor: &Descriptor, chain: &mut Chain) -> Result<(), RingFault> {
         let head = chain.head;
-        let entries = self.copy_table(descriptor, head)?;
+        let table = self.indirect_table(descriptor, head)?;
+        let entries = table.len() / DESCRIPTOR_SIZE;
+        let first = if self.enough == usize::MAX {
+            entries
+        } else {
+            FIRST_INDIRECT
+        };
+        self.copy_table(&table, first);
         let mut index = 0;
         for _ in 0..entries {
             let at = usize::from(index) * DESCRIPTOR_SIZE;
+            if at >= self.copy.len() {
+                self.copy_table(&table, entries);
+            }
             let bytes = self.copy.get(at..at + DESCRIPTOR_SIZE);
             let bytes = bytes.and_then(|bytes| <[u8; DESCRIPTOR_SIZE]>::try_from(bytes).ok());
             let outside = RingFault::Next { head, next: index };
@@ -84,7 +106,7 @@ impl Walker<'_> {
                 return Err(RingFault::Indirect(head));
             }
             self.append(&inner, chain)?;
-            if inner.flags & VRING_DESC_F_NEXT == 0 {
+            if self.is_done(&inner, chain) {
                 return Ok(());
             }
             index = inner.next;
@@ -92,25 +114,27 @@ impl Walker<'_> {
         Err(RingFault::Endless(head))
     }
 
-    /// Copies out the table that `descriptor` names: one copy costs less than a checked access for each
-    /// entry, and the driver cannot change it meanwhile. Returns its entries.
-    fn copy_table(&mut self, descriptor: &Descriptor, head: u16) -> Result<usize, RingFault> {
+    /// The table that `descriptor` names.
+    fn indirect_table(&self, descriptor: &Descriptor, head: u16) -> Result<VolatileSlice<'m>, RingFault> {
         let length = descriptor.length as usize;
-        let entries = length / DESCRIPTOR_SIZE;
         let allowed = self.indirect
             && descriptor.flags & VRING_DESC_F_NEXT == 0
             && length.is_multiple_of(DESCRIPTOR_SIZE)
-            && (1..=MAX_INDIRECT).contains(&entries);
+            && (1..=MAX_INDIRECT).contains(&(length / DESCRIPTOR_SIZE));
         if !allowed {
             return Err(RingFault::Indirect(head));
         }
         let address = GuestAddress(descriptor.address);
         let table = self.memory.segment(address, length);
         let table = table.and_then(|table| self.memory.slice(&table));
-        let table = table.ok_or(RingFault::Memory { address, length })?;
-        self.copy.resize(length, 0);
+        table.ok_or(RingFault::Memory { address, length })
+    }
+
+    /// Copies out its first `entries`: one copy costs less than a checked access for each, and the driver
+    /// cannot change them meanwhile.
+    fn copy_table(&mut self, table: &VolatileSlice<'_>, entries: usize) {
+        self.copy.resize(table.len().min(entries * DESCRIPTOR_SIZE), 0);
         table.copy_to(self.copy);
-        Ok(entries)
     }
 
     fn append(&mut self, descriptor: &Descriptor, chain: &mut Chain) -> Result<(), RingFault> {

@@ -305,7 +305,13 @@ fn super_frames_to_one_long_chain() -> Result<()> {
     let host = host(&device)?;
     let features = EVERYTHING & !(1 << VIRTIO_NET_F_MRG_RXBUF);
     let mut guest = Guest::start(device.connect()?, features, LARGE)?;
-    for length in [1449, 30_000, 65_000] {
+    // Long ones after many short ones find chains that were read no further than short ones need.
+    let short = |count| std::iter::repeat_n(1449, count);
+    for length in short(1)
+        .chain([30_000, 65_000])
+        .chain(short(100))
+        .chain([40_000, 1449])
+    {
         let header = super_frame_to(&mut guest, &host, &device, length)?;
         ensure!(header.num_buffers.get() == 1, "{header:?}");
     }
