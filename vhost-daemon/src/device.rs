@@ -102,8 +102,15 @@ pub trait Device: Send {
     }
 
     /// One handler for each queue, in the order of the queues. Called once, before lockdown; each
-    /// handler then lives on its own thread until the process ends.
+    /// handler then lives on one thread ([`Device::thread_of`]) until the process ends.
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>>;
+
+    /// Which thread serves queue `index` on a host with so many `processors`: queues with the same number share
+    /// one, up to eight. For queues that would only contend for the processors; nothing in their handlers may wait.
+    fn thread_of(&self, index: u16, processors: usize) -> u16 {
+        let _ = processors;
+        index
+    }
 
     /// Readable when the configuration space may have changed (a link went down, a disk grew), or when
     /// somebody asks the device for something. Asked for before each wait.

@@ -1,4 +1,4 @@
-//! A queue's thread: stopped, running or broken, and the only one that touches its ring.
+//! A queue: stopped, running or broken, and its thread, the only one that touches its ring.
 //!
 //! ```text
 //!             Start                    RingFault
@@ -9,21 +9,28 @@
 //!
 //! The session sends one [`Command`] at a time and waits for its answer, so that when a message of
 //! the front end is answered its effect is complete: after Stop no I/O is under way.
+//!
+//! A thread may serve several queues (`Device::thread_of`).
 
+mod crew;
 mod lane;
 mod mailbox;
 mod watch;
 
+use crate::device::Device;
 use crate::memory::GuestMemory;
 use crate::ring::{InflightQueue, RingFault, RingSetup};
-use crate::{QueueHandler, device::Device};
+use crew::{Crew, MOST_LANES};
 use jailer::sandbox::{LockdownError, Role, SeccompMode, lockdown_thread};
 use lane::Lane;
 use mailbox::{Receiver, Sender, mailbox};
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::io;
+use std::num::NonZero;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use watch::{Pulse, Watch};
 
@@ -62,7 +69,6 @@ enum Command {
     Fault,
     Enable(bool),
     Memory(Arc<GuestMemory>),
-    Quit,
 }
 
 /// What a worker answers.
@@ -96,79 +102,113 @@ pub enum WorkerError {
     },
 }
 
-/// The session's handle of a queue's thread.
-pub(crate) struct Worker {
-    index: u16,
-    commands: Sender<Command>,
+/// The session's handle of a thread. It goes with the last of its queues' handles, and the thread then leaves
+/// its rings; that is not waited for: it is idle, or hangs in I/O that outlasted its deadline, and then the end of
+/// the process is all that helps.
+struct Thread {
+    /// For the queue at this place.
+    commands: Sender<(usize, Command)>,
     answers: Receiver<Answer>,
-    watch: Watch,
-    /// What the thread was told last about its ring.
-    enabled: Cell<bool>,
+    watch: Mutex<Watch>,
     /// [`ANSWER_DEADLINE`]; shorter in tests.
     deadline: Duration,
     /// An answer did not come in time.
-    hangs: Cell<bool>,
+    hangs: AtomicBool,
+}
+
+impl Thread {
+    fn spawn(lanes: Vec<Lane>, name: String, role: Role, mode: SeccompMode) -> Result<Self, WorkerError> {
+        let (commands, inbox) = mailbox().map_err(WorkerError::Spawn)?;
+        let (outbox, answers) = mailbox().map_err(WorkerError::Spawn)?;
+        let pulse = Arc::<Pulse>::default();
+        let watch = Mutex::new(Watch::new(Arc::clone(&pulse)));
+        let body = move || {
+            pulse.start();
+            let locked = lockdown_thread(role, mode);
+            let confined = locked.is_ok();
+            if outbox.send(Answer::LockedDown(locked)).is_ok() && confined {
+                let crew = Crew { lanes, inbox, pulse };
+                crew.run(&outbox);
+            }
+        };
+        let builder = std::thread::Builder::new().name(name);
+        builder
+            .stack_size(STACK_SIZE)
+            .spawn(body)
+            .map_err(WorkerError::Spawn)?;
+        Ok(Self {
+            commands,
+            answers,
+            watch,
+            deadline: ANSWER_DEADLINE,
+            hangs: AtomicBool::new(false),
+        })
+    }
+}
+
+/// The session's handle of a queue.
+pub(crate) struct Worker {
+    index: u16,
+    thread: Arc<Thread>,
+    /// Among the queues of its thread.
+    place: usize,
+    /// What the thread was told last about its ring.
+    enabled: Cell<bool>,
 }
 
 impl Worker {
-    /// Makes a thread for each queue of `device`, each confined before it does anything else. Each
-    /// looks for more work for as long as `patience` before it sleeps.
+    /// Makes the threads for the queues of `device`, each confined before it does anything else. With a
+    /// `patience` a thread looks for more work for so long before it sleeps, and serves one queue.
     pub(crate) fn spawn_all(
         device: &mut dyn Device,
         role: Role,
         mode: SeccompMode,
         patience: Duration,
     ) -> Result<Vec<Self>, WorkerError> {
-        let handlers = device.take_handlers().into_iter();
-        (0u16..)
-            .zip(handlers)
-            .map(|(index, handler)| Self::spawn(index, handler, role, mode, patience))
-            .collect()
+        // Where the kernel does not say: a thread for each queue.
+        let processors = std::thread::available_parallelism().map_or(usize::MAX, NonZero::get);
+        let mut crews = BTreeMap::<u16, Vec<(u16, Lane)>>::new();
+        for (index, handler) in (0u16..).zip(device.take_handlers()) {
+            let wanted = device.thread_of(index, processors);
+            let full = crews.get(&wanted).is_some_and(|crew| crew.len() == MOST_LANES);
+            let thread = if full || !patience.is_zero() {
+                index
+            } else {
+                wanted
+            };
+            let lane = Lane::new(index, handler, patience);
+            crews.entry(thread).or_default().push((index, lane));
+        }
+        let mut workers = Vec::new();
+        for (thread, crew) in crews {
+            let (queues, lanes): (Vec<_>, Vec<_>) = crew.into_iter().unzip();
+            let thread = Arc::new(Thread::spawn(lanes, format!("queue{thread}"), role, mode)?);
+            let queue = |(place, index)| Self::new(index, &thread, place);
+            workers.extend(queues.into_iter().enumerate().map(queue));
+        }
+        // They confine themselves at the same time.
+        for worker in workers.iter().filter(|worker| worker.place == 0) {
+            if let Answer::LockedDown(Err(error)) = worker.answer()? {
+                return Err(WorkerError::Lockdown(error));
+            }
+        }
+        workers.sort_unstable_by_key(|worker| worker.index);
+        Ok(workers)
     }
 
-    fn spawn(
-        index: u16,
-        handler: Box<dyn QueueHandler>,
-        role: Role,
-        mode: SeccompMode,
-        patience: Duration,
-    ) -> Result<Self, WorkerError> {
-        let (commands, inbox) = mailbox().map_err(WorkerError::Spawn)?;
-        let (outbox, answers) = mailbox().map_err(WorkerError::Spawn)?;
-        let pulse = Arc::<Pulse>::default();
-        let watch = Watch::new(Arc::clone(&pulse));
-        let lane = Lane::new(index, handler, inbox, patience, Arc::clone(&pulse));
-        let body = move || {
-            pulse.start();
-            let locked = lockdown_thread(role, mode);
-            let confined = locked.is_ok();
-            if outbox.send(Answer::LockedDown(locked)).is_ok() && confined {
-                lane.run(&outbox);
-            }
-        };
-        let builder = std::thread::Builder::new().name(format!("queue{index}"));
-        builder
-            .stack_size(STACK_SIZE)
-            .spawn(body)
-            .map_err(WorkerError::Spawn)?;
-        let worker = Self {
+    fn new(index: u16, thread: &Arc<Thread>, place: usize) -> Self {
+        Self {
             index,
-            commands,
-            answers,
-            watch,
+            thread: Arc::clone(thread),
+            place,
             enabled: Cell::new(false),
-            deadline: ANSWER_DEADLINE,
-            hangs: Cell::new(false),
-        };
-        match worker.answer()? {
-            Answer::LockedDown(Err(error)) => Err(WorkerError::Lockdown(error)),
-            _ => Ok(worker),
         }
     }
 
     /// Whether the thread uses a CPU and gets nowhere; asked from time to time.
-    pub(crate) fn spins(&mut self) -> bool {
-        self.watch.spins()
+    pub(crate) fn spins(&self) -> bool {
+        let mut watch = self.thread.watch.lock().unwrap_or_else(PoisonError::into_inner);
+        watch.spins()
     }
 
     /// Starts the ring.
@@ -230,7 +270,8 @@ impl Worker {
     }
 
     fn ask(&self, command: Command) -> Result<Answer, WorkerError> {
-        if self.hangs.get() || self.commands.send(command).is_err() {
+        let thread = &self.thread;
+        if thread.hangs.load(Ordering::Relaxed) || thread.commands.send((self.place, command)).is_err() {
             return Err(WorkerError::Hangs(self.index));
         }
         match self.answer()? {
@@ -243,19 +284,11 @@ impl Worker {
     }
 
     fn answer(&self) -> Result<Answer, WorkerError> {
-        self.answers.receive(self.deadline).map_err(|_| {
-            self.hangs.set(true);
+        let thread = &self.thread;
+        thread.answers.receive(thread.deadline).map_err(|_| {
+            thread.hangs.store(true, Ordering::Relaxed);
             WorkerError::Hangs(self.index)
         })
-    }
-}
-
-impl Drop for Worker {
-    /// Lets the thread go. It is not waited for: it is idle, or hangs in I/O that outlasted its
-    /// deadline, and then the end of the process is all that helps.
-    fn drop(&mut self) {
-        // Gone already: nothing to let go.
-        let _ = self.commands.send(Command::Quit);
     }
 }
 
@@ -267,15 +300,14 @@ mod tests {
     fn a_late_answer_is_not_taken_for_another_one() {
         let (commands, _inbox) = mailbox().unwrap();
         let (outbox, answers) = mailbox().unwrap();
-        let worker = Worker {
-            index: 7,
+        let thread = Thread {
             commands,
             answers,
-            watch: Watch::new(Arc::default()),
-            enabled: Cell::new(false),
+            watch: Mutex::new(Watch::new(Arc::default())),
             deadline: Duration::from_millis(1),
-            hangs: Cell::new(false),
+            hangs: AtomicBool::new(false),
         };
+        let worker = Worker::new(7, &Arc::new(thread), 0);
         assert!(matches!(worker.set_call(None), Err(WorkerError::Hangs(7))));
         assert!(outbox.send(Answer::Done).is_ok());
         assert!(matches!(worker.stop(), Err(WorkerError::Hangs(7))), "I/O runs on");

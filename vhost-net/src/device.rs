@@ -331,6 +331,16 @@ impl Device for NetDevice {
         std::mem::take(&mut self.handlers)
     }
 
+    /// With more pairs than processors each frame would wake a thread: there are as many threads for either
+    /// direction as processors, and the control queue's.
+    fn thread_of(&self, index: u16, processors: usize) -> u16 {
+        let pairs = self.taps.len();
+        if usize::from(index) == 2 * pairs {
+            return index;
+        }
+        index % (2 * pairs.min(processors)) as u16
+    }
+
     fn reset(&mut self) {
         // Until a control queue says otherwise: a front end may have one of its own.
         self.parts.steering.reset();

@@ -191,7 +191,7 @@ impl Session {
     /// A thread that spins can only be ended with its process; a successor goes on with what it
     /// held.
     fn end_if_a_queue_spins(&mut self) {
-        for (index, worker) in self.workers.iter_mut().enumerate() {
+        for (index, worker) in self.workers.iter().enumerate() {
             if worker.spins() {
                 tracing::error!(queue = index, "the queue's thread spins: the process ends");
                 end(EXIT_HUNG);

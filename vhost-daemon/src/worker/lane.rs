@@ -1,7 +1,6 @@
-//! The loop of a queue's thread.
+//! One queue: stopped, running or broken.
 
-use super::mailbox::{Gone, Receiver, Sender};
-use super::watch::Pulse;
+use super::crew::{Causes, Polled};
 use super::{Answer, Command, QueueState, RingStart};
 use crate::faults::{self, Step};
 use crate::memory::GuestMemory;
@@ -65,11 +64,10 @@ impl Running {
     }
 }
 
-/// All that a queue's thread owns.
+/// All that a queue has, save its thread.
 pub(super) struct Lane {
     index: u16,
     handler: Box<dyn QueueHandler>,
-    inbox: Receiver<Command>,
     /// How long to look for more work before sleeping.
     patience: Duration,
     call: Option<OwnedFd>,
@@ -80,21 +78,13 @@ pub(super) struct Lane {
     running: Option<Running>,
     /// When a broken ring is worth a line again.
     next_warning: Option<Instant>,
-    pulse: Arc<Pulse>,
 }
 
 impl Lane {
-    pub(super) fn new(
-        index: u16,
-        handler: Box<dyn QueueHandler>,
-        inbox: Receiver<Command>,
-        patience: Duration,
-        pulse: Arc<Pulse>,
-    ) -> Self {
+    pub(super) fn new(index: u16, handler: Box<dyn QueueHandler>, patience: Duration) -> Self {
         Self {
             index,
             handler,
-            inbox,
             patience,
             call: None,
             error: None,
@@ -102,37 +92,11 @@ impl Lane {
             discards: false,
             running: None,
             next_warning: None,
-            pulse,
         }
     }
 
-    /// Serves until the session quits or is gone, then waits for the end of the process.
-    pub(super) fn run(mut self, outbox: &Sender<Answer>) -> ! {
-        loop {
-            self.pulse.beat();
-            match self.inbox.try_receive() {
-                Ok(Some(Command::Quit)) | Err(Gone) => break,
-                Ok(Some(command)) => {
-                    let answer = self.obey(command);
-                    if outbox.send(answer).is_err() {
-                        break;
-                    }
-                    continue;
-                }
-                Ok(None) => {}
-            }
-            if self.wait() {
-                self.serve();
-            }
-        }
-        self.stop();
-        // A thread that ends makes calls of its own; the end of the process takes this one along.
-        loop {
-            std::thread::park();
-        }
-    }
-
-    fn obey(&mut self, command: Command) -> Answer {
+    /// Does what the session asks.
+    pub(super) fn obey(&mut self, command: Command) -> Answer {
         match command {
             Command::Start(start) => return self.start(*start),
             Command::Stop => return Answer::Stopped(self.stop()),
@@ -159,7 +123,6 @@ impl Lane {
             Command::Error(error) => self.error = error,
             Command::Fault => signal(self.error.as_ref()),
             Command::Enable(enabled) => self.set_enabled(enabled),
-            Command::Quit => {}
         }
         Answer::Done
     }
@@ -192,7 +155,7 @@ impl Lane {
         }
     }
 
-    fn stop(&mut self) -> Option<QueueState> {
+    pub(super) fn stop(&mut self) -> Option<QueueState> {
         self.drain();
         self.halt()
     }
@@ -261,64 +224,52 @@ impl Lane {
         }
     }
 
-    /// Waits for a cause; true if the ring is to be served.
-    fn wait(&mut self) -> bool {
-        // The first is the inbox; the kick and the handler's own, where they count, follow.
-        let mut fds: [PollFd<'_>; 4] =
-            std::array::from_fn(|_| PollFd::new(self.inbox.as_fd(), PollFlags::POLLIN));
-        let (mut count, mut kick_at, mut limit) = (1, None, None);
-        let running = self.running.as_ref().filter(|_| self.takes());
-        let heard = running.filter(|running| match running.state {
+    /// Says what to wait for, and how long at most.
+    pub(super) fn watch<'l>(&'l self, polled: &mut Polled<'l>) -> Option<Duration> {
+        let running = self.running.as_ref().filter(|_| self.takes())?;
+        let kicks = match running.state {
             State::Served => running.wait.available,
             State::Away => true,
             State::Broken => false,
-        });
-        if let Some(running) = heard {
-            kick_at = Some(count);
-            fds[count] = PollFd::new(running.kick.as_fd(), PollFlags::POLLIN);
-            count += 1;
-        }
-        if let Some(running) = running.filter(|running| running.state == State::Served) {
-            limit = running.limit();
-            let mut interest = PollFlags::empty();
-            interest.set(PollFlags::POLLIN, running.wait.readable);
-            interest.set(PollFlags::POLLOUT, running.wait.writable);
-            if let Some(source) = self.handler.source().filter(|_| !interest.is_empty()) {
-                fds[count] = PollFd::new(source, interest);
-                count += 1;
-            }
-            if let Some(source) = self.handler.ended_source() {
-                fds[count] = PollFd::new(source, PollFlags::POLLIN);
-                count += 1;
-            }
-        }
-        let fds = &mut fds[..count];
-        if let Err(error) = wait(fds, limit) {
-            tracing::error!(queue = self.index, %error, "cannot wait");
-        }
-        let woken = fds.first().is_some_and(is_ready);
-        let kicked = kick_at.and_then(|at| fds.get(at)).is_some_and(is_ready);
-        let served = fds.iter().skip(1).any(is_ready);
-        if woken {
-            self.inbox.acknowledge();
-        }
-        let takes = self.takes();
-        let Some(running) = &mut self.running else {
-            return false;
         };
-        if kicked {
+        if kicks {
+            polled.kick(running.kick.as_fd());
+        }
+        if running.state != State::Served {
+            return None;
+        }
+        let mut interest = PollFlags::empty();
+        interest.set(PollFlags::POLLIN, running.wait.readable);
+        interest.set(PollFlags::POLLOUT, running.wait.writable);
+        if let Some(source) = self.handler.source().filter(|_| !interest.is_empty()) {
+            polled.source(source, interest);
+        }
+        if let Some(source) = self.handler.ended_source() {
+            polled.source(source, PollFlags::POLLIN);
+        }
+        running.limit()
+    }
+
+    /// What a wait found; a round of the handler, if there is a cause for one.
+    pub(super) fn heed(&mut self, causes: Causes) {
+        let takes = self.takes();
+        let Some(running) = &mut self.running else { return };
+        if causes.kicked {
             // The count does not matter, and a kick taken away by another reader neither.
             let _ = nix::unistd::read(&running.kick, &mut [0; 8]);
         }
         match running.state {
-            State::Served => takes && (served || running.take_cause()),
+            State::Served => {
+                if takes && (causes.any() || running.take_cause()) {
+                    self.serve();
+                }
+            }
             State::Away => {
-                if kicked {
+                if causes.kicked {
                     self.complain(&"the driver kicks a ring that is not in the memory table");
                 }
-                false
             }
-            State::Broken => false,
+            State::Broken => {}
         }
     }
 

@@ -31,6 +31,18 @@ struct Slow {
     discards: bool,
 }
 
+impl Slow {
+    fn new(discards: bool) -> (Self, Receiver<()>, Sender<()>) {
+        let ((asked, seen), (go_on, wait)) = (channel(), channel());
+        let slow = Self {
+            asked,
+            go_on: wait,
+            discards,
+        };
+        (slow, seen, go_on)
+    }
+}
+
 impl QueueHandler for Slow {
     fn start(&mut self, _features: u64) {}
 
@@ -46,7 +58,8 @@ impl QueueHandler for Slow {
     }
 }
 
-struct Fake(Option<Slow>);
+/// Its queues share a thread.
+struct Fake(Vec<Slow>);
 
 impl Device for Fake {
     fn features(&self) -> u64 {
@@ -63,8 +76,11 @@ impl Device for Fake {
         false
     }
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
-        let handler = self.0.take().into_iter();
-        handler.map(|handler| Box::new(handler) as _).collect()
+        let handlers = self.0.drain(..);
+        handlers.map(|handler| Box::new(handler) as _).collect()
+    }
+    fn thread_of(&self, _index: u16, _processors: usize) -> u16 {
+        0
     }
     fn reset(&mut self) {}
     fn flush(&mut self) -> std::io::Result<()> {
@@ -72,7 +88,7 @@ impl Device for Fake {
     }
 }
 
-/// A session with one queue, and the test's side of its handler.
+/// A session with a queue or two, and the test's side of the first one's handler.
 struct Rig {
     session: Session,
     asked: Receiver<()>,
@@ -88,12 +104,12 @@ impl Rig {
     }
 
     fn with(features: u64, discards: bool) -> Self {
-        let ((asked, seen), (go_on, wait)) = (channel(), channel());
-        let mut device = Fake(Some(Slow {
-            asked,
-            go_on: wait,
-            discards,
-        }));
+        Self::of(features, discards, None)
+    }
+
+    fn of(features: u64, discards: bool, second: Option<Slow>) -> Self {
+        let (slow, asked, go_on) = Slow::new(discards);
+        let mut device = Fake([slow].into_iter().chain(second).collect());
         let workers = Worker::spawn_all(&mut device, Role::Disk, SeccompMode::Off, Duration::ZERO);
         let mut session = Session::new(Box::new(device), workers.unwrap(), Sealing::Required, None);
         let region = spec(BASE, 0x4000, BASE, 0);
@@ -102,7 +118,7 @@ impl Rig {
         session.set_features(1 << VIRTIO_F_VERSION_1 | features).unwrap();
         Self {
             session,
-            asked: seen,
+            asked,
             go_on,
             kick: EventFd::new().unwrap(),
             call: EventFd::new().unwrap(),
@@ -112,16 +128,18 @@ impl Rig {
 
     /// What a front end says about a ring that it starts.
     fn start(&mut self) {
-        self.place();
+        self.place(0);
         self.run().unwrap();
     }
 
     /// Where it lies.
-    fn place(&mut self) {
+    fn place(&mut self, index: u32) {
         let flags = VhostUserVringAddrFlags::empty();
         let [table, available, used] = [0, 0x1000, 0x2000].map(|at| BASE + at);
-        self.session.set_vring_num(0, 8).unwrap();
-        let addresses = self.session.set_vring_addr(0, flags, table, used, available, 0);
+        self.session.set_vring_num(index, 8).unwrap();
+        let addresses = self
+            .session
+            .set_vring_addr(index, flags, table, used, available, 0);
         addresses.unwrap();
     }
 
@@ -170,14 +188,40 @@ fn is_signalled(event: &EventFd, limit: Duration) -> bool {
 }
 
 #[test]
+fn queues_of_one_thread_are_served_in_turn() {
+    let (second, asked, go_on) = Slow::new(false);
+    let mut rig = Rig::of(0, false, Some(second));
+    rig.start();
+    assert!(rig.serves(), "the first queue");
+    let kick = EventFd::new().unwrap();
+    rig.place(1);
+    let fd = kick.as_fd().try_clone_to_owned().unwrap();
+    rig.session.set_vring_kick(1, Some(fd.into())).unwrap();
+    asked.recv_timeout(LONG).expect("the second queue");
+    // While that one is at work the first waits, and is not forgotten.
+    rig.kick.write(1).unwrap();
+    assert!(rig.asked.recv_timeout(SHORT).is_err());
+    go_on.send(()).unwrap();
+    assert!(rig.serves(), "the first queue, after the second");
+    // One stops, the other goes on.
+    rig.session.get_vring_base(0).unwrap();
+    rig.kick.write(1).unwrap();
+    kick.write(1).unwrap();
+    asked.recv_timeout(LONG).expect("the second queue, alone");
+    go_on.send(()).unwrap();
+    rig.session.get_vring_base(1).unwrap();
+    assert!(rig.asked.try_recv().is_err(), "a stopped ring was served");
+}
+
+#[test]
 fn a_ring_that_cannot_start_is_told_by_its_error_eventfd() {
     let no_version: fn(&mut Rig) = |rig| {
         rig.session.set_features(PROTOCOL_FEATURES).unwrap();
-        rig.place();
+        rig.place(0);
     };
     let nowhere: fn(&mut Rig) = |_| {};
     let unaligned: fn(&mut Rig) = |rig| {
-        rig.place();
+        rig.place(0);
         let flags = VhostUserVringAddrFlags::empty();
         let addresses = rig.session.set_vring_addr(0, flags, BASE + 1, BASE, BASE, 0);
         addresses.unwrap();
