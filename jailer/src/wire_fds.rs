@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde::{Serialize, de::DeserializeOwned};
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use vm_spec::control::{Envelope, MAX_FDS, MAX_MESSAGE, WireError};
 
 /// The most descriptors that the kernel passes with one message (unix(7)).
@@ -34,13 +34,13 @@ pub fn send_with_fds<T: Serialize + DeserializeOwned>(
     socket: BorrowedFd<'_>,
     id: u64,
     body: T,
-    fds: &[BorrowedFd<'_>],
+    fds: &[impl AsFd],
 ) -> Result<(), TransferError> {
     if fds.len() > MAX_FDS {
         return Err(WireError::TooManyFds(fds.len()).into());
     }
     let bytes = Envelope::new(id, body).encode()?;
-    let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let numbers: Vec<RawFd> = fds.iter().map(|fd| fd.as_fd().as_raw_fd()).collect();
     let rights = [ControlMessage::ScmRights(&numbers)];
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
     loop {
@@ -106,7 +106,6 @@ mod tests {
     use super::*;
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
     use nix::unistd::{pipe, read, write};
-    use std::os::fd::AsFd;
     use vm_spec::supervise::FromSupervisor;
 
     #[test]

@@ -36,8 +36,9 @@ pub enum Request {
         line: String,
     },
     /// Put a device into one of the slots that are kept for them. With a process the log pipe's read end, the
-    /// supervisor's end of the socket for orders, and [`AddedProcess::descriptors`] are attached, else the back end's
-    /// connected socket. Answered by [`Answer::Attached`], when the guest can see it, or by [`Answer::Failed`].
+    /// supervisor's end of the socket for orders, and [`AddedProcess::descriptors`] are attached, else
+    /// [`crate::control::BACKEND_FDS`]. Answered by [`Answer::Attached`], when the guest can see it, or by
+    /// [`Answer::Failed`].
     Attach(Box<Attachment>),
     /// Have the guest let go of a device, and end its process. Answered by [`Answer::Detached`] once that is done, or
     /// by [`Answer::Failed`]: the guest may still let go of it later.

@@ -15,6 +15,9 @@ pub const MAX_MESSAGE: usize = 64 << 10;
 /// Most file descriptors in one message: a disk that is attached has one for each layer of its image, 64 at most, and
 /// some besides. The kernel passes 253.
 pub const MAX_FDS: usize = 96;
+/// File descriptors that come with a back end: those of [`DeviceConfig::socket`], [`DeviceConfig::requests`] and
+/// [`DeviceConfig::requests_peer`], in this order, made for it alone.
+pub const BACKEND_FDS: usize = 3;
 
 /// A message with its version and number. A reply carries the number of what it answers;
 /// events that answer nothing carry 0.
@@ -116,23 +119,12 @@ pub struct VmConfig {
     pub console: FdNumber,
     /// Devices, each with a slot of its own.
     pub devices: Vec<DeviceConfig>,
-    /// Slots for devices that come later. With any, all devices can be taken out again.
-    pub spares: Vec<SpareSlot>,
+    /// PCI device numbers of slots for devices that come later. With any, all devices can be taken out again.
+    pub spares: Vec<u8>,
     /// A guest's reboot restarts the machine (or ends the VM).
     pub restart_on_reboot: bool,
     /// The guest runs one command, whose exit status it writes to [`crate::machine::STATUS_REGISTER`].
     pub takes_status: bool,
-}
-
-/// A PCI slot for a device that is attached while the VM runs.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct SpareSlot {
-    /// PCI device number.
-    pub slot: u8,
-    /// As [`DeviceConfig::requests`],
-    pub requests: FdNumber,
-    /// and [`DeviceConfig::requests_peer`].
-    pub requests_peer: FdNumber,
 }
 
 /// One vhost-user device as the vmm sees it.
@@ -144,12 +136,12 @@ pub struct DeviceConfig {
     pub slot: u8,
     /// Virtio device id (virtio 1.3, 5): 1 net, 2 block, and so on.
     pub device_type: u16,
-    /// Connected vhost-user stream socket.
+    /// Its first back end's connected vhost-user stream socket.
     pub socket: FdNumber,
-    /// The channel for the back end's own requests (SET_BACKEND_REQ_FD), a stream socketpair: the
+    /// The channel for that back end's own requests (SET_BACKEND_REQ_FD), a stream socketpair: the
     /// vmm's end,
     pub requests: FdNumber,
-    /// and the end that back ends are given, one after the other.
+    /// and the end that the back end is given. Its successors have channels of their own.
     pub requests_peer: FdNumber,
     /// Queues, where neither the type nor the back end says.
     pub num_queues: Option<u16>,
@@ -175,8 +167,7 @@ pub enum ToVmm {
     PowerButton,
     /// End the VM now: stop vCPUs, drain devices, report [`FromVmm::Ended`].
     Stop,
-    /// A new back end for the device in this slot; one fd attached: its connected socket. The
-    /// sender has made sure that a dead predecessor no longer writes. Answered by
+    /// A new back end for the device in this slot, [`BACKEND_FDS`] attached. The sender has made sure that a dead predecessor no longer writes. Answered by
     /// [`FromVmm::Done`] once the guest is served again, or by [`FromVmm::Failed`]: another one
     /// may then be tried. May come before [`FromVmm::Running`]: a back end that is lost while the
     /// machine is built is replaced too.
@@ -200,7 +191,7 @@ pub enum ToVmm {
         /// Why, one line.
         reason: String,
     },
-    /// Put a device into an empty slot, and tell the guest; one fd attached: its back end's connected socket,
+    /// Put a device into an empty slot, and tell the guest; [`BACKEND_FDS`] attached, of its back end of
     /// generation 0. The numbers in the configuration mean nothing. Answered by [`FromVmm::Done`] once the
     /// guest can see it, or by [`FromVmm::Failed`].
     Attach(Box<DeviceConfig>),

@@ -89,8 +89,8 @@ pub enum ToConnector {
 /// From the connector to the supervisor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum FromConnector {
-    /// Answers [`ToConnector::Connect`]. The connected socket is attached, or a TAP's queues are; nothing is where
-    /// a relay has another passt.
+    /// Answers [`ToConnector::Connect`]. [`crate::control::BACKEND_FDS`] are attached, or a TAP's queues are;
+    /// nothing is where a relay has another passt.
     Connected {
         /// Its place.
         device: u16,
@@ -132,8 +132,8 @@ pub enum ToSupervisor {
         /// False: it goes on.
         stopped: bool,
     },
-    /// Answers [`FromSupervisor::Respawn`]: a new process builds its jail. One fd attached: the
-    /// vmm's end of its vhost-user socket.
+    /// Answers [`FromSupervisor::Respawn`]: a new process builds its jail. [`crate::control::BACKEND_FDS`] are
+    /// attached, for the vmm.
     Respawned {
         /// Its place in [`SupervisorConfig::processes`].
         process: u16,

@@ -4,7 +4,8 @@ use crate::frontend::fake_backend::{FakeBackend, Quirk, Script, memfd, memory, o
 use crate::frontend::{Deadlines, Error, Ring, RingAddresses, RingEvents, Session, SharedEvent};
 use arbitrary::Unstructured;
 use nix::fcntl::SealFlag;
-use std::os::fd::OwnedFd;
+use nix::sys::socket::{MsgFlags, send};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,16 +28,13 @@ pub fn frontend(input: &[u8]) {
         end: STEP,
     };
     options.ours = features[3] & 1 != 0;
-    let requests = Arc::clone(&options.requests);
     let script = script(features, input.take_rest().to_vec());
-    let (fake, socket) = FakeBackend::start(script);
-    if let Ok(mut session) = Session::connect(socket, options) {
-        // What the peer's socket takes no more of is not sent.
-        let _ = nix::sys::socket::send(
-            std::os::fd::AsRawFd::as_raw_fd(&requests.theirs()),
-            &flood,
-            nix::sys::socket::MsgFlags::MSG_DONTWAIT,
-        );
+    let (fake, sockets) = FakeBackend::start(script);
+    let peer = sockets.requests_peer.try_clone().expect("a descriptor");
+    if let Ok(mut session) = Session::connect(sockets, options) {
+        // What the peer's socket takes no more of is not sent. The session may have no channel.
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        let _ = send(peer.as_raw_fd(), &flood, flags);
         let _ = use_session(&mut session);
     }
     drop(fake);

@@ -1,18 +1,19 @@
-//! A disk's back end that behaves until its rings run, and then does not.
+//! A disk's back end that behaves for a while, most often until its rings run, and then does not.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::{
     cmsg_space,
     fcntl::{FcntlArg, SealFlag, fcntl},
     sys::{
         eventfd::EventFd,
         memfd::{MFdFlags, memfd_create},
-        socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg},
+        socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg, shutdown},
     },
 };
 use std::{
     fs::File,
     io::{IoSlice, IoSliceMut},
+    net::Shutdown,
     os::{
         fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
         unix::{fs::FileExt, net::UnixStream},
@@ -34,7 +35,8 @@ const FLOOD: usize = 200_000;
 /// For the peer's next message while it is alive.
 const PATIENCE: Duration = Duration::from_secs(40);
 
-/// What the back end does once a queue is to run.
+/// What the back end does once a queue is to run; to its channel before it hangs up, and to one whose predecessors did
+/// that, once all is negotiated.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Lie {
     /// An answer of half its length.
@@ -65,6 +67,22 @@ pub enum Lie {
     Truncate,
     /// It hangs up.
     Close,
+    /// The back-end channel shut down.
+    ShutChannel,
+    /// Half a request on the back-end channel.
+    HalfRequest,
+    /// No lie: a configuration change, which the front end is to look at next.
+    Change,
+}
+
+impl Lie {
+    /// At which request.
+    fn moment(self) -> u32 {
+        match self {
+            Self::ShutChannel | Self::HalfRequest | Self::Change => request::GET_INFLIGHT_FD,
+            _ => request::SET_VRING_ENABLE,
+        }
+    }
 }
 
 /// The back end's thread.
@@ -78,9 +96,17 @@ impl Liar {
     /// When there are no sockets.
     pub fn start(lie: Lie) -> Result<(Self, UnixStream)> {
         let (ours, theirs) = UnixStream::pair()?;
-        ours.set_read_timeout(Some(PATIENCE))?;
+        Ok((Self::on(ours, lie)?, theirs))
+    }
+
+    /// Starts one on its connection to a front end.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn on(socket: UnixStream, lie: Lie) -> Result<Self> {
+        socket.set_read_timeout(Some(PATIENCE))?;
         let backend = Backend {
-            socket: ours,
+            socket,
             lie,
             channel: None,
             memory: None,
@@ -90,7 +116,7 @@ impl Liar {
             rings: [0; 3],
             capacity: 1 << 16,
         };
-        Ok((Self(thread::spawn(move || backend.serve())), theirs))
+        Ok(Self(thread::spawn(move || backend.serve())))
     }
 
     /// Waits until the front end has hung up.
@@ -141,7 +167,7 @@ impl Backend {
         let mut lied = false;
         while let Some(mut message) = self.receive()? {
             self.keep(&mut message);
-            if message.request == request::SET_VRING_ENABLE && !lied {
+            if message.request == self.lie.moment() && !lied {
                 lied = true;
                 if !self.lie(&message)? {
                     continue;
@@ -151,7 +177,7 @@ impl Backend {
         }
         match lied {
             true => Ok(()),
-            false => bail!("the rings were never started"),
+            false => bail!("the front end did not come to the moment of the lie"),
         }
     }
 
@@ -303,8 +329,25 @@ impl Backend {
                     bail!("guest RAM was cut short");
                 }
             }
-            Lie::Close => {
-                self.socket.shutdown(std::net::Shutdown::Both)?;
+            Lie::Close => self.socket.shutdown(Shutdown::Both)?,
+            Lie::ShutChannel | Lie::HalfRequest => {
+                self.answer(message)?;
+                let channel = self.channel.as_ref().context("no back-end channel")?;
+                match self.lie {
+                    Lie::ShutChannel => shutdown(channel.as_raw_fd(), nix::sys::socket::Shutdown::Both)?,
+                    _ => transmit(channel.as_raw_fd(), &CONFIG_CHANGE.to_le_bytes(), &[])?,
+                }
+                self.socket.shutdown(Shutdown::Both)?;
+            }
+            Lie::Change => {
+                self.answer(message)?;
+                let channel = self.channel.as_ref().context("no back-end channel")?;
+                let change = [CONFIG_CHANGE, VERSION, 0].map(u32::to_le_bytes).concat();
+                transmit(channel.as_raw_fd(), &change, &[])?;
+                let next = self.receive()?.context("the front end has hung up")?;
+                ensure!(next.request == request::GET_CONFIG, "{} came next", next.request);
+                self.answer(&next)?;
+                self.socket.shutdown(Shutdown::Both)?;
             }
         }
         let answered = [

@@ -12,7 +12,7 @@ use integration_tests::{
     host::Host,
     process::{Process, wait_for},
     suite::{artifact, full, test_within},
-    tiny::{Run, Tap},
+    tiny::{Liar, Lie, Run, Tap},
 };
 use libtest_mimic::Trial;
 use nix::{
@@ -45,6 +45,11 @@ pub(crate) fn tests() -> Vec<Trial> {
             again(Kind::Reference, ",in-order=true", kills)
         }),
         test_within(limit, "others::a_nic", move || nic(kills)),
+        test_within(
+            limit,
+            "others::one_whose_predecessors_misused_their_channel",
+            heard,
+        ),
         test_within(limit, "others::one_that_stays_away", move || away(absence)),
         test_within(limit, "others::one_without_a_record_needs_a_reset", || {
             [Kind::Reference, Kind::StorageDaemon]
@@ -261,6 +266,23 @@ fn nic(kills: u64) -> Result<()> {
     }
     run.wait(DEADLINE)?;
     run.console.expect_ok()
+}
+
+/// What a back end does to the channel for its own requests is not its successors' concern: they are heard.
+fn heard() -> Result<()> {
+    Host::need_kvm()?;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("liar.sock");
+    let listener = UnixListener::bind(&path)?;
+    let flags = [format!("--disk=vhost-user={}", path.display())];
+    let mut run = Run::tiny("scenario=hlt", &flags)?;
+    for lie in [Lie::ShutChannel, Lie::HalfRequest, Lie::Change] {
+        let (socket, _) = listener.accept()?;
+        let done = Liar::on(socket, lie)?.finish();
+        done.with_context(|| format!("{lie:?}: {}", run.process.stderr().unwrap_or_default()))?;
+    }
+    run.verb("kill", &[])?.output()?;
+    run.wait(DEADLINE).map(drop)
 }
 
 /// There is no limit of time.

@@ -258,13 +258,24 @@ fn successor(run: &mut Run, printed: &str) -> Result<()> {
         Ok(disks.next().context("no disk")?.clone())
     };
     let first = disk(&run.state(DEADLINE)?)?;
+    let sockets = |pid| -> Result<BTreeSet<String>> {
+        let open = descriptors::open(pid)?.into_values();
+        Ok(open.filter(|link| link.starts_with("socket:")).collect())
+    };
+    let before = sockets(first.pid)?;
     kill(Pid::from_raw(first.pid), Signal::SIGKILL)?;
     Events::default().wait(run, DEADLINE, |event| event.event == EventKind::Restarted)?;
     let state = run.state(DEADLINE)?;
     let next = disk(&state)?;
     ensure!(next.pid != first.pid, "no successor of {}", first.pid);
     let looked = jail(next.pid, 4).and_then(|()| exact(&next, &state, printed));
-    looked.with_context(|| format!("the successor {} of {}", next.pid, first.pid))
+    looked.with_context(|| format!("the successor {} of {}", next.pid, first.pid))?;
+    let (after, orders) = (sockets(next.pid)?, 1);
+    ensure!(
+        before.intersection(&after).count() == orders,
+        "{after:?} after {before:?}"
+    );
+    Ok(())
 }
 
 /// The spawner makes nothing any more, and can end its processes at most.

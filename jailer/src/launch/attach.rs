@@ -5,7 +5,7 @@ use super::inputs::{self, BackendInput, Given};
 use super::machine::{self, Backend, Device, check_name};
 use super::net::{self, link::Unnamed};
 use super::plan::{Choices, Source, device as device_plan};
-use super::spawn::{binary_folder, open_binary, pair, set_nonblocking};
+use super::spawn::{binary_folder, of_back_end, open_binary, pair, set_nonblocking};
 use super::{Jail, Options, disk};
 use crate::failure::Failure;
 use crate::sandbox::SeccompMode;
@@ -18,7 +18,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use vm_spec::client::Attachment;
 use vm_spec::control::{DeviceConfig, FdNumber};
-use vm_spec::run_state::{FdLink, FdState, MadeFds, RunState};
+use vm_spec::run_state::{FdState, RunState};
 use vm_spec::spec::VmSpec;
 use vm_spec::supervise::AddedProcess;
 
@@ -50,12 +50,15 @@ pub(crate) fn prepare(spec: &VmSpec, state: &RunState, folder: &Path) -> Result<
     let config = device.config([FdNumber::NONE; 3]);
     let input = match input {
         BackendInput::Socket(socket) => {
+            let sockets = of_back_end(socket).map_err(|e| {
+                Failure::host(format!("{}: cannot make sockets for it", device.field)).because(&e)
+            })?;
             return Ok(Ready {
                 attachment: Attachment {
                     device: config,
                     process: None,
                 },
-                descriptors: vec![socket],
+                descriptors: sockets.into(),
                 link: None,
             });
         }
@@ -183,7 +186,7 @@ impl Parts {
             chains: vec![self.formats.clone()],
             cmdline: String::new(),
         };
-        let plan = device_plan::plan(0, device, &choices, 0, &config)
+        let plan = device_plan::plan(0, device, &choices, 0)
             .ok_or_else(|| Failure::host(format!("{}: no process of ours serves it", device.field)))?;
         let binary = open_binary(&binary_folder()?, plan.binary)?.1;
         let numbered = || (0..).zip(&plan.descriptors);
@@ -201,7 +204,7 @@ impl Parts {
                 })
                 .collect(),
             socket: FdNumber(socket.map_or(-1, |(number, _)| number)),
-            made: plan.made.iter().cloned().map(by_kind).collect(),
+            made: plan.made.clone(),
             watches: self.watches.len() as u8,
         };
         let mut descriptors = vec![self.log, self.orders, binary.into()];
@@ -224,12 +227,4 @@ impl Parts {
             link: None,
         })
     }
-}
-
-/// Which of the vmm's descriptors is passed on is not known here.
-fn by_kind(mut made: MadeFds) -> MadeFds {
-    if matches!(&made.link, FdLink::SameAs { process, .. } if process == "vmm") {
-        made.link = FdLink::Named("socket:[".into());
-    }
-    made
 }

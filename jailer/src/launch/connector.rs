@@ -15,6 +15,7 @@
 use super::machine::{Backend, Device};
 use super::net::line::{self, Lines};
 use super::net::{self, Holder, NetError};
+use super::spawn::of_back_end;
 use crate::sandbox::caps;
 use crate::wire::{Received, receive_message, send_message};
 use crate::wire_fds::send_with_fds;
@@ -188,8 +189,7 @@ fn serve(supervisor: &OwnedFd, reachable: &[Device], relays: &mut BTreeMap<u16, 
             }
             let answer = FromConnector::Connected { device: *number };
             // A supervisor that takes no answer is gone, which is heard next.
-            let fds: Vec<_> = opened.iter().map(AsFd::as_fd).collect();
-            send_with_fds(supervisor.as_fd(), 0, answer, &fds).is_err()
+            send_with_fds(supervisor.as_fd(), 0, answer, &opened).is_err()
         });
     }
 }
@@ -245,7 +245,7 @@ fn open(device: &Device, relay: Option<&mut Relay>) -> Option<io::Result<Vec<Own
         Backend::Net(nic) => return nic.open_again().map(|opened| opened.map_err(io::Error::other)),
         Backend::Disk(_) => return None,
     };
-    Some(socket.map(|socket| vec![socket]))
+    Some(socket.and_then(|socket| Ok(of_back_end(socket)?.into())))
 }
 
 fn by_name(mut device: Device) -> Device {
@@ -274,6 +274,7 @@ mod tests {
     use std::io::Read;
     use std::os::unix::net::UnixListener;
     use std::thread;
+    use vm_spec::control::BACKEND_FDS;
 
     fn device(socket: &Path) -> Device {
         Device {
@@ -314,7 +315,12 @@ mod tests {
             message,
             Received::Message(0, FromConnector::Connected { device: 0 })
         ));
-        drop(fds.pop().unwrap());
+        // Behind the socket are both ends of a channel, which are nobody else's.
+        assert_eq!(fds.len(), BACKEND_FDS);
+        let [peer, mut requests] = [2, 1].map(|at| UnixStream::from(fds.remove(at)));
+        drop(peer);
+        assert_eq!(requests.read(&mut [0]).unwrap(), 0);
+        drop(fds);
         let mut end = Vec::new();
         let (mut stream, _) = listener.accept().unwrap();
         assert_eq!(stream.read_to_end(&mut end).unwrap(), 0);

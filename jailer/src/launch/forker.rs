@@ -29,6 +29,7 @@ use serde::{Deserialize, Serialize};
 use std::cell::Cell;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
+use vm_spec::control::BACKEND_FDS;
 use vm_spec::supervise::{AddedProcess, Build};
 
 /// Longest wait for an answer; the forker itself waits for a jail at most 2 s, after it has answered.
@@ -54,7 +55,7 @@ enum Order {
 enum Answer {
     /// It takes orders, and is under its filter.
     Ready,
-    /// It builds its jail. The vmm's end of its socket comes along.
+    /// It builds its jail. Its sockets for the vmm come along.
     Started { pid: i32 },
     /// It cannot be made.
     Refused { why: String },
@@ -139,10 +140,10 @@ impl Forker {
         self.answer()
     }
 
-    /// Has a successor of `process` made: its process id, and the vmm's end of its socket.
-    pub(crate) fn successor(&self, process: u16, build: Build) -> Result<(Pid, OwnedFd), Failure> {
+    /// Has a successor of `process` made: its process id, and its sockets for the vmm.
+    pub(crate) fn successor(&self, process: u16, build: Build) -> Result<(Pid, Vec<OwnedFd>), Failure> {
         match self.ask(Order::Start { process, build })? {
-            (Answer::Started { pid }, mut fds) if fds.len() == 1 => Ok((Pid::from_raw(pid), fds.remove(0))),
+            (Answer::Started { pid }, fds) if fds.len() == BACKEND_FDS => Ok((Pid::from_raw(pid), fds)),
             (Answer::Refused { why }, _) => Err(Failure::host(why)),
             _ => Err(no_answer()),
         }
@@ -160,8 +161,7 @@ impl Forker {
 
     /// See `Respawner::keep_tap`.
     pub(crate) fn keep_tap(&self, process: u16, queues: &[OwnedFd]) -> Result<(), TransferError> {
-        let queues: Vec<_> = queues.iter().map(AsFd::as_fd).collect();
-        send_with_fds(self.socket.as_fd(), 0, Order::Tap { process }, &queues)
+        send_with_fds(self.socket.as_fd(), 0, Order::Tap { process }, queues)
     }
 
     /// See `Respawner::add`.
@@ -171,8 +171,7 @@ impl Forker {
         plan: Box<AddedProcess>,
         fds: &[OwnedFd],
     ) -> Result<(), TransferError> {
-        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-        send_with_fds(self.socket.as_fd(), 0, Order::Add { process, plan }, &fds)
+        send_with_fds(self.socket.as_fd(), 0, Order::Add { process, plan }, fds)
     }
 
     /// See `Respawner::remove`; done when it returns.
@@ -209,7 +208,7 @@ fn serve(socket: BorrowedFd<'_>, mut respawner: Respawner) {
             Order::Start { process, build } => match respawner.start(process.into(), build) {
                 Ok(successor) => {
                     let pid = successor.pid().as_raw();
-                    let sent = send_with_fd(socket, id, Answer::Started { pid }, successor.socket.as_fd());
+                    let sent = send_with_fds(socket, id, Answer::Started { pid }, &successor.sockets);
                     successor.finish();
                     sent
                 }
@@ -319,9 +318,10 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_without_its_socket_is_none() {
+    fn an_answer_without_its_sockets_is_none() {
         let (forker, theirs) = forker();
-        send_message(theirs.as_fd(), 2, Answer::Started { pid: 1 << 30 }).unwrap();
+        let answer = Answer::Started { pid: 1 << 30 };
+        send_with_fd(theirs.as_fd(), 2, answer, theirs.as_fd()).unwrap();
         let failed = forker.successor(0, Build::Current).unwrap_err().to_string();
         assert!(failed.contains("does not answer"), "{failed}");
         drop(theirs);

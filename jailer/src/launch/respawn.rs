@@ -4,7 +4,7 @@
 //! and a successor works on the same open file descriptions; no path is looked up again.
 
 use super::plan::{Descriptor, Plan, ProcessPlan, Source};
-use super::spawn::{Binaries, begin, pair};
+use super::spawn::{Binaries, begin, of_back_end, pair};
 use super::watch::Watch;
 use crate::failure::Failure;
 use crate::sandbox::SeccompMode;
@@ -17,6 +17,7 @@ use nix::unistd::Pid;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
+use vm_spec::control::BACKEND_FDS;
 use vm_spec::run_state::ProcessRole;
 use vm_spec::supervise::{AddedProcess, Build, MOST_PROCESSES};
 
@@ -48,8 +49,8 @@ pub(crate) struct Respawner {
 
 /// A successor that builds its jail.
 pub(crate) struct Successor {
-    /// The vmm's end of its vhost-user socket. Messages wait in it until the process reads them.
-    pub(crate) socket: OwnedFd,
+    /// For the vmm. Messages wait in its vhost-user socket until the process reads them.
+    pub(crate) sockets: [OwnedFd; BACKEND_FDS],
     starting: Starting,
 }
 
@@ -216,8 +217,9 @@ impl Respawner {
         let Some(Some(plan)) = self.processes.get(process) else {
             return Err(Failure::host(format!("process {process} has no successor")));
         };
-        let (socket, theirs) = pair(SockType::Stream)
-            .map_err(|e| Failure::host(format!("cannot make a socket for {}", plan.name)).because(&e))?;
+        let (sockets, theirs) = pair(SockType::Stream)
+            .and_then(|(socket, theirs)| Ok((of_back_end(socket)?, theirs)))
+            .map_err(|e| Failure::host(format!("cannot make sockets for {}", plan.name)).because(&e))?;
         let has = |given: &Descriptor| {
             matches!(given.source, Source::BackEnd(_)) || self.kept.contains_key(&given.source)
         };
@@ -247,7 +249,7 @@ impl Respawner {
             binary,
             Parent::CallersParent,
         )?;
-        Ok(Successor { socket, starting })
+        Ok(Successor { sockets, starting })
     }
 }
 

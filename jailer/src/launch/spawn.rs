@@ -23,7 +23,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use vm_spec::control::ToVmm;
+use vm_spec::control::{BACKEND_FDS, ToVmm};
 use vm_spec::run_state::ProcessRole;
 use vm_spec::supervise::ToSupervisor;
 
@@ -352,11 +352,6 @@ impl Wires {
             table.insert(Source::Orders(n), device);
             table.insert(Source::OrdersPeer(n), supervisor);
         }
-        for n in plan.vm.devices.len()..plan.vm.devices.len() + plan.vm.spares.len() {
-            let (requests, peer) = pair(SockType::Stream)?;
-            table.insert(Source::Requests(n), requests);
-            table.insert(Source::RequestsPeer(n), peer);
-        }
         Ok(Self {
             table,
             spawner,
@@ -383,6 +378,13 @@ pub(super) fn tap_sources(n: usize, taps: Vec<OwnedFd>) -> impl Iterator<Item = 
 
 pub(crate) fn pair(kind: SockType) -> nix::Result<(OwnedFd, OwnedFd)> {
     socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC)
+}
+
+/// What the vmm is given of a back end: its end of the vhost-user `socket`, and both ends of a new channel for the
+/// back end's own requests. What one does to its channel is no other's.
+pub(crate) fn of_back_end(socket: OwnedFd) -> nix::Result<[OwnedFd; BACKEND_FDS]> {
+    let (requests, peer) = pair(SockType::Stream)?;
+    Ok([socket, requests, peer])
 }
 
 pub(crate) fn set_nonblocking(fd: &OwnedFd) -> nix::Result<()> {

@@ -11,7 +11,7 @@ use crate::failure::Failure;
 use crate::sandbox::lockdown_spawner;
 use crate::tell::tell;
 use crate::wire::{Received, TransferError, send_message};
-use crate::wire_fds::{receive_with_fds, send_with_fd};
+use crate::wire_fds::{receive_with_fds, send_with_fds};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
@@ -346,15 +346,15 @@ impl Spawner {
         self.deadline = Some(self.deadline.map_or(end, |at| at.min(end)));
     }
 
-    /// Starts the successor of a device's process that was reaped. The socket goes to the
-    /// supervisor at once: what the vmm writes waits in it while the jail is built.
+    /// Starts the successor of a device's process that was reaped. Its sockets go to the
+    /// supervisor at once: what the vmm writes waits in one while the jail is built.
     fn respawn(&mut self, process: u16, build: Build, on_event: &mut dyn FnMut(Event<'_>)) {
         let place = usize::from(process);
         let started = match (self.workers.get(place), &self.forker) {
             (Some(worker), Some(forker)) if worker.reaped && !self.ending => forker.successor(process, build),
             _ => Err(Failure::host("it still runs, or the VM ends")),
         };
-        let (pid, socket) = match started {
+        let (pid, sockets) = match started {
             Ok(successor) => successor,
             Err(failure) => {
                 let why = failure.to_string().replace('\n', ";");
@@ -367,7 +367,7 @@ impl Spawner {
             pid: pid.as_raw(),
         };
         if let Some(control) = &self.control
-            && let Err(error) = send_with_fd(control.as_fd(), 0, message, socket.as_fd())
+            && let Err(error) = send_with_fds(control.as_fd(), 0, message, &sockets)
         {
             tell(format_args!("bulkhead: cannot tell the supervisor: {error}"));
             self.end_within(SUPERVISOR_GRACE);

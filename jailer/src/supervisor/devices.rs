@@ -7,7 +7,7 @@ use super::quota::Quota;
 use super::recovery::Order;
 use super::{EXIT_DEADLINE, Phase, Supervisor};
 use crate::sandbox::EXIT_HUNG;
-use crate::wire_fds::send_with_fd;
+use crate::wire_fds::send_with_fds;
 use nix::time::{ClockId, clock_gettime};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -161,8 +161,8 @@ impl Supervisor {
         }
     }
 
-    /// The spawner made a process: its socket goes to the vmm.
-    pub(super) fn device_spawned(&mut self, index: usize, pid: i32, socket: Option<OwnedFd>, now: Instant) {
+    /// The spawner made a process: its sockets go to the vmm.
+    pub(super) fn device_spawned(&mut self, index: usize, pid: i32, sockets: &[OwnedFd], now: Instant) {
         let id = self.requests + 1;
         let Some(process) = self.processes.get_mut(index) else {
             return;
@@ -174,7 +174,7 @@ impl Supervisor {
             // It was on its way when its device went.
             return self.carry_out(index, Some(Order::Kill));
         }
-        let (Some(socket), Some(slot), Some(_)) = (socket, slot, &self.vmm) else {
+        let (Some(slot), Some(_)) = (slot, &self.vmm) else {
             // It sees its socket close, and ends.
             return;
         };
@@ -182,21 +182,27 @@ impl Supervisor {
             return;
         };
         self.requests = id;
-        if let Some(given) = self.first_socket(index, id, &socket) {
+        if let Some(given) = self.first_sockets(index, id, sockets) {
             if let Err(why) = given {
                 self.attach_failed(index, &why, now);
             }
             return;
         }
         let message = ToVmm::ReplaceBackend { slot, generation };
-        let sent = self
-            .vmm
-            .as_ref()
-            .map(|vmm| send_with_fd(vmm.as_fd(), id, message, socket.as_fd()));
-        if let Some(Err(error)) = sent {
-            let order = self.processes[index].recovery.condemn(now, &error.to_string());
+        if let Err(why) = self.give_to_vmm(id, message, sockets) {
+            let order = self.processes[index].recovery.condemn(now, &why);
             self.carry_out(index, order);
         }
+    }
+
+    /// Passes a back end's sockets on with a message.
+    ///
+    /// # Errors
+    /// Why it cannot.
+    pub(super) fn give_to_vmm(&self, id: u64, message: ToVmm, sockets: &[OwnedFd]) -> Result<(), String> {
+        let vmm = self.vmm.as_ref().ok_or("the VM is over")?;
+        send_with_fds(vmm.as_fd(), id, message, sockets)
+            .map_err(|error| format!("the vmm cannot be told: {error}"))
     }
 
     /// The spawner could make no process.

@@ -19,7 +19,7 @@ const LAST_MESSAGES: usize = 4096;
 impl Supervisor {
     pub(super) fn hear_spawner(&mut self, now: Instant) -> Result<(), SupervisorError> {
         for _ in 0..MESSAGES_A_TURN {
-            let (received, mut fds) = receive_with_fds(self.spawner.as_fd())?;
+            let (received, fds) = receive_with_fds(self.spawner.as_fd())?;
             match received {
                 Received::Nothing => break,
                 Received::End => return Err(SupervisorError::SpawnerGone),
@@ -32,7 +32,7 @@ impl Supervisor {
                     self.process_stopped(process.into(), stopped, now);
                 }
                 Received::Message(_, ToSupervisor::Respawned { process, pid }) => {
-                    self.device_spawned(process.into(), pid, fds.pop(), now);
+                    self.device_spawned(process.into(), pid, &fds, now);
                 }
                 Received::Message(_, ToSupervisor::Removed { process }) => {
                     self.process_removed(process.into(), now);

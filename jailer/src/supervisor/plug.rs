@@ -15,11 +15,11 @@ use super::recovery::{Order, Recovery};
 use super::remote::Remote;
 use super::taps::Tap;
 use super::{Process, Supervisor};
-use crate::wire_fds::{send_with_fd, send_with_fds};
+use crate::wire_fds::send_with_fds;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use vm_spec::client::{Answer, Attachment, no_device};
-use vm_spec::control::{DeviceConfig, FdNumber, ToVmm};
+use vm_spec::control::{BACKEND_FDS, DeviceConfig, FdNumber, ToVmm};
 use vm_spec::events::EventKind;
 use vm_spec::supervise::{AddedProcess, FromSupervisor, MOST_PROCESSES, RemoteDevice, SupervisedProcess};
 
@@ -145,7 +145,9 @@ impl Supervisor {
         if self.device_place(&device.id).is_some() || self.remote(&device.id).is_some() {
             return Err(format!("'{}' is another device's id", device.id));
         }
-        let wanted = process.as_ref().map_or(1, |process| 2 + process.descriptors());
+        let wanted = process
+            .as_ref()
+            .map_or(BACKEND_FDS, |process| 2 + process.descriptors());
         if fds.len() != wanted {
             return Err(format!(
                 "{} descriptors came with it, and {wanted} were to",
@@ -189,7 +191,6 @@ impl Supervisor {
             return Err("its log and its orders are missing".to_owned());
         };
         let given: Vec<OwnedFd> = fds.collect();
-        let given: Vec<_> = given.iter().map(AsFd::as_fd).collect();
         let (name, role) = (plan.name.clone(), plan.role);
         let order = FromSupervisor::Add {
             // The index fits: see MOST_PROCESSES.
@@ -229,22 +230,24 @@ impl Supervisor {
 
     fn attach_remote(&mut self, device: DeviceConfig, fds: &[OwnedFd], asker: Asker) -> Result<(), String> {
         let id = self.requests + 1;
-        self.give_to_vmm(id, device.clone(), &fds[0])?;
+        self.give_to_vmm(id, ToVmm::Attach(Box::new(device.clone())), fds)?;
         self.requests = id;
         self.plugs.remotes.push(ComingRemote { id, asker, device });
         Ok(())
     }
 
-    fn give_to_vmm(&self, id: u64, device: DeviceConfig, socket: &OwnedFd) -> Result<(), String> {
-        let vmm = self.vmm.as_ref().ok_or("the VM is over")?;
-        send_with_fd(vmm.as_fd(), id, ToVmm::Attach(Box::new(device)), socket.as_fd())
-            .map_err(|error| format!("the vmm cannot be told: {error}"))
-    }
-
-    /// What gives a new process's socket to the vmm, as request `id`, where the device is not there yet.
-    pub(super) fn first_socket(&self, index: usize, id: u64, socket: &OwnedFd) -> Option<Result<(), String>> {
+    /// What gives a new process's sockets to the vmm, as request `id`, where the device is not there yet.
+    pub(super) fn first_sockets(
+        &self,
+        index: usize,
+        id: u64,
+        sockets: &[OwnedFd],
+    ) -> Option<Result<(), String>> {
         match &self.processes[index].membership {
-            Membership::Coming(coming) => Some(self.give_to_vmm(id, coming.device.clone(), socket)),
+            Membership::Coming(coming) => {
+                let message = ToVmm::Attach(Box::new(coming.device.clone()));
+                Some(self.give_to_vmm(id, message, sockets))
+            }
             _ => None,
         }
     }

@@ -1,12 +1,12 @@
 //! Devices that are attached and detached, with the spawner, the vmm and a client played.
 
-use super::tests::{Play, pair, told};
+use super::tests::{Play, pair, sockets, told};
 use super::*;
 use crate::wire_fds::{receive_with_fds, send_with_fds};
 use nix::sys::socket::SockType;
 use std::os::fd::BorrowedFd;
 use vm_spec::client::{Answer, Attachment, Request};
-use vm_spec::control::{DeviceConfig, FromVmm, Loss};
+use vm_spec::control::{BACKEND_FDS, DeviceConfig, FromVmm, Loss};
 use vm_spec::run_state::{FdState, Kept, ProcessRole};
 use vm_spec::supervise::{AddedProcess, ExitStatus};
 
@@ -76,7 +76,7 @@ fn attach(play: &mut Play, client: &OwnedFd, attachment: Attachment) {
     let count = attachment
         .process
         .as_ref()
-        .map_or(1, |process| 2 + process.descriptors());
+        .map_or(BACKEND_FDS, |process| 2 + process.descriptors());
     ask(play, client, Request::Attach(Box::new(attachment)), count);
 }
 
@@ -118,14 +118,13 @@ fn spawned(play: &mut Play, index: usize, pid: i32) -> u64 {
     play.supervisor.judge_devices(now);
     let words = told(play);
     assert!(words.last().is_some_and(|word| word == "respawn"), "{words:?}");
-    let (socket, _) = pair(SockType::Stream);
-    play.supervisor.device_spawned(index, pid, Some(socket), now);
+    play.supervisor.device_spawned(index, pid, &sockets(), now);
     let (id, message, fds) = asked(play).unwrap();
     assert!(
         matches!(&message, ToVmm::Attach(device) if device.ours),
         "{message:?}"
     );
-    assert_eq!(fds, 1);
+    assert_eq!(fds, BACKEND_FDS);
     id
 }
 
@@ -160,15 +159,12 @@ fn a_device_comes_is_replaced_like_any_other_and_goes() {
     play.supervisor.process_ended(0, ExitStatus::Signal(9), now);
     play.supervisor.judge_devices(now + Duration::from_secs(1));
     assert_eq!(told(&play), ["Died", "respawn"]);
-    let (socket, _) = pair(SockType::Stream);
-    play.supervisor.device_spawned(0, 41, Some(socket), now);
-    let (id, message, _) = asked(&play).unwrap();
+    play.supervisor.device_spawned(0, 41, &sockets(), now);
+    let (id, message, fds) = asked(&play).unwrap();
+    let (slot, generation) = (3, 1);
     assert_eq!(
-        message,
-        ToVmm::ReplaceBackend {
-            slot: 3,
-            generation: 1
-        }
+        (message, fds),
+        (ToVmm::ReplaceBackend { slot, generation }, BACKEND_FDS)
     );
     vmm_says(&mut play, id, FromVmm::Done);
     assert_eq!(told(&play), ["Restarted"]);
@@ -306,8 +302,7 @@ fn one_that_is_on_its_way_when_its_device_goes_is_ended() {
         vmm_says(&mut play, 0, FromVmm::Detached { slot: 3 });
         assert_eq!(told(&play), ["Detached"], "a process may be there any moment");
         if made {
-            let (socket, _) = pair(SockType::Stream);
-            play.supervisor.device_spawned(0, 41, Some(socket), now);
+            play.supervisor.device_spawned(0, 41, &sockets(), now);
             assert_eq!(told(&play), ["kill"]);
             ends(&mut play, 0);
         } else {
@@ -328,9 +323,7 @@ fn one_that_is_made_too_late_is_removed_all_the_same() {
     let id = spawned(&mut play, 0, 40);
     vmm_says(&mut play, id, FromVmm::Failed("useless".into()));
     ends(&mut play, 0);
-    let (socket, _) = pair(SockType::Stream);
-    play.supervisor
-        .device_spawned(0, 41, Some(socket), Instant::now());
+    play.supervisor.device_spawned(0, 41, &sockets(), Instant::now());
     ends(&mut play, 0);
     let words = told(&play);
     assert_eq!((&*words[0], &*words[2]), ("kill", "kill"), "{words:?}");
@@ -412,8 +405,9 @@ fn someone_elses_back_end_that_is_gone_is_given_up() {
     vmm_says(&mut play, 0, FromVmm::Detached { slot: 3 });
     assert_eq!(answer(&client), Some(Answer::Detached));
     attach(&mut play, &client, someones("fs0"));
-    let (id, message, _) = asked(&play).unwrap();
+    let (id, message, fds) = asked(&play).unwrap();
     assert!(matches!(message, ToVmm::Attach(device) if device.slot == 3));
+    assert_eq!(fds, BACKEND_FDS);
     vmm_says(&mut play, id, FromVmm::Done);
     assert!(matches!(answer(&client), Some(Answer::Attached { slot: 3, .. })));
     assert_eq!(play.supervisor.remotes.len(), 1, "it has the first one's place");

@@ -12,7 +12,7 @@ use super::devices::{Counters, event};
 use super::outcome::Outcome;
 use super::recovery::JOIN_DEADLINE;
 use crate::wire::{Received, send_message};
-use crate::wire_fds::{receive_with_fds, send_with_fd};
+use crate::wire_fds::receive_with_fds;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use vm_spec::control::{ToVmm, exit_code};
@@ -223,11 +223,11 @@ impl Supervisor {
         while let Some(connector) = &self.connector {
             match receive_with_fds(connector.as_fd()) {
                 Ok((Received::Nothing, _)) => return,
-                Ok((Received::Message(_, FromConnector::Connected { device }), mut fds)) => {
+                Ok((Received::Message(_, FromConnector::Connected { device }), fds)) => {
                     if let Some(index) = self.nic_of(device) {
                         self.nic_came_back(index, &fds, now);
-                    } else if let Some(socket) = fds.pop() {
-                        self.connected(device.into(), &socket, now);
+                    } else {
+                        self.connected(device.into(), &fds, now);
                     }
                 }
                 Ok((Received::Message(_, FromConnector::Lost { device }), _)) => self.passt_lost(device, now),
@@ -250,9 +250,9 @@ impl Supervisor {
     }
 
     /// There is a connection: it goes to the vmm.
-    fn connected(&mut self, index: usize, socket: &OwnedFd, now: Instant) {
+    fn connected(&mut self, index: usize, sockets: &[OwnedFd], now: Instant) {
         let id = self.requests + 1;
-        let (Some(remote), Some(vmm)) = (self.remotes.get_mut(index), &self.vmm) else {
+        let Some(remote) = self.remotes.get_mut(index) else {
             return;
         };
         if remote.stage != Stage::Connecting {
@@ -262,7 +262,9 @@ impl Supervisor {
         remote.generation = remote.generation.wrapping_add(1);
         let (slot, generation) = (remote.about.slot, remote.generation);
         let message = ToVmm::ReplaceBackend { slot, generation };
-        match send_with_fd(vmm.as_fd(), id, message, socket.as_fd()) {
+        let given = self.give_to_vmm(id, message, sockets);
+        let remote = &mut self.remotes[index];
+        match given {
             Ok(()) => remote.stage = Stage::Joining(now + JOIN_DEADLINE, id),
             Err(_) => remote.rest(now),
         }

@@ -103,8 +103,7 @@ impl Supervisor {
         let message = FromSupervisor::Tap {
             process: index as u16,
         };
-        let fds: Vec<_> = queues.iter().map(AsFd::as_fd).collect();
-        if send_with_fds(self.spawner.as_fd(), 0, message, &fds).is_err() {
+        if send_with_fds(self.spawner.as_fd(), 0, message, queues).is_err() {
             return self.say("the spawner cannot be given a TAP");
         }
         self.note(index, EventKind::TapBack, Duration::ZERO, "");

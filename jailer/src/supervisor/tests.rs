@@ -15,7 +15,7 @@ use nix::sys::socket::{
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicI32, Ordering};
 use vm_spec::client::{Answer, Channel, Request};
-use vm_spec::control::FromVmm;
+use vm_spec::control::{BACKEND_FDS, FromVmm};
 use vm_spec::events::EventKind;
 use vm_spec::run_state::ProcessRole;
 use vm_spec::supervise::{Build, ExitStatus};
@@ -31,6 +31,11 @@ fn give(fd: OwnedFd) -> FdNumber {
 pub(super) fn pair(kind: SockType) -> (OwnedFd, OwnedFd) {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     socketpair(AddressFamily::Unix, kind, None, flags).unwrap()
+}
+
+/// What the vmm is to be given of a back end.
+pub(super) fn sockets() -> Vec<OwnedFd> {
+    (0..BACKEND_FDS).map(|_| pair(SockType::Stream).0).collect()
 }
 
 pub(super) struct Play {
@@ -168,8 +173,7 @@ pub(super) fn told(play: &Play) -> Vec<String> {
 
 /// The spawner makes a process and the vmm takes it.
 fn joins(play: &mut Play, now: Instant) {
-    let (socket, _theirs) = pair(SockType::Stream);
-    play.supervisor.device_spawned(0, 8, Some(socket), now);
+    play.supervisor.device_spawned(0, 8, &sockets(), now);
     let id = play.supervisor.requests;
     assert!(play.supervisor.device_answered(id, Ok(()), now));
 }

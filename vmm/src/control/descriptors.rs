@@ -46,9 +46,6 @@ pub fn adopt_config(config: &VmConfig, control: i32) -> Result<BTreeMap<i32, Own
         let fds = [device.socket, device.requests, device.requests_peer];
         named.extend(fds.map(|fd| (device.id.as_str(), fd)));
     }
-    for spare in &config.spares {
-        named.extend([spare.requests, spare.requests_peer].map(|fd| ("an empty slot", fd)));
-    }
     let mut owned = BTreeMap::new();
     for (what, number) in named {
         if number.0 == control || owned.contains_key(&number.0) {

@@ -88,7 +88,7 @@ impl Channel {
         exchange: Exchange,
         message: &[u8],
         fds: &[BorrowedFd<'_>],
-        side: &mut Option<BackendChannel>,
+        side: &mut BackendChannel,
     ) -> Result<(), Error> {
         let mut raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let mut sent = 0;
@@ -110,11 +110,7 @@ impl Channel {
     }
 
     /// Receives the reply to `exchange`, judged but for its payload.
-    pub(super) fn receive(
-        &mut self,
-        exchange: Exchange,
-        side: &mut Option<BackendChannel>,
-    ) -> Result<Reply, Error> {
+    pub(super) fn receive(&mut self, exchange: Exchange, side: &mut BackendChannel) -> Result<Reply, Error> {
         let mut fd = None;
         let mut header = Header::new_zeroed();
         self.fill(exchange, header.as_mut_bytes(), &mut fd, side)?;
@@ -134,7 +130,7 @@ impl Channel {
         exchange: Exchange,
         buffer: &mut [u8],
         fd: &mut Option<File>,
-        side: &mut Option<BackendChannel>,
+        side: &mut BackendChannel,
     ) -> Result<(), Error> {
         let mut filled = 0;
         while filled < buffer.len() {
@@ -164,7 +160,7 @@ impl Channel {
         &self,
         exchange: Exchange,
         events: PollFlags,
-        side: &mut Option<BackendChannel>,
+        side: &mut BackendChannel,
     ) -> Result<(), Error> {
         loop {
             let left = exchange.until.saturating_duration_since(Instant::now());
@@ -178,10 +174,7 @@ impl Channel {
                 PollFd::new(self.stream.as_fd(), events),
                 PollFd::new(self.cancel.as_fd(), PollFlags::POLLIN),
             ];
-            fds.extend(
-                side.as_ref()
-                    .map(|side| PollFd::new(side.as_fd(), PollFlags::POLLIN)),
-            );
+            fds.extend(side.as_fd().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
             // Rounded up, so that the last millisecond is not spun away.
             let timeout = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
             match poll(&mut fds, timeout) {
@@ -194,7 +187,7 @@ impl Channel {
                 return Err(Error::Cancelled);
             }
             if request {
-                BackendChannel::service(side);
+                side.service();
             }
             if socket {
                 return Ok(());

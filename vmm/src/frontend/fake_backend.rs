@@ -1,7 +1,7 @@
 //! A scripted back end on the other end of a socketpair, in a thread of its own.
 
 use super::message::{HEADER_SIZE, Header};
-use super::{Deadlines, MemoryTable, RequestSockets, SessionOptions, new_event};
+use super::{BackendSockets, Deadlines, MemoryTable, SessionOptions, new_event};
 use crate::memory::RamRegion;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -120,8 +120,8 @@ pub(crate) struct FakeBackend {
 }
 
 impl FakeBackend {
-    /// The back end, and the front end's socket.
-    pub(crate) fn start(script: Script) -> (Self, OwnedFd) {
+    /// The back end, and the front end's sockets.
+    pub(crate) fn start(script: Script) -> (Self, BackendSockets) {
         let (theirs, ours) = UnixStream::pair().unwrap();
         let log = Arc::new(Log::default());
         let thread = std::thread::spawn({
@@ -136,7 +136,7 @@ impl FakeBackend {
             stream: ours,
             thread: Some(thread),
         };
-        (fake, theirs.into())
+        (fake, sockets(theirs))
     }
 
     /// Dies.
@@ -315,9 +315,10 @@ pub(crate) fn deadlines() -> Deadlines {
     }
 }
 
-pub(crate) fn requests() -> RequestSockets {
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    RequestSockets::new(ours.into(), theirs.into())
+/// A back end's, with a new channel for its own requests.
+pub(crate) fn sockets(socket: UnixStream) -> BackendSockets {
+    let (requests, peer) = UnixStream::pair().unwrap();
+    [socket, requests, peer].map(OwnedFd::from).into()
 }
 
 pub(crate) fn options() -> SessionOptions {
@@ -326,6 +327,5 @@ pub(crate) fn options() -> SessionOptions {
         deadlines: deadlines(),
         cancel: new_event().unwrap(),
         ours: true,
-        requests: Arc::new(requests()),
     }
 }

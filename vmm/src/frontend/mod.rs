@@ -29,13 +29,12 @@ pub(crate) mod fake_backend;
 mod session_tests;
 
 pub use crate::memory::RamRegion as MemoryRegion;
-pub use backend_channel::RequestSockets;
 pub use error::{Error, ReplyProblem};
 pub use inflight::InflightRegion;
 pub use memory::{HostAddress, MemoryTable};
 pub(crate) use rings::new_event;
 pub use rings::{QueueState, Ring, RingAddresses, RingEvents};
-pub use session::{Session, SessionOptions};
+pub use session::{BackendSockets, Session, SessionOptions};
 pub use shared_event::SharedEvent;
 
 use std::time::Duration;

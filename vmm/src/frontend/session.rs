@@ -1,6 +1,6 @@
 //! A connection to one back end: negotiation, and the messages that start, stop and reset rings.
 
-use super::backend_channel::{BackendChannel, RequestSockets};
+use super::backend_channel::BackendChannel;
 use super::channel::{Channel, Exchange, Reply};
 use super::error::{Error, ReplyProblem};
 use super::inflight::InflightRegion;
@@ -19,6 +19,7 @@ use vhost::vhost_user::message::{
     VhostUserVirtioFeatures, VhostUserVringAddr, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vm_memory::ByteValued;
+use vm_spec::control::BACKEND_FDS;
 use zerocopy::{FromBytes, IntoBytes};
 
 const VERSION_1: u64 = 1 << virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -30,7 +31,34 @@ const LOOK: Duration = Duration::from_millis(5);
 /// Most regions in one SET_MEM_TABLE.
 const MAX_TABLE_REGIONS: usize = 8;
 
-/// What a session needs besides its socket.
+/// The sockets of one back end, made for it alone: what another did to its own does not reach it.
+#[derive(Debug)]
+pub struct BackendSockets {
+    /// The connected vhost-user socket.
+    pub socket: OwnedFd,
+    /// The channel for the back end's own requests, a Unix stream socketpair: our end,
+    pub requests: OwnedFd,
+    /// and the end that the back end is given.
+    pub requests_peer: OwnedFd,
+}
+
+impl From<[OwnedFd; BACKEND_FDS]> for BackendSockets {
+    fn from([socket, requests, requests_peer]: [OwnedFd; BACKEND_FDS]) -> Self {
+        Self {
+            socket,
+            requests,
+            requests_peer,
+        }
+    }
+}
+
+impl From<BackendSockets> for [OwnedFd; BACKEND_FDS] {
+    fn from(sockets: BackendSockets) -> Self {
+        [sockets.socket, sockets.requests, sockets.requests_peer]
+    }
+}
+
+/// What a session needs besides its sockets.
 #[derive(Clone)]
 pub struct SessionOptions {
     /// Guest RAM.
@@ -41,15 +69,13 @@ pub struct SessionOptions {
     pub cancel: Arc<EventFd>,
     /// The back end is one of ours: its in-flight region must be sealed.
     pub ours: bool,
-    /// For the back end's own requests.
-    pub requests: Arc<RequestSockets>,
 }
 
 /// A negotiated connection. After any error but [`Error::Refused`] the stream may be out of step
 /// and the session must be dropped.
 pub struct Session {
     channel: Channel,
-    requests: Option<BackendChannel>,
+    requests: BackendChannel,
     options: SessionOptions,
     features: u64,
     protocol: Protocol,
@@ -65,10 +91,10 @@ impl Session {
     ///
     /// # Errors
     /// Any [`Error`]; [`Error::NoVersion1`] for a legacy back end.
-    pub fn connect(socket: OwnedFd, options: SessionOptions) -> Result<Self, Error> {
+    pub fn connect(sockets: BackendSockets, options: SessionOptions) -> Result<Self, Error> {
         let mut session = Self {
-            channel: Channel::new(socket, Arc::clone(&options.cancel))?,
-            requests: None,
+            channel: Channel::new(sockets.socket, Arc::clone(&options.cancel))?,
+            requests: BackendChannel::default(),
             features: 0,
             protocol: Protocol::empty(),
             queue_limit: None,
@@ -85,12 +111,10 @@ impl Session {
             session.queue_limit = Some(limit);
         }
         if session.has(Protocol::BACKEND_REQ) {
-            let sockets = Arc::clone(&session.options.requests);
             let acks = session.has(Protocol::REPLY_ACK);
-            session.requests = BackendChannel::new(Arc::clone(&sockets), acks);
-            if session.requests.is_some() {
-                session.set(FrontendReq::SET_BACKEND_REQ_FD, &[], Some(sockets.theirs()))?;
-            }
+            session.requests = BackendChannel::new(sockets.requests, acks);
+            let peer = Some(sockets.requests_peer.as_fd());
+            session.set(FrontendReq::SET_BACKEND_REQ_FD, &[], peer)?;
         }
         session.share_memory()?;
         Ok(session)
@@ -390,13 +414,7 @@ impl Session {
     /// The back-end channel, to be polled while nothing is asked.
     #[must_use]
     pub fn request_channel(&self) -> Option<BorrowedFd<'_>> {
-        self.requests.as_ref().map(BackendChannel::as_fd)
-    }
-
-    /// Whether the back end would tell of changes, and cannot: its channel is closed.
-    #[must_use]
-    pub fn is_unheard(&self) -> bool {
-        self.has(Protocol::BACKEND_REQ) && self.requests.is_none()
+        self.requests.as_fd()
     }
 
     /// Looks at the socket while no answer is due.
@@ -410,10 +428,8 @@ impl Session {
     /// Takes what came on the back-end channel, also during exchanges. True: the configuration
     /// has changed.
     pub fn take_config_change(&mut self) -> bool {
-        BackendChannel::service(&mut self.requests);
-        self.requests
-            .as_mut()
-            .is_some_and(BackendChannel::take_config_changed)
+        self.requests.service();
+        self.requests.take_config_changed()
     }
 
     /// From now on waits end when `cancel` is readable.

@@ -12,10 +12,10 @@ use super::vcpus::Vcpus;
 use crate::boot::{BootImages, Image};
 use crate::control::{ControlSocket, adopt_config};
 use crate::error::Error;
-use crate::frontend::{Deadlines, MemoryTable, RequestSockets};
+use crate::frontend::{BackendSockets, Deadlines, MemoryTable};
 use crate::kvm::{EventRouter, Host, InKernel, Irqchip, Vm, install_kick_handler};
 use crate::memory::GuestRam;
-use crate::pci::{PciBus, SlotTaken};
+use crate::pci::PciBus;
 use crate::platform::{Gsi, Interrupts};
 use crate::serial::{Com1, ConsoleOutput};
 use crate::virtio::{Confine, Connecting, Device, DeviceError, DeviceParts, Seat, Successor, Word};
@@ -150,7 +150,7 @@ impl Build {
     fn hotplug_slots(&self) -> u32 {
         let (devices, spares) = (&self.config.devices, &self.config.spares);
         let slots = devices.iter().map(|device| device.slot);
-        let all = slots.chain(spares.iter().map(|spare| spare.slot));
+        let all = slots.chain(spares.iter().copied());
         match spares.is_empty() {
             true => 0,
             false => all.fold(0, |bits, slot| bits | hotplug::bit(slot)),
@@ -166,7 +166,7 @@ impl Build {
                 source: Box::new(source),
             })
         };
-        self.config.spares.iter().map(|spare| seat(spare.slot)).collect()
+        self.config.spares.iter().copied().map(seat).collect()
     }
 
     fn images(&mut self, hotplug_slots: u32) -> Result<BootImages, Error> {
@@ -191,22 +191,7 @@ impl Build {
     ) -> Result<(Connector, Vec<Connecting>), Error> {
         let memory = MemoryTable::of(ram).map_err(Error::system("duplicate the memory's descriptor"))?;
         let devices = std::mem::take(&mut self.config.devices);
-        let mut requests = BTreeMap::new();
-        let named = devices.iter().map(|d| (d.slot, d.requests, d.requests_peer));
-        let spares = self
-            .config
-            .spares
-            .iter()
-            .map(|s| (s.slot, s.requests, s.requests_peer));
-        for (slot, ours, theirs) in named.chain(spares) {
-            let (ours, theirs) = (self.descriptors.take(ours)?, self.descriptors.take(theirs)?);
-            let sockets = Arc::new(RequestSockets::new(ours, theirs));
-            if requests.insert(slot, sockets).is_some() {
-                return Err(Error::Config(SlotTaken(slot).to_string()));
-            }
-        }
         let connector = Connector {
-            requests,
             memory: Arc::new(memory),
             router: router.clone(),
             events: events.clone(),
@@ -215,9 +200,13 @@ impl Build {
         let connecting = devices
             .into_iter()
             .map(|config| {
-                let socket = self.descriptors.take(config.socket)?;
+                let sockets = BackendSockets {
+                    socket: self.descriptors.take(config.socket)?,
+                    requests: self.descriptors.take(config.requests)?,
+                    requests_peer: self.descriptors.take(config.requests_peer)?,
+                };
                 let first = Successor {
-                    socket,
+                    sockets,
                     generation: 0,
                 };
                 connector.connect(config, first)
@@ -229,8 +218,6 @@ impl Build {
 
 /// What every device is made with.
 pub(super) struct Connector {
-    /// For the back ends' own requests, by slot; they outlive each back end.
-    requests: BTreeMap<u8, Arc<RequestSockets>>,
     memory: Arc<MemoryTable>,
     router: Arc<EventRouter>,
     events: Arc<Events>,
@@ -260,9 +247,7 @@ impl Connector {
     ) -> Result<Connecting, (DeviceError, Seat)> {
         let events = self.events.clone();
         let parts = DeviceParts {
-            // There is one for each slot of the configuration.
-            requests: Arc::clone(&self.requests[&config.slot]),
-            socket: back_end.socket,
+            sockets: back_end.sockets,
             generation: back_end.generation,
             config,
             memory: self.memory.clone(),

@@ -7,7 +7,7 @@ use crate::virtio::{DeviceError, Successor};
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
-use vm_spec::control::{DeviceConfig, Envelope, FromVmm, Loss, ToVmm};
+use vm_spec::control::{BACKEND_FDS, DeviceConfig, Envelope, FromVmm, Loss, ToVmm};
 
 /// A lost back end has a successor, or is given up, within this time.
 pub(super) const DEADLINE: Duration = Duration::from_secs(15);
@@ -59,7 +59,7 @@ impl<'a> Early<'a> {
                 return Ok(Some(offered));
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            let (message, mut fds) = match self.control.receive_within(left) {
+            let (message, fds) = match self.control.receive_within(left) {
                 Ok(Incoming::Message(message, fds)) => (message, fds),
                 Ok(_) => return Err(ControlError::Closed.into()),
                 Err(ControlError::NoConfig(_)) => return Ok(None),
@@ -68,10 +68,11 @@ impl<'a> Early<'a> {
             match (&message.body, fds.len()) {
                 (ToVmm::Stop, _) => return Err(ControlError::Closed.into()),
                 (ToVmm::GiveUpBackend { slot, .. }, _) if *slot == device.slot => return Ok(None),
-                (&ToVmm::ReplaceBackend { slot, generation }, 1) => {
-                    let socket = fds.remove(0);
-                    let successor = Successor { socket, generation };
-                    self.offered.insert(slot, (message.id, successor));
+                (&ToVmm::ReplaceBackend { slot, generation }, BACKEND_FDS) => {
+                    if let Ok(sockets) = super::run::of_back_end(fds) {
+                        let successor = Successor { sockets, generation };
+                        self.offered.insert(slot, (message.id, successor));
+                    }
                 }
                 _ if self.unheard.len() < MOST_KEPT => self.unheard.push((message, fds)),
                 _ => return Err(ControlError::NotStart.into()),
@@ -97,7 +98,8 @@ impl<'a> Early<'a> {
         for (slot, (id, successor)) in self.offered {
             let generation = successor.generation;
             let message = Envelope::new(id, ToVmm::ReplaceBackend { slot, generation });
-            all.push((Box::new(message), vec![successor.socket]));
+            let fds: [OwnedFd; BACKEND_FDS] = successor.sockets.into();
+            all.push((Box::new(message), fds.into()));
         }
         all
     }

@@ -8,6 +8,7 @@ use super::vcpus::Vcpus;
 use crate::boot::BootImages;
 use crate::control::{ControlSocket, Incoming};
 use crate::error::{Error, chain};
+use crate::frontend::BackendSockets;
 use crate::kvm::{Entry, EventRouter, Irqchip, Vm};
 use crate::serial::Input;
 use crate::virtio::{Device, DeviceEvent, Successor};
@@ -17,7 +18,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use vm_spec::control::{EndReason, Envelope, FromVmm, ToVmm, VmStats};
+use vm_spec::control::{BACKEND_FDS, EndReason, Envelope, FromVmm, ToVmm, VmStats};
 
 /// Longest that the console's reader may hold up the end.
 const CONSOLE_DRAIN: Duration = Duration::from_millis(500);
@@ -242,8 +243,8 @@ impl Machine {
 
     fn replace_backend(&self, id: u64, slot: u8, generation: u32, fds: Vec<OwnedFd>) -> Result<(), String> {
         let device = self.device(slot)?;
-        let socket = only(fds)?;
-        let successor = Successor { socket, generation };
+        let sockets = of_back_end(fds)?;
+        let successor = Successor { sockets, generation };
         device.replace(successor, self.events.answer_to(id));
         Ok(())
     }
@@ -380,13 +381,13 @@ fn told(event: DeviceEvent) -> Option<FromVmm> {
     }
 }
 
-/// What must come with a request.
-pub(super) fn only(fds: Vec<OwnedFd>) -> Result<OwnedFd, String> {
-    let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| match fds.len() {
-        0 => "no descriptor came with this request, or there was no room for it",
-        _ => "only one descriptor may come with this request",
+/// What must come with a request that brings a back end.
+pub(super) fn of_back_end(fds: Vec<OwnedFd>) -> Result<BackendSockets, String> {
+    let fds = <[OwnedFd; BACKEND_FDS]>::try_from(fds).map_err(|fds| match fds.len() {
+        0 => "no descriptors came with this request, or there was no room for them".to_owned(),
+        count => format!("{count} descriptors came with this request, not {BACKEND_FDS}"),
     })?;
-    Ok(fd)
+    Ok(fds.into())
 }
 
 pub(super) fn done(result: std::io::Result<()>) -> FromVmm {

@@ -42,11 +42,11 @@ impl Machine {
     /// Why it cannot.
     pub(super) fn attach(&mut self, id: u64, config: DeviceConfig, fds: Vec<OwnedFd>) -> Result<(), String> {
         let slot = config.slot;
-        let socket = super::run::only(fds)?;
+        let sockets = super::run::of_back_end(fds)?;
         let seat = self.slots.seats.remove(&slot);
         let seat = seat.ok_or_else(|| format!("slot {slot} is not empty, or not kept for such devices"))?;
         let back_end = Successor {
-            socket,
+            sockets,
             generation: 0,
         };
         let answered = self.events.say(DeviceWord::Answered(slot));

@@ -161,8 +161,8 @@ fn off_and_on_again_unseen_stops_the_rings_all_the_same() {
 #[test]
 fn a_successor_starts_no_ring_before() {
     let rig = stopped();
-    let (heir, socket) = FakeBackend::start(script());
-    rig.replace(socket).unwrap();
+    let (heir, sockets) = FakeBackend::start(script());
+    rig.replace(sockets).unwrap();
     settle(&rig);
     assert_eq!(count(&heir, Req::SET_VRING_KICK), 0);
     rig.set_command(ON);
@@ -179,16 +179,16 @@ fn successors_of_the_dead_keep_what_is_in_flight() {
     rig.fake.kill();
     assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
     rig.set_command(OFF);
-    let (heir, socket) = FakeBackend::start(script());
-    rig.replace(socket).unwrap();
-    let (_without_record, socket) = FakeBackend::start(Script {
+    let (heir, sockets) = FakeBackend::start(script());
+    rig.replace(sockets).unwrap();
+    let (_without_record, sockets) = FakeBackend::start(Script {
         protocol: script().protocol & !(1 << 12),
         ..script()
     });
-    let refused = rig.replace(socket).unwrap_err();
+    let refused = rig.replace(sockets).unwrap_err();
     assert!(matches!(refused, Error::Successor(_)), "{refused:?}");
-    let (next, socket) = FakeBackend::start(script());
-    rig.replace(socket).unwrap();
+    let (next, sockets) = FakeBackend::start(script());
+    rig.replace(sockets).unwrap();
     settle(&rig);
     assert_eq!(count(&heir, Req::GET_VRING_BASE), 0, "it never had rings");
     assert_eq!(count(&next, Req::SET_VRING_KICK), 0);
@@ -210,8 +210,8 @@ fn one_that_does_not_stop_is_lost_and_its_successor_goes_on() {
     rig.set_command(OFF);
     assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
     rig.set_command(ON);
-    let (heir, socket) = FakeBackend::start(script());
-    rig.replace(socket).unwrap();
+    let (heir, sockets) = FakeBackend::start(script());
+    rig.replace(sockets).unwrap();
     heir.look(Req::SET_VRING_ENABLE, 2, |_| ());
     assert_eq!(rig.status(), 15);
 }

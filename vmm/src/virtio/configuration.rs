@@ -119,13 +119,6 @@ impl Worker {
         }
     }
 
-    /// Reads the back end's configuration again, where nothing says that it has changed.
-    pub(super) fn look_for_changes(&mut self) {
-        if self.refresh_config() == Some(true) {
-            self.transport.config_changed();
-        }
-    }
-
     /// Reads the back end's configuration again, and says whether the driver reads otherwise than before.
     /// `None`: it has none, or is lost.
     pub(super) fn refresh_config(&mut self) -> Option<bool> {

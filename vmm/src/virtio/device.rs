@@ -10,12 +10,11 @@ use super::seat::{Order, Seat};
 use super::transport::{Transport, lock};
 use super::worker::{self, Negotiated};
 use crate::frontend::{
-    Deadlines, Error, MemoryTable, QueueState, RequestSockets, SessionOptions, SharedEvent, new_event,
+    BackendSockets, Deadlines, Error, MemoryTable, QueueState, SessionOptions, SharedEvent, new_event,
 };
 use crate::pci::{Function, Msix};
 use crate::platform::{Doorbells, Interrupts};
 use nix::sys::eventfd::EventFd;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
@@ -69,10 +68,8 @@ pub type EventSink = Arc<dyn Fn(DeviceEvent) + Send + Sync>;
 pub struct DeviceParts {
     /// Its description.
     pub config: DeviceConfig,
-    /// Its connected vhost-user socket (the fd that `config.socket` names).
-    pub socket: OwnedFd,
-    /// The channel for the back end's own requests (`config.requests` and `requests_peer`).
-    pub requests: Arc<RequestSockets>,
+    /// Its back end's sockets (`config.socket`, `requests` and `requests_peer`).
+    pub sockets: BackendSockets,
     /// Which back end of the device that is: 0 unless one was lost before.
     pub generation: u32,
     /// Guest RAM.
@@ -170,7 +167,6 @@ impl Seat {
                 deadlines: parts.deadlines,
                 cancel: Arc::clone(&cancel),
                 ours: parts.config.ours,
-                requests: parts.requests,
             },
             ending: Arc::clone(&ending),
             events: parts.events,
@@ -179,7 +175,7 @@ impl Seat {
         };
         self.give(Order {
             context,
-            socket: parts.socket,
+            sockets: parts.sockets,
             give,
             take,
             answered: parts.answered,
@@ -253,7 +249,7 @@ impl Device {
     /// Nobody waits: `done` is told on the device's thread. When the new back end fails or does
     /// not fit, a live old one goes on, and another one may be tried.
     pub fn replace(&self, successor: Successor, done: Done) {
-        // A command that finds no room is dropped with its socket, and `done` unheard: whoever
+        // A command that finds no room is dropped with its sockets, and `done` unheard: whoever
         // asked for so many changes at once has a deadline.
         self.worker
             .transport

@@ -1,6 +1,6 @@
 use super::rig::{self, Rig, script, spec};
 use super::{DeviceEvent, DeviceParts};
-use crate::frontend::fake_backend::{FakeBackend, Gate, Quirk, Script, deadlines, memory, requests};
+use crate::frontend::fake_backend::{FakeBackend, Gate, Quirk, Script, deadlines, memory};
 use crate::frontend::{Deadlines, Error, QueueState, SharedEvent};
 use crate::pci::fakes::{FakeDoorbells, FakeInterrupts};
 use std::fs::File;
@@ -333,15 +333,14 @@ fn drained_rings_resume_where_they_stopped() {
 
 #[test]
 fn a_hung_back_end_costs_its_device_only() {
-    let (fake, socket) = FakeBackend::start(Script::quirk_at(Req::SET_VRING_NUM, || Quirk::Silent));
+    let (fake, sockets) = FakeBackend::start(Script::quirk_at(Req::SET_VRING_NUM, || Quirk::Silent));
     let events = Arc::new(Mutex::new(Vec::new()));
     let sink = events.clone();
     let mut hasty = deadlines();
     hasty.step = Duration::from_millis(200);
     let parts = DeviceParts {
         config: spec(),
-        socket,
-        requests: Arc::new(requests()),
+        sockets,
         memory: memory(),
         interrupts: Arc::new(FakeInterrupts::default()),
         doorbells: Arc::new(FakeDoorbells::default()),
@@ -383,11 +382,10 @@ fn a_back_end_that_takes_smaller_queues_only_is_told_with_the_key() {
 #[test]
 fn failures_to_connect_are_told_with_the_device() {
     let connect = |script: Script, confine: std::io::Result<()>| {
-        let (_fake, socket) = FakeBackend::start(script);
+        let (_fake, sockets) = FakeBackend::start(script);
         let parts = DeviceParts {
             config: spec(),
-            socket,
-            requests: Arc::new(requests()),
+            sockets,
             memory: memory(),
             interrupts: Arc::new(FakeInterrupts::default()),
             doorbells: Arc::new(FakeDoorbells::default()),
@@ -521,7 +519,7 @@ fn a_back_end_without_progress_that_does_not_answer_is_lost() {
     };
     is_lost();
     // That a successor may be slow to begin makes it no slower to be missed.
-    let (_heir, socket) = FakeBackend::start(deaf());
-    rig.replace(socket).unwrap();
+    let (_heir, sockets) = FakeBackend::start(deaf());
+    rig.replace(sockets).unwrap();
     is_lost();
 }

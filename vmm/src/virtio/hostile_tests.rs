@@ -67,8 +67,8 @@ fn nobody_waits_for_a_back_end_that_lets_readers_and_writers_of_its_eventfds_wai
         add(&kick, FULL);
         rig.fake.kill();
         assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
-        let (heir, socket) = FakeBackend::start(script());
-        rig.replace(socket).unwrap();
+        let (heir, sockets) = FakeBackend::start(script());
+        rig.replace(sockets).unwrap();
         assert_eq!(waiting(&heir, Req::SET_VRING_KICK).take(), 1);
         mask(&rig, 0);
         assert_eq!(rig.interrupts.injected(2), 2);

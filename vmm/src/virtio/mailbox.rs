@@ -3,11 +3,11 @@
 
 use super::device::Word;
 use super::device_type::DeviceType;
-use crate::frontend::{Error, QueueState, Ring};
+use crate::frontend::{BackendSockets, Error, QueueState, Ring};
 use nix::sys::eventfd::EventFd;
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -41,8 +41,8 @@ pub type Done = Box<dyn FnOnce(Result<(), Error>) + Send>;
 
 /// A back end that is to take over.
 pub struct Successor {
-    /// Its connected vhost-user socket.
-    pub socket: OwnedFd,
+    /// Its sockets.
+    pub sockets: BackendSockets,
     /// Which back end of the device it is (`ToVmm::ReplaceBackend`).
     pub generation: u32,
 }

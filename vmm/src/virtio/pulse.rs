@@ -101,14 +101,9 @@ impl Worker {
         }
         let is_net = DeviceType(self.context.spec.device_type) == DeviceType::NET;
         let asks = is_net && matches!(self.phase, Phase::Running(_)) && self.pulse.asks();
-        let unheard = self.session.as_ref().is_some_and(Session::is_unheard);
-        if asks || unheard {
-            // A slow disk may delay someone else's answer for longer than a configuration is waited for.
-            match self.with_session(Session::ping) {
-                Ok(()) if unheard => self.look_for_changes(),
-                // One that failed was reported as it cost the session.
-                Ok(()) | Err(_) => {}
-            }
+        if asks {
+            // One that failed was reported as it cost the session.
+            let _ = self.with_session(Session::ping);
         }
         let (Phase::Running(order), Some(session)) = (&self.phase, &mut self.session) else {
             return;

@@ -1,7 +1,7 @@
 use super::DeviceEvent;
 use super::layout::DEVICE;
 use super::rig::{Rig, script, spec};
-use crate::frontend::fake_backend::{FakeBackend, Quirk, Script, deadlines};
+use crate::frontend::fake_backend::{FakeBackend, Quirk, Script, deadlines, sockets};
 use crate::frontend::{Deadlines, Error};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -38,8 +38,8 @@ fn a_reset_is_done_once_the_lost_back_end_has_a_successor() {
     rig.set_status(0);
     settle(&rig);
     assert_eq!(rig.status(), 15, "it may still write");
-    let (heir, socket) = FakeBackend::start(script());
-    rig.replace(socket).unwrap();
+    let (heir, sockets) = FakeBackend::start(script());
+    rig.replace(sockets).unwrap();
     rig.wait_for("the reset", |rig| rig.status() == 0);
     rig.drive();
     heir.look(Req::SET_VRING_ENABLE, 2, |_| ());
@@ -62,11 +62,11 @@ fn a_successor_is_told_of_a_reset_that_its_predecessor_did_not_hear_of() {
         }
         Quirk::Normal
     };
-    let (_heir, socket) = FakeBackend::start(Script {
+    let (_heir, sockets) = FakeBackend::start(Script {
         quirk: Box::new(quirk),
         ..heirs
     });
-    rig.replace(socket).unwrap();
+    rig.replace(sockets).unwrap();
     rig.wait_for("the reset", |rig| rig.status() == 0);
     assert_eq!(rig.config(0), 8, "as after a reset");
 }
@@ -97,8 +97,8 @@ fn the_machine_hears_of_a_reset_that_was_held() {
     rig.bus.begin_reset();
     settle(&rig);
     assert!(rig.device.is_resetting());
-    let (_heir, socket) = FakeBackend::start(script());
-    rig.replace(socket).unwrap();
+    let (_heir, sockets) = FakeBackend::start(script());
+    rig.replace(sockets).unwrap();
     assert_eq!(rig.event(), DeviceEvent::WasReset);
     assert!(!rig.device.is_resetting());
     rig.bus.finish_reset();
@@ -118,8 +118,8 @@ fn what_a_lost_back_end_notes_while_a_reset_is_held_is_forgotten() {
     rig.device.give_up("no successor");
     rig.wait_for("the reset", |rig| rig.status() == 0);
     rig.drive();
-    let (heir, socket) = FakeBackend::start(script());
-    rig.replace(socket).unwrap();
+    let (heir, sockets) = FakeBackend::start(script());
+    rig.replace(sockets).unwrap();
     let mut noted = [0xFF; 9];
     heir.fd(Req::SET_INFLIGHT_FD, 1)
         .read_exact_at(&mut noted, 0)
@@ -171,7 +171,7 @@ fn others() -> DeviceConfig {
 /// A connection that a listener's backlog took, though nobody serves it.
 fn unanswered(rig: &Rig) {
     let (_listener, socket) = UnixStream::pair().unwrap();
-    let error = rig.replace(socket.into()).unwrap_err();
+    let error = rig.replace(sockets(socket)).unwrap_err();
     assert!(matches!(error, Error::Timeout { .. }), "{error}");
 }
 
@@ -202,8 +202,8 @@ fn a_connection_does_not_say_that_someone_elses_back_end_has_let_go() {
     settle(&rig);
     assert_eq!(rig.status(), 15, "the old one may still write");
     // One that answers has ended the session before.
-    let (heir, socket) = FakeBackend::start(script());
-    rig.replace(socket).unwrap();
+    let (heir, sockets) = FakeBackend::start(script());
+    rig.replace(sockets).unwrap();
     rig.wait_for("the reset", |rig| rig.status() == 0);
     rig.drive();
     heir.look(Req::SET_VRING_ENABLE, 2, |_| ());
@@ -245,8 +245,8 @@ fn a_reset_waits_for_what_someone_elses_back_end_has_taken() {
     }
     settle(&rig);
     assert_eq!(rig.status(), 15, "it may still write");
-    let (_heir, socket) = FakeBackend::start(script());
-    rig.replace(socket).unwrap();
+    let (_heir, sockets) = FakeBackend::start(script());
+    rig.replace(sockets).unwrap();
     rig.wait_for("the reset", |rig| rig.status() == 0);
 }
 

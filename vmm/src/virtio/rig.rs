@@ -2,11 +2,10 @@
 
 use super::layout::{COMMON, DEVICE, TABLE};
 use super::{Confine, Device, DeviceError, DeviceEvent, DeviceParts, Seat, Successor};
-use crate::frontend::fake_backend::{FakeBackend, Script, deadlines, memory, requests};
-use crate::frontend::{Deadlines, Error, MemoryTable};
+use crate::frontend::fake_backend::{FakeBackend, Script, deadlines, memory};
+use crate::frontend::{BackendSockets, Deadlines, Error, MemoryTable};
 use crate::pci::PciBus;
 use crate::pci::fakes::{FakeDoorbells, FakeInterrupts};
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -80,15 +79,14 @@ impl Rig {
     }
 
     pub(crate) fn build(config: DeviceConfig, script: Script, deadlines: Deadlines) -> Self {
-        let (fake, socket) = FakeBackend::start(script);
+        let (fake, sockets) = FakeBackend::start(script);
         let interrupts = Arc::new(FakeInterrupts::default());
         let doorbells = Arc::new(FakeDoorbells::default());
         let (sender, events) = channel();
         let memory = memory();
         let parts = DeviceParts {
             config,
-            socket,
-            requests: Arc::new(requests()),
+            sockets,
             memory: memory.clone(),
             interrupts: interrupts.clone(),
             doorbells: doorbells.clone(),
@@ -243,10 +241,10 @@ impl Rig {
     }
 
     /// Hands the device another back end, and waits for what becomes of it.
-    pub(crate) fn replace(&self, socket: OwnedFd) -> Result<(), Error> {
+    pub(crate) fn replace(&self, sockets: BackendSockets) -> Result<(), Error> {
         let (give, take) = channel();
         let successor = Successor {
-            socket,
+            sockets,
             generation: 1,
         };
         self.device

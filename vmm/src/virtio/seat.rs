@@ -3,9 +3,8 @@
 use super::device::Word;
 use super::transport::Transport;
 use super::worker::{self, Context, Negotiated};
-use crate::frontend::Error;
+use crate::frontend::{BackendSockets, Error};
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{Builder, JoinHandle};
@@ -16,7 +15,7 @@ pub type Confine = Box<dyn FnOnce() -> io::Result<()> + Send>;
 /// A device to serve.
 pub(super) struct Order {
     pub(super) context: Context,
-    pub(super) socket: OwnedFd,
+    pub(super) sockets: BackendSockets,
     pub(super) give: SyncSender<Result<Negotiated, Error>>,
     pub(super) take: Receiver<Arc<Transport>>,
     pub(super) answered: Option<Word>,

@@ -2,9 +2,8 @@
 
 use super::rig::{Rig, SLOT, script, spec};
 use super::{DeviceError, DeviceParts, Seat};
-use crate::frontend::fake_backend::{FakeBackend, Quirk, Script, deadlines, requests};
-use crate::frontend::{Deadlines, Error};
-use std::os::fd::OwnedFd;
+use crate::frontend::fake_backend::{FakeBackend, Quirk, Script, deadlines};
+use crate::frontend::{BackendSockets, Deadlines, Error};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
@@ -18,11 +17,10 @@ fn word() -> (Box<dyn FnOnce() + Send>, Receiver<()>) {
     (Box::new(move || say.send(()).unwrap_or_default()), said)
 }
 
-fn parts(rig: &Rig, socket: OwnedFd, answered: Box<dyn FnOnce() + Send>) -> DeviceParts {
+fn parts(rig: &Rig, sockets: BackendSockets, answered: Box<dyn FnOnce() + Send>) -> DeviceParts {
     DeviceParts {
         config: spec(),
-        socket,
-        requests: Arc::new(requests()),
+        sockets,
         memory: rig.memory.clone(),
         interrupts: rig.interrupts.clone(),
         doorbells: rig.doorbells.clone(),
@@ -61,9 +59,9 @@ fn a_device_that_the_guest_let_go_of_leaves_nothing_and_its_thread_serves_anothe
     );
     assert_eq!(rig.interrupts.freed(), 3, "of two queues and the configuration");
 
-    let (fake, socket) = FakeBackend::start(script());
+    let (fake, sockets) = FakeBackend::start(script());
     let (answered, said) = word();
-    let connecting = seat.connect(parts(&rig, socket, answered)).unwrap();
+    let connecting = seat.connect(parts(&rig, sockets, answered)).unwrap();
     said.recv_timeout(LONG).unwrap();
     let device = connecting.finish().map_err(|(error, _)| error).unwrap();
     rig.bus.add(SLOT, device.function()).unwrap();
@@ -79,12 +77,12 @@ fn a_thread_whose_device_could_not_be_used_serves_the_next() {
     let seat = ejected(&mut rig).unwrap();
     let mut seat = Some(seat);
     for quirk in [|| Quirk::Close, || Quirk::Silent] {
-        let (_fake, socket) = FakeBackend::start(Script::quirk_at(Req::GET_FEATURES, quirk));
+        let (_fake, sockets) = FakeBackend::start(Script::quirk_at(Req::GET_FEATURES, quirk));
         let (answered, said) = word();
         let connecting = seat
             .take()
             .unwrap()
-            .connect(parts(&rig, socket, answered))
+            .connect(parts(&rig, sockets, answered))
             .unwrap();
         said.recv_timeout(LONG).unwrap();
         let (DeviceError { cause, .. }, back) = connecting.finish().err().unwrap();
@@ -94,9 +92,9 @@ fn a_thread_whose_device_could_not_be_used_serves_the_next() {
         );
         seat = back;
     }
-    let (_fake, socket) = FakeBackend::start(script());
+    let (_fake, sockets) = FakeBackend::start(script());
     let (answered, said) = word();
-    let connecting = seat.unwrap().connect(parts(&rig, socket, answered)).unwrap();
+    let connecting = seat.unwrap().connect(parts(&rig, sockets, answered)).unwrap();
     said.recv_timeout(LONG).unwrap();
     assert!(connecting.finish().is_ok());
 }

@@ -5,8 +5,7 @@ use super::device_type::DeviceType;
 use super::mailbox::{StartOrder, Successor};
 use super::offer;
 use super::worker::{Phase, Worker};
-use crate::frontend::{Error, MemoryTable, Session, SessionOptions};
-use std::os::fd::OwnedFd;
+use crate::frontend::{BackendSockets, Error, MemoryTable, Session, SessionOptions};
 use std::sync::Arc;
 use virtio_bindings::virtio_config::VIRTIO_F_IN_ORDER;
 
@@ -25,7 +24,7 @@ impl Worker {
         if self.over {
             return Err(Error::NoBackend);
         }
-        let (session, config) = match self.prepare(successor.socket) {
+        let (session, config) = match self.prepare(successor.sockets) {
             Ok(ready) => ready,
             Err(error) => {
                 if self.session.is_some() {
@@ -55,7 +54,7 @@ impl Worker {
 
     /// Negotiates with a successor and finds out where it is to go on. Returns it and its
     /// configuration space.
-    fn prepare(&mut self, socket: OwnedFd) -> Result<(Session, Vec<u8>), Error> {
+    fn prepare(&mut self, sockets: BackendSockets) -> Result<(Session, Vec<u8>), Error> {
         let mut options = SessionOptions {
             cancel: Arc::clone(&self.context.ending),
             ..self.context.options.clone()
@@ -69,7 +68,7 @@ impl Worker {
             // answer must not make the reset longer.
             options.deadlines.first_answer = options.deadlines.first_answer.min(held.left());
         }
-        let mut session = Session::connect(socket, options)?;
+        let mut session = Session::connect(sockets, options)?;
         if self.context.options.ours && matches!(self.phase, Phase::Idle) {
             // The last driver's reset may have found nobody who could be told of it.
             session.reset(0..self.offer.served)?;

@@ -3,7 +3,6 @@ use super::layout::DEVICE;
 use super::rig::{Rig, script, spec};
 use crate::frontend::fake_backend::{FakeBackend, Gate, Quirk, Script, deadlines};
 use crate::frontend::{Deadlines, Error};
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -23,13 +22,6 @@ fn a_successor_takes_over_after_a_crash() {
     let rig = Rig::new(script());
     rig.drive();
     rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
-    // Left to its successors: an answer that it did not read.
-    let requests = rig.fake.fd(Req::SET_BACKEND_REQ_FD, 1);
-    tell_of_a_change(&requests, WANTS_REPLY);
-    rig.wait_for("the interrupt", |rig| rig.interrupts.injected(0) == 1);
-    UnixStream::from(OwnedFd::from(requests))
-        .set_nonblocking(true)
-        .unwrap();
     let region = rig.fake.fd(Req::SET_INFLIGHT_FD, 1);
     region.write_all_at(b"in flight", 0).unwrap();
     let ram = File::from(rig.memory.memfd().try_clone_to_owned().unwrap());
@@ -37,14 +29,14 @@ fn a_successor_takes_over_after_a_crash() {
     rig.fake.kill();
     assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
     // One that lacks a feature is refused, and another may be tried.
-    let (_poor, socket) = FakeBackend::start(Script {
+    let (_poor, sockets) = FakeBackend::start(Script {
         features: 1 << 32 | 1 << 30,
         ..script()
     });
-    let refused = rig.replace(socket).unwrap_err();
+    let refused = rig.replace(sockets).unwrap_err();
     assert!(matches!(refused, Error::Successor(_)), "{refused:?}");
-    let (heir, socket) = FakeBackend::start(script());
-    rig.replace(socket).unwrap();
+    let (heir, sockets) = FakeBackend::start(script());
+    rig.replace(sockets).unwrap();
     assert_eq!(rig.status(), 15, "the guest sees nothing");
     assert_eq!(
         heir.look(Req::SET_VRING_BASE, 2, |seen| seen.payload.clone()),
@@ -63,20 +55,6 @@ fn a_successor_takes_over_after_a_crash() {
         1,
         "one interrupt for what was completed unsaid"
     );
-    // The heir's own requests arrive on the channel that its predecessor had.
-    let requests = heir.fd(Req::SET_BACKEND_REQ_FD, 1);
-    let flags = fcntl(&requests, FcntlArg::F_GETFL).unwrap();
-    assert!(!OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK));
-    let mut requests = UnixStream::from(OwnedFd::from(requests));
-    tell_of_a_change(&requests, WANTS_REPLY);
-    rig.wait_for("the interrupt", |rig| rig.interrupts.injected(0) == 2);
-    requests.set_nonblocking(true).unwrap();
-    let mut answers = [0; 40];
-    assert_eq!(
-        requests.read(&mut answers).unwrap(),
-        20,
-        "to its own request alone"
-    );
     // The driver's reset empties the region.
     rig.set_status(0);
     rig.wait_for("the reset", |rig| rig.status() == 0);
@@ -85,23 +63,35 @@ fn a_successor_takes_over_after_a_crash() {
 }
 
 #[test]
-fn a_successor_is_heard_though_its_predecessor_shut_the_request_channel() {
-    let rig = Rig::new(script());
-    rig.drive();
-    rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
-    let requests = rig.fake.fd(Req::SET_BACKEND_REQ_FD, 1);
-    let requests = UnixStream::from(OwnedFd::from(requests));
-    requests.shutdown(std::net::Shutdown::Both).unwrap();
-    rig.fake.kill();
-    assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
-    let heirs = script();
-    let config = heirs.config.clone();
-    let (_heir, socket) = FakeBackend::start(heirs);
-    rig.replace(socket).unwrap();
-    assert_eq!((rig.config(0), rig.interrupts.injected(0)), (8, 0));
-    config.lock().unwrap()[0] = 16;
-    rig.wait_for("the interrupt", |rig| rig.interrupts.injected(0) == 1);
-    assert_eq!(rig.config(0), 16);
+fn a_successor_is_heard_at_once_whatever_its_predecessor_did_to_its_channel() {
+    let shut = |channel: &UnixStream| channel.shutdown(std::net::Shutdown::Both);
+    let half = |mut channel: &UnixStream| channel.write_all(&[2, 0, 0, 0, 1]);
+    for misuse in [shut, half] {
+        let rig = Rig::new(script());
+        rig.drive();
+        rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
+        let channel = UnixStream::from(OwnedFd::from(rig.fake.fd(Req::SET_BACKEND_REQ_FD, 1)));
+        misuse(&channel).unwrap();
+        rig.fake.kill();
+        assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
+        let heirs = script();
+        let config = heirs.config.clone();
+        let (heir, sockets) = FakeBackend::start(heirs);
+        rig.replace(sockets).unwrap();
+        assert_eq!((rig.config(0), rig.interrupts.injected(0)), (8, 0));
+        config.lock().unwrap()[0] = 16;
+        let mut requests = UnixStream::from(OwnedFd::from(heir.fd(Req::SET_BACKEND_REQ_FD, 1)));
+        tell_of_a_change(&requests, WANTS_REPLY);
+        rig.wait_for("the interrupt", |rig| rig.interrupts.injected(0) == 1);
+        assert_eq!(rig.config(0), 16);
+        requests.set_nonblocking(true).unwrap();
+        let mut answers = [0; 40];
+        assert_eq!(
+            requests.read(&mut answers).unwrap(),
+            20,
+            "to its own request alone"
+        );
+    }
 }
 
 /// CONFIG_CHANGE_MSG of version 1, with more flags.
@@ -131,14 +121,14 @@ fn a_successor_that_fails_as_it_starts_may_have_served_a_ring() {
         ram.write_all_at(&[9], Rig::used_index(1)).unwrap();
         Quirk::Close
     };
-    let (_poor, socket) = FakeBackend::start(Script {
+    let (_poor, sockets) = FakeBackend::start(Script {
         quirk: Box::new(quirk),
         ..script()
     });
-    rig.replace(socket).unwrap_err();
+    rig.replace(sockets).unwrap_err();
     assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
-    let (heir, socket) = FakeBackend::start(script());
-    rig.replace(socket).unwrap();
+    let (heir, sockets) = FakeBackend::start(script());
+    rig.replace(sockets).unwrap();
     assert_eq!(
         heir.look(Req::SET_VRING_BASE, 2, |seen| seen.payload[4]),
         9,
@@ -166,19 +156,19 @@ fn a_successor_of_the_dead_may_wait_for_the_disk() {
         })
     };
     let shut = Gate::default();
-    let (_build, socket) = late(&shut);
-    rig.replace(socket).unwrap_err();
+    let (_build, sockets) = late(&shut);
+    rig.replace(sockets).unwrap_err();
     shut.open();
     rig.fake.kill();
     assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
     let gate = Gate::default();
-    let (_heir, socket) = late(&gate);
+    let (_heir, sockets) = late(&gate);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             std::thread::sleep(2 * first_answer);
             gate.open();
         });
-        rig.replace(socket).unwrap();
+        rig.replace(sockets).unwrap();
     });
 }
 
@@ -214,17 +204,17 @@ fn a_live_back_end_is_drained_before_it_is_replaced() {
     });
     rig.drive();
     rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
-    let (_legacy, socket) = FakeBackend::start(Script {
+    let (_legacy, sockets) = FakeBackend::start(Script {
         features: 1 << 30,
         ..script()
     });
-    let refused = rig.replace(socket).unwrap_err();
+    let refused = rig.replace(sockets).unwrap_err();
     assert!(matches!(refused, Error::NoVersion1));
     // The old one goes on from where it was drained.
     assert_eq!(rig.fake.look(Req::SET_VRING_BASE, 4, |seen| seen.payload[4]), 4);
     rig.fake.look(Req::SET_VRING_ENABLE, 4, |_| ());
-    let (heir, socket) = FakeBackend::start(script());
-    rig.replace(socket).unwrap();
+    let (heir, sockets) = FakeBackend::start(script());
+    rig.replace(sockets).unwrap();
     assert_eq!(heir.look(Req::SET_VRING_BASE, 2, |seen| seen.payload[4]), 4);
     assert!(rig.events.try_recv().is_err(), "nothing was lost");
 }
@@ -250,8 +240,8 @@ fn what_a_drained_back_end_left_in_its_record_is_only_for_one_that_reads_it() {
     };
     complete(0, 3);
     complete(1, 2);
-    let (_forgetful, socket) = without_record();
-    let refused = rig.replace(socket).unwrap_err();
+    let (_forgetful, sockets) = without_record();
+    let refused = rig.replace(sockets).unwrap_err();
     assert!(
         matches!(refused, Error::Successor(why) if why.contains("in flight")),
         "{refused:?}"
@@ -260,8 +250,8 @@ fn what_a_drained_back_end_left_in_its_record_is_only_for_one_that_reads_it() {
     rig.fake.look(Req::SET_INFLIGHT_FD, 2, |_| ());
     rig.fake.look(Req::SET_VRING_ENABLE, 4, |_| ());
     complete(1, 4);
-    let (heir, socket) = without_record();
-    rig.replace(socket).unwrap();
+    let (heir, sockets) = without_record();
+    rig.replace(sockets).unwrap();
     let agreed = heir.look(Req::SET_PROTOCOL_FEATURES, 1, |seen| seen.payload.clone());
     let agreed = u64::from_le_bytes(agreed.try_into().unwrap());
     assert_eq!(
@@ -279,11 +269,11 @@ fn the_next_driver_is_not_offered_what_a_successor_lacks() {
     rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
     let offered = rig.offered();
     assert_ne!(offered, VERSION_1);
-    let (_poor, socket) = FakeBackend::start(Script {
+    let (_poor, sockets) = FakeBackend::start(Script {
         features: VERSION_1 | 1 << 30,
         ..script()
     });
-    rig.replace(socket).unwrap();
+    rig.replace(sockets).unwrap();
     assert_eq!(rig.offered(), offered, "not while this one runs");
     rig.set_status(0);
     rig.wait_for("the reset", |rig| rig.status() == 0);
@@ -300,8 +290,8 @@ fn a_device_with_no_record_is_not_restarted_blindly() {
     rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
     rig.fake.kill();
     rig.event();
-    let (heir, socket) = FakeBackend::start(script());
-    rig.replace(socket).unwrap();
+    let (heir, sockets) = FakeBackend::start(script());
+    rig.replace(sockets).unwrap();
     assert!(matches!(rig.event(), DeviceEvent::NeedsReset { reason, .. } if reason.contains("no record")));
     assert_eq!(rig.status() & NEEDS_RESET, NEEDS_RESET);
     assert_eq!(
@@ -339,8 +329,8 @@ fn what_a_drained_back_end_had_taken_is_lost_with_it() {
         ram.write_all_at(&[used], Rig::used_index(1)).unwrap();
         rig.device.drain().unwrap();
         kill(&rig);
-        let (heir, socket) = FakeBackend::start(without_record());
-        rig.replace(socket).unwrap();
+        let (heir, sockets) = FakeBackend::start(without_record());
+        rig.replace(sockets).unwrap();
         if resumed {
             assert_eq!(heir.look(Req::SET_VRING_BASE, 2, |seen| seen.payload[4]), 4);
         } else {
@@ -365,8 +355,8 @@ fn a_device_that_completes_in_order_needs_no_record() {
     rig.fake.look(Req::SET_VRING_ENABLE, 2, |_| ());
     rig.fake.kill();
     rig.event();
-    let (heir, socket) = FakeBackend::start(without_record());
-    rig.replace(socket).unwrap();
+    let (heir, sockets) = FakeBackend::start(without_record());
+    rig.replace(sockets).unwrap();
     heir.look(Req::SET_VRING_ENABLE, 2, |_| ());
     assert_eq!(rig.status() & NEEDS_RESET, 0);
 }
@@ -432,11 +422,11 @@ const CACHE_OFF: [u8; 13] = [WRITEBACK as u8, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0
 fn a_successor_is_configured_as_the_driver_left_its_predecessor() {
     let rig = without_cache();
     kill(&rig);
-    let (_unfit, socket) = FakeBackend::start(stubborn());
-    let refused = rig.replace(socket).unwrap_err();
+    let (_unfit, sockets) = FakeBackend::start(stubborn());
+    let refused = rig.replace(sockets).unwrap_err();
     assert!(matches!(refused, Error::Successor(_)), "{refused:?}");
-    let (heir, socket) = FakeBackend::start(with_cache());
-    rig.replace(socket).unwrap();
+    let (heir, sockets) = FakeBackend::start(with_cache());
+    rig.replace(sockets).unwrap();
     heir.look(Req::SET_VRING_ENABLE, 2, |_| ());
     assert_eq!(told(&heir), (CACHE_OFF.to_vec(), false));
     assert_eq!(rig.config(WRITEBACK), 0);
@@ -471,8 +461,8 @@ fn killed_by_a_write(protocol: u64) -> Rig {
 fn a_write_that_a_back_end_died_of_reaches_its_successor() {
     let rig = killed_by_a_write(script().protocol);
     assert_eq!(rig.config(WRITEBACK), 1, "the driver flushes until it need not");
-    let (heir, socket) = FakeBackend::start(with_cache());
-    rig.replace(socket).unwrap();
+    let (heir, sockets) = FakeBackend::start(with_cache());
+    rig.replace(sockets).unwrap();
     assert_eq!(told(&heir), (CACHE_OFF.to_vec(), false));
     assert_eq!(rig.config(WRITEBACK), 0);
 }
@@ -482,11 +472,11 @@ fn a_write_that_two_back_ends_died_of_reaches_no_third() {
     let all = script().protocol;
     for protocol in [all, all & !Protocol::REPLY_ACK.bits()] {
         let rig = killed_by_a_write(protocol);
-        let (second, socket) = FakeBackend::start(fragile(protocol));
-        rig.replace(socket).unwrap_err();
+        let (second, sockets) = FakeBackend::start(fragile(protocol));
+        rig.replace(sockets).unwrap_err();
         second.look(Req::SET_CONFIG, 1, |_| ());
-        let (third, socket) = FakeBackend::start(fragile(protocol));
-        rig.replace(socket).unwrap();
+        let (third, sockets) = FakeBackend::start(fragile(protocol));
+        rig.replace(sockets).unwrap();
         third.look(Req::SET_VRING_ENABLE, 2, |_| ());
         assert!(!third.requests().contains(&Req::SET_CONFIG));
         assert_eq!(rig.config(WRITEBACK), 1);
@@ -503,8 +493,8 @@ fn what_the_first_to_hear_of_it_refuses_is_forgotten() {
     rig.write(DEVICE.start + WRITEBACK, &[1]);
     rig.write(DEVICE.start + WRITEBACK + 1, &[1]);
     for _ in 0..2 {
-        let (heir, socket) = FakeBackend::start(stubborn());
-        rig.replace(socket).unwrap();
+        let (heir, sockets) = FakeBackend::start(stubborn());
+        rig.replace(sockets).unwrap();
         assert_eq!([0, 1].map(|at| rig.config(WRITEBACK + at)), [1, 0]);
         heir.kill();
         assert!(matches!(rig.event(), DeviceEvent::BackendLost { .. }));
@@ -522,8 +512,8 @@ fn a_successor_is_not_told_what_its_predecessor_did_not_take() {
     assert_eq!(rig.config(WRITEBACK), 0);
     rig.device.resume().unwrap();
     kill(&rig);
-    let (heir, socket) = FakeBackend::start(script());
-    rig.replace(socket).unwrap();
+    let (heir, sockets) = FakeBackend::start(script());
+    rig.replace(sockets).unwrap();
     assert!(!heir.requests().contains(&Req::SET_CONFIG));
 }
 
@@ -550,8 +540,8 @@ fn a_successor_is_as_a_reset_left_its_predecessor() {
         rig.wait_for("the reset", |rig| rig.status() == 0);
         assert_eq!(rig.config(WRITEBACK), u8::from(undone));
         kill(&rig);
-        let (heir, socket) = FakeBackend::start(with_cache());
-        rig.replace(socket).unwrap();
+        let (heir, sockets) = FakeBackend::start(with_cache());
+        rig.replace(sockets).unwrap();
         assert_eq!(heir.requests().contains(&Req::SET_CONFIG), !undone);
         assert_eq!(rig.config(WRITEBACK), u8::from(undone));
     }

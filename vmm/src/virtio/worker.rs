@@ -22,19 +22,20 @@ use super::seat::{Confine, Order, unconfined};
 use super::transport::Transport;
 use crate::error::chain;
 use crate::frontend::{
-    Error, InflightRegion, QueueState, Ring, RingEvents, Session, SessionOptions, SharedEvent,
+    BackendSockets, Error, InflightRegion, QueueState, Ring, RingEvents, Session, SessionOptions, SharedEvent,
 };
 use jailer::sandbox::MAX_OPEN_FILES;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
-use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, RawFd};
 use std::sync::Arc;
 use vm_spec::control::{DeviceConfig, Loss};
 
 /// Queues' eventfds have numbers below this: a back end that decides how many queues there are takes no room from
-/// the successors of others, which come with a socket and a region each.
-const MOST_OF_QUEUES: RawFd = MAX_OPEN_FILES as RawFd - 64;
+/// the successors of others, which come with three sockets and a region each while predecessors leave two, nor from
+/// devices that are attached.
+const MOST_OF_QUEUES: RawFd = MAX_OPEN_FILES as RawFd - 96;
 
 /// What the thread is given.
 pub(super) struct Context {
@@ -97,12 +98,12 @@ pub(super) struct Worker {
 pub(super) fn run(order: Order, confine: &mut Option<Confine>) {
     let Order {
         context,
-        socket,
+        sockets,
         give,
         take,
         answered,
     } = order;
-    let done = negotiate(&context, socket).and_then(|done| {
+    let done = negotiate(&context, sockets).and_then(|done| {
         let confined = confine.take().map_or(Ok(()), |confine| confine());
         confined.map(|()| done).map_err(unconfined)
     });
@@ -156,13 +157,13 @@ type Parts = (
     Vec<RingEvents>,
 );
 
-fn negotiate(context: &Context, socket: OwnedFd) -> Result<Parts, Error> {
+fn negotiate(context: &Context, sockets: BackendSockets) -> Result<Parts, Error> {
     let mut options = context.options.clone();
     if options.ours && DeviceType(context.spec.device_type) != DeviceType::NET {
         // It opens its files first, and tries a passphrase for seconds. Should it die of that, it hangs up at once.
         options.deadlines.first_answer = options.deadlines.drain;
     }
-    let mut session = Session::connect(socket, options)?;
+    let mut session = Session::connect(sockets, options)?;
     let offer = offer::make(&mut session, &context.spec)?;
     let inflight = session.get_inflight(offer.served, offer.queue_size)?;
     let ring_error = Arc::new(SharedEvent::new()?);

@@ -245,7 +245,7 @@ fn no_descriptors() -> Outcome {
         match vmm.attach_disk(&socket) {
             FromVmm::Failed(why) => refused.push(why),
             FromVmm::Done => {
-                let reasons = ["no room for it", "cannot make an eventfd"];
+                let reasons = ["no room for them", "cannot make an eventfd"];
                 let known = |why: &String| reasons.iter().any(|reason| why.contains(reason));
                 assert!(refused.len() > 6 && refused.iter().all(known), "{refused:?}");
                 // It told the guest, which has ended.

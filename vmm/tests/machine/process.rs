@@ -16,9 +16,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
-use vm_spec::control::{
-    DeviceConfig, EndReason, Envelope, FdNumber, FromVmm, MAX_MESSAGE, SpareSlot, ToVmm, VmConfig,
-};
+use vm_spec::control::{DeviceConfig, EndReason, Envelope, FdNumber, FromVmm, MAX_MESSAGE, ToVmm, VmConfig};
 use vm_spec::machine;
 
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -91,11 +89,7 @@ impl Vmm {
             let (requests, peer) = UnixStream::pair().unwrap();
             inherited.extend([disk, requests, peer].map(OwnedFd::from));
         }
-        let first_of_spare = inherited.len();
-        if guest.spare {
-            let (requests, peer) = UnixStream::pair().unwrap();
-            inherited.extend([requests, peer].map(OwnedFd::from));
-        }
+        let has_disk = inherited.len() > first_of_disk;
         let number = |index: usize| FdNumber(inherited[index].as_raw_fd());
         let config = VmConfig {
             machine_version: machine::MACHINE_VERSION,
@@ -107,18 +101,11 @@ impl Vmm {
             initrd: has_initrd.then(|| number(4)),
             cmdline: guest.cmdline,
             console: number(3),
-            devices: (first_of_spare > first_of_disk)
+            devices: has_disk
                 .then(|| disk([0, 1, 2].map(|i| number(first_of_disk + i))))
                 .into_iter()
                 .collect(),
-            spares: (inherited.len() > first_of_spare)
-                .then(|| SpareSlot {
-                    slot: SLOT,
-                    requests: number(first_of_spare),
-                    requests_peer: number(first_of_spare + 1),
-                })
-                .into_iter()
-                .collect(),
+            spares: guest.spare.then_some(SLOT).into_iter().collect(),
             restart_on_reboot: guest.restart_on_reboot,
             takes_status: guest.takes_status,
         };
@@ -195,7 +182,8 @@ impl Vmm {
         let id = self.next_id;
         self.next_id += 1;
         let bytes = Envelope::new(id, body).encode().unwrap();
-        let fds = [socket.as_raw_fd()];
+        let (requests, peer) = UnixStream::pair().unwrap();
+        let fds = [socket, &requests, &peer].map(AsRawFd::as_raw_fd);
         let rights = [ControlMessage::ScmRights(&fds)];
         let parts = [IoSlice::new(&bytes)];
         sendmsg::<()>(self.control.as_raw_fd(), &parts, &rights, MsgFlags::empty(), None).unwrap();

@@ -4,17 +4,16 @@ use super::{Choices, Kept, ProcessPlan, Source, Table, another, any, exactly};
 use crate::launch::disk::Disk;
 use crate::launch::machine::{Backend, Device};
 use crate::launch::net::Nic;
-use vm_spec::control::{DeviceConfig, FdNumber};
+use vm_spec::control::FdNumber;
 use vm_spec::run_state::{MadeFds, ProcessRole};
 use vm_spec::spec::ImageFormat;
 
-/// The process of device `n`, which logs to pipe `log`; `peer` is what the vmm is told of it.
+/// The process of device `n`, which logs to pipe `log`.
 pub(in crate::launch) fn plan(
     n: usize,
     device: &Device,
     choices: &Choices<'_>,
     log: usize,
-    peer: &DeviceConfig,
 ) -> Option<ProcessPlan> {
     let mut fds = Table::new(Source::LogWrite(log));
     let socket = fds.add(Source::BackEnd(n), "vhost-user socket to the vmm");
@@ -25,7 +24,6 @@ pub(in crate::launch) fn plan(
             socket,
             "the vhost-user socket, to be shut down from elsewhere",
         ),
-        another("vmm", peer.requests_peer, "request channel, sent by the vmm"),
         exactly(1, "anon_inode:[signalfd]", "the signal to end"),
         any("anon_inode:[eventfd]", "doorbells, interrupts, wake-ups"),
     ];
@@ -57,6 +55,8 @@ pub(in crate::launch) fn plan(
             (ProcessRole::Net, "vhost-user-net")
         }
     };
+    // Behind those that are told by what they link to.
+    made.push(exactly(1, "socket:[", "request channel, sent by the vmm"));
     arguments.extend(choices.device_arguments());
     Some(ProcessPlan {
         name: device.id.clone(),

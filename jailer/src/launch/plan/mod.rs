@@ -46,8 +46,8 @@ pub(crate) enum Source {
     /// The vmm's and the device process's ends of a device's vhost-user socket.
     FrontEnd(usize),
     BackEnd(usize),
-    /// The vmm's end of a device's channel for the back end's own requests, and the end that the
-    /// vmm gives to back ends.
+    /// The vmm's end of the channel for the own requests of a device's first back end, and the end that the
+    /// vmm gives to that.
     Requests(usize),
     RequestsPeer(usize),
     /// A layer of a device's image chain, the top first.
@@ -264,7 +264,7 @@ pub(crate) fn plan(spec: &VmSpec, name: &str, devices: &[Device], choices: &Choi
     let mut workers = vec![vmm];
     for (n, device) in devices.iter().enumerate() {
         let log = workers.len();
-        workers.extend(device::plan(n, device, choices, log, &vm.devices[n]));
+        workers.extend(device::plan(n, device, choices, log));
     }
     let (supervisor, supervision) = supervisor::plan(spec, name, devices, &workers, choices);
     Plan {

@@ -2,7 +2,7 @@
 
 use super::{Choices, ProcessPlan, Source, Table, any, exactly};
 use crate::launch::machine::{self, Backend, Device};
-use vm_spec::control::{SpareSlot, VmConfig};
+use vm_spec::control::VmConfig;
 use vm_spec::machine::MACHINE_VERSION;
 use vm_spec::run_state::{Kept, MadeFds, ProcessRole};
 use vm_spec::spec::{OnReboot, VmSpec};
@@ -20,33 +20,29 @@ pub(super) fn plan(spec: &VmSpec, devices: &[Device], choices: &Choices<'_>) -> 
         .as_ref()
         .map(|path| fds.add(Source::Initrd, path.display().to_string()));
     let console = fds.add(Source::ConsoleGuest, "console socket to the supervisor");
-    let mut spares = Vec::new();
     let configs = devices
         .iter()
         .enumerate()
         .map(|(n, device)| {
             device.config([
                 fds.add(Source::FrontEnd(n), format!("vhost-user socket of {}", device.id)),
-                fds.add(
+                fds.add_until(
+                    // Someone else's back end may not want it.
+                    match device.is_ours() {
+                        true => Kept::Always,
+                        false => Kept::UntilEndOfFile,
+                    },
                     Source::Requests(n),
                     format!("request channel of {} (the vmm's end)", device.id),
                 ),
-                fds.add(
+                fds.add_until(
+                    Kept::UntilLockdown,
                     Source::RequestsPeer(n),
                     format!("request channel of {} (the back end's end)", device.id),
                 ),
             ])
         })
         .collect();
-    for (n, slot) in (devices.len()..).zip(machine::spares(spec, devices)) {
-        let requests = format!("request channel of slot {slot} (the vmm's end)");
-        let peer = format!("request channel of slot {slot} (the back end's end)");
-        spares.push(SpareSlot {
-            slot,
-            requests: fds.add(Source::Requests(n), requests),
-            requests_peer: fds.add(Source::RequestsPeer(n), peer),
-        });
-    }
     let vm = VmConfig {
         machine_version: MACHINE_VERSION,
         cpus: spec.cpus,
@@ -58,7 +54,7 @@ pub(super) fn plan(spec: &VmSpec, devices: &[Device], choices: &Choices<'_>) -> 
         cmdline: choices.cmdline.clone(),
         console,
         devices: configs,
-        spares,
+        spares: machine::spares(spec, devices),
         restart_on_reboot: spec.on_reboot == OnReboot::Restart && spec.boot.command.is_empty(),
         takes_status: !spec.boot.command.is_empty(),
     };
@@ -105,9 +101,9 @@ fn made(spec: &VmSpec, devices: &[Device]) -> Vec<MadeFds> {
     made.push(MadeFds {
         least: 0,
         ..exactly(
-            later,
+            2 * later,
             "socket:[",
-            "vhost-user sockets of devices that are attached",
+            "vhost-user sockets and request channels of devices that are attached",
         )
     });
     made.push(MadeFds {

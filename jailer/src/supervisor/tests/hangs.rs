@@ -91,8 +91,7 @@ fn a_vmm_that_is_stopped_pauses_its_vm() {
     play.supervisor.process_ended(1, ExitStatus::Signal(9), now);
     play.supervisor.judge_devices(now);
     assert_eq!(told(&play), ["Died", "respawn"]);
-    let (socket, _theirs) = pair(SockType::Stream);
-    play.supervisor.device_spawned(1, 8, Some(socket), now);
+    play.supervisor.device_spawned(1, 8, &sockets(), now);
     let id = play.supervisor.requests;
     for _ in 0..100 {
         now = play.supervisor.devices_deadline().unwrap();
