@@ -167,9 +167,9 @@ pub enum ToVmm {
     PowerButton,
     /// End the VM now: stop vCPUs, drain devices, report [`FromVmm::Ended`].
     Stop,
-    /// A new back end for the device in this slot, [`BACKEND_FDS`] attached. The sender has made sure that a dead predecessor no longer writes. Answered by
-    /// [`FromVmm::Done`] once the guest is served again, or by [`FromVmm::Failed`]: another one
-    /// may then be tried. May come before [`FromVmm::Running`]: a back end that is lost while the
+    /// A new back end for the device in this slot, [`BACKEND_FDS`] attached. The sender has made sure that a dead
+    /// predecessor no longer writes. Answered by [`FromVmm::Done`] once the guest is served again, or by
+    /// [`FromVmm::Failed`]: another one may then be tried. May come before [`FromVmm::Running`]: a back end that is lost while the
     /// machine is built is replaced too.
     ReplaceBackend {
         /// PCI device number.
