@@ -13,6 +13,7 @@ pub mod failure;
 pub mod inherit;
 #[cfg(feature = "launcher")]
 pub mod launch;
+mod log_line;
 pub mod sandbox;
 pub mod supervisor;
 pub mod tell;

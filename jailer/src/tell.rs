@@ -70,15 +70,19 @@ fn json_line(out: &mut dyn fmt::Write, text: &str) -> fmt::Result {
     let level = if error.is_some() { "ERROR" } else { "WARN" };
     let text = error.or(text.strip_prefix("warning: ")).unwrap_or(text);
     json_head(out, "bulkhead")?;
-    json_message(out, level, text)
+    json_message(out, &Timestamp::now(), level, text)
 }
 
 /// The rest of an object behind [`json_head`], and the line's end.
-pub(crate) fn json_message(out: &mut dyn fmt::Write, level: &str, text: &str) -> fmt::Result {
-    let now = Timestamp::now();
+pub(crate) fn json_message(
+    out: &mut dyn fmt::Write,
+    time: &dyn fmt::Display,
+    level: &str,
+    text: &str,
+) -> fmt::Result {
     write!(
         out,
-        ",\"timestamp\":\"{now}\",\"level\":\"{level}\",\"message\":\""
+        ",\"timestamp\":\"{time}\",\"level\":\"{level}\",\"message\":\""
     )?;
     json_escaped(out, text)?;
     out.write_str("\"}\n")

@@ -69,7 +69,8 @@ pub struct Attachment {
 pub enum Channel {
     /// What the guest writes; what the client says is typed at it.
     Console,
-    /// What the VM's processes log, whole lines. The client says nothing.
+    /// What the VM's processes log, whole lines, before each the time at which the supervisor had it (RFC 3339) and a
+    /// space; a line without one tells how many bytes were lost. The client says nothing.
     Log,
 }
 

@@ -16,6 +16,7 @@ use nix::{
 };
 use serde_json::Value;
 use std::{
+    collections::BTreeMap,
     fs::File,
     io::{Read, Write, pipe},
     process::{Output, Stdio},
@@ -147,7 +148,7 @@ fn console_signalled() -> Result<()> {
     Ok(())
 }
 
-/// What the processes logged before, and with `--follow` what they log until the VM is over.
+/// What the processes logged before, and with `--follow` what they log until the VM is over; the same as objects.
 fn logs() -> Result<()> {
     let place = tempfile::tempdir()?;
     let mut run = start("scenario=hlt", &place)?;
@@ -160,6 +161,23 @@ fn logs() -> Result<()> {
         before.contains("bulkhead: disk0") && before.contains("signal 9"),
         "{before}"
     );
+    let objects = text(&run.verb("logs", &["--json"])?.output()?)?;
+    ensure!(before.lines().count() == objects.lines().count(), "{objects}");
+    for (plain, object) in before.lines().zip(objects.lines()) {
+        let object: BTreeMap<String, String> = serde_json::from_str(object).context(objects.clone())?;
+        let keys: Vec<_> = object.keys().map(String::as_str).collect();
+        ensure!(
+            keys == ["level", "message", "process", "timestamp", "vm"],
+            "{objects}"
+        );
+        ensure!(
+            object["vm"] == "test" && object["timestamp"].ends_with('Z'),
+            "{objects}"
+        );
+        let named = plain.strip_prefix(&object["process"]);
+        let said = named.is_some_and(|said| said.ends_with(&object["message"]));
+        ensure!(said, "{object:?} is not {plain:?}");
+    }
     let (mut process, mut lines) = start_verb(&run, "logs", &["--follow"])?;
     lines.wait_line(before.lines().next().context("no line")?, DEADLINE)?;
     replace_disk_process(&mut run)?;

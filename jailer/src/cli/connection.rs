@@ -3,7 +3,8 @@
 use super::ps::RunningVm;
 use crate::failure::Failure;
 use crate::launch;
-use crate::supervisor::{NO_REQUEST, printable};
+use crate::log_line::printable;
+use crate::supervisor::NO_REQUEST;
 use crate::wire::{Received, TransferError, send_message};
 use crate::wire_fds::{receive_with_fds, send_with_fds};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};

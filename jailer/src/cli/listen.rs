@@ -1,7 +1,7 @@
-//! `bulkhead console VM` and `bulkhead logs VM`: what a running VM's guest and processes say.
+//! `bulkhead console VM`, and how one listens to a running VM's guest and processes.
 
 use super::connection::Connection;
-use super::{ps, put_out};
+use super::ps;
 use crate::escape::EscapeReader;
 use crate::failure::Failure;
 use crate::launch::signals::{LEAVING, take_by_descriptor};
@@ -10,8 +10,7 @@ use crate::tell::say;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
-use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
-use nix::sys::time::{TimeVal, TimeValLike};
+use nix::sys::socket::{MsgFlags, recv, send};
 use nix::unistd::read;
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, IsTerminal, Write, stdin, stdout};
@@ -21,7 +20,7 @@ use std::time::Duration;
 use vm_spec::client::{Answer, Channel, Request};
 
 /// For the supervisor to take a listener, and to say what there is.
-const DEADLINE: Duration = Duration::from_secs(5);
+pub(super) const DEADLINE: Duration = Duration::from_secs(5);
 /// Longest datagram from the supervisor.
 const LONGEST: usize = 4096;
 /// Longest to it.
@@ -30,7 +29,11 @@ const PIECE: usize = 256;
 /// pipe is not read.
 const MOST_TYPED: usize = 4096;
 
-fn listen(vm: &str, channel: Channel, follow: bool) -> Result<OwnedFd, Failure> {
+/// Has the supervisor send what is said.
+///
+/// # Errors
+/// A [`Failure`] when no such VM runs, or too many listen.
+pub(super) fn listen(vm: &str, channel: Channel, follow: bool) -> Result<OwnedFd, Failure> {
     let mut connection = Connection::open(&ps::find(vm)?)?;
     match connection.ask(Request::Listen { channel, follow }, None, DEADLINE)? {
         Answer::Listening => Ok(connection.into_socket()),
@@ -39,34 +42,11 @@ fn listen(vm: &str, channel: Channel, follow: bool) -> Result<OwnedFd, Failure> 
     }
 }
 
-/// Prints the last of what the VM's processes logged, and with `follow` what they will, until it is over.
-///
-/// # Errors
-/// A [`Failure`] when no such VM runs, or standard output cannot be written.
-pub(super) fn logs(vm: &str, follow: bool) -> Result<u8, Failure> {
-    let socket = listen(vm, Channel::Log, follow)?;
-    if !follow {
-        // What there is comes at once.
-        let limit = TimeVal::seconds(DEADLINE.as_secs() as i64);
-        setsockopt(&socket, sockopt::ReceiveTimeout, &limit)
-            .map_err(|e| Failure::host("cannot limit the wait").because(&e))?;
-    }
-    while let Some(bytes) = next(&socket, MsgFlags::empty())? {
-        if bytes.is_empty() {
-            return Err(Failure::host(format!("no answer within {DEADLINE:?}")));
-        }
-        if !put_out(&bytes)? {
-            break;
-        }
-    }
-    Ok(0)
-}
-
 /// Joins the guest's console: what it wrote last, what it writes, and what is typed, until the VM is over or
 /// the person leaves by Ctrl-A x.
 ///
 /// # Errors
-/// As [`logs`].
+/// A [`Failure`] when no such VM runs, or standard output cannot be written.
 pub(super) fn console(vm: &str) -> Result<u8, Failure> {
     let socket = listen(vm, Channel::Console, true)?;
     let signals =
@@ -253,7 +233,7 @@ impl Visit {
 }
 
 /// The next datagram, empty where none has come yet; `None`: there will be no more.
-fn next(socket: &OwnedFd, flags: MsgFlags) -> Result<Option<Vec<u8>>, Failure> {
+pub(super) fn next(socket: &OwnedFd, flags: MsgFlags) -> Result<Option<Vec<u8>>, Failure> {
     let mut bytes = vec![0; LONGEST];
     loop {
         match recv(socket.as_raw_fd(), &mut bytes, flags) {

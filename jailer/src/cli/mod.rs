@@ -9,6 +9,7 @@ mod flags;
 mod image;
 mod inspect;
 mod listen;
+mod logs;
 mod man;
 mod metrics;
 mod orders;
@@ -98,6 +99,9 @@ enum Verb {
         /// Go on until the VM is over
         #[arg(long, short)]
         follow: bool,
+        /// Print JSON, one object a line, as bulkhead run --log-format json does: process, timestamp, level, message
+        #[arg(long)]
+        json: bool,
     },
     /// Ask a VM's guest to power off, and wait until the VM is over; asked again half a
     /// second later or more, the VM is killed
@@ -354,7 +358,7 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
         Verb::Ps { json } => print(&ps::show(json)?),
         Verb::Inspect { vm, json } => print(&inspect::show(&vm, json)?),
         Verb::Console { vm } => listen::console(&vm),
-        Verb::Logs { vm, follow } => listen::logs(&vm, follow),
+        Verb::Logs { vm, follow, json } => logs::print(&vm, follow, json),
         Verb::Stop { vm, timeout } => {
             let (text, code) = stop::stop(&vm, Duration::from_secs(timeout.into()))?;
             print(&text)?;

@@ -3,7 +3,7 @@
 use super::connection::Connection;
 use super::ps;
 use crate::failure::Failure;
-use crate::supervisor::printable;
+use crate::log_line::printable;
 use std::time::Duration;
 use vm_spec::client::{Answer, Request};
 use vm_spec::run_state::ProcessRole;

@@ -3,15 +3,14 @@
 
 use super::audience::Audience;
 use super::quota::Quota;
-use crate::tell::{CERTAIN_TO_FIT, MOST_AT_ONCE, json_head, json_message, tell_bytes};
+use crate::log_line::{json_line, printable, stamped};
+use crate::tell::{CERTAIN_TO_FIT, MOST_AT_ONCE, tell_bytes};
 use nix::errno::Errno;
 use nix::unistd::read;
-use serde::de::IgnoredAny;
-use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 use vm_spec::events::EventKind;
+use vm_spec::timestamp::Timestamp;
 
 /// Longest line passed on, in bytes; the rest of a longer one is dropped.
 const LONGEST_LINE: usize = 2048;
@@ -107,7 +106,7 @@ impl LogPipe {
     }
 }
 
-/// Where lines go: standard error and whoever listens, plain or as JSON objects.
+/// Where lines go: standard error, and with a time before them whoever listens; plain or as JSON objects.
 pub(super) struct Log {
     /// One JSON object a line.
     json: bool,
@@ -129,13 +128,13 @@ impl Log {
         if line.len() > MOST_AT_ONCE {
             line = self.format(process, &text[..text.floor_char_boundary(CERTAIN_TO_FIT)]);
         }
-        self.audience.hear(line.as_bytes());
+        self.audience.hear(stamped(&line).as_bytes());
         tell_bytes(line.as_bytes())
     }
 
     fn format(&self, process: &str, text: &str) -> String {
         if self.json {
-            json_line(process, text)
+            json_line(&Timestamp::now(), process, text)
         } else {
             format!("{process}: {}\n", printable(text))
         }
@@ -148,87 +147,9 @@ fn happening(line: &str) -> Option<(EventKind, String)> {
     Some((EventKind::told_as(name)?, detail.to_owned()))
 }
 
-/// `text` without what would steer a terminal.
-pub(crate) fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() && c != '\t' { '.' } else { c })
-        .collect()
-}
-
-/// What an object of a process's own may not say.
-const OURS: [&str; 2] = ["process", "vm"];
-/// As `tracing` writes them.
-const LEVELS: [&str; 5] = ["ERROR", "WARN", "INFO", "DEBUG", "TRACE"];
-
-/// A process that logs JSON has its name added to its object; other text becomes a message, and so does an
-/// object that names a process itself.
-fn json_line(process: &str, text: &str) -> String {
-    let mut out = String::new();
-    // Writing to a String cannot fail.
-    let _ = json_head(&mut out, process);
-    let keys: Result<BTreeMap<String, IgnoredAny>, _> = serde_json::from_str(text);
-    let sound = keys.is_ok_and(|keys| !keys.is_empty() && !OURS.iter().any(|key| keys.contains_key(*key)));
-    match text.trim_ascii().strip_prefix('{') {
-        Some(rest) if sound => {
-            let _ = writeln!(out, ",{}", printable(rest));
-        }
-        _ => {
-            let (level, text) = level(text).unwrap_or(("WARN", text));
-            let _ = json_message(&mut out, level, text);
-        }
-    }
-    out
-}
-
-/// The level of a line that `tracing` wrote for people (`TIME  LEVEL MESSAGE`), and its message.
-fn level(text: &str) -> Option<(&str, &str)> {
-    let (time, rest) = text.split_once(' ')?;
-    let (level, message) = rest.trim_start().split_once(' ')?;
-    (time.ends_with('Z') && LEVELS.contains(&level)).then_some((level, message))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// The line's keys but its time.
-    fn read(line: &str) -> Vec<(String, String)> {
-        let mut read: BTreeMap<String, String> = serde_json::from_str(line).unwrap();
-        read.remove("timestamp");
-        read.into_iter().collect()
-    }
-
-    #[test]
-    fn json_lines_name_the_process_and_a_level() {
-        let own = json_line("disk0", "{\"level\":\"INFO\"}");
-        assert_eq!(own, "{\"process\":\"disk0\",\"level\":\"INFO\"}\n");
-        for (text, level, message) in [
-            ("say \"x\"\u{1b}", "WARN", "say \"x\"\u{1b}"),
-            ("2026-01-01T00:00:00.1Z ERROR vmm: lost", "ERROR", "vmm: lost"),
-            ("2026-01-01T00:00:00.1Z  INFO vmm: up", "INFO", "vmm: up"),
-            ("ERROR vmm: lost", "WARN", "ERROR vmm: lost"),
-        ] {
-            let wanted = [("level", level), ("message", message), ("process", "vmm")];
-            let wanted = wanted.map(|(key, value)| (key.to_owned(), value.to_owned()));
-            assert_eq!(read(&json_line("vmm", text)), wanted, "{text}");
-        }
-    }
-
-    #[test]
-    fn nobody_speaks_in_anothers_name() {
-        for text in [
-            "{\"process\":\"vmm\",\"level\":\"INFO\"}",
-            "{\"pr\\u006fcess\":\"vmm\"}",
-            "{\"vm\":\"another\"}",
-            "{\"level\":\"INFO\"} {}",
-            "{garbage}",
-            "{}",
-        ] {
-            let wanted = [("level", "WARN"), ("message", text), ("process", "disk0")];
-            let wanted = wanted.map(|(key, value)| (key.to_owned(), value.to_owned()));
-            assert_eq!(read(&json_line("disk0", text)), wanted, "{text}");
-        }
-    }
 
     #[test]
     fn lines_are_whole_and_short() {
@@ -246,10 +167,5 @@ mod tests {
         for other in ["event: died: by itself", "no-space: x", "event: no-space", ""] {
             assert_eq!(happening(other), None, "{other}");
         }
-    }
-
-    #[test]
-    fn control_characters_do_not_reach_a_terminal() {
-        assert_eq!(printable("a\u{1b}[2Jb"), "a.[2Jb");
     }
 }

@@ -37,8 +37,6 @@ use clients::Clients;
 pub use clients::{MOST_CLIENTS, NO_REQUEST};
 use console::Console;
 use devices::Counters;
-#[cfg(feature = "launcher")]
-pub(crate) use logs::printable;
 use logs::{Log, LogPipe};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use orders::Orders;

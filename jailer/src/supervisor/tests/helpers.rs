@@ -2,12 +2,16 @@
 
 use super::*;
 
-/// What the log's listener has heard.
+/// What the log's listener has heard, without the times.
 pub(super) fn heard(play: &mut Play, listener: &OwnedFd) -> String {
     play.settle();
     let mut bytes = [0; 4096];
     let count = nix::unistd::read(listener, &mut bytes).unwrap_or(0);
-    String::from_utf8_lossy(&bytes[..count]).into_owned()
+    let text = String::from_utf8_lossy(&bytes[..count]);
+    let lines = text.split_inclusive('\n');
+    lines
+        .map(|line| line.split_once("Z ").map_or(line, |(_, said)| said))
+        .collect()
 }
 
 #[test]
