@@ -7,7 +7,7 @@ use std::process::{Command, ExitCode};
 
 use libtest_mimic::Completion;
 use support::{Scratch, assert_same, contents, create, open, patch, qemu_img, read, text, write};
-use vhost_blk::image::qcow2::{self, Repair};
+use vhost_blk::image::qcow2::{self, Progress, Repair};
 use vhost_blk::image::{Format, HostFile};
 
 const SIZE: usize = 1 << 20;
@@ -108,10 +108,10 @@ fn an_image_on_a_device_is_repaired() -> Completion {
     // Of a cluster that nobody uses.
     patch(&device.0, word(word(48) as usize) + 2 * 200, &[0, 1]);
     let file = HostFile::new(support::fd(&device.0, true)).expect("is a device");
-    let found = qcow2::check(&file, Repair::Refcounts).expect("repairs");
+    let found = qcow2::check(&file, Repair::Refcounts, &Progress::untold()).expect("repairs");
     assert_eq!((found.leaks_fixed, found.leaks, found.corruptions), (1, 0, 0));
     support::check_clean(&device.0);
-    qcow2::delete(&file, "one").expect("deletes");
+    qcow2::delete(&file, "one", &Progress::untold()).expect("deletes");
     drop(file);
     support::check_clean(&device.0);
     let image = open(&[(&device.0, Format::Qcow2)]);

@@ -3,6 +3,7 @@
 
 mod support;
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use support::{
     Random, Scratch, assert_same, check_clean, contents, create, open, open_with, patch, qemu_contents,
     qemu_img, read, text, write,
 };
-use vhost_blk::image::qcow2::{self, CreateOptions, Repair};
+use vhost_blk::image::qcow2::{self, CreateOptions, Progress, Repair};
 use vhost_blk::image::{BlockFile, Format, HostFile, ImageError, OpenOptions, Resolved, open_layers};
 
 const SIZE: usize = 1 << 20;
@@ -66,11 +67,19 @@ fn snapshots_are_taken_applied_and_deleted_whole() {
     let (start, old, now) = image_with_snapshot();
     crash_everywhere(
         &start,
-        &|file| qcow2::take(file, "two", Duration::from_secs(1)),
+        &|file| qcow2::take(file, "two", Duration::from_secs(1), &Progress::untold()),
         &now,
     );
-    crash_everywhere(&start, &|file| qcow2::apply(file, "one"), &old);
-    crash_everywhere(&start, &|file| qcow2::delete(file, "one"), &now);
+    crash_everywhere(
+        &start,
+        &|file| qcow2::apply(file, "one", &Progress::untold()),
+        &old,
+    );
+    crash_everywhere(
+        &start,
+        &|file| qcow2::delete(file, "one", &Progress::untold()),
+        &now,
+    );
 }
 
 fn disks_shrink_whole() {
@@ -90,7 +99,7 @@ fn repairs_count_anew() {
     let block = word(word(48) as usize) as usize;
     let mut broken = start.clone();
     broken[block + 20..block + 60].fill(0);
-    let check = |file: &dyn BlockFile, repair| qcow2::check(file, repair);
+    let check = |file: &dyn BlockFile, repair| qcow2::check(file, repair, &Progress::untold());
     let recorder = Recorder::new(broken.clone());
     let found = check(&recorder, Repair::No).expect("checks");
     assert!(found.corruptions > 0, "{found:?}");
@@ -120,7 +129,7 @@ fn a_damaged_refcount_table_is_counted_anew() {
         let path = scratch.path("top");
         std::fs::write(&path, &broken).expect("writes");
         let file = HostFile::new(support::fd(&path, true)).expect("is a file");
-        let found = qcow2::check(&file, Repair::No).expect("checks");
+        let found = qcow2::check(&file, Repair::No, &Progress::untold()).expect("checks");
         assert!(found.corruptions > 1 && found.broken.is_none(), "{found:?}");
         let read_only = OpenOptions {
             read_only: true,
@@ -130,12 +139,58 @@ fn a_damaged_refcount_table_is_counted_anew() {
         assert_same(&read(&*image, 0, SIZE).expect("reads"), &now, "read");
         drop(image);
         assert!(contents(&path) == broken);
-        let found = qcow2::check(&file, Repair::Refcounts).expect("repairs");
+        let found = qcow2::check(&file, Repair::Refcounts, &Progress::untold()).expect("repairs");
         assert_eq!((found.corruptions, found.leaks), (0, 0), "{found:?}");
         assert!(found.corruptions_fixed > 1, "{found:?}");
         check_clean(&path);
         assert_same(&qemu_contents(&path, &[]), &now, "repaired");
     }
+}
+
+type Work = dyn Fn(&HostFile, &Progress<'_>);
+
+/// Each table counts once for each walk through it.
+fn long_work_tells_how_far_it_is() {
+    let scratch = Scratch::new();
+    let path = scratch.path("top");
+    create(&path, "cluster_size=512", &SIZE.to_string());
+    write(&*open(&[(&path, Format::Qcow2)]), 0, &[1; SIZE]).expect("writes");
+    let told = |work: &Work| {
+        let told = RefCell::new(Vec::new());
+        let tell = |done, total| told.borrow_mut().push((done, total));
+        let file = HostFile::new(support::fd(&path, true)).expect("is a file");
+        work(&file, &Progress::told(&tell));
+        let told = told.into_inner();
+        assert!(told.is_sorted_by(|one, next| one.0 < next.0), "{told:?}");
+        let last = *told.last().expect("something is told");
+        assert_eq!(last.0, last.1, "{told:?}");
+        (told, last.1)
+    };
+    // All of the disk by L2 tables with 64 entries, twice, and blocks with 256 refcounts.
+    let one_walk = |before: &[u8]| 2 * 32 + (before.len() as u64).div_ceil(512).div_ceil(256);
+    let before = contents(&path);
+    let (_, whole) = told(&|file, progress| {
+        qcow2::check(file, Repair::No, progress).expect("checks");
+    });
+    assert_eq!(whole, one_walk(&before));
+    let word = |at: usize| u64::from_be_bytes(before[at..at + 8].try_into().expect("eight bytes"));
+    patch(&path, word(word(48) as usize) + 20, &[0; 40]);
+    let (steps, whole) = told(&|file, progress| {
+        let found = qcow2::check(file, Repair::Refcounts, progress).expect("repairs");
+        assert!(found.corruptions_fixed > 0);
+    });
+    let once = one_walk(&before);
+    assert!(steps.contains(&(once, once)) && whole >= 3 * once, "{steps:?}");
+    let changes: [&Work; 3] = [
+        &|file, progress| qcow2::take(file, "one", Duration::ZERO, progress).expect("takes"),
+        &|file, progress| qcow2::apply(file, "one", progress).expect("applies"),
+        &|file, progress| qcow2::delete(file, "one", progress).expect("deletes"),
+    ];
+    for change in changes {
+        let (_, whole) = told(change);
+        assert!((once..once + 4).contains(&whole), "{whole}");
+    }
+    check_clean(&path);
 }
 
 /// The bit that keeps a damaged image from being written to goes when the damage has gone.
@@ -154,9 +209,9 @@ fn a_repaired_image_is_corrupt_no_more() {
             broken[at] ^= 2;
         }
         let recorder = Recorder::new(broken);
-        qcow2::check(&recorder, Repair::No).expect("checks");
+        qcow2::check(&recorder, Repair::No, &Progress::untold()).expect("checks");
         assert!(corrupt(&recorder), "a check wrote");
-        let found = qcow2::check(&recorder, Repair::Refcounts).expect("repairs");
+        let found = qcow2::check(&recorder, Repair::Refcounts, &Progress::untold()).expect("repairs");
         assert_eq!(found.broken.is_none(), repaired, "{found:?}");
         assert_eq!(corrupt(&recorder), !repaired, "{found:?}");
         if repaired {
@@ -180,16 +235,22 @@ fn what_excludes_a_change_is_named_and_nothing_is_written() {
         }
         assert_eq!(recorder.position(), 0, "{field}: it wrote");
     };
-    let take = |file: &dyn BlockFile| qcow2::take(file, "x", Duration::ZERO);
+    let take = |file: &dyn BlockFile| qcow2::take(file, "x", Duration::ZERO, &Progress::untold());
     create(&path, "compat=0.10", "1M");
     refused("version", &take);
     create(&path, "", "1M");
-    refused("snapshot name", &|file| qcow2::take(file, "", Duration::ZERO));
     refused("snapshot name", &|file| {
-        qcow2::take(file, &"x".repeat(256), Duration::ZERO)
+        qcow2::take(file, "", Duration::ZERO, &Progress::untold())
     });
-    refused("snapshot name", &|file| qcow2::apply(file, "x"));
-    refused("snapshot name", &|file| qcow2::delete(file, "x"));
+    refused("snapshot name", &|file| {
+        qcow2::take(file, &"x".repeat(256), Duration::ZERO, &Progress::untold())
+    });
+    refused("snapshot name", &|file| {
+        qcow2::apply(file, "x", &Progress::untold())
+    });
+    refused("snapshot name", &|file| {
+        qcow2::delete(file, "x", &Progress::untold())
+    });
     refused("size", &|file| qcow2::shrink(file, 1000));
     refused("size", &|file| qcow2::shrink(file, (1 << 20) + 512));
     for (at, value, field) in [
@@ -234,7 +295,7 @@ fn what_cannot_be_counted_after_is_refused_before() {
         assert!(error.contains(part), "{error}");
         assert_eq!(recorder.position(), 0, "{part}: it wrote");
     };
-    let take = |file: &dyn BlockFile| qcow2::take(file, "x", Duration::ZERO);
+    let take = |file: &dyn BlockFile| qcow2::take(file, "x", Duration::ZERO, &Progress::untold());
     create(&path, "refcount_bits=1,cluster_size=4k", "1M");
     write(&*open(&[(&path, Format::Qcow2)]), 0, &[1; 4096]).expect("writes");
     named("refcount_order: too small for 2 references", &take);
@@ -246,7 +307,9 @@ fn what_cannot_be_counted_after_is_refused_before() {
     // Not aligned to a cluster.
     patch(&path, table + 8 * 2, &(1_u64 << 63 | 0x1200).to_be_bytes());
     named("L2 entry", &take);
-    named("L2 entry", &|file| qcow2::delete(file, "one"));
+    named("L2 entry", &|file| {
+        qcow2::delete(file, "one", &Progress::untold())
+    });
 }
 
 /// Kilobytes of this process that are in memory.
@@ -338,6 +401,7 @@ suite! {
         disks_shrink_whole,
         repairs_count_anew,
         a_damaged_refcount_table_is_counted_anew,
+        long_work_tells_how_far_it_is,
         a_repaired_image_is_corrupt_no_more,
         what_excludes_a_change_is_named_and_nothing_is_written,
         what_cannot_be_counted_after_is_refused_before,

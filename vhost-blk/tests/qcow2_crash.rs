@@ -12,7 +12,7 @@ use support::recorder::{Op, Recorder};
 use support::{
     Random, Request, Scratch, check_leaks_at_most, contents, create, full, qemu_contents, qemu_img, text,
 };
-use vhost_blk::image::qcow2::{self, Repair};
+use vhost_blk::image::qcow2::{self, Progress, Repair};
 use vhost_blk::image::{BlockFile, Format, Image, OpenOptions, open_layers};
 
 const SECTOR: usize = 512;
@@ -234,7 +234,7 @@ impl Case<'_> {
             what,
         );
         drop(image);
-        let found = qcow2::check(&*files.image, Repair::No).expect("checks");
+        let found = qcow2::check(&*files.image, Repair::No, &Progress::untold()).expect("checks");
         assert_eq!((found.corruptions, &found.broken), (0, &None), "{what}");
     }
 

@@ -12,7 +12,7 @@ use support::recorder::{Op, Recorder};
 use support::{
     Random, Request, Scratch, check_clean, check_leaks_at_most, contents, create, open, qemu_contents,
 };
-use vhost_blk::image::qcow2::{self, Repair};
+use vhost_blk::image::qcow2::{self, Progress, Repair};
 use vhost_blk::image::{BlockFile, Format, Image, OpenOptions, open_layers};
 
 /// A file that fails now and then when it is changed.
@@ -370,7 +370,7 @@ fn growth_that_failed_leaves_nothing_uncounted() {
                     continue;
                 }
                 let left = without(&start, &log[..end], lost);
-                let found = qcow2::check(&left, Repair::No).expect("checks");
+                let found = qcow2::check(&left, Repair::No, &Progress::untold()).expect("checks");
                 let found = (found.corruptions, found.broken);
                 assert_eq!(found, (0, None), "failure {failure}, lost {:?}", log[lost]);
             }

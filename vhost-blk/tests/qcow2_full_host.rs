@@ -13,7 +13,7 @@ use support::{
     Random, Scratch, check_clean, check_leaks_at_most, contents, create, open, patch, qemu_img, read, text,
     write,
 };
-use vhost_blk::image::qcow2::{self, Repair};
+use vhost_blk::image::qcow2::{self, Progress, Repair};
 use vhost_blk::image::{BlockFile, Format, HostFile, ImageError, OpenOptions, open_layers};
 
 const CLUSTER: usize = 4096;
@@ -124,11 +124,13 @@ fn is_no_space(error: &ImageError) -> bool {
 type Change = fn(&dyn BlockFile) -> Result<(), ImageError>;
 
 const CHANGES: [(&str, Change); 4] = [
-    ("take", |file| qcow2::take(file, "two", Duration::from_secs(1))),
-    ("apply", |file| qcow2::apply(file, "one")),
-    ("delete", |file| qcow2::delete(file, "one")),
+    ("take", |file| {
+        qcow2::take(file, "two", Duration::from_secs(1), &Progress::untold())
+    }),
+    ("apply", |file| qcow2::apply(file, "one", &Progress::untold())),
+    ("delete", |file| qcow2::delete(file, "one", &Progress::untold())),
     ("repair", |file| {
-        let found = qcow2::check(file, Repair::Refcounts)?;
+        let found = qcow2::check(file, Repair::Refcounts, &Progress::untold())?;
         assert_eq!((found.leaks_fixed, found.leaks), (1, 0));
         Ok(())
     }),
@@ -222,7 +224,7 @@ fn a_device_without_room_is_repaired_in_place() {
     start[79] |= 1;
     let size = start.len();
     let file = Full::device(&start, size);
-    qcow2::check(&file, Repair::Refcounts).expect("repairs");
+    qcow2::check(&file, Repair::Refcounts, &Progress::untold()).expect("repairs");
     let again = |left: Vec<u8>| Full::device(&left, size);
     crash_everywhere(&file, &again, [&[1; SIZE]; 2], "repair");
 }

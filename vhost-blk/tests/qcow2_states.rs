@@ -9,7 +9,7 @@ use support::{
     Random, Request, Scratch, check_clean, contents, create, open, patch, qemu_contents, qemu_img,
     qemu_img_output, read, text, write,
 };
-use vhost_blk::image::qcow2::{self, Repair};
+use vhost_blk::image::qcow2::{self, Progress, Repair};
 use vhost_blk::image::{Format, HostFile};
 
 fn word(bytes: &[u8], at: usize) -> u64 {
@@ -71,7 +71,7 @@ fn bitmaps_left_behind_are_none() {
         support::check_leaks_at_most(&path).unwrap_or_else(|found| panic!("{place:#x}: {found}"));
     }
     let file = HostFile::new(support::fd(&path, true)).expect("is a file");
-    let found = qcow2::check(&file, Repair::Refcounts).expect("repairs");
+    let found = qcow2::check(&file, Repair::Refcounts, &Progress::untold()).expect("repairs");
     assert!(found.leaks_fixed > 0, "{found:?}");
     check_clean(&path);
 }

@@ -11,11 +11,11 @@ pub const MAX_SNAPSHOTS: usize = 65_536;
 /// One message of the tool.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum FromImageTool {
-    /// So many of so many bytes are done.
+    /// How far the job is: in bytes of the disk for a conversion, else in tables of the image.
     Progress {
-        /// Bytes done.
+        /// What is done.
         done: u64,
-        /// Bytes in all.
+        /// What is to be done in all, as far as is known yet.
         total: u64,
     },
     /// The answer to `info`; the image's snapshots follow.

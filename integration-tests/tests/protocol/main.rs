@@ -8,6 +8,7 @@ mod confined;
 mod fixture;
 mod hostile;
 mod image;
+mod image_change;
 mod image_damaged;
 mod image_refused;
 mod install;
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
     tests.extend(confined::tests());
     tests.extend(hostile::tests());
     tests.extend(image::tests());
+    tests.extend(image_change::tests());
     tests.extend(image_damaged::tests());
     tests.extend(image_refused::tests());
     tests.extend(install::tests());

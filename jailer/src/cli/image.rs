@@ -73,6 +73,35 @@ impl ImageArgs {
     }
 }
 
+/// How far the tool is, on a terminal; gone when it is dropped.
+struct Bar(ProgressBar);
+
+/// A [`Bar`]'s words where tables of an image are walked through.
+const TABLES: &str = "{pos}/{len} tables {eta}";
+
+impl Bar {
+    fn new(words: &str) -> Self {
+        let bar = ProgressBar::new(0);
+        if let Ok(style) = ProgressStyle::with_template(&format!("{{bar:40}} {words}")) {
+            bar.set_style(style);
+        }
+        Self(bar)
+    }
+
+    fn hear(&self, message: &FromImageTool) {
+        if let FromImageTool::Progress { done, total } = message {
+            self.0.set_length(*total);
+            self.0.set_position(*done);
+        }
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
 /// Carries a verb out; the text to print and the exit code.
 pub(super) fn carry_out(verb: &ImageVerb) -> Result<(String, u8), Failure> {
     match verb {
@@ -128,11 +157,14 @@ fn check(image: &ImageArgs, repair: bool, as_json: bool) -> Result<(String, u8),
     let flags: Vec<String> = repair.then(|| "--repair".to_owned()).into_iter().collect();
     let mut result = None;
     let opened = image.alone(access)?;
+    let bar = Bar::new(TABLES);
     opened.run(&image.setting(), "check", &flags, None, &mut |message| {
+        bar.hear(&message);
         if let FromImageTool::Checked(found) = message {
             result = Some(found);
         }
     })?;
+    drop(bar);
     let result = result.ok_or_else(|| Failure::host("the image tool gave no answer"))?;
     let code = match &result {
         CheckResult { corruptions: 1.., .. } => CORRUPT,
@@ -210,17 +242,11 @@ fn convert(
         source = source.with_data_file(path)?;
     }
     let new = Opened::new_file(target, format)?;
-    let bar = ProgressBar::new(0);
-    if let Ok(style) = ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}") {
-        bar.set_style(style);
-    }
+    let bar = Bar::new("{bytes}/{total_bytes} {bytes_per_sec} {eta}");
     let converted = source.run(&image.setting(), "convert", &flags, Some(&new), &mut |message| {
-        if let FromImageTool::Progress { done, total } = message {
-            bar.set_length(total);
-            bar.set_position(done);
-        }
+        bar.hear(&message);
     });
-    bar.finish_and_clear();
+    drop(bar);
     converted
         .inspect_err(|_| new.discard())
         .map(|()| (String::new(), 0))
@@ -235,13 +261,10 @@ fn snapshot(image: &ImageArgs, action: &SnapshotAction, as_json: bool) -> Result
     for (flag, name) in given {
         if let Some(name) = name {
             let opened = image.alone(Access::Write)?;
-            opened.run(
-                &image.setting(),
-                "snapshot",
-                &[format!("--{flag}={name}")],
-                None,
-                &mut |_| {},
-            )?;
+            let (bar, flags) = (Bar::new(TABLES), [format!("--{flag}={name}")]);
+            opened.run(&image.setting(), "snapshot", &flags, None, &mut |message| {
+                bar.hear(&message);
+            })?;
             return Ok((String::new(), 0));
         }
     }

@@ -28,7 +28,7 @@ use vm_spec::spec::ImageFormat;
 /// Most that the tool may map: it holds tables and a few clusters, never an image.
 const ADDRESS_SPACE: u64 = 4 << 30;
 pub(super) const BINARY: &str = "bulkhead-image";
-/// How long the tool may be silent: it counts the references of a large image without a word.
+/// How long the tool may be silent: it clears what a large image loses, and makes sure of space, without a word.
 const PATIENCE_MS: i32 = 600_000;
 /// Longest chain that is resolved; the engine's own bound.
 const LONGEST_CHAIN: usize = 16;

@@ -19,7 +19,7 @@ use jailer::wire::{TransferError, send_message};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vm_spec::image::{FromImageTool, ImageInfo};
 
-use crate::image::qcow2;
+use crate::image::qcow2::{self, Progress};
 use crate::image::{
     self, BlockFile, Format, HostFile, Image, ImageError, OpenOptions, Passphrase, SECTOR, lock,
 };
@@ -61,6 +61,11 @@ impl Reports {
                 sent => return Ok(sent?),
             }
         }
+    }
+
+    /// Sends what may be lost: a launcher that does not listen, or is gone, changes nothing about the job.
+    fn offer(&self, message: FromImageTool) {
+        let _ = send_message(self.0.as_fd(), 0, message);
     }
 }
 
@@ -136,12 +141,17 @@ fn carry_out(_: Locked, job: Job, files: Files, reports: &Reports) -> Result<(),
     match job {
         Job::Info => info(files, reports),
         Job::Check(repair) => {
-            let result = qcow2::check(&files.qcow2_file("refcounts to check")?, repair)?;
+            let tell = |done, total| reports.offer(FromImageTool::Progress { done, total });
+            let file = files.qcow2_file("refcounts to check")?;
+            let result = qcow2::check(&file, repair, &Progress::told(&tell))?;
             reports.send(FromImageTool::Checked(result))
         }
         Job::Create(options) => create(files, options),
         Job::Convert(format, cluster_bits) => convert::convert(files, format, cluster_bits, reports),
-        Job::Snapshot(snapshot) => change_snapshots(&files.qcow2_file("snapshots")?, &snapshot),
+        Job::Snapshot(snapshot) => {
+            let tell = |done, total| reports.offer(FromImageTool::Progress { done, total });
+            change_snapshots(&files.qcow2_file("snapshots")?, &snapshot, &Progress::told(&tell))
+        }
         Job::Resize { size, shrink } => resize(files, size, shrink),
     }
 }
@@ -217,14 +227,14 @@ fn check_size(size: u64) -> Result<(), ToolError> {
     Ok(())
 }
 
-fn change_snapshots(file: &HostFile, snapshot: &Snapshot) -> Result<(), ToolError> {
+fn change_snapshots(file: &HostFile, snapshot: &Snapshot, progress: &Progress<'_>) -> Result<(), ToolError> {
     match snapshot {
         Snapshot::Take(name) => {
             let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-            qcow2::take(file, name, now.unwrap_or(Duration::ZERO))?;
+            qcow2::take(file, name, now.unwrap_or(Duration::ZERO), progress)?;
         }
-        Snapshot::Apply(name) => qcow2::apply(file, name)?,
-        Snapshot::Delete(name) => qcow2::delete(file, name)?,
+        Snapshot::Apply(name) => qcow2::apply(file, name, progress)?,
+        Snapshot::Delete(name) => qcow2::delete(file, name, progress)?,
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use vhost_blk::image::qcow2::{self, Repair};
+use vhost_blk::image::qcow2::{self, Progress, Repair};
 use vhost_blk::image::{BlockFile, Format, HostFile, Image, OpenOptions, open_layers};
 
 use super::recorder::Recorder;
@@ -137,7 +137,7 @@ impl Disk {
     pub fn survives(&self, bytes: Vec<u8>, old: usize, what: &str) {
         let file = Arc::new(Recorder::new(bytes));
         for _ in 0..2 {
-            let found = qcow2::check(&*file, Repair::No).expect("checks");
+            let found = qcow2::check(&*file, Repair::No, &Progress::untold()).expect("checks");
             assert_eq!((found.corruptions, &found.broken), (0, &None), "{what}");
             let image = open_recorded(&file, self.base.as_deref());
             let now = image.capacity() as usize;

@@ -5,6 +5,7 @@ use vm_spec::image::CheckResult;
 use super::draft::Draft;
 use super::geometry::Geometry;
 use super::header::{CORRUPT, DIRTY, Header, INCOMPATIBLE_OFFSET};
+use super::progress::Progress;
 use super::refcount::Refcounts;
 use super::repair::{self, Recount, Wrong};
 use super::tables;
@@ -24,9 +25,13 @@ pub enum Repair {
 /// # Errors
 /// When the header is refused or the host fails; what contradicts itself behind the header is part of the
 /// result.
-pub fn check(file: &dyn BlockFile, repair: Repair) -> Result<CheckResult, ImageError> {
+pub fn check(
+    file: &dyn BlockFile,
+    repair: Repair,
+    progress: &Progress<'_>,
+) -> Result<CheckResult, ImageError> {
     let (header, size) = super::open::read_header(file)?;
-    let mut result = match compare(file, &header, size) {
+    let mut result = match compare(file, &header, size, progress) {
         Err(error @ ImageError::Corrupt { .. }) => {
             return Ok(CheckResult {
                 corruptions: 1,
@@ -42,12 +47,14 @@ pub fn check(file: &dyn BlockFile, repair: Repair) -> Result<CheckResult, ImageE
     }
     if result.leaks + result.corruptions > 0 || header.is_dirty() {
         check_has_dirty_bit(&header)?;
-        let recount = count_anew(file)?;
+        // To count anew, and to compare once more.
+        progress.expect(2 * progress.done());
+        let recount = count_anew(file, progress)?;
         let recount = recount.secure(file)?;
         mark_dirty(file, &header)?;
-        recount.carry_out(file)?;
+        recount.carry_out(file, progress)?;
         let (header, size) = super::open::read_header(file)?;
-        let after = compare(file, &header, size)?;
+        let after = compare(file, &header, size, progress)?;
         result = CheckResult {
             leaks_fixed: result.leaks.saturating_sub(after.leaks),
             corruptions_fixed: result.corruptions.saturating_sub(after.corruptions),
@@ -78,16 +85,17 @@ fn clear_corrupt(file: &dyn BlockFile) -> Result<(), ImageError> {
 pub(super) fn change(
     file: &dyn BlockFile,
     header: &Header,
+    progress: &Progress<'_>,
     plan: &dyn Fn(&dyn BlockFile) -> Result<(), ImageError>,
 ) -> Result<(), ImageError> {
     check_has_dirty_bit(header)?;
     let draft = Draft::over(file)?;
     plan(&draft)?;
-    let recount = count_anew(&draft)?;
+    let recount = count_anew(&draft, progress)?;
     let recount = recount.secure(file)?;
     mark_dirty(file, header)?;
     plan(file)?;
-    recount.carry_out(file)
+    recount.carry_out(file, progress)
 }
 
 fn check_has_dirty_bit(header: &Header) -> Result<(), ImageError> {
@@ -123,13 +131,18 @@ pub(super) fn append(
     Ok(end)
 }
 
-fn count_anew(file: &dyn BlockFile) -> Result<Recount, ImageError> {
+fn count_anew(file: &dyn BlockFile, progress: &Progress<'_>) -> Result<Recount, ImageError> {
     let (header, size) = super::open::read_header(file)?;
     let tables = tables::snapshots(&header, file, size)?;
-    Recount::of(file, header, &tables, size)
+    Recount::of(file, header, &tables, size, progress)
 }
 
-fn compare(file: &dyn BlockFile, header: &Header, size: u64) -> Result<CheckResult, ImageError> {
+fn compare(
+    file: &dyn BlockFile,
+    header: &Header,
+    size: u64,
+    progress: &Progress<'_>,
+) -> Result<CheckResult, ImageError> {
     let geometry = &header.geometry;
     let file_end = size.next_multiple_of(geometry.cluster_size());
     let tables = tables::snapshots(header, file, size)?;
@@ -138,11 +151,11 @@ fn compare(file: &dyn BlockFile, header: &Header, size: u64) -> Result<CheckResu
         misplaced += 1;
         Ok(())
     })?;
-    let mut counts = repair::count(file, header, &tables, file_end)?;
+    let mut counts = repair::count(file, header, &tables, file_end, progress)?;
     for cluster in refcounts.structure(geometry) {
         counts.add(cluster..cluster + 1, 1)?;
     }
-    let walked = repair::visit_copied(file, header, &counts, file_end, Wrong::Count)?;
+    let walked = repair::visit_copied(file, header, &counts, file_end, Wrong::Count, progress)?;
     let mut result = CheckResult {
         corruptions: misplaced + walked.wrong,
         total_clusters: geometry.clusters_for(header.size),
@@ -158,6 +171,9 @@ fn compare(file: &dyn BlockFile, header: &Header, size: u64) -> Result<CheckResu
             std::cmp::Ordering::Less => result.corruptions += 1,
             std::cmp::Ordering::Greater => result.leaks += 1,
             std::cmp::Ordering::Equal => {}
+        }
+        if cluster.is_multiple_of(geometry.refblock_entries()) {
+            progress.step(1);
         }
     }
     Ok(result)

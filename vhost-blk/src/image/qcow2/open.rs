@@ -11,6 +11,7 @@ use super::extensions::EncryptionHeader;
 use super::geometry::Geometry;
 use super::grow::Growth;
 use super::header::{Header, RAW_DATA};
+use super::progress::Progress;
 use super::refcount::{Refcounts, words};
 use super::repair::Recount;
 use super::tables::Table;
@@ -57,8 +58,9 @@ impl Qcow2 {
             check_writable(&header)?;
             if header.is_dirty() {
                 tracing::warn!("the image was not closed properly; rebuilding its refcounts");
-                let recount = Recount::of(&*file, header, &tables, size)?;
-                recount.secure(&*file)?.carry_out(&*file)?;
+                let progress = Progress::untold();
+                let recount = Recount::of(&*file, header, &tables, size, &progress)?;
+                recount.secure(&*file)?.carry_out(&*file, &progress)?;
                 (header, size) = read_header(&*file)?;
                 tables = tables::snapshots(&header, &*file, size)?;
             }

@@ -8,6 +8,7 @@ use std::ops::Range;
 use super::entry::{COPIED, Cluster, Host, L1Entry};
 use super::geometry::Geometry;
 use super::header::{DIRTY, Header, INCOMPATIBLE_OFFSET, MAX_REFTABLE_BYTES};
+use super::progress::Progress;
 use super::refcount::{Refcounts, words};
 use super::structure::Structure;
 use super::tables::Table;
@@ -85,10 +86,11 @@ impl Recount {
         header: Header,
         tables: &[Table],
         size: u64,
+        progress: &Progress<'_>,
     ) -> Result<Self, ImageError> {
         let geometry = &header.geometry;
         let file_end = size.next_multiple_of(geometry.cluster_size());
-        let counts = count(file, &header, tables, file_end)?;
+        let counts = count(file, &header, tables, file_end, progress)?;
         let most = counts.counts.iter().copied().max().unwrap_or(0);
         if u64::from(most) > geometry.max_refcount() {
             return Err(ImageError::refused(
@@ -175,7 +177,7 @@ pub(super) struct Secured {
 
 impl Secured {
     /// Writes the counts and clears the dirty bit. The mapping is the one that was counted.
-    pub(super) fn carry_out(self, file: &dyn BlockFile) -> Result<(), ImageError> {
+    pub(super) fn carry_out(self, file: &dyn BlockFile, progress: &Progress<'_>) -> Result<(), ImageError> {
         let Recount {
             header,
             size,
@@ -184,7 +186,8 @@ impl Secured {
         } = self.recount;
         self.structure.write(file, &header.geometry, &mut counts.counts)?;
         let file_end = size.next_multiple_of(header.geometry.cluster_size());
-        visit_copied(file, &header, &counts, file_end, Wrong::Mend)?;
+        progress.step(refblocks(&header.geometry, file_end));
+        visit_copied(file, &header, &counts, file_end, Wrong::Mend, progress)?;
         let features = header.incompatible & !DIRTY;
         file.write_at(&features.to_be_bytes(), INCOMPATIBLE_OFFSET)
             .and_then(|()| file.sync())
@@ -192,12 +195,22 @@ impl Secured {
     }
 }
 
+/// Refcount blocks that count the clusters up to `file_end`.
+fn refblocks(geometry: &Geometry, file_end: u64) -> u64 {
+    geometry
+        .cluster_of(file_end)
+        .div_ceil(geometry.refblock_entries())
+}
+
 /// Counts the references to each cluster, but for those to the refcount structure itself.
+///
+/// It is expected that [`visit_copied`] follows, and that the refcount blocks are walked through once.
 pub(super) fn count(
     file: &dyn BlockFile,
     header: &Header,
     tables: &[Table],
     file_end: u64,
+    progress: &Progress<'_>,
 ) -> Result<Counts, ImageError> {
     let geometry = &header.geometry;
     let clusters = geometry.cluster_of(file_end);
@@ -211,18 +224,23 @@ pub(super) fn count(
         counts: vec![0; clusters as usize],
     };
     counts.add(0..1, 1)?;
-    let mut l2_tables = BTreeMap::new();
+    let (mut l2_tables, mut active) = (BTreeMap::new(), 0);
     for table in tables
         .iter()
         .filter(|table| table.name != "refcount_table_offset")
     {
         counts.add(table.clusters(geometry), 1)?;
         if table.name.ends_with("l1_table_offset") {
-            count_l1(file, geometry, table, file_end, &mut l2_tables)?;
+            let found = count_l1(file, geometry, table, file_end, &mut l2_tables)?;
+            if table.name == "l1_table_offset" {
+                active = found;
+            }
         }
     }
+    progress.expect(l2_tables.len() as u64 + active + refblocks(geometry, file_end));
     for (table, times) in &l2_tables {
         count_l2(file, geometry, *table, *times, file_end, &mut counts)?;
+        progress.step(1);
     }
     count_bitmaps(file, header, &mut counts)?;
     Ok(counts)
@@ -235,16 +253,18 @@ fn read_words(file: &dyn BlockFile, offset: u64, len: usize) -> Result<Vec<u64>,
     Ok(words(&bytes).collect())
 }
 
-/// Counts how often each L2 table is used, so that each is read once only.
+/// Counts how often each L2 table is used, so that each is read once only; how many entries name one.
 fn count_l1(
     file: &dyn BlockFile,
     geometry: &Geometry,
     table: &Table,
     file_end: u64,
     l2_tables: &mut BTreeMap<u64, u16>,
-) -> Result<(), ImageError> {
+) -> Result<u64, ImageError> {
+    let mut used = 0;
     for raw in read_words(file, table.offset, table.len as usize)? {
         if let Some(L1Entry { table, .. }) = L1Entry::decode(raw, geometry, file_end)? {
+            used += 1;
             let times = l2_tables.entry(table).or_insert(0_u16);
             *times = times.checked_add(1).ok_or_else(|| {
                 ImageError::refused(
@@ -254,7 +274,7 @@ fn count_l1(
             })?;
         }
     }
-    Ok(())
+    Ok(used)
 }
 
 fn count_l2(
@@ -333,6 +353,7 @@ pub(super) fn visit_copied(
     counts: &Counts,
     file_end: u64,
     wrong: Wrong,
+    progress: &Progress<'_>,
 ) -> Result<Walked, ImageError> {
     let geometry = &header.geometry;
     let mut walked = Walked::default();
@@ -360,6 +381,7 @@ pub(super) fn visit_copied(
                 (wrong, &mut walked),
             )?;
         }
+        progress.step(1);
     }
     if wrong == Wrong::Mend {
         file.sync().map_err(ImageError::io("flush the mapping"))?;

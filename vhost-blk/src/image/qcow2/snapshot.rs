@@ -8,6 +8,7 @@ use super::check::{append, change};
 use super::entry::COPIED;
 use super::header::{Header, SNAPSHOTS_OFFSET};
 use super::info;
+use super::progress::Progress;
 use super::refcount::words;
 use super::tables::{self, SNAPSHOT_FIXED, SnapshotEntry};
 use crate::image::{BlockFile, ImageError};
@@ -21,7 +22,12 @@ const EXTRA: u32 = 24;
 ///
 /// # Errors
 /// [`ImageError::Refused`] where the image's features or the name exclude it.
-pub fn take(file: &dyn BlockFile, name: &str, now: std::time::Duration) -> Result<(), ImageError> {
+pub fn take(
+    file: &dyn BlockFile,
+    name: &str,
+    now: std::time::Duration,
+    progress: &Progress<'_>,
+) -> Result<(), ImageError> {
     if name.is_empty() || name.len() > MAX_NAME {
         return Err(ImageError::refused(
             "snapshot name",
@@ -53,7 +59,7 @@ pub fn take(file: &dyn BlockFile, name: &str, now: std::time::Duration) -> Resul
         name,
         now,
     ));
-    change(file, &header, &|file| {
+    change(file, &header, progress, &|file| {
         let next = append(file, &header.geometry, &l1, place)?;
         publish(file, &header, header.snapshots + 1, &table, next)
     })
@@ -63,7 +69,7 @@ pub fn take(file: &dyn BlockFile, name: &str, now: std::time::Duration) -> Resul
 ///
 /// # Errors
 /// As [`take`], or where there is no such snapshot.
-pub fn apply(file: &dyn BlockFile, name: &str) -> Result<(), ImageError> {
+pub fn apply(file: &dyn BlockFile, name: &str, progress: &Progress<'_>) -> Result<(), ImageError> {
     let (header, size) = open(file)?;
     let entry = find(file, &header, name)?;
     let disk_size = info::snapshot(file, &entry, header.size)?.disk_size;
@@ -79,7 +85,7 @@ pub fn apply(file: &dyn BlockFile, name: &str) -> Result<(), ImageError> {
     }
     l1.resize(needed as usize * 8, 0);
     let place = size.next_multiple_of(header.geometry.cluster_size());
-    change(file, &header, &|file| {
+    change(file, &header, progress, &|file| {
         append(file, &header.geometry, &l1, place)?;
         header.publish_l1(file, disk_size, needed as u32, place)
     })
@@ -89,7 +95,7 @@ pub fn apply(file: &dyn BlockFile, name: &str) -> Result<(), ImageError> {
 ///
 /// # Errors
 /// As [`apply`].
-pub fn delete(file: &dyn BlockFile, name: &str) -> Result<(), ImageError> {
+pub fn delete(file: &dyn BlockFile, name: &str, progress: &Progress<'_>) -> Result<(), ImageError> {
     let (header, size) = open(file)?;
     let gone = find(file, &header, name)?.start;
     let mut table = Vec::new();
@@ -100,7 +106,7 @@ pub fn delete(file: &dyn BlockFile, name: &str) -> Result<(), ImageError> {
         }
     }
     let place = size.next_multiple_of(header.geometry.cluster_size());
-    change(file, &header, &|file| {
+    change(file, &header, progress, &|file| {
         publish(file, &header, header.snapshots - 1, &table, place)
     })
 }
