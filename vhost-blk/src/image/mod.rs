@@ -4,6 +4,7 @@
 //! that an image contains is ever interpreted. The format is given, never probed.
 
 mod buffers;
+mod calls;
 mod error;
 mod file;
 mod lock;
@@ -24,10 +25,10 @@ use std::time::Instant;
 use vm_memory::VolatileSlice;
 
 pub use buffers::Buffers;
+pub(crate) use calls::{answers_at_once, read_at_once};
 pub use error::ImageError;
 pub(crate) use error::{errno, no_space, says_no_space};
 pub use file::{BlockFile, HostFile};
-pub(crate) use file::{answers_at_once, read_at_once};
 pub use lock::{lock, lock_within};
 pub use luks::Passphrase;
 pub use qcow2::Qcow2;
