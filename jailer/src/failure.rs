@@ -1,6 +1,7 @@
 //! What a person is told when something fails: what, why, and what to do about it.
 
 use crate::launch::image::printable;
+use crate::tell::chain;
 use std::error::Error;
 use std::fmt;
 use vm_spec::control::exit_code;
@@ -83,17 +84,6 @@ impl fmt::Display for Failure {
 }
 
 impl Error for Failure {}
-
-/// An error and what is behind it, on one line.
-pub fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(error) = next {
-        text.push_str(&format!(": {error}"));
-        next = error.source();
-    }
-    text
-}
 
 #[cfg(test)]
 mod tests {

@@ -4,6 +4,7 @@
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::write;
+use std::error::Error;
 use std::fmt::{self, Write as _};
 use std::io::stderr;
 use std::os::fd::AsFd;
@@ -167,6 +168,19 @@ pub fn say(line: fmt::Arguments<'_>) {
     }
 }
 
+/// An error and the causes behind it, on one line.
+#[must_use]
+pub fn chain(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        line.push_str(": ");
+        line.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    line
+}
+
 fn writable(fd: &impl AsFd, timeout: PollTimeout) -> bool {
     let mut ready = [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)];
     poll(&mut ready, timeout) == Ok(1)
@@ -193,6 +207,21 @@ mod tests {
             assert_eq!(read, wanted.into(), "{line}");
             assert!(line.ends_with("}\n") && line.lines().count() == 1, "{line}");
         }
+    }
+
+    #[test]
+    fn causes_follow_on_the_same_line() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("c")]
+        struct Alone;
+        #[derive(Debug, thiserror::Error)]
+        #[error("b")]
+        struct Caused(#[from] Alone);
+        #[derive(Debug, thiserror::Error)]
+        #[error("a")]
+        struct Twice(#[source] Caused);
+        assert_eq!(chain(&Twice(Alone.into())), "a: b: c");
+        assert_eq!(chain(&Alone), "c");
     }
 
     #[test]

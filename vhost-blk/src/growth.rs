@@ -2,8 +2,8 @@
 //! waiting, which would take the process for one that hangs.
 
 use crate::image::{Image, ImageError};
+use jailer::tell::chain;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use std::error::Error;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -104,7 +104,10 @@ impl Growth {
             State::Ended(outcome) => {
                 // Only the fact counts, and the state told it.
                 let _ = self.0.ended.read();
-                Some(outcome.map_or_else(|error| refusal(&error), |()| "ok\n".to_owned()))
+                Some(outcome.map_or_else(
+                    |error| format!("error: {}\n", chain(&error)),
+                    |()| "ok\n".to_owned(),
+                ))
             }
             other => {
                 *state = other;
@@ -122,17 +125,4 @@ impl Growth {
                 .wait_while(self.0.lock(), |state| state.is_under_way()),
         );
     }
-}
-
-/// One line with the causes.
-fn refusal(error: &ImageError) -> String {
-    let mut text = format!("error: {error}");
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text.push('\n');
-    text
 }

@@ -12,7 +12,7 @@ use crate::{Device, Program, descriptors, log};
 use jailer::sandbox::{
     LockdownError, Locked, Role, SeccompMode, end, end_on_panic, lockdown_main, lockdown_thread,
 };
-use jailer::tell::say;
+use jailer::tell::{chain, say};
 use std::error::Error;
 use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
@@ -89,7 +89,7 @@ pub fn run<P: Program>() -> ExitCode {
     match start::<P>(settings, options) {
         Ok(()) => end(0),
         Err(error) => {
-            report(P::NAME, &error);
+            say(format_args!("{}: {}", P::NAME, chain(&error)));
             end(1)
         }
     }
@@ -109,18 +109,6 @@ fn print<P: Program>(text: &str) -> ExitCode {
         }
         _ => ExitCode::SUCCESS,
     }
-}
-
-/// One line, the causes behind it.
-fn report(name: &str, error: &dyn Error) {
-    let mut line = format!("{name}: {error}");
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        line.push_str(": ");
-        line.push_str(&error.to_string());
-        cause = error.source();
-    }
-    say(format_args!("{line}"));
 }
 
 /// The front end, or where it will come.

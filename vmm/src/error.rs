@@ -3,6 +3,7 @@
 use crate::boot::BootError;
 use crate::control::ControlError;
 use crate::memory::RamError;
+pub use jailer::tell::chain;
 use std::io;
 
 /// Why a VM could not be built or cannot go on.
@@ -77,13 +78,7 @@ impl Error {
     /// The chain of causes below this error, on one line; empty when the error says it all.
     #[must_use]
     pub fn cause(&self) -> String {
-        let mut causes = Vec::new();
-        let mut next = std::error::Error::source(self);
-        while let Some(cause) = next {
-            causes.push(cause.to_string());
-            next = cause.source();
-        }
-        causes.join(": ")
+        std::error::Error::source(self).map(chain).unwrap_or_default()
     }
 
     /// What a person can do about it; may be empty.
@@ -100,17 +95,4 @@ impl Error {
             _ => String::new(),
         }
     }
-}
-
-/// An error and its causes on one line.
-#[must_use]
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        line.push_str(": ");
-        line.push_str(&next.to_string());
-        cause = next.source();
-    }
-    line
 }

@@ -3,7 +3,7 @@
 #![cfg_attr(not(test), deny(clippy::print_stderr))]
 
 use jailer::sandbox::{SeccompMode, end, end_on_panic};
-use jailer::tell::tell;
+use jailer::tell::{chain, tell};
 use std::mem::ManuallyDrop;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -54,12 +54,10 @@ fn main() -> ExitCode {
     match run(&mut control, &arguments, started_ns) {
         Ok(()) => end(vm_spec::control::exit_code::POWER_OFF),
         Err(error) => {
-            let cause = error.cause();
-            let between = if cause.is_empty() { "" } else { ": " };
             // A supervisor that is gone has said why, or whoever misses it does.
             match error {
                 Error::Control(ControlError::Closed) => tracing::debug!("{error}"),
-                _ => tracing::error!("{error}{between}{cause}"),
+                error => tracing::error!("{}", chain(&error)),
             }
             end(vm_spec::control::exit_code::ERROR)
         }

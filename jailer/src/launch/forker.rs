@@ -91,7 +91,7 @@ impl Forker {
                     Ok(()) => serve(theirs.as_fd(), respawner),
                     Err(error) => tell(format_args!(
                         "bulkhead: the forker: {}",
-                        crate::failure::chain(&error)
+                        crate::tell::chain(&error)
                     )),
                 }
                 // SAFETY: ends the child without running what the parent registered for its exit.

@@ -348,7 +348,7 @@ fn listen(
     signals: Option<&SignalFd>,
     on_message: &mut dyn FnMut(FromImageTool),
 ) -> Result<(), Problem> {
-    let lost = |e: &dyn std::error::Error| Problem::Lost(crate::failure::chain(e));
+    let lost = |e: &dyn std::error::Error| Problem::Lost(crate::tell::chain(e));
     loop {
         if let Some(Ok(Some(info))) = signals.map(SignalFd::read_signal) {
             return Err(Problem::Signal(u8::try_from(info.ssi_signo).unwrap_or(0)));

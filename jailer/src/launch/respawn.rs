@@ -275,7 +275,7 @@ impl Successor {
         match self.starting.finish() {
             Ok(child) => Some(child),
             Err(error) => {
-                tell(format_args!("bulkhead: {}", crate::failure::chain(&error)));
+                tell(format_args!("bulkhead: {}", crate::tell::chain(&error)));
                 None
             }
         }

@@ -233,7 +233,7 @@ mod tests {
     #[test]
     fn an_error_of_the_engine_keeps_its_cause() {
         let inner = ImageError::refused("field", "reason");
-        let text = super::super::chain(&reading(inner.into()));
+        let text = jailer::tell::chain(&reading(inner.into()));
         assert_eq!(text, "cannot read the image: field: reason");
     }
 }

@@ -6,8 +6,7 @@
 mod arguments;
 mod convert;
 
-use jailer::tell::tell;
-use std::error::Error;
+use jailer::tell::{chain, tell};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
@@ -283,17 +282,6 @@ fn cut(file: &dyn BlockFile, size: u64) -> Result<(), ToolError> {
     }
     let done = file.cut_to(size).and_then(|()| file.sync());
     done.map_err(|error| ToolError::Io("resize the image", error))
-}
-
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(source) = next {
-        text.push_str(": ");
-        text.push_str(&source.to_string());
-        next = source.source();
-    }
-    text
 }
 
 /// The passphrase in an inherited descriptor.

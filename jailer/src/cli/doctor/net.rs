@@ -35,7 +35,7 @@ pub(super) fn private_bridge() -> Finding {
             Level::Note,
             format!(
                 "{}: no NIC with user, isolated or private",
-                crate::failure::chain(&error)
+                crate::tell::chain(&error)
             ),
             "sudo modprobe tun && sudo modprobe bridge && sudo chmod 0666 /dev/net/tun",
         ),

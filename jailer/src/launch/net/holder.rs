@@ -177,7 +177,7 @@ pub(super) fn send_taps(socket: &OwnedFd, taps: &[OwnedFd]) -> Result<(), NetErr
 
 /// Sends, in the place of a TAP, why there is none.
 pub(super) fn send_refusal(socket: &OwnedFd, error: &NetError) {
-    let mut text = crate::failure::chain(error).into_bytes();
+    let mut text = crate::tell::chain(error).into_bytes();
     if error.is_of_the_host() {
         text.push(LACKING);
     }

@@ -246,7 +246,7 @@ pub(crate) fn not_made(field: &str, error: &NetError) -> Failure {
 impl NetError {
     /// The same in words, for who keeps the error.
     fn to_be_told(&self) -> Self {
-        let words = crate::failure::chain(self);
+        let words = crate::tell::chain(self);
         match self.is_of_the_host() {
             true => Self::Lacking(words),
             false => Self::Holder(words),

@@ -14,7 +14,7 @@ use super::passt::{Passt, Speech};
 use super::relay::Relay;
 use super::settings::{Nic, Publish};
 use super::{NetError, interface, not_made};
-use crate::failure::{self, Failure};
+use crate::failure::Failure;
 use crate::launch::{Jail, Options};
 use crate::sandbox::{Role, leave_paths, lockdown};
 use crate::tell::tell;
@@ -56,7 +56,7 @@ pub(super) fn start(
         match locked {
             Ok(locked) => relay.run(post.socket(), locked.as_ref()),
             Err(e) => {
-                let why = failure::chain(&e);
+                let why = crate::tell::chain(&e);
                 tell(format_args!(
                     "bulkhead: the relay of {name} cannot be confined: {why}"
                 ));
