@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "a number becomes an owned descriptor")]
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use std::io;
 use std::mem::MaybeUninit;
@@ -33,6 +33,15 @@ pub fn take(number: FdNumber) -> io::Result<OwnedFd> {
     taken.push(number.0);
     // SAFETY: it is open, came by exec (no Rust value made it), and `taken` keeps it single.
     Ok(unsafe { OwnedFd::from_raw_fd(number.0) })
+}
+
+/// Has reads and writes of what `fd` stands for return at once, for everyone who has it.
+///
+/// # Errors
+/// The system's.
+pub fn set_nonblocking(fd: BorrowedFd<'_>) -> nix::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
 }
 
 /// Whether whoever started this process had `signal` ignored.

@@ -7,6 +7,7 @@
 pub mod audit;
 #[cfg(feature = "launcher")]
 pub mod cli;
+pub mod clock;
 mod escape;
 #[cfg(feature = "launcher")]
 pub mod failure;

@@ -2,6 +2,7 @@
 //! the first message on the control socket.
 #![cfg_attr(not(test), deny(clippy::print_stderr))]
 
+use jailer::clock::monotonic_ns;
 use jailer::sandbox::{SeccompMode, end, end_on_panic};
 use jailer::tell::{chain, tell};
 use std::mem::ManuallyDrop;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use vm_spec::control::{EndReason, FdNumber, FromVmm, ToVmm, VmConfig};
 use vmm::control::{ControlError, ControlSocket, Incoming, adopt};
 use vmm::error::Error;
-use vmm::machine::{Build, Options, monotonic_ns};
+use vmm::machine::{Build, Options};
 
 /// Longest that the configuration may take: it is sent before this process is spawned.
 const CONFIG_DEADLINE: Duration = Duration::from_secs(5);

@@ -29,6 +29,7 @@ pub(crate) mod fuzz;
 
 use crate::audit::wall::Wall;
 use crate::audit::{self, AUDITED};
+use crate::clock::monotonic_ns;
 use crate::failure::Failure;
 use crate::inherit;
 use crate::launch::net::link::{self, Order};
@@ -312,7 +313,7 @@ impl RunArgs {
 
 /// Runs the command line and returns the exit code.
 pub fn main() -> u8 {
-    let launched_ns = launch::monotonic_ns();
+    let launched_ns = monotonic_ns();
     inherit::hear_of_children();
     // A capability of the file (setcap) makes what is in /proc about us root's, and namespaces want it.
     if prctl::get_dumpable() == Ok(false) {

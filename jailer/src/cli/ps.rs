@@ -1,5 +1,6 @@
 //! `bulkhead ps`: this user's VMs.
 
+use crate::clock::monotonic_ns;
 use crate::failure::Failure;
 use crate::launch;
 use std::fmt::Write as _;
@@ -75,7 +76,7 @@ impl RunningVm {
     }
 
     pub(super) fn up(&self) -> Duration {
-        Duration::from_nanos(launch::monotonic_ns().saturating_sub(self.state.launched_ns))
+        Duration::from_nanos(monotonic_ns().saturating_sub(self.state.launched_ns))
     }
 
     /// When it was launched, in seconds of the Unix epoch.

@@ -47,7 +47,6 @@ use identity::{Identities, Settled};
 use inputs::Inputs;
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signalfd::SignalFd;
-use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Pid, getpid};
 use notify::Notify;
 use obituary::Obituary;
@@ -84,12 +83,6 @@ pub struct Options {
     pub log_level: String,
     /// Log lines are JSON objects.
     pub log_json: bool,
-}
-
-/// CLOCK_MONOTONIC in nanoseconds.
-pub fn monotonic_ns() -> u64 {
-    // The clock always exists.
-    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |t| Duration::from(t).as_nanos() as u64)
 }
 
 /// The run-time folders of this user's VMs; also of some that are over.

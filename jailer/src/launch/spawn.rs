@@ -9,11 +9,12 @@ use super::respawn::Respawner;
 use super::watch::Watch;
 use crate::audit::wall::Removed;
 use crate::failure::Failure;
+use crate::inherit::set_nonblocking;
 use crate::sandbox::cgroup::Groups;
 use crate::sandbox::child::{self, Child, Parent, Program, Starting};
 use crate::sandbox::{SeccompMode, SpawnError, Step};
 use crate::wire::send_message;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::OFlag;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::pipe2;
 use std::collections::BTreeMap;
@@ -321,13 +322,13 @@ impl Wires {
         table.insert(Source::VmmControl, supervisor);
         table.insert(Source::SupervisorControl, vmm);
         let (person, guest) = pair(SockType::Stream)?;
-        set_nonblocking(&person)?;
-        set_nonblocking(&guest)?;
+        set_nonblocking(person.as_fd())?;
+        set_nonblocking(guest.as_fd())?;
         table.insert(Source::ConsolePerson, person);
         table.insert(Source::ConsoleGuest, guest);
         for n in 0..plan.workers.len() {
             let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
-            set_nonblocking(&read)?;
+            set_nonblocking(read.as_fd())?;
             table.insert(Source::LogRead(n), read);
             table.insert(Source::LogWrite(n), write);
         }
@@ -385,9 +386,4 @@ pub(crate) fn pair(kind: SockType) -> nix::Result<(OwnedFd, OwnedFd)> {
 pub(crate) fn of_back_end(socket: OwnedFd) -> nix::Result<[OwnedFd; BACKEND_FDS]> {
     let (requests, peer) = pair(SockType::Stream)?;
     Ok([socket, requests, peer])
-}
-
-pub(crate) fn set_nonblocking(fd: &OwnedFd) -> nix::Result<()> {
-    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
-    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
 }

@@ -23,4 +23,4 @@ pub use exits::{ExitCounters, Platform};
 pub use hotplug::Hotplug;
 #[cfg(feature = "fuzzing")]
 pub(crate) use ports::Ports;
-pub use run::{Machine, Started, monotonic_ns};
+pub use run::{Machine, Started};

@@ -12,6 +12,7 @@ use crate::frontend::BackendSockets;
 use crate::kvm::{Entry, EventRouter, Irqchip, Vm};
 use crate::serial::Input;
 use crate::virtio::{Device, DeviceEvent, Successor};
+use jailer::clock::monotonic_ns;
 use jailer::sandbox::{Locked, Role, SeccompMode, lockdown_main};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -395,11 +396,4 @@ pub(super) fn done(result: std::io::Result<()>) -> FromVmm {
         Ok(()) => FromVmm::Done,
         Err(error) => FromVmm::Failed(error.to_string()),
     }
-}
-
-/// CLOCK_MONOTONIC in nanoseconds.
-#[must_use]
-pub fn monotonic_ns() -> u64 {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
-        .map_or(0, |at| at.tv_sec() as u64 * 1_000_000_000 + at.tv_nsec() as u64)
 }

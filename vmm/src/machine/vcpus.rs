@@ -4,9 +4,9 @@
 
 use super::events::{Events, GuestEvent};
 use super::exits::{ExitCounters, Platform};
-use super::run::monotonic_ns;
 use crate::error::Error;
 use crate::kvm::{Entry, Kicker, Vcpu, Vm};
+use jailer::clock::monotonic_ns;
 use jailer::sandbox::{Role, SeccompMode, lockdown_thread};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;

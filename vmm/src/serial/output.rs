@@ -1,5 +1,6 @@
 //! Console output: bounded, non-blocking, and gathered so that a line costs one write.
 
+use jailer::inherit::set_nonblocking;
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use std::collections::VecDeque;
@@ -37,7 +38,7 @@ impl ConsoleOutput {
     /// # Errors
     /// When the descriptor or a timer cannot be set up.
     pub fn new(socket: OwnedFd) -> io::Result<Self> {
-        set_nonblocking(&socket)?;
+        set_nonblocking(socket.as_fd())?;
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         Ok(Self {
             socket,
@@ -170,13 +171,6 @@ impl ConsoleOutput {
         let when = Expiration::OneShot(TimeSpec::from_duration(GATHER));
         state.timer_set = self.timer.set(when, TimerSetTimeFlags::empty()).is_ok();
     }
-}
-
-fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
-    use nix::fcntl::{FcntlArg, OFlag, fcntl};
-    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
-    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-    Ok(())
 }
 
 #[cfg(test)]
