@@ -53,6 +53,65 @@ pub fn send_with_fds<T: Serialize + DeserializeOwned>(
     }
 }
 
+/// What one receive brought.
+#[derive(Debug)]
+pub struct Brought {
+    /// Bytes.
+    pub length: usize,
+    /// The kernel's word on what was cut.
+    pub flags: MsgFlags,
+    /// They close at exec. None where not all came (MSG_CTRUNC): those that did are closed.
+    pub fds: Vec<OwnedFd>,
+}
+
+/// Receives once, as recvmsg(2) with `flags`; `rights` has room for descriptors (`cmsg_space!`), and is zeroed.
+///
+/// # Errors
+/// The system's.
+pub fn receive_rights(
+    socket: BorrowedFd<'_>,
+    bytes: &mut [u8],
+    mut rights: Vec<u8>,
+    flags: MsgFlags,
+) -> nix::Result<Brought> {
+    let mut parts = [IoSliceMut::new(bytes)];
+    let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut rights), flags)?;
+    let (length, flags) = (message.bytes, message.flags);
+    let mut fds = Vec::new();
+    if flags.contains(MsgFlags::MSG_CTRUNC) {
+        drop(owned(&truncated(&rights)));
+    } else {
+        for each in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(numbers) = each {
+                fds.extend(owned(&numbers));
+            }
+        }
+    }
+    Ok(Brought { length, flags, fds })
+}
+
+/// Owns descriptors that the kernel made for this process in recvmsg, a moment ago.
+fn owned(numbers: &[RawFd]) -> Vec<OwnedFd> {
+    let numbers = numbers.iter();
+    // SAFETY: nothing else owns them: each comes from one message, which is looked at once.
+    numbers.map(|n| unsafe { OwnedFd::from_raw_fd(*n) }).collect()
+}
+
+/// What came with a message of which not all came. `rights` is zeroed but for what the kernel wrote: at most one
+/// header of 16 bytes (its length, SOL_SOCKET, SCM_RIGHTS) with numbers behind it.
+fn truncated(rights: &[u8]) -> Vec<RawFd> {
+    const HEADER: usize = 16;
+    let word = |at: usize| Some(i32::from_ne_bytes(*rights.get(at..)?.first_chunk()?));
+    let length = word(0).and_then(|length| usize::try_from(length).ok());
+    let numbers = rights.get(HEADER..length.unwrap_or(0)).unwrap_or_default();
+    if word(12) != Some(libc::SCM_RIGHTS) {
+        return Vec::new();
+    }
+    let numbers = numbers.as_chunks().0.iter();
+    numbers.map(|four| i32::from_ne_bytes(*four)).collect()
+}
+
 /// As [`crate::wire::receive_message`], with the descriptors that came along.
 ///
 /// # Errors
@@ -62,33 +121,17 @@ pub fn receive_with_fds<T: Serialize + DeserializeOwned>(
 ) -> Result<(Received<T>, Vec<OwnedFd>), TransferError> {
     let mut bytes = vec![0; MAX_MESSAGE];
     // Room for all that the kernel passes on: of a message that is cut, what came already would be lost.
-    let mut rights = cmsg_space!([RawFd; SCM_MAX_FD]);
-    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-    let failed = |e: Errno| TransferError::Socket(e.into());
-    let (length, cut, fds) = loop {
-        let mut parts = [IoSliceMut::new(&mut bytes)];
-        match recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut rights), flags) {
-            Ok(message) => {
-                let mut fds = Vec::new();
-                for each in message.cmsgs().map_err(failed)? {
-                    if let ControlMessageOwned::ScmRights(numbers) = each {
-                        // SAFETY: the kernel made these descriptors for this process in recvmsg,
-                        // a moment ago; nothing else owns them.
-                        fds.extend(numbers.iter().map(|n| unsafe { OwnedFd::from_raw_fd(*n) }));
-                    }
-                }
-                let cut = message
-                    .flags
-                    .intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
-                break (message.bytes, cut, fds);
-            }
+    let Brought { length, flags, fds } = loop {
+        let rights = cmsg_space!([RawFd; SCM_MAX_FD]);
+        match receive_rights(socket, &mut bytes, rights, MsgFlags::MSG_DONTWAIT) {
+            Ok(brought) => break brought,
             Err(Errno::EAGAIN) => return Ok((Received::Nothing, Vec::new())),
             // As in `receive_message`.
             Err(Errno::EINTR | Errno::ECONNRESET) => {}
-            Err(e) => return Err(failed(e)),
+            Err(e) => return Err(TransferError::Socket(e.into())),
         }
     };
-    if cut {
+    if flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
         return Err(WireError::TooLong(length).into());
     }
     if fds.len() > MAX_FDS {
@@ -130,6 +173,27 @@ mod tests {
         drop(ours);
         let (end, _) = receive_with_fds::<FromSupervisor>(theirs.as_fd()).unwrap();
         assert!(matches!(end, Received::End));
+    }
+
+    #[test]
+    fn what_came_of_a_truncated_message_is_closed() {
+        let (ours, theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .unwrap();
+        let (reader, writer) = pipe().unwrap();
+        crate::inherit::set_nonblocking(reader.as_fd()).unwrap();
+        send_with_fds(ours.as_fd(), 1, FromSupervisor::KillAll, &[writer.as_fd(); 4]).unwrap();
+        drop(writer);
+        let room = cmsg_space!([RawFd; 2]);
+        let brought = receive_rights(theirs.as_fd(), &mut [0; 100], room, MsgFlags::empty()).unwrap();
+        assert!(brought.flags.contains(MsgFlags::MSG_CTRUNC) && brought.fds.is_empty());
+        assert_eq!(read(&reader, &mut [0]), Ok(0));
+        // Where there was no room for a single one.
+        assert!(truncated(&[0; 40]).is_empty());
     }
 
     /// A disk with the longest chain of images that a launcher opens.

@@ -1,20 +1,18 @@
 //! Taking ownership of file descriptors that come as numbers: at exec, or with a message.
 #![expect(unsafe_code, reason = "turns numbers into owned file descriptors, each once")]
 
+use jailer::wire_fds::receive_rights;
 use nix::cmsg_space;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
-use std::io::{self, IoSliceMut};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use nix::sys::socket::MsgFlags;
+use std::io;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::{Mutex, PoisonError};
 
 /// Numbers that were given out: a second owner would close what the first one uses.
 static TAKEN: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
 /// Most descriptors in one message that [`receive`] takes.
 const MAX_RECEIVED: usize = 4;
-/// Most that the kernel passes with one message (unix(7), SCM_MAX_FD). There is room for all of them:
-/// nobody would close those of a message that is cut short.
-const MAX_PASSED: usize = 253;
 
 /// Owns the descriptor `number` that this process was started with (`--fd=3`), and marks it
 /// close-on-exec. Standard input, output and error cannot be had.
@@ -51,26 +49,15 @@ pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
 /// # Errors
 /// When the socket fails, or more than [`MAX_RECEIVED`] came, which are closed.
 pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-    let mut vectors = [IoSliceMut::new(buffer)];
-    let mut control = cmsg_space!([RawFd; MAX_PASSED]);
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_WAITALL;
-    let message = recvmsg::<()>(socket.as_raw_fd(), &mut vectors, Some(&mut control), flags)?;
-    let mut fds = Vec::new();
-    for part in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(numbers) = part {
-            for number in numbers {
-                // SAFETY: the kernel made this descriptor for us with this message.
-                fds.push(unsafe { OwnedFd::from_raw_fd(number) });
-            }
-        }
-    }
-    if fds.len() > MAX_RECEIVED {
+    let rights = cmsg_space!([RawFd; MAX_RECEIVED]);
+    let brought = receive_rights(socket, buffer, rights, MsgFlags::MSG_WAITALL)?;
+    if brought.flags.contains(MsgFlags::MSG_CTRUNC) || brought.fds.len() > MAX_RECEIVED {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
             "message with too many file descriptors",
         ));
     }
-    Ok((message.bytes, fds))
+    Ok((brought.length, brought.fds))
 }
 
 #[cfg(test)]
@@ -78,7 +65,7 @@ mod tests {
     use super::*;
     use nix::sys::socket::{ControlMessage, sendmsg};
     use std::io::{ErrorKind, IoSlice, Read};
-    use std::os::fd::AsFd;
+    use std::os::fd::{AsFd, AsRawFd};
     use std::os::unix::net::UnixStream;
     use std::time::Duration;
 
@@ -101,7 +88,8 @@ mod tests {
             (1, true),
             (MAX_RECEIVED, true),
             (MAX_RECEIVED + 1, false),
-            (MAX_PASSED, false),
+            // The most that the kernel passes.
+            (253, false),
         ] {
             let (mut reader, writer) = UnixStream::pair().unwrap();
             reader.set_read_timeout(Some(Duration::from_secs(20))).unwrap();

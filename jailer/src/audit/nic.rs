@@ -2,17 +2,15 @@
 //! that ends with the descriptor.
 #![expect(unsafe_code, reason = "an ioctl on TUN, and a fork")]
 
+use crate::wire_fds::receive_rights;
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
-    socketpair,
-};
+use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, fork};
 use std::fs::OpenOptions;
-use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 nix::ioctl_write_ptr_bad!(tun_set_iff, libc::TUNSETIFF as libc::c_int, libc::ifreq);
 
@@ -64,18 +62,7 @@ fn send(socket: &OwnedFd, tap: &OwnedFd) -> io::Result<()> {
 }
 
 fn receive(socket: &OwnedFd) -> io::Result<OwnedFd> {
-    let mut space = nix::cmsg_space!([i32; 1]);
-    let mut byte = [0];
-    let mut parts = [IoSliceMut::new(&mut byte)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
-    for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(fds) = control
-            && let [fd] = fds[..]
-        {
-            // SAFETY: the kernel has just made this descriptor for us.
-            return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
-        }
-    }
-    Err(Errno::EPERM.into())
+    let room = nix::cmsg_space!([i32; 1]);
+    let mut brought = receive_rights(socket.as_fd(), &mut [0], room, MsgFlags::empty())?;
+    brought.fds.pop().ok_or_else(|| Errno::EPERM.into())
 }

@@ -1,10 +1,10 @@
 //! SOCK_SEQPACKET: receive without blocking, send with a deadline.
 
+use jailer::wire_fds::receive_rights;
 use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, send};
-use std::io::IoSliceMut;
+use nix::sys::socket::{MsgFlags, send};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 use vm_spec::control::{Envelope, FromVmm, MAX_FDS, MAX_MESSAGE, ToVmm, WireError};
@@ -85,35 +85,23 @@ impl ControlSocket {
     /// # Errors
     /// Any [`ControlError`]; the message is lost then.
     pub fn receive(&mut self) -> Result<Incoming, ControlError> {
-        let mut ancillary = cmsg_space!([RawFd; MAX_FDS]);
-        let mut parts = [IoSliceMut::new(&mut self.buffer)];
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-        let received = match recvmsg::<()>(self.socket.as_raw_fd(), &mut parts, Some(&mut ancillary), flags) {
+        let rights = cmsg_space!([RawFd; MAX_FDS]);
+        let (socket, flags) = (self.socket.as_fd(), MsgFlags::MSG_DONTWAIT);
+        let received = match receive_rights(socket, &mut self.buffer, rights, flags) {
             Ok(received) => received,
             Err(Errno::EAGAIN | Errno::EINTR) => return Ok(Incoming::Nothing),
             Err(Errno::ECONNRESET) => return Ok(Incoming::Closed),
             Err(errno) => return Err(failed("receive from")(errno)),
         };
-        let (length, flags) = (received.bytes, received.flags);
-        let mut fds = Vec::new();
-        if flags.contains(MsgFlags::MSG_CTRUNC) {
-            // There was no room for all that came: a request that lacks its descriptors is refused.
-            super::descriptors::close_truncated(&ancillary);
-        } else {
-            for message in received.cmsgs().map_err(failed("receive from"))? {
-                if let ControlMessageOwned::ScmRights(numbers) = message {
-                    fds.extend(super::descriptors::received(&numbers));
-                }
-            }
-        }
-        if flags.contains(MsgFlags::MSG_TRUNC) {
+        if received.flags.contains(MsgFlags::MSG_TRUNC) {
             return Err(ControlError::TooLong);
         }
-        if length == 0 {
+        if received.length == 0 {
             return Ok(Incoming::Closed);
         }
-        let message = Envelope::decode(&self.buffer[..length])?;
-        Ok(Incoming::Message(Box::new(message), fds))
+        let message = Envelope::decode(&self.buffer[..received.length])?;
+        // A request that lacks its descriptors is refused.
+        Ok(Incoming::Message(Box::new(message), received.fds))
     }
 
     /// Waits for a message.

@@ -1,19 +1,17 @@
 //! A process that holds what a TAP needs for as long as its VM runs, and nothing else.
-#![expect(unsafe_code, reason = "a fork, and descriptors that come over a socket")]
+#![expect(unsafe_code, reason = "a fork, and descriptors that are closed by number")]
 
 use super::NetError;
 use crate::sandbox::caps;
+use crate::wire_fds::receive_rights;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
-    socketpair,
-};
+use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair};
 use nix::unistd::{ForkResult, Pid, fork, getegid, geteuid};
 use std::fs;
-use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::io::IoSlice;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -202,23 +200,13 @@ pub(super) fn receive_taps(socket: &OwnedFd, launcher: Option<&Post>) -> Result<
         return Err(NetError::Left);
     }
     let mut text = [0; 512];
-    let mut space = nix::cmsg_space!([RawFd; MOST_TAPS]);
-    let mut data = [IoSliceMut::new(&mut text)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = recvmsg::<()>(socket.as_raw_fd(), &mut data, Some(&mut space), flags)
+    let rights = nix::cmsg_space!([RawFd; MOST_TAPS]);
+    let brought = receive_rights(socket.as_fd(), &mut text, rights, MsgFlags::empty())
         .map_err(|e| NetError::Make("receive the TAP", e.into()))?;
-    let length = message.bytes;
-    let mut taps = Vec::new();
-    for one in message.cmsgs().into_iter().flatten() {
-        if let ControlMessageOwned::ScmRights(fds) = one {
-            // SAFETY: the kernel has just made these descriptors for us.
-            taps.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-        }
+    if brought.fds.is_empty() {
+        return Err(refusal(&text[..brought.length]));
     }
-    if taps.is_empty() {
-        return Err(refusal(&text[..length]));
-    }
-    Ok(taps)
+    Ok(brought.fds)
 }
 
 fn refusal(text: &[u8]) -> NetError {
