@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 
 /// Characters of the hash in an entry's name: 80 bits.
 const HASH_DIGITS: usize = 20;
+/// Characters behind the name of what is being built.
+const RANDOM_LETTERS: usize = 6;
 
 /// A folder of built images.
 #[derive(Clone, Debug)]
@@ -98,14 +100,14 @@ impl Cache {
     fn sweep(&self) -> Result<()> {
         for entry in std::fs::read_dir(&self.root).at("list", &self.root)?.flatten() {
             let name = entry.file_name();
-            let left = name
-                .to_str()
-                .and_then(|name| name.strip_prefix('.')?.rsplit_once('.'));
-            let Some((entry_name, _)) = left.filter(|_| entry.path().is_dir()) else {
+            let Some(built) = name.to_str().and_then(being_built) else {
                 continue;
             };
+            if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                continue;
+            }
             // Whoever builds it holds its lock.
-            let lock = self.lock_file(entry_name)?;
+            let lock = self.lock_file(built)?;
             if lock.try_lock().is_ok() {
                 // What cannot be removed is in nobody's way.
                 let _ = std::fs::remove_dir_all(entry.path());
@@ -137,6 +139,7 @@ impl Cache {
         // Nobody else reaches what is being built, whatever its own permissions must be.
         let temporary = tempfile::Builder::new()
             .prefix(&format!(".{name}."))
+            .rand_bytes(RANDOM_LETTERS)
             .permissions(Permissions::from_mode(0o700))
             .tempdir_in(&self.root)
             .at("make a folder in", &self.root)?;
@@ -165,6 +168,21 @@ impl Cache {
         let path = self.root.join(format!(".{name}.lock"));
         File::create(&path).at("make", &path)
     }
+}
+
+/// The entry that is built in a folder of this name: `.KIND-HASH.RANDOM`. Nothing else is ours, as the folder may be a
+/// person's own.
+fn being_built(name: &str) -> Option<&str> {
+    let (entry, random) = name.strip_prefix('.')?.rsplit_once('.')?;
+    let (kind, hash) = entry.rsplit_once('-')?;
+    let ours = !kind.is_empty()
+        && hash.len() == HASH_DIGITS
+        && hash
+            .bytes()
+            .all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
+        && random.len() == RANDOM_LETTERS
+        && random.bytes().all(|letter| letter.is_ascii_alphanumeric());
+    ours.then_some(entry)
 }
 
 /// A path as the text that tools take.
@@ -209,7 +227,7 @@ mod tests {
     fn what_killed_builds_left_goes_and_what_is_being_built_stays() {
         let folder = tempfile::tempdir().unwrap();
         let cache = Cache::open(folder.path()).unwrap();
-        let left = folder.path().join(".thing-00.abcdef");
+        let left = folder.path().join(".thing-0123456789abcdef0123.aBcDe1");
         std::fs::create_dir(&left).unwrap();
         std::fs::write(left.join("half"), b"1").unwrap();
         let recipe = Recipe::new("thing", 1).with("a");
@@ -219,6 +237,32 @@ mod tests {
             Ok(())
         });
         assert!(built.unwrap().exists() && !left.exists());
+    }
+
+    #[test]
+    fn what_else_is_in_the_folder_is_nobody_s_to_remove() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        for name in [
+            ".emacs.d",
+            ".bashrc.d",
+            ".x-0123456789abcdef0123.d",
+            ".x-0123.abcdef",
+        ] {
+            std::fs::create_dir(path(name)).unwrap();
+            std::fs::write(path(name).join("init.el"), b"1").unwrap();
+        }
+        std::os::unix::fs::symlink(path(".emacs.d"), path(".x-0123456789abcdef0123.abcdef")).unwrap();
+        let names = || -> Vec<_> {
+            let all = std::fs::read_dir(folder.path()).unwrap();
+            let mut all: Vec<_> = all.map(|entry| entry.unwrap().file_name()).collect();
+            all.sort();
+            all
+        };
+        let before = names();
+        Cache::open(folder.path()).unwrap();
+        assert_eq!(names(), before);
+        assert!(path(".emacs.d/init.el").exists());
     }
 
     #[test]
