@@ -42,50 +42,59 @@ pub(crate) enum Backports {
     LeftOut,
 }
 
-/// The sources for one release, in deb822 form: everything that has a suite of `codename` (its
-/// updates and security suites among them), and, if asked for, `codename-backports` from the same
-/// place as the main suite. `None` if the machine has no source of that release.
+/// The sources for one release, in deb822 form: its main suite with its updates and security suites, and, if asked for,
+/// its backports, where the machine has them, or else in the main suite's place. `None` if the machine has no source of
+/// that release.
+///
+/// Vendors name suites after Debian's releases, too: the main suite is the one whose place has the release's updates,
+/// where there is one, and no other suite of its name is taken.
 pub(crate) fn for_release(sources: &[Source], codename: &str, backports: Backports) -> Option<String> {
+    let [updates, security, backported] =
+        ["updates", "security", "backports"].map(|kind| format!("{codename}-{kind}"));
+    let has_updates = |source: &&Source| {
+        sources
+            .iter()
+            .any(|other| other.has(&updates) && other.shares_place(source))
+    };
+    let of_release = || sources.iter().filter(|source| source.has(codename));
+    let main = of_release().find(has_updates).or_else(|| of_release().next())?;
     let mut text = String::new();
-    let mut main = None;
     for source in sources {
-        let belongs = |suite: &&String| {
-            let name = suite.split('/').next().unwrap_or(suite);
-            name == codename
-                || name
-                    .strip_prefix(codename)
-                    .is_some_and(|rest| rest.starts_with('-'))
+        let wanted = |suite: &&String| match suite.split('/').next().unwrap_or(suite) {
+            name if name == codename => source.shares_place(main),
+            name if name == backported => backports == Backports::Added,
+            name => name == updates || name == security,
         };
-        let suites: Vec<String> = source.suites.iter().filter(belongs).cloned().collect();
-        if suites.is_empty() {
-            continue;
-        }
-        if suites.iter().any(|suite| suite == codename) {
-            main.get_or_insert_with(|| Source {
-                suites: vec![format!("{codename}-backports")],
-                ..source.clone()
-            });
-        }
-        let suites = suites
-            .into_iter()
-            .filter(|suite| !suite.ends_with("-backports"))
-            .collect::<Vec<_>>();
+        let suites: Vec<String> = source.suites.iter().filter(wanted).cloned().collect();
         if !suites.is_empty() {
-            text += &Source {
-                suites,
-                ..source.clone()
-            }
-            .paragraph();
+            text += &source.with(suites).paragraph();
         }
     }
-    let main = main?;
-    Some(match backports {
-        Backports::Added => text + &main.paragraph(),
-        Backports::LeftOut => text,
-    })
+    if backports == Backports::Added && !sources.iter().any(|source| source.has(&backported)) {
+        text += &main.with(vec![backported]).paragraph();
+    }
+    Some(text)
 }
 
 impl Source {
+    fn has(&self, suite: &str) -> bool {
+        self.suites.iter().any(|one| one == suite)
+    }
+
+    fn shares_place(&self, other: &Self) -> bool {
+        let place = |uri: &str| uri.trim_end_matches('/').to_owned();
+        self.uris
+            .iter()
+            .any(|uri| other.uris.iter().any(|theirs| place(uri) == place(theirs)))
+    }
+
+    fn with(&self, suites: Vec<String>) -> Self {
+        Self {
+            suites,
+            ..self.clone()
+        }
+    }
+
     fn paragraph(&self) -> String {
         let mut text = format!(
             "Types: deb\nURIs: {}\nSuites: {}\nComponents: main\n",
@@ -224,6 +233,30 @@ mod tests {
             "{own}"
         );
         assert_eq!(for_release(&sources, "trixie", Backports::LeftOut), None);
+    }
+
+    #[test]
+    fn a_vendor_s_suite_of_the_release_s_name_is_not_debian_s() {
+        let vendor = one_line("deb http://a-vendor/deb bookworm main").unwrap();
+        let pgdg = one_line("deb http://a-vendor/pg bookworm-pgdg main").unwrap();
+        let debian = one_line("deb http://mirror/debian bookworm main").unwrap();
+        let updates = one_line("deb http://mirror/debian/ bookworm-updates main").unwrap();
+        let listed = one_line("deb http://other/debian bookworm-backports main").unwrap();
+        let mut sources = vec![vendor, pgdg, debian, updates];
+        let text = for_release(&sources, "bookworm", Backports::Added).unwrap();
+        assert!(!text.contains("vendor"), "{text}");
+        let added = "URIs: http://mirror/debian\nSuites: bookworm-backports\n";
+        assert!(text.contains(added), "{text}");
+        // Those that the machine has are taken from where it has them, and once.
+        sources.push(listed);
+        let text = for_release(&sources, "bookworm", Backports::Added).unwrap();
+        let kept = "URIs: http://other/debian\nSuites: bookworm-backports\n";
+        assert!(text.contains(kept) && !text.contains(added), "{text}");
+        let own = for_release(&sources, "bookworm", Backports::LeftOut).unwrap();
+        assert!(
+            own.contains("Suites: bookworm\n") && !own.contains("backports"),
+            "{own}"
+        );
     }
 
     #[test]
