@@ -50,6 +50,8 @@ fn bootstrap(apt: &Apt, folder: &Path, raw: &Path) -> Result<()> {
     file.set_permissions(std::fs::Permissions::from_mode(0o666))
         .at("open up", raw)?;
     let (mode, tree) = mode();
+    // Where it is missing, the shell would be what failed.
+    run(Command::new("mmdebstrap").arg("--version"), "mmdebstrap")?;
     let mut command = Command::new("sh");
     command
         .args(["-c", "exec \"$@\" 3<>root.raw", "sh", "mmdebstrap"])
@@ -77,11 +79,28 @@ fn bootstrap(apt: &Apt, folder: &Path, raw: &Path) -> Result<()> {
     run(&mut command, "mmdebstrap").map(drop).map_err(explained)
 }
 
-/// mmdebstrap's word on a user who is not in `/etc/subuid` does not say what to do.
+/// What mmdebstrap says where the kernel makes no user namespace or maps nobody into it.
+const NO_NAMESPACE: [&str; 3] = [
+    "unshare syscall failed",
+    "unshare() failed",
+    "write to uid_map failed",
+];
+
+/// mmdebstrap's words on a user who is not in `/etc/subuid`, or may make no user namespace, do not say what to do.
 fn explained(error: Error) -> Error {
-    match error {
-        Error::Command { stderr, .. } if stderr.contains("/etc/subuid") => Error::NoSubordinateIds(stderr),
-        other => other,
+    let Error::Command { status, stderr, .. } = error else {
+        return error;
+    };
+    if stderr.contains("/etc/subuid") {
+        Error::NoSubordinateIds(stderr)
+    } else if NO_NAMESPACE.iter().any(|words| stderr.contains(words)) {
+        Error::NoUserNamespaces(stderr)
+    } else {
+        Error::Command {
+            command: "mmdebstrap".to_owned(),
+            status,
+            stderr,
+        }
     }
 }
 
@@ -123,12 +142,23 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
-    fn whoever_has_no_subordinate_ids_is_told_how_to_get_some() {
-        let complaint = "echo 'E: failed to parse /etc/subuid and /etc/subgid' >&2; exit 25";
-        let error = run(Command::new("sh").args(["-c", complaint]), "dash").unwrap_err();
-        assert!(explained(error).to_string().contains("usermod --add-subuids"));
-        let error = run(Command::new("sh").args(["-c", "exit 25"]), "dash").unwrap_err();
-        assert!(matches!(explained(error), Error::Command { .. }));
+    fn whoever_lacks_subordinate_ids_or_namespaces_is_told_how_to_get_some() {
+        let complaint = |words: &str| {
+            let script = format!("echo '{words}' >&2; exit 25");
+            let error = run(Command::new("sh").args(["-c", &script]), "dash").unwrap_err();
+            explained(error).to_string()
+        };
+        let text = complaint("E: failed to parse /etc/subuid and /etc/subgid");
+        assert!(text.contains("usermod --add-subuids"), "{text}");
+        for words in NO_NAMESPACE {
+            let text = complaint(&format!("E: {words}: Operation not permitted"));
+            assert!(text.contains("sysctl user.max_user_namespaces"), "{text}");
+        }
+        let text = complaint("E: disk full");
+        assert!(
+            text.starts_with("mmdebstrap failed") && text.ends_with("E: disk full"),
+            "{text}"
+        );
     }
 
     #[test]

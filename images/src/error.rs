@@ -2,6 +2,11 @@
 
 use std::path::PathBuf;
 
+/// What whoever cannot make user namespaces is told.
+pub const MORE_NAMESPACES: &str = "it takes user namespaces; where this user can make none, as root, run: sysctl \
+     user.max_user_namespaces=15000 kernel.unprivileged_userns_clone=1; where AppArmor restricts them: sysctl \
+     kernel.apparmor_restrict_unprivileged_userns=0";
+
 /// Why an image could not be built. Each message says what failed; the source says why, and
 /// where something can be done about it the message ends with what.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +65,9 @@ pub enum Error {
          usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER"
     )]
     NoSubordinateIds(String),
+    /// The user may make no user namespace.
+    #[error("mmdebstrap: {0}: {MORE_NAMESPACES}")]
+    NoUserNamespaces(String),
     /// The machine has no apt source this can use.
     #[error("no Debian source for release '{0}' in /etc/apt/sources.list or sources.list.d")]
     NoSource(String),

@@ -20,4 +20,4 @@ pub mod progress;
 mod sources;
 
 pub use command::search_path;
-pub use error::{Error, Result};
+pub use error::{Error, MORE_NAMESPACES, Result};

@@ -113,7 +113,7 @@ pub fn intercept() {
 
 fn serve(page: &str) -> anyhow::Result<()> {
     let mut demo = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
-    enter_namespaces().context("user and network namespaces of its own")?;
+    enter_namespaces().context(images::MORE_NAMESPACES)?;
     let tap = crate::tap::open("tap0").context("/dev/net/tun")?;
     for command in [
         "link set lo up",
