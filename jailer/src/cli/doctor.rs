@@ -1,5 +1,6 @@
 //! `bulkhead doctor`: what this host lacks, and the command that mends it.
 
+mod namespaces;
 mod net;
 #[cfg(test)]
 mod tests;
@@ -8,8 +9,6 @@ use crate::launch::spawn::{installed, unopened};
 use crate::launch::{self, identity};
 use crate::sandbox::cgroup::{CgroupError, Place};
 use crate::sandbox::landlock_level;
-use nix::sched::{CloneFlags, unshare};
-use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Uid;
 use std::fmt::Write as _;
 use std::fs::{self, OpenOptions};
@@ -66,7 +65,7 @@ pub(super) fn examine(json: bool) -> (String, u8) {
         programs(),
         open_files(),
         user_namespaces(
-            matches!(namespaces_in_child(), Ok(true)),
+            namespaces::usable(),
             setting("/proc/sys/kernel/apparmor_restrict_unprivileged_userns"),
         ),
         identity(identity::describe(&installed())),
@@ -189,11 +188,11 @@ fn open_files() -> Finding {
     }
 }
 
-/// From whether they could be made, and AppArmor's sysctl.
-fn user_namespaces(made: bool, apparmor: Option<String>) -> Finding {
+/// From whether they could be made and used, and AppArmor's sysctl.
+fn user_namespaces(usable: bool, apparmor: Option<String>) -> Finding {
     let name = "user namespaces";
     let (what, mend) = match apparmor.as_deref() {
-        _ if made => return Finding::good(name, "can be made"),
+        _ if usable => return Finding::good(name, "can be made"),
         Some("1") => (
             "AppArmor restricts them",
             "sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0",
@@ -218,29 +217,6 @@ fn identity(words: String) -> Finding {
             "sudo apt-get install uidmap && sudo usermod --add-subuids 100000-165535 --add-subgids \
              100000-165535 \"$USER\"",
         ),
-    }
-}
-
-/// Tries all in a process of its own: the launcher itself stays outside.
-#[expect(unsafe_code, reason = "a fork to try namespaces in")]
-fn namespaces_in_child() -> nix::Result<bool> {
-    // SAFETY: this process has one thread; the child makes two calls and leaves.
-    match unsafe { nix::unistd::fork() }? {
-        nix::unistd::ForkResult::Child => {
-            let all = CloneFlags::CLONE_NEWUSER
-                | CloneFlags::CLONE_NEWNS
-                | CloneFlags::CLONE_NEWPID
-                | CloneFlags::CLONE_NEWNET
-                | CloneFlags::CLONE_NEWIPC
-                | CloneFlags::CLONE_NEWUTS
-                | CloneFlags::CLONE_NEWCGROUP;
-            let code = i32::from(unshare(all).is_err());
-            // SAFETY: leaves without running what the parent registered.
-            unsafe { libc::_exit(code) }
-        }
-        nix::unistd::ForkResult::Parent { child } => {
-            Ok(waitpid(child, None)? == WaitStatus::Exited(child, 0))
-        }
     }
 }
 

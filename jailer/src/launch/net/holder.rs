@@ -150,7 +150,7 @@ pub(in crate::launch) fn detach(keep: &[RawFd]) {
 
 /// Enters a network namespace of its own, as the root of a user namespace of its own, whose
 /// capabilities reach no further.
-pub(super) fn enter_namespace() -> Result<(), NetError> {
+pub(crate) fn enter_namespace() -> Result<(), NetError> {
     let failed = |e: Errno| NetError::Make("make a network namespace", e.into());
     let (uid, gid) = (geteuid(), getegid());
     unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET).map_err(failed)?;

@@ -23,8 +23,8 @@ mod relay;
 mod settings;
 mod user;
 
-pub(crate) use holder::Holder;
 pub(super) use holder::detach;
+pub(crate) use holder::{Holder, enter_namespace};
 pub(crate) use passt::Passt;
 pub(crate) use settings::{Nic, Publish, Wire, check};
 pub(crate) use user::serve;
@@ -217,7 +217,7 @@ pub(crate) fn choose_servers(devices: &mut [Device]) {
 /// What cannot be made.
 pub(crate) fn try_private_bridge() -> Result<(), NetError> {
     let holder = Holder::start("doctor", |post| {
-        holder::enter_namespace()?;
+        enter_namespace()?;
         let interfaces = interface::Interfaces::open()?;
         let (name, taps) = interface::attach("try", 1)?;
         interfaces.make_bridge("bridge")?;
