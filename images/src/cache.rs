@@ -8,7 +8,7 @@
 use crate::error::At;
 use crate::{Error, Result};
 use sha2::{Digest, Sha256};
-use std::fs::{File, Permissions};
+use std::fs::{File, Permissions, TryLockError};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -160,13 +160,29 @@ impl Cache {
     /// Holds the lock `name` until the file is dropped.
     pub(crate) fn lock(&self, name: &str) -> Result<File> {
         let file = self.lock_file(name)?;
-        file.lock().at("lock", self.root.join(name))?;
+        let busy = || eprintln!("images: waiting for another process that makes {name}");
+        lock(&file, busy).at("lock", self.root.join(name))?;
         Ok(file)
     }
 
     fn lock_file(&self, name: &str) -> Result<File> {
         let path = self.root.join(format!(".{name}.lock"));
         File::create(&path).at("make", &path)
+    }
+}
+
+/// Locks a file until it is dropped; where another has the lock, calls `busy` first, since that may take minutes.
+///
+/// # Errors
+/// The system's.
+pub fn lock(file: &File, busy: impl FnOnce()) -> std::io::Result<()> {
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => {
+            busy();
+            file.lock()
+        }
+        Err(TryLockError::Error(error)) => Err(error),
+        Ok(()) => Ok(()),
     }
 }
 
@@ -263,6 +279,23 @@ mod tests {
         Cache::open(folder.path()).unwrap();
         assert_eq!(names(), before);
         assert!(path(".emacs.d/init.el").exists());
+    }
+
+    #[test]
+    fn whoever_waits_says_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::open(folder.path()).unwrap();
+        let first = cache.lock_file("x").unwrap();
+        lock(&first, || panic!("nobody has it")).unwrap();
+        let second = cache.lock_file("x").unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| lock(&second, || tell.send(()).unwrap()));
+            let said = told.recv_timeout(std::time::Duration::from_secs(10));
+            first.unlock().unwrap();
+            waits.join().unwrap().unwrap();
+            assert!(said.is_ok() && first.try_lock().is_err());
+        });
     }
 
     #[test]

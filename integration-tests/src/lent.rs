@@ -34,7 +34,8 @@ impl Lent {
         let exists = |device: &&str| Path::new(device).exists();
         let devices: Vec<_> = DEVICES.into_iter().filter(exists).collect();
         let turn = File::open(TURN)?;
-        turn.lock().context("cannot lock /dev")?;
+        let busy = || eprintln!("waiting for another process that lends {}", devices.join(" and "));
+        images::cache::lock(&turn, busy).context("cannot lock /dev")?;
         let getfacl = Command::new("getfacl")
             .args(["--absolute-names", "--numeric"])
             .args(&devices)
