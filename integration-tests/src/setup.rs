@@ -1,11 +1,14 @@
 //! Installs the Debian packages that a command needs and the machine lacks.
 
+mod apt;
+
 use anyhow::{Context, bail};
+use apt::AptGet;
 use images::apt::sources_with_backports;
 use nix::sys::stat::Mode;
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use tempfile::TempDir;
 
 /// A program and the package that has it.
@@ -152,11 +155,12 @@ fn install(packages: &[&str]) -> anyhow::Result<()> {
     if !root && !installed("sudo") {
         bail!("you are not root and there is no sudo: {by_hand}");
     }
+    let apt = AptGet::new(root);
     // One source of many may be gone while the others have what is needed.
-    if let Err(error) = apt(root, &with(&["update", "-q"])) {
+    if let Err(error) = apt.update(&with(&["update", "-q"])) {
         eprintln!("{error:#}");
     }
-    apt(root, &install).context(by_hand)
+    apt.install(&install).context(by_hand)
 }
 
 /// Sources of the release with its backports, for one call of apt: the machine's own need not
@@ -187,25 +191,6 @@ impl Backports {
         ]
         .map(|option| format!("-o{option}"))
         .to_vec()
-    }
-}
-
-fn apt(root: bool, arguments: &[String]) -> anyhow::Result<()> {
-    let mut command = Command::new(if root { "apt-get" } else { "sudo" });
-    if !root {
-        command.arg("apt-get");
-    }
-    let status = command
-        .args(arguments)
-        .env("DEBIAN_FRONTEND", "noninteractive")
-        .env("PATH", images::search_path())
-        .stdout(Stdio::null())
-        .status()
-        .context("cannot run apt-get")?;
-    if status.success() {
-        Ok(())
-    } else {
-        bail!("apt-get {} failed ({status})", arguments.join(" "))
     }
 }
 
