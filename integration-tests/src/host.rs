@@ -3,7 +3,7 @@
 use crate::suite::Skip;
 use anyhow::{Result, bail};
 use std::process::Command;
-use std::{env, fmt, fs::File, path::Path};
+use std::{env, fmt, fs::File, io, path::Path};
 
 /// The environment variable that overrides the detection: `hardware`, `software` or `none`.
 pub const HOST: &str = "BULKHEAD_HOST";
@@ -34,12 +34,20 @@ impl Host {
             Ok(other) => bail!("{HOST}={other} is not hardware, software or none"),
             Err(_) => {}
         }
-        let usable = File::options().read(true).write(true).open("/dev/kvm").is_ok();
-        Ok(match usable {
-            false => Self::None,
-            true if Path::new("/sys/module/kvm_pvm").exists() => Self::Software,
-            true => Self::Hardware,
+        Ok(match open("/dev/kvm") {
+            Err(_) => Self::None,
+            Ok(()) if Path::new("/sys/module/kvm_pvm").exists() => Self::Software,
+            Ok(()) => Self::Hardware,
         })
+    }
+
+    /// Why stock kernels do not run on it directly, and what mends that, if anything does.
+    #[must_use]
+    pub fn lack(self) -> String {
+        match self {
+            Self::None => no_kvm(open("/dev/kvm")),
+            kind => format!("this host's KVM ({kind}) runs no stock kernel"),
+        }
     }
 
     /// Goes on only where guests run.
@@ -48,7 +56,7 @@ impl Host {
     /// [`Skip`] where there is no KVM.
     pub fn need_kvm() -> Result<Self> {
         match Self::detect()? {
-            Self::None => bail!(Skip("/dev/kvm cannot be opened here".to_owned())),
+            Self::None => bail!(Skip(Self::None.lack())),
             host => Ok(host),
         }
     }
@@ -59,12 +67,7 @@ impl Host {
     /// [`Skip`] elsewhere.
     pub fn need_tun() -> Result<()> {
         Self::need_kvm()?;
-        if File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/net/tun")
-            .is_err()
-        {
+        if open("/dev/net/tun").is_err() {
             bail!(Skip("/dev/net/tun cannot be opened here".to_owned()));
         }
         Ok(())
@@ -89,7 +92,8 @@ impl Host {
         match Self::detect()? {
             Self::Hardware => Ok(()),
             host => bail!(Skip(format!(
-                "this host's KVM ({host}) runs no stock kernel; the nested runner's does"
+                "{}; stock kernels run in the nested runner",
+                host.lack()
             ))),
         }
     }
@@ -109,5 +113,43 @@ impl fmt::Display for Host {
             Self::Software => "software",
             Self::None => "none",
         })
+    }
+}
+
+fn open(device: &str) -> io::Result<()> {
+    File::options().read(true).write(true).open(device).map(drop)
+}
+
+/// From how `/dev/kvm` opened.
+fn no_kvm(opened: io::Result<()>) -> String {
+    match opened {
+        Ok(()) => format!("/dev/kvm is left alone ({HOST}=none)"),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            "/dev/kvm is there, but not permitted to you: sudo usermod -aG kvm \"$USER\", then log in again"
+                .to_owned()
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => "there is no /dev/kvm".to_owned(),
+        Err(error) => format!("/dev/kvm: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::errno::Errno;
+
+    #[test]
+    fn whoever_may_not_open_kvm_is_told_how_to_get_it() {
+        let said = |errno: Errno| no_kvm(Err(errno.into()));
+        for errno in [Errno::EACCES, Errno::EPERM] {
+            assert!(said(errno).contains("usermod -aG kvm"), "{}", said(errno));
+        }
+        assert_eq!(said(Errno::ENOENT), "there is no /dev/kvm");
+        assert!(
+            said(Errno::ENODEV).contains("No such device"),
+            "{}",
+            said(Errno::ENODEV)
+        );
+        assert!(no_kvm(Ok(())).contains("BULKHEAD_HOST=none"));
     }
 }

@@ -59,7 +59,7 @@ pub fn run() -> anyhow::Result<()> {
     if host.runs_linux() {
         run_here(&stage)
     } else {
-        eprintln!("demo: this host's KVM ({host}) runs no stock kernel: using the nested runner");
+        eprintln!("demo: {}; using the nested runner", host.lack());
         run_nested(&stage)
     }
 }

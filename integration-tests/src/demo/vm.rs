@@ -44,7 +44,7 @@ enum Event {
 pub(super) fn run(stage: &Stage) -> anyhow::Result<Outcome> {
     let host = Host::detect()?;
     if !host.runs_linux() {
-        bail!("this host's KVM ({host}) runs no stock kernel");
+        bail!(host.lack());
     }
     let work = tempfile::Builder::new().prefix("bulkhead-demo-").tempdir()?;
     interrupt::heed()?;
