@@ -3,6 +3,7 @@
 use clap::Parser;
 use integration_tests::artifacts::{Artifacts, BIN_DIR};
 use integration_tests::install::{Place, install};
+use integration_tests::setup;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -21,6 +22,7 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let Arguments { prefix, destdir } = Arguments::parse();
+    setup::usual_umask();
     match run(&Place { prefix, destdir }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

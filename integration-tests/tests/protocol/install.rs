@@ -1,10 +1,12 @@
 //! What is installed works from where it is installed.
 
 use anyhow::{Context, Result, ensure};
+use integration_tests::artifacts::{Artifact, BIN_DIR};
 use integration_tests::install::{Place, install};
 use integration_tests::suite::{artifacts, test};
 use libtest_mimic::Trial;
 use serde_json::Value;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -12,6 +14,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("install::under_a_prefix", under_a_prefix),
         test("install::for_a_package", for_a_package),
+        test("install::for_all_whatever_the_umask", for_all_whatever_the_umask),
     ]
 }
 
@@ -79,5 +82,31 @@ fn for_a_package() -> Result<()> {
         destdir: None,
     };
     ensure!(install(artifacts()?, &relative).is_err(), "a relative prefix");
+    Ok(())
+}
+
+fn for_all_whatever_the_umask() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let prefix = folder.path().join("prefix");
+    let binaries = folder.path().join("binaries");
+    std::fs::create_dir(&binaries)?;
+    for program in Artifact::ALL {
+        std::fs::write(binaries.join(program.name()), "")?;
+    }
+    let mut shell = Command::new("sh");
+    shell
+        .args([
+            "-c",
+            "umask 077; exec \"$0\" --prefix \"$1\"",
+            env!("CARGO_BIN_EXE_install"),
+        ])
+        .arg(&prefix)
+        .env(BIN_DIR, &binaries);
+    let output = shell.output()?;
+    ensure!(output.status.success(), "{output:?}");
+    for inside in ["", "bin", "libexec/bulkhead", "share/qemu/vhost-user"] {
+        let mode = prefix.join(inside).metadata()?.permissions().mode() & 0o777;
+        ensure!(mode == 0o755, "{inside}: {mode:o}");
+    }
     Ok(())
 }
