@@ -68,14 +68,12 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
     interrupt::heed()?;
     let start = Instant::now();
     let host = Host::detect()?;
-    eprintln!(
-        "verify: host's KVM: {host}{}",
-        if host.runs_linux() {
-            ""
-        } else {
-            "; Linux guests run nested"
-        }
-    );
+    let nested = if host.runs_linux() {
+        String::new()
+    } else {
+        format!(" ({}); Linux guests run nested", host.lack())
+    };
+    eprintln!("verify: host's KVM: {host}{nested}");
     setup::usual_umask();
     set_up()?;
     let binaries = tempfile::Builder::new()
@@ -95,12 +93,31 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
     tests(&mut report, &programs, binaries.path(), host, full);
     let minutes = start.elapsed().as_secs().div_ceil(60);
     if full {
-        let page = report.page(&today()?, &host.to_string(), minutes);
-        std::fs::write(workspace().join("docs/verify-full.md"), page)?;
+        record(
+            &mut report,
+            &workspace().join("docs/verify-full.md"),
+            host,
+            minutes,
+        );
     }
     let count = report.count();
     println!("\n{}verify: {minutes} minutes\n{count}", report.details());
     Ok(count.failed == 0)
+}
+
+/// Writes the page; where that fails, it is one more thing that did, and the result is printed all the same.
+fn record(report: &mut Report, file: &Path, host: Host, minutes: u64) {
+    let written = today().and_then(|date| {
+        let page = report.page(&date, &host.to_string(), minutes);
+        std::fs::write(file, page).with_context(|| format!("cannot write {}", file.display()))
+    });
+    if let Err(error) = written {
+        report.add(
+            "workspace",
+            "this result's page",
+            Outcome::Failed(format!("{error:#}")),
+        );
+    }
 }
 
 /// Builds everything under test into `folder`, and the test programs, and checks what needs no test program; two
@@ -270,4 +287,24 @@ fn today() -> anyhow::Result<String> {
         .output()
         .context("date")?;
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_that_cannot_be_written_takes_no_result_along() {
+        let scratch = tempfile::tempdir().unwrap();
+        let mut report = Report::default();
+        report.add("tiny", "a", Outcome::Passed);
+        let file = scratch.path().join("page.md");
+        record(&mut report, &file, Host::Hardware, 7);
+        assert!(std::fs::read_to_string(&file).unwrap().contains("7 minutes"));
+        assert_eq!(report.count().to_string(), "1 passed, 0 failed, 0 skipped");
+        record(&mut report, &file.join("none"), Host::Hardware, 7);
+        assert_eq!(report.count().to_string(), "1 passed, 1 failed, 0 skipped");
+        let details = report.details();
+        assert!(details.contains("page.md/none: Not a directory"), "{details}");
+    }
 }
