@@ -1,6 +1,6 @@
-//! The README's tour: its commands on `bulkhead` and the back ends as they stand there, in their order, on its
-//! own spec. Its guest is the tiny one here, with `scenario=` for `init=`. What builds and installs, `cargo
-//! demo` and the installer's tests run; the audit, its own.
+//! The README's tour and its one command: what they say of `bulkhead` and the back ends, as it stands there, in its
+//! order, on its own spec. The guest is the tiny one here, with `scenario=` for `init=` and for a command. What builds
+//! and installs, `cargo demo` and the installer's tests run; the audit, its own.
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::{
@@ -23,6 +23,8 @@ use vm_spec::run_state::RunState;
 
 const README: &str = include_str!("../../../README.md");
 const SPEC: &str = "web.toml";
+/// In a shell, after the back end was started with `&`.
+const END_BACK_END: &str = "kill $!";
 const DEADLINE: Duration = Duration::from_secs(20);
 
 pub(crate) fn tests() -> Vec<Trial> {
@@ -57,19 +59,22 @@ pub(crate) fn spec() -> Result<&'static str> {
     block("```toml\n# web.toml\n")
 }
 
-/// The tour's lines, without what follows them as a comment.
+/// The lines of the tour and of the one command, without what follows them as a comment.
 fn commands() -> Result<Vec<String>> {
     let (_, tour) = README
         .split_once("\n## A five-minute tour\n")
         .context("no tour")?;
-    let (tour, _) = tour.split_once("\n## ").context("a tour without an end")?;
+    let (tour, _) = tour
+        .split_once("\n## Exit codes ")
+        .context("a tour without an end")?;
     let blocks = tour.split("```sh\n").skip(1);
     let text: Vec<_> = blocks.filter_map(|rest| rest.split("```").next()).collect();
     let text = text.concat().replace("\\\n", "");
     let lines = text
         .lines()
         .map(|line| line.split("  # ").next().unwrap_or(line).trim());
-    let ours = lines.filter(|line| line.starts_with("bulkhead ") || line.starts_with("vhost-user-"));
+    let ours = ["bulkhead ", "vhost-user-", END_BACK_END];
+    let ours = lines.filter(|line| ours.iter().any(|begin| line.starts_with(begin)));
     Ok(ours.map(str::to_owned).collect())
 }
 
@@ -141,23 +146,22 @@ impl Tour {
             ["bulkhead", "run", SPEC] => self.start_web(),
             [
                 "bulkhead",
-                verb @ ("ps" | "inspect" | "logs" | "events" | "metrics" | "resize" | "attach" | "stop"
-                | "kill"),
+                verb @ ("ps" | "inspect" | "logs" | "events" | "metrics" | "resize" | "attach" | "stop"),
                 ..,
             ] => {
-                self.start_web()?;
+                self.web_runs()?;
                 let said = self.ends(&line)?;
                 // Nothing may have happened yet, or all went well.
                 let quiet = matches!(verb, "events" | "logs" | "resize");
                 ensure!(quiet || !said.is_empty(), "it says nothing");
-                if matches!(verb, "stop" | "kill") {
+                if verb == "stop" {
                     let mut web = self.web.take().context("no VM")?;
                     web.wait(DEADLINE)?;
                 }
                 Ok(())
             }
             ["bulkhead", "console", ..] => {
-                self.start_web()?;
+                self.web_runs()?;
                 let mut command = self.shell(&line)?;
                 command.stdout(Stdio::piped());
                 let mut visit = Process::start(command)?;
@@ -165,8 +169,19 @@ impl Tour {
                 Console::new(stdout).wait_line("ready=1", DEADLINE)
             }
             ["vhost-user-blk", .., "&"] => self.start_back_end(line.trim_end_matches('&')),
+            ["kill", "$!"] => {
+                let mut back_end = self.back_end.take().context("no line has started a back end")?;
+                back_end.signal(Signal::SIGTERM)?;
+                back_end.wait(DEADLINE).map(drop)
+            }
             _ => {
-                let said = self.ends(&line.replace("init=/bin/sh", "scenario=poweroff"))?;
+                let (line, _) = line.split_once(" -- ").unwrap_or((&line, ""));
+                let line = ["init=/bin/sh", "quiet"]
+                    .iter()
+                    .fold(line.to_owned(), |line, word| {
+                        line.replace(word, "scenario=poweroff")
+                    });
+                let said = self.ends(&line)?;
                 let ran = !said.contains("scenario=") || said.contains("result=ok");
                 ensure!(ran && !said.is_empty(), "{said}");
                 Ok(())
@@ -174,11 +189,14 @@ impl Tour {
         }
     }
 
-    /// Unless it runs.
+    /// A line before has started it, and none has ended it.
+    fn web_runs(&mut self) -> Result<()> {
+        let web = self.web.as_mut().context("no line has started its VM")?;
+        ensure!(web.alive()?, "its VM has ended: {}", web.stderr()?);
+        Ok(())
+    }
+
     fn start_web(&mut self) -> Result<()> {
-        if self.web.is_some() {
-            return Ok(());
-        }
         let mut web = Process::start(self.shell("bulkhead run web.toml")?)?;
         let state = self.path().join("bulkhead/web/state.json");
         until(&mut web, || {
