@@ -3,7 +3,8 @@
 //! `ROOT/KIND-HASH/` holds what the recipe made; HASH is SHA-256 over everything that decides the
 //! result (tool recipe, package names with versions, other entries' names). An entry is built in
 //! a temporary folder beside it and renamed, so that it exists whole or not at all. A lock file
-//! keeps two processes from building the same entry.
+//! keeps two processes from building the same entry. Where one is built, those of its kind go that
+//! nobody has used for long.
 
 use crate::error::At;
 use crate::{Error, Result};
@@ -11,11 +12,16 @@ use sha2::{Digest, Sha256};
 use std::fs::{File, Permissions, TryLockError};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 /// Characters of the hash in an entry's name: 80 bits.
 const HASH_DIGITS: usize = 20;
 /// Characters behind the name of what is being built.
 const RANDOM_LETTERS: usize = 6;
+/// As many, behind the name of what is being removed.
+const REMOVED: &str = "unused";
+/// When the folder of an entry was used last: its modification time. After so long it may go.
+const UNUSED_FOR: Duration = Duration::from_secs(60 * 24 * 3600);
 
 /// A folder of built images.
 #[derive(Clone, Debug)]
@@ -127,13 +133,14 @@ impl Cache {
     /// # Errors
     /// Whatever `build` returns, or the file system's error.
     pub fn entry(&self, recipe: Recipe, build: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+        let kind = recipe.kind;
         let name = recipe.name();
         let entry = self.root.join(&name);
-        if entry.exists() {
+        if used(&entry) {
             return Ok(entry);
         }
         let _lock = self.lock(&name)?;
-        if entry.exists() {
+        if used(&entry) {
             return Ok(entry);
         }
         // Nobody else reaches what is being built, whatever its own permissions must be.
@@ -154,7 +161,30 @@ impl Cache {
         std::fs::rename(temporary.path(), &entry).at("put in place", &entry)?;
         // It has moved: there is nothing left to remove under the old name.
         let _ = temporary.keep();
+        self.expire(kind);
         Ok(entry)
+    }
+
+    /// Removes what nobody has used for long of a kind of which there is a new one. What cannot be removed stays.
+    fn expire(&self, kind: &str) {
+        for entry in std::fs::read_dir(&self.root).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let Some(name) = name.to_str().filter(|name| kind_of(name) == Some(kind)) else {
+                continue;
+            };
+            let old = |entry: &std::fs::DirEntry| {
+                let about = entry.metadata().ok().filter(std::fs::Metadata::is_dir)?;
+                let unused = SystemTime::now().duration_since(about.modified().ok()?).ok()?;
+                (unused > UNUSED_FOR).then_some(())
+            };
+            let Ok(lock) = self.lock_file(name) else { continue };
+            if lock.try_lock().is_ok() && old(&entry).is_some() {
+                // Whole or not at all, here too.
+                let removed = self.root.join(format!(".{name}.{REMOVED}"));
+                let _ =
+                    std::fs::rename(entry.path(), &removed).and_then(|()| std::fs::remove_dir_all(&removed));
+            }
+        }
     }
 
     /// Holds the lock `name` until the file is dropped.
@@ -190,15 +220,29 @@ pub fn lock(file: &File, busy: impl FnOnce()) -> std::io::Result<()> {
 /// person's own.
 fn being_built(name: &str) -> Option<&str> {
     let (entry, random) = name.strip_prefix('.')?.rsplit_once('.')?;
+    let ours = kind_of(entry).is_some()
+        && random.len() == RANDOM_LETTERS
+        && random.bytes().all(|letter| letter.is_ascii_alphanumeric());
+    ours.then_some(entry)
+}
+
+/// The kind of the entry of this name.
+fn kind_of(entry: &str) -> Option<&str> {
     let (kind, hash) = entry.rsplit_once('-')?;
     let ours = !kind.is_empty()
         && hash.len() == HASH_DIGITS
         && hash
             .bytes()
-            .all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
-        && random.len() == RANDOM_LETTERS
-        && random.bytes().all(|letter| letter.is_ascii_alphanumeric());
-    ours.then_some(entry)
+            .all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'));
+    ours.then_some(kind)
+}
+
+/// Whether there is an entry, whose use is noted; in somebody else's cache it cannot be.
+fn used(entry: &Path) -> bool {
+    let folder = File::open(entry);
+    folder
+        .map(|folder| folder.set_modified(SystemTime::now()))
+        .is_ok()
 }
 
 /// A path as the text that tools take.
@@ -279,6 +323,39 @@ mod tests {
         Cache::open(folder.path()).unwrap();
         assert_eq!(names(), before);
         assert!(path(".emacs.d/init.el").exists());
+    }
+
+    #[test]
+    fn what_nobody_used_for_long_goes_with_the_next_of_its_kind() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::open(folder.path()).unwrap();
+        let build = |kind, name: &str| {
+            let recipe = Recipe::new(kind, 1).with(name);
+            let built = cache.entry(recipe, |dir| {
+                std::fs::create_dir(dir.join("full")).at("make", dir)
+            });
+            built.unwrap()
+        };
+        let age = |path: &Path| {
+            let long_ago = SystemTime::now() - UNUSED_FOR - Duration::from_secs(60);
+            File::open(path).unwrap().set_modified(long_ago).unwrap();
+        };
+        let own = folder.path().join("thing-notes");
+        std::fs::create_dir(&own).unwrap();
+        let [old, used, held, fresh] = ["old", "used", "held", "fresh"].map(|name| build("thing", name));
+        let other = build("other", "old");
+        for path in [&own, &old, &used, &held, &other] {
+            age(path);
+        }
+        build("thing", "used");
+        let name = held.file_name().unwrap().to_str().unwrap();
+        let lock = cache.lock(name).unwrap();
+        build("thing", "new");
+        drop(lock);
+        assert!(!old.exists());
+        for path in [&own, &used, &held, &fresh, &other] {
+            assert!(path.exists(), "{}", path.display());
+        }
     }
 
     #[test]
