@@ -16,6 +16,7 @@ pub mod mounts;
 pub mod nested;
 pub mod process;
 pub mod qemu_img;
+pub mod scratch;
 pub mod setup;
 pub mod suite;
 pub mod tap;

@@ -15,6 +15,7 @@ use crate::artifacts::{Artifacts, BIN_DIR, PROFILE};
 use crate::host::Host;
 use crate::interrupt;
 use crate::nested::{self, Job, Nested};
+use crate::scratch::Scratch;
 use crate::setup::{self, Purpose};
 use anyhow::{Context, bail};
 use stage::Stage;
@@ -51,10 +52,7 @@ pub fn run() -> anyhow::Result<()> {
     })?;
     setup::usual_umask();
     let artifacts = artifacts()?;
-    let folder = tempfile::Builder::new()
-        .prefix("bulkhead-stage-")
-        .tempdir_in("/var/tmp")?;
-    let _guard = interrupt::folder(folder.path());
+    let folder = Scratch::make("stage")?;
     let stage = Stage::fill(folder.path(), &artifacts)?;
     if host.runs_linux() {
         run_here(&stage)

@@ -14,6 +14,7 @@ use crate::artifacts::{self, Artifacts, PROBE_NAMES, Profile, copy_for_all, work
 use crate::host::Host;
 use crate::interrupt;
 use crate::linux::Images;
+use crate::scratch::Scratch;
 use crate::setup::{self, Purpose};
 use anyhow::Context;
 use cargo::TestProgram;
@@ -76,10 +77,7 @@ pub fn run(full: bool) -> anyhow::Result<bool> {
     eprintln!("verify: host's KVM: {host}{nested}");
     setup::usual_umask();
     set_up()?;
-    let binaries = tempfile::Builder::new()
-        .prefix("bulkhead-verify-")
-        .tempdir_in("/var/tmp")?;
-    let _guard = interrupt::folder(binaries.path());
+    let binaries = Scratch::make("verify")?;
     // Some tests run as a user who owns nothing.
     std::fs::set_permissions(binaries.path(), Permissions::from_mode(0o755))?;
     copy_for_all(
