@@ -254,7 +254,7 @@ pub enum OnDeviceDeath {
     /// A new process takes over; the guest only waits.
     #[default]
     Restart,
-    /// The VM ends, with an exit code of its own.
+    /// The VM ends, with an exit code of its own. `hotplug` must be 0, and no device can be upgraded.
     End,
 }
 

@@ -80,7 +80,8 @@ pub(super) struct VmFlags {
     /// What a guest's reboot does: restart (default) or exit
     #[arg(long, value_name = "WHAT", value_parser = values::on_reboot(), hide_possible_values = true)]
     on_reboot: Option<OnReboot>,
-    /// What the end of a device's process does: restart (it, the default) or end (the VM)
+    /// What the end of a device's process does: restart (it, the default) or end (the VM; not with --hotplug, and
+    /// no device of such a VM can be upgraded)
     #[arg(long, value_name = "WHAT", value_parser = values::on_device_death(), hide_possible_values = true)]
     on_device_death: Option<OnDeviceDeath>,
     /// Seconds a guest has to power off when asked, also by SIGTERM, SIGINT or SIGHUP (default: 10)

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use vm_spec::control::{DeviceConfig, FdNumber};
 use vm_spec::machine::{FIRST_SLOT, LAST_SLOT, MAX_CPUS, MAX_MEMORY, MAX_QUEUE_SIZE, MIN_MEMORY};
 use vm_spec::size::ByteSize;
-use vm_spec::spec::{BootSpec, MOST_HOTPLUG, VhostUserSpec, VmSpec};
+use vm_spec::spec::{BootSpec, MOST_HOTPLUG, OnDeviceDeath, VhostUserSpec, VmSpec};
 
 /// Longest kernel command line in bytes (x86 COMMAND_LINE_SIZE less the end).
 const LONGEST_CMDLINE: usize = 2047;
@@ -225,6 +225,12 @@ fn check_hotplug(spec: &VmSpec) -> Result<(), Failure> {
             "hotplug: does not go with limits.io-bytes-per-second and io-operations-per-second",
         )
         .cause("they are a block device's, and nobody knows on which one a disk lies that is attached"));
+    }
+    if spec.hotplug > 0 && spec.on_device_death == OnDeviceDeath::End {
+        return Err(
+            Failure::usage("hotplug: does not go with on-device-death = \"end\"")
+                .cause("in such a VM the end of a device's process is the VM's own"),
+        );
     }
     Ok(())
 }
@@ -519,5 +525,15 @@ mod tests {
         }
         let words = refusal(&format!("hotplug = {}", MOST_HOTPLUG + 1)).expect("too many");
         assert!(words.contains("hotplug"), "{words}");
+    }
+
+    #[test]
+    fn slots_for_hotplug_do_not_go_with_a_vm_that_ends_with_its_devices() {
+        let words = refusal("hotplug = 1\non-device-death = \"end\"").expect("both");
+        assert!(
+            words.contains("hotplug: does not go with on-device-death"),
+            "{words}"
+        );
+        assert_eq!(refusal("on-device-death = \"end\""), None);
     }
 }
