@@ -40,6 +40,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("images::only_qcow2_has_a_shape", shapeless),
         test("images::snapshots_for_programs", snapshots),
         test("images::no_disk_is_smaller_than_nothing", too_small),
+        test("images::a_tool_without_filter_or_answer", unfiltered),
     ]
 }
 
@@ -235,6 +236,36 @@ fn snapshots() -> Result<()> {
     );
     let words = ["image", "snapshot", "--create=second", "--json", &path];
     expect(&bulkhead(folder.path(), &words)?, exit_code::USAGE)?;
+    Ok(())
+}
+
+/// A weaker filter is warned of; of a tool that says nothing its end is told.
+fn unfiltered() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("a.raw").to_string_lossy().into_owned();
+    fs::write(&path, [0; 512])?;
+    for (mode, warns) in [("off", true), ("log", true), ("trap", false), ("enforce", false)] {
+        let flag = format!("--seccomp={mode}");
+        let output = bulkhead(folder.path(), &["image", "info", &flag, &path])?;
+        expect(&output, 0)?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(said.contains(&format!("warning: {flag}: ")) == warns, "{said}");
+    }
+    // It takes none of the tool's flags.
+    fs::copy(
+        artifact(Artifact::VhostUserNet)?,
+        folder.path().join("bulkhead-image"),
+    )?;
+    let output = Command::new(artifact(Artifact::Bulkhead)?)
+        .args(["image", "info", &path])
+        .env("BULKHEAD_BIN_DIR", folder.path())
+        .output()?;
+    expect(&output, exit_code::ERROR)?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(
+        said.contains("it ended without an answer: it exited with code"),
+        "{said}"
+    );
     Ok(())
 }
 

@@ -5,6 +5,7 @@ mod words;
 
 use crate::failure::Failure;
 use crate::launch::image::{Access, Opened, Setting};
+use crate::launch::warn_of;
 pub(super) use args::ImageVerb;
 use args::{ImageArgs, Shape, SnapshotAction};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -104,6 +105,7 @@ impl Drop for Bar {
 
 /// Carries a verb out; the text to print and the exit code.
 pub(super) fn carry_out(verb: &ImageVerb) -> Result<(String, u8), Failure> {
+    warn_of(verb.image().seccomp);
     match verb {
         ImageVerb::Info { image, json } => info(image, *json).map(|text| (text, 0)),
         ImageVerb::Check { image, repair, json } => check(image, *repair, *json),

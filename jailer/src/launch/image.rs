@@ -4,26 +4,29 @@
 //! jailed tool as text, and are opened only where images may lie.
 
 use super::chain::{folder_of, lexical_join, open_backing, open_image};
+use super::children::describe;
 use super::inputs::unopened;
 use super::signals::{LEAVING, take_by_descriptor};
 use super::spawn::{binary_folder, pair};
 use crate::failure::Failure;
 use crate::sandbox::child::{Child, Parent, Program, Starting, open_proc, start};
-use crate::sandbox::{Role, SeccompMode};
+use crate::sandbox::{EXIT_NO_MEMORY, Role, SeccompMode};
 use crate::wire::{Received, receive_message};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::SockType;
-use nix::sys::wait::waitpid;
+use nix::sys::wait::{WaitStatus, waitpid};
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use vm_spec::control::exit_code;
 use vm_spec::image::{FromImageTool, ImageInfo, MAX_SNAPSHOTS, SnapshotInfo};
 use vm_spec::spec::ImageFormat;
+use vm_spec::supervise::ExitStatus;
 
 /// Most that the tool may map: it holds tables and a few clusters, never an image.
 const ADDRESS_SPACE: u64 = 4 << 30;
@@ -299,14 +302,12 @@ impl Opened {
             // What it has made is removed.
             let _ = kill(child.pid, Signal::SIGKILL);
         }
-        finish(&child, ours);
+        let end = finish(&child, ours);
         outcome.map_err(|problem| match problem {
             Problem::Told(why) => {
                 Failure::host(format!("{}: {verb}", self.path.display())).cause(printable(&why))
             }
-            Problem::Lost(why) => Failure::host(format!("{}: the image tool was lost", self.path.display()))
-                .cause(why)
-                .hint("with --seccomp=log the kernel's log names a system call that was stopped"),
+            Problem::Lost(why) => lost(&self.path, &why, end),
             Problem::Signal(number) => {
                 Failure::host(format!("{}: {verb} was ended by a signal", self.path.display()))
                     .exiting(128_u8.saturating_add(number))
@@ -372,16 +373,39 @@ fn listen(
     }
 }
 
-/// Ends the tool, if it has not ended yet, and reaps it.
-fn finish(child: &Child, socket: OwnedFd) {
+/// What a person is told of a tool that gave no answer, and how it ended, if that is known.
+fn lost(path: &Path, why: &str, end: Option<ExitStatus>) -> Failure {
+    const SIGSYS: u8 = Signal::SIGSYS as u8;
+    let failure = Failure::host(format!("{}: the image tool was lost", path.display()));
+    match end {
+        None => failure.cause(why),
+        // The latter with --seccomp=trap, which has named the call.
+        Some(ExitStatus::Signal(SIGSYS) | ExitStatus::Code(exit_code::SECCOMP)) => failure
+            .cause("it was stopped by seccomp: policy jailer/policy/image.policy")
+            .hint("--seccomp=trap names the call")
+            .exiting(exit_code::SECCOMP),
+        Some(ExitStatus::Code(EXIT_NO_MEMORY)) => {
+            failure.cause("it got no memory: the host, or the bound of its address space, refused it")
+        }
+        Some(status) => failure.cause(format!("{why}: it {}", describe(status).1)),
+    }
+}
+
+/// Ends the tool, if it has not ended yet, and reaps it. How it ended, if that was not by us.
+fn finish(child: &Child, socket: OwnedFd) -> Option<ExitStatus> {
     let mut ended = [PollFd::new(child.pidfd.as_fd(), PollFlags::POLLIN)];
     drop(socket);
     // It has nothing left to do but to exit; if it does not, or was given up, it is killed.
-    if !matches!(poll(&mut ended, PollTimeout::from(2000_u16)), Ok(1)) {
+    let by_itself = matches!(poll(&mut ended, PollTimeout::from(2000_u16)), Ok(1));
+    if !by_itself {
         let _ = kill(child.pid, Signal::SIGKILL);
     }
-    // What it has said, or not, is judged.
-    let _ = waitpid(child.pid, None);
+    let status = match waitpid(child.pid, None).ok()? {
+        WaitStatus::Exited(_, code) => ExitStatus::Code(code as u8),
+        WaitStatus::Signaled(_, signal, _) => ExitStatus::Signal(signal as u8),
+        _ => return None,
+    };
+    by_itself.then_some(status)
 }
 
 /// A text from an image: on one line, without what a terminal would obey.
@@ -406,7 +430,33 @@ fn is_directional(c: char) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::printable;
+    use super::*;
+
+    #[test]
+    fn how_the_tool_ended_is_told() {
+        let told = |end| {
+            let failure = lost(Path::new("a"), "no answer", end);
+            (failure.to_string(), failure.code())
+        };
+        for (end, words, code) in [
+            (None, "cause: no answer", exit_code::ERROR),
+            (
+                Some(ExitStatus::Signal(31)),
+                "image.policy\n  hint: --seccomp=trap",
+                exit_code::SECCOMP,
+            ),
+            (Some(ExitStatus::Code(148)), "by seccomp", exit_code::SECCOMP),
+            (Some(ExitStatus::Code(76)), "got no memory", exit_code::ERROR),
+            (
+                Some(ExitStatus::Signal(9)),
+                "no answer: it was killed by signal 9",
+                exit_code::ERROR,
+            ),
+        ] {
+            let (text, exit) = told(end);
+            assert!(text.contains(words) && exit == code, "{exit}: {text}");
+        }
+    }
 
     #[test]
     fn a_name_cannot_drive_the_terminal() {

@@ -143,11 +143,8 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
         tell(format_args!(
             "bulkhead: warning: --jail=off: nothing is around a process that is broken into"
         ));
-    } else if let Some(warning) = options.seccomp.warning() {
-        tell(format_args!(
-            "bulkhead: warning: --seccomp={}: {warning}",
-            options.seccomp
-        ));
+    } else {
+        warn_of(options.seccomp);
     }
     let Ground {
         run_dir,
@@ -182,6 +179,13 @@ pub fn run(spec: &VmSpec, options: &Options, launched_ns: u64) -> Result<u8, Fai
         run_dir.remove();
     }
     result
+}
+
+/// Says what `--seccomp` lets pass.
+pub(crate) fn warn_of(mode: SeccompMode) {
+    if let Some(warning) = mode.warning() {
+        tell(format_args!("bulkhead: warning: --seccomp={mode}: {warning}"));
+    }
 }
 
 /// What mends [`too_few_open_files`].

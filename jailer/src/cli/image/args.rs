@@ -92,6 +92,20 @@ pub(in crate::cli) enum ImageVerb {
 }
 
 /// The image, and how to open it.
+impl ImageVerb {
+    /// What all verbs share.
+    pub(super) fn image(&self) -> &ImageArgs {
+        match self {
+            Self::Info { image, .. }
+            | Self::Check { image, .. }
+            | Self::Create { image, .. }
+            | Self::Convert { image, .. }
+            | Self::Snapshot { image, .. }
+            | Self::Resize { image, .. } => image,
+        }
+    }
+}
+
 #[derive(Args, Debug)]
 pub(in crate::cli) struct ImageArgs {
     /// The image
