@@ -205,12 +205,12 @@ mod tests {
             let fds = vec![ours.as_fd(); count];
             send_with_fds(ours.as_fd(), 1, FromSupervisor::KillAll, &fds)
         };
-        send(80).unwrap();
+        send(32).unwrap();
         let (_, fds) = receive_with_fds::<FromSupervisor>(theirs.as_fd()).unwrap();
-        assert_eq!(fds.len(), 80);
+        assert_eq!(fds.len(), 32);
         let refused = send(MAX_FDS + 1);
         assert!(
-            matches!(refused, Err(TransferError::Message(WireError::TooManyFds(97)))),
+            matches!(refused, Err(TransferError::Message(WireError::TooManyFds(41)))),
             "{refused:?}"
         );
     }

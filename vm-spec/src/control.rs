@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 pub const PROTOCOL_VERSION: u16 = 1;
 /// Longest message in bytes. A longer one is refused unread.
 pub const MAX_MESSAGE: usize = 64 << 10;
-/// Most file descriptors in one message: a disk that is attached has one for each layer of its image, 64 at most, and
-/// some besides. The kernel passes 253.
-pub const MAX_FDS: usize = 96;
+/// Most file descriptors in one message: a disk that is attached has one for each layer of its image,
+/// [`MAX_CHAIN`](crate::image::MAX_CHAIN) at most, and a dozen besides. The kernel passes 253.
+pub const MAX_FDS: usize = 40;
 /// File descriptors that come with a back end: those of [`DeviceConfig::socket`], [`DeviceConfig::requests`] and
 /// [`DeviceConfig::requests_peer`], in this order, made for it alone.
 pub const BACKEND_FDS: usize = 3;

@@ -5,6 +5,8 @@ use serde::{Deserialize, Serialize};
 
 /// Longest text from an image in bytes; the rest is cut.
 pub const MAX_TEXT: usize = 1024;
+/// Most layers of an image's chain, the top included: a loop ends here, and it bounds what a read of a hole can cost.
+pub const MAX_CHAIN: usize = 16;
 /// Most snapshots of an image (the format's bound).
 pub const MAX_SNAPSHOTS: usize = 65_536;
 

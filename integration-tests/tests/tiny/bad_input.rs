@@ -201,7 +201,7 @@ type Bad = (
 );
 
 fn flags_alone() -> Vec<Trial> {
-    let cases: [Bad; 13] = [
+    let cases: [Bad; 14] = [
         (
             "initrd_too_large",
             exit_code::ERROR,
@@ -239,6 +239,16 @@ fn flags_alone() -> Vec<Trial> {
                 Ok(flags)
             },
             &["disk[0].path", "'sub/base'", "outside", "image-folder"],
+        ),
+        (
+            "backing_chain_is_a_loop",
+            exit_code::ERROR,
+            |folder| {
+                let flags = overlay_of(folder, Path::new("loop"), "qcow2")?;
+                fs::copy(folder.join("inside/top"), folder.join("inside/loop"))?;
+                Ok(flags)
+            },
+            &["disk[0].path", "longer than 16 images"],
         ),
         (
             "kernel_missing",
@@ -349,13 +359,17 @@ fn flags_alone() -> Vec<Trial> {
 
 /// `inside/top`, an overlay of what it calls `backing`; beside its folder is `outside`, with a `base`.
 fn overlay(folder: &Path, backing: &Path) -> Result<Vec<String>> {
+    overlay_of(folder, backing, "raw")
+}
+
+fn overlay_of(folder: &Path, backing: &Path, format: &str) -> Result<Vec<String>> {
     let (inside, outside) = (folder.join("inside"), folder.join("outside"));
     fs::create_dir(&inside)?;
     fs::create_dir(&outside)?;
     File::create(outside.join("base"))?.set_len(1 << 20)?;
     let top = inside.join("top");
     let mut create = Command::new("qemu-img");
-    create.args(["create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b"]);
+    create.args(["create", "-q", "-u", "-f", "qcow2", "-F", format, "-b"]);
     match create.arg(backing).arg(&top).arg("1M").status() {
         Ok(status) if status.success() => {}
         _ => bail!(Skip("qemu-img is not installed".to_owned())),

@@ -14,10 +14,9 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
+use vm_spec::image::MAX_CHAIN;
 use vm_spec::spec::{ImageFormat, VmSpec};
 
-/// Longest backing chain: a loop ends here.
-const LONGEST_CHAIN: usize = 64;
 const SECTOR: u64 = 512;
 
 /// One image of a chain.
@@ -69,9 +68,9 @@ pub(super) fn open_chain(
             check_given(&device.field, disk, &wants)?;
         }
         let Some(backing) = wants.backing else { break };
-        if layers.len() == LONGEST_CHAIN {
+        if layers.len() == MAX_CHAIN {
             return Err(Failure::host(format!(
-                "{field}: the backing chain of {} is longer than {LONGEST_CHAIN} images",
+                "{field}: the backing chain of {} is longer than {MAX_CHAIN} images",
                 path.display()
             )));
         }

@@ -24,7 +24,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use vm_spec::control::exit_code;
-use vm_spec::image::{FromImageTool, ImageInfo, MAX_SNAPSHOTS, SnapshotInfo};
+use vm_spec::image::{FromImageTool, ImageInfo, MAX_CHAIN, MAX_SNAPSHOTS, SnapshotInfo};
 use vm_spec::spec::ImageFormat;
 use vm_spec::supervise::ExitStatus;
 
@@ -33,8 +33,6 @@ const ADDRESS_SPACE: u64 = 4 << 30;
 pub(super) const BINARY: &str = "bulkhead-image";
 /// How long the tool may be silent: it clears what a large image loses, and makes sure of space, without a word.
 const PATIENCE_MS: i32 = 600_000;
-/// Longest chain that is resolved; the engine's own bound.
-const LONGEST_CHAIN: usize = 16;
 
 /// What all verbs share.
 #[derive(Debug)]
@@ -176,9 +174,9 @@ impl Opened {
                 break;
             };
             let Some(name) = qcow2.backing_file else { break };
-            if all.layers.len() == LONGEST_CHAIN {
+            if all.layers.len() == MAX_CHAIN {
                 return Err(Failure::host(format!(
-                    "image: the chain of {} has more than {LONGEST_CHAIN} layers",
+                    "image: the chain of {} has more than {MAX_CHAIN} layers",
                     all.path.display()
                 )));
             }

@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use vm_memory::VolatileSlice;
+use vm_spec::image::MAX_CHAIN;
 
 pub use buffers::Buffers;
 pub(crate) use calls::{answers_at_once, read_at_once};
@@ -37,9 +38,6 @@ use sparse::SparseImage;
 
 /// Bytes in a sector of virtio-blk (virtio 1.3, 5.2.4).
 pub const SECTOR: u64 = 512;
-
-/// Layers of a chain, the top included. Bounds what a read of a hole can cost.
-pub const MAX_CHAIN: usize = 16;
 
 /// The formats that the launcher may name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
