@@ -1,23 +1,25 @@
 //! Back ends that were started by hand are confined before a front end is heard.
 
 use crate::fixture::Target;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     frontend_harness::{Connection, DEADLINE, request},
     process::{Process, connect},
-    suite::{need_jail, test},
+    suite::{Skip, need_jail, test},
 };
 use libtest_mimic::Trial;
-use std::fs;
+use nix::unistd::Uid;
+use std::{fs, process::Command};
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("confined::disk", || threads(Target::Disk)),
         test("confined::nic", || threads(Target::Nic)),
+        test("confined::disk_has_no_paths", paths),
     ]
 }
 
-/// A filter on each thread, and nothing to gain by executing something.
+/// A filter on each thread, no capability, and none to gain by executing something.
 fn threads(target: Target) -> Result<()> {
     need_jail()?;
     let folder = tempfile::tempdir()?;
@@ -36,6 +38,13 @@ fn threads(target: Target) -> Result<()> {
         };
         ensure!(value("NoNewPrivs:")? == "1", "{status}");
         ensure!(value("Seccomp:")? == "2", "{status}");
+        for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
+            ensure!(u64::from_str_radix(value(set)?, 16)? == 0, "{status}");
+        }
+        // Who had none at the start cannot empty this set, and gains nothing by it.
+        if Uid::effective().is_root() {
+            ensure!(u64::from_str_radix(value("CapBnd:")?, 16)? == 0, "{status}");
+        }
         filters.push(value("Seccomp_filters:")?.parse::<u32>()?);
     }
     ensure!(filters.len() > 1, "a queue has no thread");
@@ -43,6 +52,48 @@ fn threads(target: Target) -> Result<()> {
     ensure!(
         filters.iter().all(|count| *count == filters[0]),
         "{filters:?} filters"
+    );
+    Ok(())
+}
+
+/// Landlock on each thread, which nothing but the calls themselves shows from outside.
+fn paths() -> Result<()> {
+    need_jail()?;
+    let folder = tempfile::tempdir()?;
+    let (socket, calls) = (folder.path().join("sock"), folder.path().join("calls"));
+    let (command, _served) = Target::Disk.command()?;
+    let mut traced = Command::new("strace");
+    // The back end is our child, and strace goes when it does.
+    traced.args(["-D", "-f", "-qq", "-e", "trace=/^landlock_", "-o"]);
+    traced
+        .arg(&calls)
+        .arg(command.get_program())
+        .args(command.get_args());
+    traced.arg(format!("--socket-path={}", socket.display()));
+    if Command::new("strace").arg("-V").output().is_err() {
+        bail!(Skip("strace is not installed".to_owned()));
+    }
+    let process = Process::start(traced)?;
+    let mut connection = Connection::new(connect(&socket, DEADLINE)?, DEADLINE);
+    connection.ask(request::GET_FEATURES, &[], &[])?;
+    let calls = fs::read_to_string(&calls)?;
+    let successes = |call: &str| {
+        let of_it = calls.lines().filter(|line| line.contains(call));
+        of_it.filter(|line| !line.contains(" = -1 ")).count()
+    };
+    // Whoever asks the kernel for it learns that there is none.
+    ensure!(
+        calls.contains("landlock_create_ruleset("),
+        "nobody asks for Landlock"
+    );
+    if successes("landlock_create_ruleset(") == 0 {
+        bail!(Skip("no Landlock on this host".to_owned()));
+    }
+    let threads = fs::read_dir(format!("/proc/{}/task", process.pid()))?.count();
+    let restricted = successes("landlock_restrict_self(");
+    ensure!(
+        restricted == threads,
+        "{restricted} of {threads} threads: {calls}"
     );
     Ok(())
 }
