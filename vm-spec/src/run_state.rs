@@ -1,8 +1,9 @@
 //! What is known of a running VM from outside: `state.json` in its run-time folder
 //! (`$XDG_RUNTIME_DIR/bulkhead/NAME`, or `/tmp/bulkhead-UID/NAME`).
 //!
-//! The spawner writes it whole and renames it into place: once when every process runs, again
-//! when the guest runs, and again when the VM is over. Times are CLOCK_MONOTONIC nanoseconds.
+//! The spawner writes it whole and renames it into place: once when every process runs, again when the guest runs,
+//! when a process has a successor, when a device is attached or detached, and when the VM is over. Times are
+//! CLOCK_MONOTONIC nanoseconds.
 
 use serde::{Deserialize, Serialize};
 
@@ -114,7 +115,8 @@ pub struct ProcessState {
     pub id: Option<u32>,
     /// Whether it runs in a jail of its own namespaces.
     pub jailed: bool,
-    /// The file descriptors it was executed with; empty where nothing was executed.
+    /// The file descriptors it was executed with; empty where nothing was executed. Those of the vmm and the supervisor
+    /// that belong to a device are closed once it was detached, and stand here still.
     pub fds: Vec<FdState>,
     /// Every other that it holds while the guest runs.
     #[serde(default)]
