@@ -27,6 +27,7 @@ mod values;
 #[path = "../../fuzz/cli.rs"]
 pub(crate) mod fuzz;
 
+use crate::audit::catalogue::Attack;
 use crate::audit::wall::Wall;
 use crate::audit::{self, AUDITED};
 use crate::clock::monotonic_ns;
@@ -187,9 +188,9 @@ enum Verb {
         without: Option<Wall>,
         #[arg(long, help = audited_help(), value_parser = values::audited(), hide_possible_values = true)]
         role: Option<Role>,
-        /// Only this attack
-        #[arg(long, value_name = "NAME")]
-        attack: Option<String>,
+        /// Only this attack, by its name in the report
+        #[arg(long, value_name = "NAME", value_parser = values::attack(), hide_possible_values = true)]
+        attack: Option<&'static Attack>,
         /// The folder with the probes (default: probes, beside this program)
         #[arg(long, value_name = "FOLDER")]
         probes: Option<PathBuf>,

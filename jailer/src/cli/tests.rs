@@ -1,6 +1,7 @@
 //! The command line as a whole.
 
 use super::*;
+use crate::audit::catalogue::ATTACKS;
 
 #[test]
 fn the_command_line_is_sound() {
@@ -70,6 +71,20 @@ fn only_roles_with_attacks_are_audited() {
     for role in Role::ALL {
         assert_eq!(audit(role).is_ok(), AUDITED.contains(&role), "{role}");
     }
+}
+
+#[test]
+fn an_attack_that_was_meant_is_named() {
+    let audit = |name| Cli::try_parse_from(["bulkhead", "audit", "--attack", name]);
+    for attack in ATTACKS {
+        audit(attack.name).expect(attack.name);
+    }
+    let mut wrong = ATTACKS[0].name.to_owned();
+    wrong.pop();
+    let error = audit(&wrong).unwrap_err();
+    assert_eq!(error.exit_code(), i32::from(USAGE));
+    let meant = format!("'{}'", ATTACKS[0].name);
+    assert!(error.to_string().contains(&meant), "{error}");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Values that are one of a few words: the parser, completions and helps name the same.
 
 use crate::audit::AUDITED;
+use crate::audit::catalogue::{ATTACKS, Attack};
 use crate::audit::wall::Wall;
 use crate::sandbox::{Role, SeccompMode};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -23,6 +24,13 @@ pub(super) fn role() -> impl TypedValueParser<Value = Role> {
 
 pub(super) fn audited() -> impl TypedValueParser<Value = Role> {
     one_of(AUDITED.map(|role| (role.name(), role)))
+}
+
+pub(super) fn attack() -> impl TypedValueParser<Value = &'static Attack> {
+    PossibleValuesParser::new(ATTACKS.iter().map(|attack| attack.name)).try_map(|given| {
+        let known = ATTACKS.iter().find(|attack| attack.name == given);
+        known.ok_or("there is no such attack")
+    })
 }
 
 pub(super) fn wall() -> impl TypedValueParser<Value = Wall> {
