@@ -8,6 +8,9 @@ use images::kernel::{Kernel, KernelChoice};
 use std::error::Error;
 use std::process::ExitCode;
 
+/// What stands before the root's image, by which the README's tour finds it.
+const DEBIAN_ROOT: &str = "Debian root ";
+
 fn main() -> ExitCode {
     match build() {
         Ok(()) => ExitCode::SUCCESS,
@@ -37,6 +40,18 @@ fn build() -> images::Result<()> {
         }
     }
     println!("busybox {}", initramfs::busybox(&apt)?.display());
-    println!("Debian root {}", debian_root(&cache, &apt)?.display());
+    println!("{DEBIAN_ROOT}{}", debian_root(&cache, &apt)?.display());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::DEBIAN_ROOT;
+
+    #[test]
+    fn the_readme_finds_the_roots_image() {
+        let readme = include_str!("../../README.md");
+        let command = format!("sed -n 's/^{DEBIAN_ROOT}//p' ");
+        assert!(readme.contains(&command), "no {command}");
+    }
 }
