@@ -30,7 +30,14 @@ pub fn queue(input: &[u8]) {
         on_error: OnError::Report,
         trouble: Arc::default(),
     };
-    let mut queue = BlkQueue::new(image as &'static dyn Image, settings, Arc::default(), None, None);
+    let mut queue = BlkQueue::new(
+        0,
+        image as &'static dyn Image,
+        settings,
+        Arc::default(),
+        None,
+        None,
+    );
     vhost_daemon::fuzz::serve(&mut queue, features, input);
     assert_eq!(file.lock().len(), CAPACITY, "a request changed the disk's size");
 }

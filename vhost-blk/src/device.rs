@@ -271,8 +271,9 @@ impl Device for BlkDevice {
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
         let mut rings = std::mem::take(&mut self.rings).into_iter();
         let mut flushes = self.flusher.iter().flat_map(Flusher::queues);
-        let mut queue = |counters: &Arc<QueueCounters>| -> Box<dyn QueueHandler> {
+        let mut queue = |(index, counters): (usize, &Arc<QueueCounters>)| -> Box<dyn QueueHandler> {
             Box::new(BlkQueue::new(
+                index,
                 self.image,
                 self.settings.clone(),
                 Arc::clone(counters),
@@ -280,7 +281,12 @@ impl Device for BlkDevice {
                 flushes.next(),
             ))
         };
-        self.counters.queues().iter().map(&mut queue).collect()
+        self.counters
+            .queues()
+            .iter()
+            .enumerate()
+            .map(&mut queue)
+            .collect()
     }
 
     fn config_source(&self) -> Option<BorrowedFd<'_>> {

@@ -41,6 +41,7 @@ struct Parked {
 /// The handler of one queue; all queues share the image, which lives as long as the process, so that
 /// transfers under way may refer to it.
 pub(crate) struct BlkQueue {
+    index: usize,
     image: &'static dyn Image,
     settings: Settings,
     counters: Arc<QueueCounters>,
@@ -63,6 +64,7 @@ pub(crate) struct BlkQueue {
 
 impl BlkQueue {
     pub(crate) fn new(
+        index: usize,
         image: &'static dyn Image,
         settings: Settings,
         counters: Arc<QueueCounters>,
@@ -71,6 +73,7 @@ impl BlkQueue {
     ) -> Self {
         let now = Instant::now();
         Self {
+            index,
             image,
             settings,
             counters,
@@ -281,7 +284,10 @@ impl BlkQueue {
 
     fn park(&mut self, chain: Chain, taken: Instant) {
         if self.parked.is_empty() {
-            tracing::warn!("the host fails a request: the queue stops until it succeeds");
+            tracing::warn!(
+                queue = self.index,
+                "the host fails a request: the queue stops until it succeeds"
+            );
             self.retry_at = Instant::now() + RETRY;
         }
         self.settings.trouble.waits();
@@ -309,7 +315,7 @@ impl BlkQueue {
         self.retry_at = self.clock + RETRY;
         self.counters.set_stopped(self.parked.len());
         if self.parked.is_empty() {
-            tracing::warn!("the host is able again: the queue goes on");
+            tracing::warn!(queue = self.index, "the host is able again: the queue goes on");
         }
     }
 

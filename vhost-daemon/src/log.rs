@@ -10,7 +10,7 @@ pub(crate) enum LogFormat {
     /// For people.
     #[default]
     Human,
-    /// One JSON object a line.
+    /// One JSON object a line, with the keys `timestamp`, `level`, `message` and the event's own, such as `queue`.
     Json,
 }
 
@@ -37,6 +37,6 @@ pub(crate) fn start(level: LevelFilter, format: LogFormat) {
     // Only a second call in one process fails, and then the first one's settings stay.
     let _ = match format {
         LogFormat::Human => builder.try_init(),
-        LogFormat::Json => builder.json().try_init(),
+        LogFormat::Json => builder.json().flatten_event(true).try_init(),
     };
 }

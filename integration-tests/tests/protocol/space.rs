@@ -15,6 +15,7 @@ use integration_tests::{
     suite::{Skip, artifact, test},
 };
 use libtest_mimic::Trial;
+use serde_json::Value;
 use std::{
     io::{BufReader, Write},
     os::unix::net::UnixStream,
@@ -192,7 +193,7 @@ fn report(kind: Kind) -> Result<()> {
 }
 
 fn stop(kind: Kind) -> Result<()> {
-    let mut host = Host::start("tmpfs", kind, &["--on-error=stop"])?;
+    let mut host = Host::start("tmpfs", kind, &["--on-error=stop", "--log-format=json"])?;
     let end = host.fill_until_stopped()?;
     // What comes behind waits, too.
     host.driver.submit(0, &write_block(7, end + 1))?;
@@ -206,6 +207,15 @@ fn stop(kind: Kind) -> Result<()> {
         host.is_stopped(0)?,
         "nothing waits, and the counter says otherwise"
     );
+    let log = host.process.stderr()?;
+    for words in ["the queue stops", "the queue goes on"] {
+        let line = log
+            .lines()
+            .find(|line| line.contains(words))
+            .context("no word of it")?;
+        let told: Value = serde_json::from_str(line)?;
+        ensure!(told["queue"] == 0 && told["message"].is_string(), "{line}");
+    }
     host.check(end + 2)
 }
 
