@@ -58,7 +58,7 @@ pub(super) struct VmFlags {
     /// Back memory with pages of this size: 2M or 1G
     #[arg(long, value_name = "SIZE")]
     huge_pages: Option<ByteSize>,
-    /// path=FILE,format=raw|qcow2[,readonly][,cache=writeback|none][,l2-cache-size=SIZE][,serial=]
+    /// path=FILE,format=raw|qcow2|vmdk|vdi|vhdx|vhd[,readonly][,cache=writeback|none][,l2-cache-size=SIZE][,serial=]
     /// [,poll-us=][,on-error=report|stop][,{ops,bytes}[-burst]=][,data-file=][,key-file=|,key-fd=]
     /// or vhost-user=SOCKET[,in-order=true]; [,id=][,slot=][,queues=]
     #[arg(long, value_name = "KEY=VALUE,...")]

@@ -25,9 +25,17 @@ const EXIT_CODES: [(&str, &str); 12] = [
     ("148", "a process made a system call that its filter forbids"),
     ("128 + n", "ended by signal n, or asked by it a second time"),
 ];
-/// Of every other verb that says no others.
+/// Of every other verb.
 const OTHERS_EXIT: &str =
     "0: done. 1: something failed. 2: the command line is wrong, or no such VM runs. 8: a deadline passed.";
+const LISTENERS_EXIT: &str = "0: done, or the VM is over. 1: something failed. 2: the command line is wrong, or no such VM runs. \
+     128 + n: ended by signal n.";
+const IMAGE_EXIT: &str = "0: done. 1: something failed. 2: the command line is wrong. 148: the jailed tool made a system call \
+     that its filter forbids. 128 + n: ended by signal n.";
+const AUDIT_EXIT: &str =
+    "0: nothing got through. 1: an attack got through, or something failed. 2: the command line is wrong.";
+const DOCTOR_EXIT: &str =
+    "0: nothing that is needed is missing. 1: something is. 2: the command line is wrong.";
 const ENVIRONMENT: [(&str, &str); 4] = [
     (
         "XDG_RUNTIME_DIR",
@@ -92,13 +100,22 @@ fn complete(made: &str, verb: &[String]) -> String {
         };
     }
     let run = verb.first().is_none_or(|verb| verb == "run");
-    // Verbs of images say their own.
-    match verb.first().map(String::as_str) {
-        None | Some("run") => list(&mut page, "EXIT STATUS", &EXIT_CODES),
-        Some("image") => {}
-        Some(_) => {
-            let _ = writeln!(page, ".SH \"EXIT STATUS\"\n{OTHERS_EXIT}");
+    let words: Vec<_> = verb.iter().map(String::as_str).collect();
+    let text = match *words {
+        [] | ["run"] => {
+            list(&mut page, "EXIT STATUS", &EXIT_CODES);
+            None
         }
+        // It has said so.
+        ["image", "check"] => None,
+        ["image", ..] => Some(IMAGE_EXIT),
+        ["console" | "logs"] => Some(LISTENERS_EXIT),
+        ["audit"] => Some(AUDIT_EXIT),
+        ["doctor"] => Some(DOCTOR_EXIT),
+        _ => Some(OTHERS_EXIT),
+    };
+    if let Some(text) = text {
+        let _ = writeln!(page, ".SH \"EXIT STATUS\"\n{text}");
     }
     if run {
         list(&mut page, "ENVIRONMENT", &ENVIRONMENT);
@@ -161,6 +178,17 @@ mod tests {
                 assert!(page.contains(&format!(".SH \"{section}\"")), "{page}");
             }
         }
-        assert!(page(&["stop"]).unwrap().contains("EXIT STATUS"));
+        for (verb, words) in [
+            (["stop"].as_slice(), "8: a deadline"),
+            (&["console"], "128 + n"),
+            (&["audit"], "got through"),
+            (&["doctor"], "missing"),
+            (&["image", "convert"], "148: the jailed tool"),
+            (&["image", "check"], "3 if it leaks"),
+        ] {
+            let page = page(verb).unwrap();
+            assert!(page.contains(words), "{page}");
+            assert_eq!(page.contains("EXIT STATUS"), verb != ["image", "check"], "{page}");
+        }
     }
 }
