@@ -8,7 +8,7 @@ use std::str::FromStr;
 pub enum Wall {
     /// The role's system call filter.
     Seccomp,
-    /// User, mount, pid, net, ipc, uts and cgroup namespaces, and the empty root.
+    /// User, mount, pid, net, ipc, uts, cgroup and time namespaces, and the empty root.
     Namespace,
     /// Landlock: no path, no TCP port, no signal and no abstract socket beyond the process.
     Landlock,

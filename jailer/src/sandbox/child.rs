@@ -157,7 +157,7 @@ pub fn open_proc() -> io::Result<OwnedFd> {
 
 /// Kernels before 5.6 have no time namespaces, and refuse the flag. A forker, which may look at no path,
 /// knows it from before.
-fn time_namespaces() -> bool {
+pub(crate) fn time_namespaces() -> bool {
     static KNOWN: OnceLock<bool> = OnceLock::new();
     *KNOWN.get_or_init(|| std::path::Path::new("/proc/self/ns/time").exists())
 }

@@ -11,8 +11,8 @@
 //!                               +-- does not end --> Lost <-- too many failures in a row
 //! ```
 //!
-//! A successor is asked for only once its predecessor was reaped. All that a process of ours has
-//! under way for the guest is synchronous, so that then nothing of it still lands in the image.
+//! A successor is asked for only once its predecessor was reaped. What that had under way for the guest has ended with
+//! it, or the successor waits for it before it serves (`cache=none`), so that nothing of it lands in the image later.
 
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,7 @@ const HEALTHY: Duration = Duration::from_millis(50);
 const FIRST_DELAY: Duration = Duration::from_millis(10);
 /// The longest wait between attempts.
 const LONGEST_DELAY: Duration = Duration::from_secs(2);
-/// This many failures in a row, about 5 s, are the end of the device.
+/// One failure in a row more than this, with 6.55 s of waits between them, is the end of the device.
 const MOST_FAILURES: u32 = 11;
 /// More deaths than this, less one for each second that passes, are the end of a device whose
 /// processes live too long to count as failures and yet die again and again.

@@ -1,6 +1,7 @@
 //! What `--dry-run` prints.
 
 use super::{Jail, Plan};
+use crate::sandbox::child::time_namespaces;
 use crate::sandbox::landlock_level;
 use std::fmt::Write as _;
 use vm_spec::run_state::{FdLink, Kept, MadeFds};
@@ -13,7 +14,10 @@ impl Plan {
             format!("Landlock level {level}")
         });
         let walls = match self.jail {
-            Jail::On => "user, mount, pid, net, ipc, uts, cgroup and time namespaces; empty read-only root; ",
+            Jail::On if time_namespaces() => {
+                "user, mount, pid, net, ipc, uts, cgroup and time namespaces; empty read-only root; "
+            }
+            Jail::On => "user, mount, pid, net, ipc, uts and cgroup namespaces; empty read-only root; ",
             Jail::Off => "off; ",
         };
         for process in self.processes() {
