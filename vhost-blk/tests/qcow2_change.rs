@@ -268,6 +268,14 @@ fn what_excludes_a_change_is_named_and_nothing_is_written() {
     let data = scratch.path("data");
     create(&path, &format!("data_file={}", text(&data)), "1M");
     refused("external data file", &take);
+    let (start, ..) = image_with_snapshot();
+    std::fs::write(&path, &start).expect("writes");
+    // The first entry; its lengths of id and name, and these, behind 40 bytes and the extra data.
+    let table = u64::from_be_bytes(start[64..72].try_into().expect("eight bytes"));
+    let extra = u64::from(start[table as usize + 39]);
+    patch(&path, table + 12, &[0, 20, 0, 3]);
+    patch(&path, table + 40 + extra, b"18446744073709551615one");
+    refused("snapshot id", &take);
     std::fs::write(&path, b"").expect("writes");
     let make = |size, cluster_bits| {
         move |file: &dyn BlockFile| {

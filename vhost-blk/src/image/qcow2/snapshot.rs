@@ -21,7 +21,7 @@ const EXTRA: u32 = 24;
 /// Takes a snapshot called `name` of the disk as it is; `now` is since 1970.
 ///
 /// # Errors
-/// [`ImageError::Refused`] where the image's features or the name exclude it.
+/// [`ImageError::Refused`] where the image's features or the name exclude it, or a snapshot has the last id.
 pub fn take(
     file: &dyn BlockFile,
     name: &str,
@@ -35,7 +35,7 @@ pub fn take(
         ));
     }
     let (header, size) = open(file)?;
-    let (mut table, mut highest) = (Vec::new(), 0);
+    let (mut table, mut highest) = (Vec::new(), 0_u64);
     for entry in tables::snapshot_entries(&header, file) {
         let entry = entry?;
         let known = info::snapshot(file, &entry, header.size)?;
@@ -45,6 +45,9 @@ pub fn take(
         highest = known.id.parse().unwrap_or(0).max(highest);
         table.extend(bytes_of(file, &entry)?);
     }
+    let id = highest
+        .checked_add(1)
+        .ok_or_else(|| ImageError::refused("snapshot id", format!("there is none above {highest}")))?;
     let mut l1 = vec![0; header.l1_size as usize * 8];
     file.read_at(&mut l1, header.l1_offset)
         .map_err(ImageError::io("read the L1 table"))?;
@@ -52,13 +55,7 @@ pub fn take(
         .flat_map(|entry| (entry & !COPIED).to_be_bytes())
         .collect();
     let place = size.next_multiple_of(header.geometry.cluster_size());
-    table.extend(new_entry(
-        &header,
-        place,
-        &(highest + 1_u64).to_string(),
-        name,
-        now,
-    ));
+    table.extend(new_entry(&header, place, &id.to_string(), name, now));
     change(file, &header, progress, &|file| {
         let next = append(file, &header.geometry, &l1, place)?;
         publish(file, &header, header.snapshots + 1, &table, next)
