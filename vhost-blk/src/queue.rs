@@ -474,7 +474,8 @@ impl QueueHandler for BlkQueue {
             ..Wait::AVAILABLE
         };
         if let Some(uring) = &mut self.uring {
-            uring.submit().unwrap_or_else(|error| lost(&error));
+            let again = uring.submit().unwrap_or_else(|error| lost(&error));
+            wait.pause = wait.pause.into_iter().chain(again).min();
             wait.available &= uring.has_room();
             wait.readable = uring.is_busy();
         }

@@ -105,6 +105,8 @@ mod armed {
         IoError(Instant, Instant),
         /// The host's io_uring takes nothing.
         Ring,
+        /// It takes nothing the first time.
+        BusyRing(AtomicBool),
     }
 
     static FAULT: OnceLock<Fault> = OnceLock::new();
@@ -126,6 +128,7 @@ mod armed {
             (None, "spin") => Fault::Spin(now + Duration::from_secs(1), AtomicBool::new(false)),
             (None, "io-error") => Fault::IoError(now + Duration::from_secs(1), now + Duration::from_secs(3)),
             (None, "ring") => Fault::Ring,
+            (None, "busy-ring") => Fault::BusyRing(AtomicBool::new(false)),
             (None, "slow-flush") => Fault::SlowFlush(Duration::from_secs(10), AtomicBool::new(false)),
             _ => return,
         };
@@ -145,13 +148,16 @@ mod armed {
         }
     }
 
-    /// Fails as an io_uring does that the host takes away.
+    /// Fails as an io_uring does that the host takes away, or that can take nothing now.
     ///
     /// # Errors
-    /// ENXIO.
+    /// ENXIO; EAGAIN.
     pub fn ring() -> std::io::Result<()> {
         match FAULT.get() {
             Some(Fault::Ring) => Err(nix::errno::Errno::ENXIO.into()),
+            Some(Fault::BusyRing(done)) if !done.swap(true, Ordering::Relaxed) => {
+                Err(nix::errno::Errno::EAGAIN.into())
+            }
             _ => Ok(()),
         }
     }

@@ -29,23 +29,28 @@ pub(crate) fn tests() -> Vec<Trial> {
         }
     }
     tests.push(test("recovery::a_ring_that_fails", ring_fails));
+    tests.push(test("recovery::a_ring_that_is_busy", ring_is_busy));
     tests
 }
 
-/// Nobody knows what becomes of requests in an io_uring that fails: the process ends, and the next one does them.
-fn ring_fails() -> Result<()> {
-    let disk = Disk::new(Kind::Raw)?;
-    let options = Options::default();
-    let mut command = disk.faulty("ring")?;
+/// A process whose io_uring has this fault, and a driver.
+fn with_faulty_ring(disk: &Disk, fault: &str) -> Result<(Process, BlockDriver)> {
+    let mut command = disk.faulty(fault)?;
     command.args(["--io=uring", "--fd=3"]);
-    let (mut process, socket) = Process::start_with_socket(command)?;
-    let session = match Session::start(socket, &options) {
+    let (process, socket) = Process::start_with_socket(command)?;
+    let session = match Session::start(socket, &Options::default()) {
         Err(_) if process.stderr()?.contains("refuses an io_uring") => {
             bail!(Skip("the host has no io_uring".to_owned()))
         }
         session => session?,
     };
-    let mut driver = BlockDriver::new(session);
+    Ok((process, BlockDriver::new(session)))
+}
+
+/// Nobody knows what becomes of requests in an io_uring that fails: the process ends, and the next one does them.
+fn ring_fails() -> Result<()> {
+    let disk = Disk::new(Kind::Raw)?;
+    let (mut process, mut driver) = with_faulty_ring(&disk, "ring")?;
     driver.submit(0, &read_block(0))?;
     driver.kick(0)?;
     let status = process.wait(DEADLINE)?;
@@ -55,10 +60,17 @@ fn ring_fails() -> Result<()> {
         "{status}: {log}"
     );
     let (_next, socket) = disk.start()?;
-    let mut driver = driver.resume(socket, &options)?;
+    let mut driver = driver.resume(socket, &Options::default())?;
     let status = driver.complete(0)?.status;
     ensure!(status == STATUS_OK, "status {status}");
     Ok(())
+}
+
+/// A request that the kernel cannot take at once needs no further kick.
+fn ring_is_busy() -> Result<()> {
+    let disk = Disk::new(Kind::Raw)?;
+    let (_process, mut driver) = with_faulty_ring(&disk, "busy-ring")?;
+    driver.done(0, &read_block(0)).map(drop)
 }
 
 /// Kills the back end `ROUNDS` times, each time a little later, with up to `DEPTH` requests in

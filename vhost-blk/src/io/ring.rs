@@ -12,14 +12,17 @@ use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
 use jailer::sandbox::{Role, opcodes};
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, ppoll};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use vhost_daemon::{Chain, faults};
 use vm_memory::VolatileSlice;
 
 /// Transfers under way on one queue.
 const DEPTH: u16 = 128;
+/// Until what the kernel could not take is handed to it again.
+const BUSY: Duration = Duration::from_millis(10);
 /// The kernel's IOV_MAX.
 const MAX_IOVECS: usize = 1024;
 
@@ -159,17 +162,25 @@ impl RestrictedRing {
         Ok(())
     }
 
-    /// Hands to the kernel what was pushed. What it cannot take now stays queued for the next call.
-    pub(crate) fn submit(&mut self) -> io::Result<()> {
+    /// Hands to the kernel what was pushed. What it cannot take now stays queued: then says after which time to call
+    /// again, since nothing else may.
+    pub(crate) fn submit(&mut self) -> io::Result<Option<Duration>> {
         if self.ring.submission().is_empty() {
-            return Ok(());
+            return Ok(None);
         }
-        accept_busy(faults::ring().and_then(|()| self.ring.submit()))
+        accept_busy(faults::ring().and_then(|()| self.ring.submit()))?;
+        Ok((!self.ring.submission().is_empty()).then_some(BUSY))
     }
 
-    /// Waits until a transfer has ended; one must be under way.
+    /// Waits until a transfer has ended, or some time where the kernel cannot take them all now; one must be under way.
     pub(crate) fn wait(&mut self) -> io::Result<()> {
-        accept_busy(self.ring.submit_and_wait(1))
+        accept_busy(self.ring.submit_and_wait(1))?;
+        if !self.ring.submission().is_empty() {
+            let mut ended = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
+            // A signal: the caller calls again.
+            let _ = ppoll(&mut ended, Some(BUSY.into()), None);
+        }
+        Ok(())
     }
 
     /// Whether one has ended; asks the kernel nothing.
