@@ -9,7 +9,7 @@ use crate::image::{self, Image, SECTOR};
 use crate::io::RestrictedRing;
 use crate::options::{Options, Place, USAGE};
 use crate::queue::BlkQueue;
-use crate::request::{MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_WRITE_ZEROES_SECTORS};
+use crate::request::{MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_WRITE_ZEROES_SECTORS, told_sectors};
 use crate::settings::Settings;
 use jailer::sandbox::{Role, make_no_more_rings};
 use std::error::Error;
@@ -232,7 +232,7 @@ impl Device for BlkDevice {
 
     fn config(&self) -> Vec<u8> {
         let optimal = self.image.optimal_io_size() / SECTOR;
-        let discard_sectors = self.image.discard_granularity() / SECTOR;
+        let cluster = self.image.discard_granularity();
         let config = Config {
             capacity: (self.image.capacity() / SECTOR).into(),
             size_max: 0.into(),
@@ -248,10 +248,10 @@ impl Device for BlkDevice {
             writeback: 0,
             unused0: 0,
             num_queues: self.num_queues().into(),
-            max_discard_sectors: MAX_DISCARD_SECTORS.into(),
+            max_discard_sectors: told_sectors(MAX_DISCARD_SECTORS, cluster).into(),
             max_discard_seg: MAX_DISCARD_SEGMENTS.into(),
-            discard_sector_alignment: u32::try_from(discard_sectors).unwrap_or(1).into(),
-            max_write_zeroes_sectors: MAX_WRITE_ZEROES_SECTORS.into(),
+            discard_sector_alignment: u32::try_from(cluster / SECTOR).unwrap_or(1).into(),
+            max_write_zeroes_sectors: told_sectors(MAX_WRITE_ZEROES_SECTORS, cluster).into(),
             max_write_zeroes_seg: MAX_DISCARD_SEGMENTS.into(),
             write_zeroes_may_unmap: u8::from(self.image.can_discard()),
             unused1: [0; 3],

@@ -14,6 +14,7 @@ pub mod image;
 pub mod io;
 mod options;
 mod outcome;
+mod pieces;
 mod queue;
 mod request;
 mod settings;

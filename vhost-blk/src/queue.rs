@@ -9,6 +9,7 @@ use crate::flusher::Flushes;
 use crate::image::{Buffers, Image, Resolved, Way, read_at_once};
 use crate::io::{Direction, RestrictedRing, Transfer};
 use crate::outcome::{Done, Failure};
+use crate::pieces::in_pieces;
 use crate::request::{Request, Status};
 use crate::settings::{OnError, Settings};
 use jailer::sandbox::end;
@@ -194,13 +195,17 @@ impl BlkQueue {
         use Operation as O;
         match request {
             Request::In { offset, length } => {
-                let read = chain.with_writable(0, *length, |slices| self.image.read(slices, *offset));
+                let read = in_pieces(*offset, *length as u64, |at, length| {
+                    let skip = (at - offset) as usize;
+                    chain.with_writable(skip, length as usize, |slices| self.image.read(slices, at))
+                });
                 Done::new(O::Read, *length, read.map_err(Failure::from))
             }
             Request::Out { offset, length } => {
                 let written = faults::write().and_then(|()| {
-                    chain.with_readable(Request::HEADER_LENGTH, *length, |slices| {
-                        self.image.write(slices, *offset)
+                    in_pieces(*offset, *length as u64, |at, length| {
+                        let skip = Request::HEADER_LENGTH + (at - offset) as usize;
+                        chain.with_readable(skip, length as usize, |slices| self.image.write(slices, at))
                     })
                 });
                 let written = written.and_then(|()| self.write_through());
@@ -228,13 +233,17 @@ impl BlkQueue {
             Request::Discard(ranges) => {
                 self.check_offered(VIRTIO_BLK_F_DISCARD)?;
                 for range in ranges {
-                    self.image.discard(range.offset, range.length)?;
+                    in_pieces(range.offset, range.length, |at, length| {
+                        self.image.discard(at, length)
+                    })?;
                 }
             }
             Request::WriteZeroes(ranges) => {
                 self.check_offered(VIRTIO_BLK_F_WRITE_ZEROES)?;
                 for range in ranges {
-                    self.image.write_zeroes(range.offset, range.length, range.unmap)?;
+                    in_pieces(range.offset, range.length, |at, length| {
+                        self.image.write_zeroes(at, length, range.unmap)
+                    })?;
                 }
                 self.write_through()?;
             }

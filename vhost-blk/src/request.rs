@@ -19,6 +19,15 @@ pub(crate) const MAX_DISCARD_SECTORS: u32 = 8 << 20;
 pub(crate) const MAX_WRITE_ZEROES_SECTORS: u32 = 128 << 10;
 /// Most segments in either: bounds what one request can ask for.
 pub(crate) const MAX_DISCARD_SEGMENTS: u32 = 32;
+/// Clusters that a driver is told to clear at most by one segment, so that 32 of them take a second or so. More are
+/// taken: a driver keeps to what it was told when it started, maybe by another build.
+const MOST_CLUSTERS: u64 = 64 << 10;
+
+/// What a driver is told of `most` sectors a segment, for an image with `cluster` bytes to a cluster.
+pub(crate) fn told_sectors(most: u32, cluster: u64) -> u32 {
+    let sectors = (cluster / SECTOR).max(1).saturating_mul(MOST_CLUSTERS);
+    u32::try_from(sectors).unwrap_or(most).min(most)
+}
 
 /// A request's last byte.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -180,6 +189,16 @@ fn ranges(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_driver_is_told_follows_the_clusters() {
+        for (cluster, mib) in [(512, 32), (4 << 10, 256), (64 << 10, 4096), (2 << 20, 4096)] {
+            let told = told_sectors(MAX_DISCARD_SECTORS, cluster);
+            assert_eq!(told, mib << 11, "clusters of {cluster} bytes");
+            let told = told_sectors(MAX_WRITE_ZEROES_SECTORS, cluster);
+            assert_eq!(told, mib.min(64) << 11, "clusters of {cluster} bytes");
+        }
+    }
 
     #[test]
     fn ranges_lie_inside_the_disk() {

@@ -47,7 +47,7 @@ pub use orders::{Order, OrderNumber, Orders};
 pub use ring::{Chain, Ring, RingFault};
 pub use run::{DaemonError, run};
 pub use session::{ServeError, SessionError};
-pub use worker::WorkerError;
+pub use worker::{WorkerError, progress};
 
 #[cfg(feature = "fuzzing")]
 #[path = "../fuzz/mod.rs"]

@@ -32,6 +32,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+pub use watch::progress;
 use watch::{Pulse, Watch};
 
 /// Longest wait for a worker's answer. A drain waits for the slowest I/O of the host; longer than

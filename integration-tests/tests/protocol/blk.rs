@@ -183,7 +183,7 @@ fn write_zeroes(kind: Kind) -> Result<()> {
 }
 
 /// `struct virtio_blk_discard_write_zeroes`.
-fn segment(sector: u64, count: u32, flags: u32) -> Vec<u8> {
+pub(crate) fn segment(sector: u64, count: u32, flags: u32) -> Vec<u8> {
     [
         &sector.to_le_bytes()[..],
         &count.to_le_bytes(),
@@ -360,6 +360,16 @@ fn config(kind: Kind) -> Result<()> {
         config[34..36] == 4_u16.to_le_bytes(),
         "num_queues {:?}",
         &config[34..36]
+    );
+    // max_discard_sectors is the 32 bits at 36: 65536 clusters.
+    let cluster = match kind {
+        Kind::Raw | Kind::RawDirect | Kind::Reference => 4 << 10,
+        Kind::Qcow2 | Kind::Qcow2Direct => 64_u32 << 10,
+    };
+    ensure!(
+        config[36..40] == (cluster * (65536 / 512)).to_le_bytes(),
+        "max_discard_sectors {:?}",
+        &config[36..40]
     );
     ensure!(
         driver.session.queue_num >= 4,

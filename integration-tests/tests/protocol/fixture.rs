@@ -83,7 +83,8 @@ pub(crate) enum Flaws {
 /// `qemu-img check`'s exit code for leaks and nothing worse.
 const LEAKS: i32 = 3;
 
-fn check(name: &str, flaws: Flaws) -> Result<()> {
+/// That the image has no others.
+pub(crate) fn check(name: &str, flaws: Flaws) -> Result<()> {
     let output = qemu_img_output(Path::new("."), &["check", "-f", "qcow2", name])?;
     let code = output.status.code();
     let text = String::from_utf8_lossy(&output.stdout);

@@ -13,6 +13,7 @@ mod image_damaged;
 mod image_refused;
 mod install;
 mod life;
+mod long;
 mod net;
 mod recovery;
 mod space;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
     tests.extend(image_refused::tests());
     tests.extend(install::tests());
     tests.extend(life::tests());
+    tests.extend(long::tests());
     tests.extend(net::tests());
     tests.extend(recovery::tests());
     tests.extend(space::tests());

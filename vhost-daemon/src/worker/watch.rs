@@ -3,13 +3,29 @@
 //! uses none; one that uses a CPU for seconds within one round spins, and will not come back.
 
 use nix::time::{ClockId, clock_gettime};
+use std::cell::OnceCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Longest CPU time of one round. A round moves at most some hundred kilobytes, or inflates a few
-/// clusters: this is far above it on any host.
+/// Longest CPU time of one round, or between two calls of [`progress`] in it. A round moves some hundred kilobytes or
+/// inflates a few clusters; of a request that asks for more, each part is told: this is far above either on any host.
 const MOST_CPU: Duration = Duration::from_secs(2);
+
+thread_local! {
+    /// That of this thread, where it is a queue's.
+    static PULSE: OnceCell<Arc<Pulse>> = const { OnceCell::new() };
+}
+
+/// Says that a queue's thread gets on with a request that may take seconds. What calls it does so a bounded number of
+/// times: a thread that calls it for ever is not found to spin. Nothing on any other thread.
+pub fn progress() {
+    PULSE.with(|pulse| {
+        if let Some(pulse) = pulse.get() {
+            pulse.beat();
+        }
+    });
+}
 
 /// Kept by the queue's thread.
 #[derive(Debug, Default)]
@@ -20,7 +36,10 @@ pub(super) struct Pulse {
 
 impl Pulse {
     /// Called on the queue's thread, before it is confined.
-    pub(super) fn start(&self) {
+    pub(super) fn start(self: &Arc<Self>) {
+        PULSE.with(|pulse| {
+            pulse.get_or_init(|| Arc::clone(self));
+        });
         self.thread
             .store(nix::unistd::gettid().as_raw(), Ordering::Release);
     }
@@ -85,11 +104,11 @@ mod tests {
     }
 
     #[test]
-    fn one_that_spins_is_told_from_one_that_waits_and_one_that_works() {
-        let pulses: [Arc<Pulse>; 3] = Default::default();
+    fn one_that_spins_is_told_from_one_that_waits_and_those_that_work() {
+        let pulses: [Arc<Pulse>; 4] = Default::default();
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            let [spinner, waiter, worker] = &pulses;
+            let [spinner, waiter, worker, plodder] = &pulses;
             scope.spawn(|| {
                 spinner.start();
                 while !stop.load(Ordering::Relaxed) {
@@ -108,12 +127,18 @@ mod tests {
                     worker.beat();
                 }
             });
+            scope.spawn(|| {
+                plodder.start();
+                while !stop.load(Ordering::Relaxed) {
+                    progress();
+                }
+            });
             let started = wait(|| pulses.iter().all(|p| p.thread.load(Ordering::Acquire) != 0));
             let mut watches = pulses.each_ref().map(|pulse| Watch::new(Arc::clone(pulse)));
-            let [spins, waits, works] = &mut watches;
+            let [spins, waits, works, plods] = &mut watches;
             let mut wrong = false;
             let found = wait(|| {
-                wrong |= waits.spins() || works.spins();
+                wrong |= waits.spins() || works.spins() || plods.spins();
                 spins.spins()
             });
             stop.store(true, Ordering::Relaxed);
