@@ -419,3 +419,7 @@ suite! {
     ],
     alone: [],
 }
+
+fn main() -> std::process::ExitCode {
+    support::suite::run(tests())
+}

@@ -37,15 +37,24 @@ pub fn run(tests: Vec<Trial>) -> ExitCode {
     libtest_mimic::run(&arguments, tests).exit_code()
 }
 
-/// The test program's entry point: names of its tests, first those that need qemu-img.
+/// The name of a test in this module: without the program's.
+pub fn name(module: &str, test: &str) -> String {
+    match module.split_once("::") {
+        Some((_, module)) => format!("{module}::{test}"),
+        None => test.to_owned(),
+    }
+}
+
+/// The tests of a module, by name, first those that need qemu-img.
 #[macro_export]
 macro_rules! suite {
     (with_qemu_img: [$($qemu:ident),* $(,)?], alone: [$($alone:ident),* $(,)?] $(,)?) => {
-        fn main() -> std::process::ExitCode {
-            support::suite::run(vec![
-                $(support::suite::test_with_qemu_img(stringify!($qemu), $qemu),)*
-                $(support::suite::test(stringify!($alone), $alone),)*
-            ])
+        pub(crate) fn tests() -> Vec<libtest_mimic::Trial> {
+            use $crate::support::suite;
+            vec![
+                $(suite::test_with_qemu_img(&suite::name(module_path!(), stringify!($qemu)), $qemu),)*
+                $(suite::test(&suite::name(module_path!(), stringify!($alone)), $alone),)*
+            ]
         }
     };
 }

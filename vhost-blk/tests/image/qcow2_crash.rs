@@ -2,14 +2,13 @@
 //! reorderings of them are replayed. Then `qemu-img check` finds leaks at most, and what qemu-img reads is
 //! what a completed flush (host) or a completed write (process) covered, or something newer.
 
-mod support;
-
+use crate::support;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use support::recorder::{Op, Recorder};
-use support::{
+use crate::support::recorder::{Op, Recorder};
+use crate::support::{
     Random, Request, Scratch, check_leaks_at_most, contents, create, full, qemu_contents, qemu_img, text,
 };
 use vhost_blk::image::qcow2::{self, Progress, Repair};
@@ -438,7 +437,7 @@ fn a_raw_data_file_is_zeroed_before_its_image_says_so() {
     drop(image);
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [
         plain_images,
         overlays,

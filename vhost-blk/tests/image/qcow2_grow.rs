@@ -1,14 +1,12 @@
 //! A disk that grows at rest: it shows zeros where it was not, a crash at any point leaves it as long as it was
 //! or as it was to be, and qemu-img finds nothing wrong with it.
 
-mod support;
-
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use support::growing::{Disk, OLD, open_recorded};
-use support::recorder::Recorder;
-use support::{
+use crate::support::growing::{Disk, OLD, open_recorded};
+use crate::support::recorder::Recorder;
+use crate::support::{
     Random, Scratch, assert_same, check_clean, check_leaks_at_most, contents, create, patch, qemu_img, read,
     text, write,
 };
@@ -176,7 +174,7 @@ fn a_disk_with_snapshots_grows() {
     disk.check("as it was");
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [
         disks_grow_whole,
         a_table_that_stays_has_no_old_entries,

@@ -1,11 +1,10 @@
 //! Images in special states: with bitmaps, with extensions nobody knows, full, shared by queues.
 
-mod support;
-
+use crate::support;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use support::{
+use crate::support::{
     Random, Request, Scratch, check_clean, contents, create, open, patch, qemu_contents, qemu_img,
     qemu_img_output, read, text, write,
 };
@@ -325,7 +324,7 @@ fn resolving_leads_to_the_data() {
     );
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [
         bitmaps_are_marked_in_use_before_the_first_write,
         bitmaps_left_behind_are_none,

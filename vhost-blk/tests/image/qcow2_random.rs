@@ -1,12 +1,11 @@
 //! Random requests against a model of the disk, on images of every shape; then qemu-img agrees with the
 //! model and finds neither an error nor a leak.
 
-mod support;
-
+use crate::support;
 use std::fs;
 use std::path::PathBuf;
 
-use support::{
+use crate::support::{
     Random, Request, Scratch, assert_same, check_clean, create, imago_contents, open, qemu_contents,
     qemu_img, text,
 };
@@ -238,7 +237,7 @@ fn external_data_files() {
     }
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [
         plain_images_of_every_shape,
         overlays_over_every_base,

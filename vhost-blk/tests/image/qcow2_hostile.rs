@@ -1,13 +1,12 @@
 //! Images with random damage in their metadata: whatever happens is an error, never a panic or a hang, and
 //! a damaged image never makes its neighbour in the chain or its header change.
 
-mod support;
-
+use crate::support;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use support::recorder::Recorder;
-use support::{Random, Request, Scratch, contents, create, full, open, patch, qemu_img, text, write};
+use crate::support::recorder::Recorder;
+use crate::support::{Random, Request, Scratch, contents, create, full, open, patch, qemu_img, text, write};
 use vhost_blk::image::{BlockFile, Format, OpenOptions, open_layers};
 
 const SIZE: u64 = 2 << 20;
@@ -162,7 +161,7 @@ fn damage_never_panics() {
     );
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [
         damage_never_panics,
     ],

@@ -1,15 +1,14 @@
 //! A cluster that the mapping dropped is neither cleared nor reused before a barrier has made the drop
 //! durable, nor while I/O that began before the drop still runs.
 
-mod support;
-
+use crate::support;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use support::hooked::Hooked;
-use support::recorder::{Op, Recorder};
-use support::{Scratch, assert_same, check_clean, contents, create, open, text, write};
+use crate::support::hooked::Hooked;
+use crate::support::recorder::{Op, Recorder};
+use crate::support::{Scratch, assert_same, check_clean, contents, create, open, text, write};
 use vhost_blk::image::{BlockFile, Format, Image, OpenOptions, Resolved, open_layers};
 
 const CLUSTER: u64 = 64 << 10;
@@ -337,7 +336,7 @@ fn the_host_gets_space_of_an_external_data_file_back() {
     check_clean(&path);
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [
         a_barrier_stands_between_drop_and_reuse,
         a_drop_during_the_barrier_waits_for_the_next,

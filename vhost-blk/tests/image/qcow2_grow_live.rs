@@ -1,16 +1,15 @@
 //! A disk that grows while it is written to, one that takes long to grow, and what cannot grow.
 
-mod support;
-
+use crate::support;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use support::growing::{Disk, OLD, open_recorded};
-use support::hooked::Hooked;
-use support::recorder::Recorder;
-use support::{
+use crate::support::growing::{Disk, OLD, open_recorded};
+use crate::support::hooked::Hooked;
+use crate::support::recorder::Recorder;
+use crate::support::{
     Random, Scratch, assert_same, check_clean, contents, create, open, open_with, patch, qemu_img, read,
     read_only, text, write,
 };
@@ -266,7 +265,7 @@ fn damage_behind_the_end_is_found() {
     assert_eq!(image.capacity(), OLD);
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [
         writers_go_on_meanwhile,
         a_late_request_leaves_what_is_new,

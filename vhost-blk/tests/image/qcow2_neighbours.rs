@@ -1,16 +1,14 @@
 //! Two writes at a time beside each other, one of them in place, the other one in need of an allocation: the
 //! latter touches nothing that is not its own.
 
-mod support;
-
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use support::hooked::Hooked;
-use support::recorder::Recorder;
-use support::{Scratch, assert_same, check_clean, contents, create, read, write};
+use crate::support::hooked::Hooked;
+use crate::support::recorder::Recorder;
+use crate::support::{Scratch, assert_same, check_clean, contents, create, read, write};
 use vhost_blk::image::{BlockFile, Format, OpenOptions, open_layers};
 
 /// Of an extended L2 entry with clusters of 64 KiB.
@@ -117,7 +115,7 @@ fn behind_the_end_of_an_allocating_write_nothing_is_put_back() {
     );
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [
         before_the_start_of_an_allocating_write_nothing_is_put_back,
         behind_the_end_of_an_allocating_write_nothing_is_put_back,

@@ -1,10 +1,8 @@
 //! What is refused while an image is in use: an error to the guest, the corrupt bit set, no more writing,
 //! and everything else still read. Here: entries of the mapping, and what they lead to.
 
-mod support;
-
-use support::damaged::{CLUSTER, COPIED, Damaged, read_first, says, write_first};
-use support::{Scratch, contents, create, fd, open, patch, qemu_img, read, read_only, text, write};
+use crate::support::damaged::{CLUSTER, COPIED, Damaged, read_first, says, write_first};
+use crate::support::{Scratch, contents, create, fd, open, patch, qemu_img, read, read_only, text, write};
 use vhost_blk::image::{self, Format, Image};
 
 const COMPRESSED: u64 = 1 << 62;
@@ -195,7 +193,7 @@ fn pack(kind: &str, size: usize) -> Option<Vec<u8>> {
     ))
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [
         entries_of_l2,
         entries_of_l1,

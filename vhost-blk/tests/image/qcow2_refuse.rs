@@ -1,12 +1,11 @@
 //! What is refused when an image is opened: each with the field it names, and the file unchanged.
 //! Here: formats, layers, encryption, chains, files.
 
-mod support;
-
+use crate::support;
 use std::path::Path;
 
-use support::victim::{Victim, refused};
-use support::{Scratch, contents, create, fd, open_with, patch, read_only, text};
+use crate::support::victim::{Victim, refused};
+use crate::support::{Scratch, contents, create, fd, open_with, patch, read_only, text};
 use vhost_blk::image::{self, Format, ImageError, OpenOptions};
 
 fn the_format_is_never_probed() {
@@ -244,7 +243,7 @@ fn direct_io() {
     assert!(error.to_string().contains("O_DIRECT"), "{error}");
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [
         the_format_is_never_probed,
         backing_files_must_be_passed_and_named,

@@ -1,12 +1,11 @@
 //! The read-only formats: what qemu-img wrote is read back, alone and below a qcow2 overlay; what would
 //! need another file, or is damaged, is refused or fails without a panic.
 
-mod support;
-
+use crate::support;
 use std::path::Path;
 
-use support::victim::refused;
-use support::{
+use crate::support::victim::refused;
+use crate::support::{
     Random, Scratch, assert_same, contents, create, open, open_with, patch, qemu_img, qemu_img_output, read,
     read_only, text, write,
 };
@@ -301,7 +300,7 @@ fn states_of_vhdx_blocks_read_as_for_qemu() {
     assert_eq!(readable, [0, 1, 2, 3, 5, 6]);
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [
         what_qemu_img_wrote_is_read,
         they_lie_below_overlays,

@@ -1,16 +1,15 @@
 //! Encrypted images (crypt_method 2): made by qemu-img, read and written by both sides, and refused
 //! where the header asks for what is not offered.
 
-mod support;
-
+use crate::support;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
 
-use support::recorder::Recorder;
-use support::victim::refused;
-use support::{
+use crate::support::recorder::Recorder;
+use crate::support::victim::refused;
+use crate::support::{
     Random, Scratch, assert_same, contents, create, fd, open_with, patch, qemu_img, qemu_img_output, read,
     text, write,
 };
@@ -492,7 +491,7 @@ fn compressed_clusters_are_no_way_around_the_cipher() {
     drop(fd(&path, false));
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [
         both_sides_read_what_either_wrote,
         every_key_slot_opens_the_image,

@@ -1,7 +1,5 @@
 //! Locks as QEMU's: two writers exclude each other, whichever program each is, and readers share.
 
-mod support;
-
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -9,7 +7,9 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use support::{Scratch, contents, create, fd, open, open_with, patch, qemu_img_output, read_only, text};
+use crate::support::{
+    Scratch, contents, create, fd, open, open_with, patch, qemu_img_output, read_only, text,
+};
 use vhost_blk::image::{self, Format, ImageError, OpenOptions};
 
 fn image() -> (Scratch, std::path::PathBuf) {
@@ -174,7 +174,7 @@ fn we_respect_the_locks_of_qemu() {
     drop(open(&[(&path, Format::Qcow2)]));
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [
         two_writers_exclude_each_other,
         readers_share_and_keep_writers_out,

@@ -1,12 +1,11 @@
 //! A disk on a block device, whose logical blocks are larger than the guest's sectors.
 
-mod support;
-
+use crate::support;
 use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::process::Command;
 
-use libtest_mimic::Completion;
-use support::{Scratch, assert_same, contents, create, open, patch, qemu_img, read, text, write};
+use crate::support::{Scratch, assert_same, contents, create, open, patch, qemu_img, read, text, write};
+use libtest_mimic::{Completion, Trial};
 use vhost_blk::image::qcow2::{self, Progress, Repair};
 use vhost_blk::image::{Format, HostFile};
 
@@ -124,21 +123,21 @@ fn an_image_on_a_device_is_repaired() -> Completion {
     Completion::Completed
 }
 
-fn main() -> ExitCode {
-    support::suite::run(vec![
+pub(crate) fn tests() -> Vec<Trial> {
+    vec![
         support::suite::test_if_possible(
-            "sectors_are_zeroed_and_discarded",
+            "block_device::sectors_are_zeroed_and_discarded",
             sectors_are_zeroed_and_discarded,
         ),
         support::suite::test_if_possible(
-            "a_disk_is_no_longer_than_its_device",
+            "block_device::a_disk_is_no_longer_than_its_device",
             a_disk_is_no_longer_than_its_device,
         ),
-        support::suite::test_if_possible("an_image_on_a_device_is_repaired", || {
+        support::suite::test_if_possible("block_device::an_image_on_a_device_is_repaired", || {
             match Command::new("qemu-img").arg("--version").output() {
                 Ok(_) => an_image_on_a_device_is_repaired(),
                 Err(_) => Completion::ignored_with("qemu-img is not installed"),
             }
         }),
-    ])
+    ]
 }

@@ -1,15 +1,14 @@
 //! The host fails: ENOSPC and EIO reach the guest as errors, the image stays whole, and writing goes on
 //! when the host has recovered.
 
-mod support;
-
+use crate::support;
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use support::recorder::{Op, Recorder};
-use support::{
+use crate::support::recorder::{Op, Recorder};
+use crate::support::{
     Random, Request, Scratch, check_clean, check_leaks_at_most, contents, create, open, qemu_contents,
 };
 use vhost_blk::image::qcow2::{self, Progress, Repair};
@@ -383,7 +382,7 @@ fn growth_that_failed_leaves_nothing_uncounted() {
     }
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [
         a_failing_host_leaves_the_image_whole,
         growth_that_fails_is_tried_again,

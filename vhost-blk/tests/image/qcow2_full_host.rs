@@ -1,15 +1,14 @@
 //! A host without space, or a block device, which never has more: snapshots and repairs are either not begun
 //! with, or leave an image that opens there.
 
-mod support;
-
+use crate::support;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use support::recorder::Recorder;
-use support::{
+use crate::support::recorder::Recorder;
+use crate::support::{
     Random, Scratch, check_clean, check_leaks_at_most, contents, create, open, patch, qemu_img, read, text,
     write,
 };
@@ -243,7 +242,7 @@ fn what_is_secured_has_its_space() {
     assert!(taken >= 1 << 20, "{taken} bytes");
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [
         a_full_host_refuses_before_anything_is_written,
         a_device_has_room_inside,

@@ -1,10 +1,8 @@
 //! What is refused when an image is opened: each with the field it names, and the file unchanged.
 //! Here: where the header and the tables say that other tables lie.
 
-mod support;
-
-use support::victim::Victim;
-use support::{contents, open, qemu_img, text};
+use crate::support::victim::Victim;
+use crate::support::{contents, open, qemu_img, text};
 use vhost_blk::image::Format;
 
 const CLUSTER: u64 = 64 << 10;
@@ -181,7 +179,7 @@ fn many_long_tables_of_bitmaps() {
         .refused("bitmap directory", "over 256 MiB together");
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [
         tables_of_the_header,
         the_bitmap_directory,

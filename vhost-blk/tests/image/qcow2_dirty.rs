@@ -1,13 +1,12 @@
 //! Images with the dirty bit: repaired before they are written to, or refused and left as they are.
 
-mod support;
-
+use crate::support;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
-use support::recorder::Recorder;
-use support::victim::Victim;
-use support::{
+use crate::support::recorder::Recorder;
+use crate::support::victim::Victim;
+use crate::support::{
     Random, Request, Scratch, check_clean, check_leaks_at_most, contents, create, open, open_with, patch,
     qemu_contents, qemu_img, read_only, text, write,
 };
@@ -174,7 +173,7 @@ fn the_work_of_a_repair_is_bounded() {
     assert!(contents(&victim.path) == before, "it was written to");
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [
         dirty_images_are_repaired_before_writing,
         a_repair_that_is_cut_off_starts_again,

@@ -1,12 +1,10 @@
 //! Images past the page cache: a write shares no page with metadata, whatever the size of clusters.
 
-mod support;
-
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use support::{Scratch, check_clean, create, fd, open, read, write};
+use crate::support::{Scratch, check_clean, create, fd, open, read, write};
 use vhost_blk::image::{BlockFile, Format, HostFile, Image, OpenOptions, Resolved, open_layers};
 use vhost_blk::io::DirectFile;
 
@@ -86,7 +84,7 @@ fn a_raw_image_is_no_other() {
     assert!(matches!(image.resolve_read(512, 512), Ok(Resolved::Mapped(..))));
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [only_whole_pages_are_written_past_the_cache],
     alone: [a_raw_image_is_no_other],
 }

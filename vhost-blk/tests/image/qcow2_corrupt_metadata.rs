@@ -1,10 +1,9 @@
 //! What is refused while an image is in use: an error to the guest, the corrupt bit set, no more writing,
 //! and everything else still read. Here: refcounts and places of metadata that contradict the mapping.
 
-mod support;
-
-use support::damaged::{CLUSTER, COPIED, Damaged, says, write_first};
-use support::{Scratch, contents, create, open, patch, qemu_img, text, write};
+use crate::support;
+use crate::support::damaged::{CLUSTER, COPIED, Damaged, says, write_first};
+use crate::support::{Scratch, contents, create, open, patch, qemu_img, text, write};
 use vhost_blk::image::{Format, Image};
 
 fn data_over_metadata() {
@@ -231,7 +230,7 @@ fn tables_used_twice() {
     }
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [
         data_over_metadata,
         refcounts_that_lie,

@@ -1,9 +1,8 @@
 //! What is refused when an image is opened: each with the field it names, and the file unchanged.
 //! Here: features, sizes, names and extensions in the header.
 
-mod support;
-
-use support::victim::Victim;
+use crate::support;
+use crate::support::victim::Victim;
 use vhost_blk::image::Format;
 
 const CLUSTER: u64 = 64 << 10;
@@ -196,7 +195,7 @@ fn version_2() {
         .never("header extension", "past the first cluster");
 }
 
-suite! {
+crate::suite! {
     with_qemu_img: [
         features,
         sizes_of_the_header,
