@@ -6,23 +6,27 @@ use crate::failure::Failure;
 use crate::sandbox::cgroup::Place;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag, openat, renameat};
+use nix::sys::signal::kill;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use nix::sys::stat::Mode;
-use nix::unistd::{Gid, Uid, geteuid};
+use nix::unistd::{Gid, Pid, Uid, geteuid};
 use std::cell::Cell;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vm_spec::client;
 use vm_spec::events::{self, EventLine, VmEvent};
-use vm_spec::run_state::{self, RunState};
+use vm_spec::run_state::{self, ProcessRole, RunState};
 use vm_spec::timestamp::Timestamp;
 
-/// Another start or sweep of the same name is waited out this many times.
-const ATTEMPTS: usize = 8;
+/// What holds or removes a folder in passing is waited out for this long: another start's sweep, or the reaper of a VM
+/// whose spawner was killed, which removes its groups first.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// Between two looks at who holds a folder: the kernel tells of no lock's end.
+const PAUSE: Duration = Duration::from_millis(5);
 /// For a supervisor to let a client in.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 /// The files that a run-time folder may hold.
@@ -124,42 +128,75 @@ pub(crate) fn connect_to(path: &Path) -> io::Result<OwnedFd> {
 
 /// Makes and locks the folder of VM `name`, after sweeping what VMs left whose reapers were killed too.
 pub(crate) fn create(name: &str) -> Result<RunDir, Failure> {
-    create_in(places(), name)
+    create_within(PATIENCE, places(), name)
 }
 
-fn create_in([parent, other]: [PathBuf; 2], name: &str) -> Result<RunDir, Failure> {
-    let runs = |parent: &Path| {
-        Failure::usage(format!("name: the VM '{name}' already runs"))
-            .cause(format!("its run-time folder is in {}", parent.display()))
-            .hint("give another name, or end that VM first")
-    };
-    if check_owner(&other).is_ok() {
-        if matches!(try_lock(&other.join(name)), Ok(None)) {
-            return Err(runs(&other));
+fn create_within(patience: Duration, places: [PathBuf; 2], name: &str) -> Result<RunDir, Failure> {
+    let until = Instant::now() + patience;
+    loop {
+        let held = match attempt(&places, name)? {
+            Attempt::Made(run_dir) => return Ok(run_dir),
+            Attempt::Held(path) => path,
+        };
+        let folder = format!("its run-time folder is {}", held.display());
+        if is_running(&held) {
+            return Err(Failure::usage(format!("name: the VM '{name}' already runs"))
+                .cause(folder)
+                .hint("give another name, or end that VM first"));
         }
-        sweep(&other);
+        if Instant::now() >= until {
+            let what = format!("name: a VM '{name}' is starting, or has not ended altogether");
+            return Err(Failure::host(what)
+                .cause(format!("{folder}, which stays locked"))
+                .hint("try again, or give another name"));
+        }
+        std::thread::sleep(PAUSE);
     }
-    let failed = |e: &dyn std::error::Error| unusable(&parent, e);
+}
+
+enum Attempt {
+    Made(RunDir),
+    /// Someone has this folder, or is removing it.
+    Held(PathBuf),
+}
+
+fn attempt([parent, other]: &[PathBuf; 2], name: &str) -> Result<Attempt, Failure> {
+    if check_owner(other).is_ok() {
+        let path = other.join(name);
+        if matches!(try_lock(&path), Ok(None)) {
+            return Ok(Attempt::Held(path));
+        }
+        sweep(other);
+    }
+    make(parent).map_err(|e| unusable(parent, &e))?;
+    sweep(parent);
     let path = parent.join(name);
-    for _ in 0..ATTEMPTS {
-        make(&parent).map_err(|e| failed(&e))?;
-        check_owner(&parent).map_err(|e| failed(&e))?;
-        sweep(&parent);
-        match make(&path).and_then(|()| try_lock(&path)) {
-            Ok(Some(lock)) => {
-                return Ok(RunDir {
-                    path,
-                    lock,
-                    begun_anew: Cell::new(0),
-                });
-            }
-            Ok(None) => return Err(runs(&parent)),
-            // Swept, or removed as the last one's parent, between two calls.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => return Err(failed(&e)),
-        }
+    let made = check_owner(parent)
+        .and_then(|()| make(&path))
+        .and_then(|()| try_lock(&path));
+    match made {
+        Ok(Some(lock)) => Ok(Attempt::Made(RunDir {
+            path,
+            lock,
+            begun_anew: Cell::new(0),
+        })),
+        Ok(None) => Ok(Attempt::Held(path)),
+        // Swept, or removed as the last one's parent, between two calls.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Attempt::Held(path)),
+        Err(e) => Err(unusable(parent, &e)),
     }
-    Err(failed(&io::Error::other("it keeps being removed")))
+}
+
+/// Whether the folder `path` is that of a VM whose spawner holds it and is not about to leave.
+fn is_running(path: &Path) -> bool {
+    let state = fs::read(path.join(run_state::FILE_NAME)).ok();
+    let state = state.and_then(|text| serde_json::from_slice::<RunState>(&text).ok());
+    let state = state.filter(|state| state.ended_ns.is_none());
+    let mut processes = state.iter().flat_map(|state| &state.processes);
+    let spawner = processes.find(|process| process.role == ProcessRole::Spawner);
+    // The kernel's list names whoever took a lock, also once that is dead and others hold on to it.
+    let lives = |pid| kill(Pid::from_raw(pid), None) != Err(Errno::ESRCH);
+    spawner.is_some_and(|spawner| is_locked_by(path, spawner.pid).unwrap_or(false) && lives(spawner.pid))
 }
 
 fn unusable(parent: &Path, error: &dyn std::error::Error) -> Failure {
@@ -345,16 +382,77 @@ mod tests {
         assert!(!locked(own));
     }
 
+    fn create_in(places: [PathBuf; 2], name: &str) -> Result<RunDir, Failure> {
+        create_within(PATIENCE, places, name)
+    }
+
     fn two_places() -> (tempfile::TempDir, [PathBuf; 2]) {
         let folder = tempfile::tempdir().unwrap();
         let places = ["first", "second"].map(|name| folder.path().join(name));
         (folder, places)
     }
 
+    /// Says that a VM runs there, whose spawner is `pid`.
+    fn run_by(run_dir: &RunDir, pid: i32, ended_ns: Option<u64>) {
+        let state = serde_json::json!({
+            "version": run_state::VERSION,
+            "name": "b",
+            "processes": [{"name": "spawner", "role": "spawner", "pid": pid, "jailed": false, "fds": []}],
+            "launched-ns": 1,
+            "spawned-ns": 2,
+            "ended-ns": ended_ns,
+        });
+        run_dir
+            .write_state(&serde_json::from_value(state).unwrap())
+            .unwrap();
+    }
+
+    fn own_pid() -> i32 {
+        nix::unistd::getpid().as_raw()
+    }
+
+    #[test]
+    fn vms_that_start_at_once_do_not_refuse_each_other() {
+        let (_folder, places) = two_places();
+        std::thread::scope(|scope| {
+            for name in ["a", "b", "c", "d"] {
+                let places = places.clone();
+                scope.spawn(move || {
+                    for _ in 0..50 {
+                        create_in(places.clone(), name).unwrap().remove();
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_name_whose_spawner_is_gone_or_done_is_waited_for() {
+        let (_folder, places) = two_places();
+        let mut gone = std::process::Command::new("true").spawn().unwrap();
+        gone.wait().unwrap();
+        let gone = gone.id().cast_signed();
+        for (pid, ended) in [(gone, None), (own_pid(), Some(3))] {
+            let held = create_in(places.clone(), "b").unwrap();
+            run_by(&held, pid, ended);
+            std::thread::scope(|scope| {
+                let next = scope.spawn(|| create_in(places.clone(), "b"));
+                std::thread::sleep(PAUSE * 4);
+                held.remove();
+                drop(held);
+                assert!(next.join().unwrap().is_ok());
+            });
+        }
+        let _held = create_in(places.clone(), "b").unwrap();
+        let failure = create_within(PAUSE, places, "b").err().unwrap();
+        assert_eq!(failure.code(), vm_spec::control::exit_code::ERROR);
+    }
+
     #[test]
     fn a_vm_is_found_and_its_name_taken_wherever_it_was_started() {
         let (_folder, [first, second]) = two_places();
         let run_dir = create_in([second.clone(), first.clone()], "b").unwrap();
+        run_by(&run_dir, own_pid(), None);
         let _other = create_in([first.clone(), second.clone()], "a").unwrap();
         for places in [[&first, &second], [&second, &first]].map(|all| all.map(Clone::clone)) {
             assert_eq!(
