@@ -154,6 +154,11 @@ pub enum ToSupervisor {
     },
     /// The person (Ctrl-C) or the system (SIGTERM) asks for the guest to power off.
     PowerOff,
+    /// Answers [`FromSupervisor::Kill`]: the signal is sent, unless the process was reaped before.
+    Killed {
+        /// Its place in [`SupervisorConfig::processes`], or behind them.
+        process: u16,
+    },
 }
 
 /// A device's process that is added to a running VM, as the command that its owner runs has planned it.
@@ -241,7 +246,8 @@ pub enum FromSupervisor {
         /// Its place in [`SupervisorConfig::processes`].
         process: u16,
     },
-    /// Kill one process. [`ToSupervisor::Exited`] follows, unless it has already been sent.
+    /// Kill one process. [`ToSupervisor::Killed`] follows, and [`ToSupervisor::Exited`], unless that has already been
+    /// sent.
     Kill {
         /// Its place in [`SupervisorConfig::processes`].
         process: u16,

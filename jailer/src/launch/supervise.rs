@@ -216,7 +216,10 @@ impl Spawner {
                     }
                     FromSupervisor::Add { process, plan } => self.add(process, plan, &fds),
                     FromSupervisor::Remove { process, name } => self.remove(process, &name, on_event),
-                    FromSupervisor::Kill { process } => self.kill_one(process),
+                    FromSupervisor::Kill { process } => {
+                        self.kill_one(process);
+                        self.tell(ToSupervisor::Killed { process });
+                    }
                     FromSupervisor::Event(event) => on_event(Event::Happened(event)),
                     FromSupervisor::KillAll => self.kill_all(),
                     FromSupervisor::Finished { code } => {

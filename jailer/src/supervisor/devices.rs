@@ -60,11 +60,8 @@ impl Supervisor {
         }
         for index in 0..self.processes.len() {
             let recovery = &mut self.processes[index].recovery;
-            let (hung, spawning) = (recovery.is_hung(now), recovery.is_spawning());
+            let hung = recovery.is_hung(now);
             let order = recovery.due(now);
-            if spawning && !recovery.is_spawning() {
-                self.candidate_failed(index, "it was not started in time", now);
-            }
             if hung {
                 self.condemned(index, EventKind::Hung, HUNG);
             }
@@ -210,6 +207,9 @@ impl Supervisor {
         if self.processes.get(index).is_some() && self.is_apart(index) {
             self.apart_ended(index, why, now);
         } else if let Some(process) = self.processes.get_mut(index) {
+            if !process.recovery.is_spawning() {
+                return;
+            }
             let order = process.recovery.ended(now, why);
             self.say(why);
             self.candidate_failed(index, why, now);
@@ -292,9 +292,9 @@ impl Supervisor {
             Some(Order::Respawn) => {
                 let build = self.next_build(index);
                 self.processes[index].tap.begin_process();
-                self.tell_spawner(FromSupervisor::Respawn { process, build });
+                self.order_process(index, FromSupervisor::Respawn { process, build });
             }
-            Some(Order::Kill) => self.tell_spawner(FromSupervisor::Kill { process }),
+            Some(Order::Kill) => self.order_process(index, FromSupervisor::Kill { process }),
             Some(Order::GiveUp(reason)) if self.on_device_death == OnDeviceDeath::End => {
                 let outcome = Outcome::of_loss(&self.processes[index].about.name, &reason);
                 self.conclude(outcome);
@@ -307,6 +307,12 @@ impl Supervisor {
                     self.tell_vmm(ToVmm::GiveUpBackend { slot, reason });
                 }
             }
+        }
+    }
+
+    fn order_process(&mut self, index: usize, message: FromSupervisor) {
+        if !self.tell_spawner(message) {
+            self.processes[index].recovery.not_told(Instant::now());
         }
     }
 

@@ -34,6 +34,11 @@ impl Supervisor {
                 Received::Message(_, ToSupervisor::Respawned { process, pid }) => {
                     self.device_spawned(process.into(), pid, &fds, now);
                 }
+                Received::Message(_, ToSupervisor::Killed { process }) => {
+                    if let Some(process) = self.processes.get_mut(usize::from(process)) {
+                        process.recovery.killed(now);
+                    }
+                }
                 Received::Message(_, ToSupervisor::Removed { process }) => {
                     self.process_removed(process.into(), now);
                 }

@@ -408,10 +408,13 @@ impl Supervisor {
         }
     }
 
-    fn tell_spawner(&mut self, message: FromSupervisor) {
-        if let Err(error) = send_message(self.spawner.as_fd(), 0, message) {
+    /// False: it was not told. One that is stopped hears it when it goes on.
+    fn tell_spawner(&mut self, message: FromSupervisor) -> bool {
+        let told = send_message(self.spawner.as_fd(), 0, message);
+        if let Err(error) = &told {
             self.say(&format!("cannot tell the spawner: {error}"));
         }
+        told.is_ok()
     }
 
     fn say(&mut self, text: &str) {

@@ -8,11 +8,13 @@
 //!     |                  +--- ended ---+                         |
 //!     +-- lost, hung ------> Ending <--+------ refused, late ----+
 //!                               |
-//!                               +-- does not end --> Lost <-- too many failures in a row
+//!                             killed -- does not end --> Lost <-- too many failures in a row
 //! ```
 //!
 //! A successor is asked for only once its predecessor was reaped. What that had under way for the guest has ended with
 //! it, or the successor waits for it before it serves (`cache=none`), so that nothing of it lands in the image later.
+//!
+//! The spawner has no deadline: it may be stopped, and answers all that it hears. Its end is that of the VM.
 
 use std::time::{Duration, Instant};
 
@@ -27,15 +29,15 @@ const MOST_FAILURES: u32 = 11;
 /// More deaths than this, less one for each second that passes, are the end of a device whose
 /// processes live too long to count as failures and yet die again and again.
 const MOST_DEATHS: u32 = 600;
-/// The spawner answers within this time.
-const SPAWN_DEADLINE: Duration = Duration::from_secs(5);
+/// What the spawner could not be told, since it is stopped and its socket full, it is told again after this time.
+const TELL_AGAIN: Duration = Duration::from_secs(2);
 /// The vmm, whose own deadlines are shorter, says within this time whether a successor serves.
 pub(super) const JOIN_DEADLINE: Duration = Duration::from_secs(40);
 /// The vmm lets go of a process within this time: its drain deadline, and some.
 const RELEASE_DEADLINE: Duration = Duration::from_secs(35);
 /// A process that is stopped for this long, as by a debugger, is hung.
 const STOP_DEADLINE: Duration = Duration::from_secs(2);
-/// SIGKILL ends a process within this time, unless the kernel holds it (state D).
+/// SIGKILL, once it is sent, ends a process within this time, unless the kernel holds it (state D).
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Where a device's process is.
@@ -46,12 +48,14 @@ enum Stage {
     Releasing(Instant, u64),
     /// It ended; the next is started at that time.
     Waiting(Instant),
-    /// The spawner was asked for the next.
-    Spawning(Instant),
+    /// The spawner was asked for the next, which it answers when it runs; or it is asked again at that time.
+    Spawning(Option<Instant>),
     /// The vmm was given its socket, by this request.
     Joining(Instant, u64),
-    /// It is being killed.
-    Ending(Instant),
+    /// The spawner was asked to kill it, which it answers when it runs; or it is asked again at that time.
+    Ending(Option<Instant>),
+    /// It was killed, and ends until then.
+    Killed(Instant),
     /// The guest has been told, or is to be, that there is no device any more.
     Lost,
 }
@@ -142,7 +146,8 @@ impl Recovery {
             Stage::Joining(at, _) | Stage::Releasing(at, _) => {
                 Some(self.stopped.map_or(at, |stop| stop.min(at)))
             }
-            Stage::Waiting(at) | Stage::Spawning(at) | Stage::Ending(at) => Some(at),
+            Stage::Spawning(at) | Stage::Ending(at) => at,
+            Stage::Waiting(at) | Stage::Killed(at) => Some(at),
         }
     }
 
@@ -173,7 +178,7 @@ impl Recovery {
         }
         self.forgive(now);
         // Its end says less than why it was killed.
-        if !matches!(self.stage, Stage::Ending(_)) {
+        if !matches!(self.stage, Stage::Ending(_) | Stage::Killed(_)) {
             why.clone_into(&mut self.why);
         }
         self.ended.get_or_insert(now);
@@ -207,14 +212,17 @@ impl Recovery {
             return self.condemn(now, "it was stopped by a signal");
         }
         match self.stage {
-            Stage::Waiting(_) => {
-                self.stage = Stage::Spawning(now + SPAWN_DEADLINE);
+            Stage::Waiting(_) | Stage::Spawning(_) => {
+                self.stage = Stage::Spawning(None);
                 Some(Order::Respawn)
             }
-            Stage::Spawning(_) => self.ended(now, "the spawner did not answer in time"),
             Stage::Releasing(..) => self.condemn(now, "the vmm did not let go of it in time"),
             Stage::Joining(..) => self.condemn(now, "the vmm could not use it in time"),
-            Stage::Ending(_) => Some(self.lose("its process does not end when killed: ".to_owned())),
+            Stage::Ending(_) => {
+                self.stage = Stage::Ending(None);
+                Some(Order::Kill)
+            }
+            Stage::Killed(_) => Some(self.lose("its process does not end when killed: ".to_owned())),
             Stage::Serving | Stage::Lost => None,
         }
     }
@@ -268,8 +276,22 @@ impl Recovery {
         self.forgive(now);
         why.clone_into(&mut self.why);
         self.ended.get_or_insert(now);
-        self.stage = Stage::Ending(now + KILL_DEADLINE);
+        self.stage = Stage::Ending(None);
         Some(Order::Kill)
+    }
+
+    /// The spawner could not be told what was ordered last.
+    pub(super) fn not_told(&mut self, now: Instant) {
+        if let Stage::Spawning(again) | Stage::Ending(again) = &mut self.stage {
+            *again = Some(now + TELL_AGAIN);
+        }
+    }
+
+    /// The spawner has sent the signal.
+    pub(super) fn killed(&mut self, now: Instant) {
+        if matches!(self.stage, Stage::Ending(_)) {
+            self.stage = Stage::Killed(now + KILL_DEADLINE);
+        }
     }
 
     fn is_of_use(&self) -> bool {
@@ -433,6 +455,7 @@ mod tests {
         let mut recovery = Recovery::new(now);
         assert_eq!(recovery.condemn(now, "no answer"), Some(Order::Kill));
         assert_eq!(recovery.condemn(now, "again"), None);
+        recovery.killed(now);
         assert_eq!(recovery.due(now + KILL_DEADLINE - MS), None);
         let Some(Order::GiveUp(reason)) = recovery.due(now + KILL_DEADLINE) else {
             panic!("not given up");
@@ -441,6 +464,27 @@ mod tests {
         // Even when it ends after all: the guest has been told.
         assert_eq!(recovery.ended(now + 2 * KILL_DEADLINE, "signal 9"), None);
         assert_eq!(recovery.deadline(), None);
+    }
+
+    #[test]
+    fn a_spawner_that_is_stopped_costs_no_device() {
+        let mut now = Instant::now();
+        let later = 100 * KILL_DEADLINE;
+        let mut recovery = Recovery::new(now);
+        assert_eq!(recovery.condemn(now, "no answer"), Some(Order::Kill));
+        assert_eq!((recovery.deadline(), recovery.due(now + later)), (None, None));
+        recovery.not_told(now);
+        now = recovery.deadline().unwrap();
+        assert_eq!(recovery.due(now), Some(Order::Kill));
+        now += later;
+        recovery.killed(now);
+        assert_eq!(recovery.ended(now, "signal 9"), None);
+        assert_eq!(recovery.due(now), Some(Order::Respawn));
+        assert_eq!((recovery.deadline(), recovery.due(now + later)), (None, None));
+        recovery.not_told(now);
+        now = recovery.deadline().unwrap();
+        assert_eq!(recovery.due(now), Some(Order::Respawn));
+        assert_eq!(recovery.spawned(now + later, 7), Some(1));
     }
 
     #[test]

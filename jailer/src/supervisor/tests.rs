@@ -178,6 +178,12 @@ fn joins(play: &mut Play, now: Instant) {
     assert!(play.supervisor.device_answered(id, Ok(()), now));
 }
 
+/// The spawner has sent SIGKILL to the first process.
+fn killed(play: &mut Play, now: Instant) {
+    send_message(play.spawner.as_fd(), 0, ToSupervisor::Killed { process: 0 }).unwrap();
+    play.supervisor.hear_spawner(now).unwrap();
+}
+
 /// How many messages are left in a socket.
 fn left<T: serde::Serialize + serde::de::DeserializeOwned>(socket: &OwnedFd) -> usize {
     let more = || matches!(receive_message::<T>(socket.as_fd()), Ok(Received::Message(..)));
@@ -354,6 +360,23 @@ fn a_launcher_that_failed_has_said_why() {
     assert!(matches!(end, Err(SupervisorError::SpawnerGone)), "{end:?}");
 }
 
+#[test]
+fn an_answer_that_nobody_waits_for_is_no_failure_of_the_process_that_serves() {
+    let mut play = Play::begin("twice");
+    let _log = nic(&mut play);
+    let mut now = Instant::now();
+    play.supervisor.process_ended(0, ExitStatus::Signal(9), now);
+    play.supervisor.judge_devices(now);
+    joins(&mut play, now);
+    assert_eq!(told(&play), ["Died", "respawn", "Restarted"]);
+    for _ in 0..20 {
+        play.supervisor.device_not_spawned(0, "it still runs", now);
+        now += Duration::from_secs(3);
+        play.supervisor.judge_devices(now);
+    }
+    assert_eq!(told(&play), [""; 0]);
+}
+
 /// The process dies with its TAP; the next is on its way when there is a TAP again.
 #[test]
 fn a_process_that_was_begun_without_the_tap_that_is_back_is_replaced_once() {
@@ -413,6 +436,7 @@ fn a_tap_that_nobody_takes_over_is_not_back() {
     let now = Instant::now();
     let condemned = play.supervisor.processes[0].recovery.condemn(now, "no answer");
     play.supervisor.carry_out(0, condemned);
+    killed(&mut play, now);
     play.supervisor.judge_devices(now + Duration::from_secs(60));
     let (queue, _) = pair(SockType::Stream);
     play.supervisor.tap_came_back(0, &[queue], now);

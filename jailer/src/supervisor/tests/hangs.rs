@@ -57,6 +57,12 @@ fn a_process_that_does_not_end_when_killed_is_the_end() {
     let (mut play, _log) = begin("held");
     let now = Instant::now();
     lose(&mut play, Loss::Silent, now);
+    assert_eq!(
+        play.supervisor.devices_deadline(),
+        None,
+        "the spawner has not killed it"
+    );
+    killed(&mut play, now);
     let due = play.supervisor.devices_deadline().unwrap();
     play.supervisor.judge_devices(due);
     let outcome = play.supervisor.outcome.as_ref().unwrap();

@@ -51,9 +51,8 @@ fn one_that_the_spawner_does_not_make_is_not_tried_again() {
     let (mut play, client, id, _log) = begin("late");
     let now = Instant::now();
     replaced(&mut play, id, now);
-    let late = play.supervisor.devices_deadline().unwrap();
-    play.supervisor.judge_devices(late);
-    not_upgraded(&client, "not started in time");
+    play.supervisor.device_not_spawned(0, "no memory", now);
+    not_upgraded(&client, "no memory");
     let due = play.supervisor.devices_deadline().unwrap();
     play.supervisor.judge_devices(due);
     assert_eq!(builds(&play), [Build::Current]);
@@ -72,6 +71,7 @@ fn one_whose_predecessor_does_not_end_is_over() {
     let (mut play, client, id, _log) = begin("held");
     let now = Instant::now();
     assert!(play.supervisor.device_answered(id, Ok(()), now));
+    killed(&mut play, now);
     let late = play.supervisor.devices_deadline().unwrap();
     play.supervisor.judge_devices(late);
     not_upgraded(&client, "does not end");
