@@ -142,7 +142,12 @@ impl Supervisor {
         {
             return Err("its name, or its process, is none of a device".to_owned());
         }
-        if self.device_place(&device.id).is_some() || self.remote(&device.id).is_some() {
+        let coming = self
+            .plugs
+            .remotes
+            .iter()
+            .any(|coming| coming.device.id == device.id);
+        if coming || self.device_place(&device.id).is_some() || self.remote(&device.id).is_some() {
             return Err(format!("'{}' is another device's id", device.id));
         }
         let wanted = process

@@ -244,6 +244,19 @@ fn what_cannot_be_attached_is_refused_before_anyone_else_hears_of_it() {
     assert!(failed(&client).contains("no device 'c'"));
 }
 
+/// The guest does not see the first yet.
+#[test]
+fn two_that_come_at_once_have_two_ids() {
+    let (mut play, client) = running("at-once");
+    attach(&mut play, &client, someones("fs0"));
+    let (first, ..) = asked(&play).unwrap();
+    attach(&mut play, &client, someones("fs0"));
+    assert!(failed(&client).contains("another device's id"));
+    assert_eq!(asked(&play), None);
+    vmm_says(&mut play, first, FromVmm::Done);
+    assert!(matches!(answer(&client), Some(Answer::Attached { slot: 3, .. })));
+}
+
 #[test]
 fn one_that_the_vmm_cannot_use_is_ended_and_leaves_its_slot() {
     let (mut play, client) = running("useless");
