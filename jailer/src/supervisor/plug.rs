@@ -474,6 +474,8 @@ impl Supervisor {
         self.fail_upgrade(index, "the guest let go of the device", now);
         let process = &mut self.processes[index];
         process.about.slot = None;
+        // What becomes of its TAP, or its passt, is no matter any more.
+        process.about.tap = None;
         let coming = process.recovery.is_spawning();
         process.recovery.give_up();
         let answer = asker.map(|asker| (asker, Answer::Detached));

@@ -429,6 +429,19 @@ fn a_lost_passt_is_told() {
     assert_eq!(code, Some(exit_code::BACKEND_LOST));
 }
 
+/// Its guest let go of the NIC by itself.
+#[test]
+fn a_passt_that_a_detached_nic_had_is_missed_by_nobody() {
+    let mut play = Play::begin("detached");
+    let _log = nic(&mut play);
+    let now = Instant::now();
+    play.supervisor.on_device_death = OnDeviceDeath::End;
+    play.supervisor.device_detached(1, now);
+    assert_eq!(told(&play), ["Detached"]);
+    play.supervisor.passt_lost(0, now);
+    assert_eq!((told(&play), &play.supervisor.outcome), (vec![], &None));
+}
+
 #[test]
 fn a_tap_that_nobody_takes_over_is_not_back() {
     let mut play = Play::begin("given-up");
