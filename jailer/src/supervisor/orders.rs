@@ -4,6 +4,7 @@
 
 use super::Supervisor;
 use super::clients::Asker;
+use super::upgrade::given_up;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, send};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -149,6 +150,9 @@ impl Supervisor {
         now: Instant,
     ) -> Result<(), String> {
         let process = self.processes.iter_mut().find(|p| p.about.name == device);
+        if process.as_ref().is_some_and(|process| process.recovery.is_lost()) {
+            return Err(given_up(device));
+        }
         match process.and_then(|process| process.orders.as_mut()) {
             Some(orders) => orders.give(line, asker, now),
             None => Err(format!("the VM has no device '{device}' that takes orders")),

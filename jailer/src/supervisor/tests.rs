@@ -465,6 +465,12 @@ fn a_tap_that_nobody_takes_over_is_not_back() {
         matches!(&answer, Ok(Received::Message(7, Answer::Failed(why))) if why.contains("given up")),
         "{answer:?}"
     );
+    let (device, line) = ("net0".to_owned(), "metrics".to_owned());
+    let answer = play.ask(&client, Request::Order { device, line });
+    assert!(
+        matches!(&answer, Some(Answer::Failed(why)) if why.contains("given up")),
+        "{answer:?}"
+    );
     play.supervisor.processes[0].recovery = Recovery::new(now);
     play.supervisor.on_device_death = OnDeviceDeath::End;
     play.supervisor.tap_lost(0, "gone");

@@ -25,6 +25,11 @@ pub(super) struct Upgrade {
     tried: bool,
 }
 
+/// Why a request for a device fails that has no process any more.
+pub(super) fn given_up(device: &str) -> String {
+    format!("'{device}' was given up, for as long as the VM lives")
+}
+
 impl Supervisor {
     /// Begins; the answer follows.
     ///
@@ -49,7 +54,7 @@ impl Supervisor {
         let id = self.requests + 1;
         let process = &mut self.processes[index];
         if process.recovery.is_lost() {
-            return Err(format!("'{device}' was given up, for as long as the VM lives"));
+            return Err(given_up(device));
         }
         if process.upgrade.is_some() || !process.recovery.release(now, id) {
             return Err(format!("'{device}' is not served at the moment: try again"));
