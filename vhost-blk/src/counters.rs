@@ -40,6 +40,10 @@ const OPERATIONS: [(Operation, &str); 6] = [
 /// The histogram's buckets end at 4^0, 4^1 and so on to 4^11 microseconds (4.2 s); one more has no end.
 const BUCKETS: usize = 12;
 
+/// Up to so many queues have a histogram each. More have one together, or their text would be longer than
+/// [`MAX_SAID`](vm_spec::client::MAX_SAID).
+const MOST_HISTOGRAMS: usize = 16;
+
 /// One queue's counters, on cache lines of their own. Only the queue's thread writes them; reads are not
 /// synchronised with each other.
 #[derive(Debug, Default)]
@@ -123,28 +127,39 @@ impl QueueCounters {
             }
             Family::Errors => sample(family.name(), "", self.errors.load(Ordering::Relaxed)),
             Family::Stopped => sample(family.name(), "", self.stopped.load(Ordering::Relaxed)),
-            Family::Latency => {
-                let mut sum = 0;
-                for (index, count) in self.latency.iter().enumerate() {
-                    sum += count.load(Ordering::Relaxed);
-                    let end = 4_f64.powi(index as i32) / 1e6;
-                    let end = if index == BUCKETS {
-                        "+Inf".to_owned()
-                    } else {
-                        end.to_string()
-                    };
-                    sample("latency_seconds_bucket", &format!(",le=\"{end}\""), sum);
-                }
-                sample("latency_seconds_count", "", sum);
-                let waited = Duration::from_nanos(self.waited.load(Ordering::Relaxed));
-                let seconds = waited.as_secs_f64();
-                let _ = writeln!(
-                    text,
-                    "bulkhead_blk_latency_seconds_sum{{queue=\"{queue}\"}} {seconds}"
-                );
-            }
+            Family::Latency => write_histogram(text, &format!("queue=\"{queue}\""), &[self]),
         }
     }
+}
+
+/// The latencies of all requests of `queues`; `label` says whose they are.
+fn write_histogram(text: &mut String, label: &str, queues: &[&QueueCounters]) {
+    let total = |of: &dyn Fn(&QueueCounters) -> &AtomicU64| {
+        let each = queues.iter().map(|queue| of(queue).load(Ordering::Relaxed));
+        each.fold(0, u64::wrapping_add)
+    };
+    let comma = if label.is_empty() { "" } else { "," };
+    let mut sum = 0_u64;
+    for index in 0..=BUCKETS {
+        sum = sum.wrapping_add(total(&|queue| &queue.latency[index]));
+        let end = match index {
+            BUCKETS => "+Inf".to_owned(),
+            _ => (4_f64.powi(index as i32) / 1e6).to_string(),
+        };
+        let _ = writeln!(
+            text,
+            "bulkhead_blk_latency_seconds_bucket{{{label}{comma}le=\"{end}\"}} {sum}"
+        );
+    }
+    let labels = match label {
+        "" => String::new(),
+        label => format!("{{{label}}}"),
+    };
+    let seconds = Duration::from_nanos(total(&|queue| &queue.waited)).as_secs_f64();
+    let _ = writeln!(
+        text,
+        "bulkhead_blk_latency_seconds_count{labels} {sum}\nbulkhead_blk_latency_seconds_sum{labels} {seconds}"
+    );
 }
 
 /// The metrics; the format wants all samples of one together.
@@ -199,12 +214,18 @@ impl Counters {
         }
     }
 
-    /// Prometheus' text format; below 64 KiB for the most queues that there can be.
+    /// Prometheus' text format; shorter than [`MAX_SAID`](vm_spec::client::MAX_SAID) with what ends it, for the most
+    /// queues that there can be.
     pub(crate) fn prometheus(&self, capacity: u64) -> String {
         let mut text =
             format!("# TYPE bulkhead_blk_capacity_bytes gauge\nbulkhead_blk_capacity_bytes {capacity}\n");
         for (family, kind) in Family::ALL {
             let _ = writeln!(text, "# TYPE bulkhead_blk_{} {kind}", family.name());
+            if matches!(family, Family::Latency) && self.0.len() > MOST_HISTOGRAMS {
+                let all: Vec<_> = self.0.iter().map(|queue| &**queue).collect();
+                write_histogram(&mut text, "", &all);
+                continue;
+            }
             for (index, queue) in self.0.iter().enumerate() {
                 queue.write_samples(&mut text, family, index);
             }
@@ -216,6 +237,7 @@ impl Counters {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_spec::client::MAX_SAID;
 
     #[test]
     fn a_latency_lies_in_the_first_bucket_that_ends_at_or_behind_it() {
@@ -259,12 +281,33 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
         }
-        let most = Counters::new(32);
-        for queue in most.queues() {
-            for counter in queue.operations.iter().chain(&queue.latency) {
-                counter.store(u64::MAX >> 8, Ordering::Relaxed);
+        for queues in [1, MOST_HISTOGRAMS as u16, MOST_HISTOGRAMS as u16 + 1, 32] {
+            let most = Counters::new(queues);
+            for queue in most.queues() {
+                let all = queue.operations.iter().chain(&queue.bytes).chain(&queue.latency);
+                for counter in all.chain([&queue.errors, &queue.waited, &queue.stopped]) {
+                    counter.store(u64::MAX, Ordering::Relaxed);
+                }
             }
+            // With the order's number and the last line.
+            assert!(most.prometheus(u64::MAX).len() + 64 < MAX_SAID, "{queues} queues");
         }
-        assert!(most.prometheus(u64::MAX).len() < 64 << 10);
+    }
+
+    #[test]
+    fn many_queues_have_one_histogram() {
+        let counters = Counters::new(32);
+        for queue in counters.queues() {
+            queue.completed(Operation::Read, 512, false, Duration::from_secs(1));
+        }
+        let text = counters.prometheus(1 << 20);
+        for line in [
+            "bulkhead_blk_latency_seconds_bucket{le=\"0.000001\"} 0",
+            "bulkhead_blk_latency_seconds_bucket{le=\"+Inf\"} 32",
+            "bulkhead_blk_latency_seconds_count 32",
+            "bulkhead_blk_latency_seconds_sum 32",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
+        }
     }
 }

@@ -77,6 +77,9 @@ pub enum Channel {
 /// Ends what a device process answers by several lines.
 pub const LAST_LINE: &str = "# EOF";
 
+/// Longest answer of a device process in bytes; a message holds it, with its envelope.
+pub const MAX_SAID: usize = 48 << 10;
+
 /// Longest order in bytes.
 pub const MAX_ORDER: usize = 60;
 

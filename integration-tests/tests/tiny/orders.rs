@@ -25,6 +25,7 @@ const DISK: u64 = 16 << 20;
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("orders::a_disk_grows_and_tells", grows),
+        test("orders::a_disk_of_many_queues_tells", many_queues),
         test("orders::a_qcow2_disk_grows", qcow2_grows),
         test("orders::a_nic_tells_what_it_counts", nic),
     ]
@@ -103,6 +104,26 @@ fn grows() -> Result<()> {
     ensure!(
         fs::metadata(&disk)?.len() == 3 * DISK,
         "a refused order was obeyed"
+    );
+    Ok(())
+}
+
+/// What it says fits a message.
+fn many_queues() -> Result<()> {
+    Host::need_kvm()?;
+    let folder = tempfile::tempdir()?;
+    let disk = folder.path().join("disk");
+    File::create(&disk)?.set_len(DISK)?;
+    let flags = [
+        format!("--disk=path={},format=raw,queues=32", disk.display()),
+        "--power-off-grace=1".to_owned(),
+    ];
+    let run = start(&flags)?;
+    let output = order(&run, "metrics", &[])?;
+    ensure!(
+        output.status.success() && said(&output).contains("queue=\"31\""),
+        "{}",
+        said(&output)
     );
     Ok(())
 }

@@ -9,12 +9,10 @@ use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, send};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
-use vm_spec::client::{Answer, LAST_LINE, MAX_ORDER};
+use vm_spec::client::{Answer, LAST_LINE, MAX_ORDER, MAX_SAID};
 
 /// Longest wait for an answer: a file system may take its time to lengthen a file.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// Longest answer in bytes; a message holds it.
-const LONGEST: usize = 48 << 10;
 /// Reads of what nobody asked for, before an order: more than the socket holds.
 const MOST_STALE: usize = 256;
 
@@ -125,7 +123,7 @@ impl Orders {
         let waiting = self.waiting.as_mut()?;
         waiting.answer.extend(came);
         waiting.forget_others();
-        let failed = if waiting.answer.len() > LONGEST {
+        let failed = if waiting.answer.len() > MAX_SAID {
             "its process says too much"
         } else if now >= waiting.until {
             "its process does not answer"
