@@ -112,7 +112,8 @@ fn truncated(rights: &[u8]) -> Vec<RawFd> {
     numbers.map(|four| i32::from_ne_bytes(*four)).collect()
 }
 
-/// As [`crate::wire::receive_message`], with the descriptors that came along.
+/// As [`crate::wire::receive_message`], with the descriptors that came along; without any where this process has no
+/// room for all.
 ///
 /// # Errors
 /// Any [`TransferError`]: the peer does not speak the protocol and is to be treated as lost.
@@ -131,7 +132,7 @@ pub fn receive_with_fds<T: Serialize + DeserializeOwned>(
             Err(e) => return Err(TransferError::Socket(e.into())),
         }
     };
-    if flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
+    if flags.contains(MsgFlags::MSG_TRUNC) {
         return Err(WireError::TooLong(length).into());
     }
     if fds.len() > MAX_FDS {
@@ -147,8 +148,12 @@ pub fn receive_with_fds<T: Serialize + DeserializeOwned>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::fcntl::OFlag;
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-    use nix::unistd::{pipe, read, write};
+    use nix::unistd::{pipe, pipe2, read, write};
+    use std::os::fd::AsFd;
+    use std::process::Command;
     use vm_spec::supervise::FromSupervisor;
 
     #[test]
@@ -194,6 +199,36 @@ mod tests {
         assert_eq!(read(&reader, &mut [0]), Ok(0));
         // Where there was no room for a single one.
         assert!(truncated(&[0; 40]).is_empty());
+    }
+
+    /// In a process of its own, whose limit that is.
+    #[test]
+    fn a_message_comes_alone_where_there_is_no_room_for_its_descriptors() {
+        const ALONE: &str = "BULKHEAD_TEST_ALONE";
+        if std::env::var_os(ALONE).is_none() {
+            let name = std::thread::current().name().unwrap().to_owned();
+            let mut test = Command::new(std::env::current_exe().unwrap());
+            let output = test.args(["--exact", &name]).env(ALONE, "1").output().unwrap();
+            let said = String::from_utf8_lossy(&output.stdout).into_owned();
+            return assert!(output.status.success() && said.contains("1 passed"), "{said}");
+        }
+        let kind = SockType::SeqPacket;
+        let (ours, theirs) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        let (reader, writer) = pipe2(OFlag::O_NONBLOCK).unwrap();
+        let two = [writer.as_fd(); 2];
+        send_with_fds(ours.as_fd(), 9, FromSupervisor::Kill { process: 3 }, &two).unwrap();
+        drop(writer);
+        // For one more, which has the writer's number.
+        let most = ours.try_clone().unwrap().as_raw_fd() + 1;
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, most.unsigned_abs().into(), hard).unwrap();
+        let (message, fds) = receive_with_fds::<FromSupervisor>(theirs.as_fd()).unwrap();
+        assert!(
+            matches!(message, Received::Message(9, FromSupervisor::Kill { process: 3 })),
+            "{message:?}"
+        );
+        assert!(fds.is_empty());
+        assert_eq!(read(&reader, &mut [0]), Ok(0), "what came is open");
     }
 
     /// A disk with the longest chain of images that a launcher opens.

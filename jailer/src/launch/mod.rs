@@ -45,7 +45,7 @@ use crate::tell::{name_vm, tell};
 use connector::Connector;
 use identity::{Identities, Settled};
 use inputs::Inputs;
-use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signalfd::SignalFd;
 use nix::unistd::{Pid, getpid};
 use notify::Notify;
@@ -198,6 +198,14 @@ pub(crate) fn too_few_open_files() -> Option<String> {
     (hard < needed).then(|| format!("the limit on open files is {hard}, and {needed} are needed"))
 }
 
+/// Whoever keeps the images of long chains has more open files than a usual soft limit lets it.
+fn raise_open_files() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        // Where it fails, what does not fit is refused.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
 /// What a VM is given before any other process is made.
 struct Ground {
     run_dir: RunDir,
@@ -211,6 +219,7 @@ impl Ground {
         if let Some(too_few) = too_few_open_files() {
             return Err(Failure::host(too_few).hint(MORE_OPEN_FILES));
         }
+        raise_open_files();
         let identities = || Identities::begin(&spawn::installed());
         if spec.limits.controllers().is_empty() {
             // As early as can be: a user's range takes longer to get than all that comes before its use.

@@ -130,6 +130,12 @@ impl Remote {
         self.stage = Stage::Resting(now + rest);
     }
 
+    fn not_connected(&mut self, now: Instant) {
+        if self.stage == Stage::Connecting {
+            self.rest(now);
+        }
+    }
+
     fn joins_by(&self, id: u64) -> bool {
         matches!(self.stage, Stage::Joining(_, wanted) if wanted == id)
     }
@@ -226,8 +232,11 @@ impl Supervisor {
                 Ok((Received::Message(_, FromConnector::Connected { device }), fds)) => {
                     if let Some(index) = self.nic_of(device) {
                         self.nic_came_back(index, &fds, now);
-                    } else {
+                    } else if !fds.is_empty() {
                         self.connected(device.into(), &fds, now);
+                    } else if let Some(remote) = self.remotes.get_mut(usize::from(device)) {
+                        // There was no room for them.
+                        remote.not_connected(now);
                     }
                 }
                 Ok((Received::Message(_, FromConnector::Lost { device }), _)) => self.passt_lost(device, now),
