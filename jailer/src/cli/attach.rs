@@ -2,7 +2,7 @@
 
 use super::connection::Connection;
 use super::flags::DeviceFlags;
-use super::ps;
+use super::ps::{self, RunningVm};
 use crate::failure::Failure;
 use crate::launch::attach::{Ready, prepare};
 use crate::launch::net::link;
@@ -12,6 +12,8 @@ use std::time::Duration;
 use vm_spec::client::{Answer, Request, no_device};
 use vm_spec::run_state::{FdLink, ProcessRole, RunState};
 
+/// For the supervisor to say what there is.
+const DEVICES_DEADLINE: Duration = Duration::from_secs(5);
 /// For a device's process to be made, to open its image and to answer: more than the supervisor waits.
 const ATTACH_DEADLINE: Duration = Duration::from_secs(120);
 /// For the guest to let go, and the process to flush and to end: more than the supervisor waits.
@@ -28,7 +30,7 @@ pub(super) fn attach(vm: &str, flags: &DeviceFlags) -> Result<String, Failure> {
         attachment,
         descriptors,
         link,
-    } = prepare(&spec, &running.state, &running.folder)?;
+    } = prepare(&spec, &running.state.name, &taken_ids(&running)?, &running.folder)?;
     let id = attachment.device.id.clone();
     let fds: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
     let answered = Connection::open(&running).and_then(|mut connection| {
@@ -54,6 +56,17 @@ pub(super) fn attach(vm: &str, flags: &DeviceFlags) -> Result<String, Failure> {
     }
     let served = pid.map_or_else(String::new, |pid| format!(", served by pid {pid}"));
     Ok(format!("{id}: in PCI slot {slot}{served}\n"))
+}
+
+/// Those of its devices, also of someone else's and of some that are on their way, and of its helpers.
+fn taken_ids(running: &RunningVm) -> Result<Vec<String>, Failure> {
+    let mut taken = match Connection::open(running)?.ask(Request::Devices, None, DEVICES_DEADLINE)? {
+        Answer::Devices(taken) => taken,
+        _ => return Err(Failure::host("the supervisor gave no answer to the request")),
+    };
+    let processes = running.state.processes.iter();
+    taken.extend(processes.map(|process| process.name.clone()));
+    Ok(taken)
 }
 
 /// Has the VM's guest let go of a device, and ends its process.

@@ -19,7 +19,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use vm_spec::client::Attachment;
 use vm_spec::control::{DeviceConfig, FdNumber};
-use vm_spec::run_state::{FdState, RunState};
+use vm_spec::run_state::FdState;
 use vm_spec::spec::VmSpec;
 use vm_spec::supervise::AddedProcess;
 
@@ -33,14 +33,15 @@ pub(crate) struct Ready {
     pub(crate) link: Option<Unnamed>,
 }
 
-/// Opens what the one device in `spec` needs; `folder` is the VM's run-time folder, and `state` its state.
+/// Opens what the one device in `spec` needs; `folder` is the VM's run-time folder, `vm` its name, and `taken` are
+/// the ids that are others'.
 ///
 /// # Errors
 /// A [`Failure`] as of a launch.
-pub(crate) fn prepare(spec: &VmSpec, state: &RunState, folder: &Path) -> Result<Ready, Failure> {
-    let device = check(spec, state)?;
+pub(crate) fn prepare(spec: &VmSpec, vm: &str, taken: &[String], folder: &Path) -> Result<Ready, Failure> {
+    let device = check(spec, vm, taken)?;
     check_name(&format!("{}.id", device.field), &device.id)?;
-    if state.processes.iter().any(|process| process.name == device.id) {
+    if taken.contains(&device.id) {
         return Err(Failure::usage(format!(
             "{}.id: '{}' is another device's id",
             device.field, device.id
@@ -71,13 +72,16 @@ pub(crate) fn prepare(spec: &VmSpec, state: &RunState, folder: &Path) -> Result<
     })
 }
 
-/// The device, with a name that no process of the VM's has.
-fn check(spec: &VmSpec, state: &RunState) -> Result<Device, Failure> {
-    let taken = |name: &str| state.processes.iter().any(|process| process.name == name);
-    let free = |kind: &str| (0..).find(|n| !taken(&format!("{kind}{n}"))).unwrap_or(0);
+/// The device, with an id of its own or one that is not taken.
+fn check(spec: &VmSpec, vm: &str, taken: &[String]) -> Result<Device, Failure> {
+    let free = |kind: &str| {
+        (0..)
+            .find(|n| !taken.contains(&format!("{kind}{n}")))
+            .unwrap_or(0)
+    };
     let device = match (&*spec.disks, &*spec.nets, &*spec.vhost_user) {
         ([one], [], []) => disk::check(spec.cpus, free("disk"), one),
-        ([], [one], []) => net::check(&state.name, free("net"), one),
+        ([], [one], []) => net::check(vm, free("net"), one),
         ([], [], [one]) => machine::check_vhost_user(free(&one.device_type), one),
         _ => Err(Failure::usage("give one device: --disk, --net or --vhost-user")),
     }?;
@@ -227,5 +231,28 @@ impl Parts {
             descriptors,
             link: None,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_default_id_is_nobody_elses() {
+        let taken = ["vmm", "disk0", "fs0", "disk2"].map(str::to_owned);
+        let id = |spec: &str| check(&toml::from_str(spec).unwrap(), "web", &taken).map(|device| device.id);
+        assert_eq!(
+            id("[[disk]]\nformat = \"raw\"\npath = \"b.raw\"").unwrap(),
+            "disk1"
+        );
+        assert_eq!(
+            id("[[vhost-user]]\ntype = \"fs\"\nsocket = \"s\"").unwrap(),
+            "fs1"
+        );
+        assert_eq!(
+            id("[[disk]]\nid = \"disk2\"\nformat = \"raw\"\npath = \"b.raw\"").unwrap(),
+            "disk2"
+        );
     }
 }

@@ -162,6 +162,11 @@ impl Supervisor {
                 },
                 Request::Order { device, line } => self.order(&device, &line, asker, now),
                 Request::Listen { channel, follow } => self.listen(channel, follow, asker),
+                Request::Devices => {
+                    let taken = self.taken_ids().map(str::to_owned).collect();
+                    self.clients.answer(asker, Answer::Devices(taken), now);
+                    Ok(())
+                }
                 Request::Attach(attachment) => self.attach(*attachment, fds, asker, now),
                 Request::Detach { device } => self.detach(&device, asker, now),
             };

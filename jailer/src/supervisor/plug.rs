@@ -142,12 +142,7 @@ impl Supervisor {
         {
             return Err("its name, or its process, is none of a device".to_owned());
         }
-        let coming = self
-            .plugs
-            .remotes
-            .iter()
-            .any(|coming| coming.device.id == device.id);
-        if coming || self.device_place(&device.id).is_some() || self.remote(&device.id).is_some() {
+        if self.taken_ids().any(|taken| taken == device.id) {
             return Err(format!("'{}' is another device's id", device.id));
         }
         let wanted = process
@@ -167,6 +162,16 @@ impl Supervisor {
             None => self.attach_remote(device, &fds, asker),
         };
         begun.inspect_err(|_| self.plugs.give(slot))
+    }
+
+    /// What no device that is attached may be called: of those that come and go, too.
+    pub(super) fn taken_ids(&self) -> impl Iterator<Item = &str> {
+        let processes = self.processes.iter().map(|process| &process.about.name);
+        let coming = self.plugs.remotes.iter().map(|coming| &coming.device.id);
+        let all = processes
+            .chain(self.remotes.iter().map(Remote::name))
+            .chain(coming);
+        all.map(String::as_str).filter(|name| !name.is_empty())
     }
 
     /// The place of a device's process.

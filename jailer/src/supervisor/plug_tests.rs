@@ -253,8 +253,11 @@ fn two_that_come_at_once_have_two_ids() {
     attach(&mut play, &client, someones("fs0"));
     assert!(failed(&client).contains("another device's id"));
     assert_eq!(asked(&play), None);
+    let fs0 = || Some(Answer::Devices(vec!["fs0".to_owned()]));
+    assert_eq!(play.ask(&client, Request::Devices), fs0());
     vmm_says(&mut play, first, FromVmm::Done);
     assert!(matches!(answer(&client), Some(Answer::Attached { slot: 3, .. })));
+    assert_eq!(play.ask(&client, Request::Devices), fs0());
 }
 
 #[test]

@@ -76,6 +76,11 @@ impl Remote {
         }
     }
 
+    /// Its device's id; empty once it has been detached.
+    pub(super) fn name(&self) -> &String {
+        &self.about.name
+    }
+
     /// Its PCI slot; 0 once it has been detached.
     pub(super) fn slot(&self) -> u8 {
         self.about.slot
