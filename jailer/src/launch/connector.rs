@@ -12,11 +12,13 @@
 //!
 //! A relay of ours that lost its passt says so to the connector, which passes it on, and is told to start another.
 
+use super::image::printable;
 use super::machine::{Backend, Device};
 use super::net::line::{self, Lines};
 use super::net::{self, Holder, NetError};
 use super::spawn::of_back_end;
 use crate::sandbox::caps;
+use crate::tell::{chain, tell};
 use crate::wire::{Received, receive_message, send_message};
 use crate::wire_fds::send_with_fds;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -36,6 +38,9 @@ use vm_spec::supervise::{FromConnector, ToConnector};
 const FIRST_DELAY: Duration = Duration::from_millis(5);
 /// The longest wait between attempts.
 const LONGEST_DELAY: Duration = Duration::from_millis(200);
+
+/// The same for a passt, each of which is a process that is started.
+const LONGEST_PASST_DELAY: Duration = Duration::from_secs(5);
 
 /// Between two TAPs for one NIC, or two passts: a process that says again and again that its is lost keeps no one
 /// busy.
@@ -128,6 +133,34 @@ fn needed(reachable: &[Device]) -> u64 {
 struct Attempt {
     at: Instant,
     delay: Duration,
+    /// Why the last one came to nothing.
+    why: String,
+}
+
+impl Attempt {
+    fn at(at: Instant) -> Self {
+        Self {
+            at,
+            delay: FIRST_DELAY,
+            why: String::new(),
+        }
+    }
+
+    /// It came to nothing, and the next follows; whether `why` is news.
+    fn failed(&mut self, why: &str, device: &Device, now: Instant) -> bool {
+        let longest = match &device.backend {
+            Backend::Passt { .. } => LONGEST_PASST_DELAY,
+            Backend::Net(nic) if nic.has_relay() => LONGEST_PASST_DELAY,
+            _ => LONGEST_DELAY,
+        };
+        self.at = now + self.delay;
+        self.delay = (2 * self.delay).min(longest);
+        let news = self.why != why;
+        if news {
+            why.clone_into(&mut self.why);
+        }
+        news
+    }
 }
 
 /// A relay that can lose its passt.
@@ -159,10 +192,8 @@ fn serve(supervisor: &OwnedFd, reachable: &[Device], relays: &mut BTreeMap<u16, 
                 Ok(Received::Nothing) => break,
                 Ok(Received::Message(_, ToConnector::Connect { device })) => {
                     let rested = last_taps.get(&device).map(|last: &Instant| *last + TAP_DELAY);
-                    wanted.entry(device).or_insert(Attempt {
-                        at: rested.unwrap_or_else(Instant::now),
-                        delay: FIRST_DELAY,
-                    });
+                    let at = rested.unwrap_or_else(Instant::now);
+                    wanted.entry(device).or_insert_with(|| Attempt::at(at));
                 }
                 Ok(Received::End) | Err(_) => return,
             }
@@ -177,9 +208,12 @@ fn serve(supervisor: &OwnedFd, reachable: &[Device], relays: &mut BTreeMap<u16, 
             }
             let opened = match open(device, relays.get_mut(number)) {
                 Some(Ok(opened)) => opened,
-                Some(Err(_)) => {
-                    attempt.at = now + attempt.delay;
-                    attempt.delay = (2 * attempt.delay).min(LONGEST_DELAY);
+                Some(Err(error)) => {
+                    let why = printable(&chain(&error));
+                    // Of someone else's back end the supervisor says that it is gone; whoever runs it knows why.
+                    if attempt.failed(&why, device, now) && !matches!(device.backend, Backend::External(_)) {
+                        tell(format_args!("bulkhead: {}: not back yet: {why}", device.id));
+                    }
                     return true;
                 }
                 None => return false,
@@ -287,6 +321,21 @@ mod tests {
             config_features: 0,
             backend: Backend::External(Remote::at(socket)),
         }
+    }
+
+    #[test]
+    fn a_reason_is_told_once_and_the_attempts_are_ever_fewer() {
+        let device = device(Path::new("/nowhere"));
+        let now = Instant::now();
+        let mut attempt = Attempt::at(now);
+        let news: Vec<bool> = ["no such", "no such", "busy", "busy", "no such"]
+            .map(|why| attempt.failed(why, &device, now))
+            .into();
+        assert_eq!(news, [true, false, true, false, true]);
+        for _ in 0..20 {
+            attempt.failed("busy", &device, now);
+        }
+        assert_eq!(attempt.at, now + LONGEST_DELAY);
     }
 
     #[test]
