@@ -27,6 +27,7 @@ const DEADLINE: Duration = Duration::from_secs(20);
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("bad_input::tap_busy_by_name", busy_by_name),
+        test("bad_input::tap_of_several_queues_busy", several_queues_busy),
         test("bad_input::tap_missing", missing),
         test("bad_input::tap_busy_by_fd", busy_by_fd),
         test("bad_input::tap_fd_is_no_tap", no_tap),
@@ -57,6 +58,26 @@ fn busy_by_name() -> Result<()> {
     Host::need_tun()?;
     let words = ["net[0].tap: ", "'tap0'", "is busy", "another VM uses it"];
     beside(&Peer::start("")?, "tap0", &words)
+}
+
+/// The kernel would let anyone have one more of its queues.
+fn several_queues_busy() -> Result<()> {
+    need_own_tap()?;
+    let tap = format!("bhq{}", std::process::id());
+    let _queue = open_as(&tap, IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_MULTI_QUEUE)?;
+    let up = Command::new("ip").args(["link", "set", &tap, "up"]).status()?;
+    ensure!(up.success(), "{up}");
+    for queues in ["", ",queues=2"] {
+        let flags = [kernel()?, format!("--net=tap={tap}{queues}")];
+        let words = ["net[0].tap: ", "is busy", "another VM uses it"];
+        let command = Command::new(artifact(Artifact::Bulkhead)?);
+        says(
+            Run::by(command, tempfile::tempdir()?, &flags)?,
+            exit_code::ERROR,
+            &words,
+        )?;
+    }
+    Ok(())
 }
 
 fn missing() -> Result<()> {

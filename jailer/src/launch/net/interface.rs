@@ -43,19 +43,36 @@ nix::ioctl_write_ptr_bad!(
 nix::ioctl_write_ptr_bad!(add_port, SIOCBRADDIF as libc::c_int, libc::ifreq);
 nix::ioctl_write_ptr_bad!(add_bridge, SIOCBRADDBR as libc::c_int, libc::c_char);
 
-/// Attaches `queues` descriptors to the interface `name`, which must exist.
+/// What ETHTOOL_GLINK reads and writes (`linux/ethtool.h`).
+#[repr(C)]
+struct EthtoolValue {
+    command: u32,
+    value: u32,
+}
+
+const ETHTOOL_GLINK: u32 = 0xa;
+
+nix::ioctl_read_bad!(ethtool, libc::SIOCETHTOOL as libc::c_int, libc::ifreq);
+
+/// Attaches `queues` descriptors to the interface `name`, which must exist and be nobody else's.
 pub(super) fn open_existing(name: &str, queues: u16) -> Result<Vec<OwnedFd>, NetError> {
     check_name(name)?;
     // TUNSETIFF would make one that does not exist.
     if !exists(name) {
         return Err(NetError::Missing(name.to_owned()));
     }
-    match attach(name, queues) {
+    // Of one that was made for several queues the kernel lets anyone open more.
+    let taken = Interfaces::open()?.has_carrier(name)?;
+    let opened = match attach(name, queues) {
         // It was made for several queues, of which this NIC takes one.
         Err(NetError::Attach(e)) if queues == 1 && e.raw_os_error() == Some(libc::EINVAL) => {
             attach_one(name, true).map(|(_, tap)| vec![tap])
         }
         other => other.map(|(_, taps)| taps),
+    };
+    match taken && opened.is_ok() {
+        true => Err(NetError::Busy(name.to_owned())),
+        false => opened,
     }
 }
 
@@ -225,6 +242,23 @@ impl Interfaces {
         let set = unsafe { set_netmask(fd, &raw const request) };
         set.map(drop)
             .map_err(|e| NetError::Make("set the TAP's netmask", e.into()))
+    }
+
+    /// Whether the interface is up and has a carrier, as a TAP does of which someone has a queue open.
+    fn has_carrier(&self, name: &str) -> Result<bool, NetError> {
+        let mut link = EthtoolValue {
+            command: ETHTOOL_GLINK,
+            value: 0,
+        };
+        let mut request = request_for(name);
+        request.ifr_ifru.ifru_data = (&raw mut link).cast();
+        // SAFETY: `request` is a live ifreq, and what it points to is as ETHTOOL_GLINK wants it.
+        match unsafe { ethtool(self.0.as_raw_fd(), &raw mut request) } {
+            Ok(_) => Ok(link.value != 0),
+            // It has no such thing, as no TAP.
+            Err(Errno::EOPNOTSUPP) => Ok(false),
+            Err(e) => Err(NetError::Make("ask for an interface's carrier", e.into())),
+        }
     }
 
     fn mtu(&self, name: &str) -> Result<i32, NetError> {
