@@ -27,6 +27,10 @@ pub struct RunState {
     pub processes: Vec<ProcessState>,
     /// When the launcher started.
     pub launched_ns: u64,
+    /// The same by the clock on the wall, in seconds of the Unix epoch: CLOCK_MONOTONIC stands still while the host
+    /// sleeps.
+    #[serde(default)]
+    pub launched_unix: u64,
     /// When the last process had been made.
     pub spawned_ns: u64,
     /// When the vmm started to build the machine.

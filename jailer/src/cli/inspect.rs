@@ -23,7 +23,7 @@ fn to_json(vm: &RunningVm) -> Result<String, Failure> {
     let failed = |e: serde_json::Error| Failure::host("the VM's state").because(&e);
     let mut all = serde_json::to_value(&vm.state).map_err(failed)?;
     all["state"] = vm.phase().into();
-    all["since"] = vm.since().into();
+    all["since"] = vm.state.launched_unix.into();
     all["folder"] = vm.folder.to_string_lossy().into();
     Ok(format!("{all:#}\n"))
 }

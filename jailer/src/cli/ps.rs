@@ -6,7 +6,7 @@ use crate::launch;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 use vm_spec::run_state::{FILE_NAME, ProcessRole, RunState};
 
 /// How often the kernel's list of locks is looked at before a VM is taken for over. It is read piece by piece,
@@ -77,13 +77,6 @@ impl RunningVm {
 
     pub(super) fn up(&self) -> Duration {
         Duration::from_nanos(monotonic_ns().saturating_sub(self.state.launched_ns))
-    }
-
-    /// When it was launched, in seconds of the Unix epoch.
-    pub(super) fn since(&self) -> u64 {
-        let since = SystemTime::now().checked_sub(self.up());
-        let since = since.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
-        since.unwrap_or_default().as_secs()
     }
 
     /// The role of the process of ours that serves `device`.
@@ -169,7 +162,7 @@ fn to_json(all: &[RunningVm]) -> String {
                 "name": vm.name(),
                 "pid": vm.pid,
                 "state": vm.phase(),
-                "since": vm.since(),
+                "since": vm.state.launched_unix,
                 "devices": vm.devices().collect::<Vec<_>>(),
             })
         })

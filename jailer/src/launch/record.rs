@@ -10,6 +10,7 @@ use super::{Jail, net, spawn};
 use crate::clock::monotonic_ns;
 use crate::tell::tell;
 use nix::unistd::{Pid, getpid};
+use std::time::{Duration, SystemTime};
 use vm_spec::events;
 use vm_spec::run_state::{self, ProcessRole, ProcessState, RunState};
 use vm_spec::supervise::ExitStatus;
@@ -128,6 +129,14 @@ fn unjailed(name: &str, role: ProcessRole, pid: Pid) -> ProcessState {
     }
 }
 
+/// What time it was at `since`, a moment ago.
+fn wall_clock(since: u64) -> u64 {
+    let ago = Duration::from_nanos(monotonic_ns().saturating_sub(since));
+    let then = SystemTime::now().checked_sub(ago);
+    let then = then.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
+    then.unwrap_or_default().as_secs()
+}
+
 /// The processes that are no part of the plan.
 pub(super) fn helpers(
     reaper: Pid,
@@ -175,6 +184,7 @@ pub(super) fn describe(
         identity: identity.kind(),
         processes,
         launched_ns,
+        launched_unix: wall_clock(launched_ns),
         spawned_ns: monotonic_ns(),
         machine_started_ns: None,
         first_instruction_ns: None,
