@@ -4,7 +4,7 @@
 
 use super::connection::Connection;
 use super::orders;
-use super::ps;
+use super::{print, ps, say};
 use crate::failure::Failure;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -14,39 +14,73 @@ use vm_spec::client::LAST_LINE;
 const PREFIX: &str = "bulkhead_";
 const KINDS: [&str; 3] = ["counter", "gauge", "histogram"];
 
-/// Of one device, or of all that have a process of ours; each sample says whose it is.
+/// Of one device, or of all that have a process of ours; each sample says whose it is. The exit code: one that tells
+/// nothing does not keep the others' from being printed.
 ///
 /// # Errors
-/// A [`Failure`] when no such VM or device runs, or a process says what is no metric.
-pub(super) fn show(vm: &str, device: Option<&str>) -> Result<String, Failure> {
+/// A [`Failure`] when no such VM or device runs, or none tells what it counts.
+pub(super) fn show(vm: &str, device: Option<&str>) -> Result<u8, Failure> {
     let running = ps::find(vm)?;
     let devices: Vec<&str> = match device {
         Some(device) => running.role_of(device).map(|_| vec![device])?,
         None => running.devices().collect(),
     };
     let mut connection = Connection::open(&running)?;
-    let mut families = Families::default();
-    for device in devices {
-        let said = orders::order(&mut connection, device, "metrics".to_owned())?;
-        families.add(&said, vm, device).ok_or_else(|| {
-            Failure::host(format!("the process of {device} does not tell what it counts"))
-                .cause("it says what is no metric")
-        })?;
+    let (all, mut failures) = collect(vm, &devices, |device| {
+        orders::order(&mut connection, device, "metrics".to_owned())
+    });
+    let last = failures.pop();
+    for failure in &failures {
+        say(format_args!("{failure}"));
     }
-    Ok(families.text())
+    match last {
+        Some(failure) if failures.len() + 1 == devices.len() => Err(failure),
+        last => {
+            print(&all.text())?;
+            last.map_or(Ok(0), Err)
+        }
+    }
+}
+
+/// What all devices say, and of those that say nothing of use why.
+fn collect(
+    vm: &str,
+    devices: &[&str],
+    mut ask: impl FnMut(&str) -> Result<String, Failure>,
+) -> (Families, Vec<Failure>) {
+    let mut all = Families::default();
+    let mut failures = Vec::new();
+    for device in devices {
+        match ask(device).and_then(|said| all.with(&said, vm, device)) {
+            Ok(more) => all = more,
+            Err(failure) => failures.push(failure),
+        }
+    }
+    (all, failures)
 }
 
 /// Samples by the metric that they belong to: the format wants those of one together.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Families(BTreeMap<String, Family>);
 
+#[derive(Clone)]
 struct Family {
     kind: String,
     samples: String,
 }
 
 impl Families {
-    /// Adds what a device's process said; `None`: it is none of this.
+    /// These and what a device's process said.
+    fn with(&self, said: &str, vm: &str, device: &str) -> Result<Self, Failure> {
+        let mut more = self.clone();
+        let added = more.add(said, vm, device);
+        added.map(|()| more).ok_or_else(|| {
+            Failure::host(format!("the process of {device} does not tell what it counts"))
+                .cause("it says what is no metric")
+        })
+    }
+
+    /// Adds what a device's process said; `None`: it is none of this, of which some may have been added.
     fn add(&mut self, said: &str, vm: &str, device: &str) -> Option<()> {
         let mut family = None;
         for line in said.lines().take_while(|line| *line != LAST_LINE) {
@@ -129,6 +163,22 @@ mod tests {
                         bulkhead_blk_size{vm=\"web\",device=\"disk1\"} 7\n\
                         # EOF\n";
         assert_eq!(all.text(), expected);
+    }
+
+    #[test]
+    fn one_that_tells_nothing_hides_no_other() {
+        let (all, failures) = collect(
+            "web",
+            &["disk0", "disk1", "disk2", "net0"],
+            |device| match device {
+                "disk0" => Err(Failure::host("it is lost")),
+                "disk1" => Ok("# TYPE bulkhead_a gauge\nbulkhead_a 1\nwhatever\n# EOF\n".to_owned()),
+                _ => Ok("# TYPE bulkhead_a gauge\nbulkhead_a 2\n# EOF\n".to_owned()),
+            },
+        );
+        let expected = "# TYPE bulkhead_a gauge\nbulkhead_a{vm=\"web\",device=\"disk2\"} 2\n\
+                        bulkhead_a{vm=\"web\",device=\"net0\"} 2\n# EOF\n";
+        assert_eq!((all.text().as_str(), failures.len()), (expected, 2));
     }
 
     #[test]

@@ -374,10 +374,10 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
             link::order(&vm, &running.folder, &nic, order)
         }
         Verb::Resize { vm, disk, size } => print(&orders::resize(&vm, &disk, size)?),
-        Verb::Metrics { vm, device } => print(&metrics::show(&vm, device.as_deref())?),
+        Verb::Metrics { vm, device } => metrics::show(&vm, device.as_deref()),
         Verb::Attach { vm, device } => print(&attach::attach(&vm, &device)?),
         Verb::Detach { vm, device } => print(&attach::detach(&vm, &device)?),
-        Verb::Upgrade { vm, device, binary } => print(&upgrade::upgrade(&vm, device.as_deref(), &binary)?),
+        Verb::Upgrade { vm, device, binary } => upgrade::upgrade(&vm, device.as_deref(), &binary),
         Verb::Doctor { json } => {
             let (text, code) = doctor::examine(json);
             print(&text)?;

@@ -2,9 +2,8 @@
 //! build, while the guest works.
 
 use super::connection::Connection;
-use super::ps;
+use super::{print, ps};
 use crate::failure::Failure;
-use std::fmt::Write as _;
 use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
@@ -14,13 +13,13 @@ use vm_spec::run_state::{ProcessRole, RunState};
 /// For one device: its drain, the new build's start, and the old one's if that fails.
 const UPGRADE_DEADLINE: Duration = Duration::from_secs(120);
 
-/// Upgrades one device, or all that the binary, by its file's name, is for; what happened, a line
-/// for each.
+/// Upgrades one device, or all that the binary, by its file's name, is for; prints what happened, a line
+/// for each. The exit code.
 ///
 /// # Errors
 /// A [`Failure`] when no such VM or device runs, or a new process does not serve (then the old
-/// build does).
-pub(super) fn upgrade(vm: &str, device: Option<&str>, binary: &Path) -> Result<String, Failure> {
+/// build does, and the devices behind it are left as they are).
+pub(super) fn upgrade(vm: &str, device: Option<&str>, binary: &Path) -> Result<u8, Failure> {
     let running = ps::find(vm)?;
     let file = File::open(binary)
         .map_err(|e| Failure::usage(format!("--binary: cannot open {}", binary.display())).because(&e))?;
@@ -29,7 +28,6 @@ pub(super) fn upgrade(vm: &str, device: Option<&str>, binary: &Path) -> Result<S
         None => suitable(&running.state, binary)?,
     };
     let mut connection = Connection::open(&running)?;
-    let mut out = String::new();
     for name in names {
         let before = running
             .state
@@ -44,11 +42,9 @@ pub(super) fn upgrade(vm: &str, device: Option<&str>, binary: &Path) -> Result<S
         )? {
             Answer::Upgraded { pid, took_us } => {
                 let (ms, us) = (took_us / 1000, took_us % 1000);
-                // Writing to a String cannot fail.
-                let _ = writeln!(
-                    out,
-                    "{name}: pid {before} -> {pid}, the guest waited {ms}.{us:03} ms"
-                );
+                print(&format!(
+                    "{name}: pid {before} -> {pid}, the guest waited {ms}.{us:03} ms\n"
+                ))?;
             }
             Answer::Failed(why) => {
                 return Err(Failure::host(format!("{name} was not upgraded"))
@@ -58,7 +54,7 @@ pub(super) fn upgrade(vm: &str, device: Option<&str>, binary: &Path) -> Result<S
             _ => return Err(Failure::host("the supervisor gave no answer to the request")),
         }
     }
-    Ok(out)
+    Ok(0)
 }
 
 /// The devices whose processes are of the kind that the file's name says.
