@@ -41,6 +41,10 @@ pub(crate) fn tests() -> Vec<Trial> {
         }));
         tests.extend(each.map(|(test, body)| test_within(limit, name(test), move || body(image))));
     }
+    if full() {
+        let name = "kills::disk_while_the_spawner_is_stopped".to_owned();
+        tests.push(test_within(limit, name, || spawner_stopped(Image::Raw)));
+    }
     tests
 }
 
@@ -143,6 +147,30 @@ fn stopped(image: Image) -> Result<()> {
     ensure!(
         events.iter().all(|event| event.event != EventKind::Died),
         "a hung process is not one that died: {events:?}"
+    );
+    Ok(())
+}
+
+/// Longer than a process that was killed has to end.
+const SPAWNER_STOPS: Duration = Duration::from_secs(12);
+
+/// As Ctrl-Z stops it: what it is asked meanwhile it does when it goes on.
+fn spawner_stopped(image: Image) -> Result<()> {
+    Host::need_kvm()?;
+    let mut storm = Storm::start(image, "disk0", None)?;
+    storm.run.process.signal(Signal::SIGSTOP)?;
+    let hit = storm.victim.strike(&mut storm.run, Signal::SIGKILL, SUCCESSOR)?;
+    thread::sleep(SPAWNER_STOPS);
+    storm.run.process.signal(Signal::SIGCONT)?;
+    ensure!(
+        hit && storm.victim.wait_restarted(&mut storm.run, DEADLINE)?,
+        "the VM ended: {}",
+        storm.last_words()?
+    );
+    let events = storm.calm()?.events;
+    ensure!(
+        events.iter().all(|event| event.event != EventKind::NeedsReset),
+        "the device was given up: {events:?}"
     );
     Ok(())
 }
