@@ -12,6 +12,7 @@ use integration_tests::linux::{Work, pattern};
 use integration_tests::suite::{artifact, full, test_within};
 use integration_tests::tiny::Run;
 use libtest_mimic::Trial;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -85,10 +86,17 @@ pub(crate) fn strike_named(run: &mut Run, device: &str) -> Result<()> {
 }
 
 fn strike_one(run: &mut Run, which: impl Fn(&ProcessState) -> bool) -> Result<()> {
-    let state = run.state(PATIENCE)?;
-    let process = state.processes.iter().find(|process| which(process));
-    let pid = process.context("no such process")?.pid;
-    Ok(kill(Pid::from_raw(pid), Signal::SIGKILL)?)
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let state = run.state(PATIENCE)?;
+        let process = state.processes.iter().find(|process| which(process));
+        let pid = process.context("no such process")?.pid;
+        match kill(Pid::from_raw(pid), Signal::SIGKILL) {
+            // The last one has been struck, and its successor is on its way.
+            Err(Errno::ESRCH) if Instant::now() < end => thread::sleep(Duration::from_millis(10)),
+            struck => return Ok(struck?),
+        }
+    }
 }
 
 /// Waits until the device has been restarted so many times, and that is written down.
