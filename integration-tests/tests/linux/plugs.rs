@@ -23,7 +23,7 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
-use vm_spec::run_state::RunState;
+use vm_spec::run_state::{ProcessRole, RunState};
 
 /// Everything is slow on an emulated processor.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -108,6 +108,7 @@ fn come_and_go() -> Result<()> {
         "--hotplug=2".to_owned(),
         "--limits=pids=50,cpu-percent=400".to_owned(),
         format!("--disk=path={},format=raw", folder.join("a.raw").display()),
+        "--net=private=10.213.11.1/24,id=own".to_owned(),
     ];
     let mut run = Run::with_flags(&flags)?;
     run.console.wait_line("guest: plugs", BOOT)?;
@@ -126,6 +127,7 @@ fn come_and_go() -> Result<()> {
     vm.ask("gone vda", "gone vda")?;
     vm.detached("disk1")?;
     vm.ask("gone vdb", "gone vdb")?;
+    private_nic_goes(&mut vm)?;
     qemu_img_in(work.path(), &["check", "-q", "b.qcow2"])?;
     let at = vm.attached("--disk=path=a.raw,format=raw,id=again,slot=1")?;
     ensure!(at.starts_with("again: in PCI slot 1,"), "{at}");
@@ -140,7 +142,7 @@ fn come_and_go() -> Result<()> {
 /// It is as any other of the VM's: in a jail, locked, and replaced where its process dies.
 fn disk_of_ours(vm: &mut Vm, image: &Path) -> Result<()> {
     let at = vm.attached("--disk=path=b.qcow2,format=qcow2")?;
-    ensure!(at.starts_with("disk1: in PCI slot 2, served by pid "), "{at}");
+    ensure!(at.starts_with("disk1: in PCI slot 3, served by pid "), "{at}");
     let state = vm.state()?;
     let jailed = |name: &str| {
         state
@@ -180,6 +182,26 @@ fn is_limited(state: &RunState, name: &str) -> Result<()> {
     Ok(())
 }
 
+/// One that was there from the start takes its namespace along.
+fn private_nic_goes(vm: &mut Vm) -> Result<()> {
+    let held = |state: &RunState| {
+        let mut processes = state.processes.iter();
+        processes
+            .find(|p| p.role == ProcessRole::NetNamespace)
+            .map(|p| p.pid)
+    };
+    let holder = held(&vm.state()?).context("nobody holds the NIC's namespace")?;
+    vm.detached("own")?;
+    vm.ask("gone eth0", "gone eth0")?;
+    let end = Instant::now() + PATIENCE;
+    while Path::new(&format!("/proc/{holder}")).exists() {
+        ensure!(Instant::now() < end, "the namespace is held");
+        thread::sleep(Duration::from_millis(10));
+    }
+    ensure!(held(&vm.state()?).is_none(), "the state tells of it");
+    Ok(())
+}
+
 /// A NIC comes, answers and goes; its process goes with it.
 fn nic(vm: &mut Vm) -> Result<()> {
     let peer = Peer::start("")?;
@@ -190,11 +212,11 @@ fn nic(vm: &mut Vm) -> Result<()> {
         "--disk=path=c.raw,format=raw",
         &["no PCI slot is left", "hotplug"],
     )?;
-    vm.ask("ping eth0", "icmp 3")?;
+    vm.ask("ping eth1", "icmp 3")?;
     let link = vm.run.verb("link", &["net0", "down"])?.output()?;
     ensure!(link.status.success(), "{link:?}");
     vm.detached("net0")?;
-    vm.ask("gone eth0", "gone eth0")?;
+    vm.ask("gone eth1", "gone eth1")?;
     let state = vm.state()?;
     ensure!(!state.processes.iter().any(|p| p.name == "net0"), "{state:?}");
     ensure!(!vm.run.run_folder().join("net0.link").exists());
@@ -228,7 +250,8 @@ fn bridged(vm: &mut Vm) -> Result<()> {
         .flatten()
         .filter(of_links)
         .count();
-    ensure!(pipes == 1, "{pipes} pipes");
+    // And that of the NIC which was there from the start.
+    ensure!(pipes == 2, "{pipes} pipes");
     vm.detached("twin")?;
     ensure!(ports()? == 0, "its TAP is left");
     ip(&["link", "del", "plugs"])?;
@@ -289,7 +312,7 @@ fn someone_elses(vm: &mut Vm) -> Result<()> {
     }
     let flag = format!("--disk=vhost-user={}", socket.display());
     let at = vm.attached(&flag)?;
-    ensure!(at == "disk2: in PCI slot 3\n", "{at}");
+    ensure!(at == "disk2: in PCI slot 4\n", "{at}");
     vm.ask("fill vdc", "filled vdc")?;
     vm.detached("disk2")?;
     vm.ask("gone vdc", "gone vdc")?;

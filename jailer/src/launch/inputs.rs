@@ -452,7 +452,7 @@ impl Inputs {
 
     /// Waits for the TAPs that are being made, for who needs every descriptor at hand.
     pub(crate) fn settle(&mut self) -> Result<(), Failure> {
-        self.settled = self.holders();
+        self.settled = self.holders().into_iter().map(|(_, holder)| holder).collect();
         for backend in &mut self.backends {
             if let BackendInput::Net { tap, .. } = backend
                 && let net::Opened::Making(holder) = tap
@@ -464,16 +464,16 @@ impl Inputs {
         Ok(())
     }
 
-    /// The processes that hold what TAPs need.
-    pub(crate) fn holders(&self) -> Vec<net::Holder> {
-        let holder = |backend: &BackendInput| match backend {
+    /// The processes that hold what TAPs need, and for which device.
+    pub(crate) fn holders(&self) -> Vec<(usize, net::Holder)> {
+        let holder = |(device, backend): (usize, &BackendInput)| match backend {
             BackendInput::Net {
                 tap: net::Opened::Making(holder),
                 ..
-            } => Some(holder.share()),
+            } => Some((device, holder.share())),
             _ => None,
         };
-        self.backends.iter().filter_map(holder).collect()
+        self.backends.iter().enumerate().filter_map(holder).collect()
     }
 }
 

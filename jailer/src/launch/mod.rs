@@ -265,8 +265,8 @@ struct Launch<'a> {
 struct Started<'a> {
     running: spawn::Running,
     record: Record<'a>,
-    /// Their namespaces end with these.
-    holders: Vec<net::Holder>,
+    /// Their namespaces end with these, of which each is for one NIC.
+    holders: Vec<(String, net::Holder)>,
     grace: Duration,
 }
 
@@ -281,7 +281,8 @@ impl<'a> Launch<'a> {
         let mut inputs = inputs::open(self.spec, self.devices, self.options, relays)?;
         inputs.begin_captures(self.devices)?;
         inputs.make_links(self.run_dir, self.devices)?;
-        let holders = inputs.holders();
+        let named = |(device, holder): (usize, _)| (self.devices[device].id.clone(), holder);
+        let holders: Vec<_> = inputs.holders().into_iter().map(named).collect();
         let raw = self.saved.is_some();
         let chains = inputs.chains();
         let plan = make_plan(self.spec, self.name, self.devices, self.options, chains, raw)?;
@@ -340,14 +341,18 @@ impl Started<'_> {
         let guards = self
             .holders
             .iter()
-            .map(|holder| (holder.pid, "holder of a network namespace"))
+            .map(|(_, holder)| (holder.pid, "holder of a network namespace"))
             .chain([(reaper, "reaper")])
             .collect();
         let spawner = supervise::Spawner::new(self.running, guards, signals, self.grace);
-        let code = spawner.serve(&mut |event| {
-            match event {
+        let code = spawner.serve(&mut |mut event| {
+            match &mut event {
                 Event::Running { .. } => notify.ready(),
                 Event::Ending => notify.stopping(),
+                Event::Removed { name, holder } => {
+                    let its = self.holders.iter().position(|(nic, _)| nic == name);
+                    **holder = its.map(|at| self.holders.swap_remove(at).1.pid);
+                }
                 _ => {}
             }
             self.record.note(event);

@@ -75,8 +75,11 @@ impl<'a> Record<'a> {
                     made: plan.made,
                 });
             }
-            Event::Removed { name } => {
-                let is_it = |process: &ProcessState| process.role.is_device() && process.name == name;
+            Event::Removed { name, holder } => {
+                let is_it = |process: &ProcessState| {
+                    (process.role.is_device() && process.name == name)
+                        || holder.is_some_and(|holder| process.pid == holder.as_raw())
+                };
                 self.state.processes.retain(|process| !is_it(process));
             }
             Event::Signalled(pid, signal, why) => {
@@ -141,7 +144,7 @@ fn wall_clock(since: u64) -> u64 {
 pub(super) fn helpers(
     reaper: Pid,
     connector: Option<&Connector>,
-    holders: &[net::Holder],
+    holders: &[(String, net::Holder)],
 ) -> Vec<ProcessState> {
     let mut processes = vec![
         unjailed("spawner", ProcessRole::Spawner, getpid()),
@@ -149,7 +152,7 @@ pub(super) fn helpers(
     ];
     let connector = connector.map(|connector| connector.pid);
     processes.extend(connector.map(|pid| unjailed("connector", ProcessRole::Connector, pid)));
-    for holder in holders {
+    for (_, holder) in holders {
         processes.push(unjailed("netns", ProcessRole::NetNamespace, holder.pid));
     }
     processes

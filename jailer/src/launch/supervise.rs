@@ -53,8 +53,11 @@ pub(crate) enum Event<'a> {
         place: usize,
         pid: Pid,
     },
-    /// A device's process has ended for good.
-    Removed { name: &'a str },
+    /// A device's process has ended for good; set the process that held its NIC's namespace, which may end now.
+    Removed {
+        name: &'a str,
+        holder: &'a mut Option<Pid>,
+    },
     /// A process was ended by a signal; set what is known of why.
     Signalled(Pid, u8, &'a mut ExitStatus),
     /// The guest was asked to power off, or the VM is over; told once.
@@ -423,7 +426,12 @@ impl Spawner {
             if let Some(Err(failure)) = self.forker.as_ref().map(|forker| forker.remove(process)) {
                 tell(format_args!("bulkhead: {failure}"));
             }
-            on_event(Event::Removed { name });
+            let mut holder = None;
+            on_event(Event::Removed {
+                name,
+                holder: &mut holder,
+            });
+            self.guards.retain(|(pid, _)| Some(*pid) != holder);
             self.tell(ToSupervisor::Removed { process });
         }
     }
