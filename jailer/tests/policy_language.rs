@@ -170,7 +170,7 @@ fn roles_make_few_calls() {
         (Role::Supervisor, 40, 40),
         (Role::Spawner, 45, 45),
         // With what is inherited by whoever it makes: its jail's calls and those of every device's filters.
-        (Role::Forker, 89, 89),
+        (Role::Forker, 90, 90),
         (Role::Relay, 11, 11),
     ];
     for (role, calls, with_opcodes) in most {

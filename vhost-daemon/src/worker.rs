@@ -24,10 +24,11 @@ use crew::{Crew, MOST_LANES};
 use jailer::sandbox::{LockdownError, Role, SeccompMode, lockdown_thread};
 use lane::Lane;
 use mailbox::{Receiver, Sender, mailbox};
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::unistd::Pid;
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io;
-use std::num::NonZero;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -147,6 +148,17 @@ impl Thread {
     }
 }
 
+/// Those that this process may use; where the kernel does not say, as many as there are queues. The standard
+/// library reads files besides.
+fn processors() -> usize {
+    let set = sched_getaffinity(Pid::from_raw(0));
+    let count = set.map_or(0, |set| {
+        let of_this_process = |&cpu: &usize| set.is_set(cpu) == Ok(true);
+        (0..CpuSet::count()).filter(of_this_process).count()
+    });
+    if count == 0 { usize::MAX } else { count }
+}
+
 /// The session's handle of a queue.
 pub(crate) struct Worker {
     index: u16,
@@ -166,8 +178,7 @@ impl Worker {
         mode: SeccompMode,
         patience: Duration,
     ) -> Result<Vec<Self>, WorkerError> {
-        // Where the kernel does not say: a thread for each queue.
-        let processors = std::thread::available_parallelism().map_or(usize::MAX, NonZero::get);
+        let processors = processors();
         let mut crews = BTreeMap::<u16, Vec<(u16, Lane)>>::new();
         for (index, handler) in (0u16..).zip(device.take_handlers()) {
             let wanted = device.thread_of(index, processors);

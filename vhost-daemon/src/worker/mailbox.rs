@@ -62,7 +62,7 @@ pub(super) fn mailbox<T>() -> io::Result<(Sender<T>, Receiver<T>)> {
 }
 
 impl<T> Sender<T> {
-    /// Leaves a message; one that was not taken is replaced (a worker that hangs is told to quit).
+    /// Leaves a message; one that was not taken is replaced.
     pub(super) fn send(&self, message: T) -> Result<(), Gone> {
         if self.0.lock().closed {
             return Err(Gone);
