@@ -168,12 +168,14 @@ fn attempt([parent, other]: &[PathBuf; 2], name: &str) -> Result<Attempt, Failur
         }
         sweep(other);
     }
-    make(parent).map_err(|e| unusable(parent, &e))?;
-    sweep(parent);
     let path = parent.join(name);
-    let made = check_owner(parent)
-        .and_then(|()| make(&path))
-        .and_then(|()| try_lock(&path));
+    // What someone else can change is not looked through.
+    match make(parent).and_then(|()| check_owner(parent)) {
+        Ok(()) => sweep(parent),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Attempt::Held(path)),
+        Err(e) => return Err(unusable(parent, &e)),
+    }
+    let made = make(&path).and_then(|()| try_lock(&path));
     match made {
         Ok(Some(lock)) => Ok(Attempt::Made(RunDir {
             path,
