@@ -35,8 +35,6 @@ pub enum Request {
         /// The line, at most [`MAX_ORDER`] bytes.
         line: String,
     },
-    /// Which ids are taken. Answered by [`Answer::Devices`].
-    Devices,
     /// Put a device into one of the slots that are kept for them. With a process the log pipe's read end, the
     /// supervisor's end of the socket for orders, and [`AddedProcess::descriptors`] are attached, else
     /// [`crate::control::BACKEND_FDS`]. Answered by [`Answer::Attached`], when the guest can see it, or by
@@ -55,6 +53,8 @@ pub enum Request {
         /// Until the VM is over; without it, only to what was said already.
         follow: bool,
     },
+    /// Which ids are taken. Answered by [`Answer::Devices`].
+    Devices,
 }
 
 /// A device to attach.
@@ -97,8 +97,6 @@ pub enum Answer {
         /// Microseconds for which the guest was not served.
         took_us: u64,
     },
-    /// The ids of all devices, and those of devices that are coming or going.
-    Devices(Vec<String>),
     /// The guest can see the device.
     Attached {
         /// PCI device number.
@@ -121,4 +119,6 @@ pub enum Answer {
         /// Why, one line.
         String,
     ),
+    /// The ids of all devices, and those of devices that are coming or going.
+    Devices(Vec<String>),
 }

@@ -269,6 +269,8 @@ fn open(device: &Device, relay: Option<&mut Relay>) -> Option<io::Result<Vec<Own
         }
         Backend::Net(nic) if nic.has_relay() => {
             let relay = relay.filter(|relay| relay.waits)?;
+            // One that has ended: its NIC was detached.
+            line::hear(&relay.line).ok()?;
             let given = nic.start_passt_again(&device.field)?.map_err(io::Error::other);
             return Some(given.and_then(|passt| {
                 line::give(&relay.line, &passt)?;

@@ -356,11 +356,16 @@ impl Supervisor {
 
     fn ask_removal(&mut self, index: usize) {
         let name = self.processes[index].about.name.clone();
-        self.tell_spawner(FromSupervisor::Remove {
+        let told = self.tell_spawner(FromSupervisor::Remove {
             // The index fits: see MOST_PROCESSES.
             process: index as u16,
             name,
         });
+        // What it could not be told it is told again.
+        if !told && let Membership::Ended(answer) = &mut self.processes[index].membership {
+            let answer = answer.take();
+            self.processes[index].membership = Membership::Leaving(Instant::now() + LEAVE_DEADLINE, answer);
+        }
     }
 
     /// The spawner keeps nothing of a process.

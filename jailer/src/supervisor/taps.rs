@@ -99,6 +99,13 @@ impl Supervisor {
         if !self.restarts_devices() || self.processes[index].recovery.is_lost() {
             return;
         }
+        // There was no room for them.
+        if queues.is_empty() {
+            if let Some(tap) = self.processes[index].about.tap {
+                self.ask_connector(tap);
+            }
+            return;
+        }
         // The index fits: a VM has at most 32 devices.
         let message = FromSupervisor::Tap {
             process: index as u16,
