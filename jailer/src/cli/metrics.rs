@@ -6,7 +6,7 @@ use super::connection::Connection;
 use super::orders;
 use super::{print, ps, say};
 use crate::failure::Failure;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use vm_spec::client::LAST_LINE;
 
@@ -80,13 +80,15 @@ impl Families {
         })
     }
 
-    /// Adds what a device's process said; `None`: it is none of this, of which some may have been added.
+    /// Adds what a device's process said; `None`: it is none of this, of which some may have been added. What another
+    /// device's process has declared to be of another kind is left out.
     fn add(&mut self, said: &str, vm: &str, device: &str) -> Option<()> {
+        let mut declared_here = BTreeSet::new();
         let mut family = None;
         for line in said.lines().take_while(|line| *line != LAST_LINE) {
             if let Some(declared) = line.strip_prefix("# TYPE ") {
                 let (name, kind) = declared.split_once(' ')?;
-                if !is_name(name) || !KINDS.contains(&kind) {
+                if !is_name(name) || !KINDS.contains(&kind) || !declared_here.insert(name) {
                     return None;
                 }
                 let new = || Family {
@@ -94,11 +96,12 @@ impl Families {
                     samples: String::new(),
                 };
                 let known = self.0.entry(name.to_owned()).or_insert_with(new);
-                family = Some((name, known)).filter(|(_, known)| known.kind == kind);
+                family = Some((name, Some(known).filter(|known| known.kind == kind)));
             } else {
                 let (name, family) = family.as_mut()?;
                 let sample = Sample::parse(line).filter(|sample| sample.name.starts_with(*name))?;
                 let Sample { name, labels, value } = sample;
+                let Some(family) = family else { continue };
                 let comma = if labels.is_empty() { "" } else { "," };
                 // Writing to a String cannot fail.
                 let _ = writeln!(
@@ -173,11 +176,19 @@ mod tests {
             |device| match device {
                 "disk0" => Err(Failure::host("it is lost")),
                 "disk1" => Ok("# TYPE bulkhead_a gauge\nbulkhead_a 1\nwhatever\n# EOF\n".to_owned()),
+                "disk2" => {
+                    Ok("# TYPE bulkhead_a gauge\nbulkhead_a 2\n# TYPE bulkhead_b gauge\n# EOF\n".to_owned())
+                }
+                // Another says that this is something else.
+                "net0" => Ok(
+                    "# TYPE bulkhead_b counter\nbulkhead_b 1\n# TYPE bulkhead_a gauge\nbulkhead_a 2\n# EOF\n"
+                        .to_owned(),
+                ),
                 _ => Ok("# TYPE bulkhead_a gauge\nbulkhead_a 2\n# EOF\n".to_owned()),
             },
         );
         let expected = "# TYPE bulkhead_a gauge\nbulkhead_a{vm=\"web\",device=\"disk2\"} 2\n\
-                        bulkhead_a{vm=\"web\",device=\"net0\"} 2\n# EOF\n";
+                        bulkhead_a{vm=\"web\",device=\"net0\"} 2\n# TYPE bulkhead_b gauge\n# EOF\n";
         assert_eq!((all.text().as_str(), failures.len()), (expected, 2));
     }
 

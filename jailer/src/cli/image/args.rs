@@ -91,7 +91,6 @@ pub(in crate::cli) enum ImageVerb {
     },
 }
 
-/// The image, and how to open it.
 impl ImageVerb {
     /// What all verbs share.
     pub(super) fn image(&self) -> &ImageArgs {
@@ -106,6 +105,7 @@ impl ImageVerb {
     }
 }
 
+/// The image, and how to open it.
 #[derive(Args, Debug)]
 pub(in crate::cli) struct ImageArgs {
     /// The image
