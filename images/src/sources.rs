@@ -47,7 +47,7 @@ pub(crate) enum Backports {
 /// that release.
 ///
 /// Vendors name suites after Debian's releases, too: the main suite is the one whose place has the release's updates,
-/// where there is one, and no other suite of its name is taken.
+/// where there is one, and then no other suite of its name is taken.
 pub(crate) fn for_release(sources: &[Source], codename: &str, backports: Backports) -> Option<String> {
     let [updates, security, backported] =
         ["updates", "security", "backports"].map(|kind| format!("{codename}-{kind}"));
@@ -57,11 +57,12 @@ pub(crate) fn for_release(sources: &[Source], codename: &str, backports: Backpor
             .any(|other| other.has(&updates) && other.shares_place(source))
     };
     let of_release = || sources.iter().filter(|source| source.has(codename));
-    let main = of_release().find(has_updates).or_else(|| of_release().next())?;
+    let known = of_release().find(has_updates);
+    let main = known.or_else(|| of_release().next())?;
     let mut text = String::new();
     for source in sources {
         let wanted = |suite: &&String| match suite.split('/').next().unwrap_or(suite) {
-            name if name == codename => source.shares_place(main),
+            name if name == codename => known.is_none() || source.shares_place(main),
             name if name == backported => backports == Backports::Added,
             name => name == updates || name == security,
         };

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 /// Longest wait for others: a new machine upgrades itself in its first minutes.
 const PATIENCE: Duration = Duration::from_secs(600);
 /// Between two looks at a lock that only root can wait for.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
+const LOOK_AGAIN: Duration = Duration::from_secs(10);
 /// Words of apt-get's when another has the lock of the package lists.
 const LOCKED: &str = "Could not get lock";
 /// What apt's downloads go through, in both cases.
@@ -22,6 +22,7 @@ pub(super) struct AptGet {
     path: OsString,
     /// What reaches it, whatever sudo drops.
     environment: Vec<(String, OsString)>,
+    look_again: Duration,
 }
 
 impl AptGet {
@@ -37,6 +38,7 @@ impl AptGet {
             root,
             path: images::search_path(),
             environment: fixed.into_iter().chain(proxies).collect(),
+            look_again: LOOK_AGAIN,
         }
     }
 
@@ -46,11 +48,12 @@ impl AptGet {
         let mut told = false;
         loop {
             // apt's option waits for dpkg's lock, and for no other.
-            let output = self
-                .command(arguments)?
-                .stderr(Stdio::piped())
-                .output()
-                .context("cannot run apt-get")?;
+            let mut command = self.command(arguments)?;
+            if told {
+                command.stdout(Stdio::null());
+            }
+            let output = command.stderr(Stdio::piped()).output();
+            let output = output.context("cannot run apt-get")?;
             let said = String::from_utf8_lossy(&output.stderr);
             if output.status.success() || !said.contains(LOCKED) || Instant::now() > end {
                 eprint!("{said}");
@@ -60,7 +63,7 @@ impl AptGet {
                 eprintln!("{said}waiting for it");
                 told = true;
             }
-            thread::sleep(LOOK_AGAIN);
+            thread::sleep(self.look_again);
         }
     }
 
@@ -68,6 +71,15 @@ impl AptGet {
     pub(super) fn install(&self, arguments: &[String]) -> anyhow::Result<()> {
         let status = self.command(arguments)?.status().context("cannot run apt-get")?;
         ended(status, arguments)
+    }
+
+    /// Whether sudo lets this user run `env`: it may allow apt-get alone.
+    fn may_set(&self) -> bool {
+        let mut sudo = Command::new("sudo");
+        sudo.args(["-l", "env"])
+            .env("PATH", &self.path)
+            .stdout(Stdio::null());
+        sudo.status().is_ok_and(|status| status.success())
     }
 
     /// What it prints is for people.
@@ -81,7 +93,10 @@ impl AptGet {
                 assigned
             });
             let mut sudo = Command::new("sudo");
-            sudo.arg("env").args(assigned).arg("apt-get");
+            if self.may_set() {
+                sudo.arg("env").args(assigned);
+            }
+            sudo.arg("apt-get");
             sudo
         };
         command
@@ -108,7 +123,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     /// Drops the environment, as sudo does.
-    const SUDO: &str = "#!/bin/sh\nexec env -i PATH=\"$PATH\" \"$@\"\n";
+    const SUDO: &str = "#!/bin/sh\n[ \"$1\" = -l ] && exit 0\nexec env -i PATH=\"$PATH\" \"$@\"\n";
     /// Notes its call. Somebody has the lists the first time; another source than theirs is gone for good.
     const APT_GET: &str = "#!/bin/sh\ncd \"${0%/*}\"\n\
         echo \"$DEBIAN_FRONTEND $https_proxy $NO_PROXY $*\" >>calls\n\
@@ -129,6 +144,7 @@ mod tests {
             let mut apt = AptGet::new(root);
             let path = format!("{}:/usr/bin:/bin", scratch.path().display());
             apt.path = path.into();
+            apt.look_again = Duration::from_millis(10);
             apt.environment.retain(|(name, _)| name == "DEBIAN_FRONTEND");
             apt.environment.extend([
                 ("https_proxy".to_owned(), "http://p:1".into()),
