@@ -122,3 +122,40 @@ pub enum Answer {
     /// The ids of all devices, and those of devices that are coming or going.
     Devices(Vec<String>),
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A command of one build may talk to a supervisor of another: whatever is new comes last.
+    #[test]
+    fn messages_keep_their_numbers() {
+        let number = |bytes: Result<Vec<u8>, postcard::Error>| bytes.unwrap()[0];
+        let listen = Request::Listen {
+            channel: Channel::Log,
+            follow: false,
+        };
+        let device = String::new;
+        let detach = Request::Detach { device: device() };
+        for (message, expected) in [
+            (Request::Hello, 0),
+            (Request::Upgrade { device: device() }, 1),
+            (detach, 4),
+            (listen, 5),
+            (Request::Devices, 6),
+        ] {
+            assert_eq!(number(postcard::to_allocvec(&message)), expected, "{message:?}");
+        }
+        for (message, expected) in [
+            (Answer::Hello, 0),
+            (Answer::Upgraded { pid: 1, took_us: 1 }, 1),
+            (Answer::Detached, 3),
+            (Answer::Ordered(device()), 4),
+            (Answer::Listening, 5),
+            (Answer::Failed(device()), 6),
+            (Answer::Devices(vec![]), 7),
+        ] {
+            assert_eq!(number(postcard::to_allocvec(&message)), expected, "{message:?}");
+        }
+    }
+}

@@ -532,7 +532,12 @@ mod tests {
         fs::set_permissions(&second, fs::Permissions::from_mode(0o777)).unwrap();
         assert!(all_in([first.clone(), second.clone()]).unwrap().is_empty());
         assert!(all_in([second.clone(), first.clone()]).is_err());
-        create_in([first, second], "a").unwrap();
+        create_in([first.clone(), second.clone()], "a").unwrap();
+        // Nor is it swept.
+        let dead = second.join("dead");
+        make(&dead).unwrap();
+        assert!(create_in([second, first], "b").is_err());
+        assert!(dead.exists());
     }
 
     #[test]

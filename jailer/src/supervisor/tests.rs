@@ -390,6 +390,8 @@ fn a_process_that_was_begun_without_the_tap_that_is_back_is_replaced_once() {
     play.supervisor.process_ended(0, ExitStatus::Signal(9), now);
     play.supervisor.judge_devices(now);
     assert_eq!(told(&play), ["TapLost", "Died", "respawn"]);
+    play.supervisor.tap_came_back(0, &[], now);
+    assert!(told(&play).is_empty(), "there was no room for its queues");
     play.supervisor.tap_came_back(0, &queue, now);
     assert_eq!(told(&play), ["tap", "TapBack"], "it cannot be killed yet");
     say();
