@@ -84,6 +84,11 @@ impl Victim {
         self.last = None;
     }
 
+    /// Whether there is a process that [`Victim::strike`] has not seen.
+    pub(crate) fn is_replaced(&self, run: &Run) -> bool {
+        self.pid(run).is_some_and(|pid| self.last != Some(pid))
+    }
+
     /// Waits for a process that has not been killed yet, and sends it `signal`. False: the VM is
     /// over.
     pub(crate) fn strike(&mut self, run: &mut Run, signal: Signal, deadline: Duration) -> Result<bool> {

@@ -18,8 +18,9 @@
 
 use std::time::{Duration, Instant};
 
-/// A process that served this long makes up for one failure.
-const HEALTHY: Duration = Duration::from_millis(50);
+/// A process that served this long makes up for one failure. One that dies of what the guest asked, which its successor
+/// is asked again, does so sooner; one that is killed after this is no reason to make the guest wait for the next.
+const HEALTHY: Duration = Duration::from_millis(10);
 /// The wait before the second attempt in a row; the first comes at once. It doubles each time.
 const FIRST_DELAY: Duration = Duration::from_millis(10);
 /// The longest wait between attempts.
