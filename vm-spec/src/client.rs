@@ -16,6 +16,12 @@ pub fn no_device(device: &str) -> String {
     format!("the VM has no device '{device}'")
 }
 
+/// Why a device is not attached whose id another has by now.
+#[must_use]
+pub fn id_is_taken(id: &str) -> String {
+    format!("'{id}' is another device's id")
+}
+
 /// From a client.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Request {

@@ -67,9 +67,7 @@ impl Vm {
 
     /// Attaches a device, and says where it is.
     fn attached(&self, flag: &str) -> Result<String> {
-        let output = self.attach(flag)?;
-        ensure!(output.status.success(), "{flag}: {output:?}");
-        Ok(String::from_utf8(output.stdout)?)
+        is_attached(flag, self.attach(flag)?)
     }
 
     fn not_attached(&self, flag: &str, words: &[&str]) -> Result<()> {
@@ -89,6 +87,11 @@ impl Vm {
     fn state(&mut self) -> Result<RunState> {
         self.run.state(PATIENCE)
     }
+}
+
+fn is_attached(flag: &str, output: Output) -> Result<String> {
+    ensure!(output.status.success(), "{flag}: {output:?}");
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 fn come_and_go() -> Result<()> {
@@ -128,6 +131,7 @@ fn come_and_go() -> Result<()> {
     vm.detached("disk1")?;
     vm.ask("gone vdb", "gone vdb")?;
     private_nic_goes(&mut vm)?;
+    together(&vm)?;
     qemu_img_in(work.path(), &["check", "-q", "b.qcow2"])?;
     let at = vm.attached("--disk=path=a.raw,format=raw,id=again,slot=1")?;
     ensure!(at.starts_with("again: in PCI slot 1,"), "{at}");
@@ -199,6 +203,29 @@ fn private_nic_goes(vm: &mut Vm) -> Result<()> {
         thread::sleep(Duration::from_millis(10));
     }
     ensure!(held(&vm.state()?).is_none(), "the state tells of it");
+    Ok(())
+}
+
+/// Each of two that ask at the same time has an id of its own.
+fn together(vm: &Vm) -> Result<()> {
+    let flags = ["c.raw", "d.raw"].map(|name| format!("--disk=path={name},format=raw"));
+    let mut asked = Vec::new();
+    for flag in &flags {
+        let mut verb = vm.run.verb("attach", &[flag])?;
+        let verb = verb.current_dir(&vm.folder);
+        asked.push(verb.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?);
+    }
+    let mut said = Vec::new();
+    for (flag, child) in flags.iter().zip(asked) {
+        said.push(is_attached(flag, child.wait_with_output()?)?);
+    }
+    for disk in ["disk0", "disk1"] {
+        ensure!(
+            said.iter().any(|line| line.starts_with(&format!("{disk}: "))),
+            "{said:?}"
+        );
+        vm.detached(disk)?;
+    }
     Ok(())
 }
 

@@ -9,13 +9,15 @@ use crate::launch::net::link;
 use crate::tell::tell;
 use std::os::fd::AsFd;
 use std::time::Duration;
-use vm_spec::client::{Answer, Request, no_device};
+use vm_spec::client::{Answer, Request, id_is_taken, no_device};
 use vm_spec::run_state::{FdLink, ProcessRole, RunState};
 
 /// For the supervisor to say what there is.
 const DEVICES_DEADLINE: Duration = Duration::from_secs(5);
 /// For a device's process to be made, to open its image and to answer: more than the supervisor waits.
 const ATTACH_DEADLINE: Duration = Duration::from_secs(120);
+/// So many others may take the id that was free a moment ago; each attaches a device.
+const MOST_OUTRUN: usize = 16;
 /// For the guest to let go, and the process to flush and to end: more than the supervisor waits.
 const DETACH_DEADLINE: Duration = Duration::from_secs(120);
 
@@ -26,17 +28,28 @@ const DETACH_DEADLINE: Duration = Duration::from_secs(120);
 pub(super) fn attach(vm: &str, flags: &DeviceFlags) -> Result<String, Failure> {
     let running = ps::find(vm)?;
     let spec = flags.spec(cpus(&running.state))?;
-    let Ready {
-        attachment,
-        descriptors,
-        link,
-    } = prepare(&spec, &running.state.name, &taken_ids(&running)?, &running.folder)?;
-    let id = attachment.device.id.clone();
-    let fds: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-    let answered = Connection::open(&running).and_then(|mut connection| {
-        connection.ask_with(Request::Attach(Box::new(attachment)), &fds, ATTACH_DEADLINE)
-    });
-    let (slot, pid) = match answered? {
+    let ask = || -> Result<_, Failure> {
+        let Ready {
+            attachment,
+            descriptors,
+            link,
+        } = prepare(&spec, &running.state.name, &taken_ids(&running)?, &running.folder)?;
+        let id = attachment.device.id.clone();
+        let fds: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        let request = Request::Attach(Box::new(attachment));
+        let answer = Connection::open(&running)?.ask_with(request, &fds, ATTACH_DEADLINE)?;
+        Ok((id, link, answer))
+    };
+    let outrun = |(id, _, answer): &(String, _, Answer)| *answer == Answer::Failed(id_is_taken(id));
+    let mut asked = ask()?;
+    for _ in 0..MOST_OUTRUN {
+        if !outrun(&asked) {
+            break;
+        }
+        asked = ask()?;
+    }
+    let (id, link, answer) = asked;
+    let (slot, pid) = match answer {
         Answer::Attached { slot, pid } => (slot, pid),
         Answer::Failed(why) => {
             // For want of a slot nothing was begun.

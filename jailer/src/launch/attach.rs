@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use vm_spec::client::Attachment;
+use vm_spec::client::{Attachment, id_is_taken};
 use vm_spec::control::{DeviceConfig, FdNumber};
 use vm_spec::run_state::FdState;
 use vm_spec::spec::VmSpec;
@@ -43,8 +43,9 @@ pub(crate) fn prepare(spec: &VmSpec, vm: &str, taken: &[String], folder: &Path) 
     check_name(&format!("{}.id", device.field), &device.id)?;
     if taken.contains(&device.id) {
         return Err(Failure::usage(format!(
-            "{}.id: '{}' is another device's id",
-            device.field, device.id
+            "{}.id: {}",
+            device.field,
+            id_is_taken(&device.id)
         )));
     }
     let Opening { input, link } = Opening::of(spec, &device, folder)?;

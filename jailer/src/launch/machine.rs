@@ -6,6 +6,7 @@ use super::net::{self, Nic, Passt, Publish};
 use crate::failure::Failure;
 use crate::tell::tell;
 use std::path::{Path, PathBuf};
+use vm_spec::client::id_is_taken;
 use vm_spec::control::{DeviceConfig, FdNumber};
 use vm_spec::machine::{FIRST_SLOT, LAST_SLOT, MAX_CPUS, MAX_MEMORY, MAX_QUEUE_SIZE, MIN_MEMORY};
 use vm_spec::size::ByteSize;
@@ -122,8 +123,9 @@ pub(crate) fn check(spec: &VmSpec, default_name: &str) -> Result<(String, Vec<De
         check_name(&format!("{}.id", device.field), &device.id)?;
         if devices[..n].iter().any(|other| other.id == device.id) {
             return Err(Failure::usage(format!(
-                "{}.id: '{}' is another device's id",
-                device.field, device.id
+                "{}.id: {}",
+                device.field,
+                id_is_taken(&device.id)
             )));
         }
     }

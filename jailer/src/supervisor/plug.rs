@@ -18,7 +18,7 @@ use super::{Process, Supervisor};
 use crate::wire_fds::send_with_fds;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
-use vm_spec::client::{Answer, Attachment, no_device};
+use vm_spec::client::{Answer, Attachment, id_is_taken, no_device};
 use vm_spec::control::{BACKEND_FDS, DeviceConfig, FdNumber, ToVmm};
 use vm_spec::events::EventKind;
 use vm_spec::supervise::{AddedProcess, FromSupervisor, MOST_PROCESSES, RemoteDevice, SupervisedProcess};
@@ -143,7 +143,7 @@ impl Supervisor {
             return Err("its name, or its process, is none of a device".to_owned());
         }
         if self.taken_ids().any(|taken| taken == device.id) {
-            return Err(format!("'{}' is another device's id", device.id));
+            return Err(id_is_taken(&device.id));
         }
         let wanted = process
             .as_ref()
