@@ -8,13 +8,16 @@ use vm_memory::VolatileSlice;
 use vm_spec::image::FromImageTool;
 
 use super::{Files, Reports, ToolError, make, refuse_ignored};
-use crate::image::qcow2::CreateOptions;
+use crate::image::qcow2::{CreateOptions, Progress};
 use crate::image::{Format, HostFile, Image, OpenOptions, Resolved, lock, open_layers};
 
 /// Bytes read at a time.
 const CHUNK: u64 = 2 << 20;
 /// Bytes of zeros that are worth a hole.
 const BLOCK: usize = 64 << 10;
+/// Bytes written between two flushes. A host with much memory would else take all of a disk before it writes it out,
+/// which the last flush would wait for, with no word on how far it is.
+const MOST_UNFLUSHED: u64 = 256 << 20;
 
 pub(super) fn convert(
     mut files: Files,
@@ -38,25 +41,24 @@ pub(super) fn convert(
     };
     make(&target, format, &options)?;
     let target = open_layers(vec![(format, Arc::new(target))], None, &OpenOptions::default())?;
-    let report = |done| reports.send(FromImageTool::Progress { done, total: size });
-    copy(&*source, &*target, report)?;
+    let tell = |done, total| reports.offer(FromImageTool::Progress { done, total });
+    let progress = Progress::told(&tell);
+    progress.expect(size);
+    copy(&*source, &*target, &progress)?;
     target
         .close()
         .map_err(|error| ToolError::Io("finish the new image", error))
 }
 
-/// Copies all of a disk; tells `report` how far it is.
-fn copy(
-    source: &dyn Image,
-    target: &dyn Image,
-    report: impl Fn(u64) -> Result<(), ToolError>,
-) -> Result<(), ToolError> {
+/// Copies all of a disk.
+fn copy(source: &dyn Image, target: &dyn Image, progress: &Progress<'_>) -> Result<(), ToolError> {
     let total = source.capacity();
     let mut buffer = vec![0; CHUNK as usize];
     let mut done = 0;
     // To find a piece's end may take a walk over all of it: no more is looked at than what was found before
     // lets expect, and nothing is looked at again.
     let mut look = CHUNK;
+    let mut unflushed = 0;
     while done < total {
         let asked = (total - done).min(look);
         let (len, is_zero) = extent(source.resolve_read(done, asked).map_err(reading)?);
@@ -68,7 +70,7 @@ fn copy(
         let end = done + len;
         if is_zero {
             done = end;
-            report(done)?;
+            progress.step(len);
         }
         while done < end {
             // Past a short piece's end: what is zeros there is found by reading.
@@ -76,9 +78,13 @@ fn copy(
             source
                 .read(&[VolatileSlice::from(&mut *chunk)], done)
                 .map_err(reading)?;
-            write_used(target, chunk, done)?;
+            unflushed += write_used(target, chunk, done).map_err(writing)?;
+            if unflushed >= MOST_UNFLUSHED {
+                target.flush().map_err(writing)?;
+                unflushed = 0;
+            }
             done += chunk.len() as u64;
-            report(done)?;
+            progress.step(chunk.len() as u64);
         }
     }
     Ok(())
@@ -97,9 +103,13 @@ fn reading(error: io::Error) -> ToolError {
     ToolError::Io("read the image", error)
 }
 
-/// Writes the runs of blocks that are not all zeros.
-fn write_used(target: &dyn Image, chunk: &mut [u8], offset: u64) -> Result<(), ToolError> {
-    let mut start = 0;
+fn writing(error: io::Error) -> ToolError {
+    ToolError::Io("write the new image", error)
+}
+
+/// Writes the runs of blocks that are not all zeros; how many bytes that were.
+fn write_used(target: &dyn Image, chunk: &mut [u8], offset: u64) -> io::Result<u64> {
+    let (mut start, mut written) = (0, 0);
     while start < chunk.len() {
         let is_zero = |at: usize| {
             let block = &chunk[at..chunk.len().min(at + BLOCK)];
@@ -114,15 +124,14 @@ fn write_used(target: &dyn Image, chunk: &mut [u8], offset: u64) -> Result<(), T
             end += BLOCK;
         }
         let end = end.min(chunk.len());
-        target
-            .write(
-                &[VolatileSlice::from(&mut chunk[start..end])],
-                offset + start as u64,
-            )
-            .map_err(|error| ToolError::Io("write the new image", error))?;
+        target.write(
+            &[VolatileSlice::from(&mut chunk[start..end])],
+            offset + start as u64,
+        )?;
+        written += (end - start) as u64;
         start = end;
     }
-    Ok(())
+    Ok(written)
 }
 
 #[cfg(test)]
@@ -207,11 +216,13 @@ mod tests {
                 looked_at: AtomicU64::new(0),
             };
             let told = Cell::new(0);
-            let report = |done| {
+            let tell = |done, total| {
                 assert!(told.replace(done) < done, "no step forward");
-                Ok(())
+                assert_eq!(total, SIZE);
             };
-            copy(&source, &target, report).unwrap();
+            let progress = Progress::told(&tell);
+            progress.expect(SIZE);
+            copy(&source, &target, &progress).unwrap();
             assert_eq!(told.get(), SIZE);
             let looked_at = source.looked_at.load(Ordering::Relaxed);
             assert!(
@@ -228,6 +239,58 @@ mod tests {
                 assert!(found == expected, "other data from {at:#x}");
             }
         }
+    }
+
+    /// A disk of 7s, to which anything can be written.
+    #[derive(Default)]
+    struct Slow {
+        unflushed: AtomicU64,
+        most: AtomicU64,
+    }
+
+    impl Image for Slow {
+        fn capacity(&self) -> u64 {
+            3 * MOST_UNFLUSHED
+        }
+        fn read_only(&self) -> bool {
+            false
+        }
+        fn can_discard(&self) -> bool {
+            false
+        }
+        fn discard_granularity(&self) -> u64 {
+            UNIT
+        }
+        fn read(&self, buffers: &[VolatileSlice<'_>], _offset: u64) -> io::Result<()> {
+            buffers[0].copy_from(&vec![7_u8; buffers[0].len()]);
+            Ok(())
+        }
+        fn write(&self, buffers: &[VolatileSlice<'_>], _offset: u64) -> io::Result<()> {
+            let len = buffers[0].len() as u64;
+            let unflushed = self.unflushed.fetch_add(len, Ordering::Relaxed) + len;
+            self.most.fetch_max(unflushed, Ordering::Relaxed);
+            Ok(())
+        }
+        fn flush(&self) -> io::Result<()> {
+            self.unflushed.store(0, Ordering::Relaxed);
+            Ok(())
+        }
+        fn discard(&self, _offset: u64, _length: u64) -> io::Result<()> {
+            Ok(())
+        }
+        fn write_zeroes(&self, _offset: u64, _length: u64, _unmap: bool) -> io::Result<()> {
+            Ok(())
+        }
+        fn resolve_read(&self, _offset: u64, len: u64) -> io::Result<Resolved<'_>> {
+            Ok(Resolved::Elsewhere { len })
+        }
+    }
+
+    #[test]
+    fn little_is_left_to_be_written_out_at_the_end() {
+        let (source, target) = (Slow::default(), Slow::default());
+        copy(&source, &target, &Progress::untold()).unwrap();
+        assert_eq!(target.most.into_inner(), MOST_UNFLUSHED);
     }
 
     #[test]

@@ -24,9 +24,6 @@ use crate::image::{
 };
 use arguments::{Arguments, Job, Snapshot};
 
-/// How long the launcher may leave its socket full.
-const PATIENCE_MS: u16 = 60_000;
-
 /// Why a job failed.
 #[derive(Debug, thiserror::Error)]
 enum ToolError {
@@ -44,18 +41,16 @@ enum ToolError {
 struct Reports(OwnedFd);
 
 impl Reports {
+    /// Sends what must not be lost, for which it waits as long as the launcher lives: that may be stopped, or wait for
+    /// its terminal.
     fn send(&self, message: FromImageTool) -> Result<(), ToolError> {
         loop {
             match send_message(self.0.as_fd(), 0, message.clone()) {
                 Err(TransferError::Socket(error)) if error.kind() == io::ErrorKind::WouldBlock => {
                     let mut ready = [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)];
-                    if poll(&mut ready, PollTimeout::from(PATIENCE_MS))
+                    poll(&mut ready, PollTimeout::NONE)
                         .map_err(io::Error::from)
-                        .map_err(TransferError::Socket)?
-                        == 0
-                    {
-                        return Err(TransferError::Socket(io::ErrorKind::TimedOut.into()).into());
-                    }
+                        .map_err(TransferError::Socket)?;
                 }
                 sent => return Ok(sent?),
             }
@@ -296,8 +291,10 @@ fn passphrase(number: i32) -> Result<Arc<Passphrase>, ToolError> {
 mod tests {
     use super::*;
     use arguments::Create;
+    use jailer::wire::{Received, receive_message};
     use std::fs::File;
     use std::os::unix::net::UnixDatagram;
+    use std::thread;
 
     fn files(image: &File, format: Format, target: Option<&File>) -> Files {
         Files {
@@ -425,5 +422,32 @@ mod tests {
         assert_eq!(length(&target), 0);
         convert(None).unwrap();
         assert_eq!(length(&target), 1 << 20);
+    }
+
+    #[test]
+    fn a_launcher_that_was_stopped_hears_the_end() {
+        let (source, target) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        source.set_len(64 << 20).unwrap();
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        let reports = Reports(ours.into());
+        let word = |done| FromImageTool::Progress { done, total: 1 };
+        while send_message(reports.0.as_fd(), 0, word(1)).is_ok() {}
+        let files = files(&source, Format::Raw, Some(&target));
+        convert::convert(files, Format::Raw, None, &reports).unwrap();
+        let sender = thread::spawn(move || reports.send(FromImageTool::Done));
+        let heard = || match receive_message(theirs.as_fd()).unwrap() {
+            Received::Message(_, message) => Some(message),
+            _ => {
+                let mut ready = [PollFd::new(theirs.as_fd(), PollFlags::POLLIN)];
+                assert_eq!(
+                    poll(&mut ready, PollTimeout::from(10_000_u16)),
+                    Ok(1),
+                    "nothing more is said"
+                );
+                None
+            }
+        };
+        while heard() != Some(FromImageTool::Done) {}
+        sender.join().unwrap().unwrap();
     }
 }

@@ -6,7 +6,7 @@ use std::cell::Cell;
 const TOLD: u64 = 1000;
 
 /// Tables that were read or written, of all that are to be: L2 tables by each walk through them, and refcount blocks.
-/// The whole grows where more walks turn out to be needed.
+/// The whole grows where more walks turn out to be needed. Of a conversion: bytes of the disk.
 pub struct Progress<'a> {
     /// Is told what is done, and the whole, at most a thousand times while that stays the same.
     tell: &'a dyn Fn(u64, u64),
@@ -37,12 +37,12 @@ impl<'a> Progress<'a> {
     }
 
     /// So many more tables are to be walked through, if not more are expected.
-    pub(super) fn expect(&self, more: u64) {
+    pub(crate) fn expect(&self, more: u64) {
         let total = self.done.get().saturating_add(more);
         self.total.set(self.total.get().max(total));
     }
 
-    pub(super) fn step(&self, tables: u64) {
+    pub(crate) fn step(&self, tables: u64) {
         let total = self.total.get().max(1);
         let part = |done: u64| u128::from(done) * u128::from(TOLD) / u128::from(total);
         let before = self.done.get();
