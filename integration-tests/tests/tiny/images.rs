@@ -13,14 +13,17 @@ use integration_tests::{
 };
 use libtest_mimic::Trial;
 use nix::{
+    pty::openpty,
     sys::signal::{Signal, kill},
-    unistd::Pid,
+    unistd::{Pid, getuid},
 };
 use serde_json::Value;
 use std::{
     collections::BTreeMap,
-    fs,
-    process::Command,
+    fs::{self, File, Permissions},
+    io::Read,
+    os::unix::fs::PermissionsExt,
+    process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -29,6 +32,8 @@ use vm_spec::control::exit_code;
 const DEADLINE: Duration = Duration::from_secs(20);
 /// On the tool: of its start, and its own.
 const FILTERS: u32 = 2;
+/// Nobody's ids but those of root's VMs and tools begin here.
+const ROOT_RANGES: u32 = 0x7000_0000;
 /// Between two looks at a folder.
 const LOOK: Duration = Duration::from_millis(2);
 
@@ -36,6 +41,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("images::an_interrupted_one_is_removed", interrupted),
         test("images::whoever_parses_them_is_jailed", jailed),
+        test("images::a_terminal_obeys_no_tool", obeyed),
         test("images::a_check_that_failed_is_no_verdict", unchecked),
         test("images::only_qcow2_has_a_shape", shapeless),
         test("images::snapshots_for_programs", snapshots),
@@ -100,10 +106,10 @@ fn jailed() -> Result<()> {
     let tool = tool_of(&mut process)?;
     let stopped = Stopped::at_work(tool)?;
     jail(tool, FILTERS)?;
-    let said = descriptors::open(process.pid().as_raw())?
-        .remove(&2)
-        .context("no stderr")?;
+    stranger(tool)?;
     let mut open = descriptors::open(tool)?;
+    let said = open.get(&2).cloned().unwrap_or_default();
+    ensure!(said.starts_with("pipe:["), "its stderr is {said}");
     ensure!(
         open.remove(&3).is_some_and(|link| link.starts_with("socket:[")),
         "no socket at 3"
@@ -122,6 +128,102 @@ fn jailed() -> Result<()> {
     let status = process.wait(DEADLINE)?;
     ensure!(status.success(), "{status}: {}", process.stderr()?);
     Ok(())
+}
+
+/// Where root starts it, it is nobody else outside.
+fn stranger(pid: i32) -> Result<()> {
+    let root = "         0          0 4294967295\n";
+    if !getuid().is_root() || fs::read_to_string("/proc/self/uid_map")? != root {
+        return Ok(());
+    }
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    for kind in ["Uid:", "Gid:"] {
+        let line = status.lines().find_map(|line| line.strip_prefix(kind));
+        let ids: Vec<u32> = line
+            .context("no ids")?
+            .split_whitespace()
+            .map(str::parse)
+            .collect::<Result<_, _>>()?;
+        ensure!(ids.iter().all(|id| *id >= ROOT_RANGES), "{kind} {ids:?}");
+    }
+    Ok(())
+}
+
+/// What a tool writes that an image has taken over is shown, not obeyed, and not without end.
+fn obeyed() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let tool = folder.path().join("bulkhead-image");
+    fs::write(&tool, chatterbox())?;
+    fs::set_permissions(&tool, Permissions::from_mode(0o755))?;
+    fs::write(folder.path().join("a.raw"), [0; 512])?;
+    let terminal = openpty(None, None)?;
+    let mut command = Command::new(artifact(Artifact::Bulkhead)?);
+    command
+        .args(["image", "info", "a.raw"])
+        .current_dir(folder.path())
+        .env("BULKHEAD_BIN_DIR", folder.path())
+        .stdout(Stdio::null())
+        .stderr(terminal.slave);
+    let mut process = command.spawn()?;
+    drop(command);
+    let mut screen = Vec::new();
+    // It ends with an error: nobody has the other side any more.
+    let _ = File::from(terminal.master).read_to_end(&mut screen);
+    process.wait()?;
+    let screen = String::from_utf8_lossy(&screen);
+    ensure!(!screen.contains('\u{1b}'), "the terminal was steered");
+    ensure!(screen.contains("bulkhead-image: \\u{1b}[2J"), "{screen}");
+    ensure!(screen.contains("ended without an answer"), "{screen}");
+    ensure!(screen.len() < 64 << 10, "{} bytes", screen.len());
+    Ok(())
+}
+
+/// The smallest program that would clear the screen, by standard output and error, 4000 times each.
+fn chatterbox() -> Vec<u8> {
+    const BASE: u64 = 0x40_0000;
+    const HEADERS: u64 = 120;
+    const CODE: [u8; 48] = [
+        0xBB, 0xA0, 0x0F, 0, 0, // mov ebx, 4000
+        0xBF, 1, 0, 0, 0, // mov edi, 1
+        0xB8, 1, 0, 0, 0, // write: mov eax, 1
+        0x48, 0x8D, 0x35, 26, 0, 0, 0, // lea rsi, [text]
+        0xBA, 13, 0, 0, 0, // mov edx, 13
+        0x0F, 0x05, // syscall
+        0x83, 0xF7, 3, // xor edi, 3: the other one
+        0xFF, 0xCB, // dec ebx
+        0x75, 0xE6, // jnz write
+        0xBF, 0, 0, 0, 0, // mov edi, 0
+        0xB8, 0xE7, 0, 0, 0, // mov eax, exit_group
+        0x0F, 0x05, // syscall
+    ];
+    const TEXT: &[u8; 13] = b"\x1b[2J\x1b]0;who\x07\n";
+    let length = HEADERS + (CODE.len() + TEXT.len()) as u64;
+    let mut out = b"\x7fELF\x02\x01\x01".to_vec();
+    out.resize(16, 0);
+    // ET_EXEC, EM_X86_64.
+    for half in [2_u16, 62] {
+        out.extend(half.to_le_bytes());
+    }
+    out.extend(1_u32.to_le_bytes());
+    // e_entry, e_phoff, e_shoff, then e_flags.
+    for word in [BASE + HEADERS, 64, 0] {
+        out.extend(word.to_le_bytes());
+    }
+    out.extend(0_u32.to_le_bytes());
+    // e_ehsize, e_phentsize, e_phnum, e_shentsize, e_shnum, e_shstrndx.
+    for half in [64_u16, 56, 1, 64, 0, 0] {
+        out.extend(half.to_le_bytes());
+    }
+    // PT_LOAD, PF_R and PF_X: offset, vaddr, paddr, filesz, memsz, align.
+    for word in [1_u32, 5] {
+        out.extend(word.to_le_bytes());
+    }
+    for word in [0, BASE, BASE, length, length, 4096] {
+        out.extend(word.to_le_bytes());
+    }
+    out.extend(CODE);
+    out.extend(TEXT);
+    out
 }
 
 /// The jailed half of a conversion; looking at the images takes others before.

@@ -130,7 +130,7 @@ impl Identities {
             return Ok(Self::Own(NO_RANGE));
         }
         if getuid().is_root() {
-            let first = ROOT_RANGES + root_range().map_err(failed)? * IDS;
+            let first = root_range().map_err(failed)?;
             let anchor = Anchor::start().map_err(failed)?;
             for map in ["gid_map", "uid_map"] {
                 let path = format!("/proc/{}/{map}", anchor.pid());
@@ -226,19 +226,28 @@ impl Identities {
     }
 }
 
-/// Root is root of a user namespace only, such as a container's: outside it is a user, and what is
-/// outside the namespace it cannot be.
-/// Which of root's ranges is ours: that of our process id, which is the host's own. In another pid namespace, a
-/// container's, it may be another VM's as well: there one is drawn from all that lie behind those.
+/// Who a jailed process beside any VM becomes, by an id of this process's namespace; `None`: its user, as it may be
+/// nobody else. That is another process's only once this one has ended.
+pub(super) fn alone() -> io::Result<Option<u32>> {
+    if !getuid().is_root() || in_namespace() || caps::effective()? & KEPT != KEPT {
+        return Ok(None);
+    }
+    root_range().map(|first| Some(first + 1))
+}
+
+/// The first of our range of root's: of our process id, which is the host's own. In another pid namespace, a
+/// container's, that may be another VM's as well: there one is drawn from all that lie behind those.
 fn root_range() -> io::Result<u32> {
     if fs::metadata("/proc/self/ns/pid")?.ino() == FIRST_PID_NAMESPACE {
-        return Ok(getpid().as_raw().unsigned_abs());
+        return Ok(ROOT_RANGES + getpid().as_raw().unsigned_abs() * IDS);
     }
     let mut drawn = [0; 4];
     File::open("/dev/urandom")?.read_exact(&mut drawn)?;
-    Ok(LARGEST_PID + 1 + u32::from_ne_bytes(drawn) % DRAWN)
+    Ok(ROOT_RANGES + (LARGEST_PID + 1 + u32::from_ne_bytes(drawn) % DRAWN) * IDS)
 }
 
+/// Root is root of a user namespace only, such as a container's: outside it is a user, and what is
+/// outside the namespace it cannot be.
 fn in_namespace() -> bool {
     let own = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     !own.split_whitespace().eq(["0", "0", "4294967295"])

@@ -3,14 +3,19 @@
 //! This process, which can open paths, parses nothing of an image: names of backing files come from the
 //! jailed tool as text, and are opened only where images may lie.
 
+mod words;
+
+use self::words::Words;
 use super::chain::{folder_of, lexical_join, open_backing, open_image};
 use super::children::describe;
+use super::identity;
 use super::inputs::unopened;
 use super::signals::{LEAVING, take_by_descriptor};
 use super::spawn::{binary_folder, pair};
 use crate::failure::Failure;
 use crate::sandbox::child::{Child, Parent, Program, Starting, open_proc, start};
 use crate::sandbox::{EXIT_NO_MEMORY, Role, SeccompMode};
+use crate::tell::tell;
 use crate::wire::{Received, receive_message};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -231,14 +236,14 @@ impl Opened {
     ) -> Result<(), Failure> {
         let failed = |e: &dyn std::error::Error| Failure::host("cannot start the image tool").because(e);
         let null = File::open("/dev/null").map_err(|e| failed(&e))?;
-        let stderr = io::stderr();
+        let (mut words, said) = Words::pipe().map_err(|e| failed(&e))?;
         let (ours, theirs) = pair(SockType::SeqPacket).map_err(|e| failed(&e))?;
         let key = setting
             .key_file
             .as_deref()
             .map(super::inputs::open_key_file)
             .transpose()?;
-        let mut fds = vec![null.as_fd(), stderr.as_fd(), stderr.as_fd(), theirs.as_fd()];
+        let mut fds = vec![null.as_fd(), said.as_fd(), said.as_fd(), theirs.as_fd()];
         let mut arguments = vec![verb.to_owned(), "--control-fd=3".to_owned()];
         for (depth, (format, file)) in self.layers.iter().enumerate() {
             let (number, format) = (fds.len(), format.name());
@@ -284,23 +289,24 @@ impl Opened {
             address_space: ADDRESS_SPACE,
             startup: Role::Startup,
             seccomp: setting.seccomp,
-            identity: None,
+            identity: identity::alone().map_err(|e| failed(&e))?,
             parent: Parent::Caller,
         };
         let child = start(&program)
             .and_then(Starting::finish)
             .map_err(|e| failed(&e).hint("bulkhead doctor tells what is missing"))?;
-        drop(theirs);
+        drop((theirs, said));
         let signals = [Some(self), target]
             .into_iter()
             .flatten()
             .find_map(|opened| opened.signals.as_ref());
-        let outcome = listen(&ours, signals, on_message);
+        let outcome = listen(&ours, signals, &mut words, on_message);
         if matches!(outcome, Err(Problem::Signal(_))) {
             // What it has made is removed.
             let _ = kill(child.pid, Signal::SIGKILL);
         }
         let end = finish(&child, ours);
+        words.pass_on(&mut tell_words);
         outcome.map_err(|problem| match problem {
             Problem::Told(why) => {
                 Failure::host(format!("{}: {verb}", self.path.display())).cause(printable(&why))
@@ -345,6 +351,7 @@ enum Problem {
 fn listen(
     socket: &OwnedFd,
     signals: Option<&SignalFd>,
+    words: &mut Words,
     on_message: &mut dyn FnMut(FromImageTool),
 ) -> Result<(), Problem> {
     let lost = |e: &dyn std::error::Error| Problem::Lost(crate::tell::chain(e));
@@ -358,7 +365,9 @@ fn listen(
             Received::Message(_, message) => on_message(message),
             Received::End => return Err(Problem::Lost("it ended without an answer".into())),
             Received::Nothing => {
-                let all = [socket.as_fd()].into_iter().chain(signals.map(AsFd::as_fd));
+                words.pass_on(&mut tell_words);
+                let all = [Some(socket.as_fd()), signals.map(AsFd::as_fd), words.readable()];
+                let all = all.into_iter().flatten();
                 let mut ready: Vec<_> = all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
                 let patience = PollTimeout::try_from(PATIENCE_MS).unwrap_or(PollTimeout::MAX);
                 match poll(&mut ready, patience) {
@@ -369,6 +378,10 @@ fn listen(
             }
         }
     }
+}
+
+fn tell_words(line: &str) {
+    tell(format_args!("{BINARY}: {line}"));
 }
 
 /// What a person is told of a tool that gave no answer, and how it ended, if that is known.
