@@ -3,13 +3,20 @@
 use anyhow::{Context, Result, ensure};
 use integration_tests::{
     artifacts::Artifact,
+    process::inherit_at,
     qemu_img::{qemu_img_in, qemu_img_output},
     suite::{Skip, artifact, test},
 };
 use libtest_mimic::Trial;
+use nix::{
+    fcntl::OFlag,
+    sys::stat::Mode,
+    unistd::{mkfifo, pipe2},
+};
 use serde_json::Value;
 use std::{
-    fs,
+    fs::{self, File},
+    io::Write,
     os::unix::fs::{FileExt, symlink},
     path::Path,
     process::{Command, Output},
@@ -323,6 +330,28 @@ fn encrypted() -> Result<()> {
     )?;
     succeeds(&folder, &["convert", "--key-file", "key", "a.qcow2", "b.img"])?;
     write(&folder, "b.img", "read -P 7 1M 64k")?;
+    // A pipe is read once, and the tool runs several times.
+    let piped: [&[&str]; 2] = [
+        &["convert", "--key-fd=3", "a.qcow2", "d.img"],
+        &["resize", "--key-fd=3", "a.qcow2", "+1M"],
+    ];
+    for args in piped {
+        let (reads, writes) = pipe2(OFlag::O_CLOEXEC)?;
+        File::from(writes).write_all(b"secret")?;
+        let mut command = command(&folder, args)?;
+        inherit_at(&mut command, reads, 3)?;
+        let output = command.output()?;
+        ensure!(output.status.success(), "{args:?}: {output:?}");
+    }
+    write(&folder, "d.img", "read -P 7 1M 64k")?;
+    let info = json(&succeeds(&folder, &["info", "--json", "a.qcow2"])?)?;
+    ensure!(info["virtual-size"] == 3 << 20, "{info}");
+    mkfifo(&folder.path().join("fifo"), Mode::S_IRWXU)?;
+    fails(
+        &folder,
+        &["convert", "--key-file=fifo", "a.qcow2", "c.img"],
+        &["not a regular file", "key-fd=N"],
+    )?;
     fs::write(folder.path().join("key"), "wrong")?;
     fails(
         &folder,

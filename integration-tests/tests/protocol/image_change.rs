@@ -93,12 +93,13 @@ fn create() -> Result<()> {
     )?;
     fs::write(folder.path().join("key"), "secret")?;
     fs::create_dir(folder.path().join("in"))?;
-    let refused: [(&[&str], &str); 9] = [
+    let refused: [(&[&str], &str); 10] = [
         (&["x.vmdk", "1M"], "can only be read"),
         (&["x.img", "0"], "positive multiple of 512"),
         (&["x.img", "511"], "positive multiple of 512"),
         (&["x.qcow2", "0"], "positive multiple of 512"),
         (&["--key-file", "key", "x.qcow2", "1M"], "qemu-img create"),
+        (&["--key-fd=9", "x.qcow2", "1M"], "qemu-img create"),
         (&["--image-folder", "/nope", "x.img", "1M"], "goes with --backing"),
         (&["-b", "../base.img", "-F", "raw", "in/x.qcow2"], "lies outside"),
         (&["no/x.img", "1M"], "No such file"),

@@ -4,7 +4,7 @@ mod args;
 mod words;
 
 use crate::failure::Failure;
-use crate::launch::image::{Access, Opened, Setting};
+use crate::launch::image::{Access, Key, Opened, Setting, open_key};
 use crate::launch::warn_of;
 pub(super) use args::ImageVerb;
 use args::{ImageArgs, Shape, SnapshotAction};
@@ -52,25 +52,25 @@ impl ImageArgs {
         format_of(&self.file, self.format, "--format")
     }
 
-    fn setting(&self) -> Setting {
-        Setting {
+    /// Once for a verb: what a pipe holds is read here.
+    fn setting(&self) -> Result<Setting, Failure> {
+        let key = match (&self.key_file, self.key_fd) {
+            (Some(path), _) => Some(Key::File(path.clone())),
+            (None, number) => number.map(Key::Inherited),
+        };
+        Ok(Setting {
             folders: self.image_folder.clone(),
-            key_file: self.key_file.clone(),
+            key: key.map(|key| open_key("--", &key)).transpose()?,
             seccomp: self.seccomp,
-        }
+        })
     }
 
     fn alone(&self, access: Access) -> Result<Opened, Failure> {
         Opened::alone(&self.file, self.format()?, access)
     }
 
-    fn chain(&self, access: Access) -> Result<Opened, Failure> {
-        Opened::chain(&self.setting(), &self.file, self.format()?, access)
-    }
-
-    /// Size of the disk that is open already.
-    fn alone_again(&self, opened: &Opened) -> Result<u64, Failure> {
-        Ok(opened.describe(&self.setting())?.info.virtual_size)
+    fn chain(&self, setting: &Setting, access: Access) -> Result<Opened, Failure> {
+        Opened::chain(setting, &self.file, self.format()?, access)
     }
 }
 
@@ -145,7 +145,7 @@ pub(super) fn carry_out(verb: &ImageVerb) -> Result<(String, u8), Failure> {
 
 fn info(image: &ImageArgs, as_json: bool) -> Result<String, Failure> {
     let format = image.format()?;
-    let found = image.alone(Access::Read)?.describe(&image.setting())?;
+    let found = image.alone(Access::Read)?.describe(&image.setting()?)?;
     let used = std::fs::metadata(&image.file).map_or(0, |metadata| metadata.blocks() * 512);
     Ok(if as_json {
         format!("{:#}\n", words::info_json(&image.file, format, &found, used))
@@ -160,7 +160,7 @@ fn check(image: &ImageArgs, repair: bool, as_json: bool) -> Result<(String, u8),
     let mut result = None;
     let opened = image.alone(access)?;
     let bar = Bar::new(TABLES);
-    opened.run(&image.setting(), "check", &flags, None, &mut |message| {
+    opened.run(&image.setting()?, "check", &flags, None, &mut |message| {
         bar.hear(&message);
         if let FromImageTool::Checked(found) = message {
             result = Some(found);
@@ -197,9 +197,11 @@ fn create(
     mut flags: Vec<String>,
 ) -> Result<(String, u8), Failure> {
     let format = image.format()?;
-    if image.key_file.is_some() {
-        return Err(Failure::usage("--key-file: an encrypted image cannot be created")
-            .hint("make it with qemu-img create -f qcow2 -o encrypt.format=luks,..."));
+    if image.key_file.is_some() || image.key_fd.is_some() {
+        return Err(
+            Failure::usage("--key-file, --key-fd: an encrypted image cannot be created")
+                .hint("make it with qemu-img create -f qcow2 -o encrypt.format=luks,..."),
+        );
     }
     if backing.is_some() && format != ImageFormat::Qcow2 {
         return Err(Failure::usage("--backing: only a qcow2 image has a backing file"));
@@ -207,13 +209,14 @@ fn create(
     if backing.is_none() && !image.image_folder.is_empty() {
         return Err(Failure::usage("--image-folder: goes with --backing"));
     }
+    let setting = image.setting()?;
     let below = backing
         .map(|(name, format)| {
             let text = name
                 .to_str()
                 .ok_or_else(|| Failure::usage("--backing: the name is not UTF-8"))?;
             flags.push(format!("--backing-name={}:{text}", format.name()));
-            Opened::backing_of(&image.setting(), &image.file, text, format)
+            Opened::backing_of(&setting, &image.file, text, format)
         })
         .transpose()?;
     if below.is_none() && !flags.iter().any(|flag| flag.starts_with("--size=")) {
@@ -224,7 +227,7 @@ fn create(
         Some(below) => new.on(below),
         None => new,
     };
-    let made = all.run(&image.setting(), "create", &flags, None, &mut |_| {});
+    let made = all.run(&setting, "create", &flags, None, &mut |_| {});
     made.inspect_err(|_| all.discard()).map(|()| (String::new(), 0))
 }
 
@@ -236,7 +239,8 @@ fn convert(
 ) -> Result<(String, u8), Failure> {
     let format = format_of(target, format, "--output-format")?;
     let flags: Vec<String> = shape.flag(format)?.into_iter().collect();
-    let mut source = image.chain(Access::Read)?;
+    let setting = image.setting()?;
+    let mut source = image.chain(&setting, Access::Read)?;
     if let Some(path) = data_file {
         if image.format()? != ImageFormat::Qcow2 {
             return Err(Failure::usage("--data-file: only a qcow2 image has one"));
@@ -245,7 +249,7 @@ fn convert(
     }
     let new = Opened::new_file(target, format)?;
     let bar = Bar::new("{bytes}/{total_bytes} {bytes_per_sec} {eta}");
-    let converted = source.run(&image.setting(), "convert", &flags, Some(&new), &mut |message| {
+    let converted = source.run(&setting, "convert", &flags, Some(&new), &mut |message| {
         bar.hear(&message);
     });
     drop(bar);
@@ -264,13 +268,13 @@ fn snapshot(image: &ImageArgs, action: &SnapshotAction, as_json: bool) -> Result
         if let Some(name) = name {
             let opened = image.alone(Access::Write)?;
             let (bar, flags) = (Bar::new(TABLES), [format!("--{flag}={name}")]);
-            opened.run(&image.setting(), "snapshot", &flags, None, &mut |message| {
+            opened.run(&image.setting()?, "snapshot", &flags, None, &mut |message| {
                 bar.hear(&message);
             })?;
             return Ok((String::new(), 0));
         }
     }
-    let found = image.alone(Access::Read)?.describe(&image.setting())?;
+    let found = image.alone(Access::Read)?.describe(&image.setting()?)?;
     let text = match as_json {
         true => format!("{:#}\n", json!(words::snapshots_json(&found))),
         false => words::snapshot_text(&found),
@@ -285,11 +289,12 @@ fn resize(image: &ImageArgs, size: &str, shrink: bool) -> Result<(String, u8), F
         None => ("", size),
     };
     let amount = digits.parse::<ByteSize>().map_err(|e| bad().because(&e))?.0;
-    let opened = image.chain(Access::Write)?;
+    let setting = image.setting()?;
+    let opened = image.chain(&setting, Access::Write)?;
     let new = match sign {
         "" => amount,
         sign => {
-            let now = image.alone_again(&opened)?;
+            let now = opened.describe(&setting)?.info.virtual_size;
             let changed = if sign == "+" {
                 now.checked_add(amount)
             } else {
@@ -303,7 +308,7 @@ fn resize(image: &ImageArgs, size: &str, shrink: bool) -> Result<(String, u8), F
     };
     let mut flags = vec![format!("--size={new}")];
     flags.extend(shrink.then(|| "--shrink".to_owned()));
-    opened.run(&image.setting(), "resize", &flags, None, &mut |_| {})?;
+    opened.run(&setting, "resize", &flags, None, &mut |_| {})?;
     Ok((String::new(), 0))
 }
 

@@ -43,7 +43,7 @@ fn helps_name_all_that_can_be_given() {
 fn create_names_what_it_makes() {
     let help = help("image create");
     assert!(help.contains("raw or qcow2"), "{help}");
-    assert!(!help.contains("vmdk") && !help.contains("--key-file"), "{help}");
+    assert!(!help.contains("vmdk") && !help.contains("--key-f"), "{help}");
 }
 
 #[test]

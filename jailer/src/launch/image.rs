@@ -8,7 +8,9 @@ mod words;
 use self::words::Words;
 use super::chain::{folder_of, lexical_join, open_backing, open_image};
 use super::children::describe;
+pub(crate) use super::disk::Key;
 use super::identity;
+pub(crate) use super::inputs::open_key;
 use super::inputs::unopened;
 use super::signals::{LEAVING, take_by_descriptor};
 use super::spawn::{binary_folder, pair};
@@ -23,6 +25,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::SockType;
 use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{Whence, lseek};
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -44,7 +47,8 @@ const PATIENCE_MS: i32 = 600_000;
 pub(crate) struct Setting {
     /// Folders that backing files may lie in, beside each image's own.
     pub(crate) folders: Vec<PathBuf>,
-    pub(crate) key_file: Option<PathBuf>,
+    /// What holds the passphrase, for each run of the tool.
+    pub(crate) key: Option<OwnedFd>,
     pub(crate) seccomp: SeccompMode,
 }
 
@@ -238,11 +242,11 @@ impl Opened {
         let null = File::open("/dev/null").map_err(|e| failed(&e))?;
         let (mut words, said) = Words::pipe().map_err(|e| failed(&e))?;
         let (ours, theirs) = pair(SockType::SeqPacket).map_err(|e| failed(&e))?;
-        let key = setting
-            .key_file
-            .as_deref()
-            .map(super::inputs::open_key_file)
-            .transpose()?;
+        let key = setting.key.as_ref();
+        if let Some(key) = key {
+            // The one before may have read it.
+            lseek(key, 0, Whence::SeekSet).map_err(|e| failed(&e))?;
+        }
         let mut fds = vec![null.as_fd(), said.as_fd(), said.as_fd(), theirs.as_fd()];
         let mut arguments = vec![verb.to_owned(), "--control-fd=3".to_owned()];
         for (depth, (format, file)) in self.layers.iter().enumerate() {
@@ -262,7 +266,7 @@ impl Opened {
             arguments.push(format!("--target-format={}", format.name()));
             fds.push(file.as_fd());
         }
-        if let Some(key) = &key {
+        if let Some(key) = key {
             arguments.push(format!("--key-fd={}", fds.len()));
             fds.push(key.as_fd());
         }

@@ -19,7 +19,7 @@ use crate::sandbox::cgroup::disk_behind;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{SockType, UnixAddr};
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -262,6 +262,8 @@ fn open_disk(spec: &VmSpec, device: &Device, disk: &Disk) -> Result<Images, Fail
     let data_file =
         data_file.map(|path| open_image(&format!("{}.data-file", device.field), path, disk.read_only));
     let data_file = data_file.transpose()?.map(OwnedFd::from);
+    let front = format!("{}.", device.field);
+    let key = disk.key.as_ref().map(|key| open_key(&front, key)).transpose()?;
     let top = layers.first().map(|layer| &layer.file);
     let written = top.into_iter().chain(&data_file).filter(|_| !disk.read_only);
     let watches = written.map(Watch::begin).collect::<io::Result<_>>();
@@ -270,7 +272,7 @@ fn open_disk(spec: &VmSpec, device: &Device, disk: &Disk) -> Result<Images, Fail
             Failure::host(format!("{}: cannot open its image once more", device.field)).because(&e)
         })?,
         layers,
-        key: disk.key.as_ref().map(|key| open_key(device, key)).transpose()?,
+        key,
         data_file,
         direct,
     })
@@ -296,35 +298,32 @@ pub(super) fn open_direct(device: &Device, disk: &Disk, image: &OwnedFd) -> Resu
 }
 
 /// A file is passed on as it is; what comes through an inherited descriptor, which may be a pipe, is
-/// copied to memory first.
-fn open_key(device: &Device, key: &Key) -> Result<OwnedFd, Failure> {
+/// copied to memory first. `front` is what the field, or flag, begins with.
+pub(crate) fn open_key(front: &str, key: &Key) -> Result<OwnedFd, Failure> {
     match key {
         Key::File(path) => {
-            let field = format!("{}.key-file", device.field);
-            let file = open_file(&field, path)?;
+            let field = format!("{front}key-file");
+            let file = open_key_file(&field, path)?;
             if file.metadata().is_ok_and(|about| about.len() == 0) {
                 let failure = Failure::host(format!("{field}: cannot use {}", path.display()));
                 return Err(failure.cause("it is empty, and a passphrase is not"));
             }
             Ok(file.into())
         }
-        Key::Inherited(number) => {
-            interruptibly(|| copy_key(*number)).map_err(|e| no_key(device, *number, &e))
-        }
+        Key::Inherited(number) => interruptibly(|| copy_key(*number)).map_err(|e| no_key(front, *number, &e)),
     }
 }
 
-pub(super) fn no_key(device: &Device, number: i32, error: &io::Error) -> Failure {
-    Failure::host(format!(
-        "{}.key-fd: cannot read descriptor {number}",
-        device.field
-    ))
-    .because(error)
+/// The file of a [`Key::File`].
+pub(super) fn open_key_file(field: &str, path: &Path) -> Result<File, Failure> {
+    open_file(field, path).map_err(|failure| match fs::metadata(path) {
+        Ok(about) if !about.is_file() => failure.hint("key-fd=N takes a pipe: key-fd=3 with 3< <(COMMAND)"),
+        _ => failure,
+    })
 }
 
-/// The file behind `--key-file`.
-pub(crate) fn open_key_file(path: &Path) -> Result<File, Failure> {
-    open_file("--key-file", path)
+pub(super) fn no_key(front: &str, number: i32, error: &io::Error) -> Failure {
+    Failure::host(format!("{front}key-fd: cannot read descriptor {number}")).because(error)
 }
 
 fn copy_key(number: i32) -> io::Result<OwnedFd> {

@@ -3,7 +3,7 @@
 
 use super::chain::{Purpose, open_chain, open_image_for};
 use super::disk::{Disk, Key};
-use super::inputs::{formats, no_back_end, no_key, open_boot, open_direct, open_file};
+use super::inputs::{formats, no_back_end, no_key, open_boot, open_direct, open_key_file};
 use super::machine::{Backend, Device};
 use super::net;
 use crate::failure::Failure;
@@ -47,10 +47,13 @@ fn look_at_disk(spec: &VmSpec, device: &Device, disk: &Disk) -> Result<Vec<Image
         open_image_for(Purpose::Look, &field, path, disk.read_only)?;
     }
     match &disk.key {
-        Some(Key::File(path)) => drop(open_file(&format!("{}.key-file", device.field), path)?),
+        Some(Key::File(path)) => drop(open_key_file(&format!("{}.key-file", device.field), path)?),
         // What is read of a pipe is gone.
         Some(Key::Inherited(number)) => {
-            drop(crate::inherit::take(FdNumber(*number)).map_err(|e| no_key(device, *number, &e))?);
+            drop(
+                crate::inherit::take(FdNumber(*number))
+                    .map_err(|e| no_key(&format!("{}.", device.field), *number, &e))?,
+            );
         }
         None => {}
     }

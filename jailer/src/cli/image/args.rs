@@ -34,7 +34,8 @@ pub(in crate::cli) enum ImageVerb {
     /// Make an empty raw or qcow2 image
     #[command(
         mut_arg("format", |format| format.help("Its format: raw or qcow2 (default: by its name)")),
-        mut_arg("key_file", |key| key.hide(true))
+        mut_arg("key_file", |key| key.hide(true)),
+        mut_arg("key_fd", |key| key.hide(true))
     )]
     Create {
         #[command(flatten)]
@@ -119,6 +120,9 @@ pub(in crate::cli) struct ImageArgs {
     /// File with the passphrase of an encrypted image, taken whole
     #[arg(long, value_name = "FILE")]
     pub(super) key_file: Option<PathBuf>,
+    /// The same, by inherited file descriptor, which may be a pipe
+    #[arg(long, value_name = "N", conflicts_with = "key_file")]
+    pub(super) key_fd: Option<i32>,
     /// What becomes of a system call that no policy allows: enforce, trap, log or off
     #[arg(long, value_name = "MODE", default_value_t = SeccompMode::Enforce, value_parser = values::seccomp(),
         hide_possible_values = true)]
