@@ -228,7 +228,7 @@ fn create(
         None => new,
     };
     let made = all.run(&setting, "create", &flags, None, &mut |_| {});
-    made.inspect_err(|_| all.discard()).map(|()| (String::new(), 0))
+    all.conclude(made).map(|()| (String::new(), 0))
 }
 
 fn convert(
@@ -253,9 +253,7 @@ fn convert(
         bar.hear(&message);
     });
     drop(bar);
-    converted
-        .inspect_err(|_| new.discard())
-        .map(|()| (String::new(), 0))
+    new.conclude(converted).map(|()| (String::new(), 0))
 }
 
 fn snapshot(image: &ImageArgs, action: &SnapshotAction, as_json: bool) -> Result<(String, u8), Failure> {

@@ -3,16 +3,16 @@
 //! This process, which can open paths, parses nothing of an image: names of backing files come from the
 //! jailed tool as text, and are opened only where images may lie.
 
+mod new_file;
 mod words;
 
+use self::new_file::NewFile;
 use self::words::Words;
 use super::chain::{folder_of, lexical_join, open_backing, open_image};
 use super::children::describe;
 pub(crate) use super::disk::Key;
 use super::identity;
 pub(crate) use super::inputs::open_key;
-use super::inputs::unopened;
-use super::signals::{LEAVING, take_by_descriptor};
 use super::spawn::{binary_folder, pair};
 use crate::failure::Failure;
 use crate::sandbox::child::{Child, Parent, Program, Starting, open_proc, start};
@@ -27,8 +27,7 @@ use nix::sys::socket::SockType;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Whence, lseek};
 use std::ffi::CString;
-use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use vm_spec::control::exit_code;
@@ -59,8 +58,8 @@ pub(crate) struct Opened {
     /// The top layer's external data file.
     data_file: Option<File>,
     read_only: bool,
-    /// Of a new file: [`LEAVING`].
-    signals: Option<SignalFd>,
+    /// It is being made.
+    new: Option<NewFile>,
 }
 
 /// What `info` says.
@@ -85,7 +84,7 @@ impl Opened {
             layers: vec![(format, open_image("image", path, read_only)?)],
             data_file: None,
             read_only,
-            signals: None,
+            new: None,
         })
     }
 
@@ -95,30 +94,19 @@ impl Opened {
         Ok(self)
     }
 
-    /// A new, empty file. From here on the signals that end us are waited for by [`Self::run`] alone.
+    /// A new, empty file, for [`Self::conclude`]. From here on the signals that end us are waited for by
+    /// [`Self::run`] alone.
     pub(crate) fn new_file(path: &Path, format: ImageFormat) -> Result<Self, Failure> {
-        let signals =
-            take_by_descriptor(LEAVING).map_err(|e| Failure::host("cannot take signals").because(&e))?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(path);
-        let file = file.map_err(|e| {
-            let failure = Failure::host(format!("image: cannot make {}", path.display()));
-            match e.kind() {
-                io::ErrorKind::AlreadyExists => failure
-                    .because(&e)
-                    .hint("a file that is there is never overwritten: remove it first, or take another name"),
-                _ => unopened(failure, path, &e),
-            }
-        })?;
+        let new = NewFile::make(path)?;
+        let file = new
+            .handle()
+            .map_err(|e| Failure::host("image: no descriptor").because(&e))?;
         Ok(Self {
             path: path.to_owned(),
             layers: vec![(format, file)],
             data_file: None,
             read_only: false,
-            signals: Some(signals),
+            new: Some(new),
         })
     }
 
@@ -154,7 +142,7 @@ impl Opened {
             layers: vec![(format, file)],
             data_file: None,
             read_only: true,
-            signals: None,
+            new: None,
         };
         backing.with_backing(setting, folder, &allowed)
     }
@@ -177,7 +165,7 @@ impl Opened {
                 )],
                 data_file: None,
                 read_only: true,
-                signals: None,
+                new: None,
             };
             let Some(qcow2) = layer.describe(setting)?.info.qcow2 else {
                 break;
@@ -210,10 +198,12 @@ impl Opened {
         self
     }
 
-    /// Removes the file; for one that [`Self::new_file`] made and that came to nothing.
-    pub(crate) fn discard(&self) {
-        // What cannot be removed stays; the failure that led here is what the person is told.
-        let _ = fs::remove_file(&self.path);
+    /// Gives what [`Self::new_file`] made its name if it was made well; else nothing of it stays.
+    pub(crate) fn conclude(&self, made: Result<(), Failure>) -> Result<(), Failure> {
+        match &self.new {
+            Some(new) => new.conclude(made),
+            None => made,
+        }
     }
 
     /// What the image says about itself.
@@ -303,10 +293,10 @@ impl Opened {
         let signals = [Some(self), target]
             .into_iter()
             .flatten()
-            .find_map(|opened| opened.signals.as_ref());
+            .find_map(|opened| opened.new.as_ref())
+            .map(|new| &new.signals);
         let outcome = listen(&ours, signals, &mut words, on_message);
         if matches!(outcome, Err(Problem::Signal(_))) {
-            // What it has made is removed.
             let _ = kill(child.pid, Signal::SIGKILL);
         }
         let end = finish(&child, ours);
