@@ -2,8 +2,10 @@
 //! does what its argument says.
 
 use jailer::sandbox::{OrEnd, Role, SeccompMode, end, end_on_panic, lockdown};
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use std::fs::File;
-use std::io::Read;
+use std::io::{IoSlice, Read};
 
 /// As every confined process has: the policies know its three calls only.
 #[global_allocator]
@@ -27,7 +29,7 @@ fn main() {
     end_on_panic("probe");
     let role = match order.as_str() {
         // Whose policy has least for the end of a process.
-        "hungry" => Role::Disk,
+        "hungry" | "park" => Role::Disk,
         _ => Role::Supervisor,
     };
     let _locked = lockdown(role, mode).expect("lockdown");
@@ -39,6 +41,7 @@ fn main() {
             println!("survived");
         }
         "panic" => panic!("as ordered"),
+        "park" => println!("{}", park()),
         // More than any bound of an address space.
         "hungry" => println!("{}", vec![1_u8; 1 << 46].len()),
         _ => {}
@@ -46,6 +49,18 @@ fn main() {
     // Until the test has looked.
     let _ = std::io::stdin().read(&mut [0]);
     end(0);
+}
+
+/// Sends descriptors that nobody takes, until it is refused: why.
+fn park() -> Errno {
+    const MOST_IN_A_MESSAGE: usize = 253;
+    let rights = [ControlMessage::ScmRights(&[1; MOST_IN_A_MESSAGE])];
+    loop {
+        let parts = [IoSlice::new(b"x")];
+        if let Err(errno) = sendmsg::<()>(0, &parts, &rights, MsgFlags::MSG_DONTWAIT, None) {
+            return errno;
+        }
+    }
 }
 
 fn look() {

@@ -4,12 +4,15 @@
 //! of this test that becomes one.
 
 use jailer::sandbox::child::{Child, Parent, Program, open_proc, start};
-use jailer::sandbox::{EXIT_NO_MEMORY, Role, SeccompMode, Witness};
+use jailer::sandbox::{EXIT_NO_MEMORY, Role, SeccompMode, Witness, most_open_files};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::sys::wait::{WaitStatus, waitpid};
 use std::ffi::CString;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{BufRead, BufReader, IoSlice};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -49,12 +52,15 @@ fn probe() -> PathBuf {
 struct Probe {
     child: Child,
     lines: BufReader<File>,
-    _hold: OwnedFd,
+    _hold: UnixStream,
 }
+
+/// Of what is started here.
+const OPEN_FILES: u64 = 1000;
 
 fn start_probe(binary: &Path, argument: &str) -> Probe {
     let binary = File::open(binary).expect("the probe was built");
-    let (read_in, hold) = nix::unistd::pipe().expect("pipe");
+    let (read_in, hold) = UnixStream::pair().expect("socketpair");
     let (read_out, write_out) = nix::unistd::pipe().expect("pipe");
     let proc = open_proc().expect("/proc");
     let program = Program {
@@ -68,6 +74,7 @@ fn start_probe(binary: &Path, argument: &str) -> Probe {
         rooted: false,
         cgroup: None,
         address_space: 1 << 30,
+        open_files: OPEN_FILES,
         startup: Role::Startup,
         seccomp: match argument {
             "look" => SeccompMode::Off,
@@ -110,6 +117,14 @@ impl Probe {
             .unwrap_or_else(|| panic!("no {key}"))
             .to_owned()
     }
+
+    fn open_files(&self) -> u64 {
+        let path = format!("/proc/{}/limits", self.child.pid);
+        let text = fs::read_to_string(path).expect("limits");
+        let line = text.lines().find_map(|l| l.strip_prefix("Max open files"));
+        let hard = line.and_then(|l| l.split_whitespace().nth(1));
+        hard.and_then(|n| n.parse().ok()).expect("a limit of open files")
+    }
 }
 
 fn check_jail(binary: &Path) {
@@ -124,6 +139,7 @@ fn check_jail(binary: &Path) {
     ] {
         assert!(report.iter().any(|l| l == expected), "{expected}: {report:?}");
     }
+    assert_eq!(probe.open_files(), OPEN_FILES);
     assert_eq!(probe.status("Seccomp"), "2");
     assert_eq!(probe.status("NoNewPrivs"), "1");
     for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
@@ -150,6 +166,7 @@ fn check_jail(binary: &Path) {
         "of its start, and its role's"
     );
     drop(probe);
+    check_descriptors_in_flight(binary);
     check_killed_early(binary);
     check_forbidden(binary);
     check_last_words(
@@ -160,6 +177,32 @@ fn check_jail(binary: &Path) {
     );
     check_last_words(binary, "panic", 101, "probe: panicked at");
     check_last_words(binary, "hungry", EXIT_NO_MEMORY.into(), "out of memory");
+}
+
+/// A device process that sends all the descriptors that it can, which nobody takes, keeps no vmm and no supervisor of
+/// its user from passing theirs. (Root's are not bounded.)
+fn check_descriptors_in_flight(binary: &Path) {
+    let mut probe = start_probe(binary, "park");
+    probe.report();
+    assert_eq!(probe.open_files(), most_open_files(Role::Disk));
+    let mut said = String::new();
+    probe.lines.read_line(&mut said).expect("the pipe can be read");
+    assert!(said.starts_with("ETOOMANYREFS"), "{said}");
+    let (ours, _theirs) = UnixStream::pair().expect("socketpair");
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit");
+    for role in [Role::Vmm, Role::Supervisor] {
+        setrlimit(Resource::RLIMIT_NOFILE, most_open_files(role), hard).expect("a lower limit");
+        let rights = [ControlMessage::ScmRights(&[ours.as_raw_fd()])];
+        let sent = sendmsg::<()>(
+            ours.as_raw_fd(),
+            &[IoSlice::new(b"x")],
+            &rights,
+            MsgFlags::empty(),
+            None,
+        );
+        assert_eq!(sent, Ok(1), "{role}");
+    }
+    setrlimit(Resource::RLIMIT_NOFILE, soft, hard).expect("the limit that was");
 }
 
 /// Before its lockdown, too, a process is under a filter.

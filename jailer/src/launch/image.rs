@@ -16,7 +16,7 @@ pub(crate) use super::inputs::open_key;
 use super::spawn::{binary_folder, pair};
 use crate::failure::Failure;
 use crate::sandbox::child::{Child, Parent, Program, Starting, open_proc, start};
-use crate::sandbox::{EXIT_NO_MEMORY, Role, SeccompMode};
+use crate::sandbox::{EXIT_NO_MEMORY, Role, SeccompMode, most_open_files};
 use crate::tell::tell;
 use crate::wire::{Received, receive_message};
 use nix::errno::Errno;
@@ -281,6 +281,7 @@ impl Opened {
             rooted: false,
             cgroup: None,
             address_space: ADDRESS_SPACE,
+            open_files: most_open_files(Role::Image),
             startup: Role::Startup,
             seccomp: setting.seccomp,
             identity: identity::alone().map_err(|e| failed(&e))?,

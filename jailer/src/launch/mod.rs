@@ -38,8 +38,8 @@ mod watch;
 pub(crate) mod fuzz;
 
 use crate::failure::Failure;
+use crate::sandbox::MAX_OPEN_FILES;
 use crate::sandbox::cgroup::{CgroupError, Groups, Place};
-use crate::sandbox::child::MAX_OPEN_FILES;
 use crate::sandbox::{Anchor, Root, SeccompMode, share_cores_within};
 use crate::tell::{name_vm, tell};
 use connector::Connector;

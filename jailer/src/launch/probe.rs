@@ -11,7 +11,7 @@ use crate::audit::wall::Wall;
 use crate::audit::{AUDITED, nic};
 use crate::failure::Failure;
 use crate::sandbox::child::{Child, Parent, Program, open_proc, start_without};
-use crate::sandbox::{Role, SeccompMode};
+use crate::sandbox::{Role, SeccompMode, most_open_files};
 use crate::wire::send_message;
 use nix::fcntl::OFlag;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -141,6 +141,7 @@ impl Stage {
             rooted: false,
             cgroup: None,
             address_space: address_space(process.role, of.0.vm.memory),
+            open_files: most_open_files(process.jailed_role()),
             startup: process.startup(),
             seccomp: SeccompMode::Enforce,
             identity,

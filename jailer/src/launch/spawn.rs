@@ -12,7 +12,7 @@ use crate::failure::Failure;
 use crate::inherit::set_nonblocking;
 use crate::sandbox::cgroup::Groups;
 use crate::sandbox::child::{self, Child, Parent, Program, Starting};
-use crate::sandbox::{SeccompMode, SpawnError, Step};
+use crate::sandbox::{SeccompMode, SpawnError, Step, most_open_files};
 use crate::wire::send_message;
 use nix::fcntl::OFlag;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -252,6 +252,7 @@ pub(crate) fn begin<'a>(
         rooted: binaries.identity != Settled::Own && binaries.removed == Removed::NONE,
         cgroup,
         address_space: address_space(process.role, binaries.guest_memory),
+        open_files: most_open_files(process.jailed_role()),
         startup: process.startup(),
         seccomp: binaries.seccomp,
         identity: binaries.identity.of(place),

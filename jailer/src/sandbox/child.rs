@@ -10,6 +10,7 @@
 //! The children build their jails at the same time, since nobody waits between two `start`s.
 #![expect(unsafe_code, reason = "clone3, execveat and descriptor surgery between them")]
 
+use super::rlimit::MAX_OPEN_FILES;
 use super::step::{SpawnError, Step};
 use super::userns::{IdMaps, become_id};
 use super::{Role, SeccompMode, caps, mounts, seccomp};
@@ -53,6 +54,8 @@ pub struct Program<'a> {
     pub cgroup: Option<BorrowedFd<'a>>,
     /// Most bytes of address space (RLIMIT_AS).
     pub address_space: u64,
+    /// Most open descriptors (RLIMIT_NOFILE): its role's [`most_open_files`](super::most_open_files).
+    pub open_files: u64,
     /// Whose filter it starts under: [`Role::Startup`] or [`Role::StartupRing`].
     pub startup: Role,
     /// What becomes of calls that this filter forbids.
@@ -219,8 +222,6 @@ const CLONE_NEWTIME: i32 = 0x80;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 /// A step's number and an errno.
 const REPORT_LEN: usize = 5;
-/// Most open descriptors of a jailed process.
-pub(crate) const MAX_OPEN_FILES: u64 = 1023;
 /// The binary's number at exec, which `startup.policy` names: with [`MAX_OPEN_FILES`] no descriptor
 /// gets it again, so that nothing can be executed once more.
 const BINARY: RawFd = MAX_OPEN_FILES as RawFd;
@@ -238,6 +239,7 @@ struct Prepared {
     report: RawFd,
     removed: Removed,
     address_space: u64,
+    open_files: u64,
     startup: Role,
     seccomp: SeccompMode,
     identity: Option<u32>,
@@ -267,6 +269,7 @@ impl Prepared {
             report,
             removed,
             address_space: program.address_space,
+            open_files: program.open_files,
             startup: program.startup,
             seccomp: if removed.has(Wall::Seccomp) {
                 SeccompMode::Off
@@ -324,7 +327,8 @@ fn try_build(prepared: &mut Prepared) -> Result<std::convert::Infallible, (Step,
     arrange(prepared).map_err(at(Step::Descriptors))?;
     if !prepared.removed.has(Wall::Limit) {
         setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(at(Step::Limits))?;
-        setrlimit(Resource::RLIMIT_NOFILE, MAX_OPEN_FILES, MAX_OPEN_FILES).map_err(at(Step::Limits))?;
+        let files = prepared.open_files;
+        setrlimit(Resource::RLIMIT_NOFILE, files, files).map_err(at(Step::Limits))?;
         // Who started us may have bounded it closer.
         let (_, hard) = getrlimit(Resource::RLIMIT_AS).map_err(at(Step::Limits))?;
         let most = prepared.address_space.min(hard);

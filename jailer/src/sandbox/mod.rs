@@ -36,7 +36,9 @@ pub use end::{end, end_on_panic};
 pub use landlock::landlock_level;
 pub use memory::{EXIT_NO_MEMORY, OrEnd};
 pub use rings::make_no_more_rings;
-pub use rlimit::MAX_OPEN_FILES;
+#[cfg(feature = "launcher")]
+pub(crate) use rlimit::MAX_OPEN_FILES;
+pub use rlimit::most_open_files;
 pub use role::{ParseRoleError, Role, SeccompMode};
 pub use seccomp::{Opcode, Rule, opcodes, rules};
 pub use step::{SpawnError, Step};
@@ -88,7 +90,7 @@ pub enum LockdownError {
 /// # Errors
 /// Any [`LockdownError`]; the process may be confined in part and must end.
 pub fn lockdown(role: Role, mode: SeccompMode) -> Result<Locked, LockdownError> {
-    confine()?;
+    confine(role)?;
     seccomp::install(role, mode, seccomp::Threads::All)?;
     audited(role);
     Ok(Locked(()))
@@ -100,7 +102,7 @@ pub fn lockdown(role: Role, mode: SeccompMode) -> Result<Locked, LockdownError> 
 /// # Errors
 /// As [`lockdown`].
 pub fn lockdown_main(role: Role, mode: SeccompMode) -> Result<Locked, LockdownError> {
-    confine()?;
+    confine(role)?;
     seccomp::install(role, mode, seccomp::Threads::Calling)?;
     audited(role);
     Ok(Locked(()))
@@ -157,13 +159,13 @@ pub fn lockdown_forker(mode: SeccompMode) -> Result<(), LockdownError> {
     seccomp::install(Role::Forker, mode, seccomp::Threads::Calling)
 }
 
-fn confine() -> Result<(), LockdownError> {
+fn confine(role: Role) -> Result<(), LockdownError> {
     prepare_audit();
     nix::sys::prctl::set_dumpable(false).map_err(|e| LockdownError::Dumpable(e.into()))?;
     cpu::keep_pages_apart();
     tracing::debug!(landlock = landlock_level(), "locking down");
     if stands(Wall::Limit) {
-        rlimit::limit_self()?;
+        rlimit::limit_self(role)?;
     }
     confine_thread()
 }

@@ -24,7 +24,7 @@ use crate::error::chain;
 use crate::frontend::{
     BackendSockets, Error, InflightRegion, QueueState, Ring, RingEvents, Session, SessionOptions, SharedEvent,
 };
-use jailer::sandbox::MAX_OPEN_FILES;
+use jailer::sandbox::{Role, most_open_files};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
@@ -35,7 +35,7 @@ use vm_spec::control::{DeviceConfig, Loss};
 /// Queues' eventfds have numbers below this: a back end that decides how many queues there are takes no room from
 /// the successors of others, which come with three sockets and a region each while predecessors leave two, nor from
 /// devices that are attached.
-const MOST_OF_QUEUES: RawFd = MAX_OPEN_FILES as RawFd - 96;
+const MOST_OF_QUEUES: RawFd = most_open_files(Role::Vmm) as RawFd - 96;
 
 /// What the thread is given.
 pub(super) struct Context {

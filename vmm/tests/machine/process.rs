@@ -170,7 +170,7 @@ impl Vmm {
     pub(crate) fn limit_descriptors(&self, most: u64) {
         let limit = libc::rlimit {
             rlim_cur: most,
-            rlim_max: 1023,
+            rlim_max: 704,
         };
         let pid = self.child.id() as libc::pid_t;
         // SAFETY: reads the limit, and writes nothing.

@@ -101,6 +101,16 @@ impl ProcessPlan {
         }
     }
 
+    /// Its role at lockdown.
+    pub(crate) fn jailed_role(&self) -> Role {
+        match self.role {
+            ProcessRole::Disk => Role::Disk,
+            ProcessRole::Net => Role::Net,
+            ProcessRole::Vmm => Role::Vmm,
+            _ => Role::Supervisor,
+        }
+    }
+
     /// The device whose image it is given.
     pub(crate) fn image_device(&self) -> Option<usize> {
         self.descriptors.iter().find_map(|given| match given.source {
