@@ -54,6 +54,7 @@ const ALONE: [(&str, &[&str]); 7] = [
             "map-file-code",
             "read-implies-exec",
             "local-descriptor-table",
+            "take-huge-pages",
             "exhaust-pids",
             "dumpable",
         ],

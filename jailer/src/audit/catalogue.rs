@@ -193,6 +193,7 @@ pub const ATTACKS: &[Attack] = attacks! {
         Capability "lock-memory"          "lock memory"
         Cgroup     "exhaust-pids"         "make processes without end"
         Limit      "exhaust-memory"       "map memory without end"
+        Capability "take-huge-pages"      "take of the host's huge pages, which a VM's limits of memory leave out"
         Capability "exhaust-disk"         "fill a file of its own on the host"
     }
     "identity" {

@@ -6,6 +6,8 @@ use libc as l;
 use std::sync::atomic::Ordering;
 
 const PAGE: usize = 4096;
+/// The default size of a huge page.
+const HUGE_PAGE: usize = 2 << 20;
 const NOWHERE: usize = usize::MAX;
 const READ_WRITE: usize = (l::PROT_READ | l::PROT_WRITE) as usize;
 const READ_EXEC: usize = (l::PROT_READ | l::PROT_EXEC) as usize;
@@ -70,6 +72,11 @@ pub(super) const ALL: &[(&str, Attempt)] = &[
     }),
     ("exhaust-pids", exhaust_pids),
     ("exhaust-memory", exhaust_memory),
+    ("take-huge-pages", |_| {
+        // Not reserved, so that it does not depend on how many the host has at the moment; none is touched.
+        let flags = OF_ITS_OWN | (l::MAP_HUGETLB | l::MAP_NORESERVE) as usize;
+        try_call(l::SYS_mmap, [0, HUGE_PAGE, READ_WRITE, flags, NOWHERE, 0])
+    }),
     ("raise-fds", |_| raise(l::RLIMIT_NOFILE as usize, 1 << 19)),
     ("raise-core", |_| raise(l::RLIMIT_CORE as usize, 1 << 20)),
     ("realtime", |_| {
