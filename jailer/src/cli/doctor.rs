@@ -318,13 +318,15 @@ fn run_time_folder() -> Finding {
     let folder = folder.display();
     match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
         None => Finding::good(name, format!("{folder} (XDG_RUNTIME_DIR is not set)")),
-        Some(set) if set.is_absolute() && set.is_dir() => Finding::good(name, format!("{folder}")),
-        Some(set) => Finding::bad(
-            name,
-            Level::Note,
-            format!("{folder}, since XDG_RUNTIME_DIR is no folder: {}", set.display()),
-            "set it to a folder of yours, by its whole path",
-        ),
+        Some(set) => match launch::no_runtime_dir(&set) {
+            None => Finding::good(name, format!("{folder}")),
+            Some(why) => Finding::bad(
+                name,
+                Level::Note,
+                format!("{folder}, since XDG_RUNTIME_DIR {why}: {}", set.display()),
+                "set it to a folder of yours, by its whole path",
+            ),
+        },
     }
 }
 

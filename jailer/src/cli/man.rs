@@ -39,7 +39,7 @@ const DOCTOR_EXIT: &str =
 const ENVIRONMENT: [(&str, &str); 4] = [
     (
         "XDG_RUNTIME_DIR",
-        "where the folder bulkhead with the VMs' run-time folders lies; without it they lie in /tmp/bulkhead-UID. Verbs look for VMs in both",
+        "where the folder bulkhead with the VMs' run-time folders lies; without it, or where it is not a folder that only the user can write, they lie in /tmp/bulkhead-UID. Verbs look for VMs in both",
     ),
     (
         "BULKHEAD_BIN_DIR",

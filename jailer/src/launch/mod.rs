@@ -98,6 +98,11 @@ pub fn run_places() -> [PathBuf; 2] {
     run_dir::places()
 }
 
+/// What keeps `folder`, as XDG_RUNTIME_DIR, from being where this user's VMs are, if something does.
+pub(crate) fn no_runtime_dir(folder: &std::path::Path) -> Option<&'static str> {
+    run_dir::no_runtime_dir(folder, nix::unistd::geteuid())
+}
+
 /// Whether the VM whose run-time folder `folder` is runs, and `spawner` is its spawner.
 ///
 /// # Errors

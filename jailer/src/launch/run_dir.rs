@@ -46,21 +46,29 @@ pub(crate) struct RunDir {
     begun_anew: Cell<u64>,
 }
 
-/// `XDG_RUNTIME_DIR`, where it names a folder.
-fn given() -> Option<PathBuf> {
-    let folder = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from)?;
-    (folder.is_absolute() && folder.is_dir()).then_some(folder)
+/// What makes of `XDG_RUNTIME_DIR` no folder for VMs of `uid`, if something does. One of somebody else's is set where
+/// `su` or `sudo` left the variable as it was: whoever can write it could exchange what root goes through by paths.
+pub(crate) fn no_runtime_dir(folder: &Path, uid: Uid) -> Option<&'static str> {
+    let about = fs::metadata(folder);
+    let Some(about) = about.ok().filter(|about| about.is_dir() && folder.is_absolute()) else {
+        return Some("is no folder");
+    };
+    (!is_only_of(&about, uid)).then_some("is not a folder that only you can write")
+}
+
+fn is_only_of(about: &fs::Metadata, uid: Uid) -> bool {
+    about.uid() == uid.as_raw() && about.mode() & 0o022 == 0
 }
 
 /// The folders that VMs of this user are in: new ones go to the first. The variable may be set in one shell and
 /// not in another, which is where the second comes in.
 pub(crate) fn places() -> [PathBuf; 2] {
-    places_of(given(), geteuid())
+    places_of(std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from), geteuid())
 }
 
 fn places_of(given: Option<PathBuf>, uid: Uid) -> [PathBuf; 2] {
     let fallback = PathBuf::from(format!("/tmp/bulkhead-{uid}"));
-    match given {
+    match given.filter(|folder| no_runtime_dir(folder, uid).is_none()) {
         Some(folder) => [folder.join("bulkhead"), fallback],
         None => [fallback, format!("/run/user/{uid}/bulkhead").into()],
     }
@@ -210,7 +218,7 @@ fn unusable(parent: &Path, error: &dyn std::error::Error) -> Failure {
 /// In /tmp someone else may have been first.
 fn check_owner(parent: &Path) -> io::Result<()> {
     let about = fs::symlink_metadata(parent)?;
-    if !about.is_dir() || about.uid() != geteuid().as_raw() || about.mode() & 0o022 != 0 {
+    if !about.is_dir() || !is_only_of(&about, geteuid()) {
         return Err(io::Error::other(
             "it is not a folder that only its owner, you, can write",
         ));

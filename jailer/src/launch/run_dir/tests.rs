@@ -171,15 +171,33 @@ fn a_folder_that_others_may_write_is_not_looked_into() {
 
 #[test]
 fn both_places_are_looked_at_whatever_the_variable_says() {
-    let of = |given: Option<&str>| places_of(given.map(PathBuf::from), Uid::from_raw(7));
+    let folder = tempfile::tempdir().unwrap();
+    let given = |path: &Path| places_of(Some(path.to_owned()), geteuid());
+    let uid = geteuid();
+    let fallback = PathBuf::from(format!("/tmp/bulkhead-{uid}"));
     assert_eq!(
-        of(Some("/x")),
-        ["/x/bulkhead", "/tmp/bulkhead-7"].map(PathBuf::from)
+        given(folder.path()),
+        [folder.path().join("bulkhead"), fallback.clone()]
     );
-    assert_eq!(
-        of(None),
-        ["/tmp/bulkhead-7", "/run/user/7/bulkhead"].map(PathBuf::from)
-    );
+    let without = [fallback, format!("/run/user/{uid}/bulkhead").into()];
+    assert_eq!(places_of(None, uid), without);
+    // Nor is one that does not exist, or that others can write.
+    assert_eq!(given(Path::new("/nowhere")), without);
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o720);
+    fs::set_permissions(folder.path(), open).unwrap();
+    assert_eq!(given(folder.path()), without);
+}
+
+#[test]
+fn the_folder_that_somebody_else_is_given_is_left_to_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let stranger = Uid::from_raw(geteuid().as_raw() + 7);
+    let places = places_of(Some(folder.path().to_owned()), stranger);
+    let own = [
+        format!("/tmp/bulkhead-{stranger}"),
+        format!("/run/user/{stranger}/bulkhead"),
+    ];
+    assert_eq!(places, own.map(PathBuf::from));
 }
 
 #[test]
