@@ -179,7 +179,7 @@ impl Relay {
 /// Serves until the supervisor is gone.
 fn serve(supervisor: &OwnedFd, reachable: &[Device], relays: &mut BTreeMap<u16, Relay>) {
     let mut wanted = BTreeMap::new();
-    let mut last_taps = BTreeMap::new();
+    let mut last_made = BTreeMap::new();
     loop {
         wait(
             supervisor,
@@ -191,7 +191,7 @@ fn serve(supervisor: &OwnedFd, reachable: &[Device], relays: &mut BTreeMap<u16, 
             match receive_message(supervisor.as_fd()) {
                 Ok(Received::Nothing) => break,
                 Ok(Received::Message(_, ToConnector::Connect { device })) => {
-                    let rested = last_taps.get(&device).map(|last: &Instant| *last + TAP_DELAY);
+                    let rested = last_made.get(&device).map(|last: &Instant| *last + TAP_DELAY);
                     let at = rested.unwrap_or_else(Instant::now);
                     wanted.entry(device).or_insert_with(|| Attempt::at(at));
                 }
@@ -218,8 +218,8 @@ fn serve(supervisor: &OwnedFd, reachable: &[Device], relays: &mut BTreeMap<u16, 
                 }
                 None => return false,
             };
-            if device.is_ours() {
-                last_taps.insert(*number, now);
+            if !matches!(device.backend, Backend::External(_)) {
+                last_made.insert(*number, now);
             }
             let answer = FromConnector::Connected { device: *number };
             // A supervisor that takes no answer is gone, which is heard next.
@@ -338,6 +338,38 @@ mod tests {
             attempt.failed("busy", &device, now);
         }
         assert_eq!(attempt.at, now + LONGEST_DELAY);
+    }
+
+    #[test]
+    fn a_second_lies_between_two_passts_for_one_nic() {
+        let backend = Backend::Passt {
+            passt: net::Passt::at(Path::new("/bin/true")),
+            publish: Vec::new(),
+            mtu: None,
+        };
+        let device = Device {
+            backend,
+            ..device(Path::new("/nowhere"))
+        };
+        let (ours, theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .unwrap();
+        let connector = thread::spawn(move || serve(&theirs, &[device], &mut BTreeMap::new()));
+        let start = Instant::now();
+        for _ in 0..2 {
+            send_message(ours.as_fd(), 0, ToConnector::Connect { device: 0 }).unwrap();
+            let mut ready = [PollFd::new(ours.as_fd(), PollFlags::POLLIN)];
+            assert_eq!(poll(&mut ready, PollTimeout::from(20_000u16)), Ok(1));
+            let (_, fds) = receive_with_fds::<FromConnector>(ours.as_fd()).unwrap();
+            assert_eq!(fds.len(), BACKEND_FDS);
+        }
+        assert!(start.elapsed() >= TAP_DELAY);
+        drop(ours);
+        connector.join().unwrap();
     }
 
     #[test]

@@ -52,6 +52,15 @@ impl Passt {
         Some(Self { path, vhost_user })
     }
 
+    /// A program that stands for one.
+    #[cfg(test)]
+    pub(crate) fn at(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            vhost_user: true,
+        }
+    }
+
     /// It can serve a guest's queues itself.
     pub(crate) fn has_vhost_user(&self) -> bool {
         self.vhost_user
