@@ -15,7 +15,8 @@
 
 use super::RingFault;
 use crate::memory::Mapping;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use jailer::sandbox::SEALS;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::io;
 use std::num::{NonZeroUsize, Wrapping};
@@ -57,8 +58,7 @@ impl InflightRegion {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let fd = memfd_create(c"inflight", flags)?;
         nix::unistd::ftruncate(&fd, size as i64)?;
-        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-        fcntl(&fd, FcntlArg::F_ADD_SEALS(seals))?;
+        fcntl(&fd, FcntlArg::F_ADD_SEALS(SEALS))?;
         let length = NonZeroUsize::new(size).ok_or(io::ErrorKind::InvalidInput)?;
         let mapping = Arc::new(Mapping::new(&fd, 0, length)?);
         let region = Self {

@@ -3,8 +3,9 @@
 use super::HUGE_PAGE;
 use super::layout::ram_ranges;
 use super::mapping::Mapping;
+use jailer::sandbox::SEALS;
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
 use std::io;
@@ -94,8 +95,7 @@ impl GuestRam {
         let failed = |what| move |source: io::Error| RamError::System { what, size, source };
         let memfd = create(huge).map_err(failed("allocate"))?;
         memfd.set_len(size).map_err(failed("allocate"))?;
-        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-        fcntl(&memfd, FcntlArg::F_ADD_SEALS(seals)).map_err(|e| failed("seal")(e.into()))?;
+        fcntl(&memfd, FcntlArg::F_ADD_SEALS(SEALS)).map_err(|e| failed("seal")(e.into()))?;
         let memfd = Arc::new(memfd);
         let hugetlbfs = huge_page_size.is_some();
         let mappings = map(&memfd, size, page, hugetlbfs).map_err(failed("map"))?;
@@ -204,6 +204,7 @@ fn regions(memfd: &Arc<File>, mappings: &[(u64, Mapping)], huge: bool) -> io::Re
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::fcntl::SealFlag;
     use std::fs::Permissions;
     use std::os::unix::fs::PermissionsExt;
     use vm_memory::Bytes;

@@ -12,7 +12,8 @@ mod sockets;
 use super::order::Order;
 use super::wall::Wall;
 use crate::audit::probe::stands;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use crate::sandbox::SEALS;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::ffi::CString;
@@ -28,10 +29,6 @@ type Attempt = fn(&Order) -> Outcome;
 
 /// A memfd that is sealed as guest memory is.
 static MEMORY: AtomicI32 = AtomicI32::new(-1);
-/// The seals of guest memory.
-const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK
-    .union(SealFlag::F_SEAL_GROW)
-    .union(SealFlag::F_SEAL_SEAL);
 /// Its size.
 const MEMORY_SIZE: libc::off_t = 1 << 20;
 

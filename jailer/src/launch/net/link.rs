@@ -3,7 +3,8 @@
 
 use crate::failure::Failure;
 use crate::launch::run_dir::RunDir;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use crate::sandbox::SEALS;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::Mode;
 use nix::unistd::{ftruncate, getpid, mkfifo};
@@ -89,8 +90,7 @@ impl Drop for Unnamed {
 pub(crate) fn make_state() -> io::Result<OwnedFd> {
     let state = memfd_create(c"nic-state", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
     ftruncate(&state, STATE_SIZE)?;
-    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-    fcntl(&state, FcntlArg::F_ADD_SEALS(seals))?;
+    fcntl(&state, FcntlArg::F_ADD_SEALS(SEALS))?;
     Ok(state)
 }
 
