@@ -182,7 +182,8 @@ pub struct VhostUserSpec {
     /// without an in-flight region can be succeeded after its death; network back ends always do.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub in_order: bool,
-    /// Device configuration space in hexadecimal, for back ends without VHOST_USER_PROTOCOL_F_CONFIG.
+    /// Device configuration space in hexadecimal, for back ends without VHOST_USER_PROTOCOL_F_CONFIG. Of a type that
+    /// has no name here one with it is asked for as many bytes as this has, and for none without this.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<String>,
     /// PCI device number, 1 to 31.

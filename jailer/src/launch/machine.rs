@@ -404,6 +404,7 @@ fn device_type(text: &str) -> Option<u16> {
         "can" => 36,
         "scmi" => 32,
         "gpio" => 41,
+        "spi" => 45,
         number => number.parse().ok().filter(|n| (1..=63).contains(n))?,
     };
     Some(by_name)

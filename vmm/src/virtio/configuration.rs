@@ -122,8 +122,8 @@ impl Worker {
     /// Reads the back end's configuration again, and says whether the driver reads otherwise than before.
     /// `None`: it has none, or is lost.
     pub(super) fn refresh_config(&mut self) -> Option<bool> {
-        let kind = self.kind();
-        match self.with_session(|s| offer::read_config(s, kind)) {
+        let spec = self.context.spec.clone();
+        match self.with_session(|s| offer::read_config(s, &spec)) {
             Ok(Some(base)) => {
                 self.offer.config = offer::refresh(&self.offer, base, &self.context.spec);
                 self.written.settle(&self.offer.config);

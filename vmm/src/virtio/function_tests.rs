@@ -1,6 +1,6 @@
 use super::layout::{DEVICE, ISR, NOTIFY, PBA, TABLE};
 use super::rig::{BAR, CONFIG, Rig, script, spec};
-use crate::frontend::fake_backend::{Script, Seen};
+use crate::frontend::fake_backend::{Quirk, Script, Seen};
 use vhost::vhost_user::message::FrontendReq;
 use vm_spec::control::DeviceConfig;
 use vm_spec::machine::VIRTIO_BAR_SIZE;
@@ -258,6 +258,39 @@ fn configuration_access_through_the_capability() {
     rig.bus.ecam_read(capability + 17, &mut high);
     assert_eq!(high, [0xFF], "config_msix_vector");
     assert_eq!(read(4), [0xFF, 0xFF, 9, 9], "what is past the length stays");
+}
+
+#[test]
+fn of_an_unknown_type_no_more_is_read_than_the_spec_gives() {
+    let other = |config: Vec<u8>| {
+        // Of a back end that has no bound, and is asked once.
+        let answer = [vec![0; 4], vec![8, 0, 0, 0], vec![0; 4], vec![7; 8]].concat();
+        let script = Script::quirk_at(FrontendReq::GET_CONFIG, move || Quirk::Payload(answer.clone()));
+        let spec = DeviceConfig {
+            device_type: 63,
+            config,
+            ..spec()
+        };
+        let rig = Rig::with(spec, script);
+        rig.set_command(2);
+        rig
+    };
+    let asked = |rig: &Rig| {
+        rig.fake
+            .requests()
+            .iter()
+            .filter(|r| **r == FrontendReq::GET_CONFIG)
+            .count()
+    };
+    let rig = other(vec![1; 8]);
+    assert_eq!(
+        rig.fake
+            .look(FrontendReq::GET_CONFIG, 1, |seen| seen.payload.len()),
+        12 + 8
+    );
+    assert_eq!(asked(&rig), 1);
+    assert_eq!(rig.read::<8>(DEVICE.start), [7; 8]);
+    assert_eq!(asked(&other(Vec::new())), 0);
 }
 
 #[test]

@@ -81,7 +81,7 @@ pub(super) struct Offer {
 pub(super) fn make(session: &mut Session, spec: &DeviceConfig) -> Result<Offer, Error> {
     let kind = DeviceType(spec.device_type);
     let mut features = session.features() & (TRANSPORT | DEVICE);
-    let base = read_config(session, kind)?;
+    let base = read_config(session, spec)?;
     if kind == DeviceType::NET {
         features &= !net_features_of_no_field(base.as_deref(), spec);
     }
@@ -119,10 +119,12 @@ fn queue_size(spec: &DeviceConfig) -> u16 {
     spec.queue_size.filter(sound).unwrap_or(default)
 }
 
-/// The back end's configuration space, or nothing.
-pub(super) fn read_config(session: &mut Session, kind: DeviceType) -> Result<Option<Vec<u8>>, Error> {
+/// The back end's configuration space, or nothing. Of a type that is not known it is as long as the spec's.
+pub(super) fn read_config(session: &mut Session, spec: &DeviceConfig) -> Result<Option<Vec<u8>>, Error> {
+    let of_spec = [spec.config.len()];
+    let sizes = DeviceType(spec.device_type).config_sizes().unwrap_or(&of_spec);
     if session.has_config() {
-        for size in kind.config_sizes() {
+        for size in sizes.iter().filter(|size| **size > 0) {
             if let Some(config) = session.read_config(*size)? {
                 return Ok(Some(config));
             }

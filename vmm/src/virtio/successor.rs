@@ -123,7 +123,7 @@ impl Worker {
             false => Ok(()),
         };
         let base = told
-            .and_then(|()| offer::read_config(session, kind))
+            .and_then(|()| offer::read_config(session, spec))
             .inspect_err(|error| {
                 // Two may have died of the same: the third is not told.
                 if error.loss().is_some() {
