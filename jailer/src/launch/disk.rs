@@ -63,16 +63,13 @@ pub(crate) fn check(cpus: u8, n: usize, disk: &DiskSpec) -> Result<Device, Failu
             return Err(Failure::usage(format!("{field}.vhost-user: excludes path")));
         }
     };
-    let ours = matches!(backend, Backend::Disk(_));
     Ok(Device {
         id,
         field,
         slot: disk.slot.unwrap_or(0),
         device_type: 2,
-        num_queues: match disk.queues {
-            None if ours => Some(u16::from(cpus).min(4)),
-            given => given,
-        },
+        // More than there are vCPUs are of use to none, and some back ends serve none that the driver did not set up.
+        num_queues: disk.queues.or(Some(u16::from(cpus).min(4))),
         config: Vec::new(),
         config_features: 0,
         backend,
@@ -224,6 +221,23 @@ mod tests {
         assert!(ours(&spec).past_cache);
         assert_eq!(ours(&raw()).flags, ["--serial=disk0"]);
         assert!(!ours(&raw()).past_cache);
+    }
+
+    #[test]
+    fn a_disk_has_no_more_queues_than_there_are_vcpus_whoever_serves_it() {
+        let others = DiskSpec {
+            vhost_user: Some("/s".into()),
+            ..DiskSpec::default()
+        };
+        let queues = |cpus, spec: &DiskSpec| check(cpus, 0, spec).unwrap().num_queues;
+        for spec in [raw(), others] {
+            assert_eq!([1, 2, 64].map(|cpus| queues(cpus, &spec)), [1, 2, 4].map(Some));
+            let asked = DiskSpec {
+                queues: Some(8),
+                ..spec
+            };
+            assert_eq!(queues(2, &asked), Some(8));
+        }
     }
 
     #[test]

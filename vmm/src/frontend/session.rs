@@ -372,17 +372,17 @@ impl Session {
         Ok(())
     }
 
-    /// Brings a stopped device back to its first state. Ring indices are set to 0 in any case:
-    /// RESET_DEVICE leaves them as they were.
+    /// Brings a stopped device back to its first state. The indices of the `rings` that were started are set to 0 in
+    /// any case: RESET_DEVICE leaves them as they were.
     ///
     /// # Errors
     /// Any [`Error`].
-    pub fn reset(&mut self, queues: impl Iterator<Item = u16>) -> Result<(), Error> {
+    pub fn reset(&mut self, rings: impl IntoIterator<Item = u16>) -> Result<(), Error> {
         self.begin();
         if self.has(Protocol::RESET_DEVICE) {
             self.set(FrontendReq::RESET_DEVICE, &[], None)?;
         }
-        for index in queues {
+        for index in rings {
             self.set_state(FrontendReq::SET_VRING_BASE, index, 0)?;
         }
         Ok(())

@@ -94,6 +94,26 @@ fn a_reset_in_flight_reads_as_not_done_until_drained() {
 }
 
 #[test]
+fn a_reset_begins_the_rings_anew_that_were_started() {
+    let rig = Rig::new(script());
+    rig.set_command(6);
+    rig.set_status(3);
+    rig.accept_features(rig.offered());
+    rig.set_status(11);
+    rig.set_up_queue(1, 1);
+    rig.set_status(15);
+    rig.fake.look(Req::SET_VRING_ENABLE, 1, |_| ());
+    rig.set_status(0);
+    rig.wait_for("the reset", |rig| rig.status() == 0);
+    let last = rig
+        .fake
+        .look(Req::SET_VRING_BASE, 2, |seen| (seen.payload[0], seen.payload[4]));
+    assert_eq!(last, (1, 0));
+    let requests = rig.fake.requests();
+    assert_eq!(requests.iter().filter(|r| **r == Req::SET_VRING_BASE).count(), 2);
+}
+
+#[test]
 fn starts_and_resets_in_quick_succession_end_in_the_last() {
     let rig = Rig::new(script());
     for _ in 0..50 {

@@ -43,7 +43,12 @@ impl Worker {
     /// lets the driver see it done. A back end that fails meanwhile is lost, and the reset done once
     /// its process has ended.
     pub(super) fn reset(&mut self) {
-        let running = !matches!(self.phase, Phase::Idle);
+        let started: Option<Vec<u16>> = match &self.phase {
+            Phase::Idle => None,
+            Phase::Running(order) | Phase::Drained(order) | Phase::Orphaned(order) => {
+                Some(order.rings.iter().map(|ring| ring.index).collect())
+            }
+        };
         // That there is no back end was told when it was lost.
         if let Err(error) = self.drain()
             && !matches!(error, Error::NoBackend)
@@ -57,10 +62,9 @@ impl Worker {
         self.phase = Phase::Idle;
         self.bus_master.note_reset();
         self.written.forget_untaken();
-        if running {
-            let queues = 0..self.offer.served;
+        if let Some(rings) = started {
             // A failure was reported by `with_session`.
-            let _ = self.with_session(|s| s.reset(queues));
+            let _ = self.with_session(|s| s.reset(rings));
             // Of what the driver wrote some back ends undo it, some do not: a successor must be as the next
             // driver finds this one. Of a NIC's address and status the control queue may have told it.
             let is_nic = DeviceType(self.context.spec.device_type) == DeviceType::NET;
