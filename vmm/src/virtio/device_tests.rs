@@ -452,9 +452,14 @@ fn a_back_end_without_progress_is_kicked_while_it_answers() {
 
 /// A NIC of one pair and a control queue, which a driver has started.
 fn nic(script: Script, alive: Duration) -> Rig {
+    nic_of(true, script, alive)
+}
+
+fn nic_of(ours: bool, script: Script, alive: Duration) -> Rig {
     let nic = DeviceConfig {
         device_type: 1,
         num_queues: None,
+        ours,
         ..spec()
     };
     let script = Script {
@@ -507,6 +512,18 @@ fn a_nic_that_does_not_answer_is_lost_though_nothing_waits() {
             ..
         }
     ));
+}
+
+#[test]
+fn someone_elses_idle_nic_is_not_asked() {
+    let rig = nic_of(false, Script::default(), deadlines().alive);
+    let memfd = File::from(rig.memory.memfd().try_clone_to_owned().unwrap());
+    // Receive buffers.
+    memfd.write_all_at(&3u16.to_le_bytes(), 0x1_4002).unwrap();
+    // One of ours is asked at the third look.
+    std::thread::sleep(Duration::from_millis(3500));
+    let asked = rig.fake.requests();
+    assert_eq!(asked.iter().filter(|r| **r == Req::GET_FEATURES).count(), 1);
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! Whether a back end that runs makes progress. The vmm is not on the data path, so it looks from
 //! time to time at the indices in guest memory; where requests wait and none is completed it asks
 //! the back end for a sign of life. One that answers is waited for as long as it takes: a slow
-//! disk is no hang, and a thread that spins is found by the process itself when it is asked. A NIC is asked in any
-//! case: what waits in a receive queue says nothing.
+//! disk is no hang, and a thread that spins is found by the process itself when it is asked. A NIC of ours is asked in any
+//! case: what waits in a receive queue says nothing. Others' back ends may write a line each time that they are asked:
+//! the longer a queue of theirs has waited, the less often.
 
 use super::device_type::DeviceType;
 use super::mailbox::StartOrder;
@@ -15,6 +16,8 @@ use virtio_bindings::virtio_net::VIRTIO_NET_F_CTRL_VQ;
 
 /// Between two looks.
 const PERIOD: Duration = Duration::from_secs(1);
+/// Longest between two questions to someone else's back end whose queues stay as they are.
+const LONGEST_REST: Duration = Duration::from_secs(30);
 /// A NIC is asked at every so manieth look.
 const LOOKS_PER_QUESTION: u8 = 3;
 
@@ -25,6 +28,8 @@ pub(super) struct Pulse {
     looks: u8,
     /// The used index of each queue that had requests waiting at the latest look.
     waiting: BTreeMap<u16, u16>,
+    /// When someone else's back end may be asked again, and how long it rests after that.
+    rest: (Instant, Duration),
 }
 
 impl Pulse {
@@ -33,6 +38,7 @@ impl Pulse {
             next: Instant::now() + PERIOD,
             looks: 0,
             waiting: BTreeMap::new(),
+            rest: (Instant::now(), PERIOD),
         }
     }
 
@@ -56,6 +62,16 @@ impl Pulse {
     fn asks(&mut self) -> bool {
         self.looks = (self.looks + 1) % LOOKS_PER_QUESTION;
         self.looks == 0
+    }
+
+    /// Whether someone else's back end, some of whose queues stay as they are, is to be asked.
+    fn rested(&mut self, now: Instant) -> bool {
+        let (at, rest) = self.rest;
+        let rested = now >= at;
+        if rested {
+            self.rest = (now + rest, (2 * rest).min(LONGEST_REST));
+        }
+        rested
     }
 
     /// The queues whose requests waited at the latest look already, none of them completed since.
@@ -100,7 +116,8 @@ impl Worker {
             return;
         }
         let is_net = DeviceType(self.context.spec.device_type) == DeviceType::NET;
-        let asks = is_net && matches!(self.phase, Phase::Running(_)) && self.pulse.asks();
+        let ours = self.context.options.ours;
+        let asks = is_net && ours && matches!(self.phase, Phase::Running(_)) && self.pulse.asks();
         if asks {
             // One that failed was reported as it cost the session.
             let _ = self.with_session(Session::ping);
@@ -112,6 +129,10 @@ impl Worker {
         let rings = rings.filter(|ring| !is_net || is_answered(ring, order));
         let stalled = self.pulse.stalled(rings, &self.transport.memory);
         if stalled.is_empty() {
+            self.pulse.rest = (Instant::now(), PERIOD);
+            return;
+        }
+        if !ours && !self.pulse.rested(Instant::now()) {
             return;
         }
         match session.ping() {
@@ -128,4 +149,22 @@ fn is_answered(ring: &Ring, order: &StartOrder) -> bool {
     let has_control = order.features >> VIRTIO_NET_F_CTRL_VQ & 1 != 0;
     let is_last = order.rings.last().is_some_and(|last| last.index == ring.index);
     ring.index % 2 == 1 || (has_control && is_last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longer_someone_elses_queue_waits_the_less_often_it_is_asked() {
+        let mut pulse = Pulse::new();
+        let start = Instant::now();
+        let mut asked = Vec::new();
+        for second in 0..100 {
+            if pulse.rested(start + Duration::from_secs(second)) {
+                asked.push(second);
+            }
+        }
+        assert_eq!(asked, [0, 1, 3, 7, 15, 31, 61, 91]);
+    }
 }
