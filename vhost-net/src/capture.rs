@@ -5,6 +5,7 @@
 use crate::buffers::{FrameBuffers, MAX_SEGMENTS};
 use crate::header::HEADER_SIZE;
 use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -28,12 +29,16 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// Goes on in `file`, open for appending; an empty one gets its header. Before lockdown.
+    /// Goes on in `file`, open for appending; an empty one gets its header. Before lockdown: no file of the process
+    /// grows beyond what a capture may have from then on, whoever runs in it.
     ///
     /// # Errors
     /// When the file cannot be written.
     pub fn new(file: OwnedFd) -> nix::Result<Self> {
         let length = nix::sys::stat::fstat(&file)?.st_size.unsigned_abs();
+        let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE)?;
+        let most = LONGEST_FILE.max(length).min(hard);
+        setrlimit(Resource::RLIMIT_FSIZE, most, most)?;
         if length == 0 {
             let (major, minor): (u16, u16) = (2, 4);
             let mut header = MAGIC.to_ne_bytes().to_vec();
@@ -162,6 +167,22 @@ mod tests {
         capture.record(&buffers, frame.len());
         capture.record(&buffers, frame.len());
         assert_eq!(File::from(file).metadata().unwrap().len(), 24 + 16 + 60);
+    }
+
+    #[test]
+    fn the_kernel_keeps_the_limit_whoever_writes() {
+        let mut end = nix::sys::signal::SigSet::empty();
+        end.add(nix::sys::signal::Signal::SIGXFSZ);
+        // As in a device process.
+        end.thread_block().unwrap();
+        let file = memfd_create("pcap", MFdFlags::empty()).unwrap();
+        let capture = Capture::new(file.try_clone().unwrap()).unwrap();
+        let file = File::from(file);
+        file.set_len(LONGEST_FILE - 1).unwrap();
+        file.write_all_at(b"x", LONGEST_FILE - 1).unwrap();
+        let error = file.write_at(b"x", LONGEST_FILE).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(Errno::EFBIG as i32));
+        drop(capture);
     }
 
     #[test]
