@@ -96,9 +96,9 @@ pub trait Device: Send {
     /// this process took and did not finish. Only for devices whose requests may be executed twice.
     fn records_inflight(&self) -> bool;
 
-    /// Largest ring that the device accepts, a power of two.
+    /// Largest ring that the device accepts, a power of two: by default what virtio has (virtio 1.3, 2.7).
     fn max_queue_size(&self) -> u16 {
-        1024
+        1 << 15
     }
 
     /// One handler for each queue, in the order of the queues. Called once, before lockdown; each

@@ -266,7 +266,7 @@ impl ReceiveQueue {
         } else if !self.gather(ring, length, usize::MAX)? {
             let room = self.room;
             // With all of the ring's chains in our hands there is no more to wait for.
-            let never = ring.held() == ring.size() || room <= self.hopeless;
+            let never = ring.is_exhausted() || room <= self.hopeless;
             let late = waiting
                 .since
                 .is_some_and(|(at, had)| had == room && at.elapsed() >= GRACE);

@@ -16,6 +16,7 @@ mod life;
 mod long;
 mod net;
 mod recovery;
+mod silent;
 mod space;
 
 use std::process::ExitCode;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
     tests.extend(long::tests());
     tests.extend(net::tests());
     tests.extend(recovery::tests());
+    tests.extend(silent::tests());
     tests.extend(space::tests());
     integration_tests::suite::run(tests)
 }

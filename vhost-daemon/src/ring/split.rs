@@ -20,6 +20,8 @@ const ENTRIES: usize = 4;
 const USED_SIZE: usize = 8;
 /// Chains whose buffers are kept for reuse; beyond it they are freed.
 const MAX_SPARE: usize = 64;
+/// Chains held at most: each may have as many parts as an indirect table, which are memory of this process.
+pub(super) const MOST_HELD: u16 = 1024;
 
 /// Where a ring lies and which features it runs with.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -217,7 +219,16 @@ impl Ring {
         self.held_count
     }
 
-    /// Takes the next chain, if there is one.
+    /// No chain can be taken before one is completed: all of the ring's are held, or as many as may be.
+    pub fn is_exhausted(&self) -> bool {
+        self.held_count == self.layout.size || self.holds_most()
+    }
+
+    fn holds_most(&self) -> bool {
+        self.held_count >= MOST_HELD
+    }
+
+    /// Takes the next chain, if there is one, and not too many are held.
     ///
     /// # Errors
     /// A [`RingFault`] for whatever the driver did wrong; the ring is of no more use.
@@ -232,6 +243,11 @@ impl Ring {
     /// As [`Self::pop`], as far as the chain is read.
     pub fn pop_enough(&mut self, writable: usize) -> Result<Option<Chain>, RingFault> {
         if self.budget == 0 {
+            return Ok(None);
+        }
+        if self.holds_most() {
+            // Taken once one of them is completed.
+            self.seen = Wrapping(self.available_index(Ordering::Acquire)?);
             return Ok(None);
         }
         let (head, again) = match self.resubmit.pop_front() {
@@ -427,7 +443,7 @@ impl Ring {
 
     /// The available index up to which the handler has looked.
     fn known(&self) -> Wrapping<u16> {
-        if self.wants_more {
+        if self.wants_more || self.holds_most() {
             self.seen
         } else {
             self.next_available
@@ -442,7 +458,8 @@ impl Ring {
     /// Whether there is a chain to take; what the handler put back counts once something came after it.
     pub fn has_available(&self) -> Result<bool, RingFault> {
         let known = self.known();
-        Ok(!self.resubmit.is_empty() || self.available_index(Ordering::Acquire)? != known.0)
+        Ok(!self.resubmit.is_empty() && !self.holds_most()
+            || self.available_index(Ordering::Acquire)? != known.0)
     }
 
     /// The latest round took nothing.

@@ -2,6 +2,7 @@
 
 pub(super) mod crash;
 mod driver;
+mod full;
 mod noise;
 mod recovery;
 

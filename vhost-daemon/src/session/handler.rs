@@ -33,6 +33,53 @@ fn broken(error: SessionError) -> Error {
     Error::BackendInternalError
 }
 
+impl Session {
+    /// What the front end said about a ring, or all of them, is wrong. One that asked for no answers, and gave no
+    /// eventfd for the ring's errors, would take it for one that runs: it sees the end of the session.
+    fn refuse_setup(&self, ring: Option<u32>, error: SessionError) -> Error {
+        let vring = ring.and_then(|index| self.vrings.get(index as usize));
+        let hears =
+            self.protocol_negotiated(Protocol::REPLY_ACK) || vring.is_some_and(|vring| vring.has_error);
+        if hears { refuse(error) } else { broken(error) }
+    }
+
+    fn set_ring_size(&mut self, index: u32, size: u32) -> std::result::Result<(), SessionError> {
+        let most = u32::from(self.device.max_queue_size());
+        let (_, vring) = self.queue(index)?;
+        if !size.is_power_of_two() || size > most {
+            return Err(SessionError::Value {
+                what: "ring size",
+                value: size.into(),
+            });
+        }
+        vring.size = size as u16;
+        Ok(())
+    }
+
+    fn set_ring_base(&mut self, index: u32, base: u32) -> std::result::Result<(), SessionError> {
+        let (_, vring) = self.queue(index)?;
+        vring.base = u16::try_from(base).map_err(|_| SessionError::Value {
+            what: "ring base",
+            value: base.into(),
+        })?;
+        Ok(())
+    }
+
+    fn kick_ring(&mut self, index: u32, kick: Option<File>) -> std::result::Result<(), SessionError> {
+        let kick = kick.ok_or(SessionError::Order("a ring without a kick fd is not offered"))?;
+        let (worker, vring) = self.queue(index)?;
+        if vring.running {
+            return Ok(worker.set_kick(kick.into())?);
+        }
+        self.start_ring(index, kick.into()).inspect_err(|_| {
+            // A front end that asked for no answer takes the ring for one that runs.
+            if let Ok((worker, _)) = self.queue(index) {
+                let _ = worker.fault();
+            }
+        })
+    }
+}
+
 fn region_spec(guest: u64, size: u64, user: u64, offset: u64) -> RegionSpec {
     RegionSpec {
         guest_address: guest,
@@ -64,10 +111,11 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_features(&mut self, features: u64) -> Result<()> {
         let unknown = features & !self.offered_features();
         if unknown != 0 {
-            return Err(refuse(SessionError::Value {
+            let wrong = SessionError::Value {
                 what: "feature set with bits never offered",
                 value: unknown,
-            }));
+            };
+            return Err(self.refuse_setup(None, wrong));
         }
         self.features = features;
         self.device.set_features(features);
@@ -153,16 +201,8 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
-        let most = u32::from(self.device.max_queue_size());
-        let (_, vring) = self.queue(index).map_err(refuse)?;
-        if !num.is_power_of_two() || num > most {
-            return Err(refuse(SessionError::Value {
-                what: "ring size",
-                value: num.into(),
-            }));
-        }
-        vring.size = num as u16;
-        Ok(())
+        let done = self.set_ring_size(index, num);
+        done.map_err(|error| self.refuse_setup(Some(index), error))
     }
 
     fn set_vring_addr(
@@ -174,29 +214,28 @@ impl VhostUserBackendReqHandlerMut for Session {
         available: u64,
         _log: u64,
     ) -> Result<()> {
-        // Logging is not offered.
-        if flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG) {
-            return Err(refuse(SessionError::Order(
-                "the ring was to be logged, which was not offered",
-            )));
-        }
-        let (_, vring) = self.queue(index).map_err(refuse)?;
-        vring.addresses = Some(Addresses {
+        let addresses = Addresses {
             descriptors: descriptor,
             available,
             used,
-        });
-        Ok(())
+        };
+        let done = match self.queue(index) {
+            // Not offered.
+            _ if flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG) => Err(SessionError::Order(
+                "the ring was to be logged, which was not offered",
+            )),
+            Ok((_, vring)) => {
+                vring.addresses = Some(addresses);
+                Ok(())
+            }
+            Err(error) => Err(error),
+        };
+        done.map_err(|error| self.refuse_setup(Some(index), error))
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
-        let (_, vring) = self.queue(index).map_err(refuse)?;
-        let wrong = SessionError::Value {
-            what: "ring base",
-            value: base.into(),
-        };
-        vring.base = u16::try_from(base).map_err(|_| refuse(wrong))?;
-        Ok(())
+        let done = self.set_ring_base(index, base);
+        done.map_err(|error| self.refuse_setup(Some(index), error))
     }
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
@@ -212,19 +251,8 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let index = u32::from(index);
-        let kick =
-            fd.ok_or_else(|| refuse(SessionError::Order("a ring without a kick fd is not offered")))?;
-        let (worker, vring) = self.queue(index).map_err(refuse)?;
-        if vring.running {
-            return worker.set_kick(kick.into()).map_err(|error| refuse(error.into()));
-        }
-        self.start_ring(index, kick.into()).map_err(|error| {
-            // A front end that asked for no answer takes the ring for one that runs.
-            if let Ok((worker, _)) = self.queue(index) {
-                let _ = worker.fault();
-            }
-            refuse(error)
-        })
+        let done = self.kick_ring(index, fd);
+        done.map_err(|error| self.refuse_setup(Some(index), error))
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
@@ -235,7 +263,8 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let (worker, _) = self.queue(index.into()).map_err(refuse)?;
+        let (worker, vring) = self.queue(index.into()).map_err(refuse)?;
+        vring.has_error = fd.is_some();
         worker
             .set_error(fd.map(Into::into))
             .map_err(|error| broken(error.into()))
@@ -360,9 +389,9 @@ impl Session {
         if wanted.queue_size == 0 || wanted.queue_size > own.queue_size() {
             return Err(shape("ring size", wanted.queue_size));
         }
-        own.zero();
         let fd = fd.try_clone().map_err(SessionError::Inflight)?;
         let region = own.shaped(wanted.queues, wanted.queue_size);
+        region.zero();
         let answer = InflightDescription {
             size: region.size() as u64,
             offset: 0,

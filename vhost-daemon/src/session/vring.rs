@@ -22,6 +22,8 @@ pub(super) struct Vring {
     /// SET_VRING_ENABLE. Rings start disabled where protocol features are negotiated.
     pub(super) enabled: bool,
     pub(super) running: bool,
+    /// The front end hears of its errors (SET_VRING_ERR).
+    pub(super) has_error: bool,
 }
 
 impl Vring {

@@ -14,8 +14,10 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
-use vhost::vhost_user::VhostUserBackendReqHandlerMut;
-use vhost::vhost_user::message::{VhostUserVirtioFeatures, VhostUserVringAddrFlags};
+use vhost::vhost_user::message::{
+    VhostUserProtocolFeatures, VhostUserVirtioFeatures, VhostUserVringAddrFlags,
+};
+use vhost::vhost_user::{Error, VhostUserBackendReqHandlerMut};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 const LONG: Duration = Duration::from_secs(20);
@@ -187,6 +189,10 @@ fn is_signalled(event: &EventFd, limit: Duration) -> bool {
     is_ready(&fds[0])
 }
 
+fn copy_of(event: &EventFd) -> File {
+    event.as_fd().try_clone_to_owned().unwrap().into()
+}
+
 #[test]
 fn queues_of_one_thread_are_served_in_turn() {
     let (second, asked, go_on) = Slow::new(false);
@@ -296,4 +302,36 @@ fn nothing_is_discarded_before_a_ring_is_enabled() {
     assert!(!rig.interrupts(SHORT));
     rig.session.set_vring_enable(0, true).unwrap();
     assert!(rig.serves());
+}
+
+#[test]
+fn who_cannot_hear_that_a_ring_is_refused_loses_the_session() {
+    let refusals: [fn(&mut Session) -> vhost::vhost_user::Result<()>; 5] = [
+        |session| session.set_vring_num(0, 3),
+        |session| session.set_vring_base(0, 1 << 16),
+        |session| {
+            let flags = VhostUserVringAddrFlags::VHOST_VRING_F_LOG;
+            session.set_vring_addr(0, flags, BASE, BASE, BASE, 0)
+        },
+        |session| session.set_vring_kick(0, Some(copy_of(&EventFd::new().unwrap()))),
+        |session| session.set_features(1 << 50),
+    ];
+    for (at, refuse) in refusals.into_iter().enumerate() {
+        let mut rig = Rig::new(0);
+        let ends = |session: &mut Session| match refuse(session) {
+            Err(Error::BackendInternalError) => true,
+            Err(Error::ReqHandlerError(_)) => false,
+            other => panic!("{at}: {other:?}"),
+        };
+        assert!(ends(&mut rig.session), "{at}: nobody hears of it");
+        let error = copy_of(&rig.error);
+        rig.session.set_vring_err(0, Some(error)).unwrap();
+        assert_eq!(
+            ends(&mut rig.session),
+            at == 4,
+            "{at}: by the eventfd of the ring's errors"
+        );
+        rig.session.protocol_features |= VhostUserProtocolFeatures::REPLY_ACK.bits();
+        assert!(!ends(&mut rig.session), "{at}: it is answered");
+    }
 }
