@@ -1,7 +1,6 @@
 //! What a person is told when something fails: what, why, and what to do about it.
 
-use crate::launch::image::printable;
-use crate::tell::chain;
+use crate::tell::{chain, printable};
 use std::error::Error;
 use std::fmt;
 use vm_spec::control::exit_code;

@@ -104,12 +104,31 @@ pub(crate) fn json_head(out: &mut dyn fmt::Write, process: &str) -> fmt::Result 
     Ok(())
 }
 
+/// Whether a terminal obeys `c`, or shows what is around it in another order (Unicode's Bidi_Control). A tab is plain.
+pub(crate) fn steers(c: char) -> bool {
+    let control = c.is_control() && c != '\t';
+    control
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// A text that others have written: on one line, with what would steer a terminal escaped.
+pub(crate) fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match steers(c) {
+            true => out.extend(c.escape_default()),
+            false => out.push(c),
+        }
+    }
+    out
+}
+
 /// The inside of a string.
 fn json_escaped(out: &mut dyn fmt::Write, text: &str) -> fmt::Result {
     text.chars().try_for_each(|c| match c {
         '"' => out.write_str("\\\""),
         '\\' => out.write_str("\\\\"),
-        c if c.is_control() => write!(out, "\\u{:04x}", u32::from(c)),
+        c if steers(c) || c == '\t' => write!(out, "\\u{:04x}", u32::from(c)),
         c => out.write_char(c),
     })
 }
@@ -206,6 +225,22 @@ mod tests {
             let wanted = wanted.map(|(key, value)| (key.to_owned(), value.to_owned()));
             assert_eq!(read, wanted.into(), "{line}");
             assert!(line.ends_with("}\n") && line.lines().count() == 1, "{line}");
+        }
+    }
+
+    #[test]
+    fn nothing_steers_a_terminal() {
+        for (text, plain, json) in [
+            ("a\x1b[2Jb\nc", "a\\u{1b}[2Jb\\nc", "a\\u001b[2Jb\\u000ac"),
+            ("x\u{202e}y", "x\\u{202e}y", "x\\u202ey"),
+            ("x\u{61c}\u{9b}", "x\\u{61c}\\u{9b}", "x\\u061c\\u009b"),
+            ("a\tb", "a\tb", "a\\u0009b"),
+            ("bäckup 1", "bäckup 1", "bäckup 1"),
+        ] {
+            assert_eq!(printable(text), plain);
+            let mut escaped = String::new();
+            json_escaped(&mut escaped, text).unwrap();
+            assert_eq!(escaped, json);
         }
     }
 

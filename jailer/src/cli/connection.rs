@@ -3,7 +3,6 @@
 use super::ps::RunningVm;
 use crate::failure::Failure;
 use crate::launch;
-use crate::log_line::printable;
 use crate::supervisor::NO_REQUEST;
 use crate::wire::{Received, TransferError, send_message};
 use crate::wire_fds::{receive_with_fds, send_with_fds};
@@ -21,14 +20,6 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 pub(super) struct Connection {
     socket: OwnedFd,
     requests: u64,
-}
-
-/// A reason may be in the words of a process that its guest has broken into.
-fn quiet(answer: Answer) -> Answer {
-    match answer {
-        Answer::Failed(why) => Answer::Failed(printable(&why)),
-        other => other,
-    }
 }
 
 impl Connection {
@@ -97,7 +88,7 @@ impl Connection {
         loop {
             match receive_with_fds(socket).map_err(|e| failed(&e))? {
                 (Received::Message(id, answer), _) if [self.requests, NO_REQUEST].contains(&id) => {
-                    return Ok(quiet(answer));
+                    return Ok(answer);
                 }
                 (Received::Message(..), _) => {}
                 (Received::End, _) => return Err(Failure::host("the VM ended")),

@@ -3,7 +3,6 @@
 use super::connection::Connection;
 use super::ps;
 use crate::failure::Failure;
-use crate::log_line::printable;
 use std::time::Duration;
 use vm_spec::client::{Answer, Request};
 use vm_spec::run_state::ProcessRole;
@@ -24,7 +23,7 @@ pub(super) fn resize(vm: &str, disk: &str, size: ByteSize) -> Result<String, Fai
     let mut connection = Connection::open(&running)?;
     let said = order(&mut connection, disk, format!("size {}", size.0))?;
     match said.trim().strip_prefix("error: ") {
-        Some(why) => Err(Failure::host(format!("{disk} was not resized")).cause(printable(why))),
+        Some(why) => Err(Failure::host(format!("{disk} was not resized")).cause(why)),
         None => Ok(String::new()),
     }
 }

@@ -2,7 +2,6 @@
 //! allowed.
 
 use super::disk::{Disk, Key};
-use super::image::printable;
 use super::inputs::unopened;
 use super::machine::Device;
 use super::qcow2;
@@ -110,12 +109,7 @@ fn find_backing(
     name: &str,
     option: &str,
 ) -> Result<File, Failure> {
-    let failed = || {
-        Failure::host(format!(
-            "{field}: cannot open the backing file '{}'",
-            printable(name)
-        ))
-    };
+    let failed = || Failure::host(format!("{field}: cannot open the backing file '{name}'"));
     let file = open_below(allowed, wanted).map_err(|e| match e {
         BelowError::Outside => failed()
             .cause("it lies outside the folders that images may lie in")

@@ -12,13 +12,12 @@
 //!
 //! A relay of ours that lost its passt says so to the connector, which passes it on, and is told to start another.
 
-use super::image::printable;
 use super::machine::{Backend, Device};
 use super::net::line::{self, Lines};
 use super::net::{self, Holder, NetError};
 use super::spawn::of_back_end;
 use crate::sandbox::caps;
-use crate::tell::{chain, tell};
+use crate::tell::{chain, printable, tell};
 use crate::wire::{Received, receive_message, send_message};
 use crate::wire_fds::send_with_fds;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};

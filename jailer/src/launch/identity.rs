@@ -6,10 +6,9 @@
 //! them by `/etc/subuid` and `/etc/subgid`, through newuidmap and newgidmap, which run while the
 //! launcher opens files. Else every process is the user.
 
-use super::image::printable;
 use crate::failure::Failure;
 use crate::sandbox::{Anchor, Root, caps};
-use crate::tell::tell;
+use crate::tell::{printable, tell};
 use nix::unistd::{Gid, Uid, User, getgid, getpid, getuid, setgroups};
 use std::fs::{self, File};
 use std::io::{self, Read as _};

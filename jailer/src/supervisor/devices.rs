@@ -7,6 +7,7 @@ use super::quota::Quota;
 use super::recovery::Order;
 use super::{EXIT_DEADLINE, Phase, Supervisor};
 use crate::sandbox::EXIT_HUNG;
+use crate::tell::printable;
 use crate::wire_fds::send_with_fds;
 use nix::time::{ClockId, clock_gettime};
 use std::collections::BTreeMap;
@@ -352,12 +353,7 @@ pub(super) fn event(
 
 /// A back end's words can be in it: one line, of bounded length.
 pub(super) fn shortened(detail: &str) -> String {
-    let mut line = String::new();
-    for c in detail.chars() {
-        if line.len() + c.len_utf8() > MAX_DETAIL {
-            break;
-        }
-        line.push(if c.is_control() { '.' } else { c });
-    }
+    let mut line = printable(detail);
+    line.truncate(line.floor_char_boundary(MAX_DETAIL));
     line
 }

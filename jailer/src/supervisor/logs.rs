@@ -3,8 +3,8 @@
 
 use super::audience::Audience;
 use super::quota::Quota;
-use crate::log_line::{json_line, printable, stamped};
-use crate::tell::{CERTAIN_TO_FIT, MOST_AT_ONCE, tell_bytes};
+use crate::log_line::{json_line, stamped};
+use crate::tell::{CERTAIN_TO_FIT, MOST_AT_ONCE, printable, tell_bytes};
 use nix::errno::Errno;
 use nix::unistd::read;
 use std::os::fd::OwnedFd;
@@ -157,6 +157,14 @@ mod tests {
         for json in [false, true] {
             let line = Log::new(json).format("disk0", &text[..CERTAIN_TO_FIT]);
             assert!(line.len() <= MOST_AT_ONCE && line.ends_with('\n'));
+        }
+    }
+
+    #[test]
+    fn a_line_does_not_steer_a_terminal() {
+        for (json, shown) in [(false, "x\\u{202e}y"), (true, "x\\u202ey")] {
+            let line = Log::new(json).format("disk0", "x\u{202e}y");
+            assert!(line.contains(shown) && !line.contains('\u{202e}'), "{line}");
         }
     }
 

@@ -1,6 +1,7 @@
 //! What `bulkhead image info` and `check` print.
 
-use crate::launch::image::{Described, printable};
+use crate::launch::image::Described;
+use crate::tell::printable;
 use serde_json::{Map, Value, json};
 use std::fmt::Write as _;
 use std::path::Path;

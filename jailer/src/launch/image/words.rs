@@ -1,7 +1,7 @@
 //! What the tool writes to its standard output and error: comes by a pipe, so that a tool which an image has taken over
 //! can neither steer the person's terminal nor read what is typed there.
 
-use super::printable;
+use crate::tell::printable;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::unistd::{pipe2, read};

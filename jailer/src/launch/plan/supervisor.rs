@@ -2,9 +2,9 @@
 
 use super::{Choices, ProcessPlan, Source, Table, exactly};
 use crate::launch::connector;
-use crate::launch::image::printable;
 use crate::launch::machine::{self, Backend, Device};
 use crate::supervisor::MOST_CLIENTS;
+use crate::tell::printable;
 use vm_spec::run_state::{Kept, MadeFds, ProcessRole};
 use vm_spec::spec::VmSpec;
 use vm_spec::supervise::{RemoteDevice, SupervisedProcess, SupervisorConfig};
