@@ -62,6 +62,15 @@ impl Failure {
         self
     }
 
+    /// What failed and its cause, on one line, for another to tell.
+    pub fn line(&self) -> String {
+        let what = printable(&self.what);
+        match &self.cause {
+            Some(cause) => format!("{what}: {}", printable(cause)),
+            None => what,
+        }
+    }
+
     /// The exit code.
     pub fn code(&self) -> u8 {
         self.code

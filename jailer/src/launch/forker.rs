@@ -213,7 +213,7 @@ fn serve(socket: BorrowedFd<'_>, mut respawner: Respawner) {
                     sent
                 }
                 Err(failure) => {
-                    let why = failure.to_string().replace('\n', ";");
+                    let why = failure.line();
                     send_message(socket, id, Answer::Refused { why })
                 }
             },
@@ -284,10 +284,11 @@ mod tests {
     fn next_order_fails_by_its_own_answer(late: i32) {
         let (forker, theirs) = forker();
         send_message(theirs.as_fd(), 1, Answer::Started { pid: late }).unwrap();
-        let why = "no memory".to_owned();
+        let failure = Failure::host("cannot start net0").cause("no\nmemory").hint("-");
+        let why = failure.line();
         send_message(theirs.as_fd(), 2, Answer::Refused { why }).unwrap();
-        let refused = forker.successor(0, Build::Current).unwrap_err().to_string();
-        assert!(refused.contains("no memory"), "{refused}");
+        let refused = forker.successor(0, Build::Current).unwrap_err();
+        assert_eq!(refused.line(), "cannot start net0: no\\nmemory");
     }
 
     #[test]

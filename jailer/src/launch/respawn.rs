@@ -219,15 +219,12 @@ impl Respawner {
         };
         let (sockets, theirs) = pair(SockType::Stream)
             .and_then(|(socket, theirs)| Ok((of_back_end(socket)?, theirs)))
-            .map_err(|e| Failure::host(format!("cannot make sockets for {}", plan.name)).because(&e))?;
+            .map_err(|e| Failure::host("cannot make its sockets").because(&e))?;
         let has = |given: &Descriptor| {
             matches!(given.source, Source::BackEnd(_)) || self.kept.contains_key(&given.source)
         };
         if !plan.descriptors.iter().all(has) {
-            return Err(Failure::host(format!(
-                "{}: not all of its descriptors came",
-                plan.name
-            )));
+            return Err(Failure::host("not all of its descriptors came"));
         }
         let lookup = |source| match source {
             Source::BackEnd(_) => theirs.as_fd(),
@@ -235,7 +232,7 @@ impl Respawner {
         };
         let binary = self
             .binary(process, build, plan)
-            .ok_or_else(|| Failure::host(format!("{}: there is no other build", plan.name)))?;
+            .ok_or_else(|| Failure::host("there is no other build"))?;
         let mut plan = plan.clone();
         if self.has_lost_writes(process, &plan) {
             plan.arguments.push("--writes-lost".into());

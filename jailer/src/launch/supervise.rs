@@ -363,7 +363,7 @@ impl Spawner {
         let (pid, sockets) = match started {
             Ok(successor) => successor,
             Err(failure) => {
-                let why = failure.to_string().replace('\n', ";");
+                let why = failure.line();
                 return self.tell(ToSupervisor::NotRespawned { process, why });
             }
         };

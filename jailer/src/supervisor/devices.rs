@@ -212,7 +212,8 @@ impl Supervisor {
                 return;
             }
             let order = process.recovery.ended(now, why);
-            self.say(why);
+            let line = format!("{}: no other process: {why}", process.about.name);
+            self.say(&line);
             self.candidate_failed(index, why, now);
             self.carry_out(index, order);
         }

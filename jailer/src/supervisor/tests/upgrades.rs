@@ -1,5 +1,6 @@
 //! Upgrades that come to nothing, of which whoever asked is told.
 
+use super::helpers::heard;
 use super::*;
 
 /// A NIC whose vmm is asked to let go of its process; by which request, and who asked.
@@ -49,10 +50,16 @@ fn not_upgraded(client: &OwnedFd, word: &str) {
 #[test]
 fn one_that_the_spawner_does_not_make_is_not_tried_again() {
     let (mut play, client, id, _log) = begin("late");
+    let listener = play.listener(Channel::Log).unwrap();
     let now = Instant::now();
     replaced(&mut play, id, now);
     play.supervisor.device_not_spawned(0, "no memory", now);
     not_upgraded(&client, "no memory");
+    let said = heard(&mut play, &listener);
+    assert!(
+        said.contains("bulkhead: net0: no other process: no memory\n"),
+        "{said}"
+    );
     let due = play.supervisor.devices_deadline().unwrap();
     play.supervisor.judge_devices(due);
     assert_eq!(builds(&play), [Build::Current]);
