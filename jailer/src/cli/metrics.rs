@@ -96,11 +96,17 @@ impl Families {
                     samples: String::new(),
                 };
                 let known = self.0.entry(name.to_owned()).or_insert_with(new);
-                family = Some((name, Some(known).filter(|known| known.kind == kind)));
+                family = Some((name, kind, Some(known).filter(|known| known.kind == kind)));
             } else {
-                let (name, family) = family.as_mut()?;
-                let sample = Sample::parse(line).filter(|sample| sample.name.starts_with(*name))?;
-                let Sample { name, labels, value } = sample;
+                let (family_name, kind, family) = family.as_mut()?;
+                let Sample { name, labels, value } = Sample::parse(line)?;
+                let parts: &[&str] = match *kind {
+                    "histogram" => &["_bucket", "_sum", "_count"],
+                    _ => &[""],
+                };
+                if !parts.contains(&name.strip_prefix(*family_name)?) {
+                    return None;
+                }
                 let Some(family) = family else { continue };
                 let comma = if labels.is_empty() { "" } else { "," };
                 // Writing to a String cannot fail.
@@ -136,11 +142,50 @@ impl<'a> Sample<'a> {
             Some((name, rest)) => (name, rest.strip_suffix('}')?),
             None => (series, ""),
         };
-        let printable = labels.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ');
-        let inside = !labels.contains(['{', '}']);
-        let sound = is_name(name) && printable && inside && value.parse::<f64>().is_ok();
+        let sound =
+            is_name(name) && (labels.is_empty() || are_labels(labels)) && value.parse::<f64>().is_ok();
         sound.then_some(Self { name, labels, value })
     }
+}
+
+/// `NAME="VALUE"` with commas between, each name once and none of ours.
+fn are_labels(mut text: &str) -> bool {
+    let mut names = BTreeSet::from(["vm", "device"]);
+    loop {
+        let Some((name, rest)) = text.split_once("=\"") else {
+            return false;
+        };
+        let Some((value, rest)) = quoted(rest) else {
+            return false;
+        };
+        let is_name = name.starts_with(|c: char| c.is_ascii_lowercase())
+            && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
+        // The bound of a histogram's bucket.
+        let is_value = name != "le" || value.parse::<f64>().is_ok();
+        if !is_name || !is_value || !names.insert(name) {
+            return false;
+        }
+        match rest.strip_prefix(',') {
+            Some(more) => text = more,
+            None => return rest.is_empty(),
+        }
+    }
+}
+
+/// A label's value, which only escapes what the format has escapes for, and what follows its quotation mark.
+fn quoted(text: &str) -> Option<(&str, &str)> {
+    let mut escaped = false;
+    for (at, byte) in text.bytes().enumerate() {
+        match byte {
+            b'\\' | b'"' | b'n' if escaped => escaped = false,
+            _ if escaped => return None,
+            b'\\' => escaped = true,
+            b'"' => return Some((&text[..at], &text[at + 1..])),
+            byte if byte.is_ascii_graphic() || byte == b' ' => {}
+            _ => return None,
+        }
+    }
+    None
 }
 
 fn is_name(name: &str) -> bool {
@@ -220,6 +265,18 @@ mod tests {
             sample("bulkhead_a{x=\"\u{1b}[2J\"} 1"),
             sample("bulkhead_a{x=\"1\"} 2{y=\"1\"} 3"),
             sample("bulkhead_a{x=\"1\" 1"),
+            sample("bulkhead_a{x} 1"),
+            sample("bulkhead_a{x=\"} 1"),
+            sample("bulkhead_a{device=\"d\"} 1"),
+            sample("bulkhead_a{x=\"1\",x=\"2\"} 1"),
+            sample("bulkhead_a{x=\"1\",} 1"),
+            sample("bulkhead_a{x=\"1\"y=\"2\"} 1"),
+            sample("bulkhead_a{=\"1\"} 1"),
+            sample("bulkhead_a{__name__=\"b\"} 1"),
+            sample("bulkhead_a{x=\"\\t\"} 1"),
+            sample("bulkhead_a{x=\"\\\"} 1"),
+            sample("bulkhead_a{le=\"x\"} 1"),
+            sample("bulkhead_ab 1"),
             sample("error: \u{1b}]0;x"),
         ] {
             assert!(
@@ -228,10 +285,12 @@ mod tests {
             );
         }
         let mut all = Families::default();
-        assert!(
-            all.add(&sample("bulkhead_a{x=\"a b\"} 1e3"), "web", "d")
-                .is_some()
-        );
+        for said in [
+            "bulkhead_a{x=\"a b\"} 1e3",
+            "bulkhead_a{x=\"\\\\\\\"\\n}\",y=\"\"} 1",
+        ] {
+            assert!(all.add(&sample(said), "web", "d").is_some(), "{said}");
+        }
         // What follows the end is not looked at.
         assert!(all.add("# EOF\nwhatever\n", "web", "d").is_some());
     }
