@@ -10,31 +10,19 @@ use serde::{Deserialize, Serialize};
 /// The socket's name in the run-time folder.
 pub const SOCKET_NAME: &str = "control.sock";
 
-/// Why a request for a device fails that the VM does not have.
-#[must_use]
-pub fn no_device(device: &str) -> String {
-    format!("the VM has no device '{device}'")
-}
-
-/// Why a device is not attached whose id another has by now.
-#[must_use]
-pub fn id_is_taken(id: &str) -> String {
-    format!("'{id}' is another device's id")
-}
-
-/// From a client.
+/// From a client. Any may be answered by [`Answer::Refused`], and one that takes its time by [`Answer::Failed`].
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Request {
     /// The first message. Answered by [`Answer::Hello`].
     Hello,
     /// Replace a running device process by another build of it; one fd attached: the binary.
-    /// Answered by [`Answer::Upgraded`] or [`Answer::Failed`], when the guest is served again.
+    /// Answered by [`Answer::Upgraded`], when the guest is served again.
     Upgrade {
         /// The device's id.
         device: String,
     },
     /// Pass an order on to a running device process (its `--control-fd`): one line without its end.
-    /// Answered by [`Answer::Ordered`] or [`Answer::Failed`].
+    /// Answered by [`Answer::Ordered`].
     Order {
         /// The device's id.
         device: String,
@@ -43,16 +31,15 @@ pub enum Request {
     },
     /// Put a device into one of the slots that are kept for them. With a process the log pipe's read end, the
     /// supervisor's end of the socket for orders, and [`AddedProcess::descriptors`] are attached, else
-    /// [`crate::control::BACKEND_FDS`]. Answered by [`Answer::Attached`], when the guest can see it, or by
-    /// [`Answer::Failed`].
+    /// [`crate::control::BACKEND_FDS`]. Answered by [`Answer::Attached`], when the guest can see it.
     Attach(Box<Attachment>),
-    /// Have the guest let go of a device, and end its process. Answered by [`Answer::Detached`] once that is done, or
-    /// by [`Answer::Failed`]: the guest may still let go of it later.
+    /// Have the guest let go of a device, and end its process. Answered by [`Answer::Detached`] once that is done;
+    /// after [`Answer::Failed`] the guest may still let go of it later.
     Detach {
         /// The device's id.
         device: String,
     },
-    /// Listen to the console or the log. Answered by [`Answer::Listening`] or [`Answer::Failed`].
+    /// Listen to the console or the log. Answered by [`Answer::Listening`].
     Listen {
         /// To what.
         channel: Channel,
@@ -120,13 +107,29 @@ pub enum Answer {
     /// This connection carries no more messages: datagrams of plain bytes follow, of at most 4096 bytes from the
     /// supervisor and 256 from the client, until either side ends it.
     Listening,
-    /// It was not done; for an upgrade: the old build serves, or will in a moment.
+    /// It was begun, and is not done; for an upgrade: the old build serves, or will in a moment.
     Failed(
         /// Why, one line.
         String,
     ),
     /// The ids of all devices, and those of devices that are coming or going.
     Devices(Vec<String>),
+    /// It was not begun: nothing has changed.
+    Refused(Refusal),
+}
+
+/// Why a request is not begun.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, thiserror::Error)]
+pub enum Refusal {
+    /// For another reason, one line.
+    #[error("{0}")]
+    Because(String),
+    /// Another device has the id of the one to attach by now.
+    #[error("its id is another device's")]
+    IdTaken,
+    /// The VM has no such device.
+    #[error("the VM has no such device")]
+    NoDevice,
 }
 
 #[cfg(test)]
@@ -160,6 +163,7 @@ mod tests {
             (Answer::Listening, 5),
             (Answer::Failed(device()), 6),
             (Answer::Devices(vec![]), 7),
+            (Answer::Refused(Refusal::NoDevice), 8),
         ] {
             assert_eq!(number(postcard::to_allocvec(&message)), expected, "{message:?}");
         }

@@ -1,6 +1,6 @@
 //! `bulkhead attach` and `bulkhead detach`: devices that come and go while the VM runs.
 
-use super::connection::Connection;
+use super::connection::{Connection, not_done, not_finished};
 use super::flags::DeviceFlags;
 use super::ps::{self, RunningVm};
 use crate::failure::Failure;
@@ -9,7 +9,7 @@ use crate::launch::net::link;
 use crate::tell::tell;
 use std::os::fd::AsFd;
 use std::time::Duration;
-use vm_spec::client::{Answer, Request, id_is_taken, no_device};
+use vm_spec::client::{Answer, Refusal, Request};
 use vm_spec::run_state::{FdLink, ProcessRole, RunState};
 
 /// For the supervisor to say what there is.
@@ -40,10 +40,9 @@ pub(super) fn attach(vm: &str, flags: &DeviceFlags) -> Result<String, Failure> {
         let answer = Connection::open(&running)?.ask_with(request, &fds, ATTACH_DEADLINE)?;
         Ok((id, link, answer))
     };
-    let outrun = |(id, _, answer): &(String, _, Answer)| *answer == Answer::Failed(id_is_taken(id));
     let mut asked = ask()?;
     for _ in 0..MOST_OUTRUN {
-        if !outrun(&asked) {
+        if asked.2 != Answer::Refused(Refusal::IdTaken) {
             break;
         }
         asked = ask()?;
@@ -51,16 +50,10 @@ pub(super) fn attach(vm: &str, flags: &DeviceFlags) -> Result<String, Failure> {
     let (id, link, answer) = asked;
     let (slot, pid) = match answer {
         Answer::Attached { slot, pid } => (slot, pid),
-        Answer::Failed(why) => {
-            // For want of a slot nothing was begun.
-            let begun = !why.contains("slot");
-            let failure = Failure::host(format!("{id} was not attached")).cause(why);
-            return Err(match begun {
-                true => failure.hint("bulkhead logs says what its process said"),
-                false => failure,
-            });
+        answer => {
+            let hint = "bulkhead logs says what its process said";
+            return Err(not_finished(format!("{id} was not attached"), answer, hint));
         }
-        _ => return Err(Failure::host("the supervisor gave no answer to the request")),
     };
     if let Some(Err(error)) = link.map(|link| link.name(&id)) {
         tell(format_args!(
@@ -75,7 +68,7 @@ pub(super) fn attach(vm: &str, flags: &DeviceFlags) -> Result<String, Failure> {
 fn taken_ids(running: &RunningVm) -> Result<Vec<String>, Failure> {
     let mut taken = match Connection::open(running)?.ask(Request::Devices, None, DEVICES_DEADLINE)? {
         Answer::Devices(taken) => taken,
-        _ => return Err(Failure::host("the supervisor gave no answer to the request")),
+        answer => return Err(not_done("cannot tell which ids are taken", answer)),
     };
     let processes = running.state.processes.iter();
     taken.extend(processes.map(|process| process.name.clone()));
@@ -96,14 +89,14 @@ pub(super) fn detach(vm: &str, device: &str) -> Result<String, Failure> {
             link::remove(&running.folder, device);
             Ok(String::new())
         }
-        Answer::Failed(why) if why == no_device(device) => {
+        Answer::Refused(Refusal::NoDevice) => {
             let what = format!("the VM '{vm}' has no device '{device}'");
             Err(running.naming(Failure::usage(what)))
         }
-        Answer::Failed(why) => Err(Failure::host(format!("{device} was not detached"))
-            .cause(why)
-            .hint("its guest must have a driver for ACPI PCI hot-plug, and use the device no more")),
-        _ => Err(Failure::host("the supervisor gave no answer to the request")),
+        answer => {
+            let hint = "its guest must have a driver for ACPI PCI hot-plug, and use the device no more";
+            Err(not_finished(format!("{device} was not detached"), answer, hint))
+        }
     }
 }
 

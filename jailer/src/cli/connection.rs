@@ -22,6 +22,22 @@ pub(super) struct Connection {
     requests: u64,
 }
 
+/// That something is not so, as `answer` has it.
+pub(super) fn not_done(what: impl Into<String>, answer: Answer) -> Failure {
+    match answer {
+        Answer::Failed(why) => Failure::host(what).cause(why),
+        Answer::Refused(refusal) => Failure::host(what).because(&refusal),
+        _ => Failure::host("the supervisor gave no answer to the request"),
+    }
+}
+
+/// The same, with a hint at what has become of that which was begun.
+pub(super) fn not_finished(what: impl Into<String>, answer: Answer, hint: &str) -> Failure {
+    let begun = matches!(answer, Answer::Failed(_));
+    let failure = not_done(what, answer);
+    if begun { failure.hint(hint) } else { failure }
+}
+
 impl Connection {
     /// Connects, and says hello.
     ///
@@ -106,5 +122,30 @@ impl Connection {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_spec::client::Refusal;
+
+    #[test]
+    fn only_what_was_begun_has_left_something_to_look_at() {
+        let failure = |answer| not_finished("slot1 was not attached", answer, "look").to_string();
+        assert_eq!(
+            failure(Answer::Failed("slot1: it ended".to_owned())),
+            "error: slot1 was not attached\n  cause: slot1: it ended\n  hint: look"
+        );
+        let refusal = Refusal::Because("the VM ends".to_owned());
+        assert_eq!(
+            failure(Answer::Refused(refusal)),
+            "error: slot1 was not attached\n  cause: the VM ends"
+        );
+        assert_eq!(
+            failure(Answer::Refused(Refusal::IdTaken)),
+            "error: slot1 was not attached\n  cause: its id is another device's"
+        );
+        assert!(failure(Answer::Hello).contains("no answer"));
     }
 }

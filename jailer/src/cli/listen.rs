@@ -1,6 +1,6 @@
 //! `bulkhead console VM`, and how one listens to a running VM's guest and processes.
 
-use super::connection::Connection;
+use super::connection::{Connection, not_done};
 use super::ps;
 use crate::escape::EscapeReader;
 use crate::failure::Failure;
@@ -37,8 +37,7 @@ pub(super) fn listen(vm: &str, channel: Channel, follow: bool) -> Result<OwnedFd
     let mut connection = Connection::open(&ps::find(vm)?)?;
     match connection.ask(Request::Listen { channel, follow }, None, DEADLINE)? {
         Answer::Listening => Ok(connection.into_socket()),
-        Answer::Failed(why) => Err(Failure::host(format!("cannot listen to the VM '{vm}'")).cause(why)),
-        _ => Err(Failure::host("the supervisor gave no answer to the request")),
+        answer => Err(not_done(format!("cannot listen to the VM '{vm}'"), answer)),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Orders to a running VM's device processes, and `bulkhead resize`.
 
-use super::connection::Connection;
+use super::connection::{Connection, not_done};
 use super::ps;
 use crate::failure::Failure;
 use std::time::Duration;
@@ -39,7 +39,6 @@ pub(super) fn order(connection: &mut Connection, device: &str, line: String) -> 
     };
     match connection.ask(request, None, DEADLINE)? {
         Answer::Ordered(said) => Ok(said),
-        Answer::Failed(why) => Err(Failure::host(format!("{device} took no order")).cause(why)),
-        _ => Err(Failure::host("the supervisor gave no answer to the request")),
+        answer => Err(not_done(format!("{device} took no order"), answer)),
     }
 }

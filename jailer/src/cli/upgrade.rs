@@ -1,7 +1,7 @@
 //! `bulkhead upgrade VM [DEVICE] --binary NEW`: running device processes are replaced by another
 //! build, while the guest works.
 
-use super::connection::Connection;
+use super::connection::{Connection, not_finished};
 use super::{print, ps};
 use crate::failure::Failure;
 use std::fs::File;
@@ -46,12 +46,10 @@ pub(super) fn upgrade(vm: &str, device: Option<&str>, binary: &Path) -> Result<u
                     "{name}: pid {before} -> {pid}, the guest waited {ms}.{us:03} ms\n"
                 ))?;
             }
-            Answer::Failed(why) => {
-                return Err(Failure::host(format!("{name} was not upgraded"))
-                    .cause(why)
-                    .hint("the build that served before serves on"));
+            answer => {
+                let hint = "the build that served before serves on";
+                return Err(not_finished(format!("{name} was not upgraded"), answer, hint));
             }
-            _ => return Err(Failure::host("the supervisor gave no answer to the request")),
         }
     }
     Ok(0)

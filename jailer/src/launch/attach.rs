@@ -2,7 +2,7 @@
 //! start: it checks, opens everything and plans the device's process; the VM's forker makes it.
 
 use super::inputs::{self, BackendInput, Given};
-use super::machine::{self, Backend, Device, check_name};
+use super::machine::{self, Backend, Device, check_name, id_is_taken};
 use super::net::{self, link::Unnamed};
 use super::plan::{Choices, Source, device as device_plan};
 use super::spawn::{binary_folder, of_back_end, open_binary, pair};
@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use vm_spec::client::{Attachment, id_is_taken};
+use vm_spec::client::Attachment;
 use vm_spec::control::{DeviceConfig, FdNumber};
 use vm_spec::run_state::FdState;
 use vm_spec::spec::VmSpec;

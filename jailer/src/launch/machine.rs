@@ -6,7 +6,6 @@ use super::net::{self, Nic, Passt, Publish};
 use crate::failure::Failure;
 use crate::tell::tell;
 use std::path::{Path, PathBuf};
-use vm_spec::client::id_is_taken;
 use vm_spec::control::{DeviceConfig, FdNumber};
 use vm_spec::machine::{FIRST_SLOT, LAST_SLOT, MAX_CPUS, MAX_MEMORY, MAX_QUEUE_SIZE, MIN_MEMORY};
 use vm_spec::size::ByteSize;
@@ -130,6 +129,11 @@ pub(crate) fn check(spec: &VmSpec, default_name: &str) -> Result<(String, Vec<De
         }
     }
     Ok((name, devices))
+}
+
+/// Why no device can have this id.
+pub(super) fn id_is_taken(id: &str) -> String {
+    format!("'{id}' is another device's id")
 }
 
 fn check_machine(spec: &VmSpec) -> Result<(), Failure> {

@@ -9,7 +9,7 @@ use crate::wire_fds::receive_with_fds;
 use nix::sys::socket::{SockFlag, accept4};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
-use vm_spec::client::{Answer, Channel, Request};
+use vm_spec::client::{Answer, Channel, Refusal, Request};
 
 /// Most clients at a time; another one is turned away.
 pub const MOST_CLIENTS: u32 = 8;
@@ -150,18 +150,19 @@ impl Supervisor {
                 break;
             };
             let greeted = self.clients.greet(asker, &request);
+            let because = Refusal::Because;
             let begun = match request {
-                _ if !greeted => Err("say hello first".to_owned()),
+                _ if !greeted => Err(because("say hello first".to_owned())),
                 Request::Hello => {
                     self.clients.answer(asker, Answer::Hello, now);
                     Ok(())
                 }
                 Request::Upgrade { device } => match fds.pop() {
-                    Some(binary) => self.upgrade(&device, &binary, asker, now),
-                    None => Err("no binary came with the request".to_owned()),
+                    Some(binary) => self.upgrade(&device, &binary, asker, now).map_err(because),
+                    None => Err(because("no binary came with the request".to_owned())),
                 },
-                Request::Order { device, line } => self.order(&device, &line, asker, now),
-                Request::Listen { channel, follow } => self.listen(channel, follow, asker),
+                Request::Order { device, line } => self.order(&device, &line, asker, now).map_err(because),
+                Request::Listen { channel, follow } => self.listen(channel, follow, asker).map_err(because),
                 Request::Devices => {
                     let taken = self.taken_ids().map(str::to_owned).collect();
                     self.clients.answer(asker, Answer::Devices(taken), now);
@@ -171,7 +172,7 @@ impl Supervisor {
                 Request::Detach { device } => self.detach(&device, asker, now),
             };
             let Err(refused) = begun else { continue };
-            self.clients.answer(asker, Answer::Failed(refused), now);
+            self.clients.answer(asker, Answer::Refused(refused), now);
         }
     }
 

@@ -18,9 +18,10 @@ use super::{Process, Supervisor};
 use crate::wire_fds::send_with_fds;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
-use vm_spec::client::{Answer, Attachment, id_is_taken, no_device};
+use vm_spec::client::{Answer, Attachment, Refusal};
 use vm_spec::control::{BACKEND_FDS, DeviceConfig, FdNumber, ToVmm};
 use vm_spec::events::EventKind;
+use vm_spec::spec::OnDeviceDeath;
 use vm_spec::supervise::{AddedProcess, FromSupervisor, MOST_PROCESSES, RemoteDevice, SupervisedProcess};
 
 /// A guest that is asked to let go of a device does so within this time, or the asker is told that it has not.
@@ -120,6 +121,23 @@ fn sound(name: &str) -> bool {
 }
 
 impl Supervisor {
+    /// Whether devices may come, go and be replaced.
+    ///
+    /// # Errors
+    /// Why they may not.
+    pub(super) fn may_change(&self) -> Result<(), String> {
+        let why = if self.on_device_death == OnDeviceDeath::End {
+            "the VM has the devices that it started with, as on-device-death is end"
+        } else if !self.needs_devices() {
+            "the VM ends"
+        } else if !self.guest_runs {
+            "the VM starts: try again in a moment"
+        } else {
+            return Ok(());
+        };
+        Err(why.to_owned())
+    }
+
     /// Begins to attach a device; the answer follows.
     ///
     /// # Errors
@@ -130,38 +148,38 @@ impl Supervisor {
         fds: Vec<OwnedFd>,
         asker: Asker,
         now: Instant,
-    ) -> Result<(), String> {
-        if !self.guest_runs || !self.restarts_devices() {
-            return Err("the VM starts, ends, or does not restart devices".to_owned());
-        }
+    ) -> Result<(), Refusal> {
+        let refused = |why: &str| Err(Refusal::Because(why.to_owned()));
+        self.may_change().map_err(Refusal::Because)?;
         let Attachment { mut device, process } = attachment;
         if !sound(&device.id)
             || process
                 .as_ref()
                 .is_some_and(|p| p.name != device.id || !p.role.is_device())
         {
-            return Err("its name, or its process, is none of a device".to_owned());
+            return refused("its name, or its process, is none of a device");
         }
         if self.taken_ids().any(|taken| taken == device.id) {
-            return Err(id_is_taken(&device.id));
+            return Err(Refusal::IdTaken);
         }
         let wanted = process
             .as_ref()
             .map_or(BACKEND_FDS, |process| 2 + process.descriptors());
         if fds.len() != wanted {
-            return Err(format!(
-                "{} descriptors came with it, and {wanted} were to",
-                fds.len()
-            ));
+            let came = fds.len();
+            return refused(&format!("{came} descriptors came with it, and {wanted} were to"));
         }
         device.ours = process.is_some();
-        device.slot = self.plugs.take(device.slot)?;
+        device.slot = self.plugs.take(device.slot).map_err(Refusal::Because)?;
         let slot = device.slot;
         let begun = match process {
             Some(process) => self.add_process(device, process, fds, asker, now),
             None => self.attach_remote(device, &fds, asker),
         };
-        begun.inspect_err(|_| self.plugs.give(slot))
+        begun.map_err(|why| {
+            self.plugs.give(slot);
+            Refusal::Because(why)
+        })
     }
 
     /// What no device that is attached may be called: of those that come and go, too.
@@ -388,27 +406,27 @@ impl Supervisor {
     ///
     /// # Errors
     /// Why it cannot be asked.
-    pub(super) fn detach(&mut self, device: &str, asker: Asker, now: Instant) -> Result<(), String> {
-        if !self.guest_runs || !self.restarts_devices() {
-            return Err("the VM starts, ends, or does not restart devices".to_owned());
-        }
+    pub(super) fn detach(&mut self, device: &str, asker: Asker, now: Instant) -> Result<(), Refusal> {
+        self.may_change().map_err(Refusal::Because)?;
         let member = |index: &usize| !self.is_apart(*index);
         let process = self.device_place(device).filter(member);
         let slot = process.and_then(|index| self.processes[index].about.slot);
         let slot = slot.or_else(|| Some(self.remotes[self.remote(device)?].slot()));
-        let slot = slot.ok_or_else(|| no_device(device))?;
+        let slot = slot.ok_or(Refusal::NoDevice)?;
         if self.plugs.asked.iter().any(|asked| asked.slot == slot) {
-            return Err(format!("the guest is asked for '{device}' already"));
+            let why = format!("the guest is asked for '{device}' already");
+            return Err(Refusal::Because(why));
         }
-        // The number that `tell_vmm` gives next.
         let id = self.requests + 1;
+        self.give_to_vmm(id, ToVmm::Detach { slot }, &[])
+            .map_err(Refusal::Because)?;
+        self.requests = id;
         self.plugs.asked.push(Asked {
             slot,
             id,
             until: now + EJECT_DEADLINE,
             asker,
         });
-        self.tell_vmm(ToVmm::Detach { slot });
         Ok(())
     }
 

@@ -3,9 +3,9 @@
 use super::tests::{Play, pair, sockets, told};
 use super::*;
 use crate::wire_fds::{receive_with_fds, send_with_fds};
-use nix::sys::socket::SockType;
-use std::os::fd::BorrowedFd;
-use vm_spec::client::{Answer, Attachment, Request};
+use nix::sys::socket::{Shutdown, SockType, shutdown};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use vm_spec::client::{Answer, Attachment, Refusal, Request};
 use vm_spec::control::{BACKEND_FDS, DeviceConfig, FromVmm, Loss};
 use vm_spec::run_state::{FdState, Kept, ProcessRole};
 use vm_spec::supervise::{AddedProcess, ExitStatus};
@@ -95,6 +95,13 @@ fn answer(client: &OwnedFd) -> Option<Answer> {
 fn failed(client: &OwnedFd) -> String {
     match answer(client) {
         Some(Answer::Failed(why)) => why,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn refused(client: &OwnedFd) -> String {
+    match answer(client) {
+        Some(Answer::Refused(Refusal::Because(why))) => why,
         other => panic!("{other:?}"),
     }
 }
@@ -220,11 +227,11 @@ fn what_cannot_be_attached_is_refused_before_anyone_else_hears_of_it() {
         ),
     ] {
         attach(&mut play, &client, attachment);
-        let why = failed(&client);
+        let why = refused(&client);
         assert!(why.contains(word), "{why}");
     }
     ask(&mut play, &client, Request::Attach(Box::new(disk("disk1"))), 3);
-    assert!(failed(&client).contains("descriptors"));
+    assert!(refused(&client).contains("descriptors"));
     assert_eq!((told(&play), asked(&play)), (vec![], None));
     // Both slots are still there, and no third.
     for id in ["a", "b"] {
@@ -237,11 +244,11 @@ fn what_cannot_be_attached_is_refused_before_anyone_else_hears_of_it() {
         ));
     }
     attach(&mut play, &client, someones("a"));
-    assert!(failed(&client).contains("another device's id"));
+    assert_eq!(answer(&client), Some(Answer::Refused(Refusal::IdTaken)));
     attach(&mut play, &client, someones("c"));
-    assert!(failed(&client).contains("no PCI slot is left"));
+    assert!(refused(&client).contains("no PCI slot is left"));
     detach(&mut play, &client, "c");
-    assert!(failed(&client).contains("no device 'c'"));
+    assert_eq!(answer(&client), Some(Answer::Refused(Refusal::NoDevice)));
 }
 
 /// The guest does not see the first yet.
@@ -251,7 +258,7 @@ fn two_that_come_at_once_have_two_ids() {
     attach(&mut play, &client, someones("fs0"));
     let (first, ..) = asked(&play).unwrap();
     attach(&mut play, &client, someones("fs0"));
-    assert!(failed(&client).contains("another device's id"));
+    assert_eq!(answer(&client), Some(Answer::Refused(Refusal::IdTaken)));
     assert_eq!(asked(&play), None);
     let fs0 = || Some(Answer::Devices(vec!["fs0".to_owned()]));
     assert_eq!(play.ask(&client, Request::Devices), fs0());
@@ -372,7 +379,7 @@ fn a_guest_that_keeps_a_device_may_let_go_of_it_later() {
     let (id, ..) = asked(&play).unwrap();
     vmm_says(&mut play, id, FromVmm::Done);
     detach(&mut play, &client, "disk1");
-    assert!(failed(&client).contains("already"));
+    assert!(refused(&client).contains("already"));
     let later = play.supervisor.plugs_deadline().unwrap();
     play.supervisor.judge_plugs(later);
     assert!(failed(&client).contains("may do so later"));
@@ -424,14 +431,37 @@ fn someone_elses_back_end_that_is_gone_is_given_up() {
 }
 
 #[test]
-fn an_end_of_the_vm_refuses_both() {
+fn why_no_device_may_change_is_said() {
     let (mut play, client) = running("over");
+    let both = |play: &mut Play, word: &str| {
+        attach(play, &client, disk("disk1"));
+        let why = refused(&client);
+        assert!(why.contains(word), "{why}");
+        detach(play, &client, "disk1");
+        assert_eq!(refused(&client), why);
+    };
+    play.supervisor.guest_runs = false;
+    both(&mut play, "the VM starts");
+    play.supervisor.on_device_death = OnDeviceDeath::End;
+    both(&mut play, "on-device-death");
+    play.supervisor.on_device_death = OnDeviceDeath::Restart;
+    play.supervisor.guest_runs = true;
     play.supervisor.power_off(Instant::now());
     play.supervisor.stop_vmm(Instant::now());
-    attach(&mut play, &client, disk("disk1"));
-    assert!(failed(&client).contains("ends"));
-    detach(&mut play, &client, "disk1");
-    assert!(failed(&client).contains("ends"));
+    both(&mut play, "the VM ends");
+}
+
+#[test]
+fn a_vmm_that_cannot_be_told_is_not_waited_for() {
+    let (mut play, client) = running("untold");
+    attach(&mut play, &client, someones("fs0"));
+    let (id, ..) = asked(&play).unwrap();
+    vmm_says(&mut play, id, FromVmm::Done);
+    answer(&client).unwrap();
+    shutdown(play.vmm.as_raw_fd(), Shutdown::Both).unwrap();
+    detach(&mut play, &client, "fs0");
+    assert!(refused(&client).contains("the vmm cannot be told"));
+    assert_eq!(play.supervisor.plugs_deadline(), None);
 }
 
 /// Only a vmm that is not itself any more, or a guest of utmost haste, does that.

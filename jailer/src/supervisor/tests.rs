@@ -14,7 +14,7 @@ use nix::sys::socket::{
 };
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicI32, Ordering};
-use vm_spec::client::{Answer, Channel, Request};
+use vm_spec::client::{Answer, Channel, Refusal, Request};
 use vm_spec::control::{BACKEND_FDS, FromVmm};
 use vm_spec::events::EventKind;
 use vm_spec::run_state::ProcessRole;
@@ -236,10 +236,13 @@ fn a_client_says_hello_first() {
         line: "metrics".to_owned(),
     };
     let answer = play.ask(&client, order());
-    assert_eq!(answer, Some(Answer::Failed("say hello first".to_owned())));
+    assert_eq!(
+        answer,
+        Some(Answer::Refused(Refusal::Because("say hello first".to_owned())))
+    );
     assert_eq!(play.ask(&client, Request::Hello), Some(Answer::Hello));
     let answer = play.ask(&client, order());
-    assert!(matches!(answer, Some(Answer::Failed(why)) if why.contains("no device 'disk0'")));
+    assert!(matches!(answer, Some(Answer::Refused(why)) if why.to_string().contains("no device 'disk0'")));
 }
 
 #[test]
@@ -464,13 +467,13 @@ fn a_tap_that_nobody_takes_over_is_not_back() {
     play.supervisor.hear_clients(now);
     let answer = receive_message::<Answer>(client.as_fd());
     assert!(
-        matches!(&answer, Ok(Received::Message(7, Answer::Failed(why))) if why.contains("given up")),
+        matches!(&answer, Ok(Received::Message(7, Answer::Refused(why))) if why.to_string().contains("given up")),
         "{answer:?}"
     );
     let (device, line) = ("net0".to_owned(), "metrics".to_owned());
     let answer = play.ask(&client, Request::Order { device, line });
     assert!(
-        matches!(&answer, Some(Answer::Failed(why)) if why.contains("given up")),
+        matches!(&answer, Some(Answer::Refused(why)) if why.to_string().contains("given up")),
         "{answer:?}"
     );
     play.supervisor.processes[0].recovery = Recovery::new(now);

@@ -42,9 +42,7 @@ impl Supervisor {
         asker: Asker,
         now: Instant,
     ) -> Result<(), String> {
-        if !self.guest_runs || !self.restarts_devices() {
-            return Err("the VM starts, ends, or does not restart devices".to_owned());
-        }
+        self.may_change()?;
         let found = self.processes.iter().position(|p| p.about.name == device);
         let device_at = |index: usize| Some((index, self.processes[index].about.slot?));
         let (index, slot) = found
