@@ -32,6 +32,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("service::a_guest_that_never_ran", never_ran),
         test("service::a_manager_that_is_gone", gone),
         test("service::units_are_sound", units),
+        test("service::who_ends_a_vm_wants_it_over", no_restart),
     ]
 }
 
@@ -88,6 +89,22 @@ fn units() -> Result<()> {
         "{}: {words}",
         output.status
     );
+    Ok(())
+}
+
+/// Neither what stays wrong nor an end that someone asked for has the unit start the VM again.
+fn no_restart() -> Result<()> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/systemd/bulkhead@.service");
+    let unit = fs::read_to_string(path)?;
+    let line = |key: &str| unit.lines().find_map(|line| line.strip_prefix(key));
+    let last = line("RestartPreventExitStatus=").context("all are restarted")?;
+    let asked_twice = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM].map(|signal| 128 + signal as u8);
+    let codes = [exit_code::USAGE, exit_code::TIMEOUT]
+        .into_iter()
+        .chain(asked_twice)
+        .map(|code| code.to_string());
+    let wanted: Vec<_> = codes.chain([Signal::SIGKILL.to_string()]).collect();
+    ensure!(last.split(' ').eq(wanted.iter()), "{last}: not {wanted:?}");
     Ok(())
 }
 
