@@ -95,7 +95,7 @@ fn no_kvm() -> Result<()> {
 fn kvm_not_permitted() -> Result<()> {
     in_other_dev(
         "mount -t tmpfs none /dev && : > /dev/kvm && chmod 0 /dev/kvm && exec \"$@\"",
-        &["KVM is not permitted", "/dev/kvm", "usermod -aG kvm"],
+        &["KVM is not permitted", "/dev/kvm", "setfacl"],
     )
 }
 

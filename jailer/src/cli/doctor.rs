@@ -5,6 +5,7 @@ mod net;
 #[cfg(test)]
 mod tests;
 
+use crate::launch::kvm::{remedy, try_open};
 use crate::launch::spawn::{installed, unopened};
 use crate::launch::{self, identity};
 use crate::sandbox::cgroup::{CgroupError, Place};
@@ -30,7 +31,7 @@ struct Finding {
     name: &'static str,
     level: Level,
     what: String,
-    mend: &'static str,
+    mend: String,
 }
 
 impl Finding {
@@ -39,16 +40,16 @@ impl Finding {
             name,
             level: Level::Good,
             what: what.into(),
-            mend: "",
+            mend: String::new(),
         }
     }
 
-    fn bad(name: &'static str, level: Level, what: impl Into<String>, mend: &'static str) -> Self {
+    fn bad(name: &'static str, level: Level, what: impl Into<String>, mend: impl Into<String>) -> Self {
         Self {
             name,
             level,
             what: what.into(),
-            mend,
+            mend: mend.into(),
         }
     }
 }
@@ -56,7 +57,7 @@ impl Finding {
 /// Examines the host; the text, and the exit code (1 when something needed is missing).
 pub(super) fn examine(json: bool) -> (String, u8) {
     let findings = [
-        kvm(open_device("/dev/kvm")),
+        kvm(try_open().map(drop)),
         kvm_kind(
             ["kvm_intel", "kvm_amd", "kvm_pvm"]
                 .into_iter()
@@ -138,12 +139,9 @@ fn setting(path: &str) -> Option<String> {
 fn kvm(opened: io::Result<()>) -> Finding {
     match opened {
         Ok(()) => Finding::good("kvm", "/dev/kvm can be opened"),
-        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Finding::bad(
-            "kvm",
-            Level::Missing,
-            "/dev/kvm is not permitted",
-            "sudo usermod -aG kvm \"$USER\", then log in again",
-        ),
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+            Finding::bad("kvm", Level::Missing, "/dev/kvm is not permitted", remedy())
+        }
         Err(e) => Finding::bad(
             "kvm",
             Level::Missing,

@@ -6,6 +6,7 @@ use super::chain::{Layer, Purpose, open_chain, open_image};
 use super::connect::connect_within;
 use super::disk::{Disk, Key};
 use super::kernel::{self, Kernel};
+use super::kvm;
 use super::machine::{Backend, Device, Remote};
 use super::net::line::Lines;
 use super::net::{self, Nic};
@@ -179,7 +180,7 @@ pub(super) struct Boot {
 
 pub(super) fn open_boot(boot: &BootSpec) -> Result<Boot, Failure> {
     let (kernel, kind) = open_kernel(boot)?;
-    let kvm = open_kvm()?;
+    let kvm = kvm::open()?;
     if kind == Kernel::Linux && Path::new("/sys/module/kvm_pvm").exists() {
         return Err(Failure::host(format!(
             "boot.kernel: this host cannot run {}",
@@ -351,22 +352,6 @@ pub(super) fn open_net(
         })?,
         tap: net::open(device, nic, options, line)?,
     })
-}
-
-fn open_kvm() -> Result<OwnedFd, Failure> {
-    let path = "/dev/kvm";
-    match OpenOptions::new().read(true).write(true).open(path) {
-        Ok(file) => Ok(file.into()),
-        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
-            Err(Failure::host("KVM is not permitted: cannot open /dev/kvm")
-                .because(&e)
-                .hint("join the group kvm: sudo usermod -aG kvm \"$USER\", then log in again"))
-        }
-        Err(e) => Err(Failure::host("no KVM: cannot open /dev/kvm").because(&e).hint(
-            "load kvm_intel or kvm_amd, or enable virtualisation in the firmware; without, cargo \
-             demo runs the guest in the nested runner",
-        )),
-    }
 }
 
 fn open_kernel(boot: &BootSpec) -> Result<(File, Kernel), Failure> {

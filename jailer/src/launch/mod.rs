@@ -15,6 +15,7 @@ pub(crate) mod identity;
 pub(crate) mod image;
 mod inputs;
 mod kernel;
+pub(crate) mod kvm;
 mod look;
 mod machine;
 pub(crate) mod net;

@@ -9,7 +9,7 @@ fn each_lack_has_its_remedy() {
     let denied = || Err(io::ErrorKind::PermissionDenied.into());
     let absent = || Err(io::ErrorKind::NotFound.into());
     let cases = [
-        (kvm(denied()), Level::Missing, "not permitted", "usermod -aG kvm"),
+        (kvm(denied()), Level::Missing, "not permitted", "sudo "),
         (kvm(absent()), Level::Missing, "/dev/kvm", "modprobe kvm_intel"),
         (
             kvm_kind(Some("kvm_pvm")),
