@@ -6,10 +6,12 @@ use integration_tests::{
     artifacts::{Artifact, PROBE_NAMES, PROBES, build_probes},
     host::{Host, NESTED},
     lent::{Lent, NOBODY, become_nobody},
+    process::Process,
     suite::{Skip, artifact, need_jail, test_within},
     verify::FULL,
 };
 use libtest_mimic::Trial;
+use nix::sys::signal::Signal;
 use nix::unistd::Uid;
 use serde_json::Value;
 use std::{
@@ -17,7 +19,8 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::Command,
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 const ROLES: [&str; 6] = ["vmm", "vcpu", "disk", "net", "supervisor", "startup"];
@@ -78,6 +81,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     let tests = vec![
         test_within(DEADLINE, "audit::own_user", as_self),
         test_within(DEADLINE, "audit::unprivileged_user", as_nobody),
+        test_within(DEADLINE, "audit::interrupted_it_leaves_nothing", interrupted),
         test_within(
             DEADLINE,
             "audit::without_seccomp_the_next_wall_holds",
@@ -177,6 +181,35 @@ fn as_nobody() -> Result<()> {
         fs::copy(built.join(name), folder.join(name))?;
     }
     all_held(&audit(become_nobody(&place.path("bulkhead")), &folder, &[])?)
+}
+
+/// A signal after the first probe has ended: the audit's targets are gone.
+fn interrupted() -> Result<()> {
+    need_jail()?;
+    Host::need_kvm()?;
+    let folder = tempfile::tempdir()?;
+    let mut command = Command::new(artifact(Artifact::Bulkhead)?);
+    command
+        .args(["audit", "--probes"])
+        .arg(probes()?)
+        .env("TMPDIR", folder.path());
+    let targets = || -> Result<Option<PathBuf>> {
+        let found = fs::read_dir(folder.path())?.next().transpose()?;
+        Ok(found.map(|found| found.path()))
+    };
+    let mut audit = Process::start(command)?;
+    let end = Instant::now() + Duration::from_secs(20);
+    // Made for the first probe.
+    let begun = |targets: &PathBuf| targets.join("secret").exists();
+    while !targets()?.is_some_and(|targets| begun(&targets)) {
+        ensure!(audit.alive()? && Instant::now() < end, "{}", audit.stderr()?);
+        thread::sleep(Duration::from_millis(5));
+    }
+    audit.signal(Signal::SIGINT)?;
+    let status = audit.wait(Duration::from_secs(20))?;
+    ensure!(status.code() == Some(130), "{status}: {}", audit.stderr()?);
+    ensure!(targets()?.is_none(), "something is left");
+    Ok(())
 }
 
 /// With the filter gone a path leads nowhere, since the root is empty; what no other wall holds

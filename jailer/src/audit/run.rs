@@ -3,19 +3,22 @@
 
 use super::catalogue::{ATTACKS, Attack};
 use super::order::{BEGUN, EXECUTED};
-use super::report::{Cell, Outcome, Report};
+use super::report::{self, Outcome, Report};
 use super::targets::{Targets, Victim};
 use super::wall::{Removed, Wall};
 use crate::failure::Failure;
 use crate::launch::identity::{Identities, Settled};
 use crate::launch::probe::{Probe, Stage};
+use crate::launch::signals::{LEAVING, take_by_descriptor};
 use crate::sandbox::{Role, Root};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::signalfd::SignalFd;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{geteuid, pipe2, read};
+use std::cell::Cell;
 use std::io::{IsTerminal, Read, Seek};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -39,14 +42,17 @@ pub struct Options {
     pub json: bool,
 }
 
-/// Runs the audit; the text to print, and the exit code: 1 when something got through. The
-/// calling process must have one thread.
+/// Runs the audit; the text to print, and the exit code: 1 when something got through. `on_progress` is told how many
+/// attempts are done, and of how many. The calling process must have one thread; signals that end it no longer do so
+/// by themselves.
 ///
 /// # Errors
-/// A [`Failure`] where no probe could be started, or one did not do as it was told.
-pub fn run(options: &Options) -> Result<(String, u8), Failure> {
+/// A [`Failure`] where no probe could be started, or one did not do as it was told, or a signal ended the audit.
+pub fn run(options: &Options, on_progress: &dyn Fn(u64, u64)) -> Result<(String, u8), Failure> {
     let host = |e: std::io::Error| Failure::host("cannot prepare the audit").because(&e);
     let uid = geteuid().as_raw();
+    // Before there is anything to remove.
+    let signals = take_by_descriptor(LEAVING).map_err(|e| host(e.into()))?;
     let targets = Targets::make().map_err(host)?;
     let stage = Stage::open(
         &targets.folder.join("kernel"),
@@ -64,12 +70,24 @@ pub fn run(options: &Options) -> Result<(String, u8), Failure> {
     let attacks = options
         .attack
         .map_or_else(|| ATTACKS.iter().collect(), |one| vec![one]);
-    let bare = Pass::new(&stage, &targets, Removed::ALL, Settled::Own)?.all(&roles, &attacks)?;
+    let attempts = roles.len() * attacks.len();
+    let done = Cell::new(0);
+    let tried = || {
+        done.set(done.get() + 1);
+        on_progress(done.get(), 2 * attempts as u64);
+    };
+    let place = Place {
+        stage: &stage,
+        targets: &targets,
+        signals: &signals,
+        tried: &tried,
+    };
+    let bare = Pass::new(&place, Removed::ALL, Settled::Own)?.all(&roles, &attacks)?;
     let (identity, _) =
         Identities::begin(&stage.binaries())?.enter(Root::Kept, |uid, gid| targets.give_to(uid, gid))?;
     targets.open_to_all().map_err(host)?;
     let removed = options.without.map_or(Removed::NONE, Removed::only);
-    let jailed = Pass::new(&stage, &targets, removed, identity)?.all(&roles, &attacks)?;
+    let jailed = Pass::new(&place, removed, identity)?.all(&roles, &attacks)?;
     let cells = jailed
         .into_iter()
         .zip(bare)
@@ -104,38 +122,42 @@ fn probes(options: &Options) -> Result<PathBuf, Failure> {
         .ok_or_else(|| Failure::host("cannot find the folder of this program"))
 }
 
-/// One pass over every role and attack.
-struct Pass<'a> {
+/// What attempts are made with.
+struct Place<'a> {
     stage: &'a Stage,
     targets: &'a Targets,
+    /// [`LEAVING`].
+    signals: &'a SignalFd,
+    /// Called after each attempt.
+    tried: &'a dyn Fn(),
+}
+
+/// One pass over every role and attack.
+struct Pass<'a> {
+    place: &'a Place<'a>,
     removed: Removed,
     identity: Settled,
     victim: Victim,
 }
 
 impl<'a> Pass<'a> {
-    fn new(
-        stage: &'a Stage,
-        targets: &'a Targets,
-        removed: Removed,
-        identity: Settled,
-    ) -> Result<Self, Failure> {
+    fn new(place: &'a Place<'a>, removed: Removed, identity: Settled) -> Result<Self, Failure> {
         let victim = Victim::start().map_err(|e| Failure::host("cannot make a process").because(&e))?;
         Ok(Self {
-            stage,
-            targets,
+            place,
             removed,
             identity,
             victim,
         })
     }
 
-    fn all(&self, roles: &[Role], attacks: &[&'static Attack]) -> Result<Vec<Cell>, Failure> {
+    fn all(&self, roles: &[Role], attacks: &[&'static Attack]) -> Result<Vec<report::Cell>, Failure> {
         let mut cells = Vec::new();
         for attack in attacks {
             for role in roles {
                 let outcome = self.attempt(*role, attack)?;
-                cells.push(Cell {
+                (self.place.tried)();
+                cells.push(report::Cell {
                     role: *role,
                     attack,
                     outcome,
@@ -149,34 +171,62 @@ impl<'a> Pass<'a> {
         let failed = |e: &dyn std::error::Error| {
             Failure::host(format!("cannot try '{}' as {role}", attack.name)).because(e)
         };
-        self.targets.renew().map_err(|e| failed(&e))?;
+        let Place {
+            stage,
+            targets,
+            signals,
+            ..
+        } = self.place;
+        targets.renew().map_err(|e| failed(&e))?;
         let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|e| failed(&e))?;
-        let mut order = self.targets.order(role, attack.name, self.removed, &self.victim);
-        let mut probe = self
-            .stage
-            .start(&mut order, &write, &self.targets.terminal, self.identity.of(0))?;
+        let mut order = targets.order(role, attack.name, self.removed, &self.victim);
+        let mut probe = stage.start(&mut order, &write, &targets.terminal, self.identity.of(0))?;
         drop(write);
-        let report = listen(&read).map_err(|e| failed(&e))?;
+        let heard = listen(&read, signals);
         // It has ended, or it hangs; whatever it did, it must not outlive its report.
-        let finished = wait(&probe, report.is_some()).map_err(|e| failed(&e))?;
+        let finished = wait(&probe, matches!(heard, Ok(Heard::Report(_)))).map_err(|e| failed(&e))?;
+        let report = match heard.map_err(|e| failed(&e))? {
+            Heard::Report(report) => Some(report),
+            Heard::Nothing => None,
+            Heard::Signal(number) => {
+                return Err(
+                    Failure::host("the audit was ended by a signal").exiting(128_u8.saturating_add(number))
+                );
+            }
+        };
         judge(attack, report.as_deref(), finished).ok_or_else(|| complain(role, attack, &mut probe, finished))
     }
 }
 
-/// The report up to its end; `None` where that did not come in time.
-fn listen(pipe: &OwnedFd) -> nix::Result<Option<Vec<u8>>> {
+/// What came of a probe.
+enum Heard {
+    /// Its whole report.
+    Report(Vec<u8>),
+    /// No end of a report in time.
+    Nothing,
+    /// Someone wants us to end, by this signal.
+    Signal(u8),
+}
+
+fn listen(pipe: &OwnedFd, signals: &SignalFd) -> nix::Result<Heard> {
     let end = Instant::now() + DEADLINE;
     let mut report = Vec::new();
     loop {
+        if let Some(info) = signals.read_signal()? {
+            return Ok(Heard::Signal(u8::try_from(info.ssi_signo).unwrap_or(0)));
+        }
         let left = end.saturating_duration_since(Instant::now());
-        let mut ready = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+        let mut ready = [pipe.as_fd(), signals.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
         if poll(&mut ready, timeout)? == 0 {
-            return Ok(None);
+            return Ok(Heard::Nothing);
+        }
+        if ready[0].any() != Some(true) {
+            continue;
         }
         let mut bytes = [0; 16];
         match read(pipe, &mut bytes)? {
-            0 => return Ok(Some(report)),
+            0 => return Ok(Heard::Report(report)),
             n => report.extend_from_slice(&bytes[..n]),
         }
     }

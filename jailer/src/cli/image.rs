@@ -3,12 +3,12 @@
 mod args;
 mod words;
 
+use super::bar::Bar;
 use crate::failure::Failure;
 use crate::launch::image::{Access, Key, Opened, Setting, open_key};
 use crate::launch::warn_of;
 pub(super) use args::ImageVerb;
 use args::{ImageArgs, Shape, SnapshotAction};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt;
@@ -74,32 +74,12 @@ impl ImageArgs {
     }
 }
 
-/// How far the tool is, on a terminal; gone when it is dropped.
-struct Bar(ProgressBar);
-
 /// A [`Bar`]'s words where tables of an image are walked through.
 const TABLES: &str = "{pos}/{len} tables {eta}";
 
-impl Bar {
-    fn new(words: &str) -> Self {
-        let bar = ProgressBar::new(0);
-        if let Ok(style) = ProgressStyle::with_template(&format!("{{bar:40}} {words}")) {
-            bar.set_style(style);
-        }
-        Self(bar)
-    }
-
-    fn hear(&self, message: &FromImageTool) {
-        if let FromImageTool::Progress { done, total } = message {
-            self.0.set_length(*total);
-            self.0.set_position(*done);
-        }
-    }
-}
-
-impl Drop for Bar {
-    fn drop(&mut self) {
-        self.0.finish_and_clear();
+fn show(bar: &Bar, message: &FromImageTool) {
+    if let FromImageTool::Progress { done, total } = message {
+        bar.show(*done, *total);
     }
 }
 
@@ -161,7 +141,7 @@ fn check(image: &ImageArgs, repair: bool, as_json: bool) -> Result<(String, u8),
     let opened = image.alone(access)?;
     let bar = Bar::new(TABLES);
     opened.run(&image.setting()?, "check", &flags, None, &mut |message| {
-        bar.hear(&message);
+        show(&bar, &message);
         if let FromImageTool::Checked(found) = message {
             result = Some(found);
         }
@@ -250,7 +230,7 @@ fn convert(
     let new = Opened::new_file(target, format)?;
     let bar = Bar::new("{bytes}/{total_bytes} {bytes_per_sec} {eta}");
     let converted = source.run(&setting, "convert", &flags, Some(&new), &mut |message| {
-        bar.hear(&message);
+        show(&bar, &message);
     });
     drop(bar);
     new.conclude(converted).map(|()| (String::new(), 0))
@@ -267,7 +247,7 @@ fn snapshot(image: &ImageArgs, action: &SnapshotAction, as_json: bool) -> Result
             let opened = image.alone(Access::Write)?;
             let (bar, flags) = (Bar::new(TABLES), [format!("--{flag}={name}")]);
             opened.run(&image.setting()?, "snapshot", &flags, None, &mut |message| {
-                bar.hear(&message);
+                show(&bar, &message);
             })?;
             return Ok((String::new(), 0));
         }

@@ -1,6 +1,7 @@
 //! The command line of `bulkhead`.
 
 mod attach;
+mod bar;
 mod completions;
 mod connection;
 mod doctor;
@@ -37,6 +38,7 @@ use crate::launch::net::link::{self, Order};
 use crate::launch::{self, Jail, Options};
 use crate::sandbox::{Role, SeccompMode};
 use crate::tell::{say, speak_json};
+use bar::Bar;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use nix::sys::prctl;
 use std::ffi::OsString;
@@ -397,7 +399,10 @@ fn carry_out(verb: Verb, launched_ns: u64) -> Result<u8, Failure> {
                 probes,
                 json,
             };
-            let (text, code) = audit::run(&options)?;
+            let bar = Bar::new("{pos}/{len} attempts {eta}");
+            let audited = audit::run(&options, &|done, total| bar.show(done, total));
+            drop(bar);
+            let (text, code) = audited?;
             print(&text)?;
             Ok(code)
         }
