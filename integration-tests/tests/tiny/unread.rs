@@ -38,6 +38,8 @@ const DEADLINE: Duration = Duration::from_secs(20);
 const AT_ONCE: Duration = Duration::from_secs(2);
 /// Signals this far apart are no single request.
 const APART: Duration = Duration::from_millis(600);
+/// Bytes of a file: more than the guest's memory and its disk, which are files too.
+const LIMIT: u64 = 256 << 20;
 /// Between two looks at something that has no event to wait for.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -48,6 +50,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("unread::a_spawner_killed_without_a_reader", spawner),
         test("unread::two_signals_with_a_full_pipe", two_signals),
         test("unread::a_terminal_that_is_not_read", terminal),
+        test("unread::a_file_that_may_grow_no_further", limited),
         test("unread::a_key_that_does_not_come", key),
         test("unread::a_back_end_that_accepts_nobody", back_end),
         test("unread::hang_ups_that_are_ignored", ignored),
@@ -115,6 +118,24 @@ fn start(redirection: &str, cmdline: &str, folder: &Path) -> Result<Run> {
     )?;
     run.state(DEADLINE)?;
     Ok(run)
+}
+
+/// Standard output and standard error are files that are as long as the limit (RLIMIT_FSIZE) lets them be.
+fn limited() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = |name: &str| folder.path().join(name);
+    for name in ["out", "err"] {
+        File::create(path(name))?.set_len(LIMIT)?;
+    }
+    let redirection = format!(">>{} 2>>{}", path("out").display(), path("err").display());
+    // In units of 512 bytes.
+    let launcher = launcher(&format!("ulimit -f {};", LIMIT / 512), &redirection)?;
+    let flags = flags("scenario=poweroff", folder.path())?;
+    let mut run = Run::by(launcher, tempfile::tempdir()?, &flags)?;
+    let status = run.wait(DEADLINE)?;
+    ensure!(status.code() == Some(exit_code::POWER_OFF.into()), "{status}");
+    ensure!(File::open(path("out"))?.metadata()?.len() == LIMIT);
+    Ok(())
 }
 
 fn error() -> Result<()> {

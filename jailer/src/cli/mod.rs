@@ -41,6 +41,7 @@ use crate::tell::{say, speak_json};
 use bar::Bar;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use nix::sys::prctl;
+use nix::sys::signal::{SigSet, Signal};
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
@@ -318,6 +319,8 @@ impl RunArgs {
 pub fn main() -> u8 {
     let launched_ns = monotonic_ns();
     inherit::hear_of_children();
+    // A file that may grow no further (RLIMIT_FSIZE), such as a log, is an error of the write, and ends no VM.
+    let _ = SigSet::from(Signal::SIGXFSZ).thread_block();
     // A capability of the file (setcap) makes what is in /proc about us root's, and namespaces want it.
     if prctl::get_dumpable() == Ok(false) {
         let _ = prctl::set_dumpable(true);

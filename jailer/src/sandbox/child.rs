@@ -334,7 +334,9 @@ fn try_build(prepared: &mut Prepared) -> Result<std::convert::Infallible, (Step,
         let most = prepared.address_space.min(hard);
         setrlimit(Resource::RLIMIT_AS, most, most).map_err(at(Step::Limits))?;
     }
-    nix::sys::signal::sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)
+    // A file that may grow no further (RLIMIT_FSIZE) is an error of the write.
+    let blocked = SigSet::from(Signal::SIGXFSZ);
+    nix::sys::signal::sigprocmask(SigmaskHow::SIG_SETMASK, Some(&blocked), None)
         .map_err(at(Step::Execute))?;
     if !prepared.removed.has(Wall::Capability) {
         caps::drop_all().map_err(|e| (Step::Capabilities, last_errno(&e)))?;

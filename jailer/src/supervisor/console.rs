@@ -24,6 +24,8 @@ pub(super) struct Console {
     escape: Option<EscapeReader>,
     for_person: Vec<u8>,
     for_guest: Vec<u8>,
+    /// That the output has no room was told.
+    told: bool,
     /// Other commands of the VM's owner.
     pub(super) audience: Audience,
 }
@@ -37,6 +39,7 @@ impl Console {
             escape: escape.then(EscapeReader::default),
             for_person: Vec::new(),
             for_guest: Vec::new(),
+            told: false,
             audience: Audience::new(REMEMBERED),
         }
     }
@@ -103,7 +106,7 @@ impl Console {
     /// Gives the guest what the person typed.
     pub(super) fn write_guest(&mut self) {
         let Some(guest) = &self.guest else { return };
-        if !advance(guest, &mut self.for_guest, PIECE) {
+        if advance(guest, &mut self.for_guest, PIECE).is_err() {
             self.for_guest.clear();
         }
     }
@@ -129,24 +132,68 @@ impl Console {
         }
     }
 
-    /// Gives the person what the guest wrote.
-    pub(super) fn write_output(&mut self) {
-        let Some(output) = &self.output else { return };
-        if !advance(output, &mut self.for_person, PIECE) {
-            self.output = None;
-            self.for_person.clear();
+    /// Gives the person what the guest wrote. A file without room, which there may be again, loses it: why is returned,
+    /// the first time.
+    pub(super) fn write_output(&mut self) -> Option<Errno> {
+        let output = self.output.as_ref()?;
+        match advance(output, &mut self.for_person, PIECE) {
+            Ok(()) => None,
+            Err(why @ (Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG)) => {
+                let lost = self.for_person.len().min(PIECE);
+                self.for_person.drain(..lost);
+                (!std::mem::replace(&mut self.told, true)).then_some(why)
+            }
+            Err(_) => {
+                self.output = None;
+                self.for_person.clear();
+                None
+            }
         }
     }
 }
 
-/// Writes the front of `bytes`; false when the other end is gone.
-fn advance(fd: &impl AsFd, bytes: &mut Vec<u8>, most: usize) -> bool {
+/// Writes the front of `bytes`.
+fn advance(fd: &impl AsFd, bytes: &mut Vec<u8>, most: usize) -> nix::Result<()> {
     match write(fd, &bytes[..bytes.len().min(most)]) {
         Ok(n) => {
             bytes.drain(..n);
-            true
+            Ok(())
         }
-        Err(Errno::EAGAIN | Errno::EINTR) => true,
-        Err(_) => false,
+        Err(Errno::EAGAIN | Errno::EINTR) => Ok(()),
+        Err(why) => Err(why),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use nix::unistd::{dup2, pipe};
+    use std::fs::File;
+
+    #[test]
+    fn a_file_without_room_loses_what_does_not_fit_and_takes_what_comes_later() {
+        let (guest, vmm) =
+            socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::empty()).unwrap();
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let mut console = Console::new(guest, None, Some(full.into()), false);
+        let says = |console: &mut Console, text: &[u8]| {
+            write(&vmm, text).unwrap();
+            console.read_guest();
+            console.write_output()
+        };
+        assert_eq!(says(&mut console, b"lost"), Some(Errno::ENOSPC));
+        assert_eq!(says(&mut console, b"lost too"), None, "it is told once");
+        assert!(console.output().is_none(), "nothing waits");
+        let (reader, writer) = pipe().unwrap();
+        dup2(&writer, console.output.as_mut().unwrap()).unwrap();
+        assert_eq!(says(&mut console, b"kept"), None);
+        let mut bytes = [0; 16];
+        let count = read(&reader, &mut bytes).unwrap();
+        assert_eq!(&bytes[..count], b"kept");
+        // One whose reader is gone has no more to come.
+        drop(reader);
+        assert_eq!(says(&mut console, b"unheard"), None);
+        assert!(console.output.is_none());
     }
 }

@@ -286,8 +286,12 @@ impl Supervisor {
         if ready.guest_writable {
             self.console.write_guest();
         }
-        if ready.output {
-            self.console.write_output();
+        if ready.output
+            && let Some(why) = self.console.write_output()
+        {
+            self.say(&format!(
+                "standard output has no room: what the guest writes is lost: {why}"
+            ));
         }
         for (process, readable) in self.processes.iter_mut().zip(ready.logs) {
             if readable {
