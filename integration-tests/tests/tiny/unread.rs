@@ -120,7 +120,8 @@ fn start(redirection: &str, cmdline: &str, folder: &Path) -> Result<Run> {
     Ok(run)
 }
 
-/// Standard output and standard error are files that are as long as the limit (RLIMIT_FSIZE) lets them be.
+/// Standard output and standard error are files that are as long as the limit (RLIMIT_FSIZE) lets them be; the spawner
+/// has something to say.
 fn limited() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = |name: &str| folder.path().join(name);
@@ -130,7 +131,8 @@ fn limited() -> Result<()> {
     let redirection = format!(">>{} 2>>{}", path("out").display(), path("err").display());
     // In units of 512 bytes.
     let launcher = launcher(&format!("ulimit -f {};", LIMIT / 512), &redirection)?;
-    let flags = flags("scenario=poweroff", folder.path())?;
+    let mut flags = flags("scenario=poweroff", folder.path())?;
+    flags.push("--seccomp=log".to_owned());
     let mut run = Run::by(launcher, tempfile::tempdir()?, &flags)?;
     let status = run.wait(DEADLINE)?;
     ensure!(status.code() == Some(exit_code::POWER_OFF.into()), "{status}");
