@@ -143,7 +143,8 @@ pub struct DeviceConfig {
     pub requests: FdNumber,
     /// and the end that the back end is given. Its successors have channels of their own.
     pub requests_peer: FdNumber,
-    /// Queues, where neither the type nor the back end says.
+    /// Queues, where the type does not say: of a block device at most as many as its back end has, of others instead
+    /// of what the back end says.
     pub num_queues: Option<u16>,
     /// The largest that a queue may be, in entries; default the type's.
     pub queue_size: Option<u16>,

@@ -324,6 +324,12 @@ pub(super) fn check_vhost_user(n: usize, other: &VhostUserSpec) -> Result<Device
         let what = format!("{field}.type: '{}' does not work", other.device_type);
         return Err(Failure::usage(what).cause(why));
     }
+    if other.num_queues.is_some() && has_own_queues(device_type) {
+        let kind = &other.device_type;
+        return Err(Failure::usage(format!(
+            "{field}.num-queues: a device of type '{kind}' has as many as its type, its features or its configuration say"
+        )));
+    }
     let config = match &other.config {
         None => Vec::new(),
         Some(hex) => parse_hex(hex).ok_or_else(|| {
@@ -414,6 +420,11 @@ fn device_type(text: &str) -> Option<u16> {
     Some(by_name)
 }
 
+/// Whether how many queues a device has is never the spec's to say: net, console, rng, vsock, sound, fs, pmem, i2c, gpio.
+fn has_own_queues(device_type: u16) -> bool {
+    matches!(device_type, 1 | 3 | 4 | 19 | 25 | 26 | 27 | 34 | 41)
+}
+
 /// Why no back end can serve devices of a type.
 fn unserved(device_type: u16) -> Option<&'static str> {
     match device_type {
@@ -497,6 +508,20 @@ mod tests {
         for unsound in [0, 1, 96, 2048] {
             let words = size(unsound).expect_err("unsound");
             assert!(words.contains("vhost-user[0].queue-size"), "{words}");
+        }
+    }
+
+    #[test]
+    fn queues_are_told_where_the_type_leaves_them_open() {
+        let queues = |kind: &str| other(&format!("type = \"{kind}\"\nnum-queues = 2"));
+        for open in ["blk", "scsi", "crypto", "9p", "63"] {
+            assert_eq!(queues(open).expect(open).num_queues, Some(2));
+        }
+        for own in [
+            "net", "console", "rng", "vsock", "snd", "fs", "pmem", "i2c", "gpio", "26",
+        ] {
+            let words = queues(own).expect_err(own);
+            assert!(words.contains("vhost-user[0].num-queues"), "{words}");
         }
     }
 
