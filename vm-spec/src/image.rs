@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Longest text from an image in bytes; the rest is cut.
+/// Longest text from an image in bytes, but for a backing file's name; the rest is cut.
 pub const MAX_TEXT: usize = 1024;
 /// Most layers of an image's chain, the top included: a loop ends here, and it bounds what a read of a hole can cost.
 pub const MAX_CHAIN: usize = 16;
@@ -64,8 +64,8 @@ pub struct Qcow2Info {
     pub extended_l2: bool,
     /// crypt_method 2.
     pub encrypted: bool,
-    /// Name of the backing file, as the image has it.
-    pub backing_file: Option<String>,
+    /// Name of the backing file, as the image has it: whole, and not necessarily UTF-8.
+    pub backing_file: Option<Vec<u8>>,
     /// Format of the backing file, as the image has it.
     pub backing_format: Option<String>,
     /// Name of the external data file, as the image has it.

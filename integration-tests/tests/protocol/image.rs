@@ -28,6 +28,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("image::info_is_qemus", info),
         test("image::check_is_qemus", check),
         test("image::converted_disks_are_identical", convert),
+        test("image::long_names_are_whole", names),
         test("image::encrypted_images_need_their_key", encrypted),
         test("image::nothing_is_opened_by_an_images_word", outside),
         test("image::failures_leave_no_file", failures),
@@ -305,6 +306,48 @@ fn convert() -> Result<()> {
     qemu_img_in(folder.path(), &["compare", "e.qcow2", "f.qcow2"])?;
     let not_qcow2 = ["convert", "--data-file=e.data", "b.img", "g.qcow2"];
     fails(&folder, &not_qcow2, &["only a qcow2 image has one"])
+}
+
+/// A longer one is cut to no other file's name.
+fn names() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let name = format!("{}/{}", "d".repeat(200), "b".repeat(63));
+    let decoy = name.get(..256).context("is longer")?;
+    fs::create_dir(folder.path().join("d".repeat(200)))?;
+    for (file, content) in [(name.as_str(), 7), (decoy, 8)] {
+        fs::write(folder.path().join(file), vec![content; 1 << 20])?;
+    }
+    succeeds(&folder, &["create", "-b", &name, "-F", "raw", "a.qcow2"])?;
+    succeeds(&folder, &["convert", "a.qcow2", "b.img"])?;
+    let compare = ["compare", "-f", "qcow2", "-F", "raw", "a.qcow2", "b.img"];
+    qemu_img_in(folder.path(), &compare)?;
+    let data = format!("data_file={name}");
+    qemu_img_in(
+        folder.path(),
+        &["create", "-q", "-f", "qcow2", "-o", &data, "d.qcow2", "1M"],
+    )?;
+    for image in ["a.qcow2", "d.qcow2"] {
+        let ours = json(&succeeds(&folder, &["info", "--json", image])?)?;
+        let theirs = json(&qemu_img_in(folder.path(), &["info", "--output=json", image])?)?;
+        for field in ["backing-filename", "format-specific"] {
+            ensure!(
+                ours[field] == theirs[field],
+                "{field}: {} {}",
+                ours[field],
+                theirs[field]
+            );
+        }
+    }
+    // Bytes that are no text have no file of a text's name.
+    fs::write(folder.path().join("x\u{fffd}.img"), vec![8; 1 << 20])?;
+    fs::write(folder.path().join("xy.img"), vec![8; 1 << 20])?;
+    succeeds(&folder, &["create", "-b", "xy.img", "-F", "raw", "c.qcow2"])?;
+    let front = fs::read(folder.path().join("c.qcow2"))?;
+    let at = u64::from_be_bytes(*front[8..].first_chunk().context("a header")?);
+    patch(&folder, "c.qcow2", at + 1, &[0xff])?;
+    fails(&folder, &["convert", "c.qcow2", "c.img"], &["is not UTF-8"])?;
+    ensure!(!folder.path().join("c.img").exists());
+    Ok(())
 }
 
 fn encrypted() -> Result<()> {

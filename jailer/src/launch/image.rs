@@ -37,6 +37,8 @@ use vm_spec::supervise::ExitStatus;
 
 /// Most that the tool may map: it holds tables and a few clusters, never an image.
 const ADDRESS_SPACE: u64 = 4 << 30;
+/// What helps where the image's own word for its backing file does not do.
+const NAME_IT: &str = "name it in the image: qemu-img rebase -u -b BASE -F FORMAT IMAGE";
 pub(super) const BINARY: &str = "bulkhead-image";
 /// How long the tool may be silent: it clears what a large image loses, and makes sure of space, without a word.
 const PATIENCE_MS: i32 = 600_000;
@@ -171,6 +173,14 @@ impl Opened {
                 break;
             };
             let Some(name) = qcow2.backing_file else { break };
+            let name = String::from_utf8(name).map_err(|e| {
+                let name = String::from_utf8_lossy(e.as_bytes());
+                Failure::host(format!(
+                    "image: the name of the backing file '{}' is not UTF-8",
+                    printable(&name)
+                ))
+                .hint(NAME_IT)
+            })?;
             if all.layers.len() == MAX_CHAIN {
                 return Err(Failure::host(format!(
                     "image: the chain of {} has more than {MAX_CHAIN} layers",
@@ -182,7 +192,7 @@ impl Opened {
                 Failure::host(format!(
                     "image: the format of the backing file {name:?} is not named or known"
                 ))
-                .hint("name it in the image: qemu-img rebase -u -b BASE -F FORMAT IMAGE")
+                .hint(NAME_IT)
             })?;
             let wanted = lexical_join(&folder, Path::new(&name));
             let file = open_backing("image", allowed, &wanted, &name, "--image-folder")?;

@@ -27,7 +27,7 @@ pub(super) fn info_json(path: &Path, format: ImageFormat, found: &Described, use
             put("encrypted", json!(true));
         }
         if let Some(name) = &qcow2.backing_file {
-            put("backing-filename", json!(name));
+            put("backing-filename", json!(String::from_utf8_lossy(name)));
         }
         if let Some(name) = &qcow2.backing_format {
             put("backing-filename-format", json!(name));
@@ -97,7 +97,7 @@ pub(super) fn info_text(path: &Path, format: ImageFormat, found: &Described, use
     if let Some(qcow2) = &found.info.qcow2 {
         line("cluster_size", qcow2.cluster_size.to_string());
         if let Some(name) = &qcow2.backing_file {
-            line("backing file", printable(name));
+            line("backing file", printable(&String::from_utf8_lossy(name)));
         }
         if let Some(name) = &qcow2.backing_format {
             line("backing file format", printable(name));

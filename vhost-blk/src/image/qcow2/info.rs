@@ -2,7 +2,7 @@
 
 use vm_spec::image::{ImageInfo, MAX_TEXT, Qcow2Info, SnapshotInfo};
 
-use super::header::{Compression, Header, RAW_DATA};
+use super::header::{Compression, Header, MAX_BACKING_NAME, RAW_DATA};
 use super::tables::{self, SnapshotEntry};
 use crate::image::{BlockFile, ImageError};
 
@@ -47,7 +47,8 @@ pub fn info(file: &dyn BlockFile) -> Result<(ImageInfo, Vec<SnapshotInfo>), Imag
     Ok((info, snapshots))
 }
 
-fn backing_name(file: &dyn BlockFile, header: &Header) -> Result<Option<String>, ImageError> {
+/// Not cut: it is opened by this name.
+fn backing_name(file: &dyn BlockFile, header: &Header) -> Result<Option<Vec<u8>>, ImageError> {
     if !header.names_backing {
         return Ok(None);
     }
@@ -55,12 +56,8 @@ fn backing_name(file: &dyn BlockFile, header: &Header) -> Result<Option<String>,
     file.read_at(&mut place, super::header::BACKING_OFFSET)
         .map_err(ImageError::io("read the qcow2 header"))?;
     let [offset @ .., a, b, c, d] = place;
-    let name = text(
-        file,
-        u64::from_be_bytes(offset),
-        u32::from_be_bytes([a, b, c, d]) as usize,
-    )?;
-    Ok(Some(name))
+    let len = u32::from_be_bytes([a, b, c, d]).min(MAX_BACKING_NAME);
+    bytes(file, u64::from_be_bytes(offset), len as usize).map(Some)
 }
 
 /// A snapshot's entry; `disk_size` is its disk's where the entry does not say.
@@ -90,12 +87,20 @@ pub(super) fn snapshot(
 }
 
 fn text(file: &dyn BlockFile, offset: u64, len: usize) -> Result<String, ImageError> {
-    let mut bytes = vec![0; len.min(MAX_TEXT)];
+    Ok(cut(&String::from_utf8_lossy(&bytes(
+        file,
+        offset,
+        len.min(MAX_TEXT),
+    )?)))
+}
+
+fn bytes(file: &dyn BlockFile, offset: u64, len: usize) -> Result<Vec<u8>, ImageError> {
+    let mut bytes = vec![0; len];
     file.read_at(&mut bytes, offset)
         .map_err(ImageError::io("read a name"))?;
-    Ok(cut(&String::from_utf8_lossy(&bytes)))
+    Ok(bytes)
 }
 
 fn cut(text: &str) -> String {
-    text.chars().take(MAX_TEXT / 4).collect()
+    text[..text.floor_char_boundary(MAX_TEXT)].to_owned()
 }
