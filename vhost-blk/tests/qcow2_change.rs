@@ -320,6 +320,37 @@ fn what_cannot_be_counted_after_is_refused_before() {
     });
 }
 
+/// As qemu-img makes them: it applies the one with the id and deletes the one with the name.
+fn nobody_has_to_guess_which_snapshot_is_meant() {
+    let scratch = Scratch::new();
+    let path = scratch.path("top");
+    create(&path, "", "1M");
+    for name in ["3", "x", "y"] {
+        qemu_img(&["snapshot", "-c", name, text(&path)]);
+    }
+    let progress = Progress::untold();
+    let refused = |change: &dyn Fn(&dyn BlockFile) -> Result<(), ImageError>, words: &[&str]| {
+        let recorder = Recorder::new(contents(&path));
+        let error = change(&recorder).expect_err("is refused").to_string();
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        assert_eq!(recorder.position(), 0, "it wrote");
+    };
+    let both = [r#"named "3" with the id "1""#, r#"named "y" with the id "3""#];
+    refused(&|file| qcow2::delete(file, "3", &progress), &both);
+    refused(&|file| qcow2::apply(file, "3", &progress), &both);
+    for taken in ["2", "x"] {
+        let take = |file: &dyn BlockFile| qcow2::take(file, taken, Duration::ZERO, &progress);
+        refused(&take, &["is taken", r#"named "x" with the id "2""#]);
+    }
+    let file = HostFile::new(support::fd(&path, true)).expect("is a file");
+    qcow2::delete(&file, "1", &progress).expect("says which");
+    qcow2::apply(&file, "3", &progress).expect("there is one left");
+    let (_, left) = qcow2::info(&file).expect("is an image");
+    let names: Vec<&str> = left.iter().map(|snapshot| &*snapshot.name).collect();
+    assert_eq!(names, ["x", "y"]);
+    check_clean(&path);
+}
+
 /// Kilobytes of this process that are in memory.
 fn resident() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("reads");
@@ -413,6 +444,7 @@ suite! {
         a_repaired_image_is_corrupt_no_more,
         what_excludes_a_change_is_named_and_nothing_is_written,
         what_cannot_be_counted_after_is_refused_before,
+        nobody_has_to_guess_which_snapshot_is_meant,
         a_large_disk_takes_the_cache_and_no_more,
         clearing_what_is_clear_reads_each_table_once,
         one_look_at_a_disk_has_a_bound,

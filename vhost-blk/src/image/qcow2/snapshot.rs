@@ -4,6 +4,8 @@
 //! references anew, under the dirty bit from first to last: a crash at any point leaves an image that is
 //! repaired when it is next opened for writing.
 
+use vm_spec::image::SnapshotInfo;
+
 use super::check::{append, change};
 use super::entry::COPIED;
 use super::header::{Header, SNAPSHOTS_OFFSET};
@@ -39,8 +41,9 @@ pub fn take(
     for entry in tables::snapshot_entries(&header, file) {
         let entry = entry?;
         let known = info::snapshot(file, &entry, header.size)?;
-        if known.name == name {
-            return Err(ImageError::refused("snapshot name", format!("{name:?} is taken")));
+        if known.name == name || known.id == name {
+            let reason = format!("{name:?} is taken, by {}", told(&known));
+            return Err(ImageError::refused("snapshot name", reason));
         }
         highest = known.id.parse().unwrap_or(0).max(highest);
         table.extend(bytes_of(file, &entry)?);
@@ -115,20 +118,33 @@ fn open(file: &dyn BlockFile) -> Result<(Header, u64), ImageError> {
     Ok((header, size))
 }
 
-/// The id decides before the name does, as with qemu-img.
+/// The snapshot of this id or name. Where it is one's id and another's name nobody knows which is meant: qemu-img
+/// applies the one and deletes the other.
 fn find(file: &dyn BlockFile, header: &Header, name: &str) -> Result<SnapshotEntry, ImageError> {
-    let mut by_name = None;
+    let mut found: Option<(SnapshotEntry, SnapshotInfo)> = None;
     for entry in tables::snapshot_entries(header, file) {
         let entry = entry?;
         let known = info::snapshot(file, &entry, header.size)?;
-        if known.id == name {
-            return Ok(entry);
+        if known.id != name && known.name != name {
+            continue;
         }
-        if known.name == name && by_name.is_none() {
-            by_name = Some(entry);
+        if let Some((_, first)) = &found {
+            let reason = format!(
+                "{name:?} is {} or {}: say what only one has",
+                told(first),
+                told(&known)
+            );
+            return Err(ImageError::refused("snapshot name", reason));
         }
+        found = Some((entry, known));
     }
-    by_name.ok_or_else(|| ImageError::refused("snapshot name", format!("there is no {name:?}")))
+    found
+        .map(|(entry, _)| entry)
+        .ok_or_else(|| ImageError::refused("snapshot name", format!("there is no {name:?}")))
+}
+
+fn told(snapshot: &SnapshotInfo) -> String {
+    format!("the one named {:?} with the id {:?}", snapshot.name, snapshot.id)
 }
 
 fn bytes_of(file: &dyn BlockFile, entry: &SnapshotEntry) -> Result<Vec<u8>, ImageError> {
