@@ -4,6 +4,7 @@
 mod support;
 
 use std::cell::RefCell;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -351,6 +352,59 @@ fn nobody_has_to_guess_which_snapshot_is_meant() {
     check_clean(&path);
 }
 
+fn what_is_used_no_more_goes_back_to_the_host() {
+    const PIECE: usize = 4 << 20;
+    const NAME: &str = "one";
+    let scratch = Scratch::new();
+    let path = scratch.path("top");
+    create(&path, "", "16M");
+    let used = || std::fs::metadata(&path).expect("is there").blocks() * 512;
+    let fill = |value: u8| {
+        write(&*open(&[(&path, Format::Qcow2)]), 0, &vec![value; PIECE]).expect("writes");
+    };
+    let changed = |change: &dyn Fn(&dyn BlockFile)| {
+        let before = used();
+        change(&HostFile::new(support::fd(&path, true)).expect("is a file"));
+        check_clean(&path);
+        before.saturating_sub(used())
+    };
+    // Its own tables are new.
+    let freed = PIECE as u64 - (1 << 20)..PIECE as u64 + (1 << 20);
+    let progress = Progress::untold();
+    let take = |file: &dyn BlockFile| qcow2::take(file, NAME, Duration::ZERO, &progress).expect("takes");
+    fill(1);
+    changed(&take);
+    fill(2);
+    let deleted = changed(&|file| qcow2::delete(file, NAME, &progress).expect("deletes"));
+    assert!(freed.contains(&deleted), "{deleted} bytes less by deleting");
+    changed(&take);
+    fill(3);
+    let applied = changed(&|file| qcow2::apply(file, NAME, &progress).expect("applies"));
+    assert!(freed.contains(&applied), "{applied} bytes less by applying");
+    let image = open(&[(&path, Format::Qcow2)]);
+    assert_same(
+        &read(&*image, 0, PIECE).expect("reads"),
+        &vec![2; PIECE],
+        "applied",
+    );
+    drop(image);
+    // Clusters that nobody uses are counted once.
+    let (first, clusters) = (400, 64);
+    let bytes = contents(&path);
+    let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+    patch(
+        &path,
+        word(word(48) as usize) + 2 * first,
+        &[0, 1].repeat(clusters),
+    );
+    patch(&path, first << 16, &vec![7; clusters << 16]);
+    let repaired = changed(&|file| {
+        let found = qcow2::check(file, Repair::Refcounts, &progress).expect("repairs");
+        assert_eq!(found.leaks_fixed, clusters as u64);
+    });
+    assert!(freed.contains(&repaired), "{repaired} bytes less by a repair");
+}
+
 /// Kilobytes of this process that are in memory.
 fn resident() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("reads");
@@ -445,6 +499,7 @@ suite! {
         what_excludes_a_change_is_named_and_nothing_is_written,
         what_cannot_be_counted_after_is_refused_before,
         nobody_has_to_guess_which_snapshot_is_meant,
+        what_is_used_no_more_goes_back_to_the_host,
         a_large_disk_takes_the_cache_and_no_more,
         clearing_what_is_clear_reads_each_table_once,
         one_look_at_a_disk_has_a_bound,

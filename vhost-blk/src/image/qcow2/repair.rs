@@ -74,6 +74,8 @@ pub(super) struct Recount {
     counts: Counts,
     /// Clusters of the structure that the header points to.
     old: BTreeSet<u64>,
+    /// That structure counts no cluster from this one on.
+    old_end: u64,
 }
 
 impl Recount {
@@ -99,12 +101,15 @@ impl Recount {
             ));
         }
         let old = Refcounts::load_with(file, &header, file_end, &mut |_, _| Ok(()))?;
+        let blocks = old.table.iter().rposition(|block| *block != 0);
+        let old_end = blocks.map_or(0, |last| last as u64 + 1) * geometry.refblock_entries();
         let old = old.structure(geometry).collect();
         Ok(Self {
             header,
             size,
             counts,
             old,
+            old_end,
         })
     }
 
@@ -176,12 +181,18 @@ pub(super) struct Secured {
 }
 
 impl Secured {
-    /// Writes the counts and clears the dirty bit. The mapping is the one that was counted.
-    pub(super) fn carry_out(self, file: &dyn BlockFile, progress: &Progress<'_>) -> Result<(), ImageError> {
+    /// Writes the counts and clears the dirty bit; all that is durable when this returns. The mapping is the one
+    /// that was counted.
+    pub(super) fn carry_out(
+        self,
+        file: &dyn BlockFile,
+        progress: &Progress<'_>,
+    ) -> Result<Unused, ImageError> {
         let Recount {
             header,
             size,
             mut counts,
+            old_end,
             ..
         } = self.recount;
         self.structure.write(file, &header.geometry, &mut counts.counts)?;
@@ -191,7 +202,41 @@ impl Secured {
         let features = header.incompatible & !DIRTY;
         file.write_at(&features.to_be_bytes(), INCOMPATIBLE_OFFSET)
             .and_then(|()| file.sync())
-            .map_err(ImageError::io("clear the dirty bit"))
+            .map_err(ImageError::io("clear the dirty bit"))?;
+        counts
+            .counts
+            .truncate(usize::try_from(old_end).unwrap_or(usize::MAX));
+        Ok(Unused {
+            geometry: header.geometry,
+            counts,
+        })
+    }
+}
+
+/// The clusters that count as 0 among those that were counted before: the others were never used.
+pub(super) struct Unused {
+    geometry: Geometry,
+    counts: Counts,
+}
+
+impl Unused {
+    /// Gives their space back to the host, where that can take it.
+    pub(super) fn give_back(&self, file: &dyn BlockFile) {
+        let mut start = 0;
+        for run in self
+            .counts
+            .counts
+            .chunk_by(|one, next| (*one == 0) == (*next == 0))
+        {
+            let (place, len) = (start, self.geometry.offset_of(run.len() as u64));
+            start += len;
+            if run[0] == 0
+                && let Err(error) = file.discard_range(place, len)
+            {
+                tracing::warn!(%error, "cannot give freed space back to the host");
+                return;
+            }
+        }
     }
 }
 
