@@ -313,9 +313,7 @@ impl Opened {
         let end = finish(&child, ours);
         words.pass_on(&mut tell_words);
         outcome.map_err(|problem| match problem {
-            Problem::Told(why) => {
-                Failure::host(format!("{}: {verb}", self.path.display())).cause(why)
-            }
+            Problem::Told(why) => Failure::host(format!("{}: {verb}", self.path.display())).cause(why),
             Problem::Lost(why) => lost(&self.path, &why, end),
             Problem::Signal(number) => {
                 Failure::host(format!("{}: {verb} was ended by a signal", self.path.display()))

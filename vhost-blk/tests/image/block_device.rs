@@ -3,6 +3,7 @@
 use crate::support;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use crate::support::{Scratch, assert_same, contents, create, open, patch, qemu_img, read, text, write};
 use libtest_mimic::{Completion, Trial};
@@ -93,7 +94,7 @@ fn a_disk_is_no_longer_than_its_device() -> Completion {
 }
 
 /// The device never has more room: counts find it inside.
-fn an_image_on_a_device_is_repaired() -> Completion {
+fn an_image_on_a_device_is_repaired_and_has_snapshots() -> Completion {
     let Some((scratch, device)) = LoopDevice::make() else {
         return Completion::ignored_with("no loop devices with blocks of 4096 bytes here");
     };
@@ -110,7 +111,16 @@ fn an_image_on_a_device_is_repaired() -> Completion {
     let found = qcow2::check(&file, Repair::Refcounts, &Progress::untold()).expect("repairs");
     assert_eq!((found.leaks_fixed, found.leaks, found.corruptions), (1, 0, 0));
     support::check_clean(&device.0);
-    qcow2::delete(&file, "one", &Progress::untold()).expect("deletes");
+    let progress = Progress::untold();
+    for name in ["two", "three"] {
+        qcow2::take(&file, name, Duration::from_secs(1), &progress).expect("takes");
+        support::check_clean(&device.0);
+        write(&*open(&[(&device.0, Format::Qcow2)]), 0, &[9; 8192]).expect("writes");
+    }
+    qcow2::delete(&file, "two", &progress).expect("deletes one of three");
+    qcow2::apply(&file, "one", &progress).expect("applies");
+    qcow2::delete(&file, "one", &progress).expect("deletes");
+    qcow2::delete(&file, "three", &progress).expect("deletes the last");
     drop(file);
     support::check_clean(&device.0);
     let image = open(&[(&device.0, Format::Qcow2)]);
@@ -133,11 +143,12 @@ pub(crate) fn tests() -> Vec<Trial> {
             "block_device::a_disk_is_no_longer_than_its_device",
             a_disk_is_no_longer_than_its_device,
         ),
-        support::suite::test_if_possible("block_device::an_image_on_a_device_is_repaired", || {
-            match Command::new("qemu-img").arg("--version").output() {
-                Ok(_) => an_image_on_a_device_is_repaired(),
+        support::suite::test_if_possible(
+            "block_device::an_image_on_a_device_is_repaired_and_has_snapshots",
+            || match Command::new("qemu-img").arg("--version").output() {
+                Ok(_) => an_image_on_a_device_is_repaired_and_has_snapshots(),
                 Err(_) => Completion::ignored_with("qemu-img is not installed"),
-            }
-        }),
+            },
+        ),
     ]
 }

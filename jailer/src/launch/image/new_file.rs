@@ -99,10 +99,18 @@ fn open(path: &Path) -> io::Result<(File, Option<(File, OsString)>)> {
 fn unmade(path: &Path, error: &io::Error) -> Failure {
     let failure = Failure::host(format!("image: cannot make {}", path.display()));
     match error.kind() {
-        io::ErrorKind::AlreadyExists => failure
-            .because(error)
-            .hint("a file that is there is never overwritten: remove it first, or take another name"),
+        io::ErrorKind::AlreadyExists => failure.because(error).hint(taken(path)),
         _ => unopened(failure, path, error),
+    }
+}
+
+/// What helps where something has the name of a new file.
+fn taken(path: &Path) -> &'static str {
+    match fs::metadata(path) {
+        Ok(there) if !there.is_file() => {
+            "only new files are made: qemu-img convert -n writes to a device, and dd copies a file to one"
+        }
+        _ => "a file that is there is never overwritten: remove it first, or take another name",
     }
 }
 
@@ -165,5 +173,12 @@ mod tests {
             let failure = text(NewFile::make(&folder.path().join(name)));
             assert!(failure.contains(words), "{name}: {failure}");
         }
+    }
+
+    #[test]
+    fn nobody_is_told_to_remove_a_device() {
+        assert!(taken(Path::new("/dev/null")).contains("convert -n"));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(taken(file.path()).contains("remove it"));
     }
 }

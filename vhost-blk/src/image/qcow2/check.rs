@@ -76,8 +76,8 @@ fn clear_corrupt(file: &dyn BlockFile) -> Result<(), ImageError> {
         .map_err(ImageError::io("clear the corrupt bit"))
 }
 
-/// Does what `plan` does, which writes new tables behind the file's end and points the header to them, and
-/// counts anew, under the dirty bit from first to last.
+/// Does what `plan` does, which writes new tables where there is [`room`] and points the header to them, and
+/// counts anew, under the dirty bit from first to last. What is used no more goes back to the host.
 ///
 /// # Errors
 /// Where the references could not be counted after it, or there is no space for any of it: both are found out
@@ -117,7 +117,32 @@ fn mark_dirty(file: &dyn BlockFile, header: &Header) -> Result<(), ImageError> {
         .map_err(ImageError::io("set the dirty bit"))
 }
 
-/// Writes a table at `place`, the file's end, and waits until it is durable; the end behind it.
+/// Where new tables have room, one behind the other: behind the file's end, or, where that does not move, in
+/// clusters that nothing uses.
+///
+/// # Errors
+/// `Io` where there is none; whatever keeps the references from being counted.
+pub(super) fn room(
+    file: &dyn BlockFile,
+    header: &Header,
+    tables: &[&[u8]],
+    progress: &Progress<'_>,
+) -> Result<u64, ImageError> {
+    let geometry = &header.geometry;
+    if !file.has_fixed_size() {
+        let size = file
+            .size()
+            .map_err(ImageError::io("find the size of the image's file"))?;
+        return Ok(size.next_multiple_of(geometry.cluster_size()));
+    }
+    let clusters = tables
+        .iter()
+        .map(|table| geometry.clusters_for(table.len() as u64));
+    let place = count_anew(file, progress)?.free_run(clusters.sum())?;
+    Ok(geometry.offset_of(place))
+}
+
+/// Writes a table at `place`, where there is [`room`], and waits until it is durable; the end behind it.
 pub(super) fn append(
     file: &dyn BlockFile,
     geometry: &Geometry,

@@ -10,7 +10,7 @@ use super::geometry::Geometry;
 use super::header::{DIRTY, Header, INCOMPATIBLE_OFFSET, MAX_REFTABLE_BYTES};
 use super::progress::Progress;
 use super::refcount::{Refcounts, words};
-use super::structure::Structure;
+use super::structure::{Structure, free_run};
 use super::tables::Table;
 use crate::image::{BlockFile, ImageError, no_space};
 
@@ -111,6 +111,19 @@ impl Recount {
             old,
             old_end,
         })
+    }
+
+    /// The first of so many clusters in a row that nothing uses, inside the counted file.
+    ///
+    /// # Errors
+    /// `Io` where there are none.
+    pub(super) fn free_run(&self, clusters: u64) -> Result<u64, ImageError> {
+        let counts = &self.counts.counts;
+        let is_free = |cluster: &u64| counts[*cluster as usize] == 0 && !self.old.contains(cluster);
+        let end = self.header.geometry.cluster_of(self.size);
+        free_run(clusters, is_free, end)
+            .map(|run| run.start)
+            .ok_or_else(|| no_space_for_tables(no_space()))
     }
 
     /// Makes sure that there is space for what is to be written: new tables up to the end that the counted file

@@ -1,12 +1,12 @@
 //! Internal snapshots of an image that nobody uses: taking, applying, deleting.
 //!
-//! All three write new tables behind the file's end, switch the header over in one sector, and count the
-//! references anew, under the dirty bit from first to last: a crash at any point leaves an image that is
-//! repaired when it is next opened for writing.
+//! All three write new tables behind the file's end (on a device: where nothing is), switch the header over in
+//! one sector, and count the references anew, under the dirty bit from first to last: a crash at any point leaves
+//! an image that is repaired when it is next opened for writing.
 
 use vm_spec::image::SnapshotInfo;
 
-use super::check::{append, change};
+use super::check::{append, change, room};
 use super::entry::COPIED;
 use super::header::{Header, SNAPSHOTS_OFFSET};
 use super::info;
@@ -36,7 +36,7 @@ pub fn take(
             format!("{} bytes are none or over {MAX_NAME}", name.len()),
         ));
     }
-    let (header, size) = open(file)?;
+    let header = open(file)?;
     let (mut table, mut highest) = (Vec::new(), 0_u64);
     for entry in tables::snapshot_entries(&header, file) {
         let entry = entry?;
@@ -57,8 +57,10 @@ pub fn take(
     let l1: Vec<u8> = words(&l1)
         .flat_map(|entry| (entry & !COPIED).to_be_bytes())
         .collect();
-    let place = size.next_multiple_of(header.geometry.cluster_size());
-    table.extend(new_entry(&header, place, &id.to_string(), name, now));
+    let entry = table.len();
+    table.extend(new_entry(&header, &id.to_string(), name, now));
+    let place = room(file, &header, &[&l1, &table], progress)?;
+    table[entry..entry + 8].copy_from_slice(&place.to_be_bytes());
     change(file, &header, progress, &|file| {
         let next = append(file, &header.geometry, &l1, place)?;
         publish(file, &header, header.snapshots + 1, &table, next)
@@ -70,7 +72,7 @@ pub fn take(
 /// # Errors
 /// As [`take`], or where there is no such snapshot.
 pub fn apply(file: &dyn BlockFile, name: &str, progress: &Progress<'_>) -> Result<(), ImageError> {
-    let (header, size) = open(file)?;
+    let header = open(file)?;
     let entry = find(file, &header, name)?;
     let disk_size = info::snapshot(file, &entry, header.size)?.disk_size;
     let needed = header.geometry.l1_entries(disk_size).max(entry.l1_size.into());
@@ -84,7 +86,7 @@ pub fn apply(file: &dyn BlockFile, name: &str, progress: &Progress<'_>) -> Resul
         ));
     }
     l1.resize(needed as usize * 8, 0);
-    let place = size.next_multiple_of(header.geometry.cluster_size());
+    let place = room(file, &header, &[&l1], progress)?;
     change(file, &header, progress, &|file| {
         append(file, &header.geometry, &l1, place)?;
         header.publish_l1(file, disk_size, needed as u32, place)
@@ -96,7 +98,7 @@ pub fn apply(file: &dyn BlockFile, name: &str, progress: &Progress<'_>) -> Resul
 /// # Errors
 /// As [`apply`].
 pub fn delete(file: &dyn BlockFile, name: &str, progress: &Progress<'_>) -> Result<(), ImageError> {
-    let (header, size) = open(file)?;
+    let header = open(file)?;
     let gone = find(file, &header, name)?.start;
     let mut table = Vec::new();
     for entry in tables::snapshot_entries(&header, file) {
@@ -105,17 +107,17 @@ pub fn delete(file: &dyn BlockFile, name: &str, progress: &Progress<'_>) -> Resu
             table.extend(bytes_of(file, &entry)?);
         }
     }
-    let place = size.next_multiple_of(header.geometry.cluster_size());
+    let place = room(file, &header, &[&table], progress)?;
     change(file, &header, progress, &|file| {
         publish(file, &header, header.snapshots - 1, &table, place)
     })
 }
 
-fn open(file: &dyn BlockFile) -> Result<(Header, u64), ImageError> {
+fn open(file: &dyn BlockFile) -> Result<Header, ImageError> {
     let (header, size) = super::open::read_header(file)?;
     header.check_modifiable()?;
     tables::snapshots(&header, file, size)?;
-    Ok((header, size))
+    Ok(header)
 }
 
 /// The snapshot of this id or name. Where it is one's id and another's name nobody knows which is meant: qemu-img
@@ -154,9 +156,10 @@ fn bytes_of(file: &dyn BlockFile, entry: &SnapshotEntry) -> Result<Vec<u8>, Imag
     Ok(bytes)
 }
 
-fn new_entry(header: &Header, l1: u64, id: &str, name: &str, now: std::time::Duration) -> Vec<u8> {
+/// An entry whose first eight bytes, the place of its L1 table, are to be filled in.
+fn new_entry(header: &Header, id: &str, name: &str, now: std::time::Duration) -> Vec<u8> {
     let mut entry = Vec::with_capacity(SNAPSHOT_FIXED + EXTRA as usize);
-    entry.extend(l1.to_be_bytes());
+    entry.extend([0; 8]);
     entry.extend(header.l1_size.to_be_bytes());
     entry.extend((id.len() as u16).to_be_bytes());
     entry.extend((name.len() as u16).to_be_bytes());

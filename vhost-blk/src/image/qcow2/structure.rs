@@ -58,17 +58,8 @@ impl Structure {
     /// The first free clusters: so many blocks, and clusters in a row.
     fn first(blocks: u64, clusters: u64, is_free: impl Fn(&u64) -> bool, end: u64) -> Option<Self> {
         let found: Vec<u64> = (1..end).filter(&is_free).take(blocks as usize).collect();
-        let mut table = 1..1;
-        while table.end - table.start < clusters {
-            if table.end >= end {
-                return None;
-            }
-            let next = table.end;
-            table.end += 1;
-            if !is_free(&next) || found.binary_search(&next).is_ok() {
-                table.start = table.end;
-            }
-        }
+        let is_left = |cluster: &u64| is_free(cluster) && found.binary_search(cluster).is_err();
+        let table = free_run(clusters, is_left, end)?;
         (found.len() as u64 == blocks).then_some(Self { blocks: found, table })
     }
 
@@ -123,6 +114,22 @@ impl Structure {
             .and_then(|()| file.sync())
             .map_err(ImageError::io("write the refcount table"))
     }
+}
+
+/// The first so many clusters in a row below `end`, behind the header, that are free.
+pub(super) fn free_run(clusters: u64, is_free: impl Fn(&u64) -> bool, end: u64) -> Option<Range<u64>> {
+    let mut run = 1..1;
+    while run.end - run.start < clusters {
+        if run.end >= end {
+            return None;
+        }
+        let next = run.end;
+        run.end += 1;
+        if !is_free(&next) {
+            run.start = run.end;
+        }
+    }
+    Some(run)
 }
 
 /// A refcount block with these counts.
