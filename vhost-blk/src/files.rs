@@ -177,6 +177,7 @@ impl Files {
             l2_cache_size: options.l2_cache_size.unwrap_or(defaults.l2_cache_size),
             way: engine.cached,
             writes_lost: options.writes_lost,
+            ..defaults
         };
         let image = match self.direct {
             Some(direct) => open_direct((self.top, direct), self.format, self.backing, &settings, engine),

@@ -29,6 +29,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("image::check_is_qemus", check),
         test("image::converted_disks_are_identical", convert),
         test("image::long_names_are_whole", names),
+        test("image::holes_are_not_read", holes),
         test("image::encrypted_images_need_their_key", encrypted),
         test("image::nothing_is_opened_by_an_images_word", outside),
         test("image::failures_leave_no_file", failures),
@@ -347,6 +348,28 @@ fn names() -> Result<()> {
     patch(&folder, "c.qcow2", at + 1, &[0xff])?;
     fails(&folder, &["convert", "c.qcow2", "c.img"], &["is not UTF-8"])?;
     ensure!(!folder.path().join("c.img").exists());
+    Ok(())
+}
+
+/// Of a raw source, or of one that shows through: there is more of it than could be read.
+fn holes() -> Result<()> {
+    const SIZE: u64 = 2 << 40;
+    let folder = tempfile::tempdir()?;
+    let file = fs::File::create(folder.path().join("a.img"))?;
+    file.set_len(SIZE)?;
+    for (at, len) in [(0, 512), (1 << 40, 3 << 20), ((1 << 40) + (5 << 20), 4096)] {
+        file.write_all_at(&vec![7; len], at)?;
+    }
+    file.write_all_at(&[9; 512], SIZE - 512)?;
+    succeeds(&folder, &["create", "-b", "a.img", "-F", "raw", "b.qcow2"])?;
+    write(&folder, "b.qcow2", "write -P 3 1M 64k")?;
+    for (source, format) in [("a.img", "raw"), ("b.qcow2", "qcow2")] {
+        succeeds(&folder, &["convert", source, "c.qcow2"])?;
+        let compare = ["compare", "-f", format, "-F", "qcow2", source, "c.qcow2"];
+        qemu_img_in(folder.path(), &compare)?;
+        qemu_img_in(folder.path(), &["check", "-q", "c.qcow2"])?;
+        fs::remove_file(folder.path().join("c.qcow2"))?;
+    }
     Ok(())
 }
 

@@ -12,10 +12,10 @@ use nix::fcntl::FallocateFlags;
 use nix::sys::stat::{FileStat, SFlag, fstat};
 use nix::unistd::{Whence, lseek};
 
-use super::Way;
 use super::buffers::Buffers;
 use super::calls::{answers_at_once, piece, position, read_vectors, room, transfer, write_vectors};
 use super::syncs::Syncs;
+use super::{SECTOR, Way};
 
 /// A hole that any file system can make that makes any.
 const HOLE: u64 = 4096;
@@ -86,6 +86,12 @@ pub trait BlockFile: Send + Sync {
     /// has failed, none succeeds.
     fn sync(&self) -> io::Result<()>;
 
+    /// How far, from its start on, a range is a hole, which reads as zeros, or may be data: a length in bytes, and
+    /// whether it is a hole. No hole is looked for unless somebody has use for it ([`HostFile::telling_holes`]).
+    fn hole_at(&self, _offset: u64, len: u64) -> io::Result<(u64, bool)> {
+        Ok((len, false))
+    }
+
     /// Whether [`Self::discard_range`] gives space back. True where it cannot be told (a block device).
     fn makes_holes(&self) -> bool {
         true
@@ -127,6 +133,7 @@ pub struct HostFile {
     /// Size of a block device, looked up once: finding it takes a system call that a jailed process lacks.
     fixed_size: Option<u64>,
     makes_holes: bool,
+    tells_holes: bool,
     way: Way,
     syncs: Syncs,
 }
@@ -155,6 +162,7 @@ impl HostFile {
             file,
             fixed_size,
             makes_holes: true,
+            tells_holes: false,
             way: Way::Calls,
             syncs: Syncs::default(),
         };
@@ -189,6 +197,12 @@ impl HostFile {
             way => way,
         };
         Self { way, ..self }
+    }
+
+    /// As it is, and [`BlockFile::hole_at`] looks for holes if `tells_holes`.
+    #[must_use]
+    pub fn telling_holes(self, tells_holes: bool) -> Self {
+        Self { tells_holes, ..self }
     }
 
     /// [`Self::allocate`] that leaves the size as it is.
@@ -370,6 +384,28 @@ impl BlockFile for HostFile {
 
     fn sync(&self) -> io::Result<()> {
         self.syncs.everything(|| self.file.sync_data())
+    }
+
+    /// In whole sectors, so that who goes on behind it stays aligned. Where a file system cannot tell, all is data.
+    fn hole_at(&self, offset: u64, len: u64) -> io::Result<(u64, bool)> {
+        if !self.tells_holes {
+            return Ok((len, false));
+        }
+        let start = position(offset)?;
+        let until = |at: i64| u64::try_from(at - start).unwrap_or(0).min(len);
+        let hole = match lseek(&self.file, start, Whence::SeekData) {
+            Ok(data) => until(data) / SECTOR * SECTOR,
+            Err(Errno::ENXIO) => len,
+            Err(_) => 0,
+        };
+        if hole > 0 {
+            return Ok((hole, true));
+        }
+        let data = lseek(&self.file, start, Whence::SeekHole).map_or(len, until);
+        Ok(match data.next_multiple_of(SECTOR).min(len) {
+            0 => (len, false),
+            data => (data, false),
+        })
     }
 
     fn makes_holes(&self) -> bool {

@@ -277,6 +277,8 @@ pub struct OpenOptions {
     pub way: Way,
     /// The host failed to write back what a predecessor wrote: no flush may succeed any more.
     pub writes_lost: bool,
+    /// Holes in the host's files resolve as zeros: for who reads all of a disk. Looking for them takes system calls.
+    pub tells_holes: bool,
 }
 
 impl Default for OpenOptions {
@@ -288,6 +290,7 @@ impl Default for OpenOptions {
             l2_cache_size: 8 << 20,
             way: Way::Calls,
             writes_lost: false,
+            tells_holes: false,
         }
     }
 }
@@ -320,6 +323,7 @@ pub fn open(
     let below_top = OpenOptions {
         read_only: true,
         way: options.way,
+        tells_holes: options.tells_holes,
         ..OpenOptions::default()
     };
     for (index, (format, fd)) in backing.into_iter().enumerate() {
@@ -362,7 +366,7 @@ pub(crate) fn host_file(fd: OwnedFd, options: &OpenOptions) -> io::Result<HostFi
     } else {
         HostFile::new(fd)
     };
-    Ok(file?.moved_by(options.way))
+    Ok(file?.moved_by(options.way).telling_holes(options.tells_holes))
 }
 
 /// [`open`] on files of any kind, from top to base; `data` is the top's external data file.

@@ -146,6 +146,10 @@ impl Image for RawImage {
 
     fn resolve_read(&self, offset: u64, len: u64) -> io::Result<Resolved<'_>> {
         check_range(offset, len, self.capacity())?;
+        let (len, is_hole) = self.file.hole_at(offset, len)?;
+        if is_hole {
+            return Ok(Resolved::Zero { len });
+        }
         Ok(resolved(self.file.descriptor(), offset, len, self.file.way()))
     }
 

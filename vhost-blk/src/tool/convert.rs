@@ -30,6 +30,7 @@ pub(super) fn convert(
         .take()
         .ok_or_else(|| ToolError::Refused("there is nothing to convert to".into()))?;
     refuse_ignored(format, "cluster size", cluster_bits.is_some())?;
+    files.options.tells_holes = true;
     let source = files.open()?;
     let size = source.capacity();
     lock(target.as_fd(), false)?;
