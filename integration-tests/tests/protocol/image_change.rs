@@ -13,6 +13,7 @@ use std::{
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("image::created_images_are_sound", create),
+        test("image::a_chain_has_a_bound", chain),
         test("image::snapshots_are_qemus", snapshots),
         test("image::disks_grow_and_shrink", resize),
         test("image::terminals_show_how_far_it_is", progress),
@@ -124,6 +125,30 @@ fn create() -> Result<()> {
     ];
     succeeds(&folder, &below)?;
     fails(&folder, &["convert", "base.img", "z"], &["--output-format=raw"])
+}
+
+/// As many as can be opened, and no more are made.
+fn chain() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    succeeds(&folder, &["create", "0.qcow2", "1M"])?;
+    for layer in 1..16 {
+        let (below, name) = (format!("{}.qcow2", layer - 1), format!("{layer}.qcow2"));
+        // Each step looks at all that is below; only the last two are of interest.
+        if layer < 15 {
+            let create = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-u"];
+            qemu_img_in(
+                folder.path(),
+                &[&create[..], &["-b", &below, &name, "1M"]].concat(),
+            )?;
+        } else {
+            succeeds(&folder, &["create", "-b", &below, "-F", "qcow2", &name])?;
+        }
+    }
+    succeeds(&folder, &["convert", "15.qcow2", "a.img"])?;
+    let one_more = ["create", "-b", "15.qcow2", "-F", "qcow2", "16.qcow2"];
+    fails(&folder, &one_more, &["more than 16 layers"])?;
+    ensure!(!folder.path().join("16.qcow2").exists(), "it was made");
+    Ok(())
 }
 
 fn snapshots() -> Result<()> {

@@ -123,7 +123,7 @@ impl Opened {
         let all = Self::alone(path, format, access)?;
         let folder = folder_of("image", path)?;
         let allowed = allowed(setting, &folder)?;
-        all.with_backing(setting, folder, &allowed)
+        all.with_backing(setting, folder, &allowed, MAX_CHAIN)
     }
 
     /// What a new image at `path` is to call `name`, with all that lies below it: opened as whoever opens the
@@ -146,15 +146,17 @@ impl Opened {
             read_only: true,
             new: None,
         };
-        backing.with_backing(setting, folder, &allowed)
+        // The new image is one more.
+        backing.with_backing(setting, folder, &allowed, MAX_CHAIN - 1)
     }
 
-    /// Opens what lies below the lowest layer, whose folder is `folder`.
+    /// Opens what lies below the lowest layer, whose folder is `folder`, to no more than `most` layers in all.
     fn with_backing(
         self,
         setting: &Setting,
         mut folder: PathBuf,
         allowed: &[PathBuf],
+        most: usize,
     ) -> Result<Self, Failure> {
         let mut all = self;
         while let Some((ImageFormat::Qcow2, file)) = all.layers.last() {
@@ -181,9 +183,9 @@ impl Opened {
                 ))
                 .hint(NAME_IT)
             })?;
-            if all.layers.len() == MAX_CHAIN {
+            if all.layers.len() == most {
                 return Err(Failure::host(format!(
-                    "image: the chain of {} has more than {MAX_CHAIN} layers",
+                    "image: with what lies below {} a chain has more than {MAX_CHAIN} layers",
                     all.path.display()
                 )));
             }
