@@ -105,6 +105,7 @@ fn create() -> Result<()> {
         (&["-b", "../base.img", "-F", "raw", "in/x.qcow2"], "lies outside"),
         (&["no/x.img", "1M"], "No such file"),
         (&["base.img", "1M"], "never overwritten"),
+        (&["-F", "raw", "x.qcow2", "1M"], "--backing <FILE>"),
     ];
     for (args, words) in refused {
         fails(&folder, &[&["create"], args].concat(), &[words])?;
@@ -248,6 +249,17 @@ fn resize() -> Result<()> {
         for size in ["1000", "0"] {
             fails(&folder, &["resize", "--shrink", name, size], &["multiple of 512"])?;
         }
+    }
+    // What is no disk yet.
+    for (length, size, after) in [
+        (0, "+1M", 1 << 20),
+        (1000, "+1M", (1 << 20) + 1024),
+        (1000, "4K", 4096),
+    ] {
+        let path = folder.path().join("b.img");
+        fs::write(&path, vec![7; length])?;
+        succeeds(&folder, &["resize", "b.img", size])?;
+        ensure!(fs::metadata(&path)?.len() == after, "{length} by {size}");
     }
     Ok(())
 }

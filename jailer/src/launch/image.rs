@@ -218,11 +218,12 @@ impl Opened {
         }
     }
 
-    /// What the image says about itself.
+    /// What the image says about itself; nothing is written to it, nor judged as what is to be written to.
     pub(crate) fn describe(&self, setting: &Setting) -> Result<Described, Failure> {
         let mut info = None;
         let mut snapshots = Vec::new();
-        self.run(setting, "info", &[], None, &mut |message| match message {
+        let flags = ["--read-only".to_owned()];
+        self.run(setting, "info", &flags, None, &mut |message| match message {
             FromImageTool::Info(found) => info = Some(*found),
             FromImageTool::Snapshot(found) if snapshots.len() < MAX_SNAPSHOTS => snapshots.push(found),
             _ => {}

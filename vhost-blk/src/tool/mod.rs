@@ -240,26 +240,18 @@ fn resize(files: Files, size: u64, shrink: bool) -> Result<(), ToolError> {
         return Err(ToolError::Refused(format!("{format} images can only be read")));
     }
     check_size(size)?;
+    if format == Format::Raw {
+        refuse_ignored(format, "passphrase", files.options.passphrase.is_some())?;
+        return resize_raw(&files.file()?, size, shrink);
+    }
     let plain = HostFile::new(files.image.try_clone().map_err(failed)?).map_err(failed)?;
     let image = files.open()?;
     let old = image.capacity();
     if size >= old {
-        if format == Format::Raw && plain.has_fixed_size() {
-            // A device that has not grown by itself does not.
-            plain.grow_to(size).map_err(failed)?;
-        }
         image.grow(size, None)?;
         return image.close().map_err(failed);
     }
-    if !shrink {
-        return Err(ToolError::Refused(format!(
-            "{size} bytes are fewer than the disk's {old}: what lies behind is lost; say so with --shrink"
-        )));
-    }
-    if format == Format::Raw {
-        drop(image);
-        return cut(&plain, size);
-    }
+    check_shrink(size, old, shrink)?;
     qcow2::check_shrinkable(&plain, size)?;
     // What comes back when the disk grows again reads as zeros.
     image.write_zeroes(size, old - size, true).map_err(failed)?;
@@ -268,15 +260,28 @@ fn resize(files: Files, size: u64, shrink: bool) -> Result<(), ToolError> {
     Ok(qcow2::shrink(&plain, size)?)
 }
 
-/// Makes a raw image shorter.
-fn cut(file: &dyn BlockFile, size: u64) -> Result<(), ToolError> {
-    if file.has_fixed_size() {
+fn check_shrink(size: u64, old: u64, shrink: bool) -> Result<(), ToolError> {
+    if size < old && !shrink {
+        return Err(ToolError::Refused(format!(
+            "{size} bytes are fewer than the disk's {old}: what lies behind is lost; say so with --shrink"
+        )));
+    }
+    Ok(())
+}
+
+/// Of a file of any length: also of one that is no disk yet, as it is empty or has no whole sectors.
+fn resize_raw(file: &dyn BlockFile, size: u64, shrink: bool) -> Result<(), ToolError> {
+    let failed = |error| ToolError::Io("resize the image", error);
+    let old = file.size().map_err(failed)?;
+    check_shrink(size, old, shrink)?;
+    if size < old && file.has_fixed_size() {
         return Err(ToolError::Refused(
             "a block device cannot be made smaller here: use what made it".into(),
         ));
     }
-    let done = file.cut_to(size).and_then(|()| file.sync());
-    done.map_err(|error| ToolError::Io("resize the image", error))
+    // A device that has not grown by itself does not.
+    let done = file.grow_to(size).and_then(|()| file.cut_to(size));
+    done.and_then(|()| file.sync()).map_err(failed)
 }
 
 /// The passphrase in an inherited descriptor.
@@ -293,6 +298,7 @@ mod tests {
     use arguments::Create;
     use jailer::wire::{Received, receive_message};
     use std::fs::File;
+    use std::os::unix::fs::FileExt;
     use std::os::unix::net::UnixDatagram;
     use std::thread;
 
@@ -345,6 +351,28 @@ mod tests {
         }
     }
 
+    /// As they come: what has no whole sectors is no disk, and is made one.
+    #[test]
+    fn raw_files_of_any_length_become_disks() {
+        for (before, shrink) in [(0, false), (1000, false), (100_000, true)] {
+            let image = tempfile::tempfile().unwrap();
+            image.write_all_at(&vec![7; before], 0).unwrap();
+            assert!(files(&image, Format::Raw, None).open().is_err());
+            if shrink {
+                let error = resize(files(&image, Format::Raw, None), 8192, false).unwrap_err();
+                assert!(error.to_string().contains("--shrink"), "{error}");
+                assert_eq!(length(&image), before as u64);
+            }
+            resize(files(&image, Format::Raw, None), 8192, shrink).unwrap();
+            let mut bytes = vec![1; 8192];
+            image.read_exact_at(&mut bytes, 0).unwrap();
+            let mut expected = vec![7; before];
+            expected.resize(8192, 0);
+            assert!(bytes == expected, "{before} bytes");
+            assert_eq!(files(&image, Format::Raw, None).open().unwrap().capacity(), 8192);
+        }
+    }
+
     /// Nothing but that it is one.
     struct Device;
 
@@ -388,7 +416,7 @@ mod tests {
 
     #[test]
     fn a_device_is_not_cut() {
-        let error = cut(&Device, 512).unwrap_err();
+        let error = resize_raw(&Device, 512, true).unwrap_err();
         assert!(error.to_string().contains("block device"), "{error}");
     }
 

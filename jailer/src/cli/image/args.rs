@@ -46,7 +46,7 @@ pub(in crate::cli) enum ImageVerb {
         #[arg(long, short, value_name = "FILE", requires = "backing_format")]
         backing: Option<PathBuf>,
         /// Format of the backing file
-        #[arg(long, short = 'F', value_name = "FORMAT", value_parser = parse_format)]
+        #[arg(long, short = 'F', value_name = "FORMAT", requires = "backing", value_parser = parse_format)]
         backing_format: Option<ImageFormat>,
         #[command(flatten)]
         shape: Shape,
