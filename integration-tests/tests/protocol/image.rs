@@ -237,7 +237,15 @@ fn check() -> Result<()> {
         &folder,
         &["check", "--format=raw", "a.qcow2"],
         &["a raw image has no refcounts"],
-    )
+    )?;
+    fs::remove_file(folder.path().join("a.qcow2"))?;
+    let data = ["-o", "data_file=a.data", "a.qcow2", "8M"];
+    qemu_img_in(
+        folder.path(),
+        &[&["create", "-q", "-f", "qcow2"][..], &data].concat(),
+    )?;
+    write(&folder, "a.qcow2", "write -P 3 1M 1M")?;
+    compare(0)
 }
 
 fn convert() -> Result<()> {

@@ -429,11 +429,12 @@ pub(super) fn visit_copied(
                     .map_err(ImageError::io("write the L1 table"))?;
             }
         }
-        if !geometry.external_data {
+        // Clusters of an external data file are not counted: there is nothing to mend.
+        if !geometry.external_data || wrong == Wrong::Count {
             visit_copied_in(
                 file,
                 geometry,
-                entry.table,
+                (entry.table, (index as u64) << geometry.l2_bits()),
                 counts,
                 file_end,
                 (wrong, &mut walked),
@@ -447,10 +448,11 @@ pub(super) fn visit_copied(
     Ok(walked)
 }
 
+/// In an L2 table; its first entry is guest cluster `first`'s.
 fn visit_copied_in(
     file: &dyn BlockFile,
     geometry: &Geometry,
-    table: u64,
+    (table, first): (u64, u64),
     counts: &Counts,
     file_end: u64,
     (wrong, walked): (Wrong, &mut Walked),
@@ -459,13 +461,15 @@ fn visit_copied_in(
     file.read_at(&mut bytes, table)
         .map_err(ImageError::io("read an L2 table"))?;
     let before = walked.wrong;
-    for entry in bytes.chunks_exact_mut(geometry.l2_entry_size() as usize) {
+    let entries = bytes.chunks_exact_mut(geometry.l2_entry_size() as usize);
+    for (guest, entry) in (first..).zip(entries) {
         let mut parts = words(entry);
         let (raw, bitmap) = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
         drop(parts);
-        let host = Cluster::decode(raw, bitmap, 0, geometry, file_end)?.host;
+        let host = Cluster::decode(raw, bitmap, guest, geometry, file_end)?.host;
         walked.allocated += u64::from(host != Host::None);
         if let Host::Plain { offset, copied } = host
+            && !geometry.external_data
             && copied != (counts.of(offset, geometry) == 1)
         {
             entry[..8].copy_from_slice(&(raw ^ COPIED).to_be_bytes());
