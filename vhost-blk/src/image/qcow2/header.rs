@@ -279,12 +279,12 @@ impl Header {
         if self.is_corrupt() {
             Some((
                 "incompatible_features",
-                "the corrupt bit is set: repair the image first",
+                "the corrupt bit is set: repair the image first, with bulkhead image check --repair",
             ))
         } else if self.is_dirty() {
             Some((
                 "incompatible_features",
-                "the dirty bit is set: repair the image first",
+                "the dirty bit is set: repair the image first, with bulkhead image check --repair",
             ))
         } else if self.geometry.external_data {
             Some((
