@@ -73,6 +73,31 @@ fn one_that_dies_at_once_is_tried_ever_later_and_then_given_up() {
     );
 }
 
+/// Processes that are killed a moment after they serve, every fifth of them before it has done anything: chance makes
+/// no guest wait long.
+#[test]
+fn deaths_at_random_moments_never_add_up_to_a_long_wait() {
+    let mut now = Instant::now();
+    let mut recovery = Recovery::new(now);
+    let mut random = 1u64;
+    for death in 1..=10_000 {
+        // A linear congruential generator; its upper bits are random.
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let served = if death % 5 == 0 {
+            1
+        } else {
+            10 + (random >> 33) % 181
+        };
+        now += Duration::from_millis(served);
+        assert_eq!(recovery.ended(now, "signal 9"), None);
+        let wait = recovery.deadline().unwrap() - now;
+        assert!(wait <= 40 * MS, "{wait:?} after {death} deaths");
+        // So slow a host that no number of deaths is too large.
+        now += wait + Duration::from_secs(1);
+        serve_one(&mut recovery, now);
+    }
+}
+
 #[test]
 fn a_process_that_cannot_be_killed_is_never_replaced() {
     let now = Instant::now();
