@@ -8,6 +8,11 @@ use vm_spec::machine;
 pub(crate) const LOAD_ADDRESS: u32 = 0x10_0000;
 const CODE_OFFSET: usize = 0x200;
 
+/// The I/O APIC's register with the lower half of a pin's redirection entry; the upper half is in the next.
+pub(crate) fn redirection(pin: u32) -> u32 {
+    0x10 + 2 * pin
+}
+
 /// 32-bit code, one instruction after another.
 #[derive(Clone, Default)]
 pub(crate) struct Code(Vec<u8>);
@@ -86,18 +91,33 @@ impl Code {
 
     /// Opens the event device's pin, and ends by a triple fault once that interrupts.
     pub(crate) fn fall_at_the_next_event(self) -> Self {
-        let (ioapic, pin) = (machine::IOAPIC_START, 0x10 + 2 * machine::GED_GSI);
+        let pin = redirection(machine::GED_GSI);
         let lapic_spurious = 0xFEE0_00F0;
-        let mut code = self.store(lapic_spurious, &0x1FFu32.to_le_bytes());
-        for (register, value) in [(pin + 1, 0), (pin, 0x30)] {
-            code = code.store(ioapic, &register.to_le_bytes());
-            code = code.store(ioapic + 0x10, &u32::to_le_bytes(value));
-        }
+        let code = self.store(lapic_spurious, &0x1FFu32.to_le_bytes());
+        let mut code = code.set_ioapic(pin + 1, 0).set_ioapic(pin, 0x30);
         // mov esp, 0x200000; push 0; push 0; lidt [esp]; sti
         code.0
             .extend([0xBC, 0, 0, 0x20, 0, 0x6A, 0, 0x6A, 0, 0x0F, 0x01, 0x1C, 0x24]);
         code.0.push(0xFB);
         code.spin()
+    }
+
+    /// Sets a register of the I/O APIC.
+    pub(crate) fn set_ioapic(self, register: u32, value: u32) -> Self {
+        self.store(machine::IOAPIC_START, &register.to_le_bytes())
+            .store(machine::IOAPIC_START + 0x10, &value.to_le_bytes())
+    }
+
+    /// Writes the four bytes of a register of the I/O APIC to COM1.
+    pub(crate) fn print_ioapic(self, register: u32) -> Self {
+        let mut code = self.store(machine::IOAPIC_START, &register.to_le_bytes());
+        // mov eax, [window]; mov dx, 0x3F8
+        code.0.push(0xA1);
+        code.0.extend((machine::IOAPIC_START as u32 + 0x10).to_le_bytes());
+        code.0.extend([0x66, 0xBA, 0xF8, 0x03]);
+        // out dx, al; shr eax, 8
+        code.0.extend([0xEE, 0xC1, 0xE8, 8].repeat(4));
+        code
     }
 
     /// Echoes one byte from COM1's receiver back.

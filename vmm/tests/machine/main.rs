@@ -14,6 +14,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 use vm_spec::control::{EndReason, FromVmm, ToVmm};
+use vm_spec::machine;
 
 type Outcome = Result<(), Failed>;
 type Test = (&'static str, fn() -> Outcome);
@@ -21,10 +22,11 @@ type Test = (&'static str, fn() -> Outcome);
 fn main() {
     let arguments = Arguments::from_args();
     let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
-    let tests: [Test; 23] = [
+    let tests: [Test; 24] = [
         ("a_byte_and_a_power_off", a_byte_and_a_power_off),
         ("more_memory_than_the_hole_and_many_vcpus", more_memory_and_vcpus),
         ("no_pic_interrupts_who_never_masked_it", pics),
+        ("no_pin_of_the_io_apic_stays_open_across_a_reboot", io_apic),
         ("each_end_is_told_apart", each_end_is_told_apart),
         ("a_commands_exit_status", exit_status),
         ("a_reset_before_anything_is_no_success", instant_reset),
@@ -110,6 +112,19 @@ fn pics() -> Outcome {
         .spin()
         .elf();
     assert_eq!(run(Guest::new(&kernel)), ("\0".repeat(4), EndReason::PowerOff, 1));
+    Ok(())
+}
+
+/// The event device's pin and the console's are masked and nothing more at each boot, though the guest opens them.
+fn io_apic() -> Outcome {
+    let pins = [machine::GED_GSI, machine::COM1_GSI].map(guest::redirection);
+    let print = |code: Code, pin| code.print_ioapic(pin);
+    let open = |code: Code, pin| code.set_ioapic(pin, 0x30);
+    let code = pins.into_iter().fold(Code::default(), print);
+    let code = pins.into_iter().fold(code, open).reset_until(2);
+    let kernel = code.power_off().spin().elf();
+    let masked = String::from_utf8(0x1_0000u32.to_le_bytes().repeat(4))?;
+    assert_eq!(run(Guest::new(&kernel)), (masked, EndReason::PowerOff, 1));
     Ok(())
 }
 
