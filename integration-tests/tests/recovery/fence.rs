@@ -2,7 +2,10 @@
 //! successor's first, whatever kind of file it is. Were they not waited for, the storm would find
 //! blocks of an older generation, and the successor would serve at once.
 
-use crate::storm::{DEADLINE, Image, Stalls, Storm};
+use crate::{
+    on_disk::has_ring,
+    storm::{DEADLINE, Image, Stalls, Storm},
+};
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     host::Host,
@@ -146,15 +149,6 @@ impl Drop for SlowDisk {
     fn drop(&mut self) {
         let _ = fs::remove_dir(&self.group);
     }
-}
-
-/// Whether process `pid` has an io_uring, whose writes its end does not wait for.
-fn has_ring(pid: i32) -> Result<bool> {
-    let mut rings = false;
-    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
-        rings |= fs::read_link(entry?.path())?.as_os_str() == "anon_inode:[io_uring]";
-    }
-    Ok(rings)
 }
 
 fn fence(place: Place) -> Result<()> {

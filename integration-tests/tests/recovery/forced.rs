@@ -52,7 +52,12 @@ pub(crate) fn tests() -> Vec<Trial> {
 fn dies(step: &str, kills: u64) -> Result<()> {
     Host::need_kvm()?;
     let bins = faulty_binaries()?;
-    let mut storm = Storm::start(Image::Qcow2, &format!("bad.{step}"), Some(bins.path()))?;
+    let storm = Storm::start(Image::Qcow2, &format!("bad.{step}"), Some(bins.path()))?;
+    each_dies(storm, step, kills)
+}
+
+/// Lets the storm's processes die so often at `step`, and then compares everything.
+pub(crate) fn each_dies(mut storm: Storm, step: &str, kills: u64) -> Result<()> {
     let limit = Duration::from_secs(30 + kills);
     let reached = storm
         .victim

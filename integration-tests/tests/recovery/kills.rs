@@ -18,7 +18,7 @@ use vm_spec::{events::EventKind, run_state::ProcessRole};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 /// A successor is there within this time.
-const SUCCESSOR: Duration = Duration::from_secs(10);
+pub(crate) const SUCCESSOR: Duration = Duration::from_secs(10);
 /// The seed of the moments; printed, so that a run can be repeated as far as time can.
 const SEED: &str = "BULKHEAD_SEED";
 
@@ -52,7 +52,7 @@ pub(crate) fn tests() -> Vec<Trial> {
 pub(crate) struct Moments(u64);
 
 impl Moments {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let given = env::var(SEED).ok().and_then(|text| text.parse().ok());
         let seed = given.unwrap_or_else(|| u64::from(std::process::id()));
         println!("{SEED}={seed}");

@@ -6,6 +6,7 @@ mod fence;
 mod forced;
 mod kills;
 mod limits;
+mod on_disk;
 mod others;
 mod storm;
 mod stress;
@@ -20,6 +21,7 @@ fn main() -> ExitCode {
     integration_tests::demo::peer::intercept();
     let mut tests = Vec::new();
     tests.extend(kills::tests());
+    tests.extend(on_disk::tests());
     tests.extend(limits::tests());
     tests.extend(others::tests());
     tests.extend(durable::tests());

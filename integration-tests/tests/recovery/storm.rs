@@ -1,7 +1,10 @@
 //! The storm: random writes, reads, flushes and discards at depth 64 on four queues, every block
 //! with its number and generation, while the disk process dies; then everything is compared.
 
-use crate::victim::Victim;
+use crate::{
+    on_disk::{self, Cache},
+    victim::Victim,
+};
 use anyhow::{Context, Result, ensure};
 use guest_contract::Checksum;
 use integration_tests::{
@@ -31,6 +34,7 @@ const STRIDE: u64 = 64 << 10;
 const BLOCK: usize = 4096;
 /// The guest's own, unless it is told another.
 const SEED: u64 = 1;
+const SCENARIO: &str = "scenario=storm depth=64 queues=4";
 
 /// What the disk is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -47,6 +51,12 @@ impl Image {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
         }
+    }
+
+    /// What `--disk` says of such a one with this id, for the guest's four queues.
+    fn keys(self, id: &str, path: &Path) -> String {
+        let (path, format) = (path.display(), self.name());
+        format!("id={id},path={path},format={format},num-queues=4")
     }
 
     pub(crate) fn make(self, path: &Path) -> Result<()> {
@@ -124,7 +134,7 @@ pub(crate) struct Storm {
     pub(crate) victim: Victim,
     image: Image,
     folder: TempDir,
-    disks: u64,
+    disks: usize,
 }
 
 /// What became of one.
@@ -136,18 +146,18 @@ pub(crate) struct Calm {
 impl Storm {
     /// Starts one on the disk `id`, served by the binaries in `bins` (ours without).
     pub(crate) fn start(image: Image, id: &str, bins: Option<&Path>) -> Result<Self> {
-        Self::of("scenario=storm depth=64 queues=4", image, id, bins)
+        Self::of(SCENARIO, image, id, bins)
+    }
+
+    /// As [`Storm::start`], with the image where a disk of the host's is waited for.
+    pub(crate) fn on_disk(image: Image, id: &str, cache: Cache, bins: Option<&Path>) -> Result<Self> {
+        let disk = |path: &Path| Ok(image.keys(id, path) + cache.keys());
+        Self::within(on_disk::folder()?, SCENARIO, image, bins, disk)
     }
 
     /// Starts another scenario on such a disk.
     pub(crate) fn of(scenario: &str, image: Image, id: &str, bins: Option<&Path>) -> Result<Self> {
-        Self::on(scenario, image, bins, |path| {
-            Ok(format!(
-                "id={id},path={},format={},num-queues=4",
-                path.display(),
-                image.name()
-            ))
-        })
+        Self::on(scenario, image, bins, |path| Ok(image.keys(id, path)))
     }
 
     /// Starts a scenario on the disk that `disk` describes, for the image at a path.
@@ -157,10 +167,25 @@ impl Storm {
         bins: Option<&Path>,
         disk: impl FnOnce(&Path) -> Result<String>,
     ) -> Result<Self> {
-        let folder = quick_folder()?;
+        Self::within(quick_folder()?, scenario, image, bins, disk)
+    }
+
+    fn within(
+        folder: TempDir,
+        scenario: &str,
+        image: Image,
+        bins: Option<&Path>,
+        disk: impl FnOnce(&Path) -> Result<String>,
+    ) -> Result<Self> {
         let path = path_of(&folder, 0);
         image.make(&path)?;
-        Self::launch(scenario, image, bins, folder, &[disk(&path)?])
+        Self::launch(
+            scenario,
+            image,
+            bins,
+            folder,
+            &[format!("--disk={}", disk(&path)?)],
+        )
     }
 
     /// Starts one on two disks, `disk0` and `disk1`.
@@ -169,15 +194,10 @@ impl Storm {
         let disks = [0, 1].map(|number| {
             let path = path_of(&folder, number);
             image.make(&path)?;
-            Ok(format!(
-                "path={},format={},num-queues=4",
-                path.display(),
-                image.name()
-            ))
+            Ok(format!("--disk={}", image.keys(&format!("disk{number}"), &path)))
         });
         let disks = disks.into_iter().collect::<Result<Vec<_>>>()?;
-        let scenario = "scenario=storm depth=64 queues=4 disks=2";
-        Self::launch(scenario, image, None, folder, &disks)
+        Self::launch(&format!("{SCENARIO} disks=2"), image, None, folder, &disks)
     }
 
     fn launch(
@@ -185,7 +205,7 @@ impl Storm {
         image: Image,
         bins: Option<&Path>,
         folder: TempDir,
-        disks: &[String],
+        devices: &[String],
     ) -> Result<Self> {
         let kernel = artifact(Artifact::TinyGuest)?;
         let mut flags = vec![
@@ -194,7 +214,7 @@ impl Storm {
             format!("--cmdline={scenario} blocks={BLOCKS}"),
             "--cpus=2".to_owned(),
         ];
-        flags.extend(disks.iter().map(|disk| format!("--disk={disk}")));
+        flags.extend_from_slice(devices);
         let mut command = Command::new(artifact(Artifact::Bulkhead)?);
         if let Some(bins) = bins {
             command.env("BULKHEAD_BIN_DIR", bins);
@@ -208,7 +228,7 @@ impl Storm {
             victim: Victim::new(ProcessRole::Disk),
             image,
             folder,
-            disks: disks.len() as u64,
+            disks: devices.iter().filter(|flag| flag.starts_with("--disk=")).count(),
         })
     }
 
@@ -272,7 +292,7 @@ impl Storm {
         let sums: Vec<_> = self.run.console.values("checksum").collect();
         let writes: Vec<_> = self.run.console.values("writes").collect();
         ensure!(
-            sums.len() as u64 == self.disks && !writes.contains(&"0"),
+            sums.len() == self.disks && !writes.contains(&"0"),
             "{}",
             self.run.console.text()
         );
