@@ -157,7 +157,12 @@ fn disk_of_ours(vm: &mut Vm, image: &Path) -> Result<()> {
     ensure!(jailed("disk1"), "{state:?}");
     is_limited(&state, "disk1")?;
     let locked = Command::new("qemu-img").arg("info").arg(image).output()?;
-    ensure!(!locked.status.success(), "nobody locks {}", image.display());
+    let said = String::from_utf8_lossy(&locked.stderr);
+    ensure!(
+        !locked.status.success() && said.contains("lock"),
+        "nobody locks {}: {said}",
+        image.display()
+    );
     for key in b"fill vdb\n" {
         vm.run.press(*key)?;
     }

@@ -241,6 +241,20 @@ impl Storm {
         path_of(&self.folder, 0)
     }
 
+    /// Nobody else may write to the image.
+    pub(crate) fn check_lock(&self) -> Result<()> {
+        let path = self.path();
+        let write = ["bench", "-w", "-c", "1", "-f", self.image.name(), text(&path)?];
+        let output = qemu_img_output(Path::new("."), &write)?;
+        let words = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            !output.status.success() && words.contains("lock"),
+            "nobody locks the image: {}: {words}",
+            output.status
+        );
+        Ok(())
+    }
+
     /// Looks at the image of a VM that was ended: as after a power failure, nothing is known of
     /// what it holds, but it is sound.
     pub(crate) fn check_image(&self) -> Result<()> {
