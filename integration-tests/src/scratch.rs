@@ -1,4 +1,4 @@
-//! A command's folder in `/var/tmp`, which goes with the command; what killed ones have left goes with the next.
+//! Folders that are removed: a test's in memory, and a command's in `/var/tmp`, which goes with the command; what killed ones have left goes with the next.
 
 use crate::interrupt::{self, Guard};
 use std::fs::{self, DirEntry, File};
@@ -7,6 +7,19 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 use tempfile::TempDir;
+
+/// A new folder, in memory where that is possible: for tests to which a flush that waits for a busy host's disk says
+/// nothing.
+///
+/// # Errors
+/// The file system's.
+pub fn quick_folder() -> Result<TempDir> {
+    let memory = Path::new("/dev/shm");
+    match memory.is_dir() {
+        true => tempfile::tempdir_in(memory),
+        false => tempfile::tempdir(),
+    }
+}
 
 /// On a disk, whatever `/tmp` is, and for the users that a command becomes.
 const PLACE: &str = "/var/tmp";

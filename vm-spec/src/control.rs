@@ -306,6 +306,9 @@ pub struct VmStats {
     pub exits: Vec<(String, u64)>,
     /// Bytes of console output dropped because nobody read them.
     pub console_dropped: u64,
+    /// How often a queue of a device that is there was kicked again, as its requests waited for a second or longer and
+    /// none was completed: the host is slow, or a kick was lost.
+    pub rekicks: u64,
 }
 
 /// Exit codes of `bulkhead run`.

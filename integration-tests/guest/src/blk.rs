@@ -24,7 +24,7 @@ pub(crate) const DISCARD: u32 = 11;
 pub(crate) const SECTOR: u64 = 512;
 /// Bytes before a slot's data: request header at 0, status at 16, discard segment at 32.
 pub(crate) const HEADER: usize = 512;
-const MAX_QUEUES: usize = 4;
+pub(crate) const MAX_QUEUES: usize = 4;
 pub(crate) const MAX_DEPTH: u64 = 64;
 /// Descriptors of one request.
 const CHAIN: u16 = 3;
@@ -471,5 +471,6 @@ pub(crate) fn reboot_scenario(parameters: Parameters<'_>) -> Result<(), Failure>
     if boots <= parameters.number("reboots", 1) {
         cpu::reset();
     }
+    after_work(parameters);
     Ok(())
 }

@@ -3,7 +3,7 @@
 //! generation, so that a write that was lost, doubled over a newer one, or went elsewhere is seen.
 
 use crate::{
-    blk::{self, DISCARD, Disk, FLUSH, HEADER, READ, SECTOR, WRITE_OUT},
+    blk::{self, DISCARD, Disk, FLUSH, HEADER, MAX_QUEUES, READ, SECTOR, WRITE_OUT},
     cpu, memory,
     parameters::Parameters,
     scenario::Failure,
@@ -88,12 +88,20 @@ struct Done {
     discards: u64,
 }
 
+/// How long queues with requests under way completed nothing, in cycles.
+struct Gaps {
+    /// When each completed something last.
+    since: [u64; MAX_QUEUES],
+    longest: u64,
+}
+
 /// A disk in the storm.
 struct Side {
     disk: Disk,
     blocks: Blocks,
     mix: Mix,
     done: Done,
+    gaps: Gaps,
 }
 
 type Sides = [Option<Side>; 2];
@@ -123,6 +131,10 @@ impl Side {
             blocks,
             mix,
             done: Done::default(),
+            gaps: Gaps {
+                since: [cpu::time(); MAX_QUEUES],
+                longest: 0,
+            },
         })
     }
 
@@ -138,6 +150,7 @@ impl Side {
         line!("reads={}", self.done.reads);
         line!("flushes={}", self.done.flushes);
         line!("discards={}", self.done.discards);
+        line!("longest_gap={}", self.gaps.longest);
         line!("checksum={sum:016x}");
         Ok(())
     }
@@ -151,11 +164,14 @@ pub(crate) fn scenario(parameters: Parameters<'_>) -> Result<(), Failure> {
     }
     serial::listen();
     line!("phase=work");
+    let start = cpu::time();
     while !serial::heard() {
         sides.iter_mut().flatten().for_each(submit);
         wait_used(&mut sides);
         sides.iter_mut().flatten().try_for_each(complete)?;
     }
+    line!("storm_cycles={}", cpu::time() - start);
+    line!("phase=calm");
     sides.iter_mut().flatten().try_for_each(Side::finish)
 }
 
@@ -214,10 +230,17 @@ fn submit(side: &mut Side) {
 /// Takes all completions that there are.
 fn complete(side: &mut Side) -> Result<(), Failure> {
     let Side {
-        disk, blocks, done, ..
+        disk,
+        blocks,
+        done,
+        gaps,
+        ..
     } = side;
-    for (queue, slots) in disk.queues() {
+    let now = cpu::time();
+    for ((queue, slots), since) in disk.queues().zip(&mut gaps.since) {
         while let Some((kind, block, memory)) = slots.complete(queue)? {
+            gaps.longest = gaps.longest.max(now - *since);
+            *since = now;
             match kind {
                 FLUSH => {
                     done.flushes += 1;

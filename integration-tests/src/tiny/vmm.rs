@@ -261,6 +261,7 @@ impl Vm {
             let message = self.receive(end.saturating_duration_since(Instant::now()))?;
             match message.body {
                 FromVmm::Stats(stats) if message.id == id => return Ok(stats),
+                FromVmm::Rebooted => self.reboots += 1,
                 FromVmm::Running { .. } => {}
                 FromVmm::BackendLost { device, reason, .. } | FromVmm::DeviceFault { device, reason } => {
                     self.lost.push(format!("{device}: {reason}"));

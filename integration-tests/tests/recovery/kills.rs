@@ -1,7 +1,7 @@
 //! Kills at random moments under load: nothing is lost, doubled or reordered.
 
 use crate::{
-    storm::{Image, Stalls, Storm},
+    storm::{Calm, Image, Stalls, Storm, strict},
     victim::Victim,
 };
 use anyhow::{Context, Result, ensure};
@@ -110,7 +110,9 @@ fn under_load(image: Image, kills: usize) -> Result<()> {
             // The image grows, or lost clusters come back: both sides of the kill allocate.
             allocating += usize::from(storm.image_blocks()? != before);
         }
-        events.extend(storm.calm()?.events);
+        let calm = storm.calm()?;
+        no_longer_gap(&calm)?;
+        events.extend(calm.events);
         if Stalls::of(events.iter()).busy() >= kills {
             break;
         }
@@ -123,6 +125,25 @@ fn under_load(image: Image, kills: usize) -> Result<()> {
         image == Image::Raw || allocating * 2 >= stalls.count(),
         "{allocating} of {} kills with allocating writes",
         stalls.count()
+    );
+    Ok(())
+}
+
+/// The guest stands still no longer than the supervisor says: what was under way goes on as soon as a process serves
+/// again. Two that die in turn may make one gap.
+fn no_longer_gap(calm: &Calm) -> Result<()> {
+    let took = calm.events.iter().map(|event| event.took_us).max();
+    let took = Duration::from_micros(took.unwrap_or(0));
+    // A kick that was lost is given again after a second or two.
+    let margin = Duration::from_millis(if strict() { 100 } else { 500 });
+    println!(
+        "the longest gap {:.1?}, the longest restart {took:.1?}",
+        calm.longest_gap
+    );
+    ensure!(
+        calm.longest_gap < 2 * took + margin,
+        "a queue stood still for {:?}, and the longest restart took {took:?}",
+        calm.longest_gap
     );
     Ok(())
 }

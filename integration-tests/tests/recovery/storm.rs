@@ -11,6 +11,7 @@ use integration_tests::{
     artifacts::Artifact,
     host::NESTED,
     qemu_img::{qemu_img, qemu_img_output},
+    scratch::quick_folder,
     suite::{artifact, full},
     tiny::Run,
 };
@@ -19,7 +20,7 @@ use std::{
     os::unix::fs::{FileExt, MetadataExt, symlink},
     path::{Path, PathBuf},
     process::Command,
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tempfile::TempDir;
 use vm_spec::{
@@ -135,12 +136,15 @@ pub(crate) struct Storm {
     image: Image,
     folder: TempDir,
     disks: usize,
+    began: Instant,
 }
 
 /// What became of one.
 pub(crate) struct Calm {
     /// Every event of the disk.
     pub(crate) events: Vec<VmEvent>,
+    /// The longest time for which a queue with requests under way completed none, by the guest's clock.
+    pub(crate) longest_gap: Duration,
 }
 
 impl Storm {
@@ -228,6 +232,7 @@ impl Storm {
             victim: Victim::new(ProcessRole::Disk),
             image,
             folder,
+            began: Instant::now(),
             disks: devices.iter().filter(|flag| flag.starts_with("--disk=")).count(),
         })
     }
@@ -299,6 +304,9 @@ impl Storm {
     fn finish_then(&mut self, release: impl FnOnce() -> Result<()>) -> Result<Calm> {
         let events = self.victim.events(&self.run).unwrap_or_default();
         self.run.press(b'.')?;
+        let calm = self.run.console.wait_line("phase=calm", DEADLINE);
+        calm.with_context(|| self.run.process.stderr().unwrap_or_default())?;
+        let time = self.began.elapsed();
         let status = self.run.wait(DEADLINE)?;
         let words = self.run.process.stderr()?;
         ensure!(status.success(), "{status}: {words}\n{}", self.run.console.text());
@@ -324,7 +332,19 @@ impl Storm {
                 "the image of disk {number} differs"
             );
         }
-        Ok(Calm { events })
+        Ok(Calm {
+            events,
+            longest_gap: self.longest_gap(time)?,
+        })
+    }
+
+    /// Of a storm that took `time`.
+    fn longest_gap(&self, time: Duration) -> Result<Duration> {
+        let console = &self.run.console;
+        let cycles = console.number("storm_cycles")? as f64;
+        let gaps = console.values("longest_gap").map(str::parse::<u64>);
+        let longest = gaps.collect::<Result<Vec<_>, _>>()?.into_iter().max();
+        Ok(time.mul_f64(longest.context("no gaps")? as f64 / cycles))
     }
 }
 
@@ -334,15 +354,6 @@ fn path_of(folder: &TempDir, number: u64) -> PathBuf {
         0 => "disk".to_owned(),
         other => format!("disk{other}"),
     })
-}
-
-/// In memory where that is possible: a flush that waits for a busy host's disk tests nothing here.
-fn quick_folder() -> Result<TempDir> {
-    let memory = Path::new("/dev/shm");
-    match memory.is_dir() {
-        true => Ok(tempfile::tempdir_in(memory)?),
-        false => Ok(tempfile::tempdir()?),
-    }
 }
 
 /// A folder of our binaries in which the disk process is the one with faults.

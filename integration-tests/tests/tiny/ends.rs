@@ -1,6 +1,7 @@
 //! How guests end, and that each end is told apart.
 
 use crate::fixture::{Disk, Server};
+use crate::work::no_rekicks;
 use anyhow::{Result, ensure};
 use integration_tests::{
     artifacts::Artifact,
@@ -90,11 +91,14 @@ fn reboots() -> Result<()> {
     let (disk, device) = Disk::start(Server::Ours)?;
     let options = VmOptions {
         restart_on_reboot: true,
-        ..VmOptions::tiny("scenario=reboot reboots=20")
+        ..VmOptions::tiny("scenario=reboot sync=1 reboots=20")
     };
-    let ended = Vm::start(&options, vec![device])?
-        .wait_end(DEADLINE)
-        .map_err(|error| disk.explain(error))?;
+    let mut vm = Vm::start(&options, vec![device])?;
+    let done = vm.console.wait_line("phase=done", DEADLINE);
+    done.map_err(|error| disk.explain(error))?;
+    no_rekicks(&vm.stats(DEADLINE)?)?;
+    vm.type_text("d")?;
+    let ended = vm.wait_end(DEADLINE).map_err(|error| disk.explain(error))?;
     ended.console.expect_ok()?;
     ensure!(ended.reason == EndReason::PowerOff, "{:?}", ended.reason);
     ensure!(ended.console.number("boots")? == 21, "{}", ended.console.text());

@@ -5,6 +5,7 @@ use integration_tests::{
     artifacts::Artifact,
     frontend_harness::DEADLINE,
     process::{Process, connect},
+    scratch::quick_folder,
     suite::{artifact, seccomp_flag},
     tiny::Device,
 };
@@ -37,7 +38,8 @@ impl Disk {
 
     /// Starts the process; the device goes to the vmm.
     pub(crate) fn start(server: Server) -> Result<(Self, Device)> {
-        let folder = tempfile::tempdir()?;
+        // A flush that takes long looks as a lost kick does.
+        let folder = quick_folder()?;
         let path = folder.path().join("disk");
         File::create(&path)?.set_len(DISK)?;
         let (process, socket) = match server {

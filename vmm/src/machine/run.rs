@@ -208,6 +208,7 @@ impl Machine {
             ToVmm::Stats => FromVmm::Stats(VmStats {
                 exits: self.vcpus.exits(),
                 console_dropped: self.platform.com1.output().dropped(),
+                rekicks: self.devices.iter().map(Device::rekicks).sum(),
             }),
             ToVmm::ReplaceBackend { slot, generation } => {
                 match self.replace_backend(message.id, slot, generation, fds) {

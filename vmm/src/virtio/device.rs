@@ -15,7 +15,7 @@ use crate::frontend::{
 use crate::pci::{Function, Msix};
 use crate::platform::{Doorbells, Interrupts};
 use nix::sys::eventfd::EventFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -225,6 +225,12 @@ impl Device {
         self.worker.transport.driven.load(Ordering::Relaxed)
     }
 
+    /// How often a queue was kicked again, as its requests waited for a second or longer and none was completed.
+    #[must_use]
+    pub fn rekicks(&self) -> u64 {
+        self.worker.transport.rekicks.load(Ordering::Relaxed)
+    }
+
     /// Stops the rings, waits until what was taken is completed, and says where they stand. Never
     /// call it from a vCPU thread.
     ///
@@ -372,6 +378,7 @@ impl Connecting {
             mailbox: Arc::clone(&self.thread.mailbox),
             takes_config: offer.own_config && kind.keeps_writes(),
             driven: AtomicBool::new(false),
+            rekicks: AtomicU64::new(0),
         });
         // The thread waits for it, or has failed to confine itself: then it has hung up.
         let ended = |_| Error::Thread(Duration::ZERO);

@@ -447,6 +447,7 @@ fn a_back_end_without_progress_is_kicked_while_it_answers() {
     rig.fake.look(Req::GET_FEATURES, 3, |_| ());
     let mut count = [0; 8];
     (&kick).read_exact(&mut count).unwrap();
+    assert!(rig.device.rekicks() > 0);
     assert!(rig.events.try_recv().is_err(), "a slow disk is no hang");
 }
 

@@ -11,6 +11,7 @@ use super::worker::{Phase, Worker};
 use crate::frontend::{MemoryTable, Ring, Session};
 use nix::poll::PollTimeout;
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_CTRL_VQ;
 
@@ -137,7 +138,11 @@ impl Worker {
         }
         match session.ping() {
             // A kick that was lost, by whoever, costs a moment instead of the queue.
-            Ok(()) => stalled.iter().for_each(|ring| ring.events.kick.signal()),
+            Ok(()) => {
+                let count = stalled.len() as u64;
+                self.transport.rekicks.fetch_add(count, Ordering::Relaxed);
+                stalled.iter().for_each(|ring| ring.events.kick.signal());
+            }
             Err(error) => self.lose(&error),
         }
     }

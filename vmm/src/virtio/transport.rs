@@ -9,7 +9,7 @@ use super::registers::{Effect, Registers};
 use crate::frontend::{MemoryTable, Ring, RingEvents, SharedEvent};
 use crate::pci::Msix;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub(super) struct Transport {
@@ -28,6 +28,8 @@ pub(super) struct Transport {
     pub(super) takes_config: bool,
     /// A driver has set DRIVER_OK at least once in this boot.
     pub(super) driven: AtomicBool,
+    /// Kicks that were given again since nothing was completed.
+    pub(super) rekicks: AtomicU64,
 }
 
 impl Transport {
