@@ -318,7 +318,7 @@ fn two(image: Image) -> Result<()> {
     Host::need_kvm()?;
     let mut moments = Moments::new();
     let mut storm = Storm::two(image)?;
-    let mut victims = [Victim::named("disk0"), Victim::named("disk1")];
+    let mut victims = ["disk0", "disk1"].map(|name| Victim::named(ProcessRole::Disk, name));
     for _ in 0..if full() { 100 } else { 5 } {
         moments.wait();
         for victim in &mut victims {

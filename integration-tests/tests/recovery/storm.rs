@@ -204,6 +204,18 @@ impl Storm {
         Self::launch(&format!("{SCENARIO} disks=2"), image, None, folder, &disks)
     }
 
+    /// Starts one on the disk `disk0`, of a VM that has the NIC `net0`, too.
+    pub(crate) fn beside_a_nic(image: Image) -> Result<Self> {
+        let folder = quick_folder()?;
+        let path = path_of(&folder, 0);
+        image.make(&path)?;
+        let devices = [
+            format!("--disk={}", image.keys("disk0", &path)),
+            "--net=private=10.213.8.1/24,id=net0".to_owned(),
+        ];
+        Self::launch(SCENARIO, image, None, folder, &devices)
+    }
+
     fn launch(
         scenario: &str,
         image: Image,

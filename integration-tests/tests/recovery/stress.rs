@@ -1,16 +1,18 @@
-//! Random faults over all processes of four VMs at a time, for a given time.
+//! Random faults of disks and NICs of four VMs at a time, and of the processes that are not replaced, for a given time.
 
 use crate::{
     durable,
     kills::Moments,
     storm::{Image, Stalls, Storm},
     upgrade::upgrade,
+    victim::Victim,
 };
 use anyhow::{Context, Result, anyhow, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
     suite::{artifact, full, test_within},
+    tiny::Run,
 };
 use libtest_mimic::Trial;
 use nix::sys::signal::Signal;
@@ -28,8 +30,17 @@ use vm_spec::{
 /// Seconds; unset: half an hour for all tests, a moment for the quick ones.
 const SECONDS: &str = "BULKHEAD_STRESS_SECONDS";
 const VMS: u64 = 4;
+const DISK: &str = "disk0";
 /// Faults of a VM's devices before it is let finish, and all of its disk compared.
 const FAULTS: u32 = 25;
+/// What is not replaced.
+const ENDS: [ProcessRole; 5] = [
+    ProcessRole::Vmm,
+    ProcessRole::Supervisor,
+    ProcessRole::Spawner,
+    ProcessRole::Forker,
+    ProcessRole::Reaper,
+];
 /// A busy host takes its time.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -47,6 +58,7 @@ pub(crate) fn tests() -> Vec<Trial> {
 struct Tally {
     finished: u32,
     kills: u32,
+    of_nics: u32,
     stops: u32,
     upgrades: u32,
     /// VMs ended by the death of a process that is not replaced: its name, and how long the rest took.
@@ -65,7 +77,7 @@ fn stress(time: Duration) -> Result<()> {
                 scope.spawn(move || {
                     let mut moments = Moments::of(number);
                     while Instant::now() < end {
-                        one(&mut moments, tally).with_context(|| format!("VM {number}"))?;
+                        one(number, &mut moments, tally).with_context(|| format!("VM {number}"))?;
                     }
                     Ok(())
                 })
@@ -77,10 +89,11 @@ fn stress(time: Duration) -> Result<()> {
     })?;
     let tally = tally.into_inner().map_err(|_| anyhow!("a thread panicked"))?;
     println!(
-        "{time:?}: {} VMs compared to the last block, {} kills, {} stops, {} upgrades",
-        tally.finished, tally.kills, tally.stops, tally.upgrades
+        "{time:?}: {} VMs compared to the last block, {} kills, {} of NICs, {} stops, {} upgrades",
+        tally.finished, tally.kills, tally.of_nics, tally.stops, tally.upgrades
     );
-    for role in [ProcessRole::Vmm, ProcessRole::Supervisor, ProcessRole::Spawner] {
+    ensure!(tally.finished > 0, "no disk was compared");
+    for role in ENDS {
         let took = tally
             .ended
             .iter()
@@ -98,46 +111,64 @@ fn stress(time: Duration) -> Result<()> {
         count(EventKind::Restarted),
         count(EventKind::Upgraded)
     );
-    let stalls = Stalls::of(tally.events.iter());
+    let of_disks = tally.events.iter().filter(|event| event.device == DISK);
+    let stalls = Stalls::of(of_disks);
     stalls.judge("stress")?;
     stalls.within_limits()
 }
 
-/// One VM, from its start to its end.
-fn one(moments: &mut Moments, tally: &Mutex<Tally>) -> Result<()> {
+/// One VM, from its start to its end; those of number 0 are always let finish.
+fn one(number: u64, moments: &mut Moments, tally: &Mutex<Tally>) -> Result<()> {
     let image = [Image::Raw, Image::Qcow2][moments.below(2) as usize];
-    let mut storm = Storm::start(image, "disk0", None)?;
-    let mut build = 0;
+    let has_nic = Host::need_tun().is_ok();
+    let mut storm = match has_nic {
+        true => Storm::beside_a_nic(image)?,
+        false => Storm::start(image, DISK, None)?,
+    };
+    let mut disk = Victim::named(ProcessRole::Disk, DISK);
+    let mut nic = Victim::named(ProcessRole::Net, "net0");
+    let mut upgrades = 0;
     for _ in 0..FAULTS {
         moments.wait();
         let mut now = tally_of(tally)?;
         match moments.below(100) {
-            0..70 => {
-                now.kills += 1;
-                drop(now);
-                strike(&mut storm, Signal::SIGKILL)?;
-            }
-            70..75 => {
+            0..5 => {
                 now.stops += 1;
                 drop(now);
-                strike(&mut storm, Signal::SIGSTOP)?;
+                strike(&mut storm.run, &mut disk, Signal::SIGSTOP)?;
             }
-            75..98 => {
+            5..25 => {
                 now.upgrades += 1;
                 drop(now);
-                build += 1;
+                upgrades += 1;
                 let builds = [Artifact::VhostUserBlk, Artifact::FaultyBlk];
-                let output = upgrade(&storm, &["disk0"], artifact(builds[build % 2])?)?;
+                let output = upgrade(&storm, &[DISK], artifact(builds[upgrades % 2])?)?;
                 let said = String::from_utf8_lossy(&output.stderr).into_owned();
                 ensure!(output.status.success(), "{said}");
             }
-            _ => {
+            25..40 if has_nic => {
+                now.of_nics += 1;
+                drop(now);
+                strike(&mut storm.run, &mut nic, Signal::SIGKILL)?;
+            }
+            98.. if number > 0 => {
                 drop(now);
                 return end(storm, moments, tally);
+            }
+            _ => {
+                now.kills += 1;
+                drop(now);
+                strike(&mut storm.run, &mut disk, Signal::SIGKILL)?;
             }
         }
     }
     let calm = storm.calm()?;
+    let upgraded = calm
+        .events
+        .iter()
+        .filter(|event| event.event == EventKind::Upgraded);
+    let told = upgraded.count();
+    ensure!(told == upgrades, "{upgrades} upgrades, {told} events of them");
     let mut now = tally_of(tally)?;
     now.finished += 1;
     now.events.extend(calm.events);
@@ -148,18 +179,16 @@ fn tally_of(tally: &Mutex<Tally>) -> Result<std::sync::MutexGuard<'_, Tally>> {
     tally.lock().map_err(|_| anyhow!("a thread panicked"))
 }
 
-fn strike(storm: &mut Storm, signal: Signal) -> Result<()> {
-    let Storm { run, victim, .. } = &mut *storm;
+fn strike(run: &mut Run, victim: &mut Victim, signal: Signal) -> Result<()> {
     victim.forget();
     let lives = victim.strike(run, signal, PATIENCE)? && victim.wait_restarted(run, PATIENCE)?;
-    ensure!(lives, "the VM ended: {}", storm.last_words()?);
+    ensure!(lives, "the VM ended: {}", run.process.stderr()?);
     Ok(())
 }
 
 /// Kills a process that is not replaced: the VM ends, nothing of it is left, its image is sound.
 fn end(mut storm: Storm, moments: &mut Moments, tally: &Mutex<Tally>) -> Result<()> {
-    let roles = [ProcessRole::Vmm, ProcessRole::Supervisor, ProcessRole::Spawner];
-    let role = roles[moments.below(3) as usize];
+    let role = ENDS[moments.below(ENDS.len() as u64) as usize];
     let state = storm.run.state(PATIENCE)?;
     // What happened until now.
     let events = storm.victim.events(&storm.run).unwrap_or_default();

@@ -38,11 +38,11 @@ impl Victim {
         }
     }
 
-    /// The process of the disk `name`.
-    pub(crate) fn named(name: &'static str) -> Self {
+    /// The process of the device `name`.
+    pub(crate) fn named(role: ProcessRole, name: &'static str) -> Self {
         Self {
             name: Some(name),
-            ..Self::new(ProcessRole::Disk)
+            ..Self::new(role)
         }
     }
 
