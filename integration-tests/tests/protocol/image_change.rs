@@ -94,7 +94,7 @@ fn create() -> Result<()> {
     )?;
     fs::write(folder.path().join("key"), "secret")?;
     fs::create_dir(folder.path().join("in"))?;
-    let refused: [(&[&str], &str); 10] = [
+    let refused: [(&[&str], &str); 11] = [
         (&["x.vmdk", "1M"], "can only be read"),
         (&["x.img", "0"], "positive multiple of 512"),
         (&["x.img", "511"], "positive multiple of 512"),
