@@ -10,6 +10,8 @@ mod direct;
 mod ring;
 
 pub use direct::{DirectFile, Fence, await_direct_writes};
+#[cfg(test)]
+pub(crate) use ring::is_refused;
 pub(crate) use ring::{Direction, RestrictedRing, Transfer};
 
 use std::str::FromStr;
