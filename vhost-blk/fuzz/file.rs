@@ -102,6 +102,10 @@ impl BlockFile for MemoryFile {
         self.grown(len).map(drop)
     }
 
+    fn secure_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.grow_to(offset + len)
+    }
+
     fn cut_to(&self, len: u64) -> io::Result<()> {
         self.changes.fetch_add(1, Ordering::Relaxed);
         self.lock().truncate(usize::try_from(len).unwrap_or(usize::MAX));

@@ -75,9 +75,7 @@ pub trait BlockFile: Send + Sync {
 
     /// Makes the file reach to the end of this range and has space for it, so that writing there lacks none. What
     /// the file held stays.
-    fn secure_range(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.grow_to(offset + len)
-    }
+    fn secure_range(&self, offset: u64, len: u64) -> io::Result<()>;
 
     /// Cuts the file to `len` bytes if it is longer and can be cut.
     fn cut_to(&self, len: u64) -> io::Result<()>;

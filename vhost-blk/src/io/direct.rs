@@ -189,6 +189,10 @@ impl BlockFile for DirectFile {
         self.plain.grow_to(len)
     }
 
+    fn secure_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.plain.secure_range(offset, len)
+    }
+
     fn cut_to(&self, len: u64) -> io::Result<()> {
         self.plain.cut_to(len)
     }

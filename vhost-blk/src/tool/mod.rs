@@ -397,6 +397,10 @@ mod tests {
             Ok(())
         }
 
+        fn secure_range(&self, _: u64, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+
         fn cut_to(&self, _: u64) -> io::Result<()> {
             Ok(())
         }

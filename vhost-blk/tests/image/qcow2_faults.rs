@@ -74,6 +74,10 @@ impl BlockFile for Failing {
         self.inner.grow_to(len)
     }
 
+    fn secure_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.grow_to(offset + len)
+    }
+
     fn cut_to(&self, len: u64) -> io::Result<()> {
         self.inner.cut_to(len)
     }

@@ -79,6 +79,10 @@ impl BlockFile for Full {
         self.inner.grow_to(len)
     }
 
+    fn secure_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.grow_to(offset + len)
+    }
+
     fn cut_to(&self, len: u64) -> io::Result<()> {
         match self.fixed {
             true => Ok(()),

@@ -66,6 +66,10 @@ impl BlockFile for Hooked {
         self.inner.grow_to(len)
     }
 
+    fn secure_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.grow_to(offset + len)
+    }
+
     fn cut_to(&self, len: u64) -> io::Result<()> {
         self.inner.cut_to(len)
     }

@@ -234,6 +234,10 @@ impl BlockFile for Recorder {
         Ok(())
     }
 
+    fn secure_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.grow_to(offset + len)
+    }
+
     fn cut_to(&self, len: u64) -> io::Result<()> {
         if self.size()? > len {
             self.record(Op::Length(len));

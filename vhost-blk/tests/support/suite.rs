@@ -16,12 +16,18 @@ pub fn test(name: &str, body: fn()) -> Trial {
 /// A test that uses qemu-img as the second opinion, ignored where there is none.
 pub fn test_with_qemu_img(name: &str, body: fn()) -> Trial {
     Trial::ignorable_test(name, move || {
-        if Command::new("qemu-img").arg("--version").output().is_err() {
-            return Ok(Completion::ignored_with("qemu-img is not installed"));
+        if let Some(ignored) = no_qemu_img() {
+            return Ok(ignored);
         }
         body();
         Ok(Completion::Completed)
     })
+}
+
+/// Why a test that uses qemu-img cannot run here, if so.
+pub fn no_qemu_img() -> Option<Completion> {
+    let lacks = Command::new("qemu-img").arg("--version").output().is_err();
+    lacks.then(|| Completion::ignored_with("qemu-img is not installed"))
 }
 
 /// A test that finds out itself whether it can run here.

@@ -112,6 +112,10 @@ impl BlockFile for CryptFile {
         self.file.grow_to(len)
     }
 
+    fn secure_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.file.secure_range(offset, len)
+    }
+
     fn cut_to(&self, len: u64) -> io::Result<()> {
         self.file.cut_to(len)
     }

@@ -78,6 +78,10 @@ impl BlockFile for Draft<'_> {
         Ok(())
     }
 
+    fn secure_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.grow_to(offset + len)
+    }
+
     fn cut_to(&self, _len: u64) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
