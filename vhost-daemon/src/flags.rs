@@ -98,6 +98,14 @@ pub(crate) fn capabilities<P: Program>() -> String {
 pub(crate) fn parse<P: Program>(
     arguments: impl IntoIterator<Item = OsString>,
 ) -> Result<Request<P::Options>, lexopt::Error> {
+    let arguments: Vec<_> = arguments.into_iter().collect();
+    // Whatever else is asked for is ignored (vhost-user, "Backend program conventions").
+    if arguments
+        .iter()
+        .any(|argument| argument == "--print-capabilities")
+    {
+        return Ok(Request::PrintCapabilities);
+    }
     let mut parser = Parser::from_args(arguments);
     let mut options = P::Options::default();
     let mut connection: Option<Connection> = None;
@@ -113,7 +121,6 @@ pub(crate) fn parse<P: Program>(
             match name.as_str() {
                 "help" => return Ok(Some(Request::Help)),
                 "version" => return Ok(Some(Request::Version)),
-                "print-capabilities" => return Ok(Some(Request::PrintCapabilities)),
                 "socket-path" => connect(&mut connection, Connection::Path(parser.value()?.into()))?,
                 "fd" => connect(&mut connection, Connection::Fd(parser.value()?.parse()?))?,
                 "num-queues" => num_queues = parser.value()?.parse_with(queues::<P>)?,
