@@ -74,6 +74,31 @@ fn dirty_images_are_repaired_before_writing() {
     }
 }
 
+/// All of them lie in holes, so that the file is small.
+fn a_repair_that_reads_too_much_is_refused() {
+    const CLUSTER: u64 = 64 << 10;
+    const TABLES: u64 = (32 << 10) + 1;
+    let scratch = Scratch::new();
+    let path = scratch.path("top");
+    create(&path, "lazy_refcounts=on", "17T");
+    let bytes = contents(&path);
+    let (features, l1) = (word(&bytes, 72), word(&bytes, 40));
+    let first = (bytes.len() as u64).next_multiple_of(CLUSTER);
+    let entries = (0..TABLES).map(|table| first + table * CLUSTER | 1 << 63);
+    let entries: Vec<u8> = entries.flat_map(u64::to_be_bytes).collect();
+    patch(&path, l1, &entries);
+    patch(&path, 72, &(features | 1).to_be_bytes());
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&path)
+        .expect("opens");
+    file.set_len(first + TABLES * CLUSTER).expect("grows");
+    let error = open_with(&[(&path, Format::Qcow2)], &OpenOptions::default()).err();
+    let words = error.expect("is refused").to_string();
+    assert!(words.contains("bulkhead image check --repair"), "{words}");
+    open_with(&[(&path, Format::Qcow2)], &read_only()).expect("opens for reading");
+}
+
 fn a_repair_that_is_cut_off_starts_again() {
     let scratch = Scratch::new();
     let path = scratch.path("top");
@@ -180,6 +205,7 @@ crate::suite! {
         broken_dirty_images_are_left_alone,
         what_cannot_be_repaired_is_refused,
         the_work_of_a_repair_is_bounded,
+        a_repair_that_reads_too_much_is_refused,
     ],
     alone: [],
 }

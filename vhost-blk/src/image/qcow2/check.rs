@@ -160,7 +160,7 @@ pub(super) fn append(
 fn count_anew(file: &dyn BlockFile, progress: &Progress<'_>) -> Result<Recount, ImageError> {
     let (header, size) = super::open::read_header(file)?;
     let tables = tables::snapshots(&header, file, size)?;
-    Recount::of(file, header, &tables, size, progress)
+    Recount::of(file, header, &tables, size, u64::MAX, progress)
 }
 
 fn compare(
@@ -177,7 +177,7 @@ fn compare(
         misplaced += 1;
         Ok(())
     })?;
-    let mut counts = repair::count(file, header, &tables, file_end, progress)?;
+    let mut counts = repair::count(file, header, &tables, (file_end, u64::MAX), progress)?;
     for cluster in refcounts.structure(geometry) {
         counts.add(cluster..cluster + 1, 1)?;
     }

@@ -13,7 +13,7 @@ use super::grow::Growth;
 use super::header::{Header, RAW_DATA};
 use super::progress::Progress;
 use super::refcount::{Refcounts, words};
-use super::repair::Recount;
+use super::repair::{MOST_L2_AT_OPEN, Recount};
 use super::tables::Table;
 use super::{Kind, Meta, Qcow2, alloc, free, header, holes, tables};
 use crate::image::luks::{self, Cipher, CryptFile};
@@ -59,7 +59,7 @@ impl Qcow2 {
             if header.is_dirty() {
                 tracing::warn!("the image was not closed properly; rebuilding its refcounts");
                 let progress = Progress::untold();
-                let recount = Recount::of(&*file, header, &tables, size, &progress)?;
+                let recount = Recount::of(&*file, header, &tables, size, MOST_L2_AT_OPEN, &progress)?;
                 recount.secure(&*file)?.carry_out(&*file, &progress)?;
                 (header, size) = read_header(&*file)?;
                 tables = tables::snapshots(&header, &*file, size)?;

@@ -17,6 +17,10 @@ use crate::image::{BlockFile, ImageError, no_space};
 /// Most host clusters whose references can be counted (128 MiB of counters).
 const MOST_CLUSTERS: u64 = 64 << 20;
 
+/// Most bytes of L2 tables that are read, walk by walk, to repair an image before it is served: twice those of an
+/// image of [`MOST_CLUSTERS`] with extended L2 entries. Most may lie in holes of a file that is small.
+pub(super) const MOST_L2_AT_OPEN: u64 = 4 << 30;
+
 /// Most bytes of all bitmap tables that are read for it.
 const MAX_BITMAP_TABLES: u64 = 256 << 20;
 
@@ -79,20 +83,22 @@ pub(super) struct Recount {
 }
 
 impl Recount {
-    /// Counts; reads only.
+    /// Counts; reads only. At most so many bytes of L2 tables are read by this and what follows.
     ///
     /// # Errors
-    /// `Corrupt` or `Refused` where the mapping itself is broken, or the counts cannot be noted.
+    /// `Corrupt` or `Refused` where the mapping itself is broken, or the counts cannot be noted; `Refused` where
+    /// more would be read.
     pub(super) fn of(
         file: &dyn BlockFile,
         header: Header,
         tables: &[Table],
         size: u64,
+        most_l2: u64,
         progress: &Progress<'_>,
     ) -> Result<Self, ImageError> {
         let geometry = &header.geometry;
         let file_end = size.next_multiple_of(geometry.cluster_size());
-        let counts = count(file, &header, tables, file_end, progress)?;
+        let counts = count(file, &header, tables, (file_end, most_l2), progress)?;
         let most = counts.counts.iter().copied().max().unwrap_or(0);
         if u64::from(most) > geometry.max_refcount() {
             return Err(ImageError::refused(
@@ -267,7 +273,7 @@ pub(super) fn count(
     file: &dyn BlockFile,
     header: &Header,
     tables: &[Table],
-    file_end: u64,
+    (file_end, most_l2): (u64, u64),
     progress: &Progress<'_>,
 ) -> Result<Counts, ImageError> {
     let geometry = &header.geometry;
@@ -295,7 +301,16 @@ pub(super) fn count(
             }
         }
     }
-    progress.expect(l2_tables.len() as u64 + active + refblocks(geometry, file_end));
+    let walks = l2_tables.len() as u64 + active;
+    if walks.saturating_mul(geometry.cluster_size()) > most_l2 {
+        return Err(ImageError::refused(
+            "L1 tables",
+            format!(
+                "a repair reads over {most_l2} bytes of L2 tables; have it repaired first: bulkhead image check --repair"
+            ),
+        ));
+    }
+    progress.expect(walks + refblocks(geometry, file_end));
     for (table, times) in &l2_tables {
         count_l2(file, geometry, *table, *times, file_end, &mut counts)?;
         progress.step(1);
