@@ -39,6 +39,7 @@ impl Shared {
             .changed
             .wait_while(self.lock(), idle)
             .unwrap_or_else(PoisonError::into_inner);
+        vhost_daemon::progress();
         let asked: Vec<usize> = queues
             .iter_mut()
             .map(|queue| std::mem::take(&mut queue.asked))

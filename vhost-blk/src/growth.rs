@@ -45,6 +45,7 @@ impl Shared {
             .changed
             .wait_while(self.lock(), |state| !matches!(state, State::Ordered(_)));
         let mut state = state.unwrap_or_else(PoisonError::into_inner);
+        vhost_daemon::progress();
         let State::Ordered(capacity) = *state else { return };
         *state = State::Running;
         drop(state);

@@ -67,7 +67,8 @@ pub struct QueueLimits {
     pub multiple: u16,
 }
 
-/// What a device does on a thread of its own, without an end.
+/// What a device does on a thread of its own, without an end. One that works for seconds, outside the kernel, between
+/// two calls of [`progress`](crate::progress) is taken for one that spins: each errand begins with one.
 pub type Errands = Box<dyn FnOnce() -> Infallible + Send>;
 
 /// One virtio device. Its methods run on the session's thread; its queues have threads of their

@@ -97,8 +97,8 @@ mod armed {
     enum Fault {
         /// Dies at the first such step after that time.
         Die(Step, Instant),
-        /// One queue's thread spins from that time on.
-        Spin(Instant, AtomicBool),
+        /// The first thread that comes to such a step after that time spins.
+        Spin(Step, Instant, AtomicBool),
         /// The first flush takes that long.
         SlowFlush(Duration, AtomicBool),
         /// Writes fail from the first time to the second.
@@ -125,11 +125,17 @@ mod armed {
         let death = DEATHS.iter().find(|(step, _)| *step == name);
         let fault = match (death, name) {
             (Some((_, step)), _) => Fault::Die(*step, now + life),
-            (None, "spin") => Fault::Spin(now + Duration::from_secs(1), AtomicBool::new(false)),
+            (None, "spin") => Fault::Spin(
+                Step::BeforeSubmit,
+                now + Duration::from_secs(1),
+                AtomicBool::new(false),
+            ),
+            (None, "spin-flush") => Fault::Spin(Step::Flush, now, AtomicBool::new(false)),
             (None, "io-error") => Fault::IoError(now + Duration::from_secs(1), now + Duration::from_secs(3)),
             (None, "ring") => Fault::Ring,
             (None, "busy-ring") => Fault::BusyRing(AtomicBool::new(false)),
             (None, "slow-flush") => Fault::SlowFlush(Duration::from_secs(10), AtomicBool::new(false)),
+            (None, "flush-2s") => Fault::SlowFlush(Duration::from_secs(2), AtomicBool::new(false)),
             _ => return,
         };
         let _ = FAULT.set(fault);
@@ -169,10 +175,8 @@ mod armed {
                 // SAFETY: an invalid instruction ends the process, at once: no handler is set.
                 unsafe { core::arch::asm!("ud2", options(noreturn)) }
             }
-            Some(Fault::Spin(at, begun))
-                if step == Step::BeforeSubmit
-                    && Instant::now() >= *at
-                    && !begun.swap(true, Ordering::Relaxed) =>
+            Some(Fault::Spin(wanted, at, begun))
+                if *wanted == step && Instant::now() >= *at && !begun.swap(true, Ordering::Relaxed) =>
             {
                 loop {
                     std::hint::spin_loop();
@@ -186,6 +190,7 @@ mod armed {
                     // The policy has no call to sleep with but this.
                     let _ = nix::poll::ppoll(&mut [], Some(left.into()), None);
                 }
+                tracing::warn!("a flush was {time:?} slower");
             }
             _ => {}
         }

@@ -7,7 +7,7 @@ use crate::memory::Sealing;
 use crate::ring::InflightRegion;
 use crate::session::{End, ServeError, Session, SessionError, serve};
 use crate::signals::{self, Termination};
-use crate::worker::{STACK_SIZE, Worker, WorkerError};
+use crate::worker::{Pulse, STACK_SIZE, Watch, Worker, WorkerError};
 use crate::{Device, Program, descriptors, log};
 use jailer::sandbox::{
     LockdownError, Locked, Role, SeccompMode, end, end_on_panic, lockdown_main, lockdown_thread,
@@ -150,10 +150,11 @@ fn start<P: Program>(settings: Settings, options: P::Options) -> Result<(), Daem
         own_threads.map(|(name, errands)| OwnThread::spawn(name, errands, P::ROLE, settings.seccomp));
     let own_threads = own_threads.collect::<Result<Vec<_>, _>>()?;
     let workers = Worker::spawn_all(device.as_mut(), P::ROLE, settings.seccomp, settings.patience)?;
-    for thread in own_threads {
-        thread.confined()?;
-    }
-    let session = Arc::new(Mutex::new(Session::new(device, workers, sealing, own_inflight)));
+    let own_threads = own_threads.into_iter().map(OwnThread::confined);
+    let own_threads = own_threads.collect::<Result<Vec<_>, _>>()?;
+    let mut session = Session::new(device, workers, sealing, own_inflight);
+    session.watch(own_threads);
+    let session = Arc::new(Mutex::new(session));
     // Each thread confined itself when it started; the main one is the last.
     let locked = lockdown_main(P::ROLE, settings.seccomp)?;
     let stage = Stage {
@@ -168,13 +169,25 @@ fn start<P: Program>(settings: Settings, options: P::Options) -> Result<(), Daem
 type Confinement = (Mutex<Option<Result<(), LockdownError>>>, Condvar);
 
 /// A device's own thread, which confines itself before it does anything else.
-struct OwnThread(Arc<Confinement>);
+struct OwnThread {
+    name: &'static str,
+    confinement: Arc<Confinement>,
+    watch: Watch,
+}
 
 impl OwnThread {
-    fn spawn(name: &str, errands: Errands, role: Role, mode: SeccompMode) -> Result<Self, DaemonError> {
-        let confined = Arc::<Confinement>::default();
-        let told = Arc::clone(&confined);
+    fn spawn(
+        name: &'static str,
+        errands: Errands,
+        role: Role,
+        mode: SeccompMode,
+    ) -> Result<Self, DaemonError> {
+        let confinement = Arc::<Confinement>::default();
+        let told = Arc::clone(&confinement);
+        let pulse = Arc::<Pulse>::default();
+        let watch = Watch::new(Arc::clone(&pulse));
         let body = move || {
+            pulse.start();
             let locked = lockdown_thread(role, mode);
             let failed = locked.is_err();
             *told.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(locked);
@@ -188,18 +201,24 @@ impl OwnThread {
             .stack_size(STACK_SIZE)
             .spawn(body)
             .map_err(DaemonError::Errands)?;
-        Ok(Self(confined))
+        Ok(Self {
+            name,
+            confinement,
+            watch,
+        })
     }
 
-    /// Waits until it is confined.
-    fn confined(&self) -> Result<(), DaemonError> {
-        let (result, changed) = &*self.0;
+    /// Waits until it is confined; its name, and what sees it spin.
+    fn confined(self) -> Result<(&'static str, Watch), DaemonError> {
+        let (result, changed) = &*self.confinement;
         let result = result.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut result, _) = changed
             .wait_timeout_while(result, CONFINEMENT_DEADLINE, |result| result.is_none())
             .unwrap_or_else(PoisonError::into_inner);
         match result.take() {
-            Some(result) => Ok(result?),
+            Some(result) => result
+                .map(|()| (self.name, self.watch))
+                .map_err(DaemonError::from),
             None => Err(DaemonError::Errands(io::ErrorKind::TimedOut.into())),
         }
     }

@@ -34,7 +34,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 pub use watch::progress;
-use watch::{Pulse, Watch};
+pub(crate) use watch::{Pulse, Watch};
 
 /// Longest wait for a worker's answer. A drain waits for the slowest I/O of the host; longer than
 /// this, and the process gives up (the front end, whose own deadline is shorter, has done so): the

@@ -2,7 +2,9 @@
 //! part, which go through a ring; flushes, which have a thread of their own.
 
 use crate::blk::run_all;
-use crate::fixture::{BLOCK, DISK, Disk, Kind, write_block};
+use crate::fixture::{
+    BLOCK, DISK, Disk, Kind, check_blocks, kick_and_wait, need_disk, read_block, with_fault, write_block,
+};
 use anyhow::{Context, Result, bail, ensure};
 use guest_contract::holds;
 use integration_tests::{
@@ -13,18 +15,14 @@ use integration_tests::{
     suite::{Skip, artifact, seccomp_flag, test},
 };
 use libtest_mimic::Trial;
-use nix::{
-    fcntl::{PosixFadviseAdvice, posix_fadvise},
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::eventfd::EventFd,
-};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use std::{
     fs::{self, File},
     io,
-    os::{fd::AsFd, unix::fs::FileExt},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::Command,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 const BLOCKS: u64 = 2048;
@@ -32,6 +30,8 @@ const BLOCKS: u64 = 2048;
 const MANY: u64 = 8192;
 /// Blocks of one read.
 const RUN: u64 = 16;
+/// Exit code of a process that found a thread of its own to spin.
+const HUNG: i32 = 75;
 
 pub(crate) fn tests() -> Vec<Trial> {
     let case = |what, kind, over| {
@@ -40,10 +40,17 @@ pub(crate) fn tests() -> Vec<Trial> {
         })
     };
     let flush = |kind: Kind| test(format!("aside::flush::{}", kind.name()), move || flush(kind));
+    let stopped = |kind: Kind| {
+        let name = format!("aside::flush::{}::is_waited_for (waits)", kind.name());
+        test(name, move || stopped(kind))
+    };
     vec![
         flush(Kind::Raw),
         flush(Kind::Qcow2),
         test("aside::flush::alone", alone),
+        test("aside::flush::spins", spins),
+        stopped(Kind::Raw),
+        stopped(Kind::Qcow2),
         case("raw", Kind::Raw, None),
         case("qcow2", Kind::Qcow2, None),
         case("overlay_on_raw", Kind::Raw, Some("--cache=writeback")),
@@ -156,23 +163,13 @@ fn flush(kind: Kind) -> Result<()> {
     Ok(())
 }
 
-/// Nothing is asked for besides a flush, which takes 10 s all the same.
+/// Nothing is asked for besides a flush, which takes 2 s all the same.
 fn alone() -> Result<()> {
     let disk = Disk::new(Kind::Raw)?;
     need_disk(&disk)?;
-    let mut command = disk.faulty("slow-flush")?;
-    command.arg("--fd=3");
-    let (process, socket) = Process::start_with_socket(command)?;
-    let session = Session::start(socket, &Options::default())
-        .with_context(|| format!("stderr: {}", process.stderr().unwrap_or_default()))?;
-    let mut driver = BlockDriver::new(session);
+    let (_process, mut driver) = with_fault(&disk, "flush-2s")?;
     driver.submit(0, &BlockRequest::Flush)?;
-    driver.kick(0)?;
-    // Once the queue's thread has woken for it, it is taken before another answer is given.
-    let end = Instant::now() + DEADLINE;
-    while !is_idle(&driver.session.rings[0].kick)? {
-        ensure!(Instant::now() < end, "the kick is not heeded");
-    }
+    kick_and_wait(&mut driver)?;
     driver.session.connection.ask(request::GET_FEATURES, &[], &[])?;
     let read = driver.submit(0, &read_run(3))?;
     driver.kick(0)?;
@@ -184,16 +181,60 @@ fn alone() -> Result<()> {
     Ok(())
 }
 
-fn is_idle(kick: &EventFd) -> Result<bool> {
-    let mut fds = [PollFd::new(kick.as_fd(), PollFlags::POLLIN)];
-    Ok(poll(&mut fds, PollTimeout::ZERO)? == 0)
+/// What is under way aside, on the thread that flushes, is waited for, and not left to the next ring.
+fn stopped(kind: Kind) -> Result<()> {
+    let disk = Disk::new(kind)?;
+    need_disk(&disk)?;
+    let (mut process, mut driver) = with_fault(&disk, "flush-2s")?;
+    let begun = Instant::now();
+    driver.submit(0, &BlockRequest::Flush)?;
+    driver.submit(0, &write_block(8, 0))?;
+    kick_and_wait(&mut driver)?;
+    let base = driver.session.stop_ring(0)?;
+    let took = begun.elapsed();
+    let [_, _, used] = driver.session.rings[0].parts();
+    let published = driver.session.memory.observe(used + 2)?;
+    ensure!((base, published) == (2, 2), "{published} are done of {base}");
+    ensure!(took >= Duration::from_secs(2), "the flush took {took:?}");
+    for _ in 0..2 {
+        let status = driver.complete(0)?.status;
+        ensure!(status == STATUS_OK, "status {status}");
+    }
+    driver.session.connection.tell(request::RESET_DEVICE, &[], &[])?;
+    let mut driver = BlockDriver::new(driver.session.restart(&Options::default())?);
+    ensure!(holds(&driver.done(0, &read_block(0))?, 8, 0), "data differs");
+    let [_, _, used] = driver.session.rings[0].parts();
+    let published = driver.session.memory.observe(used + 2)?;
+    ensure!(published == 1, "{published} completions of one request");
+    drop(driver);
+    let status = process.wait(DEADLINE)?;
+    ensure!(status.success(), "{status}: {}", process.stderr()?);
+    check_blocks(&disk.content()?, 8, 1)
 }
 
-fn need_disk(disk: &Disk) -> Result<()> {
-    let file_system = nix::sys::statfs::statfs(disk.folder.path())?.filesystem_type();
-    if file_system == nix::sys::statfs::TMPFS_MAGIC {
-        bail!(Skip("in memory nothing waits for a flush".to_owned()))
+/// A process that is asked for a sign of life finds that its own thread gives none.
+fn spins() -> Result<()> {
+    let disk = Disk::new(Kind::Raw)?;
+    need_disk(&disk)?;
+    let (mut process, mut driver) = with_fault(&disk, "spin-flush")?;
+    driver.submit(0, &BlockRequest::Flush)?;
+    kick_and_wait(&mut driver)?;
+    let end = Instant::now() + Duration::from_secs(45);
+    // As often as a front end asks that sees no progress; its requests go on being answered.
+    while driver
+        .session
+        .connection
+        .ask(request::GET_FEATURES, &[], &[])
+        .is_ok()
+    {
+        ensure!(Instant::now() < end, "nobody finds the thread that spins");
+        std::thread::sleep(Duration::from_millis(100));
     }
+    let (status, log) = (process.wait(DEADLINE)?, process.stderr()?);
+    ensure!(
+        status.code() == Some(HUNG) && log.contains("thread spins") && log.contains("flushes"),
+        "{status}: {log}"
+    );
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! Back ends that were started by hand are confined before a front end is heard.
 
-use crate::fixture::Target;
+use crate::fixture::{Target, traced};
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::{
     frontend_harness::{Connection, DEADLINE, request},
@@ -9,7 +9,7 @@ use integration_tests::{
 };
 use libtest_mimic::Trial;
 use nix::unistd::Uid;
-use std::{fs, process::Command};
+use std::fs;
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
@@ -62,17 +62,8 @@ fn paths() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let (socket, calls) = (folder.path().join("sock"), folder.path().join("calls"));
     let (command, _served) = Target::Disk.command()?;
-    let mut traced = Command::new("strace");
-    // The back end is our child, and strace goes when it does.
-    traced.args(["-D", "-f", "-qq", "-e", "trace=/^landlock_", "-o"]);
-    traced
-        .arg(&calls)
-        .arg(command.get_program())
-        .args(command.get_args());
+    let mut traced = traced(&command, "/^landlock_", &calls)?;
     traced.arg(format!("--socket-path={}", socket.display()));
-    if Command::new("strace").arg("-V").output().is_err() {
-        bail!(Skip("strace is not installed".to_owned()));
-    }
     let process = Process::start(traced)?;
     let mut connection = Connection::new(connect(&socket, DEADLINE)?, DEADLINE);
     connection.ask(request::GET_FEATURES, &[], &[])?;

@@ -1,22 +1,24 @@
 //! Disks and the processes that serve them.
 
 use crate::net;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use guest_contract::{fill, holds};
 use integration_tests::{
     artifacts::Artifact,
     frontend_harness::{BlockDriver, BlockRequest, DEADLINE, NetDriver, Options, Session},
     process::{Process, connect},
     qemu_img::{qemu_img, qemu_img_output},
-    suite::{artifact, seccomp_flag},
+    suite::{Skip, artifact, seccomp_flag},
     tiny::Tap,
 };
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::{
     any::Any,
     fs::{self, File},
-    os::unix::net::UnixStream,
+    os::{fd::AsFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     process::Command,
+    time::Instant,
 };
 use tempfile::TempDir;
 
@@ -174,6 +176,56 @@ impl Disk {
         qemu_img(&["convert", "-f", "qcow2", "-O", "raw", from, to])?;
         Ok(fs::read(raw)?)
     }
+}
+
+/// `command`, whose calls that `calls` names are written to `file` by strace. The process is our child, and strace goes
+/// when it does.
+pub(crate) fn traced(command: &Command, calls: &str, file: &Path) -> Result<Command> {
+    if Command::new("strace").arg("-V").output().is_err() {
+        bail!(Skip("strace is not installed".to_owned()));
+    }
+    let mut traced = Command::new("strace");
+    traced.args(["-D", "-f", "-qq", "-e", &format!("trace={calls}"), "-o"]);
+    traced
+        .arg(file)
+        .arg(command.get_program())
+        .args(command.get_args());
+    Ok(traced)
+}
+
+/// For tests of what waits for a disk: flushes have a thread of their own there.
+pub(crate) fn need_disk(disk: &Disk) -> Result<()> {
+    let file_system = nix::sys::statfs::statfs(disk.folder.path())?.filesystem_type();
+    if file_system == nix::sys::statfs::TMPFS_MAGIC {
+        bail!(Skip("in memory nothing waits for a flush".to_owned()))
+    }
+    Ok(())
+}
+
+/// Starts a process with this fault, and a driver.
+pub(crate) fn with_fault(disk: &Disk, fault: &str) -> Result<(Process, BlockDriver)> {
+    let mut command = disk.faulty(fault)?;
+    command.arg("--fd=3");
+    let (process, socket) = Process::start_with_socket(command)?;
+    let session = Session::start(socket, &Options::default())
+        .with_context(|| format!("stderr: {}", process.stderr().unwrap_or_default()))?;
+    Ok((process, BlockDriver::new(session)))
+}
+
+/// Kicks queue 0, and waits until its thread has woken for it: it takes what there is before it obeys the front end.
+pub(crate) fn kick_and_wait(driver: &mut BlockDriver) -> Result<()> {
+    driver.kick(0)?;
+    let end = Instant::now() + DEADLINE;
+    while has_input(&driver.session.rings[0].kick)? {
+        ensure!(Instant::now() < end, "the kick is not heeded");
+    }
+    Ok(())
+}
+
+/// Whether a read of `file` would not wait.
+pub(crate) fn has_input(file: &impl AsFd) -> Result<bool> {
+    let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLIN)];
+    Ok(poll(&mut fds, PollTimeout::ZERO)? > 0)
 }
 
 /// Bytes of a block of the pattern.

@@ -8,7 +8,7 @@ use integration_tests::{
     suite::{full, test_within},
 };
 use libtest_mimic::Trial;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vm_spec::events::{EventKind, VmEvent};
 
 /// The steps by the names that `vhost_daemon::faults` gives them.
@@ -99,8 +99,16 @@ fn slow() -> Result<()> {
     Host::need_kvm()?;
     let bins = faulty_binaries()?;
     let mut storm = Storm::start(Image::Raw, "bad.slow-flush", Some(bins.path()))?;
-    // The first flush comes within a moment, and takes 10 s.
-    std::thread::sleep(Duration::from_secs(13));
+    // The first flush comes within a moment.
+    let end = Instant::now() + Duration::from_secs(60);
+    while !storm.run.process.stderr()?.contains("a flush was 10s slower") {
+        ensure!(
+            Instant::now() < end,
+            "no flush was slow: {}",
+            storm.run.process.stderr()?
+        );
+        std::thread::sleep(Duration::from_millis(100));
+    }
     let events = storm.victim.events(&storm.run).unwrap_or_default();
     ensure!(events.is_empty(), "{events:?}");
     let calm = storm.calm()?;

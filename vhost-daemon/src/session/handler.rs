@@ -104,7 +104,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn get_features(&mut self) -> Result<u64> {
         // Asked at the start, and by a front end that sees no progress.
-        self.end_if_a_queue_spins();
+        self.end_if_a_thread_spins();
         Ok(self.offered_features())
     }
 

@@ -18,7 +18,7 @@ pub(crate) use serve::{End, serve, wait};
 use crate::Device;
 use crate::memory::{GuestMemory, MemoryError, Sealing};
 use crate::ring::{InflightRegion, RingFault};
-use crate::worker::{RingStart, Worker, WorkerError};
+use crate::worker::{RingStart, Watch, Worker, WorkerError};
 use jailer::sandbox::{EXIT_HUNG, end};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -73,6 +73,8 @@ impl From<RingFault> for SessionError {
 pub(crate) struct Session {
     device: Box<dyn Device>,
     workers: Vec<Worker>,
+    /// The device's own threads, by name.
+    own_threads: Vec<(&'static str, Watch)>,
     vrings: Vec<Vring>,
     sealing: Sealing,
     memory: Arc<GuestMemory>,
@@ -100,6 +102,7 @@ impl Session {
         Self {
             device,
             workers,
+            own_threads: Vec::new(),
             vrings,
             sealing,
             memory: Arc::default(),
@@ -110,6 +113,11 @@ impl Session {
             backend_channel: None,
             status: 0,
         }
+    }
+
+    /// Has the device's own threads watched for those that spin.
+    pub(crate) fn watch(&mut self, own_threads: Vec<(&'static str, Watch)>) {
+        self.own_threads = own_threads;
     }
 
     fn offered_features(&self) -> u64 {
@@ -190,7 +198,13 @@ impl Session {
 
     /// A thread that spins can only be ended with its process; a successor goes on with what it
     /// held.
-    fn end_if_a_queue_spins(&mut self) {
+    fn end_if_a_thread_spins(&mut self) {
+        for (name, watch) in &mut self.own_threads {
+            if watch.spins() {
+                tracing::error!(thread = name, "the device's thread spins: the process ends");
+                end(EXIT_HUNG);
+            }
+        }
         for (index, worker) in self.workers.iter().enumerate() {
             if worker.spins() {
                 tracing::error!(queue = index, "the queue's thread spins: the process ends");

@@ -1,6 +1,7 @@
-//! What the session's thread sees of a queue's thread without its help: how often it went round
-//! its loop, and how much of a CPU it used. A thread that waits, for the guest or for a slow disk,
-//! uses none; one that uses a CPU for seconds within one round spins, and will not come back.
+//! What the session's thread sees of another, a queue's or the device's own, without its help: how often it went
+//! round its loop, and how long it had a CPU for its own code. A thread that waits, for the guest or for a slow disk,
+//! has none, and one for which the kernel works, as it does to write much back, does not use it itself; one that
+//! uses a CPU for seconds within one round spins, and will not come back.
 
 use nix::time::{ClockId, clock_gettime};
 use std::cell::OnceCell;
@@ -13,12 +14,13 @@ use std::time::Duration;
 const MOST_CPU: Duration = Duration::from_secs(2);
 
 thread_local! {
-    /// That of this thread, where it is a queue's.
+    /// That of this thread, where it is watched.
     static PULSE: OnceCell<Arc<Pulse>> = const { OnceCell::new() };
 }
 
-/// Says that a queue's thread gets on with a request that may take seconds. What calls it does so a bounded number of
-/// times: a thread that calls it for ever is not found to spin. Nothing on any other thread.
+/// Says that a queue's thread gets on with a request that may take seconds, or a device's own with an errand. What
+/// calls it does so a bounded number of times for each: a thread that calls it for ever is not found to spin. Nothing
+/// on any other thread.
 pub fn progress() {
     PULSE.with(|pulse| {
         if let Some(pulse) = pulse.get() {
@@ -27,16 +29,16 @@ pub fn progress() {
     });
 }
 
-/// Kept by the queue's thread.
+/// Kept by the thread.
 #[derive(Debug, Default)]
-pub(super) struct Pulse {
+pub(crate) struct Pulse {
     rounds: AtomicU64,
     thread: AtomicI32,
 }
 
 impl Pulse {
-    /// Called on the queue's thread, before it is confined.
-    pub(super) fn start(self: &Arc<Self>) {
+    /// Called on the thread, before it is confined.
+    pub(crate) fn start(self: &Arc<Self>) {
         PULSE.with(|pulse| {
             pulse.get_or_init(|| Arc::clone(self));
         });
@@ -52,19 +54,20 @@ impl Pulse {
 
 /// Kept by the session.
 #[derive(Debug)]
-pub(super) struct Watch {
+pub(crate) struct Watch {
     pulse: Arc<Pulse>,
     /// Rounds, and CPU time, when this round was seen first.
     seen: Option<(u64, Duration)>,
 }
 
 impl Watch {
-    pub(super) fn new(pulse: Arc<Pulse>) -> Self {
+    /// Of a thread that has started its pulse before anybody looks.
+    pub(crate) fn new(pulse: Arc<Pulse>) -> Self {
         Self { pulse, seen: None }
     }
 
     /// Whether the thread has used [`MOST_CPU`] since a look that found it in the same round.
-    pub(super) fn spins(&mut self) -> bool {
+    pub(crate) fn spins(&mut self) -> bool {
         let rounds = self.pulse.rounds.load(Ordering::Relaxed);
         let Ok(cpu) = clock_gettime(cpu_clock(self.pulse.thread.load(Ordering::Acquire))) else {
             return false;
@@ -80,10 +83,10 @@ impl Watch {
     }
 }
 
-/// The CPU time clock of a thread of this process (Linux: the complement of its id above three
-/// bits that say "of a thread" and "as the scheduler counts").
+/// The clock of a thread of this process that counts its CPU time outside the kernel (Linux: the complement of its id
+/// above three bits that say "of a thread" and "user time").
 fn cpu_clock(thread: i32) -> ClockId {
-    ClockId::from_raw((!thread << 3) | 6)
+    ClockId::from_raw((!thread << 3) | 5)
 }
 
 #[cfg(test)]

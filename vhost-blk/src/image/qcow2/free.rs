@@ -108,6 +108,7 @@ impl Qcow2 {
             if let Err(error) = self.file.discard_range(start, len) {
                 tracing::warn!(%error, "cannot give freed space back to the host");
             }
+            vhost_daemon::progress();
         }
         let mut meta = self.lock();
         let lowered = self.lower_refcounts(&mut meta, &mut ready);
@@ -204,6 +205,7 @@ impl Qcow2 {
                 ready.remove(&cluster);
             }
             cool_down(meta, run);
+            vhost_daemon::progress();
         }
         Ok(())
     }

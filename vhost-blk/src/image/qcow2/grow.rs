@@ -112,6 +112,7 @@ impl Qcow2 {
         while at < new.end {
             let end = self.piece_end(at).min(new.end);
             self.clear_piece(at..end)?;
+            vhost_daemon::progress();
             growth.cleared = end;
             at = end;
             if at < new.end && deadline.is_some_and(|deadline| Instant::now() >= deadline) {

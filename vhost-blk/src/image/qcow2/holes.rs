@@ -72,6 +72,7 @@ impl Qcow2 {
             for run in &runs {
                 self.make_hole(run);
             }
+            vhost_daemon::progress();
             self.lock().busy.retain(|range| !runs.contains(range));
             self.allocated.notify_all();
         }
