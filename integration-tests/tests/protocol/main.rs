@@ -5,6 +5,7 @@ mod aside;
 mod behaviour;
 mod blk;
 mod confined;
+mod durable;
 mod fixture;
 mod hostile;
 mod image;
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
     tests.extend(behaviour::tests());
     tests.extend(blk::tests());
     tests.extend(confined::tests());
+    tests.extend(durable::tests());
     tests.extend(hostile::tests());
     tests.extend(image::tests());
     tests.extend(image_change::tests());
