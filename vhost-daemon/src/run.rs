@@ -68,7 +68,8 @@ pub enum DaemonError {
 
 /// Runs `P` from its command line to its end.
 ///
-/// Exit codes: 0 when the front end hung up (`--fd`) or a SIGTERM came; 1 for an error, printed with
+/// Exit codes: 0 when the front end hung up (`--fd`) or a SIGTERM came (before the device is open that ends the
+/// process by itself); 1 for an error, printed with
 /// its causes; 2 for a wrong command line; 101 for a panic; 135 when the front end truncated guest memory.
 pub fn run<P: Program>() -> ExitCode {
     let request = match flags::parse::<P>(std::env::args_os().skip(1)) {
@@ -122,9 +123,11 @@ fn start<P: Program>(settings: Settings, options: P::Options) -> Result<(), Daem
     if let Some(warning) = settings.seccomp.warning() {
         tracing::warn!(mode = %settings.seccomp, "{warning}");
     }
-    let termination = Termination::new().map_err(DaemonError::Signals)?;
+    signals::outlive_file_limits().map_err(DaemonError::Signals)?;
     signals::end_on_sigbus().map_err(DaemonError::Signals)?;
     let mut device = P::open(options, settings.num_queues).map_err(DaemonError::Open)?;
+    // Not before: opening may take long, and whoever asks for the end meanwhile gets it at once.
+    let termination = Termination::new().map_err(DaemonError::Signals)?;
     let (front, sealing) = match settings.connection {
         Connection::Fd(number) => {
             let fd = descriptors::inherited(number).map_err(DaemonError::Fd)?;

@@ -1,6 +1,6 @@
 //! Starts, ends and reconnects.
 
-use crate::fixture::{BLOCK, Disk, Kind, check_blocks, read_block, write_block};
+use crate::fixture::{BLOCK, Disk, Kind, check_blocks, has_input, read_block, write_block};
 use anyhow::{Context, Result, ensure};
 use guest_contract::holds;
 use integration_tests::{
@@ -21,11 +21,14 @@ use std::{
     fs::File,
     os::{
         fd::{AsFd, OwnedFd},
-        unix::net::{UnixListener, UnixStream},
+        unix::{
+            net::{UnixListener, UnixStream},
+            process::ExitStatusExt,
+        },
     },
     process::{Command, Stdio},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// A device process ends this soon after it was asked to.
@@ -40,6 +43,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("life::socket_activation_by_what_is_no_listener", no_listener),
         test("life::sigterm", sigterm),
         test("life::sigterm_amid_a_message", sigterm_amid_a_message),
+        test("life::sigterm_while_it_opens", sigterm_while_it_opens),
         test("life::unsealed_memory_is_refused_in_the_jail", unsealed),
         test("life::truncated_memory_ends_cleanly", truncated),
         test("life::wrong_format_is_named", wrong_format),
@@ -220,6 +224,37 @@ fn sigterm_amid_a_message() -> Result<()> {
         let status = process.wait(QUICK)?;
         ensure!(status.success(), "{status}: {}", process.stderr()?);
         check_blocks(&disk.content()?, 4, 1)?;
+    }
+    Ok(())
+}
+
+/// A passphrase that does not come to its end keeps the image from being opened.
+fn sigterm_while_it_opens() -> Result<()> {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let disk = Disk::new(Kind::Qcow2)?;
+        let (reader, writer) = nix::unistd::pipe()?;
+        nix::unistd::write(&writer, b"x")?;
+        let mut command = disk.command()?;
+        command.arg(format!(
+            "--socket-path={}",
+            disk.folder.path().join("sock").display()
+        ));
+        command.arg("--key-fd=5");
+        inherit_at(&mut command, reader.try_clone()?, 5)?;
+        let mut process = Process::start(command)?;
+        let end = Instant::now() + DEADLINE;
+        while has_input(&reader)? {
+            ensure!(Instant::now() < end, "nobody reads the passphrase");
+            ensure!(process.alive()?, "{}", process.stderr()?);
+        }
+        process.signal(signal)?;
+        let status = process.wait(QUICK)?;
+        ensure!(
+            status.signal() == Some(signal as i32),
+            "{status}: {}",
+            process.stderr()?
+        );
+        drop(writer);
     }
     Ok(())
 }
