@@ -177,7 +177,9 @@ impl Opened {
             let Some(name) = qcow2.backing_file else { break };
             let name = String::from_utf8(name).map_err(|e| {
                 let name = String::from_utf8_lossy(e.as_bytes());
-                Failure::host(format!("image: the name of the backing file '{name}' is not UTF-8"))
+                Failure::host(format!(
+                    "image: the name of the backing file '{name}' is not UTF-8"
+                ))
                 .hint(NAME_IT)
             })?;
             if all.layers.len() == most {

@@ -84,7 +84,7 @@ fn a_repair_that_reads_too_much_is_refused() {
     let bytes = contents(&path);
     let (features, l1) = (word(&bytes, 72), word(&bytes, 40));
     let first = (bytes.len() as u64).next_multiple_of(CLUSTER);
-    let entries = (0..TABLES).map(|table| first + table * CLUSTER | 1 << 63);
+    let entries = (0..TABLES).map(|table| (first + table * CLUSTER) | (1 << 63));
     let entries: Vec<u8> = entries.flat_map(u64::to_be_bytes).collect();
     patch(&path, l1, &entries);
     patch(&path, 72, &(features | 1).to_be_bytes());
