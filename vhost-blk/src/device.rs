@@ -80,7 +80,6 @@ impl Program for BlkProgram {
     }
 
     fn open(options: Options, num_queues: u16) -> Result<Box<dyn Device>, Box<dyn Error + Send + Sync>> {
-        vhost_daemon::faults::arm(&options.serial);
         let files = Files::open(&options)?;
         let (engine, rings) = files.engine(&options, num_queues)?;
         let waits = files.wait();
@@ -89,6 +88,8 @@ impl Program for BlkProgram {
             tracing::warn!(%error, "this process may make io_urings until it is confined");
         }
         let image = files.into_image(&options, engine)?;
+        // A life that is bounded begins when there is something to serve.
+        vhost_daemon::faults::arm(&options.serial);
         tracing::info!(image = image.describe(), "disk image is open");
         let growth = options.control.map(|_| Growth::new()).transpose();
         let growth = growth.map_err(BlkError::Control)?;

@@ -170,9 +170,10 @@ pub struct VhostUserSpec {
     pub device_type: String,
     /// Socket path.
     pub socket: PathBuf,
-    /// Queues, 1 to 32. For `blk` as many as the back end has at most, default 4; for others instead of what the back
-    /// end says. Not for types that fix them, or whose features or configuration do: `net`, `console`, `rng`, `vsock`,
-    /// `sound`, `fs`, `pmem`, `i2c`, `gpio`; nor does it count for `scsi` and `crypto` with a configuration space.
+    /// Queues, 1 to 32. For `blk` as many as the back end has at most, default one for each vCPU and 4 at most; for
+    /// others instead of what the back end says. Not for types that fix them, or whose features or configuration do:
+    /// `net`, `console`, `rng`, `vsock`, `sound`, `fs`, `pmem`, `i2c`, `gpio`, `spi`; nor does it count for `scsi` and
+    /// `crypto` with a configuration space.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub num_queues: Option<u16>,
     /// Entries of a queue at most, a power of two from 2 to 1024, for back ends that take less or more than is

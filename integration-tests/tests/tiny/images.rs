@@ -20,9 +20,9 @@ use nix::{
 use serde_json::Value;
 use std::{
     collections::BTreeMap,
-    fs::{self, File, Permissions},
+    fs::{self, File, OpenOptions, Permissions},
     io::Read,
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::Path,
     process::{Command, Stdio},
     thread,
@@ -51,6 +51,15 @@ pub(crate) fn tests() -> Vec<Trial> {
     ]
 }
 
+/// Whether files in `folder` can be made without a name.
+fn unnamed(folder: &Path) -> bool {
+    let made = OpenOptions::new()
+        .write(true)
+        .custom_flags(nix::libc::O_TMPFILE)
+        .open(folder);
+    made.is_ok()
+}
+
 /// Nobody takes half a copy for a disk, even of a command that was killed; who has the signal ignored gets a whole one.
 fn interrupted() -> Result<()> {
     let place = tempfile::tempdir()?;
@@ -62,6 +71,10 @@ fn interrupted() -> Result<()> {
         ("exec \"$@\"", Signal::SIGKILL, None),
         ("trap '' HUP; exec \"$@\"", Signal::SIGHUP, Some(0)),
     ] {
+        if signal == Signal::SIGKILL && !unnamed(place.path()) {
+            println!("a file here has a name from the start, which SIGKILL leaves");
+            continue;
+        }
         let mut command = Command::new("sh");
         command
             .args(["-c", shell, "sh"])
@@ -118,7 +131,7 @@ fn jailed() -> Result<()> {
     let written = open.remove(&6).context("no target")?;
     let folder = place.path().canonicalize()?;
     ensure!(
-        Path::new(&written).starts_with(folder) && written.ends_with(" (deleted)"),
+        Path::new(&written).starts_with(folder) && written.ends_with(" (deleted)") == unnamed(place.path()),
         "it writes {written}"
     );
     let expected = [(0, "/dev/null"), (1, &said), (2, &said), (4, &top), (5, &base)];

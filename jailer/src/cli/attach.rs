@@ -41,10 +41,15 @@ pub(super) fn attach(vm: &str, flags: &DeviceFlags) -> Result<String, Failure> {
         Ok((id, link, answer))
     };
     let mut asked = ask()?;
-    for _ in 0..MOST_OUTRUN {
+    // What is inherited is taken once.
+    let inherits = spec.disks.iter().any(|disk| disk.key_fd.is_some())
+        || spec.nets.iter().any(|net| !net.tap_fd.is_empty());
+    for _ in 0..if inherits { 0 } else { MOST_OUTRUN } {
         if asked.2 != Answer::Refused(Refusal::IdTaken) {
             break;
         }
+        // Its pipe has the name that the next one's will have: it goes first.
+        asked.1 = None;
         asked = ask()?;
     }
     let (id, link, answer) = asked;

@@ -83,7 +83,7 @@ fn check(spec: &VmSpec, vm: &str, taken: &[String]) -> Result<Device, Failure> {
     let device = match (&*spec.disks, &*spec.nets, &*spec.vhost_user) {
         ([one], [], []) => disk::check(spec.cpus, free("disk"), one),
         ([], [one], []) => net::check(vm, free("net"), one),
-        ([], [], [one]) => machine::check_vhost_user(free(&one.device_type), one),
+        ([], [], [one]) => machine::check_vhost_user(free(&one.device_type), spec.cpus, one),
         _ => Err(Failure::usage("give one device: --disk, --net or --vhost-user")),
     }?;
     match &device.backend {

@@ -68,12 +68,16 @@ pub(crate) fn check(cpus: u8, n: usize, disk: &DiskSpec) -> Result<Device, Failu
         field,
         slot: disk.slot.unwrap_or(0),
         device_type: 2,
-        // More than there are vCPUs are of use to none, and some back ends serve none that the driver did not set up.
-        num_queues: disk.queues.or(Some(u16::from(cpus).min(4))),
+        num_queues: disk.queues.or(Some(default_queues(cpus))),
         config: Vec::new(),
         config_features: 0,
         backend,
     })
+}
+
+/// More than there are vCPUs are of use to none, and some back ends serve none that the driver did not set up.
+pub(super) fn default_queues(cpus: u8) -> u16 {
+    u16::from(cpus).min(4)
 }
 
 fn check_ours(field: &str, id: &str, disk: &DiskSpec, path: PathBuf) -> Result<Disk, Failure> {

@@ -109,7 +109,7 @@ pub(crate) fn check(spec: &VmSpec, default_name: &str) -> Result<(String, Vec<De
         devices.push(net::check(&name, n, nic)?);
     }
     for (n, other) in spec.vhost_user.iter().enumerate() {
-        devices.push(check_vhost_user(n, other)?);
+        devices.push(check_vhost_user(n, spec.cpus, other)?);
     }
     assign_slots(spec, &mut devices)?;
     if spares(spec, &devices).len() < spec.hotplug.into() {
@@ -303,7 +303,7 @@ pub(super) fn check_limit(
     }
 }
 
-pub(super) fn check_vhost_user(n: usize, other: &VhostUserSpec) -> Result<Device, Failure> {
+pub(super) fn check_vhost_user(n: usize, cpus: u8, other: &VhostUserSpec) -> Result<Device, Failure> {
     let field = format!("vhost-user[{n}]");
     check_queues(&format!("{field}.num-queues"), other.num_queues)?;
     if let Some(size) = other.queue_size
@@ -341,7 +341,9 @@ pub(super) fn check_vhost_user(n: usize, other: &VhostUserSpec) -> Result<Device
         field,
         slot: other.slot.unwrap_or(0),
         device_type,
-        num_queues: other.num_queues,
+        num_queues: other
+            .num_queues
+            .or((device_type == 2).then(|| disk::default_queues(cpus))),
         config,
         config_features: 0,
         backend: Backend::External(Remote {
@@ -420,9 +422,10 @@ fn device_type(text: &str) -> Option<u16> {
     Some(by_name)
 }
 
-/// Whether how many queues a device has is never the spec's to say: net, console, rng, vsock, sound, fs, pmem, i2c, gpio.
+/// Whether how many queues a device has is never the spec's to say: net, console, rng, vsock, sound, fs, pmem, i2c, gpio,
+/// spi.
 fn has_own_queues(device_type: u16) -> bool {
-    matches!(device_type, 1 | 3 | 4 | 19 | 25 | 26 | 27 | 34 | 41)
+    matches!(device_type, 1 | 3 | 4 | 19 | 25 | 26 | 27 | 34 | 41 | 45)
 }
 
 /// Why no back end can serve devices of a type.
@@ -492,7 +495,7 @@ mod tests {
 
     fn other(keys: &str) -> Result<Device, String> {
         let text = format!("socket = \"/s\"\n{keys}");
-        check_vhost_user(0, &toml::from_str(&text).expect(keys)).map_err(|failure| failure.to_string())
+        check_vhost_user(0, 2, &toml::from_str(&text).expect(keys)).map_err(|failure| failure.to_string())
     }
 
     #[test]
@@ -518,7 +521,7 @@ mod tests {
             assert_eq!(queues(open).expect(open).num_queues, Some(2));
         }
         for own in [
-            "net", "console", "rng", "vsock", "snd", "fs", "pmem", "i2c", "gpio", "26",
+            "net", "console", "rng", "vsock", "snd", "fs", "pmem", "i2c", "gpio", "spi", "26",
         ] {
             let words = queues(own).expect_err(own);
             assert!(words.contains("vhost-user[0].num-queues"), "{words}");
@@ -530,7 +533,7 @@ mod tests {
         for (name, number, why) in [("gpu", 16, "display"), ("input", 18, "waits")] {
             for kind in [name.to_owned(), number.to_string()] {
                 let text = format!("type = \"{kind}\"\nsocket = \"/s\"");
-                let failure = check_vhost_user(0, &toml::from_str(&text).expect("sound")).expect_err(name);
+                let failure = check_vhost_user(0, 2, &toml::from_str(&text).expect("sound")).expect_err(name);
                 let words = format!("{failure:?}");
                 assert!(
                     words.contains("vhost-user[0].type") && words.contains(why),

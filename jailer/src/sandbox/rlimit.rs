@@ -14,7 +14,8 @@ const MOST_OF_DEVICE: u64 = 384;
 /// Most open descriptors of a process of `role`, also RLIMIT_NOFILE's bound of how many may be in flight when it sends
 /// some: Linux counts those of all of a user's processes together, and one message brings up to 253. So a process that
 /// sends what nobody takes must have so many fewer than those that would be refused because of it, and some more that
-/// are on their way at the same time: the supervisor is not hindered by a vmm, nor either by a device process.
+/// are on their way at the same time: the supervisor is not hindered by a vmm, nor either by a device process, unless
+/// threads of one that was broken into send at the same moment, which Linux counts afterwards.
 #[must_use]
 pub const fn most_open_files(role: Role) -> u64 {
     match role {

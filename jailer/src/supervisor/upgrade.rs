@@ -48,7 +48,6 @@ impl Supervisor {
         let (index, slot) = found
             .and_then(device_at)
             .ok_or_else(|| format!("the VM has no device process '{device}'"))?;
-        // The number that `tell_vmm` gives next.
         let id = self.requests + 1;
         let process = &mut self.processes[index];
         if process.recovery.is_lost() {
@@ -65,12 +64,16 @@ impl Supervisor {
             self.processes[index].recovery.keep(now);
             return Err(format!("the spawner cannot be told: {error}"));
         }
+        if let Err(why) = self.give_to_vmm(id, ToVmm::ReleaseBackend { slot }, &[]) {
+            self.processes[index].recovery.keep(now);
+            return Err(why);
+        }
+        self.requests = id;
         self.processes[index].upgrade = Some(Upgrade {
             asker,
             began: now,
             tried: false,
         });
-        self.tell_vmm(ToVmm::ReleaseBackend { slot });
         Ok(())
     }
 

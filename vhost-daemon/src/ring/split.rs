@@ -20,7 +20,7 @@ const ENTRIES: usize = 4;
 const USED_SIZE: usize = 8;
 /// Chains whose buffers are kept for reuse; beyond it they are freed.
 const MAX_SPARE: usize = 64;
-/// Chains held at most: each may have as many parts as an indirect table, which are memory of this process.
+/// Chains held at most: each may have thousands of parts, which are memory of this process.
 pub(super) const MOST_HELD: u16 = 1024;
 
 /// Where a ring lies and which features it runs with.

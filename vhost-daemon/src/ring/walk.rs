@@ -9,9 +9,9 @@ use vm_memory::{Bytes, VolatileSlice};
 
 /// Bytes of one descriptor (virtio 1.3, 2.7.5).
 pub(super) const DESCRIPTOR_SIZE: usize = 16;
-/// Most descriptors in an indirect table. Bounds the work that one head can ask for; more than any
-/// driver uses (Linux and Windows stay at the ring's size).
-const MAX_INDIRECT: usize = 1024;
+/// Most descriptors of a chain in the ring's table, and in an indirect one. Bounds the work that one head can ask for;
+/// more than any driver uses (Linux and Windows stay below the ring's size, and what a device says it takes).
+const MOST_IN_TABLE: usize = 1024;
 /// Entries of an indirect table that are copied at first where not all are wanted: a cache line.
 const FIRST_INDIRECT: usize = 4;
 
@@ -58,7 +58,7 @@ impl<'m> Walker<'m> {
         let lost = RingFault::Next { head, next: head };
         let table = self.memory.slice(&self.table).ok_or(lost)?;
         let mut index = head;
-        for _ in 0..entries {
+        for _ in 0..entries.min(MOST_IN_TABLE) {
             let descriptor = read(&table, entries, head, index)?;
             if descriptor.flags & VRING_DESC_F_INDIRECT != 0 {
                 self.follow_indirect(&descriptor, &mut chain)?;
@@ -120,7 +120,7 @@ impl<'m> Walker<'m> {
         let allowed = self.indirect
             && descriptor.flags & VRING_DESC_F_NEXT == 0
             && length.is_multiple_of(DESCRIPTOR_SIZE)
-            && (1..=MAX_INDIRECT).contains(&(length / DESCRIPTOR_SIZE));
+            && (1..=MOST_IN_TABLE).contains(&(length / DESCRIPTOR_SIZE));
         if !allowed {
             return Err(RingFault::Indirect(head));
         }

@@ -34,9 +34,13 @@ fn broken(error: SessionError) -> Error {
 }
 
 impl Session {
-    /// What the front end said about a ring, or all of them, is wrong. One that asked for no answers, and gave no
-    /// eventfd for the ring's errors, would take it for one that runs: it sees the end of the session.
-    fn refuse_setup(&self, ring: Option<u32>, error: SessionError) -> Error {
+    /// What the front end said about a ring, or all of them, is wrong. One that asked for no answer would take it for
+    /// one that runs: the ring's error eventfd tells it, or, where it gave none and no answers were agreed on, the end
+    /// of the session.
+    fn refuse_setup(&mut self, ring: Option<u32>, error: SessionError) -> Error {
+        if let Some(Ok((worker, _))) = ring.map(|index| self.queue(index)) {
+            let _ = worker.fault();
+        }
         let vring = ring.and_then(|index| self.vrings.get(index as usize));
         let hears =
             self.protocol_negotiated(Protocol::REPLY_ACK) || vring.is_some_and(|vring| vring.has_error);
@@ -71,12 +75,7 @@ impl Session {
         if vring.running {
             return Ok(worker.set_kick(kick.into())?);
         }
-        self.start_ring(index, kick.into()).inspect_err(|_| {
-            // A front end that asked for no answer takes the ring for one that runs.
-            if let Ok((worker, _)) = self.queue(index) {
-                let _ = worker.fault();
-            }
-        })
+        self.start_ring(index, kick.into())
     }
 }
 

@@ -10,6 +10,7 @@
 use super::device::DeviceEvent;
 use super::device_type::DeviceType;
 use super::mailbox::Answer;
+use super::pulse::Pulse;
 use super::worker::{Phase, Worker};
 use crate::error::chain;
 use crate::frontend::Error;
@@ -60,6 +61,7 @@ impl Worker {
             );
         }
         self.phase = Phase::Idle;
+        self.pulse = Pulse::new();
         self.bus_master.note_reset();
         self.written.forget_untaken();
         if let Some(rings) = started {

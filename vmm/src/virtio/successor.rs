@@ -4,6 +4,7 @@
 use super::device_type::DeviceType;
 use super::mailbox::{StartOrder, Successor};
 use super::offer;
+use super::pulse::Pulse;
 use super::worker::{Phase, Worker};
 use crate::frontend::{BackendSockets, Error, MemoryTable, Session, SessionOptions};
 use std::sync::Arc;
@@ -36,6 +37,7 @@ impl Worker {
         // Whoever serves one front end at a time and answers has let go of the one before.
         self.predecessor_ended();
         self.session = Some(session);
+        self.pulse = Pulse::new();
         self.generation = successor.generation;
         self.resume()?;
         if let Some(session) = &mut self.session {

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat};
 use nix::sys::signalfd::SignalFd;
 use nix::sys::stat::Mode;
-use nix::unistd::linkat;
+use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -57,10 +57,13 @@ impl NewFile {
                     name.as_os_str(),
                     AtFlags::AT_SYMLINK_FOLLOW,
                 )
-                .map_err(io::Error::from)
+                .map_err(|e| unmade(&self.path, &e.into()))?;
                 // Its name is to last as what is in it does.
-                .and_then(|()| self.file.sync_all())
-                .map_err(|e| unmade(&self.path, &e))
+                self.file.sync_all().map_err(|e| {
+                    // As below.
+                    let _ = unlinkat(folder, name.as_os_str(), UnlinkatFlags::NoRemoveDir);
+                    unmade(&self.path, &e)
+                })
             }
             None => made.inspect_err(|_| {
                 // What cannot be removed stays; the failure that led here is what the person is told.

@@ -52,7 +52,7 @@ pub fn check(
         let recount = count_anew(file, progress)?;
         let recount = recount.secure(file)?;
         mark_dirty(file, &header)?;
-        recount.carry_out(file, progress)?.give_back(file);
+        recount.carry_out(file, progress)?.give_back(file, progress);
         let (header, size) = super::open::read_header(file)?;
         let after = compare(file, &header, size, progress)?;
         result = CheckResult {
@@ -95,7 +95,7 @@ pub(super) fn change(
     let recount = recount.secure(file)?;
     mark_dirty(file, header)?;
     plan(file)?;
-    recount.carry_out(file, progress)?.give_back(file);
+    recount.carry_out(file, progress)?.give_back(file, progress);
     Ok(())
 }
 

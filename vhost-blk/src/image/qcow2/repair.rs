@@ -232,7 +232,7 @@ impl Secured {
     }
 }
 
-/// The clusters that count as 0 among those that were counted before: the others were never used.
+/// The clusters that count as 0 among those that the old structure counted.
 pub(super) struct Unused {
     geometry: Geometry,
     counts: Counts,
@@ -240,13 +240,15 @@ pub(super) struct Unused {
 
 impl Unused {
     /// Gives their space back to the host, where that can take it.
-    pub(super) fn give_back(&self, file: &dyn BlockFile) {
+    pub(super) fn give_back(&self, file: &dyn BlockFile, progress: &Progress<'_>) {
+        let runs = || {
+            let counts = &self.counts.counts;
+            counts.chunk_by(|one, next| (*one == 0) == (*next == 0))
+        };
+        progress.expect(runs().count() as u64);
         let mut start = 0;
-        for run in self
-            .counts
-            .counts
-            .chunk_by(|one, next| (*one == 0) == (*next == 0))
-        {
+        for run in runs() {
+            progress.step(1);
             let (place, len) = (start, self.geometry.offset_of(run.len() as u64));
             start += len;
             if run[0] == 0

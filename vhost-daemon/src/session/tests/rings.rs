@@ -331,6 +331,10 @@ fn who_cannot_hear_that_a_ring_is_refused_loses_the_session() {
             at == 4,
             "{at}: by the eventfd of the ring's errors"
         );
+        assert!(
+            at == 4 || is_signalled(&rig.error, Duration::ZERO),
+            "{at}: nobody signals the ring's errors"
+        );
         rig.session.protocol_features |= VhostUserProtocolFeatures::REPLY_ACK.bits();
         assert!(!ends(&mut rig.session), "{at}: it is answered");
     }
