@@ -213,7 +213,7 @@ fn private_nic_goes(vm: &mut Vm) -> Result<()> {
 
 /// Each of two that ask at the same time has an id of its own.
 fn together(vm: &Vm) -> Result<()> {
-    let flags = ["c.raw", "d.raw"].map(|name| format!("--disk=path={name},format=raw"));
+    let flags = ["a.raw", "d.raw"].map(|name| format!("--disk=path={name},format=raw"));
     let mut asked = Vec::new();
     for flag in &flags {
         let mut verb = vm.run.verb("attach", &[flag])?;

@@ -82,6 +82,10 @@ impl Kind {
             _ => Image::Qcow2,
         }
     }
+
+    fn queues(self) -> u16 {
+        if self == Self::Reference { 1 } else { 4 }
+    }
 }
 
 /// A back end at a socket path, and whoever starts it again.
@@ -134,7 +138,8 @@ impl Daemon {
 
     /// For `--disk`.
     fn flag(&self, more: &str) -> String {
-        format!("vhost-user={}{more}", self.socket.display())
+        let queues = self.kind.queues();
+        format!("vhost-user={},num-queues={queues}{more}", self.socket.display())
     }
 }
 
@@ -172,7 +177,7 @@ fn command(kind: Kind, disk: &Path, socket: &Path) -> Result<Command> {
 /// A storm on another's disk, and the daemon that serves it.
 fn storm(kind: Kind, more: &str) -> Result<(Storm, Daemon)> {
     let mut daemon = None;
-    let queues = if kind == Kind::Reference { 1 } else { 4 };
+    let queues = kind.queues();
     let scenario = format!("scenario=storm depth=64 queues={queues}");
     let storm = Storm::on(&scenario, kind.image(), None, |disk| {
         let started = Daemon::start(kind, disk)?;

@@ -5,6 +5,7 @@
 
 use nix::time::{ClockId, clock_gettime};
 use std::cell::OnceCell;
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -14,8 +15,9 @@ use std::time::Duration;
 const MOST_CPU: Duration = Duration::from_secs(2);
 
 thread_local! {
-    /// That of this thread, where it is watched.
-    static PULSE: OnceCell<Arc<Pulse>> = const { OnceCell::new() };
+    /// That of this thread, where it is watched. Not dropped: a destructor would be registered at the first look, by
+    /// calls that a process without watched threads may not make.
+    static PULSE: ManuallyDrop<OnceCell<Arc<Pulse>>> = const { ManuallyDrop::new(OnceCell::new()) };
 }
 
 /// Says that a queue's thread gets on with a request that may take seconds, or a device's own with an errand. What
