@@ -32,8 +32,8 @@ const LISTENERS_EXIT: &str = "0: done, or the VM is over. 1: something failed. 2
      128 + n: ended by signal n.";
 const IMAGE_EXIT: &str = "0: done. 1: something failed. 2: the command line is wrong. 148: the jailed tool made a system call \
      that its filter forbids. 128 + n: ended by signal n.";
-const AUDIT_EXIT: &str =
-    "0: nothing got through. 1: an attack got through, or something failed. 2: the command line is wrong.";
+const AUDIT_EXIT: &str = "0: nothing got through. 1: an attack got through, or something failed. 2: the command line is wrong. \
+     128 + n: ended by signal n.";
 const DOCTOR_EXIT: &str =
     "0: nothing that is needed is missing. 1: something is. 2: the command line is wrong.";
 const ENVIRONMENT: [(&str, &str); 4] = [

@@ -185,7 +185,7 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
-    /// Attack every jail from inside, and say which wall held
+    /// Attack each jail of a VM from inside, and say which wall held
     Audit {
         #[arg(long, value_name = "WALL", help = without_help(), value_parser = values::wall(), hide_possible_values = true)]
         without: Option<Wall>,

@@ -30,8 +30,8 @@ pub enum RingFault {
         /// The descriptor that does not exist.
         next: u16,
     },
-    /// A loop, or a chain longer than its table.
-    #[error("the chain at head {0} is longer than its table")]
+    /// A loop, or a chain longer than its table or than 1024 descriptors in the ring's.
+    #[error("the chain at head {0} is longer than its table, or than 1024 descriptors")]
     Endless(u16),
     /// More than 2^32 bytes (virtio 1.3, 2.7.5.2).
     #[error("the chain at head {0} has 4 GiB or more")]

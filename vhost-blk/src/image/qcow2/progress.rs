@@ -5,8 +5,8 @@ use std::cell::Cell;
 /// Most steps that are told of a whole.
 const TOLD: u64 = 1000;
 
-/// Tables that were read or written, of all that are to be: L2 tables by each walk through them, and refcount blocks.
-/// The whole grows where more walks turn out to be needed. Of a conversion: bytes of the disk.
+/// Tables that were read or written, of all that are to be: L2 tables by each walk through them, refcount blocks,
+/// and runs of clusters that may go back to the host. The whole grows where more walks turn out to be needed. Of a conversion: bytes of the disk.
 pub struct Progress<'a> {
     /// Is told what is done, and the whole, at most a thousand times while that stays the same.
     tell: &'a dyn Fn(u64, u64),

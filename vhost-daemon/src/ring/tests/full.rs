@@ -13,33 +13,59 @@ const AVAILABLE: u64 = BASE + 0x8000;
 const USED: u64 = BASE + 0xA000;
 const BUFFER: u64 = BASE + 0x1_F000;
 
+const SETUP: RingSetup = RingSetup {
+    size: SIZE,
+    descriptors: GuestAddress(BASE),
+    available: GuestAddress(AVAILABLE),
+    used: GuestAddress(USED),
+    base: 0,
+    event_idx: false,
+    indirect: true,
+};
+
+fn memory() -> Arc<GuestMemory> {
+    let region = spec(BASE, MEMORY, BASE, 0);
+    let memory = GuestMemory::default().with_region(region, sealed(MEMORY), Sealing::Required);
+    Arc::new(memory.unwrap())
+}
+
+fn write(memory: &GuestMemory, at: u64, bytes: &[u8]) {
+    let segment = memory.segment(GuestAddress(at), bytes.len());
+    memory.slice(&segment.unwrap()).unwrap().copy_from(bytes);
+}
+
+/// A writable descriptor of one byte, with `rest` in its flags and its next one.
+fn describe(memory: &GuestMemory, index: u16, rest: u64) {
+    let at = BASE + u64::from(index) * 16;
+    write(memory, at, &BUFFER.to_le_bytes());
+    write(memory, at + 8, &(1_u64 | 2 << 32 | rest).to_le_bytes());
+}
+
+#[test]
+fn a_chain_has_no_more_descriptors_in_the_ring_than_in_an_indirect_table() {
+    for (length, fits) in [(1024, true), (1025, false)] {
+        let memory = memory();
+        for index in 0..length - 1 {
+            describe(&memory, index, 1 << 32 | u64::from(index + 1) << 48);
+        }
+        describe(&memory, length - 1, 0);
+        write(&memory, AVAILABLE + 2, &1_u16.to_le_bytes());
+        let mut ring = Ring::start(Arc::clone(&memory), &SETUP, None).unwrap();
+        ring.begin_round().unwrap();
+        assert_eq!(ring.pop().is_ok(), fits, "{length}");
+    }
+}
+
 #[test]
 fn chains_beyond_what_is_held_at_most_are_taken_once_one_is_completed() {
-    let memory =
-        GuestMemory::default().with_region(spec(BASE, MEMORY, BASE, 0), sealed(MEMORY), Sealing::Required);
-    let memory = Arc::new(memory.unwrap());
-    let write = |at: u64, bytes: &[u8]| {
-        let segment = memory.segment(GuestAddress(at), bytes.len());
-        memory.slice(&segment.unwrap()).unwrap().copy_from(bytes);
-    };
-    let offer = |count: u16| write(AVAILABLE + 2, &count.to_le_bytes());
+    let memory = memory();
+    let offer = |count: u16| write(&memory, AVAILABLE + 2, &count.to_le_bytes());
     for head in 0..SIZE {
-        let at = BASE + u64::from(head) * 16;
-        write(at, &BUFFER.to_le_bytes());
-        write(at + 8, &(1_u64 | 2 << 32).to_le_bytes());
-        write(AVAILABLE + 4 + u64::from(head) * 2, &head.to_le_bytes());
+        describe(&memory, head, 0);
+        write(&memory, AVAILABLE + 4 + u64::from(head) * 2, &head.to_le_bytes());
     }
     offer(MOST_HELD + 2);
-    let setup = RingSetup {
-        size: SIZE,
-        descriptors: GuestAddress(BASE),
-        available: GuestAddress(AVAILABLE),
-        used: GuestAddress(USED),
-        base: 0,
-        event_idx: false,
-        indirect: true,
-    };
-    let mut ring = Ring::start(Arc::clone(&memory), &setup, None).unwrap();
+    let mut ring = Ring::start(Arc::clone(&memory), &SETUP, None).unwrap();
     ring.begin_round().unwrap();
     let mut held = Vec::new();
     while let Some(chain) = ring.pop().unwrap() {
