@@ -189,7 +189,8 @@ fn long_work_tells_how_far_it_is() {
     ];
     for change in changes {
         let (_, whole) = told(change);
-        assert!((once..once + 4).contains(&whole), "{whole}");
+        // And a look at each run of clusters, for what may go back to the host.
+        assert!((once..2 * once).contains(&whole), "{whole}");
     }
     check_clean(&path);
 }
