@@ -144,7 +144,7 @@ impl Front {
 
 fn qemu_argv(kernel: &KernelImages, blk: &Path, net: Option<&Path>, front: Front) -> Vec<String> {
     let mut argv: Vec<String> =
-        "qemu-system-x86_64 -M q35,memory-backend=ram -accel tcg -cpu max -smp 2 -m 256 \
+        "qemu-system-x86_64 -M q35,memory-backend=ram -accel tcg,thread=single -cpu max -smp 2 -m 256 \
          -nodefaults -no-user-config -display none -no-reboot -serial stdio \
          -object memory-backend-memfd,id=ram,size=256M,share=on"
             .split_whitespace()
