@@ -304,8 +304,8 @@ fn connect_at(path: &Path) -> io::Result<OwnedFd> {
 mod tests {
     use super::*;
     use crate::launch::machine::Remote;
+    use crate::launch::spawn::pair;
     use crate::wire_fds::receive_with_fds;
-    use nix::sys::socket::socketpair;
     use std::io::Read;
     use std::os::unix::net::UnixListener;
     use std::thread;
@@ -350,13 +350,7 @@ mod tests {
             backend,
             ..device(Path::new("/nowhere"))
         };
-        let (ours, theirs) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        )
-        .unwrap();
+        let (ours, theirs) = pair(SockType::SeqPacket).unwrap();
         let connector = thread::spawn(move || serve(&theirs, &[device], &mut BTreeMap::new()));
         let start = Instant::now();
         for _ in 0..2 {
@@ -376,13 +370,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("late.sock");
         let device = device(&path);
-        let (ours, theirs) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        )
-        .unwrap();
+        let (ours, theirs) = pair(SockType::SeqPacket).unwrap();
         let connector = thread::spawn(move || serve(&theirs, &[device], &mut BTreeMap::new()));
         for number in [0, 7] {
             send_message(ours.as_fd(), 0, ToConnector::Connect { device: number }).unwrap();

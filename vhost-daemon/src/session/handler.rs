@@ -36,7 +36,7 @@ fn broken(error: SessionError) -> Error {
 impl Session {
     /// What the front end said about a ring, or all of them, is wrong. One that asked for no answer would take it for
     /// one that runs: the ring's error eventfd tells it, or, where it gave none and no answers were agreed on, the end
-    /// of the session.
+    /// of the session. That eventfd is with the ring's thread, which may be in a call.
     fn refuse_setup(&mut self, ring: Option<u32>, error: SessionError) -> Error {
         if let Some(Ok((worker, _))) = ring.map(|index| self.queue(index)) {
             let _ = worker.fault();
