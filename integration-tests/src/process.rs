@@ -190,6 +190,27 @@ impl Listed {
     }
 }
 
+/// What each thread of process `pid` does, a line each: for the words of a test that failed.
+#[must_use]
+pub fn threads(pid: i32) -> String {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    let lines = tasks.into_iter().flatten().flatten().map(|task| {
+        let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let stat = read("stat");
+        let (_, rest) = stat.rsplit_once(") ").unwrap_or_default();
+        let field = |at| rest.split(' ').nth(at).unwrap_or_default();
+        format!(
+            "{pid} {}: {} in {:?}, user {} system {} ticks\n",
+            read("comm").trim_end(),
+            field(0),
+            read("wchan"),
+            field(11),
+            field(12)
+        )
+    });
+    lines.collect()
+}
+
 /// Makes `fd` the child's fd `number` (below `FIRST_SPARE`).
 ///
 /// # Errors

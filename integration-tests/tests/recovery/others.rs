@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use integration_tests::{
     artifacts::Artifact,
     host::Host,
-    process::{Process, wait_for},
+    process::{Process, threads, wait_for},
     suite::{artifact, full, test_within},
     tiny::{Liar, Lie, Run, Tap},
 };
@@ -218,7 +218,11 @@ fn again(kind: Kind, more: &str, kills: u64) -> Result<()> {
         daemon.start_again()?;
         back(&mut storm.victim, &storm.run, kill, &mut || daemon.keep_alive())?;
     }
-    let events = storm.calm_then(|| daemon.stop())?.events;
+    let pid = daemon.process.pid().as_raw();
+    let calm = storm.calm_then(|| daemon.stop());
+    let events = calm
+        .with_context(|| format!("the daemon:\n{}", threads(pid)))?
+        .events;
     let busy = events.iter().filter(|event| event.outstanding >= 8).count();
     println!("{kills} kills, {busy} with 8 or more requests under way");
     let lost = events

@@ -10,6 +10,7 @@ use guest_contract::Checksum;
 use integration_tests::{
     artifacts::Artifact,
     host::NESTED,
+    process::threads,
     qemu_img::{qemu_img, qemu_img_output},
     scratch::quick_folder,
     suite::{artifact, full},
@@ -317,7 +318,9 @@ impl Storm {
         let events = self.victim.events(&self.run).unwrap_or_default();
         self.run.press(b'.')?;
         let calm = self.run.console.wait_line("phase=calm", DEADLINE);
-        calm.with_context(|| self.run.process.stderr().unwrap_or_default())?;
+        if let Err(error) = calm {
+            return Err(error.context(self.standstill()));
+        }
         let time = self.began.elapsed();
         let status = self.run.wait(DEADLINE)?;
         let words = self.run.process.stderr()?;
@@ -348,6 +351,28 @@ impl Storm {
             events,
             longest_gap: self.longest_gap(time)?,
         })
+    }
+
+    /// How it stands with a guest that does not calm down: what the VM's processes did and do, and whether it hears
+    /// another byte.
+    fn standstill(&mut self) -> String {
+        let mut words = self.run.process.stderr().unwrap_or_default();
+        let metrics = self
+            .run
+            .verb("metrics", &[])
+            .and_then(|mut verb| Ok(verb.output()?));
+        let metrics = metrics.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+        let own = |line: &&str| !line.starts_with('#');
+        let lines: Vec<_> = metrics.iter().flat_map(|text| text.lines()).filter(own).collect();
+        words += &lines.join("\n");
+        let state = self.run.state(Duration::ZERO);
+        for process in state.into_iter().flat_map(|state| state.processes) {
+            words += &format!("\n{:?} {}:\n{}", process.role, process.name, threads(process.pid));
+        }
+        let heard = self.run.press(b'.');
+        let heard = heard.and_then(|()| self.run.console.wait_line("phase=calm", Duration::from_secs(5)));
+        words += &format!("a second byte is heard: {}\n", heard.is_ok());
+        words
     }
 
     /// Of a storm that took `time`.
