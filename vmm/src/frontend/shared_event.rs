@@ -53,18 +53,27 @@ impl SharedEvent {
     /// Whether it has counted something, which stays there.
     #[must_use]
     pub fn is_signalled(&self) -> bool {
-        let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
-        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..))
+        self.is(PollFlags::POLLIN)
     }
 
-    /// Signals it. There is no write that never waits: the counter is emptied before, so that one at its maximum
-    /// does not hold the caller up. While KVM has the eventfd as an irqfd nothing can, since KVM empties the
-    /// counter within each write. Otherwise whoever lets writers wait and fills the counter between the two
-    /// calls can: so it is for a device's own thread, not for those of vCPUs.
+    /// Adds one to what it has counted. It takes nothing out: a back end that was told of a count and finds none may
+    /// give its ring up (those built on the crate `vhost-user-backend` do).
+    ///
+    /// A counter that is full stays as it is, for there is a signal to see anyway, and a write could wait. While KVM
+    /// has the eventfd as an irqfd none can, since KVM empties the counter within each write. Otherwise whoever lets
+    /// writers wait and fills the counter between the look and the write can make it: so it is for a device's own
+    /// thread, not for those of vCPUs.
     pub fn signal(&self) {
-        self.take();
-        // EAGAIN: somebody has filled it, so there is a signal to see anyway.
-        let _ = nix::unistd::write(self.as_fd(), &1_u64.to_ne_bytes());
+        if self.is(PollFlags::POLLOUT) {
+            // EAGAIN: somebody has filled it since.
+            let _ = nix::unistd::write(self.as_fd(), &1_u64.to_ne_bytes());
+        }
+    }
+
+    fn is(&self, ready: PollFlags) -> bool {
+        let mut fds = [PollFd::new(self.as_fd(), ready)];
+        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..))
+            && fds[0].revents().is_some_and(|found| found.contains(ready))
     }
 }
 
@@ -78,5 +87,30 @@ impl From<OwnedFd> for SharedEvent {
     /// Takes an eventfd over.
     fn from(fd: OwnedFd) -> Self {
         Self(fd)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+    #[test]
+    fn a_signal_takes_nothing_that_somebody_was_told_of() {
+        let event = SharedEvent::new().unwrap();
+        event.signal();
+        event.signal();
+        assert_eq!(event.take(), 2);
+    }
+
+    #[test]
+    fn a_full_counter_holds_nobody_up() {
+        let event = SharedEvent::new().unwrap();
+        fcntl(event.as_fd(), FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+        nix::unistd::write(event.as_fd(), &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        // A write would wait for ever.
+        event.signal();
+        assert_eq!(event.take(), u64::MAX - 1);
+        assert_eq!(event.take(), 0);
     }
 }
