@@ -141,8 +141,13 @@ impl<'a> NestedTests<'a> {
             let Some((program, test)) = lock(&self.waiting).pop_front() else {
                 return;
             };
+            let start = Instant::now();
             match self.run(&mut machine, program, &test) {
-                Ok(outcomes) => self.add(program, outcomes),
+                Ok(outcomes) => {
+                    // Each takes long enough that whoever watches wants to know.
+                    eprintln!("  {test} ({} s)", start.elapsed().as_secs());
+                    self.add(program, outcomes);
+                }
                 Err(error) => {
                     lock(&self.waiting).push_front((program, test));
                     *lock(&self.unbooted) = format!("{error:#}");
