@@ -11,7 +11,7 @@ const JOBS: usize = 2;
 /// fuzzing compiles.
 pub(super) fn targets(full: bool) -> Vec<(String, Outcome)> {
     let plan = Plan {
-        each: Duration::from_secs(if full { 60 } else { 5 }),
+        each: Duration::from_secs(if full { 60 } else { 3 }),
         jobs: JOBS,
         finds: Finds::Dropped,
     };

@@ -158,41 +158,43 @@ fn tests(report: &mut Report, programs: &[TestProgram], binaries: &Path, host: H
     let (nested, here): (Vec<_>, Vec<_>) = tiers
         .into_iter()
         .partition(|program| !needs(program).met_by(host));
-    // A nested runner has one CPU: what asks for no quiet machine runs beside it, and then a second one.
     let tests = NestedTests::of(&places, &nested, "");
-    thread::scope(|scope| {
-        scope.spawn(|| tests.work());
-        for program in units {
-            report.add_suite(places.here(program, &[]));
+    let demo = thread::scope(|scope| {
+        // An emulated machine has one processor. What runs here is beside it, and then a second machine.
+        let beside = scope.spawn(|| {
+            tests.work();
+            SuiteRun::of("README", "cargo demo", || {
+                vec![("cargo demo".to_owned(), readme::demo())]
+            })
+        });
+        if !full {
+            with_kvm(report, &here, &places);
+            // Early, while there is a machine that can take them.
+            tests.extend(skipped(report, &here, host));
         }
         report.add_suite(SuiteRun::of("fuzz", "host", || fuzzing::targets(full)));
-        for program in here.iter().filter(|program| needs(program) == Needs::Nothing) {
+        let without_kvm = here.iter().filter(|program| needs(program) == Needs::Nothing);
+        for program in units.into_iter().chain(without_kvm.copied()) {
             report.add_suite(places.here(program, &[]));
         }
         tests.work();
+        beside
+            .join()
+            .expect("to run cargo and other programs does not panic")
     });
     add_all(report, tests);
-    for program in here.iter().filter(|program| needs(program) != Needs::Nothing) {
-        one_by_one(report, program, &places);
+    report.add_suite(demo);
+    if full {
+        // The limits of what the guest notices hold on a quiet machine.
+        with_kvm(report, &here, &places);
+        let tests = NestedTests::named(&places, skipped(report, &here, host));
+        tests.work();
+        add_all(report, tests);
     }
     programs
         .iter()
         .filter(|program| program.tier)
         .for_each(|program| report.expect(&program.suite));
-    // Two machines at most, as for the Linux tests.
-    let demo = thread::scope(|scope| {
-        let demo = || {
-            SuiteRun::of("README", "cargo demo", || {
-                vec![("cargo demo".to_owned(), readme::demo())]
-            })
-        };
-        let demo = scope.spawn(demo);
-        if !host.runs_linux() {
-            retry_nested(report, &here, &places);
-        }
-        demo.join().expect("to run cargo does not panic")
-    });
-    report.add_suite(demo);
     if full && host == Host::Software {
         // The walls once more on a kernel with all that Debian's has. Elsewhere the tier itself runs on it.
         let tiny: Vec<_> = here
@@ -230,6 +232,13 @@ fn add_full(report: &mut Report, how: &str, tests: NestedTests<'_>) {
     }
 }
 
+/// The tiers that this host's KVM runs.
+fn with_kvm(report: &mut Report, here: &[&TestProgram], places: &Places) {
+    for program in here.iter().filter(|program| needs(program) != Needs::Nothing) {
+        one_by_one(report, program, places);
+    }
+}
+
 /// Runs tests one after the other, but for those that wait for the most part: they run beside the others.
 fn one_by_one(report: &mut Report, program: &TestProgram, places: &Places) {
     let (others, waiting) = thread::scope(|scope| {
@@ -259,16 +268,15 @@ fn check(name: &'static str, run: fn() -> Outcome) -> SuiteRun {
     SuiteRun::of("workspace", name, || vec![(name.to_owned(), run())])
 }
 
-/// What this host's KVM could not run may run in the nested runner.
-fn retry_nested(report: &mut Report, here: &[&TestProgram], places: &Places) {
+/// What this host's KVM could not run, and the nested runner's may.
+fn skipped<'a>(report: &Report, here: &[&'a TestProgram], host: Host) -> Vec<(&'a TestProgram, String)> {
     let of_kvm = here.iter().filter(|program| needs(program) == Needs::Kvm);
+    let of_kvm = of_kvm.filter(|_| !host.runs_linux());
     let skipped = of_kvm.flat_map(|program| {
         let tests = report.skipped_in(&program.suite).into_iter();
         tests.map(|test| (*program, test))
     });
-    let tests = NestedTests::named(places, skipped.collect());
-    tests.work();
-    add_all(report, tests);
+    skipped.collect()
 }
 
 fn needs(program: &TestProgram) -> Needs {

@@ -134,6 +134,11 @@ impl<'a> NestedTests<'a> {
         }
     }
 
+    /// Adds these.
+    pub(super) fn extend(&self, tests: Vec<(&'a TestProgram, String)>) {
+        lock(&self.waiting).extend(tests);
+    }
+
     /// Runs one after the other until none waits, or no machine boots.
     pub(super) fn work(&self) {
         let mut machine = None;

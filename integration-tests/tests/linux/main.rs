@@ -19,13 +19,14 @@ fn main() -> ExitCode {
     integration_tests::nested::agent::intercept();
     integration_tests::demo::peer::intercept();
     let mut tests = Vec::new();
+    // The longest first: at the end there may be a second machine, which should have something to do.
+    tests.extend(plugs::tests());
     tests.extend(traffic::tests());
     tests.extend(boots::tests());
     tests.extend(ends::tests());
     tests.extend(hosts::tests());
     tests.extend(nets::tests());
     tests.extend(others::tests());
-    tests.extend(plugs::tests());
     tests.extend(storm::tests());
     tests.extend(stall::tests());
     integration_tests::suite::run(tests)
