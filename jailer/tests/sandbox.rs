@@ -20,31 +20,27 @@ use std::process::Command;
 const UNPRIVILEGED: u32 = 12345;
 
 /// Builds the probe as shipped binaries are built: static, for an empty root. What it depends on is built where the
-/// workspace's is, for the audit's probes most often.
+/// workspace's is, for the audit's probes most often: the other packages choose its features, as they do there.
 fn probe() -> PathBuf {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("probes");
-    let status = Command::new(env!("CARGO"))
-        .args([
-            "build",
-            "--quiet",
-            "--package",
-            "jailer",
-            "--example",
-            "jail_probe",
-        ])
-        .args([
-            "--no-default-features",
-            "--target",
-            "x86_64-unknown-linux-musl",
-            "--target-dir",
-        ])
-        .arg(&target)
-        .env(
-            "CARGO_BUILD_BUILD_DIR",
-            target.ancestors().nth(2).expect("a target folder"),
-        )
-        .status()
-        .expect("cargo runs");
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["build", "--quiet", "--no-default-features"]);
+    cargo.args(["--package=jailer", "--example=jail_probe"]);
+    for package in [
+        "bulkhead-vmm",
+        "vhost-user-blk",
+        "vhost-user-net",
+        "images",
+        "integration-tests",
+    ] {
+        cargo.args(["--package", package]);
+    }
+    cargo.args(["--target", "x86_64-unknown-linux-musl", "--target-dir"]);
+    cargo.arg(&target).env(
+        "CARGO_BUILD_BUILD_DIR",
+        target.ancestors().nth(2).expect("a target folder"),
+    );
+    let status = cargo.status().expect("cargo runs");
     assert!(status.success(), "the probe does not build");
     target.join("x86_64-unknown-linux-musl/debug/examples/jail_probe")
 }

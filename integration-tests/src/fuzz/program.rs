@@ -55,9 +55,14 @@ impl Program {
     pub fn build(brief: bool) -> anyhow::Result<Self> {
         let mut build = cargo();
         if brief {
-            build.env(lint::WRAPPER, wrapper()?);
+            // The whole workspace chooses the features of what it depends on, as it does for the tests.
+            build
+                .args(["--workspace", "--features=fuzz-targets/libfuzzer"])
+                .args(["--bin=fuzz-targets"])
+                .env(lint::WRAPPER, wrapper()?);
         } else {
             build
+                .args(["--package=fuzz-targets", "--features=libfuzzer"])
                 .args(["--profile=fuzz", "--target", TRIPLE])
                 .env("CARGO_TARGET_DIR", folder()?)
                 .env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\x1f"))
@@ -179,9 +184,6 @@ fn folder() -> anyhow::Result<PathBuf> {
 
 fn cargo() -> Command {
     let mut cargo = Command::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned()));
-    cargo
-        .args(["build", "--package=fuzz-targets", "--features=libfuzzer"])
-        .current_dir(workspace())
-        .stdin(Stdio::null());
+    cargo.arg("build").current_dir(workspace()).stdin(Stdio::null());
     cargo
 }

@@ -159,14 +159,9 @@ fn tests(report: &mut Report, programs: &[TestProgram], binaries: &Path, host: H
         .into_iter()
         .partition(|program| !needs(program).met_by(host));
     let tests = NestedTests::of(&places, &nested, "");
-    let demo = thread::scope(|scope| {
+    thread::scope(|scope| {
         // An emulated machine has one processor. What runs here is beside it, and then a second machine.
-        let beside = scope.spawn(|| {
-            tests.work();
-            SuiteRun::of("README", "cargo demo", || {
-                vec![("cargo demo".to_owned(), readme::demo())]
-            })
-        });
+        scope.spawn(|| tests.work());
         if !full {
             with_kvm(report, &here, &places);
             // Early, while there is a machine that can take them.
@@ -177,13 +172,12 @@ fn tests(report: &mut Report, programs: &[TestProgram], binaries: &Path, host: H
         for program in units.into_iter().chain(without_kvm.copied()) {
             report.add_suite(places.here(program, &[]));
         }
+        report.add_suite(SuiteRun::of("README", "cargo demo", || {
+            vec![("cargo demo".to_owned(), readme::demo())]
+        }));
         tests.work();
-        beside
-            .join()
-            .expect("to run cargo and other programs does not panic")
     });
     add_all(report, tests);
-    report.add_suite(demo);
     if full {
         // The limits of what the guest notices hold on a quiet machine.
         with_kvm(report, &here, &places);
