@@ -93,7 +93,12 @@ pub(crate) fn folder() -> Result<TempDir> {
 pub(crate) fn has_ring(pid: i32) -> io::Result<bool> {
     let mut rings = false;
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
-        rings |= fs::read_link(entry?.path())?.as_os_str() == "anon_inode:[io_uring]";
+        match fs::read_link(entry?.path()) {
+            Ok(link) => rings |= link.as_os_str() == "anon_inode:[io_uring]",
+            // Closed since it was listed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
     }
     Ok(rings)
 }
