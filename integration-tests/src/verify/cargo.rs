@@ -26,9 +26,23 @@ pub(super) struct TestProgram {
 }
 
 pub(super) fn cargo() -> Command {
-    let mut cargo = Command::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned()));
-    cargo.current_dir(workspace()).stdin(Stdio::null());
-    cargo
+    in_workspace(Command::new(program()))
+}
+
+/// One that lets everything else go first.
+fn yielding_cargo() -> Command {
+    let mut nice = Command::new("nice");
+    nice.arg(program());
+    in_workspace(nice)
+}
+
+fn program() -> String {
+    std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned())
+}
+
+fn in_workspace(mut command: Command) -> Command {
+    command.current_dir(workspace()).stdin(Stdio::null());
+    command
 }
 
 /// Formatting of the whole workspace.
@@ -71,10 +85,7 @@ fn check(command: &mut Command) -> Outcome {
 /// Something does not compile; cargo has said what on standard error.
 pub(super) fn build_tests() -> anyhow::Result<(Vec<TestProgram>, Outcome)> {
     // The release binaries are built meanwhile, in long stretches that keep one processor busy: those go first.
-    let cargo = cargo();
-    let mut build = Command::new("nice");
-    build.arg(cargo.get_program());
-    build.current_dir(workspace()).stdin(Stdio::null());
+    let mut build = yielding_cargo();
     build.args(["test", "--quiet", "--workspace", "--no-run"]);
     build.args(["--tests", "--bench=launch", "--example=jail_probe"]);
     build.arg("--message-format=json");

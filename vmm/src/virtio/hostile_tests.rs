@@ -56,6 +56,9 @@ fn nobody_waits_for_a_back_end_that_lets_readers_and_writers_of_its_eventfds_wai
         // The device's thread.
         add(&kick, FULL);
         rig.write(NOTIFY.start + 4, &1u16.to_le_bytes());
+        // Done after the doorbell.
+        rig.device.drain().unwrap();
+        assert_eq!(kick.take(), FULL);
         rig.set_status(0);
         rig.wait_for("the reset", |rig| rig.status() == 0);
         rig.drive();
